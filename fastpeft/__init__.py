@@ -1,0 +1,48 @@
+"""fastpeft: LoRA fine-tuning inside a budget. Importing this starts nothing and loads no torch."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from fastpeft._version import __version__
+
+if TYPE_CHECKING:
+    from fastpeft.runs.store import Result
+    from fastpeft.trainer import train
+
+# In a checkout that is not installed the kernels lie beside this folder, not inside it.
+_checkout = Path(__file__).resolve().parent.parent
+if not (Path(__file__).parent / "kernels").is_dir() and (_checkout / "pyproject.toml").is_file():
+    __path__.append(str(_checkout))
+
+__all__ = ["Result", "__version__", "load_run", "train"]
+
+
+def load_run(name_or_path: str | Path, **overrides: Any):
+    """Load and validate a preset or a YAML file. See fastpeft.config.load_run.
+
+    Overrides are dotted keys, given as `**{"training.learning_rate": 1e-4}`, or whole sections,
+    given as dicts: `training={"learning_rate": 1e-4}`.
+    """
+    from fastpeft.config import load_run as load
+
+    flat: dict[str, Any] = {}
+    for key, value in overrides.items():
+        if isinstance(value, dict):
+            flat |= {f"{key}.{inner}": v for inner, v in value.items()}
+        else:
+            flat[key] = value
+    return load(name_or_path, flat)
+
+
+def __getattr__(name: str) -> Any:
+    if name == "train":
+        from fastpeft.trainer import train
+
+        return train
+    if name == "Result":
+        from fastpeft.runs.store import Result
+
+        return Result
+    raise AttributeError(f"module 'fastpeft' has no attribute {name!r}")

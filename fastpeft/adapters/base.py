@@ -1,0 +1,111 @@
+"""The interface of a fine-tuning method, and the registry that finds one by its name."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from fastpeft.adapters.flat import FlatParameters
+from fastpeft.config import RunConfig
+from fastpeft.models.backbone import Backbone
+from fastpeft.signals import Rates, Signals
+
+_METHODS: dict[str, type[Adapter]] = {}
+
+
+def register(name: str) -> Callable[[type[Adapter]], type[Adapter]]:
+    """Class decorator: makes an Adapter available as `method: name`."""
+
+    def add(cls: type[Adapter]) -> type[Adapter]:
+        _METHODS[name] = cls
+        return cls
+
+    return add
+
+
+def make_adapter(run: RunConfig, backbone: Backbone) -> Adapter:
+    """The adapter that `run.method` names, attached to the backbone."""
+    return _METHODS[run.method].build(run, backbone)
+
+
+@dataclass(frozen=True)
+class Importance:
+    """How much each adapted matrix matters; parallel lists in the model's order."""
+
+    names: list[str]
+    layer: list[int]
+    projection: list[str]
+    sensitivity: list[float]
+    """s_k: mean ||dL/dW_k||_F."""
+    weights: list[float]
+    """w_k: the sensitivities, normalised."""
+
+
+class Adapter(ABC):
+    """A method, attached to a model. The loop calls every hook at every step; they do nothing by default."""
+
+    model: nn.Module
+    flat: FlatParameters
+    calibration_batches: int = 0
+    """Batches that the method wants to see, without being updated, before training."""
+    importance_version: int = 0
+    """Counts up whenever the importances change."""
+
+    @classmethod
+    @abstractmethod
+    def build(cls, run: RunConfig, backbone: Backbone) -> Adapter:
+        """Attach to `backbone.model`, which is changed in place. Takes its own sections of `run`."""
+
+    @contextmanager
+    def calibrating(self) -> Iterator[None]:
+        """Around the calibration batches; leaves every parameter as it was."""
+        yield
+
+    def before_calibration_batch(self) -> None: ...
+
+    def after_calibration_batch(self, loss_scale: float) -> None:
+        """Gradients of one whole batch are in the flat buffer, unscaled; those that the method's own
+        layers kept are still multiplied by `loss_scale`."""
+
+    def finish_calibration(self) -> None:
+        """All calibration batches have been seen."""
+
+    def after_backward(self, signals: Signals, progress: float) -> None:
+        """Add the method's own gradient, and its measurements to `signals`."""
+
+    def after_step(self, signals: Signals, rates: Rates, progress: float) -> None:
+        """Parameters are updated, gradients still present."""
+
+    def importance(self) -> Importance | None:
+        """Reads the device. None while there is none."""
+        return None
+
+    def state(self) -> dict[str, torch.Tensor]:
+        """What a resume needs besides the flat parameters."""
+        return {}
+
+    def load_state(self, state: dict[str, torch.Tensor]) -> None: ...
+
+    @abstractmethod
+    def save(self, folder: Path) -> None:
+        """Write the adapter, in a form that PEFT loads, into an existing empty folder."""
+
+    def describe(self) -> list[str]:
+        """Lines that tell the user what was matched and what is trained."""
+        return []
+
+
+def head_parameters(model: nn.Module) -> list[nn.Parameter]:
+    """Trainable parameters that are no LoRA factors, in the model's order."""
+    return [p for name, p in model.named_parameters() if p.requires_grad and ".lora_" not in name]
+
+
+def to_json(importance: Importance, **more: Any) -> dict[str, Any]:
+    return vars(importance) | more

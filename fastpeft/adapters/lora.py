@@ -1,0 +1,33 @@
+"""LoRA (Hu et al., arXiv:2106.09685): W x + (alpha / r) B A x, with W frozen."""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+from typing import Self
+
+from fastpeft.adapters.base import Adapter, head_parameters, register
+from fastpeft.adapters.flat import FlatParameters
+from fastpeft.config import RunConfig
+from fastpeft.models.backbone import Backbone
+from fastpeft.models.inject import inject_lora
+
+
+@register("lora")
+class Lora(Adapter):
+    def __init__(self, run: RunConfig, backbone: Backbone) -> None:
+        self.model, self.blocks = inject_lora(backbone, run.adapter)
+        self.flat = FlatParameters(self.blocks, head_parameters(self.model))
+
+    @classmethod
+    def build(cls, run: RunConfig, backbone: Backbone) -> Self:
+        return cls(run, backbone)
+
+    def save(self, folder: Path) -> None:
+        self.model.save_pretrained(str(folder), save_embedding_layers=False)
+
+    def describe(self) -> list[str]:
+        matched = Counter(block.projection for block in self.blocks)
+        kinds = ", ".join(f"{name} x {count}" for name, count in matched.items())
+        trained, head = self.flat.num_adapter, self.flat.data.numel() - self.flat.num_adapter
+        return [f"LoRA on {len(self.blocks)} matrices ({kinds}): {trained:,} parameters, head {head:,}"]

@@ -1,0 +1,103 @@
+"""The clock of a run.
+
+It counts calibration, training, evaluation, checkpoints and the final save; set-up is outside. The
+training loop stops when the next step, plus 1.1 times the last measured evaluation and save, would
+overrun the budget.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+
+from fastpeft.config import Budget, Interval
+
+RESERVE_FACTOR = 1.1
+_SMOOTHING = 0.9
+
+
+class BudgetClock:
+    """Spent seconds, tokens and steps against one budget. All three survive a resume."""
+
+    def __init__(self, budget: Budget, now: Callable[[], float] = time.monotonic) -> None:
+        self.budget = budget
+        self.tokens = 0
+        self.steps = 0
+        self.final_s = 0.0
+        """Last measured evaluation and save, in seconds."""
+        self._now = now
+        self._before_s = 0.0
+        self._started: float | None = None
+        self._seconds_per_token = 0.0
+        self._progress = 0.0
+
+    def start(self, elapsed_s: float = 0.0) -> None:
+        """Start counting from `elapsed_s`, what earlier parts of the run spent."""
+        self._before_s = elapsed_s
+        self._started = self._now()
+
+    @property
+    def elapsed_s(self) -> float:
+        return self._before_s + (0.0 if self._started is None else self._now() - self._started)
+
+    @property
+    def spent(self) -> float:
+        """In the unit of the budget."""
+        spent = {"seconds": self.elapsed_s, "tokens": self.tokens, "steps": self.steps}
+        return spent[self.budget.kind]
+
+    @property
+    def progress(self) -> float:
+        """Share of what training may spend, 0 to 1, never falling: 1 is where training has to end."""
+        available = self.budget.limit
+        if self.budget.kind == "seconds":
+            available -= RESERVE_FACTOR * self.final_s
+        self._progress = max(self._progress, min(1.0, self.spent / max(available, 1e-9)))
+        return self._progress
+
+    def count_step(self, num_tokens: int, seconds: float) -> None:
+        self.steps += 1
+        self.count_tokens(num_tokens, seconds)
+
+    def count_tokens(self, num_tokens: int, seconds: float) -> None:
+        """Tokens that went forward and backward, in a step or in calibration."""
+        self.tokens += num_tokens
+        measured = seconds / max(1, num_tokens)
+        old = self._seconds_per_token or measured
+        self._seconds_per_token = _SMOOTHING * old + (1 - _SMOOTHING) * measured
+
+    def fits(self, num_tokens: int, more_s: float = 0.0) -> bool:
+        """Whether a step of `num_tokens`, and `more_s` beside it, fits before the final evaluation."""
+        limit = self.budget.limit
+        if self.budget.kind == "steps":
+            return self.steps < limit
+        if self.budget.kind == "tokens":
+            return self.tokens + num_tokens <= limit
+        step_s = num_tokens * self._seconds_per_token
+        return self.elapsed_s + step_s + more_s + RESERVE_FACTOR * self.final_s <= limit
+
+
+class Due:
+    """Says when something that happens every `interval` is due; `count` survives a resume."""
+
+    def __init__(self, interval: Interval, steps_per_epoch: int) -> None:
+        self.interval = interval
+        self.count = 0
+        self._steps_per_epoch = steps_per_epoch
+
+    def _periods(self, clock: BudgetClock) -> int:
+        if self.interval.unit == "fraction":
+            return int(clock.progress / self.interval.value + 1e-9)
+        if self.interval.unit == "seconds":
+            return int(clock.elapsed_s / self.interval.value)
+        if self.interval.unit == "steps":
+            return clock.steps // int(self.interval.value)
+        if self.interval.unit == "epoch":
+            return clock.steps // self._steps_per_epoch
+        return 0
+
+    def __call__(self, clock: BudgetClock) -> bool:
+        return self._periods(clock) > self.count
+
+    def done(self, clock: BudgetClock) -> None:
+        self.count = self._periods(clock)

@@ -1,0 +1,211 @@
+"""The `fastpeft` command. Imports are inside the commands, so that --help answers at once."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from fastpeft._version import __version__
+from fastpeft.errors import UserError
+
+EXIT_DIVERGED = 4
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    help="Fine-tune with LoRA inside a budget.",
+)
+runs = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Look at runs and run files.")
+app.add_typer(runs, name="runs")
+
+ResultsDir = Annotated[Path, typer.Option(help="Where the runs' folders are.")]
+
+
+def main() -> None:
+    """Entry point: a user's error becomes a message and an exit code, never a traceback."""
+    # OpenMP threads that spin while they wait make a step 100 times slower (measured) as soon as
+    # another process wants one of the cores. It is read when torch is loaded.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    try:
+        app()
+    except UserError as error:
+        print(f"fastpeft: {error}", file=sys.stderr)
+        sys.exit(error.exit_code)
+    except KeyboardInterrupt:
+        print("fastpeft: interrupted before training began; nothing was lost", file=sys.stderr)
+        sys.exit(130)
+    except BrokenPipeError:
+        sys.stderr.close()
+        sys.exit(1)
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        print(__version__)
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None: ...
+
+
+@app.command()
+def train(
+    overrides: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[KEY=VALUE]...", help="Settings over the file's, such as training.seed=1."),
+    ] = None,
+    run: Annotated[str | None, typer.Option(help="A preset's name, or the path of a YAML file.")] = None,
+    budget: Annotated[
+        str | None,
+        typer.Option(help="What the run may spend: 90s, 30m, 2h, 2000steps, 5Mtok or 50kJ."),
+    ] = None,
+    mode: Annotated[str, typer.Option(help="full, or trial: two steps through every code path.")] = "full",
+    results_dir: ResultsDir = Path("results"),
+    name: Annotated[str | None, typer.Option(help="The run's folder; RUN-YYYYmmdd-HHMMSS when absent.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Same as training.seed=N.")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Continue the run --name.")] = False,
+    no_stand_in: Annotated[
+        bool, typer.Option("--no-stand-in", help="Fail where model or data cannot be reached.")
+    ] = False,
+) -> None:
+    """Train a run to the end of its budget."""
+    config = _load(run, overrides or [], budget, seed, mode, resume)
+    from fastpeft.console import ConsoleReporter, closing_table
+
+    with ConsoleReporter() as reporter:
+        reporter.console.print("loading torch", style="dim")
+        from fastpeft.trainer import StopRequest
+        from fastpeft.trainer import train as train_run
+
+        stop = StopRequest()
+        result = train_run(
+            config,
+            results_dir=results_dir,
+            name=name,
+            resume=resume,
+            allow_stand_in=not no_stand_in,
+            reporter=reporter,
+            stop=stop,
+        )
+    folder = results_dir / result.name
+    reporter.console.print(closing_table(result))
+    print(f"\nrun folder   {folder}")
+    if result.status == "stopped":
+        print(
+            f"resume with  fastpeft train --resume --name {result.name} --results-dir {shlex.quote(str(results_dir))}"
+        )
+    else:
+        print(f"look again   fastpeft runs show {result.name} --results-dir {shlex.quote(str(results_dir))}")
+    if result.stand_in:
+        reporter.say(f"STAND-IN: these are numbers of {result.model} on {result.dataset}")
+    if result.status == "diverged":
+        raise typer.Exit(EXIT_DIVERGED)
+    if stop.signal is not None and result.status == "stopped":
+        raise typer.Exit(128 + stop.signal)
+
+
+def _load(
+    run: str | None,
+    overrides: list[str],
+    budget: str | None,
+    seed: int | None,
+    mode: str,
+    resume: bool,
+) -> Any:
+    """The RunConfig that the options mean; None if a resume takes what is stored."""
+    from fastpeft.config import load_run, trial_run
+
+    if mode not in ("trial", "full"):
+        raise UserError(f"--mode {mode!r}: expected trial or full")
+    texts = list(overrides)
+    texts += [f"budget={budget}"] if budget is not None else []
+    texts += [f"training.seed={seed}"] if seed is not None else []
+    if run is None:
+        if not resume:
+            from fastpeft.config import preset_names
+
+            raise UserError(f"train needs --run: a YAML file or one of {', '.join(preset_names())}")
+        if texts or mode == "trial":
+            raise UserError("--resume without --run takes the stored settings; give --run to check others against them")
+        return None
+    config = load_run(run, texts)
+    return trial_run(config) if mode == "trial" else config
+
+
+@runs.command("ls")
+def runs_ls(results_dir: ResultsDir = Path("results")) -> None:
+    """Every run under the results folder."""
+    from rich.console import Console
+
+    from fastpeft.console import runs_table
+    from fastpeft.runs.store import list_runs
+
+    folders = list(list_runs(results_dir))
+    if not folders:
+        print(f"no runs in {results_dir}")
+        return
+    Console(highlight=False).print(runs_table(folders))
+
+
+@runs.command("show")
+def runs_show(
+    run: Annotated[str, typer.Argument(help="A run's name, or a preset.")],
+    results_dir: ResultsDir = Path("results"),
+) -> None:
+    """A run's result and settings, or a preset with its defaults spelt out."""
+    import yaml
+    from rich.console import Console
+
+    from fastpeft.config import load_run, preset_names, run_values
+    from fastpeft.console import closing_table
+    from fastpeft.runs.store import RunFolder
+
+    folder = RunFolder.at(results_dir, run)
+    if folder.config.is_file():
+        result = folder.read_result()
+        if result is not None:
+            Console(highlight=False).print(closing_table(result))
+            print()
+        print(folder.config.read_text(), end="")
+    elif run in preset_names():
+        print(yaml.safe_dump(run_values(load_run(run)), sort_keys=False), end="")
+    else:
+        names = sorted(p.parent.name for p in results_dir.glob("*/run.yaml"))
+        raise UserError(
+            f"{run}: no run in {results_dir} and no preset has this name; "
+            f"runs: {', '.join(names) or 'none'}; presets: {', '.join(preset_names())}"
+        )
+
+
+@runs.command("validate")
+def runs_validate(
+    file: Annotated[str, typer.Argument(help="A YAML file or a preset's name.")],
+    overrides: Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...")] = None,
+) -> None:
+    """Check a run file without training."""
+    from fastpeft.config import load_run
+
+    run = load_run(file, overrides or [])
+    print(f"{file}: valid ({run.method} on {run.model.name}, {run.dataset.name})")
+
+
+@runs.command("schema")
+def runs_schema() -> None:
+    """JSON schema of a run file, for editors."""
+    import json
+
+    from fastpeft.config.load import json_schema
+
+    print(json.dumps(json_schema(), indent=2))

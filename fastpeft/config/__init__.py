@@ -1,0 +1,30 @@
+"""Run configurations: the schema, the shipped presets, loading and validation. No torch in here."""
+
+from fastpeft.config.load import (
+    ConfigError,
+    apply_stand_in,
+    load_run,
+    preset_names,
+    run_from_values,
+    run_values,
+    save_run,
+    trial_run,
+)
+from fastpeft.config.schema import RunConfig
+from fastpeft.config.units import Budget, Interval, parse_budget, parse_interval
+
+__all__ = [
+    "Budget",
+    "ConfigError",
+    "Interval",
+    "RunConfig",
+    "apply_stand_in",
+    "load_run",
+    "parse_budget",
+    "parse_interval",
+    "preset_names",
+    "run_from_values",
+    "run_values",
+    "save_run",
+    "trial_run",
+]

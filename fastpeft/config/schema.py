@@ -1,0 +1,288 @@
+"""Every configuration section, as frozen dataclasses. Nothing here imports torch or pydantic.
+
+A component takes its own section only. The docstring under a field is its documentation and
+appears in `fastpeft runs schema`. Validation is in load.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Annotated, Any, Literal
+
+from fastpeft.config.units import parse_budget, parse_interval
+
+
+@dataclass(frozen=True)
+class Range:
+    """Bounds of a number, told to pydantic without importing it here."""
+
+    gt: float | None = None
+    ge: float | None = None
+    lt: float | None = None
+    le: float | None = None
+
+    def __get_pydantic_core_schema__(self, source: Any, handler: Callable) -> dict:
+        return handler(source) | {k: v for k, v in vars(self).items() if v is not None}
+
+
+@dataclass(frozen=True)
+class Parsed:
+    """A text that `parse` must accept; the text itself is kept."""
+
+    parse: Callable[[str], Any]
+
+    def __get_pydantic_core_schema__(self, source: Any, handler: Callable) -> dict:
+        def check(value: str) -> str:
+            self.parse(value)
+            return value
+
+        return {
+            "type": "function-after",
+            "function": {"type": "no-info", "function": check},
+            "schema": handler(source),
+        }
+
+
+PositiveInt = Annotated[int, Range(ge=1)]
+NonNegativeInt = Annotated[int, Range(ge=0)]
+PositiveFloat = Annotated[float, Range(gt=0)]
+NonNegativeFloat = Annotated[float, Range(ge=0)]
+Fraction = Annotated[float, Range(ge=0, lt=1)]
+
+_STRICT_KEYS = {"extra": "forbid", "use_attribute_docstrings": True, "allow_inf_nan": False}
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    __pydantic_config__ = _STRICT_KEYS
+
+    name: str
+    """A local folder, or a Hugging Face model name. Code from a repository is never run."""
+    revision: str = "main"
+    """Branch, tag or commit of a hub model."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdapterConfig:
+    __pydantic_config__ = _STRICT_KEYS
+
+    rank: Annotated[int, Range(ge=1, le=256)] = 8
+    """Rank r of every update B A."""
+    alpha: PositiveFloat = 16.0
+    """lora_alpha: the update is scaled by alpha / rank."""
+    dropout: Fraction = 0.0
+    """Dropout on the adapter's input."""
+    target_modules: str | list[str] = "attention"
+    """Linear layers to adapt: `qv`, `attention` or `all-linear`; a regular expression that matches
+    whole module names; or a list of name endings such as [query_proj, value_proj]."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RegulariserConfig:
+    """The importance-weighted penalty of IW-LoRA."""
+
+    __pydantic_config__ = _STRICT_KEYS
+
+    alpha: NonNegativeFloat = 1e-4
+    """Strength of the penalty, added to the loss. 0 is plain LoRA."""
+    beta: NonNegativeFloat = 1.0
+    """Exponent on (1 - w_k)."""
+    penalty: Literal["product", "factors"] = "product"
+    """product: ||s B A||_F^2. factors: ||A||_F^2 + ||B||_F^2."""
+    normalise: Literal["sum", "max"] = "sum"
+    """Divide the sensitivities by their sum (the paper) or by their maximum."""
+    estimator: Literal["exact", "sketch", "lora_a"] = "exact"
+    """How the sensitivity ||dL/dW||_F is measured. lora_a needs warmup_learning_rate > 0."""
+    calibration: Literal["separate", "inline"] = "separate"
+    """separate: batches before training. inline: the sketch, during the rate's warm-up, free."""
+    warmup_steps: PositiveInt = 150
+    """Calibration batches; capped at 2 % of the budget, but at least 8."""
+    warmup_learning_rate: NonNegativeFloat = 0.0
+    """Rate at which the adapter moves while lora_a calibrates; its weights are restored after."""
+    decoupled: bool = False
+    """Shrink A and B directly, as AdamW does with weight decay, instead of adding a gradient."""
+    decoupled_alpha: NonNegativeFloat = 1.0
+    """Strength of the penalty when decoupled; `alpha` is then not used."""
+    online: bool = False
+    """Keep measuring the sketch while training and re-weight."""
+    online_decay: Annotated[float, Range(gt=0, lt=1)] = 0.99
+    """Decay of the running mean behind `online`, a step."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScheduleConfig:
+    __pydantic_config__ = _STRICT_KEYS
+
+    name: Literal["constant", "linear", "cosine", "wsd", "rex"] = "linear"
+    """Shape of the learning rate after the warm-up, over the share of the budget spent."""
+    warmup_steps: NonNegativeInt = 500
+    """Linear warm-up; capped at 6 % of the budget."""
+    final_ratio: Fraction = 0.0
+    """The rate at the end, as a share of the peak (linear, cosine, wsd)."""
+    decay_fraction: Annotated[float, Range(gt=0, le=1)] = 0.2
+    """wsd: the share of the budget over which the rate decays."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimizerConfig:
+    __pydantic_config__ = _STRICT_KEYS
+
+    name: Literal["adamw"] = "adamw"
+    beta1: Fraction = 0.9
+    beta2: Fraction = 0.999
+    eps: PositiveFloat = 1e-8
+    weight_decay: NonNegativeFloat = 0.01
+    """Decoupled weight decay of the adapter."""
+    head_weight_decay: NonNegativeFloat = 0.01
+    """Decoupled weight decay of the task head."""
+    head_lr_ratio: PositiveFloat = 1.0
+    """The head's learning rate, as a multiple of the adapter's."""
+    max_grad_norm: NonNegativeFloat = 1.0
+    """Clip the gradient of all trainable parameters to this norm; 0 switches clipping off."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ColumnsConfig:
+    __pydantic_config__ = _STRICT_KEYS
+
+    text: str | None = None
+    """Column of the text, or of a pair's first text. Guessed from the usual names when absent."""
+    text_pair: str | None = None
+    """Column of a pair's second text."""
+    label: str | None = None
+    """Column of the label."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DatasetConfig:
+    __pydantic_config__ = _STRICT_KEYS
+
+    name: str = "local"
+    """A task the package knows: `mnli`, `embedded-nli`; or any name when `path` is given."""
+    path: str | None = None
+    """A file, or a folder that holds train.* and dev.* (validation.*, dev_matched.*) files in
+    jsonl, csv, tsv or parquet."""
+    columns: ColumnsConfig = field(default_factory=ColumnsConfig)
+    labels: list[str] | None = None
+    """Label names in the order of their numbers; taken from the training data when absent."""
+    on_bad_row: Literal["error", "skip"] = "error"
+    """A malformed row stops the run, or is skipped and counted."""
+    validation_fraction: Annotated[float, Range(gt=0, lt=1)] = 0.1
+    """Share of the rows held out when `path` is a single file."""
+    max_length: Annotated[int, Range(ge=8)] = 256
+    """Longest sequence in tokens; what is longer is cut, and counted."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingConfig:
+    __pydantic_config__ = _STRICT_KEYS
+
+    learning_rate: PositiveFloat = 2e-4
+    """Peak learning rate."""
+    batch_size: PositiveInt = 32
+    """Sequences an optimizer step."""
+    micro_batch_tokens: PositiveInt = 16384
+    """Most padded tokens in one forward pass; a larger batch is accumulated."""
+    epochs: PositiveFloat = 3.0
+    """Passes over the data when no budget is given."""
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
+    """Of the frozen weights and activations; adapters, gradients and moments are fp32. auto: bf16
+    where the processor multiplies it natively, else fp32."""
+    checkpoint_steps: PositiveInt = 500
+    """Steps between checkpoints."""
+    seed: NonNegativeInt = 42
+    """Of the initial weights, the data order and dropout."""
+    threads: NonNegativeInt = 0
+    """CPU threads; 0 leaves torch's choice."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluationConfig:
+    __pydantic_config__ = _STRICT_KEYS
+
+    every: Annotated[str, Parsed(parse_interval)] = "20%"
+    """`20%` of the budget, `500steps`, `60s`, `epoch`, or `end` for the final one only."""
+    max_examples: NonNegativeInt = 0
+    """Evaluate on the first this many validation rows; 0 takes all."""
+    batch_tokens: PositiveInt = 16384
+    """Most padded tokens in one evaluation batch."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SearchParameter:
+    __pydantic_config__ = _STRICT_KEYS
+
+    type: Literal["loguniform", "uniform", "int", "categorical"]
+    low: float | None = None
+    high: float | None = None
+    choices: list[bool | int | float | str] | None = None
+
+    def __post_init__(self) -> None:
+        if self.type == "categorical":
+            if not self.choices or self.low is not None or self.high is not None:
+                raise ValueError("a categorical parameter takes `choices`, and no low or high")
+        elif self.low is None or self.high is None or self.choices is not None:
+            raise ValueError(f"a {self.type} parameter takes `low` and `high`, and no choices")
+        elif not self.low < self.high or (self.type == "loguniform" and self.low <= 0):
+            raise ValueError(f"low must be under high, and positive for loguniform: {self}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptunaConfig:
+    __pydantic_config__ = _STRICT_KEYS
+
+    trials: PositiveInt = 30
+    direction: Literal["maximize", "minimize"] = "maximize"
+    space: dict[str, SearchParameter] = field(default_factory=dict)
+    """Dotted key of this file -> the values to search."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class WandbConfig:
+    __pydantic_config__ = _STRICT_KEYS
+
+    mode: Literal["auto", "online", "offline", "disabled"] = "auto"
+    """auto: online where a key is present, else offline; always off in trial mode."""
+    project: str = "fastpeft"
+
+
+@dataclass(frozen=True, kw_only=True)
+class StandInConfig:
+    """What a run uses, said loudly, when its model and data cannot be reached."""
+
+    __pydantic_config__ = _STRICT_KEYS
+
+    model: str
+    """Name of a small model shipped with the package."""
+    dataset: str
+    """Name of a generated task."""
+    overrides: dict[str, Any] = field(default_factory=dict)
+    """Dotted keys that suit the small model."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """One run. `extends: NAME` in a file inherits another run's values."""
+
+    __pydantic_config__ = _STRICT_KEYS
+
+    run_id: str
+    """Name of the run's kind; the default for --name, followed by the time."""
+    method: Literal["lora", "iw_lora"]
+    model: ModelConfig
+    adapter: AdapterConfig = field(default_factory=AdapterConfig)
+    regulariser: RegulariserConfig = field(default_factory=RegulariserConfig)
+    schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    dataset: DatasetConfig = field(default_factory=DatasetConfig)
+    training: TrainingConfig = field(default_factory=TrainingConfig)
+    budget: Annotated[str, Parsed(parse_budget)] | None = None
+    """90s, 30m, 2h, 2000steps, 5Mtok, 50kJ; without one, training.epochs decides."""
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    optuna: OptunaConfig = field(default_factory=OptunaConfig)
+    wandb: WandbConfig = field(default_factory=WandbConfig)
+    stand_in: StandInConfig | None = None
+    """Applies only while the names of model and dataset are the file's own."""
+    overrides: dict[str, Any] = field(default_factory=dict)
+    """What the user set over the file, by dotted key; written by `fastpeft train`."""

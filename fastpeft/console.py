@@ -1,0 +1,164 @@
+"""What `fastpeft train` prints: a live line in a terminal, plain lines elsewhere, a closing table.
+
+It reads events only, as every display does.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn
+from rich.table import Table
+
+from fastpeft.runs.events import Event, number
+from fastpeft.runs.store import Result, RunFolder
+
+PLAIN_EVERY_S = 10.0
+_RATE_WINDOW = 64
+
+
+class ConsoleReporter(AbstractContextManager):
+    """A trainer's Reporter. Use as a context: leaving it clears the live line."""
+
+    def __init__(self, console: Console | None = None) -> None:
+        self.console = console or Console(highlight=False, soft_wrap=True)
+        self._progress: Progress | None = None
+        self._task: Any = None
+        self._recent: deque[tuple[float, int]] = deque(maxlen=_RATE_WINDOW)
+        self._printed_at = 0.0
+        self._first: tuple[float, float] | None = None
+
+    def say(self, message: str) -> None:
+        style = "yellow" if message.startswith("STAND-IN") else None
+        self.console.print(message, style=style, markup=False)
+
+    def on_event(self, event: Event) -> None:
+        handler = getattr(self, f"_on_{event['type']}", None)
+        if handler is not None:
+            handler(event)
+
+    def __exit__(self, *exception: object) -> None:
+        if self._progress is not None:
+            self._progress.stop()
+            self._progress = None
+
+    # ---- events ----------------------------------------------------------------------------
+
+    def _on_run(self, event: Event) -> None:
+        for note in event["notes"]:
+            self.say(note)
+        budget = event["budget"]
+        self.say(f"budget: {budget['limit']:,.0f} {budget['kind']}")
+        if self.console.is_terminal:
+            columns = (
+                TextColumn("{task.description}"),
+                BarColumn(bar_width=20),
+                TextColumn("{task.fields[tail]}"),
+            )
+            self._progress = Progress(*columns, console=self.console, refresh_per_second=4, transient=True)
+            self._task = self._progress.add_task("starting", total=1.0, tail="")
+            self._progress.start()
+
+    def _on_step(self, event: Event) -> None:
+        self._recent.append((event["elapsed_s"], event["tokens"]))
+        line = (
+            f"step {event['step'] + 1:,}  loss {number(event['loss']):.4f}  lr {event['lr']:.2e}  "
+            f"{self._tokens_per_s():,.0f} tok/s"
+        )
+        progress, eta = event["progress"], self._eta(event)
+        if self._progress is not None:
+            tail = f"{progress:4.0%}  {eta}"
+            self._progress.update(self._task, completed=progress, description=line, tail=tail)
+        elif time.monotonic() - self._printed_at >= PLAIN_EVERY_S or event["step"] == 0:
+            self._printed_at = time.monotonic()
+            self.say(f"{line}  {progress:.0%} of the budget  {eta}")
+
+    def _on_eval(self, event: Event) -> None:
+        self.say(
+            f"evaluation at step {event['step']:,}, {event['elapsed_s']:.0f} s: {event['metric']} "
+            f"{event['value']:.4f} on {event['num']:,} rows, loss {number(event['loss']):.4f}"
+        )
+
+    def _on_importance(self, event: Event) -> None:
+        if "num_batches" not in event:
+            return
+        ranked = sorted(zip(event["weights"], event["names"]), reverse=True)
+        self.say(
+            f"importances from {event['num_batches']} batches in {event['seconds']:.1f} s: highest "
+            f"{ranked[0][0]:.4f} {ranked[0][1]}, lowest {ranked[-1][0]:.4f} {ranked[-1][1]}"
+        )
+
+    def _on_warning(self, event: Event) -> None:
+        self.console.print(f"warning: {event['message']}", style="yellow", markup=False)
+
+    # ---- figures ---------------------------------------------------------------------------
+
+    def _tokens_per_s(self) -> float:
+        (first, _), (last, _) = self._recent[0], self._recent[-1]
+        tokens = sum(count for _, count in list(self._recent)[1:])
+        return tokens / (last - first) if last > first else 0.0
+
+    def _eta(self, event: Event) -> str:
+        """Time to the end, from the progress since this process started."""
+        now, progress = event["elapsed_s"], event["progress"]
+        if self._first is None:
+            self._first = (now, progress)
+        gained = progress - self._first[1]
+        if gained <= 0:
+            return "ETA --"
+        left = (now - self._first[0]) / gained * (1 - progress)
+        return f"ETA {int(left // 60)}:{int(left % 60):02d}"
+
+
+def closing_table(result: Result) -> Table:
+    """One row a fact, of a run that has ended."""
+    table = Table(show_header=False, box=None, pad_edge=False)
+    table.add_column(style="bold")
+    table.add_column()
+    budget = result.budget
+    rows = {
+        "status": result.status,
+        result.metric.get("name", "metric"): _value(result.metric),
+        "best": f"{_value(result.best)} at step {result.best['step']:,}" if result.best else "none",
+        "budget": f"{budget['spent']:,.1f} of {budget['limit']:,.0f} {budget['kind']}",
+        "time": f"{result.elapsed_s:.1f} s, and {result.setup_s:.1f} s of set-up",
+        "trained on": f"{result.tokens:,} tokens in {result.steps:,} steps",
+        "adapter": "-" if result.adapter_mb is None else f"{result.adapter_mb:.2f} MB",
+        "peak memory": "-" if result.peak_memory_mb is None else f"{result.peak_memory_mb:,.0f} MB",
+        "model, data": f"{result.model} on {result.dataset}{' (STAND-IN)' if result.stand_in else ''}",
+    }
+    for name, value in rows.items():
+        table.add_row(name, value)
+    return table
+
+
+def runs_table(folders: list[RunFolder]) -> Table:
+    """`fastpeft runs ls`: a line a run."""
+    table = Table(box=None, pad_edge=False)
+    for name in ("run", "status", "metric", "best", "steps", "time", "model, data"):
+        table.add_column(name, overflow="fold")
+    for folder in folders:
+        result = folder.read_result()
+        if result is None:
+            table.add_row(folder.path.name, "no result", *["-"] * 5)
+            continue
+        stand_in = " (stand-in)" if result.stand_in else ""
+        table.add_row(
+            result.name,
+            result.status,
+            _value(result.metric),
+            _value(result.best),
+            f"{result.steps:,}",
+            f"{result.elapsed_s:.0f} s",
+            f"{Path(result.model).name} on {result.dataset}{stand_in}",
+        )
+    return table
+
+
+def _value(metric: dict[str, Any]) -> str:
+    return f"{metric['value']:.4f}" if "value" in metric else "-"

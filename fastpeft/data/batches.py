@@ -1,0 +1,159 @@
+"""Token batches of similar length, in an order that is a pure function of (seed, epoch).
+
+Shapes: N rows, L tokens of the longest row of a batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from fastpeft.data.task import Examples
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+# Rows are sorted by length inside pools of this many batches: long enough that a batch holds rows
+# of nearly one length, short enough that every part of an epoch sees every length.
+POOL_BATCHES = 64
+
+# Widths are rounded up to this: few distinct shapes, for which libraries build kernels only once.
+WIDTH_MULTIPLE = 8
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """Tokenised rows, concatenated: row i is tokens offsets[i]:offsets[i + 1]."""
+
+    tokens: np.ndarray
+    segments: np.ndarray | None
+    """Token type ids, for models that read them."""
+    offsets: np.ndarray
+    labels: np.ndarray
+    num_truncated: int
+    pad_token: int
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    @property
+    def lengths(self) -> np.ndarray:
+        return np.diff(self.offsets)
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Model inputs (each N x L), labels (N), and how many of the N * L tokens are no padding."""
+
+    inputs: dict[str, torch.Tensor]
+    labels: torch.Tensor
+    num_tokens: int
+
+
+def encode(examples: Examples, tokenizer: PreTrainedTokenizerBase, max_length: int, segments: bool) -> Encoded:
+    """Tokenise once, before training. What is longer than `max_length` is cut and counted."""
+    call: dict[str, Any] = {"return_attention_mask": False, "return_token_type_ids": segments}
+    rows = tokenizer(examples.text, examples.text_pair, truncation=True, max_length=max_length, **call)
+    lengths = np.array([len(ids) for ids in rows["input_ids"]], dtype=np.int64)
+    full = np.flatnonzero(lengths == max_length)
+    num_truncated = 0
+    if len(full):
+        pair = None if examples.text_pair is None else [examples.text_pair[i] for i in full]
+        uncut = tokenizer([examples.text[i] for i in full], pair, verbose=False, **call)
+        num_truncated = sum(len(ids) > max_length for ids in uncut["input_ids"])
+    return Encoded(
+        tokens=_concatenate(rows["input_ids"], np.int32),
+        segments=_concatenate(rows["token_type_ids"], np.uint8) if segments else None,
+        offsets=np.concatenate([[0], np.cumsum(lengths)]),
+        labels=np.array(examples.labels, dtype=np.int64),
+        num_truncated=num_truncated,
+        pad_token=tokenizer.pad_token_id,
+    )
+
+
+class Batches:
+    """Training batches: `epoch(e)` lists the rows of each optimizer step of epoch e."""
+
+    def __init__(self, encoded: Encoded, batch_size: int, seed: int) -> None:
+        self.encoded = encoded
+        self.batch_size = batch_size
+        self.seed = seed
+        self._cached: tuple[int, list[np.ndarray]] = (-1, [])
+
+    def __len__(self) -> int:
+        """Optimizer steps an epoch; the last batch may be short."""
+        return -(-len(self.encoded) // self.batch_size)
+
+    def epoch(self, epoch: int) -> list[np.ndarray]:
+        if self._cached[0] != epoch:
+            self._cached = (epoch, self._order(epoch))
+        return self._cached[1]
+
+    def rows(self, position: int) -> np.ndarray:
+        """Rows of the step at `position`, counted over all epochs from 0."""
+        epoch, index = divmod(position, len(self))
+        return self.epoch(epoch)[index]
+
+    def _order(self, epoch: int) -> list[np.ndarray]:
+        generator = np.random.default_rng([self.seed, epoch])
+        shuffled = generator.permutation(len(self.encoded))
+        pool = self.batch_size * POOL_BATCHES
+        batches: list[np.ndarray] = []
+        for start in range(0, len(shuffled), pool):
+            rows = shuffled[start : start + pool]
+            rows = rows[np.argsort(self.encoded.lengths[rows], kind="stable")]
+            batches += [rows[i : i + self.batch_size] for i in range(0, len(rows), self.batch_size)]
+        return [batches[i] for i in generator.permutation(len(batches))]
+
+
+def micro_batches(encoded: Encoded, rows: np.ndarray, max_tokens: int) -> Iterator[np.ndarray]:
+    """Split `rows` so that each part, padded to its longest row, has at most `max_tokens` tokens.
+
+    A single row over the limit is a part of its own.
+    """
+    rows = rows[np.argsort(encoded.lengths[rows], kind="stable")]
+    lengths = encoded.lengths[rows]
+    start = 0
+    for end in range(1, len(rows) + 1):
+        if end == len(rows) or (end + 1 - start) * lengths[end] > max_tokens:
+            yield rows[start:end]
+            start = end
+
+
+def evaluation_batches(encoded: Encoded, max_tokens: int) -> list[np.ndarray]:
+    """All rows by length, in batches of at most `max_tokens` padded tokens."""
+    return list(micro_batches(encoded, np.arange(len(encoded)), max_tokens))
+
+
+def collate(encoded: Encoded, rows: np.ndarray, device: torch.device) -> Batch:
+    """Pad `rows` to the longest of them and move them to `device`, without waiting for it."""
+    lengths = encoded.lengths[rows]
+    width = -(-int(lengths.max()) // WIDTH_MULTIPLE) * WIDTH_MULTIPLE
+    tokens = np.full((len(rows), width), encoded.pad_token, dtype=np.int64)
+    mask = np.zeros((len(rows), width), dtype=np.int64)
+    types = None if encoded.segments is None else np.zeros((len(rows), width), dtype=np.int64)
+    for i, row in enumerate(rows):
+        start, length = encoded.offsets[row], lengths[i]
+        tokens[i, :length] = encoded.tokens[start : start + length]
+        mask[i, :length] = 1
+        if types is not None:
+            types[i, :length] = encoded.segments[start : start + length]
+    arrays = {"input_ids": tokens, "attention_mask": mask}
+    if types is not None:
+        arrays["token_type_ids"] = types
+
+    def move(array: np.ndarray) -> torch.Tensor:
+        tensor = torch.from_numpy(array)
+        return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
+
+    inputs = {name: move(array) for name, array in arrays.items()}
+    return Batch(inputs, move(encoded.labels[rows]), int(lengths.sum()))
+
+
+def _concatenate(rows: list[list[int]], dtype: type) -> np.ndarray:
+    total = sum(map(len, rows))
+    return np.fromiter((token for row in rows for token in row), dtype=dtype, count=total)

@@ -1,0 +1,73 @@
+"""What a task is: labelled texts in two splits, and the error that bad data raises."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from fastpeft.errors import UserError
+
+
+class DataError(UserError):
+    """Data that cannot be used; the message names the file, the line and what was found."""
+
+
+@dataclass(frozen=True)
+class Examples:
+    """Parallel columns; `text_pair` is None for single texts."""
+
+    text: list[str]
+    text_pair: list[str] | None
+    labels: list[int]
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def head(self, num_rows: int) -> Examples:
+        """The first rows; 0 means all."""
+        if not num_rows:
+            return self
+        pair = None if self.text_pair is None else self.text_pair[:num_rows]
+        return Examples(self.text[:num_rows], pair, self.labels[:num_rows])
+
+
+@dataclass(frozen=True)
+class ClassificationTask:
+    name: str
+    label_names: tuple[str, ...]
+    train: Examples
+    validation: Examples
+    metric: str = "accuracy"
+    skipped_rows: dict[str, int] = field(default_factory=dict)
+    """Split -> rows left out under on_bad_row: skip."""
+
+    def __post_init__(self) -> None:
+        for split, examples in (("training", self.train), ("validation", self.validation)):
+            if not len(examples):
+                raise DataError(f"dataset {self.name}: the {split} split is empty")
+
+    def describe(self) -> str:
+        shares = Counter(self.train.labels)
+        labels = ", ".join(f"{name} {shares[i] / len(self.train):.0%}" for i, name in enumerate(self.label_names))
+        return f"{self.name}: {len(self.train):,} training rows ({labels}), {len(self.validation):,} validation rows"
+
+
+class LabelIndex:
+    """Label names to numbers. Takes a name, or a number where no name looks like it."""
+
+    MISSING = (None, "", "-", "-1")
+    """What datasets write where there is no gold label."""
+
+    def __init__(self, names: tuple[str, ...]) -> None:
+        self.names = names
+        self._numbers = {str(i): i for i in range(len(names))} | {n: i for i, n in enumerate(names)}
+
+    @classmethod
+    def from_values(cls, values: set[str]) -> LabelIndex:
+        """Labels found in training data, sorted; whole numbers by value."""
+        key: Callable = int if all(v.lstrip("-").isdigit() for v in values) else str
+        return cls(tuple(sorted(values, key=key)))
+
+    def __call__(self, value: str) -> int | None:
+        return self._numbers.get(value)

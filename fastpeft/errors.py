@@ -1,0 +1,13 @@
+"""The errors that are the user's to mend: shown as a message with an exit code, never a traceback."""
+
+
+class UserError(ValueError):
+    """Input that cannot be used as it is; the message names the input and the fix."""
+
+    exit_code = 2
+
+
+class UnavailableError(UserError):
+    """A model or dataset that cannot be had."""
+
+    exit_code = 3

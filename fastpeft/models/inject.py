@@ -1,0 +1,164 @@
+"""Put LoRA layers into a model through PEFT, so that saving, merging and loading stay PEFT's."""
+
+from __future__ import annotations
+
+import re
+import warnings
+from dataclasses import dataclass
+from typing import Any
+
+import peft
+import torch
+from peft.tuners.lora import Linear as PeftLoraLinear
+from torch import nn
+
+from fastpeft.config.schema import AdapterConfig
+from fastpeft.errors import UserError
+from fastpeft.kernels import lora_linear
+from fastpeft.models.backbone import Backbone
+
+ADAPTER_NAME = "default"
+
+_QUERY_VALUE = r"q|query|q_proj|query_proj|q_lin|v|value|v_proj|value_proj|v_lin"
+_ATTENTION = _QUERY_VALUE + r"|k|key|k_proj|key_proj|k_lin|o_proj|out_lin"
+_BLOCK = re.compile(r"\.(\d+)\.")
+
+
+class LoraLinear(PeftLoraLinear):
+    """PEFT's LoRA layer, computed by fastpeft.kernels.lora_linear where it is plain LoRA."""
+
+    probe: Any = None
+    """While calibrating: called as probe(x, weight, bias) in place of the layer."""
+
+    def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        base = self.base_layer
+        if self.probe is not None:
+            return self.probe(x, base.weight, base.bias)
+        plain = (
+            type(base) is nn.Linear
+            and not (self.disable_adapters or self.merged or args or kwargs or self.lora_variant)
+            and self.active_adapters == [ADAPTER_NAME]
+            and isinstance(self.lora_dropout[ADAPTER_NAME], nn.Identity)
+        )
+        if not plain:
+            return super().forward(x, *args, **kwargs)
+        return lora_linear(
+            x.to(base.weight.dtype),
+            base.weight,
+            base.bias,
+            self.lora_A[ADAPTER_NAME].weight,
+            self.lora_B[ADAPTER_NAME].weight,
+            self.scaling[ADAPTER_NAME],
+        )
+
+
+@dataclass
+class LoraBlock:
+    """One adapted matrix."""
+
+    name: str
+    """Module path in the bare model, such as bert.encoder.layer.0.attention.self.query."""
+    layer: int
+    """Index of the transformer layer."""
+    projection: str
+    """Last part of the name that tells projections apart, such as query or intermediate.dense."""
+    module: LoraLinear
+
+    @property
+    def lora_a(self) -> nn.Parameter:
+        return self.module.lora_A[ADAPTER_NAME].weight
+
+    @property
+    def lora_b(self) -> nn.Parameter:
+        return self.module.lora_B[ADAPTER_NAME].weight
+
+    @property
+    def scale(self) -> float:
+        return self.module.scaling[ADAPTER_NAME]
+
+
+def inject_lora(backbone: Backbone, config: AdapterConfig) -> tuple[nn.Module, list[LoraBlock]]:
+    """Wrap the backbone in a PeftModel with LoRA on the matched layers and a trainable head.
+
+    Raises:
+        UserError: no linear layer matches; the message lists those that there are.
+    """
+    names = match_targets(backbone.model, backbone.head, config.target_modules)
+    lora = peft.LoraConfig(
+        task_type=peft.TaskType.SEQ_CLS,
+        r=config.rank,
+        lora_alpha=config.alpha,
+        lora_dropout=config.dropout,
+        target_modules=_shortest(names, backbone.model),
+        modules_to_save=list(backbone.head),
+    )
+    lora._register_custom_module({nn.Linear: LoraLinear})
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # PEFT reads a property that transformers renames
+        model = peft.get_peft_model(backbone.model, lora, adapter_name=ADAPTER_NAME)
+    blocks = []
+    for name in names:
+        module = model.base_model.model.get_submodule(name)
+        blocks.append(LoraBlock(name, _layer(name), projection_of(name), module))
+    return model, blocks
+
+
+def match_targets(model: nn.Module, head: list[str], wanted: str | list[str]) -> list[str]:
+    """Names of the linear layers that `adapter.target_modules` means, in the model's order."""
+    linears = [
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear) and not any(name == h or name.startswith(f"{h}.") for h in head)
+    ]
+    found = [name for name in linears if _matches(name, wanted)]
+    if not found:
+        kinds = sorted({projection_of(name) for name in linears if _BLOCK.search(name)})
+        raise UserError(
+            f"adapter.target_modules {wanted!r} matches no linear layer of this model. Its linear layers end in "
+            f"{', '.join(kinds)}; or take qv, attention, all-linear, or a regular expression for whole names such "
+            f"as {linears[0]}"
+        )
+    return found
+
+
+def _matches(name: str, wanted: str | list[str]) -> bool:
+    inside = _BLOCK.search(name) is not None
+    if isinstance(wanted, list):
+        return any(name == ending or name.endswith(f".{ending}") for ending in wanted)
+    last = name.rsplit(".", 1)[-1]
+    if wanted == "all-linear":
+        return inside
+    if wanted == "qv":
+        return inside and re.fullmatch(_QUERY_VALUE, last) is not None
+    if wanted == "attention":
+        output = re.search(r"\.attention\.output\.dense$", name) is not None
+        return inside and (output or re.fullmatch(_ATTENTION, last) is not None)
+    if wanted.isidentifier():
+        return last == wanted
+    try:
+        return re.fullmatch(wanted, name) is not None
+    except re.error as error:
+        raise UserError(f"adapter.target_modules {wanted!r} is no regular expression: {error}") from None
+
+
+def projection_of(name: str) -> str:
+    """What tells the matrices of one layer apart: `query`, `attention.output.dense`, `up_proj`."""
+    inside = _BLOCK.split(name)[-1]
+    last = inside.rsplit(".", 1)[-1]
+    return inside if last == "dense" else last
+
+
+def _layer(name: str) -> int:
+    found = _BLOCK.search(name)
+    return int(found.group(1)) if found else 0
+
+
+def _shortest(names: list[str], model: nn.Module) -> list[str]:
+    """Name endings if they mean exactly `names`, as other tools read them; else the full names."""
+    endings = sorted({name.rsplit(".", 1)[-1] for name in names})
+    meant = {
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear) and name.rsplit(".", 1)[-1] in endings
+    }
+    return endings if meant == set(names) else names

@@ -1,0 +1,1 @@
+"""Run folders: the event log, result.json, listing. No torch in here."""

@@ -1,0 +1,109 @@
+"""events.jsonl: one JSON object a line, append-only, safe to read while it is written.
+
+Every event has `type`, `time_s` (Unix time), `elapsed_s` (the budget clock) and `step`. Numbers that
+are not finite are written as the strings "nan", "inf" and "-inf", so that every line is strict JSON.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+Event = dict[str, Any]
+
+FLUSH_S = 1.0
+
+_NON_FINITE = {"nan": math.nan, "inf": math.inf, "-inf": -math.inf}
+
+
+def finite(value: Any) -> Any:
+    """`value` with every non-finite float, at any depth, as a string."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return "nan" if value != value else ("inf" if value > 0 else "-inf")
+    if isinstance(value, dict):
+        return {k: finite(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [finite(v) for v in value]
+    return value
+
+
+def number(value: Any) -> float:
+    """A number of an event as a float again, non-finite ones included."""
+    return _NON_FINITE[value] if isinstance(value, str) else float(value)
+
+
+class EventLog:
+    """Appends events; may be called from several threads. Lines reach the disk once a second.
+
+    `listeners` are called with every event, in the writing thread: they must be quick.
+    """
+
+    def __init__(self, path: Path, listeners: tuple[Callable[[Event], None], ...] = ()) -> None:
+        self._file = path.open("ab", buffering=1 << 16)
+        if self._file.tell() and _last_byte(path) != b"\n":
+            self._file.write(b"\n")  # the line that a kill cut off stays a malformed line of its own
+        self._listeners = listeners
+        self._lock = threading.Lock()
+        self._flushed_at = time.monotonic()
+
+    def write(self, type: str, *, elapsed_s: float, step: int, **fields: Any) -> None:
+        event = {
+            "type": type,
+            "time_s": round(time.time(), 3),
+            "elapsed_s": round(elapsed_s, 4),
+            "step": step,
+        }
+        event |= finite(fields)
+        line = json.dumps(event, allow_nan=False, separators=(",", ":")).encode() + b"\n"
+        with self._lock:
+            if self._file.closed:
+                return
+            self._file.write(line)
+            if time.monotonic() - self._flushed_at >= FLUSH_S or type not in ("step", "system"):
+                self._flush()
+            for listener in self._listeners:
+                listener(event)
+
+    def offset(self) -> int:
+        """Bytes written so far, all of them on disk when this returns."""
+        with self._lock:
+            self._flush()
+            os.fsync(self._file.fileno())
+            return self._file.tell()
+
+    def close(self) -> None:
+        with self._lock:
+            if not self._file.closed:
+                self._flush()
+                self._file.close()
+
+    def _flush(self) -> None:
+        self._file.flush()
+        self._flushed_at = time.monotonic()
+
+
+def read_events(path: Path, offset: int = 0) -> Iterator[Event]:
+    """Events from byte `offset` on. Malformed lines, and a last line still being written, are passed over."""
+    with path.open("rb") as file:
+        file.seek(offset)
+        for line in file:
+            if not line.endswith(b"\n"):
+                return
+            try:
+                event = json.loads(line)
+            except ValueError:
+                continue
+            if isinstance(event, dict) and isinstance(event.get("type"), str):
+                yield event
+
+
+def _last_byte(path: Path) -> bytes:
+    with path.open("rb") as file:
+        file.seek(-1, os.SEEK_END)
+        return file.read(1)

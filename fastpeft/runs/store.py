@@ -1,0 +1,151 @@
+"""The folder of a run: its names, its small JSON files, and the list of all runs."""
+
+from __future__ import annotations
+
+import dataclasses
+import fcntl
+import json
+import os
+import re
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import IO, Any
+
+from fastpeft.errors import UserError
+from fastpeft.runs.events import finite
+
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
+
+
+class RunError(UserError):
+    """A run's name or folder cannot be used as asked; the message says what to do."""
+
+
+@dataclass(kw_only=True)
+class Result:
+    """What result.json holds. `metric` is of adapter/, `best` of adapter_best/; metrics are in 0..1."""
+
+    run_id: str
+    name: str
+    status: str = "running"
+    """running, done, stopped, diverged or failed."""
+    metric: dict[str, Any] = field(default_factory=dict)
+    """{name, value} of the weights in adapter/."""
+    best: dict[str, Any] = field(default_factory=dict)
+    """{value, step} of the weights in adapter_best/."""
+    budget: dict[str, Any] = field(default_factory=dict)
+    """{kind, limit, spent} in the kind's unit."""
+    elapsed_s: float = 0.0
+    """The budget clock: calibration, training, evaluation, checkpoints and the final save."""
+    setup_s: float = 0.0
+    """Imports, data, model loading; outside the budget."""
+    energy_j: float | None = None
+    energy_method: str = "none"
+    tokens: int = 0
+    """Tokens trained on, padding not counted."""
+    steps: int = 0
+    stand_in: bool = False
+    seed: int = 0
+    model: str = ""
+    dataset: str = ""
+    adapter_mb: float | None = None
+    peak_memory_mb: float | None = None
+    git: str | None = None
+
+
+class RunFolder:
+    """`results/<name>/`. Holds an exclusive lock while a trainer owns it."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.events = path / "events.jsonl"
+        self.config = path / "run.yaml"
+        self.result = path / "result.json"
+        self.environment = path / "environment.json"
+        self.checkpoints = path / "checkpoints"
+        self.adapter = path / "adapter"
+        self.adapter_best = path / "adapter_best"
+        self._lock: IO | None = None
+
+    @classmethod
+    def at(cls, results_dir: Path, name: str) -> RunFolder:
+        """Raises RunError for a name that is no plain folder name."""
+        if not _NAME.fullmatch(name):
+            raise RunError(
+                f"--name {name!r}: a run's name has letters, digits, '.', '_' and '-', at most 128 of "
+                "them, and starts with a letter or a digit"
+            )
+        return cls(Path(results_dir) / name)
+
+    def create(self) -> None:
+        """Make the folder and lock it. Raises RunError if the name is taken."""
+        try:
+            self.path.mkdir(parents=True)
+        except FileExistsError:
+            what = "has this name" if self.config.is_file() else "is in the way"
+            raise RunError(f"{self.path} {what}: choose another --name, or continue it with --resume") from None
+        except OSError as error:
+            raise RunError(f"{self.path} cannot be made: {error.strerror}") from None
+        self.lock()
+
+    def lock(self) -> None:
+        """Raises RunError while another process trains this run."""
+        self._lock = (self.path / ".lock").open("w")
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            self._lock.close()
+            raise RunError(f"{self.path} is being trained by another process") from None
+
+    def unlock(self) -> None:
+        if self._lock is not None:
+            self._lock.close()
+            self._lock = None
+
+    def write_result(self, result: Result) -> None:
+        write_json(self.result, dataclasses.asdict(result))
+
+    def read_result(self) -> Result | None:
+        """None where there is none yet, or it is unreadable."""
+        values = read_json(self.result)
+        if values is None:
+            return None
+        known = {f.name for f in dataclasses.fields(Result)}
+        try:
+            return Result(**{k: v for k, v in values.items() if k in known})
+        except TypeError:
+            return None
+
+
+def default_name(run_id: str) -> str:
+    """RUN-YYYYmmdd-HHMMSS."""
+    return f"{run_id}-{time.strftime('%Y%m%d-%H%M%S')}"
+
+
+def list_runs(results_dir: Path) -> Iterator[RunFolder]:
+    """Every run folder, oldest first."""
+    folders = [p.parent for p in Path(results_dir).glob("*/run.yaml")]
+    for path in sorted(folders, key=lambda p: ((p / "run.yaml").stat().st_mtime, p.name)):
+        yield RunFolder(path)
+
+
+def write_json(path: Path, values: Any) -> None:
+    """Atomically: a reader sees the old file or the new one, never half of one."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    with temporary.open("w", encoding="utf-8") as file:
+        json.dump(finite(values), file, indent=2, allow_nan=False)
+        file.write("\n")
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)
+
+
+def read_json(path: Path) -> dict[str, Any] | None:
+    """None where the file is missing or is no JSON object."""
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return values if isinstance(values, dict) else None

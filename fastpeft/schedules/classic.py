@@ -1,0 +1,88 @@
+"""Schedules that depend on progress alone: constant, linear, cosine, WSD and REX.
+
+Each is a shape, a function from the progress q after the warm-up (0 to 1) to a share of the peak
+rate. All of them but `constant` reach their end exactly when the budget does.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import abstractmethod
+from typing import Any
+
+from fastpeft.config.schema import ScheduleConfig
+from fastpeft.schedules.base import WARMUP_CAP, Schedule, Warmup, register
+from fastpeft.signals import Rates, Signals
+
+
+class ClassicSchedule(Schedule):
+    def __init__(self, config: ScheduleConfig, peak_lr: float) -> None:
+        super().__init__(config, peak_lr)
+        self.warmup = Warmup(config.warmup_steps)
+
+    @abstractmethod
+    def shape(self, q: float) -> float:
+        """Share of the peak rate at progress q after the warm-up."""
+
+    def rates(self, signals: Signals, progress: float) -> Rates:
+        warming = self.warmup.ended_at is None
+        factor = self.warmup.factor(progress)
+        start = self.warmup.ended_at
+        if start is None:
+            return Rates(self.peak_lr * factor)
+        if warming and self.warmup.taken < self.config.warmup_steps:
+            self.note = (
+                f"the warm-up ended after {self.warmup.taken} of {self.config.warmup_steps} steps: "
+                f"it is capped at {WARMUP_CAP:.0%} of the budget"
+            )
+        return Rates(self.peak_lr * self.shape((progress - start) / max(1e-9, 1 - start)))
+
+    def state(self) -> dict[str, Any]:
+        return {"taken": self.warmup.taken, "ended_at": self.warmup.ended_at}
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        self.warmup.taken, self.warmup.ended_at = state["taken"], state["ended_at"]
+
+    def _between(self, share: float) -> float:
+        """From 1 at share 1 to final_ratio at share 0."""
+        return self.config.final_ratio + (1 - self.config.final_ratio) * share
+
+
+@register("constant")
+class Constant(ClassicSchedule):
+    def shape(self, q: float) -> float:
+        return 1.0
+
+
+@register("linear")
+class Linear(ClassicSchedule):
+    """To zero at the end: the strongest simple choice under a budget (arXiv:1905.04753)."""
+
+    def shape(self, q: float) -> float:
+        return self._between(1 - q)
+
+
+@register("cosine")
+class Cosine(ClassicSchedule):
+    """Half a cosine (arXiv:1608.03983), without restarts."""
+
+    def shape(self, q: float) -> float:
+        return self._between((1 + math.cos(math.pi * q)) / 2)
+
+
+@register("wsd")
+class WarmupStableDecay(ClassicSchedule):
+    """Constant, then 1 - sqrt over the last `decay_fraction` (arXiv:2405.18392)."""
+
+    def shape(self, q: float) -> float:
+        fraction = self.config.decay_fraction
+        decayed = max(0.0, q - (1 - fraction)) / fraction
+        return self._between(1 - math.sqrt(min(1.0, decayed)))
+
+
+@register("rex")
+class Rex(ClassicSchedule):
+    """(1 - q) / (1/2 + (1 - q) / 2), the reflected exponential (arXiv:2107.04197, eq. 1)."""
+
+    def shape(self, q: float) -> float:
+        return (1 - q) / (0.5 + 0.5 * (1 - q))

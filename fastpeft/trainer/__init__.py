@@ -1,0 +1,233 @@
+"""Train one run: `train` resolves it, sets it up, owns its folder, and runs the loop."""
+
+from __future__ import annotations
+
+import resource
+import time
+from pathlib import Path
+from typing import Protocol
+
+import torch
+
+from fastpeft.config import RunConfig, load_run, run_values, save_run
+from fastpeft.errors import UserError
+from fastpeft.models.resolve import Resolved, resolve
+from fastpeft.runs.events import Event, EventLog
+from fastpeft.runs.store import Result, RunError, RunFolder, default_name, write_json
+from fastpeft.runs.system import Heartbeat, environment, git_commit
+from fastpeft.trainer.checkpoint import Checkpoint, newest_checkpoint
+from fastpeft.trainer.interrupt import StopRequest
+from fastpeft.trainer.loop import Loop
+from fastpeft.trainer.setup import Job, build_job
+
+__all__ = ["Reporter", "StopRequest", "train"]
+
+
+class Reporter(Protocol):
+    """Tells the user what happens. Methods may be called from several threads and must be quick."""
+
+    def say(self, message: str) -> None:
+        """A line about the set-up, before there is an event log."""
+
+    def on_event(self, event: Event) -> None: ...
+
+
+class _Silent:
+    def say(self, message: str) -> None: ...
+
+    def on_event(self, event: Event) -> None: ...
+
+
+def train(
+    run: RunConfig | None,
+    *,
+    results_dir: str | Path = "results",
+    name: str | None = None,
+    resume: bool = False,
+    allow_stand_in: bool = True,
+    reporter: Reporter | None = None,
+    stop: StopRequest | None = None,
+) -> Result:
+    """Train `run` to the end of its budget.
+
+    Args:
+        run: from fastpeft.load_run; None with `resume` takes the one stored in the folder.
+        results_dir: parent of the run's folder.
+        name: the folder's name; RUN-YYYYmmdd-HHMMSS when absent.
+        resume: continue the run `name` from its newest valid checkpoint.
+        allow_stand_in: use the run's stand-in model and data where its own cannot be reached.
+        reporter: is told of every event.
+        stop: a request to stop; by default SIGINT and SIGTERM make one while this runs.
+
+    Returns:
+        What result.json holds. `status` is done, stopped or diverged.
+
+    Raises:
+        UserError: anything that the user can mend, before any folder is made.
+    """
+    reporter = reporter or _Silent()
+    began = time.perf_counter()
+    folder = RunFolder.at(Path(results_dir), name or default_name(run.run_id if run else "run"))
+    checkpoint = None
+    if resume:
+        finished, stored = _open(folder, name)
+        if finished is not None:
+            reporter.say(f"{folder.path} is finished: {_outcome(finished)}. Nothing is left to do")
+            return finished
+        resolved = _same_run(folder, stored, run, allow_stand_in)
+        checkpoint = _find_checkpoint(folder, reporter)
+    else:
+        assert run is not None
+        if folder.path.exists():
+            folder.create()  # says what is in the way
+        resolved = resolve(run, allow_stand_in)
+    try:
+        with stop or StopRequest() as stop, _torch_settings(resolved.run):
+            _say_stand_in(reporter, resolved)
+            reporter.say(f"loading {resolved.run.model.name} and {resolved.run.dataset.name}")
+            job = build_job(resolved.run)
+            if not resume:
+                folder.create()
+            save_run(resolved.run, folder.config)
+            write_json(folder.environment, environment() | _device_facts(job))
+            return _run(job, resolved, folder, checkpoint, reporter, stop, time.perf_counter() - began)
+    finally:
+        folder.unlock()
+
+
+def _run(
+    job: Job,
+    resolved: Resolved,
+    folder: RunFolder,
+    checkpoint: Checkpoint | None,
+    reporter: Reporter,
+    stop: StopRequest,
+    setup_s: float,
+) -> Result:
+    """The loop, between the first and the last event."""
+    run = job.run
+    result = Result(
+        run_id=run.run_id,
+        name=folder.path.name,
+        setup_s=setup_s,
+        stand_in=resolved.stand_in,
+        seed=run.training.seed,
+        model=run.model.name,
+        dataset=job.task.name,
+        budget={"kind": job.clock.budget.kind, "limit": job.clock.budget.limit, "spent": 0.0},
+        git=git_commit(),
+    )
+    folder.write_result(result)
+    log = EventLog(folder.events, (reporter.on_event,))
+    loop = Loop(job, folder, log, result, stop)
+    stop.on_request = lambda number: reporter.say(
+        f"{number.name}: finishing this step and saving a checkpoint; a second one ends at once"
+    )
+    gpu_index = job.device.index or 0 if job.device.type == "cuda" else None
+    error = None
+    try:
+        with Heartbeat(lambda **figures: loop.event("system", **figures), gpu_index):
+            result.status = loop.run(checkpoint)
+    except BaseException as caught:
+        result.status, error = "failed", f"{type(caught).__name__}: {caught}"
+        raise
+    finally:
+        _close(job, loop, log, folder, result, error)
+    return result
+
+
+def _close(job: Job, loop: Loop, log: EventLog, folder: RunFolder, result: Result, error: str | None) -> None:
+    clock = job.clock
+    result.elapsed_s, result.tokens, result.steps = clock.elapsed_s, clock.tokens, clock.steps
+    result.budget["spent"] = clock.spent
+    weights = folder.adapter / "adapter_model.safetensors"
+    if weights.is_file():
+        result.adapter_mb = round(weights.stat().st_size / 2**20, 3)
+    if job.device.type == "cuda":
+        peak = torch.cuda.max_memory_allocated(job.device) / 2**20
+    else:
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
+    result.peak_memory_mb = round(peak, 1)
+    folder.write_result(result)
+    more = {"error": error} if error else {}
+    loop.event("end", status=result.status, metric=result.metric, best=result.best, **more)
+    log.close()
+
+
+def _open(folder: RunFolder, name: str | None) -> tuple[Result | None, RunConfig]:
+    """Lock a run's folder to resume it. Returns its result if it is finished, and its stored run."""
+    if name is None:
+        raise RunError("--resume needs --name: which run is to be continued?")
+    if not folder.config.is_file():
+        raise RunError(f"--resume: there is no run {folder.path}")
+    folder.lock()
+    result = folder.read_result()
+    return result if result and result.status == "done" else None, load_run(folder.config)
+
+
+def _same_run(folder: RunFolder, stored: RunConfig, run: RunConfig | None, allow_stand_in: bool) -> Resolved:
+    """The stored run, after a check that `run` asks for no other one."""
+    if run is not None:
+        asked, kept = run_values(resolve(run, allow_stand_in).run), run_values(stored)
+        differing = [
+            f"{section}: {kept[section]!r} was stored, {asked[section]!r} is asked for"
+            for section in asked
+            if section not in ("overrides", "stand_in", "wandb") and asked[section] != kept[section]
+        ]
+        if differing:
+            raise UserError(
+                f"{folder.path} was started with other settings; resume without them, or start a new run. "
+                + "; ".join(differing)
+            )
+    return resolve(stored, allow_stand_in)
+
+
+def _find_checkpoint(folder: RunFolder, reporter: Reporter) -> Checkpoint | None:
+    """The newest valid checkpoint; the event log is cut back to where it was written."""
+    checkpoint, skipped = newest_checkpoint(folder.checkpoints)
+    for fault in skipped:
+        reporter.say(f"checkpoint passed over: {fault}")
+    if checkpoint is None:
+        reporter.say(f"{folder.path} has no valid checkpoint: starting over")
+    else:
+        reporter.say(f"resuming {folder.path} after step {checkpoint.values['steps']:,}")
+    if folder.events.exists():
+        size = folder.events.stat().st_size
+        with folder.events.open("r+b") as file:
+            file.truncate(min(size, checkpoint.values["events_bytes"] if checkpoint else 0))
+    return checkpoint
+
+
+def _say_stand_in(reporter: Reporter, resolved: Resolved) -> None:
+    if resolved.stand_in:
+        reporter.say(
+            f"STAND-IN: {resolved.run.model.name} on {resolved.run.dataset.name} ({resolved.reason}). "
+            "The numbers say nothing about the model and the data that the preset names"
+        )
+
+
+def _outcome(result: Result) -> str:
+    return f"{result.metric.get('name', 'metric')} {result.metric.get('value', float('nan')):.4f}"
+
+
+def _device_facts(job: Job) -> dict:
+    name = torch.cuda.get_device_name(job.device) if job.device.type == "cuda" else "cpu"
+    return {"device": name, "dtype": str(job.dtype), "threads": torch.get_num_threads()}
+
+
+class _torch_settings:  # noqa: N801 (used like a function)
+    """Seeds and threads are the run's while it trains, the caller's afterwards."""
+
+    def __init__(self, run: RunConfig) -> None:
+        self._threads = run.training.threads
+        self._before = torch.get_num_threads()
+        self._rng = torch.random.fork_rng()
+
+    def __enter__(self) -> None:
+        self._rng.__enter__()
+        if self._threads:
+            torch.set_num_threads(self._threads)
+
+    def __exit__(self, *exception: object) -> None:
+        torch.set_num_threads(self._before)
+        self._rng.__exit__(*exception)

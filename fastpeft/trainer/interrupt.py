@@ -1,0 +1,37 @@
+"""Ctrl-C and SIGTERM: the first asks the loop to stop after its step, the second ends the process."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+from collections.abc import Callable
+from types import FrameType
+
+
+class StopRequest:
+    """A context that holds the two signals' handlers. Outside the main thread it never stops anything."""
+
+    def __init__(self) -> None:
+        self.signal: signal.Signals | None = None
+        self.on_request: Callable[[signal.Signals], None] = lambda _: None
+        self._handlers: dict[signal.Signals, object] = {}
+
+    def __call__(self) -> bool:
+        return self.signal is not None
+
+    def __enter__(self) -> StopRequest:
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGINT, signal.SIGTERM):
+                self._handlers[number] = signal.signal(number, self._handle)
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        for number, handler in self._handlers.items():
+            signal.signal(number, handler)
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        if self.signal is not None:
+            os._exit(128 + number)
+        self.signal = signal.Signals(number)
+        self.on_request(self.signal)

@@ -1,0 +1,39 @@
+"""Kernels: the plain PyTorch specification of each operation, and its fast form.
+
+Import as `fastpeft.kernels`. Public functions resolve on first use, so that importing this package
+is free and cannot fail.
+"""
+
+from __future__ import annotations
+
+import sys
+from importlib import import_module
+from types import ModuleType
+from typing import Any
+
+_PUBLIC = {
+    "factor_penalty": "frobenius.reference",
+    "gradient_norm": "sensitivity.reference",
+    "lora_linear": "lora_linear.op",
+    "product_penalty": "frobenius.reference",
+    "sketch_norm": "sensitivity.reference",
+}
+
+__all__ = list(_PUBLIC)
+
+
+def __getattr__(name: str) -> Any:
+    if name in _PUBLIC:
+        return getattr(import_module(f"{__name__}.{_PUBLIC[name]}"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+class _Package(ModuleType):
+    """Keeps a folder from hiding the function of the same name once it has been imported."""
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if not (name in _PUBLIC and isinstance(value, ModuleType)):
+            super().__setattr__(name, value)
+
+
+sys.modules[__name__].__class__ = _Package
