@@ -27,13 +27,7 @@ def load_run(name_or_path: str | Path, **overrides: Any):
     """
     from fastpeft.config import load_run as load
 
-    flat: dict[str, Any] = {}
-    for key, value in overrides.items():
-        if isinstance(value, dict):
-            flat |= {f"{key}.{inner}": v for inner, v in value.items()}
-        else:
-            flat[key] = value
-    return load(name_or_path, flat)
+    return load(name_or_path, overrides)
 
 
 def __getattr__(name: str) -> Any:

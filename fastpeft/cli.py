@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shlex
 import sys
@@ -33,17 +34,12 @@ def main() -> None:
     # OpenMP threads that spin while they wait make a step 100 times slower (measured) as soon as
     # another process wants one of the cores. It is read when torch is loaded.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    sys.stdout.reconfigure(errors="backslashreplace")  # a name may hold what the terminal cannot show
     try:
         app()
     except UserError as error:
         print(f"fastpeft: {error}", file=sys.stderr)
         sys.exit(error.exit_code)
-    except KeyboardInterrupt:
-        print("fastpeft: interrupted before training began; nothing was lost", file=sys.stderr)
-        sys.exit(130)
-    except BrokenPipeError:
-        sys.stderr.close()
-        sys.exit(1)
 
 
 def _version(wanted: bool) -> None:
@@ -130,7 +126,7 @@ def _load(
     if mode not in ("trial", "full"):
         raise UserError(f"--mode {mode!r}: expected trial or full")
     texts = list(overrides)
-    texts += [f"budget={budget}"] if budget is not None else []
+    texts += [f"budget={json.dumps(budget)}"] if budget is not None else []
     texts += [f"training.seed={seed}"] if seed is not None else []
     if run is None:
         if not resume:
@@ -156,7 +152,8 @@ def runs_ls(results_dir: ResultsDir = Path("results")) -> None:
     if not folders:
         print(f"no runs in {results_dir}")
         return
-    Console(highlight=False).print(runs_table(folders))
+    width = None if sys.stdout.isatty() else 250  # a file has no edge to fold names at
+    Console(highlight=False, width=width).print(runs_table(folders))
 
 
 @runs.command("show")
@@ -204,8 +201,6 @@ def runs_validate(
 @runs.command("schema")
 def runs_schema() -> None:
     """JSON schema of a run file, for editors."""
-    import json
-
     from fastpeft.config.load import json_schema
 
     print(json.dumps(json_schema(), indent=2))

@@ -19,7 +19,8 @@ from fastpeft.runs.events import Event, number
 from fastpeft.runs.store import Result, RunFolder
 
 PLAIN_EVERY_S = 10.0
-_RATE_WINDOW = 64
+_WINDOW_STEPS = 32
+"""The loss and the rate shown are means over this many steps."""
 
 
 class ConsoleReporter(AbstractContextManager):
@@ -29,7 +30,8 @@ class ConsoleReporter(AbstractContextManager):
         self.console = console or Console(highlight=False, soft_wrap=True)
         self._progress: Progress | None = None
         self._task: Any = None
-        self._recent: deque[tuple[float, int]] = deque(maxlen=_RATE_WINDOW)
+        self._recent: deque[tuple[float, int]] = deque(maxlen=_WINDOW_STEPS)
+        self._losses: deque[float] = deque(maxlen=_WINDOW_STEPS)
         self._printed_at = 0.0
         self._first: tuple[float, float] | None = None
 
@@ -66,8 +68,9 @@ class ConsoleReporter(AbstractContextManager):
 
     def _on_step(self, event: Event) -> None:
         self._recent.append((event["elapsed_s"], event["tokens"]))
+        self._losses.append(number(event["loss"]))
         line = (
-            f"step {event['step'] + 1:,}  loss {number(event['loss']):.4f}  lr {event['lr']:.2e}  "
+            f"step {event['step'] + 1:,}  loss {sum(self._losses) / len(self._losses):.4f}  lr {event['lr']:.2e}  "
             f"{self._tokens_per_s():,.0f} tok/s"
         )
         progress, eta = event["progress"], self._eta(event)
@@ -81,13 +84,13 @@ class ConsoleReporter(AbstractContextManager):
     def _on_eval(self, event: Event) -> None:
         self.say(
             f"evaluation at step {event['step']:,}, {event['elapsed_s']:.0f} s: {event['metric']} "
-            f"{event['value']:.4f} on {event['num']:,} rows, loss {number(event['loss']):.4f}"
+            f"{number(event['value']):.4f} on {event['num']:,} rows, loss {number(event['loss']):.4f}"
         )
 
     def _on_importance(self, event: Event) -> None:
         if "num_batches" not in event:
             return
-        ranked = sorted(zip(event["weights"], event["names"]), reverse=True)
+        ranked = sorted(zip(map(number, event["weights"]), event["names"]), reverse=True)
         self.say(
             f"importances from {event['num_batches']} batches in {event['seconds']:.1f} s: highest "
             f"{ranked[0][0]:.4f} {ranked[0][1]}, lowest {ranked[-1][0]:.4f} {ranked[-1][1]}"
@@ -125,7 +128,7 @@ def closing_table(result: Result) -> Table:
         "status": result.status,
         result.metric.get("name", "metric"): _value(result.metric),
         "best": f"{_value(result.best)} at step {result.best['step']:,}" if result.best else "none",
-        "budget": f"{budget['spent']:,.1f} of {budget['limit']:,.0f} {budget['kind']}",
+        "budget": f"{budget['spent']:,.1f} of {budget['limit']:,.0f} {budget['kind']}" if budget else "none",
         "time": f"{result.elapsed_s:.1f} s, and {result.setup_s:.1f} s of set-up",
         "trained on": f"{result.tokens:,} tokens in {result.steps:,} steps",
         "adapter": "-" if result.adapter_mb is None else f"{result.adapter_mb:.2f} MB",
@@ -141,7 +144,7 @@ def runs_table(folders: list[RunFolder]) -> Table:
     """`fastpeft runs ls`: a line a run."""
     table = Table(box=None, pad_edge=False)
     for name in ("run", "status", "metric", "best", "steps", "time", "model, data"):
-        table.add_column(name, overflow="fold")
+        table.add_column(name, overflow="fold", no_wrap=name == "run")
     for folder in folders:
         result = folder.read_result()
         if result is None:
@@ -161,4 +164,4 @@ def runs_table(folders: list[RunFolder]) -> Table:
 
 
 def _value(metric: dict[str, Any]) -> str:
-    return f"{metric['value']:.4f}" if "value" in metric else "-"
+    return f"{number(metric['value']):.4f}" if "value" in metric else "-"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import os
 import types
 import typing
 from collections.abc import Iterator, Mapping
@@ -32,7 +33,7 @@ class ConfigError(UserError):
 
 def preset_names() -> list[str]:
     """Names of the shipped presets, sorted."""
-    return sorted(path.stem for path in PRESETS.rglob("*.yaml"))
+    return sorted(_presets())
 
 
 def load_run(name_or_path: str | Path, overrides: Mapping[str, Any] | list[str] = ()) -> RunConfig:
@@ -40,13 +41,14 @@ def load_run(name_or_path: str | Path, overrides: Mapping[str, Any] | list[str] 
 
     Args:
         name_or_path: a preset's name (see `preset_names`) or the path of a YAML file.
-        overrides: dotted key -> value, or texts `training.learning_rate=1e-4`.
+        overrides: dotted key -> value, or texts `training.learning_rate=1e-4`. A section given as a
+            dict sets the keys that are in it.
 
     Raises:
         ConfigError: with every problem found, naming the key and the nearest valid one.
     """
     path = _find(name_or_path)
-    given = dict(overrides) if isinstance(overrides, Mapping) else _parse_overrides(overrides)
+    given = dict(_flat(overrides if isinstance(overrides, Mapping) else _parse_overrides(overrides)))
     values = _read_chain(path, [])
     for key, value in given.items():
         _set(values, key, value)
@@ -54,7 +56,10 @@ def load_run(name_or_path: str | Path, overrides: Mapping[str, Any] | list[str] 
         values["stand_in"] = None
     earlier = values.get("overrides")
     values["overrides"] = {**(earlier if isinstance(earlier, dict) else {}), **given}
-    return run_from_values(values, str(name_or_path))
+    run = run_from_values(values, str(name_or_path))
+    if run.stand_in is not None:
+        apply_stand_in(run)  # its faults show today, not on the day when the hub is away
+    return run
 
 
 def run_from_values(values: dict[str, Any], source: str) -> RunConfig:
@@ -87,15 +92,17 @@ def apply_stand_in(run: RunConfig) -> RunConfig:
 def trial_run(run: RunConfig) -> RunConfig:
     """`--mode trial`: every code path in seconds. Two steps, two calibration batches, no W&B."""
     values = run_values(run)
-    for key, value in {
+    trial = {
         "budget": "2steps",
         "evaluation.every": "1steps",
         "evaluation.max_examples": 32,
         "regulariser.warmup_steps": 2,
         "training.checkpoint_steps": 1,
         "wandb.mode": "disabled",
-    }.items():
+    }
+    for key, value in trial.items():
         _set(values, key, value)
+    values["overrides"] |= trial
     return run_from_values(values, f"{run.run_id} (trial)")
 
 
@@ -111,7 +118,10 @@ def save_run(run: RunConfig, path: Path) -> None:
 
 def json_schema() -> dict[str, Any]:
     """JSON schema of a run file, with each field's documentation."""
-    return _adapter().json_schema()
+    schema = _adapter().json_schema()
+    schema["properties"]["extends"] = {"type": "string", "description": "A preset's name, or a path from this file."}
+    schema["anyOf"] = [{"required": ["extends"]}, {"required": schema.pop("required")}]
+    return schema
 
 
 @cache
@@ -124,18 +134,46 @@ def _adapter():
 # ---- reading -------------------------------------------------------------------------------
 
 
-def _find(name_or_path: str | Path) -> Path:
-    text = str(name_or_path)
-    preset = PRESETS / f"{text}.yaml"
-    if text in preset_names():
-        return preset
-    path = Path(text)
-    if path.is_file():
-        return path
-    if path.suffix in (".yaml", ".yml") or "/" in text:
-        raise ConfigError(text, ["there is no such file"])
-    close = _nearest(text, preset_names())
-    raise ConfigError(text, [f"no preset and no file has this name{close}; presets: {', '.join(preset_names())}"])
+class _Loader(yaml.SafeLoader):
+    """YAML without two traps: a key given twice, and aliases, with which a small file has no end."""
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        if self.check_event(yaml.AliasEvent):
+            problem = "aliases (*name) are not taken; a run inherits with `extends`"
+            raise yaml.MarkedYAMLError(problem=problem, problem_mark=self.peek_event().start_mark)
+        return super().compose_node(parent, index)
+
+    def compose_mapping_node(self, anchor: Any) -> Any:
+        node, seen = super().compose_mapping_node(anchor), set()
+        for key, _ in node.value:
+            if str(key.value) in seen:
+                raise yaml.MarkedYAMLError(problem=f"{key.value} is given twice", problem_mark=key.start_mark)
+            seen.add(str(key.value))
+        return node
+
+
+def _parse(text: str) -> Any:
+    try:
+        return yaml.load(text, _Loader)
+    except Exception as error:  # PyYAML meets `!!bool x` with KeyError, `!!int ""` with IndexError, ...
+        raise ValueError(f"not valid YAML: {' '.join(str(error).split())}") from None
+
+
+def _presets() -> dict[str, Path]:
+    return {path.stem: path for path in PRESETS.rglob("*.yaml")}
+
+
+def _find(name_or_path: str | Path, asked_by: str = "") -> Path:
+    text, presets = str(name_or_path), _presets()
+    if text in presets:
+        return presets[text]
+    if os.path.isfile(text):  # False, where Path.is_file raises, for a name that is too long
+        return Path(text)
+    source = asked_by or repr(text)
+    if text.endswith((".yaml", ".yml")) or "/" in text:
+        raise ConfigError(source, ["there is no such file"])
+    close = _nearest(text, sorted(presets))
+    raise ConfigError(source, [f"no preset and no file has this name{close}; presets: {', '.join(sorted(presets))}"])
 
 
 def _read_chain(path: Path, seen: list[Path]) -> dict[str, Any]:
@@ -150,7 +188,8 @@ def _read_chain(path: Path, seen: list[Path]) -> dict[str, Any]:
     if not isinstance(parent, str):
         raise ConfigError(str(path), [f"extends: expected a preset's name or a path, got {parent!r}"])
     beside = path.parent / parent
-    base = _read_chain(beside if beside.is_file() else _find(parent), [*seen, path])
+    found = beside if os.path.isfile(beside) else _find(parent, f"{path}: extends {parent!r}")
+    base = _read_chain(found, [*seen, path])
     renamed = any(_get(values, key) is not None for key in _STAND_IN_KEYS)
     if renamed and "stand_in" not in values:
         base["stand_in"] = None
@@ -159,13 +198,13 @@ def _read_chain(path: Path, seen: list[Path]) -> dict[str, Any]:
 
 def _read(path: Path) -> dict[str, Any]:
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+        values = _parse(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise ConfigError(str(path), [f"cannot be read: {error.strerror}"]) from None
     except UnicodeDecodeError:
         raise ConfigError(str(path), ["is not UTF-8 text"]) from None
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
-        raise ConfigError(str(path), [f"is not valid YAML: {' '.join(str(error).split())}"]) from None
+    except ValueError as error:
+        raise ConfigError(str(path), [f"is {error}"]) from None
     if not isinstance(values, dict):
         raise ConfigError(str(path), [f"expected sections such as `model:`, got {type(values).__name__}"])
     return values
@@ -187,12 +226,22 @@ def _parse_overrides(texts: list[str]) -> dict[str, Any]:
             problems.append(f"{text!r}: an override is written key=value, such as training.learning_rate=1e-4")
             continue
         try:
-            out[key.strip()] = yaml.safe_load(value)
-        except (yaml.YAMLError, ValueError) as error:
-            problems.append(f"{key}: the value is not valid YAML: {' '.join(str(error).split())}")
+            out[key.strip()] = _parse(value)
+        except ValueError as error:
+            problems.append(f"{key}: the value is {error}")
     if problems:
         raise ConfigError("overrides", problems)
     return out
+
+
+def _flat(given: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    """Sections given as dicts, key by key."""
+    leaves = set(_leaf_keys(RunConfig))
+    for key, value in given.items():
+        if isinstance(value, Mapping) and key not in leaves:
+            yield from _flat({f"{key}.{inner}": v for inner, v in value.items()})
+        else:
+            yield key, value
 
 
 def _set(values: dict[str, Any], key: str, value: Any) -> None:
@@ -233,7 +282,8 @@ def _explain(error: Mapping[str, Any], values: dict[str, Any]) -> str:
     if kind == "dataclass_type":
         return f"{key}: expected a section with keys, got {got!r}; known here: {', '.join(_keys_at(path))}"
     message = error["msg"].removeprefix("Input should be ")
-    return f"{key}: expected {message}, got {got!r}"
+    quotes = "; in quotes it is text" if kind == "string_type" and isinstance(got, (int, float)) else ""
+    return f"{key}: expected {message}, got {got!r}{quotes}"
 
 
 def _contradictions(run: RunConfig) -> Iterator[str]:
@@ -275,6 +325,8 @@ def _keys_at(path: list[str]) -> list[str]:
     owner: type = RunConfig
     for part in path:
         annotation = typing.get_type_hints(owner).get(part)
+        if typing.get_origin(annotation) is dict:
+            annotation = typing.get_args(annotation)[1]
         owner = _section_type(annotation) or owner
     return [f.name for f in dataclasses.fields(owner)]
 

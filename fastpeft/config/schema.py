@@ -6,6 +6,7 @@ appears in `fastpeft runs schema`. Validation is in load.py.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
@@ -33,19 +34,28 @@ class Parsed:
     parse: Callable[[str], Any]
 
     def __get_pydantic_core_schema__(self, source: Any, handler: Callable) -> dict:
-        def check(value: str) -> str:
-            self.parse(value)
+        def check(value: Any) -> Any:
+            self.parse(str(value))
             return value
 
         return {
-            "type": "function-after",
+            "type": "function-before",
             "function": {"type": "no-info", "function": check},
             "schema": handler(source),
         }
 
 
-PositiveInt = Annotated[int, Range(ge=1)]
-NonNegativeInt = Annotated[int, Range(ge=0)]
+def check_run_id(text: str) -> None:
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}", text):
+        raise ValueError(
+            f"{text!r} cannot begin a folder's name; write letters, digits, '.', '_' and '-', at most 100 of them, "
+            "and a letter or a digit first"
+        )
+
+
+# Counts reach torch and NumPy as C integers.
+PositiveInt = Annotated[int, Range(ge=1, lt=2**31)]
+NonNegativeInt = Annotated[int, Range(ge=0, lt=2**31)]
 PositiveFloat = Annotated[float, Range(gt=0)]
 NonNegativeFloat = Annotated[float, Range(ge=0)]
 Fraction = Annotated[float, Range(ge=0, lt=1)]
@@ -170,7 +180,7 @@ class DatasetConfig:
     """A malformed row stops the run, or is skipped and counted."""
     validation_fraction: Annotated[float, Range(gt=0, lt=1)] = 0.1
     """Share of the rows held out when `path` is a single file."""
-    max_length: Annotated[int, Range(ge=8)] = 256
+    max_length: Annotated[int, Range(ge=8, lt=2**31)] = 256
     """Longest sequence in tokens; what is longer is cut, and counted."""
 
 
@@ -191,7 +201,7 @@ class TrainingConfig:
     where the processor multiplies it natively, else fp32."""
     checkpoint_steps: PositiveInt = 500
     """Steps between checkpoints."""
-    seed: NonNegativeInt = 42
+    seed: Annotated[int, Range(ge=0, lt=2**32)] = 42
     """Of the initial weights, the data order and dropout."""
     threads: NonNegativeInt = 0
     """CPU threads; 0 leaves torch's choice."""
@@ -221,9 +231,9 @@ class SearchParameter:
     def __post_init__(self) -> None:
         if self.type == "categorical":
             if not self.choices or self.low is not None or self.high is not None:
-                raise ValueError("a categorical parameter takes `choices`, and no low or high")
+                raise ValueError("type categorical takes `choices`, and no low or high")
         elif self.low is None or self.high is None or self.choices is not None:
-            raise ValueError(f"a {self.type} parameter takes `low` and `high`, and no choices")
+            raise ValueError(f"type {self.type} takes `low` and `high`, and no choices")
         elif not self.low < self.high or (self.type == "loguniform" and self.low <= 0):
             raise ValueError(f"low must be under high, and positive for loguniform: {self}")
 
@@ -267,7 +277,7 @@ class RunConfig:
 
     __pydantic_config__ = _STRICT_KEYS
 
-    run_id: str
+    run_id: Annotated[str, Parsed(check_run_id)]
     """Name of the run's kind; the default for --name, followed by the time."""
     method: Literal["lora", "iw_lora"]
     model: ModelConfig

@@ -9,7 +9,7 @@ from typing import Literal
 
 BudgetKind = Literal["seconds", "joules", "tokens", "steps"]
 
-_NUMBER = re.compile(r"\s*([0-9]*\.?[0-9]+(?:[eE][+-]?[0-9]+)?)\s*([A-Za-z%]*)\s*")
+_NUMBER = re.compile(r"\s*((?:[0-9]+(?:\.[0-9]+)?|\.[0-9]+)(?:[eE][+-]?[0-9]+)?)\s*([A-Za-z%]*)\s*")
 _UNITS: dict[str, tuple[BudgetKind, float]] = {
     "s": ("seconds", 1),
     "m": ("seconds", 60),
@@ -71,6 +71,6 @@ def parse_interval(text: str) -> Interval:
         return Interval("fraction", float(match.group(1)) / 100)
     kind, factor = _UNITS.get(match.group(2).lower(), ("", 0)) if match else ("", 0)
     value = float(match.group(1)) * factor if match else 0
-    if kind in ("steps", "seconds") and value > 0:
+    if kind in ("steps", "seconds") and 0 < value < math.inf:
         return Interval(kind, max(1, round(value)) if kind == "steps" else value)
     raise ValueError(f"{text!r} is no interval; write 20%, 500steps, 60s, epoch or end")

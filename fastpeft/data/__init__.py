@@ -5,6 +5,7 @@ from fastpeft.data.batches import Batch, Batches, Encoded, encode
 from fastpeft.data.glue import GLUE
 from fastpeft.data.local import load_local
 from fastpeft.data.task import ClassificationTask, DataError, Examples
+from fastpeft.errors import UnavailableError
 
 EMBEDDED = "embedded-nli"
 
@@ -23,7 +24,7 @@ __all__ = [
 
 
 def load_task(config: DatasetConfig) -> ClassificationTask:
-    """The task that a `dataset` section names. Raises DataError."""
+    """The task that a `dataset` section names. Raises DataError, or UnavailableError for an unknown name."""
     if config.path is not None:
         known = GLUE.get(config.name)
         return load_local(config, known.labels if known else None)
@@ -39,6 +40,6 @@ def load_task(config: DatasetConfig) -> ClassificationTask:
 
         return load_glue(config.name)
     known = ", ".join([EMBEDDED, *GLUE])
-    raise DataError(
+    raise UnavailableError(
         f"dataset.name {config.name!r} is no task of this package ({known}); for files of your own set dataset.path"
     )

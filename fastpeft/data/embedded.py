@@ -7,7 +7,7 @@ place or a relative clause) has or lacks a property, or that one named individua
 - "no", "not one": none has it.  "not every": at least one lacks it.  "never" and "not" deny the property itself.
 - "it is true that" adds nothing, "it is false that" denies the whole sentence.
 - "a <noun>" inside a property has narrow scope: "no dog kicked a cat" means that no dog kicked any cat.
-- every set that a pair's sentences quantify over has a member, so "every dog slept" implies "some dog slept".
+- every set that a pair's sentences mention has a member, so "every dog slept" implies "some dog slept".
 - a noun's class contains it (every poodle is a dog); nouns are otherwise disjoint, and in this world that holds for
   occupations too. A verb's class contains it (who whispered, spoke); other verbs are independent of each other.
 - antonyms exclude each other, and one may be neither; other adjectives are independent. "near" is intersective.
@@ -503,6 +503,12 @@ the opposite of {q} is {r} .
 the {o} was {q} and not {r} , but the {o2} was {r} and not {q} .
 the {a} was neither {q} nor {r} , only {q2} .
 {n} is no longer {q} : {n} is {r} now .
+{n} bought a {q} {o} and a {r} {o2} , kept the {q} {O} and sold the {r} {O} .
+not the {q} {a} but the {r} {a2} {v} , for a {r} {A} is not {q} .
+{n} was {q} and {q2} ; later {n} was {r} but still {q2} .
+the {q} {a} near the {p} {v} ; that {A} was {q} near the {p} but {r} near the {p2} .
+no {a} {v} , not one , but some {b} , at least one {b} , {v} .
+every {a} , yes , each {a} , {v} , but not every {b} {v} .
 {n} met a {a} near the {p} , and the {A} {v} .
 {n} met a {a} and a {b} near the {p} ; the {A} {v} and the {B} {w} .
 {n} found a {o} and a {c} , put the {O} near the {p} and hid the {C} .

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import io
 import json
 import random
 from collections.abc import Iterator
@@ -48,12 +49,18 @@ def load_local(config: DatasetConfig, labels: tuple[str, ...] | None = None) -> 
     if len(index.names) < 2:
         raise DataError(f"{train_path}: one label only ({index.names}); a classifier needs two")
     examples, skipped = train.examples(index), {"train": train.num_skipped}
+    paired = examples.text_pair is not None
     if validation_path is None:
         examples, validation = _split(examples, config.validation_fraction)
     else:
         reader = _Reader(validation_path, config)
         validation = reader.examples(index)
         skipped["validation"] = reader.num_skipped
+        if paired != (validation.text_pair is not None):
+            raise DataError(
+                f"{train_path} holds {_kind(paired)} but {validation_path} {_kind(not paired)}: "
+                "name the columns in dataset.columns"
+            )
     return ClassificationTask(
         name=config.name if config.name != "local" else Path(config.path).resolve().name,
         label_names=index.names,
@@ -70,11 +77,14 @@ class _Reader:
         self.path = path
         self.num_skipped = 0
         self._skip = config.on_bad_row == "skip"
+        self._no_label = set(LabelIndex.MISSING) - set(config.labels or ())
         self._rows = list(read_rows(path))
         if not self._rows:
             raise DataError(f"{path}: has no rows")
         self._columns = _choose_columns(path, self._rows, config.columns)
         self._rows = [row for row in self._rows if self._usable(row)]
+        if not self._rows:
+            raise DataError(f"{path}: all {self.num_skipped:,} rows are malformed")
 
     def label_values(self) -> set[str]:
         return {_label_text(row.values[self._columns[2]]) for row in self._rows}
@@ -110,8 +120,10 @@ class _Reader:
                 return f"column {column!r} holds {values.get(column)!r}, expected text"
             if not values[column].strip():
                 return f"column {column!r} is empty"
+            if not _is_unicode(values[column]):
+                return f"column {column!r} holds half of a surrogate pair, which is no character"
         label = values.get(label_column)
-        if isinstance(label, (dict, list)) or _label_text(label) in LabelIndex.MISSING:
+        if isinstance(label, (dict, list)) or _label_text(label) in self._no_label:
             return f"column {label_column!r} holds {label!r}, which is no label"
         return None
 
@@ -160,7 +172,7 @@ def _read_table(path: Path, text: str) -> Iterator[Row]:
 
 def _parse_table(path: Path, text: str, delimiter: str, quoting: int) -> list[Row]:
     csv.field_size_limit(2**31 - 1)
-    lines = text.splitlines(keepends=True)
+    lines = io.StringIO(text, newline="")  # str.splitlines would end a row at U+2028 and others
     reader = csv.reader(lines, delimiter=delimiter, quoting=quoting, strict=True)
     rows: list[Row] = []
     header: list[str] | None = None
@@ -221,7 +233,7 @@ def _one_file(folder: Path, stems: tuple[str, ...]) -> Path:
 
 def _choose_columns(path: Path, rows: list[Row], config: ColumnsConfig) -> tuple[str, str | None, str]:
     """(text, text_pair or None, label): as configured, else by the usual names."""
-    have = next((list(row.values) for row in rows if not row.fault), [])
+    have = list(dict.fromkeys(name for row in rows for name in row.values))
     if not have:
         raise DataError(f"{path}:{rows[0].line}: {rows[0].fault}, and so is every other row")
     for key in ("text", "text_pair", "label"):
@@ -230,7 +242,7 @@ def _choose_columns(path: Path, rows: list[Row], config: ColumnsConfig) -> tuple
             raise DataError(f"{path}: dataset.columns.{key} is {column!r}, but the columns are {', '.join(have)}")
     text, pair = config.text, config.text_pair
     if text is None:
-        both = next((p for p in _TEXT_PAIRS if set(p) <= set(have)), None)
+        both = next((p for p in _TEXT_PAIRS if set(p) <= set(have) and pair in (None, p[1])), None)
         text, pair = both or (next((t for t in _TEXTS if t in have), None), pair)
     label = config.label or next((name for name in _LABELS if name in have), None)
     for key, column in (("text", text), ("label", label)):
@@ -244,12 +256,24 @@ def _choose_columns(path: Path, rows: list[Row], config: ColumnsConfig) -> tuple
 
 
 def _label_text(value: Any) -> str | None:
-    """Labels compare as text; 1.0 (a float column with gaps) is 1."""
-    if value is None:
+    """Labels compare as text; 1.0 (a float column with gaps) is 1, and NaN is no label."""
+    if value is None or value != value:
         return None
     if isinstance(value, float) and value.is_integer():
         value = int(value)
     return str(value).strip()
+
+
+def _is_unicode(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def _kind(paired: bool) -> str:
+    return "pairs of texts" if paired else "single texts"
 
 
 def _split(examples: Examples, validation_fraction: float) -> tuple[Examples, Examples]:

@@ -58,7 +58,7 @@ def load_backbone(
             dtype=torch.float32,
             **common,
         )
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
+    except Exception as error:  # a damaged file: each library that reads one has its own classes
         reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
         raise UnavailableError(f"model.name {config.name}: cannot be loaded as a classifier: {reason}") from error
     finally:
@@ -67,7 +67,7 @@ def load_backbone(
             logging.enable_progress_bar()
     if tokenizer.pad_token_id is None:
         raise UnavailableError(f"model.name {config.name}: its tokenizer has no padding token")
-    head = _head_modules(model, info)
+    head = _head_modules(model, info, config.name)
     model.requires_grad_(False)
     model.to(device=device, dtype=dtype)
     for module in head:
@@ -99,16 +99,18 @@ def choose_dtype(precision: str, device: torch.device) -> torch.dtype:
     return torch.bfloat16 if fast else torch.float32
 
 
-def _head_modules(model: nn.Module, info: dict[str, Any]) -> list[str]:
+def _head_modules(model: nn.Module, info: dict[str, Any], name: str) -> list[str]:
     """The classifier, and modules beside the encoder that the checkpoint has no weights for."""
     children = dict(model.named_children())
-    fresh = {key.split(".")[0] for key in info["missing_keys"]}
-    fresh |= {key.split(".")[0] for key, *_ in info.get("mismatched_keys", ())}
+    lacking = set(info["missing_keys"]) | {key for key, *_ in info.get("mismatched_keys", ())}
+    fresh = {key.split(".")[0] for key in lacking}
     encoder = getattr(model, "base_model_prefix", "")
     if encoder in fresh:
-        pooler_only = all(".pooler." in k for k in info["missing_keys"] if k.startswith(f"{encoder}."))
-        if not pooler_only:
-            raise UnavailableError(f"the checkpoint lacks weights of the encoder: {info['missing_keys'][:3]}")
+        inner = sorted(k for k in lacking if k.startswith(f"{encoder}.") and ".pooler." not in k)
+        if inner:
+            raise UnavailableError(
+                f"model.name {name}: the checkpoint lacks {len(inner)} weights of the encoder, such as {inner[0]}"
+            )
         fresh = (fresh - {encoder}) | {f"{encoder}.pooler"}
     return [n for n in children if n in fresh or n in _HEAD_NAMES] + sorted(n for n in fresh if "." in n)
 

@@ -17,8 +17,6 @@ from typing import Any
 
 Event = dict[str, Any]
 
-FLUSH_S = 1.0
-
 _NON_FINITE = {"nan": math.nan, "inf": math.inf, "-inf": -math.inf}
 
 
@@ -39,18 +37,17 @@ def number(value: Any) -> float:
 
 
 class EventLog:
-    """Appends events; may be called from several threads. Lines reach the disk once a second.
+    """Appends events; may be called from several threads. A line is in the file when `write` returns.
 
     `listeners` are called with every event, in the writing thread: they must be quick.
     """
 
     def __init__(self, path: Path, listeners: tuple[Callable[[Event], None], ...] = ()) -> None:
-        self._file = path.open("ab", buffering=1 << 16)
+        self._file = path.open("ab")
         if self._file.tell() and _last_byte(path) != b"\n":
             self._file.write(b"\n")  # the line that a kill cut off stays a malformed line of its own
         self._listeners = listeners
         self._lock = threading.Lock()
-        self._flushed_at = time.monotonic()
 
     def write(self, type: str, *, elapsed_s: float, step: int, **fields: Any) -> None:
         event = {
@@ -65,27 +62,19 @@ class EventLog:
             if self._file.closed:
                 return
             self._file.write(line)
-            if time.monotonic() - self._flushed_at >= FLUSH_S or type not in ("step", "system"):
-                self._flush()
+            self._file.flush()
             for listener in self._listeners:
                 listener(event)
 
     def offset(self) -> int:
         """Bytes written so far, all of them on disk when this returns."""
         with self._lock:
-            self._flush()
             os.fsync(self._file.fileno())
             return self._file.tell()
 
     def close(self) -> None:
         with self._lock:
-            if not self._file.closed:
-                self._flush()
-                self._file.close()
-
-    def _flush(self) -> None:
-        self._file.flush()
-        self._flushed_at = time.monotonic()
+            self._file.close()
 
 
 def read_events(path: Path, offset: int = 0) -> Iterator[Event]:

@@ -74,8 +74,8 @@ class RunFolder:
         """Raises RunError for a name that is no plain folder name."""
         if not _NAME.fullmatch(name):
             raise RunError(
-                f"--name {name!r}: a run's name has letters, digits, '.', '_' and '-', at most 128 of "
-                "them, and starts with a letter or a digit"
+                f"{name!r} cannot name a run: write letters, digits, '.', '_' and '-', at most 128 of them, "
+                "and a letter or a digit first"
             )
         return cls(Path(results_dir) / name)
 
@@ -92,12 +92,13 @@ class RunFolder:
 
     def lock(self) -> None:
         """Raises RunError while another process trains this run."""
-        self._lock = (self.path / ".lock").open("w")
+        file = (self.path / ".lock").open("w")
         try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
-            self._lock.close()
+            file.close()
             raise RunError(f"{self.path} is being trained by another process") from None
+        self._lock = file
 
     def unlock(self) -> None:
         if self._lock is not None:

@@ -124,7 +124,7 @@ def _gpu_reader(index: int) -> Callable[[], dict[str, float | None]]:
         for name, get in reads.items():
             try:
                 out[name] = get()
-            except pynvml.NVMLError:
+            except Exception:  # a driver that is being reset raises more than NVMLError
                 continue
         return out
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import resource
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Protocol
 
@@ -15,7 +16,7 @@ from fastpeft.models.resolve import Resolved, resolve
 from fastpeft.runs.events import Event, EventLog
 from fastpeft.runs.store import Result, RunError, RunFolder, default_name, write_json
 from fastpeft.runs.system import Heartbeat, environment, git_commit
-from fastpeft.trainer.checkpoint import Checkpoint, newest_checkpoint
+from fastpeft.trainer.checkpoint import Checkpoint, newest_checkpoint, rng_state, set_rng_state
 from fastpeft.trainer.interrupt import StopRequest
 from fastpeft.trainer.loop import Loop
 from fastpeft.trainer.setup import Job, build_job
@@ -69,19 +70,19 @@ def train(
     began = time.perf_counter()
     folder = RunFolder.at(Path(results_dir), name or default_name(run.run_id if run else "run"))
     checkpoint = None
-    if resume:
-        finished, stored = _open(folder, name)
-        if finished is not None:
-            reporter.say(f"{folder.path} is finished: {_outcome(finished)}. Nothing is left to do")
-            return finished
-        resolved = _same_run(folder, stored, run, allow_stand_in)
-        checkpoint = _find_checkpoint(folder, reporter)
-    else:
-        assert run is not None
-        if folder.path.exists():
-            folder.create()  # says what is in the way
-        resolved = resolve(run, allow_stand_in)
     try:
+        if resume:
+            finished, stored = _open(folder, name)
+            if finished is not None:
+                reporter.say(f"{folder.path} is finished: {_outcome(finished)}. Nothing is left to do")
+                return finished
+            resolved = _same_run(folder, stored, run, allow_stand_in)
+            checkpoint = _find_checkpoint(folder, reporter)
+        else:
+            assert run is not None
+            if folder.path.exists():
+                folder.create()  # says what is in the way
+            resolved = resolve(run, allow_stand_in)
         with stop or StopRequest() as stop, _torch_settings(resolved.run):
             _say_stand_in(reporter, resolved)
             reporter.say(f"loading {resolved.run.model.name} and {resolved.run.dataset.name}")
@@ -168,11 +169,11 @@ def _open(folder: RunFolder, name: str | None) -> tuple[Result | None, RunConfig
 def _same_run(folder: RunFolder, stored: RunConfig, run: RunConfig | None, allow_stand_in: bool) -> Resolved:
     """The stored run, after a check that `run` asks for no other one."""
     if run is not None:
-        asked, kept = run_values(resolve(run, allow_stand_in).run), run_values(stored)
+        asked, kept = (dict(_leaves(run_values(r))) for r in (resolve(run, allow_stand_in).run, stored))
         differing = [
-            f"{section}: {kept[section]!r} was stored, {asked[section]!r} is asked for"
-            for section in asked
-            if section not in ("overrides", "stand_in", "wandb") and asked[section] != kept[section]
+            f"{key}: {kept.get(key)!r} was stored, {asked.get(key)!r} is asked for"
+            for key in sorted(asked.keys() | kept.keys())
+            if key.split(".")[0] not in ("overrides", "stand_in", "wandb") and asked.get(key) != kept.get(key)
         ]
         if differing:
             raise UserError(
@@ -180,6 +181,15 @@ def _same_run(folder: RunFolder, stored: RunConfig, run: RunConfig | None, allow
                 + "; ".join(differing)
             )
     return resolve(stored, allow_stand_in)
+
+
+def _leaves(values: dict, prefix: str = "") -> Iterator[tuple[str, object]]:
+    """Dotted key and value of everything that is no section."""
+    for key, value in values.items():
+        if isinstance(value, dict) and value:
+            yield from _leaves(value, f"{prefix}{key}.")
+        else:
+            yield prefix + key, value
 
 
 def _find_checkpoint(folder: RunFolder, reporter: Reporter) -> Checkpoint | None:
@@ -220,14 +230,12 @@ class _torch_settings:  # noqa: N801 (used like a function)
 
     def __init__(self, run: RunConfig) -> None:
         self._threads = run.training.threads
-        self._before = torch.get_num_threads()
-        self._rng = torch.random.fork_rng()
 
     def __enter__(self) -> None:
-        self._rng.__enter__()
+        self._threads_before, self._rng_before = torch.get_num_threads(), rng_state()
         if self._threads:
             torch.set_num_threads(self._threads)
 
     def __exit__(self, *exception: object) -> None:
-        torch.set_num_threads(self._before)
-        self._rng.__exit__(*exception)
+        torch.set_num_threads(self._threads_before)
+        set_rng_state(*self._rng_before)

@@ -35,7 +35,7 @@ class Checkpoint:
 
 
 def save_checkpoint(folder: Path, step: int, checkpoint: Checkpoint) -> Path:
-    """Write atomically under `folder`, then drop all but the newest two."""
+    """Write atomically under `folder`, then drop all but this one and the one before it."""
     folder.mkdir(parents=True, exist_ok=True)
     for leftover in folder.glob(".writing-*"):
         shutil.rmtree(leftover)
@@ -53,7 +53,9 @@ def save_checkpoint(folder: Path, step: int, checkpoint: Checkpoint) -> Path:
         shutil.rmtree(final)
     temporary.rename(final)
     _fsync(folder)
-    for old in _folders(folder)[KEEP:]:
+    folders = _folders(folder)
+    this = folders.index(final)
+    for old in folders[:this] + folders[this + KEEP :]:  # a resume passed over the newer ones: they are broken
         shutil.rmtree(old)
     return final
 

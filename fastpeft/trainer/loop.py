@@ -319,6 +319,7 @@ class Loop:
             "evaluated_at": self._evaluated_at,
             "metric": self.result.metric,
             "best": self.result.best,
+            "dtype": str(job.dtype),
             "non_finite": [self._num_non_finite, self._num_skipped],
             "events_bytes": self._log.offset(),
             "rng": rng_values,
@@ -350,6 +351,8 @@ class Loop:
         self.result.metric, self.result.best = values["metric"], values["best"]
         self._num_non_finite, self._num_skipped = values["non_finite"]
         set_rng_state(tensors, values["rng"])
+        if values["dtype"] != str(job.dtype):
+            self.warn(f"the run began in {values['dtype']} and goes on in {job.dtype}: not the same bits")
 
 
 @contextmanager

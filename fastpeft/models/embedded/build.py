@@ -23,10 +23,13 @@ from fastpeft.models.embedded import PATHS
 
 SPECIAL_TOKENS = ("[PAD]", "[CLS]", "[SEP]", "[UNK]", "[MASK]")
 PAD, CLS, SEP, UNK, MASK = range(len(SPECIAL_TOKENS))
-MASKED_SHARE = 0.3
+MASKED_SHARE, FREQUENT_MASKED_SHARE = 0.2, 0.06
 TWICE_SHARE = 0.5
-DROPPED_SHARE = 0.05
-IGNORED = -100
+DROPPED_SHARE = 0.03
+SWAPPED_SHARE = 0.4
+NUM_SUBSTITUTES = 24
+TOKEN_WEIGHT = 5.0
+NUM_COUNTED = 50_000
 BATCHES_PER_SORT = 16
 
 
@@ -75,81 +78,158 @@ def build_config(vocab_size: int, hidden_size: int, num_layers: int) -> DebertaV
         type_vocab_size=0,
         hidden_dropout_prob=0.0,
         attention_probs_dropout_prob=0.0,
-        initializer_range=hidden_size**-0.5,
+        initializer_range=0.05,
         pad_token_id=PAD,
     )
 
 
-def drop_words(ids: list[int], rng: Random) -> list[int]:
-    return [token for token in ids if rng.random() >= DROPPED_SHARE] or ids
+class Corruptor:
+    """Makes sentences wrong: a word gives way to one that stands in the same surroundings, or two words trade places."""
+
+    def __init__(self, encoded: list[list[int]], shares_V: Tensor, rng: Random):
+        vocab_size = len(shares_V)
+        neighbours_VN = torch.zeros(vocab_size, 2 * vocab_size)
+        for ids in encoded:
+            padded = torch.tensor([CLS, *ids, SEP])
+            for side, offset in ((padded[:-2], 0), (padded[2:], vocab_size)):
+                neighbours_VN.index_put_((padded[1:-1], side + offset), torch.ones(len(ids)), accumulate=True)
+        directions_VN = torch.nn.functional.normalize(neighbours_VN.sqrt())
+        similarity_VV = (directions_VN @ directions_VN.T).fill_diagonal_(0)
+        self.is_rare = (shares_V == MASKED_SHARE).tolist()
+        self.substitutes = similarity_VV.topk(NUM_SUBSTITUTES).indices.tolist()
+        self.rng = rng
+
+    def __call__(self, ids: list[int]) -> tuple[list[int], list[int]]:
+        """The words, some of them wrong, and flags that say which."""
+        rng, words = self.rng, list(ids)
+        anywhere = rng.random() < 0.25
+        places = [i for i, token in enumerate(words) if self.is_rare[token] or anywhere]
+        rng.shuffle(places)
+        if len(places) > 1 and rng.random() < SWAPPED_SHARE:
+            first = places[0]
+            alike = [i for i in places[1:] if words[i] != words[first] and words[i] in self.substitutes[words[first]]]
+            if alike:
+                words[first], words[alike[0]] = words[alike[0]], words[first]
+        if words == ids:
+            for place in places[: rng.randint(1, 2)]:
+                words[place] = rng.choice(self.substitutes[words[place]])
+        return words, [int(old != new) for old, new in zip(ids, words)]
 
 
-def batches(tokenizer: Tokenizer, sentences: list[str], batch_size: int, rng: Random) -> list[Tensor]:
-    """Inputs of two segments, of similar length within a batch: one sentence twice, or two unrelated ones."""
-    encoded = []
-    for first, second in zip(sentences[::2], sentences[1::2]):
-        is_twice = rng.random() < TWICE_SHARE
-        first, second = (
-            drop_words(tokenizer.encode(text, add_special_tokens=False).ids, rng)
-            for text in (first, first if is_twice else second)
-        )
-        encoded.append([CLS, *first, SEP, *second, SEP])
+def batches(encoded: list[list[int]], corrupt: Corruptor, batch_size: int, rng: Random) -> list[Tensor]:
+    """Inputs of two segments, of similar length within a batch: one sentence twice, or two unrelated ones.
+
+    A batch holds the tokens and the flags of the wrong ones; the flag of [CLS] says whether there is any.
+    """
+    rows = []
+    for first, second in zip(encoded[::2], encoded[1::2]):
+        pair = (first, first if rng.random() < TWICE_SHARE else second)
+        segments = [(words, [0] * len(words)) for words in pair]
+        if rng.random() < 0.5:
+            side = rng.randrange(2)
+            segments[side] = corrupt(segments[side][0])
+        ids, flags = [CLS], [int(any(segments[0][1] + segments[1][1]))]
+        for words, wrong in segments:
+            kept = [i for i, word in enumerate(words) if not corrupt.is_rare[word] or rng.random() >= DROPPED_SHARE]
+            ids += [*(words[i] for i in kept), SEP]
+            flags += [*(wrong[i] for i in kept), 0]
+        rows.append((ids, flags))
     found = []
-    for start in range(0, len(encoded), batch_size * BATCHES_PER_SORT):
-        chunk = sorted(encoded[start : start + batch_size * BATCHES_PER_SORT], key=len)
+    for start in range(0, len(rows), batch_size * BATCHES_PER_SORT):
+        chunk = sorted(rows[start : start + batch_size * BATCHES_PER_SORT], key=lambda row: len(row[0]))
         groups = [chunk[i : i + batch_size] for i in range(0, len(chunk), batch_size)]
         rng.shuffle(groups)
         for group in groups:
-            width = max(map(len, group))
-            found.append(torch.tensor([ids + [PAD] * (width - len(ids)) for ids in group]))
+            width = max(len(ids) for ids, _ in group)
+            found.append(torch.tensor([[part + [PAD] * (width - len(part)) for part in row] for row in group]))
     return found
 
 
-def mask(ids_BT: Tensor, vocab_size: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """BERT's recipe with more of everything: of the chosen tokens 70 % are masked, 20 % replaced, 10 % kept."""
-    chosen = (torch.rand(ids_BT.shape, generator=generator) < MASKED_SHARE) & (ids_BT > UNK)
-    fate = torch.rand(ids_BT.shape, generator=generator)
-    noise = torch.randint(len(SPECIAL_TOKENS), vocab_size, ids_BT.shape, generator=generator)
-    inputs = torch.where(chosen & (fate < 0.7), MASK, ids_BT)
-    inputs = torch.where(chosen & (fate > 0.8), noise, inputs)
-    return inputs, torch.where(chosen, ids_BT, IGNORED)
+def cooccurrence_embeddings(encoded: list[list[int]], vocab_size: int, hidden_size: int) -> Tensor:
+    """Directions from the SVD of positive pointwise mutual information within sentences (Levy and Goldberg, 2014).
+
+    From random embeddings the model first learns word classes, which makes all nouns alike, and is then slow to tell them
+    apart again. The noise keeps words apart that occur in the same company.
+    """
+    counts_VV = torch.zeros(vocab_size, vocab_size)
+    for ids in encoded:
+        unique = torch.tensor(sorted(set(ids)))
+        counts_VV[unique[:, None], unique[None, :]] += 1
+    counts_VV.fill_diagonal_(0)
+    totals_V = counts_VV.sum(1).clamp(min=1)
+    pmi_VV = (counts_VV * counts_VV.sum() / torch.outer(totals_V, totals_V)).clamp(min=1).log()
+    left_VV, values_V, _ = torch.linalg.svd(pmi_VV)
+    vectors_VH = torch.nn.functional.normalize(left_VV[:, :hidden_size] * values_V[:hidden_size].sqrt())
+    vectors_VH += 0.7 * torch.randn(vocab_size, hidden_size) / hidden_size**0.5
+    vectors_VH[PAD] = 0
+    return vectors_VH
 
 
-def masked_loss(model: DebertaV2ForMaskedLM, inputs_BT: Tensor, labels_BT: Tensor) -> Tensor:
-    """Cross entropy at the chosen positions only; the vocabulary product skips all others."""
-    hidden_BTH = model.deberta(input_ids=inputs_BT, attention_mask=(inputs_BT != PAD).long()).last_hidden_state
-    chosen = labels_BT != IGNORED
-    return torch.nn.functional.cross_entropy(model.cls(hidden_BTH[chosen]), labels_BT[chosen])
+def mask_shares(encoded: list[list[int]], vocab_size: int) -> Tensor:
+    """How often each word is masked: words in more than a fiftieth of the sentences less."""
+    counts = torch.bincount(torch.tensor([token for ids in encoded for token in set(ids)]), minlength=vocab_size)
+    shares = torch.where(counts > len(encoded) / 50, FREQUENT_MASKED_SHARE, MASKED_SHARE)
+    shares[: len(SPECIAL_TOKENS)] = 0
+    return shares
+
+
+class Objective(torch.nn.Module):
+    """Masked words are restored, and wrong words are recognised as in ELECTRA (arXiv:2003.10555)."""
+
+    def __init__(self, model: DebertaV2ForMaskedLM, shares_V: Tensor, generator: torch.Generator):
+        super().__init__()
+        self.model, self.shares_V, self.generator = model, shares_V, generator
+        self.detector = torch.nn.Linear(model.config.hidden_size, 2)
+
+    def forward(self, ids_BT: Tensor, flags_BT: Tensor) -> tuple[Tensor, Tensor]:
+        # B inputs, T tokens, H hidden
+        masked_BT = torch.rand(ids_BT.shape, generator=self.generator) < self.shares_V[ids_BT]
+        masked_BT &= flags_BT == 0
+        inputs_BT = torch.where(masked_BT, MASK, ids_BT)
+        attention_BT = (ids_BT != PAD).long()
+        hidden_BTH = self.model.deberta(input_ids=inputs_BT, attention_mask=attention_BT).last_hidden_state
+        words = torch.nn.functional.cross_entropy(self.model.cls(hidden_BTH[masked_BT]), ids_BT[masked_BT])
+        scores_BT2 = self.detector(hidden_BTH)
+        seen_BT = (inputs_BT > MASK).float()
+        token, sentence = scores_BT2[..., 0], scores_BT2[:, 0, 1]
+        binary = torch.nn.functional.binary_cross_entropy_with_logits
+        detection = binary(token, flags_BT.float(), weight=seen_BT, reduction="sum") / seen_BT.sum()
+        return words, TOKEN_WEIGHT * detection + binary(sentence, flags_BT[:, 0].float())
 
 
 def pretrain(model: DebertaV2ForMaskedLM, tokenizer: Tokenizer, options: argparse.Namespace) -> None:
-    generator = torch.Generator().manual_seed(options.seed)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=options.lr, weight_decay=0.01, betas=(0.9, 0.98))
+    generator, rng = torch.Generator().manual_seed(options.seed), Random(options.seed)
+    texts = list(raw_sentences(2 * options.steps * options.batch_size, options.seed))
+    encoded = [encoding.ids for encoding in tokenizer.encode_batch(texts, add_special_tokens=False)]
+    sample = encoded[:NUM_COUNTED]
+    shares_V = mask_shares(sample, model.config.vocab_size)
+    with torch.no_grad():
+        embeddings = cooccurrence_embeddings(sample, model.config.vocab_size, model.config.hidden_size)
+        model.deberta.embeddings.word_embeddings.weight.copy_(embeddings)
+    objective = Objective(model, shares_V, generator)
+    optimizer = torch.optim.AdamW(objective.parameters(), lr=options.lr, weight_decay=0.01, betas=(0.9, 0.98))
     scheduler = get_linear_schedule_with_warmup(optimizer, options.steps // 20, options.steps)
-    rng, started_s = Random(options.seed), time.perf_counter()
-    num_sentences = 2 * options.steps * options.batch_size
-    model.train()
-    sentences = list(raw_sentences(num_sentences, options.seed))
-    for step, ids_BT in enumerate(batches(tokenizer, sentences, options.batch_size, rng)):
-        loss = masked_loss(model, *mask(ids_BT, model.config.vocab_size, generator))
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    started_s, means = time.perf_counter(), torch.zeros(2)
+    objective.train()
+    for step, batch in enumerate(batches(encoded, Corruptor(sample, shares_V, rng), options.batch_size, rng), 1):
+        losses = torch.stack(objective(batch[:, 0], batch[:, 1]))
+        losses.sum().backward()
+        torch.nn.utils.clip_grad_norm_(objective.parameters(), 1.0)
         optimizer.step()
         scheduler.step()
         optimizer.zero_grad()
-        if step % 100 == 0:
-            print(
-                f"step {step} loss {loss.item():.3f} {time.perf_counter() - started_s:.0f} s",
-                flush=True,
-            )
+        means += (losses.detach() - means) / min(step, 100)
+        if step % 200 == 0:
+            words, wrong = means.tolist()
+            print(f"step {step} words {words:.3f} wrong {wrong:.3f} {time.perf_counter() - started_s:.0f} s", flush=True)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=PATHS["deberta_tiny"])
     parser.add_argument("--steps", type=int, default=4000)
-    parser.add_argument("--batch-size", type=int, default=64)
-    parser.add_argument("--lr", type=float, default=1.5e-3)
+    parser.add_argument("--batch-size", type=int, default=32)
+    parser.add_argument("--lr", type=float, default=1e-3)
     parser.add_argument("--hidden-size", type=int, default=128)
     parser.add_argument("--num-layers", type=int, default=4)
     parser.add_argument("--seed", type=int, default=0)

@@ -1,0 +1,195 @@
+"""lora_linear against its reference, differentiated by autograd in float64."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from fastpeft.kernels import lora_linear
+from fastpeft.kernels.lora_linear.reference import lora_linear_reference
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+GRADIENTS = ("dx", "da", "db")
+
+
+def make_inputs(generator, lead, num_in, num_out, rank, bias=True):
+    """x, weight, bias, A, B and dy in float64, scaled so that every result is about 1."""
+
+    def draw(*shape, std=1.0):
+        return torch.randn(*shape, generator=generator, dtype=torch.float64) * std
+
+    return (
+        draw(*lead, num_in),
+        draw(num_out, num_in, std=num_in**-0.5),
+        draw(num_out) if bias else None,
+        draw(rank, num_in, std=num_in**-0.5),
+        draw(num_out, rank, std=rank**-0.5),
+        draw(*lead, num_out),
+    )
+
+
+def run(function, x, weight, bias, a, b, dy, scale):
+    """(y, dx, dA, dB) for these very tensors' values."""
+    leaves = [tensor.detach().requires_grad_(True) for tensor in (x, a, b)]
+    y = function(leaves[0], weight, bias, leaves[1], leaves[2], scale)
+    return y.detach(), *torch.autograd.grad(y, leaves, dy)
+
+
+def relative(got, want):
+    return float((got.double() - want).norm() / want.norm())
+
+
+def assert_like_reference(inputs, scale, dtype, limit):
+    """The operation in `dtype` against the reference in float64 on the same, rounded, values."""
+    low = [None if tensor is None else tensor.to(dtype) for tensor in inputs]
+    exact = [None if tensor is None else tensor.double() for tensor in low]
+    got = run(lora_linear, *low, scale)
+    want = run(lora_linear_reference, *exact, scale)
+    for name, mine, theirs in zip(("y", *GRADIENTS), got, want):
+        assert mine.dtype == dtype, name
+        assert mine.shape == theirs.shape, name
+        assert relative(mine, theirs) <= limit, f"{name}: {relative(mine, theirs)}"
+
+
+@given(
+    lead=st.one_of(
+        st.tuples(st.sampled_from([1, 2, 7, 63])), st.tuples(st.integers(1, 3), st.sampled_from([1, 5, 33]))
+    ),
+    num_in=st.sampled_from([1, 3, 16, 65, 130]),
+    num_out=st.sampled_from([1, 2, 17, 64, 129]),
+    rank=st.integers(1, 64),
+    bias=st.booleans(),
+    scale=st.sampled_from([0.25, 1.0, 2.0]),
+    draw=st.integers(0, 2**31),
+)
+@settings(max_examples=60, deadline=None)
+def test_forward_and_gradients_in_float64(lead, num_in, num_out, rank, bias, scale, draw):
+    inputs = make_inputs(torch.Generator().manual_seed(draw), lead, num_in, num_out, rank, bias)
+    got, want = run(lora_linear, *inputs, scale), run(lora_linear_reference, *inputs, scale)
+    for name, mine, theirs in zip(("y", *GRADIENTS), got, want):
+        torch.testing.assert_close(mine, theirs, rtol=1e-11, atol=1e-11, msg=name)
+
+
+@pytest.mark.parametrize(("dtype", "limit"), [(torch.float32, 1e-5), (torch.bfloat16, 2e-2)])
+@pytest.mark.parametrize("rank", [1, 8, 64])
+def test_relative_error_per_dtype(seed, dtype, limit, rank):
+    generator = torch.Generator().manual_seed(seed)
+    for num_tokens in (1, 63, 1000):
+        inputs = make_inputs(generator, (num_tokens,), 96, 80, rank)
+        assert_like_reference(inputs, 2.0, dtype, limit)
+
+
+def test_gradcheck(seed):
+    x, weight, bias, a, b, _ = make_inputs(torch.Generator().manual_seed(seed), (2, 3), 5, 4, 2)
+    leaves = [tensor.requires_grad_(True) for tensor in (x, a, b)]
+    assert torch.autograd.gradcheck(lambda x, a, b: lora_linear(x, weight, bias, a, b, 0.7), leaves)
+
+
+def test_non_contiguous_x_weight_and_dy(seed):
+    generator = torch.Generator().manual_seed(seed)
+    x, weight, bias, a, b, dy = make_inputs(generator, (6, 4), 10, 12, 3)
+    want = run(lora_linear_reference, x, weight, bias, a, b, dy, 1.5)
+    strided = [t.transpose(0, 1).contiguous().transpose(0, 1) for t in (x, weight, a, b, dy)]
+    assert not any(t.is_contiguous() for t in strided)
+    x, weight, a, b, dy = strided
+    for mine, theirs in zip(run(lora_linear, x, weight, bias, a, b, dy, 1.5), want):
+        torch.testing.assert_close(mine, theirs, rtol=1e-11, atol=1e-11)
+
+
+def test_expanded_dy(seed):
+    """sum().backward() hands down a dy with zero strides."""
+    x, weight, bias, a, b, dy = make_inputs(torch.Generator().manual_seed(seed), (2, 5), 6, 7, 2)
+    dy = torch.ones((), dtype=torch.float64).expand(dy.shape)
+    got, want = (run(f, x, weight, bias, a, b, dy, 2.0) for f in (lora_linear, lora_linear_reference))
+    for mine, theirs in zip(got, want):
+        torch.testing.assert_close(mine, theirs, rtol=1e-11, atol=1e-11)
+
+
+def test_x_without_gradient(seed):
+    x, weight, bias, a, b, dy = make_inputs(torch.Generator().manual_seed(seed), (9,), 6, 7, 2)
+    _, _, want_a, want_b = run(lora_linear_reference, x, weight, bias, a, b, dy, 2.0)
+    a.requires_grad_(True)
+    b.requires_grad_(True)
+    lora_linear(x, weight, bias, a, b, 2.0).backward(dy)
+    assert x.grad is None
+    torch.testing.assert_close(a.grad, want_a, rtol=1e-11, atol=1e-11)
+    torch.testing.assert_close(b.grad, want_b, rtol=1e-11, atol=1e-11)
+
+
+def test_only_one_factor_trained(seed):
+    x, weight, bias, a, b, dy = make_inputs(torch.Generator().manual_seed(seed), (9,), 6, 7, 2)
+    want_b = run(lora_linear_reference, x, weight, bias, a, b, dy, 2.0)[3]
+    b.requires_grad_(True)
+    lora_linear(x, weight, bias, a, b, 2.0).backward(dy)
+    assert a.grad is None
+    torch.testing.assert_close(b.grad, want_b, rtol=1e-11, atol=1e-11)
+
+
+def test_no_gradient_mode_makes_no_graph(seed):
+    x, weight, bias, a, b, _ = make_inputs(torch.Generator().manual_seed(seed), (9,), 6, 7, 2)
+    a.requires_grad_(True)
+    with torch.no_grad():
+        assert not lora_linear(x, weight, bias, a, b, 2.0).requires_grad
+
+
+@pytest.mark.parametrize("compute", [torch.bfloat16, torch.float16])
+def test_half_precision_x_with_fp32_factors(seed, compute):
+    """The usual case: frozen weights in half precision, adapters and their gradients in fp32."""
+    x, weight, bias, a, b, dy = make_inputs(torch.Generator().manual_seed(seed), (3, 40), 64, 48, 8)
+    low = [tensor.to(compute) for tensor in (x, weight, bias)]
+    dy = dy.to(compute)
+    got = run(lora_linear, *low, a.float(), b.float(), dy, 2.0)
+    assert [tensor.dtype for tensor in got] == [compute, compute, torch.float32, torch.float32]
+    want = run(lora_linear_reference, *(t.double() for t in low), a, b, dy.double(), 2.0)
+    for name, mine, theirs in zip(("y", *GRADIENTS), got, want):
+        assert relative(mine, theirs) <= 2e-2, name
+
+
+def test_gradients_accumulate_into_existing_ones(seed):
+    """Both uses of a layer in one graph add up, and so do two backward passes."""
+    x, weight, bias, a, b, dy = make_inputs(torch.Generator().manual_seed(seed), (5,), 8, 8, 3)
+
+    def twice(function, x, weight, bias, a, b, scale):
+        return function(function(x, weight, bias, a, b, scale).tanh(), weight, bias, a, b, scale)
+
+    want = run(lambda *args: twice(lora_linear_reference, *args), x, weight, bias, a, b, dy, 0.5)
+    got = run(lambda *args: twice(lora_linear, *args), x, weight, bias, a, b, dy, 0.5)
+    for name, mine, theirs in zip(("y", *GRADIENTS), got, want):
+        torch.testing.assert_close(mine, theirs, rtol=1e-11, atol=1e-11, msg=name)
+    leaf_a, leaf_b = a.clone().requires_grad_(True), b.clone().requires_grad_(True)
+    for _ in range(2):
+        twice(lora_linear, x, weight, bias, leaf_a, leaf_b, 0.5).backward(dy)
+    torch.testing.assert_close(leaf_a.grad, 2 * want[2], rtol=1e-11, atol=1e-11)
+    torch.testing.assert_close(leaf_b.grad, 2 * want[3], rtol=1e-11, atol=1e-11)
+
+
+def test_inputs_are_left_alone(seed):
+    inputs = make_inputs(torch.Generator().manual_seed(seed), (5,), 8, 9, 3)
+    before = [tensor.clone() for tensor in inputs]
+    run(lora_linear, *inputs, 2.0)
+    assert all(torch.equal(now, then) for now, then in zip(inputs, before))
+
+
+def test_deterministic(seed):
+    inputs = [t.float() for t in make_inputs(torch.Generator().manual_seed(seed), (4, 65), 96, 80, 8)]
+    first, second = run(lora_linear, *inputs, 2.0), run(lora_linear, *inputs, 2.0)
+    assert all(torch.equal(one, two) for one, two in zip(first, second))
+
+
+@pytest.mark.parametrize(
+    ("changed", "shape"),
+    [("x", (5, 7)), ("weight", (9, 7)), ("lora_a", (3, 7)), ("lora_b", (8, 3)), ("lora_b", (9, 4))],
+)
+def test_shapes_that_do_not_fit(changed, shape):
+    tensors = {"x": (5, 8), "weight": (9, 8), "lora_a": (3, 8), "lora_b": (9, 3)} | {changed: shape}
+    tensors = {name: torch.zeros(size) for name, size in tensors.items()}
+    with pytest.raises(ValueError, match="do not fit") as error:
+        lora_linear(bias=None, scale=1.0, **tensors)
+    for tensor in tensors.values():
+        assert str(tuple(tensor.shape)) in str(error.value)
+
+
+def test_dtypes_that_do_not_fit():
+    x, weight = torch.zeros(5, 8), torch.zeros(9, 8, dtype=torch.bfloat16)
+    with pytest.raises(ValueError, match=r"torch\.float32.*torch\.bfloat16"):
+        lora_linear(x, weight, None, torch.zeros(3, 8), torch.zeros(9, 3), 1.0)

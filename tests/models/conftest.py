@@ -1,0 +1,13 @@
+"""One saved model of each family for all tests of this folder."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from tiny import FAMILIES, make_model
+
+
+@pytest.fixture(scope="session")
+def model_folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    return {family: make_model(tmp_path_factory.mktemp("models") / family, family) for family in FAMILIES}

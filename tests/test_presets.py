@@ -1,0 +1,37 @@
+"""Every shipped preset is valid and trains two steps on its stand-in."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from fastpeft.config import load_run, preset_names, trial_run
+from fastpeft.config.load import PRESETS
+from fastpeft.trainer import train
+
+FILES = sorted(PRESETS.rglob("*.yaml"))
+
+
+def test_every_file_has_a_name_that_loads() -> None:
+    assert [path.stem for path in sorted(FILES, key=lambda p: p.stem)] == preset_names()
+    assert {"lora_mnli", "iwlora_mnli"} <= set(preset_names())
+    for path in FILES:
+        assert load_run(path.stem).run_id == path.stem
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
+def test_trial_on_the_stand_in(path: Path, tmp_path: Path) -> None:
+    result = train(trial_run(load_run(path.stem)), results_dir=tmp_path, name="r")
+    assert (result.status, result.steps, result.stand_in) == ("done", 2, True)
+    assert result.run_id == path.stem
+    assert 0 <= result.metric["value"] <= 1
+    events = [json.loads(line) for line in (tmp_path / "r" / "events.jsonl").read_text().splitlines()]
+    kinds = [event["type"] for event in events]
+    assert kinds.count("step") == kinds.count("eval") == 2
+    assert kinds.count("checkpoint") == 1
+    assert kinds[-1] == "end"
+    assert all(event["num"] == 32 for event in events if event["type"] == "eval")
+    assert (tmp_path / "r" / "adapter" / "adapter_config.json").is_file()
+    assert load_run(tmp_path / "r" / "run.yaml").run_id == path.stem
