@@ -128,7 +128,9 @@ def main() -> None:
     parser.add_argument("--model", required=True)
     parser.add_argument("--data", required=True)
     parser.add_argument("--epochs", type=float, default=2.0)
-    parser.add_argument("--rows", default="peft,lora,iw_lora", help="peft, lora, iw_lora; with -fp32 for that precision")
+    parser.add_argument(
+        "--rows", default="peft,lora,iw_lora", help="peft, lora, iw_lora; with -fp32 for that precision"
+    )
     parser.add_argument("--dev-rows", type=int, default=2000)
     parser.add_argument("--seed", type=int, default=42)
     parser.add_argument("--json", type=Path)

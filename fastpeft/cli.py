@@ -78,6 +78,10 @@ def train(
 ) -> None:
     """Train a run to the end of its budget."""
     config = _load(run, overrides or [], budget, seed, mode, resume)
+    if name is not None and not resume:  # before torch is loaded, which takes seconds
+        from fastpeft.runs.store import RunFolder
+
+        RunFolder.at(results_dir, name).check_free()
     from fastpeft.console import ConsoleReporter, closing_table
 
     with ConsoleReporter() as reporter:

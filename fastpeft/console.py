@@ -148,12 +148,12 @@ def runs_table(folders: list[RunFolder]) -> Table:
     for folder in folders:
         result = folder.read_result()
         if result is None:
-            table.add_row(folder.path.name, "no result", *["-"] * 5)
+            table.add_row(folder.path.name, folder.status(), *["-"] * 5)
             continue
         stand_in = " (stand-in)" if result.stand_in else ""
         table.add_row(
             result.name,
-            result.status,
+            folder.status(),
             _value(result.metric),
             _value(result.best),
             f"{result.steps:,}",

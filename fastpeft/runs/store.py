@@ -16,6 +16,9 @@ from typing import IO, Any
 from fastpeft.errors import UserError
 from fastpeft.runs.events import finite
 
+DEAD_AFTER_S = 30.0
+"""A running trainer writes a heartbeat every two seconds."""
+
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 
 
@@ -79,13 +82,17 @@ class RunFolder:
             )
         return cls(Path(results_dir) / name)
 
+    def check_free(self) -> None:
+        """Raises RunError if the name is taken."""
+        if self.path.exists():
+            what = "has this name" if self.config.is_file() else "is in the way"
+            raise RunError(f"{self.path} {what}: choose another --name, or continue it with --resume")
+
     def create(self) -> None:
         """Make the folder and lock it. Raises RunError if the name is taken."""
+        self.check_free()
         try:
             self.path.mkdir(parents=True)
-        except FileExistsError:
-            what = "has this name" if self.config.is_file() else "is in the way"
-            raise RunError(f"{self.path} {what}: choose another --name, or continue it with --resume") from None
         except OSError as error:
             raise RunError(f"{self.path} cannot be made: {error.strerror}") from None
         self.lock()
@@ -104,6 +111,14 @@ class RunFolder:
         if self._lock is not None:
             self._lock.close()
             self._lock = None
+
+    def status(self) -> str:
+        """As result.json has it, but `dead` for a run that says it is running and has lost its heartbeat."""
+        result = self.read_result()
+        if result is None or result.status != "running":
+            return result.status if result else "no result"
+        written = (self.events if self.events.exists() else self.result).stat().st_mtime
+        return "dead" if time.time() - written > DEAD_AFTER_S else "running"
 
     def write_result(self, result: Result) -> None:
         write_json(self.result, dataclasses.asdict(result))

@@ -67,9 +67,9 @@ class Heartbeat:
     that cannot be had is None. A failing driver ends the figures, never the run.
     """
 
-    def __init__(self, emit: Callable[..., None], gpu_index: int | None) -> None:
+    def __init__(self, emit: Callable[..., None], gpu_uuid: str | None) -> None:
         self._emit = emit
-        self._read = _gpu_reader(gpu_index) if gpu_index is not None else _cpu_reader()
+        self._read = _gpu_reader(gpu_uuid) if gpu_uuid is not None else _cpu_reader()
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._beat, name="fastpeft-heartbeat", daemon=True)
 
@@ -103,13 +103,13 @@ def _cpu_reader() -> Callable[[], dict[str, float | None]]:
     return read
 
 
-def _gpu_reader(index: int) -> Callable[[], dict[str, float | None]]:
+def _gpu_reader(uuid: str) -> Callable[[], dict[str, float | None]]:
     nothing = dict.fromkeys(("util", "memory_mb", "power_w", "temp_c"))
     try:
         import pynvml
 
         pynvml.nvmlInit()
-        handle = pynvml.nvmlDeviceGetHandleByIndex(index)
+        handle = pynvml.nvmlDeviceGetHandleByUUID(uuid)  # an index would ignore CUDA_VISIBLE_DEVICES
     except Exception:
         return lambda: nothing
     reads = {

@@ -13,7 +13,7 @@ import torch
 from fastpeft.config import RunConfig, load_run, run_values, save_run
 from fastpeft.errors import UserError
 from fastpeft.models.resolve import Resolved, resolve
-from fastpeft.runs.events import Event, EventLog
+from fastpeft.runs.events import Event, EventLog, number
 from fastpeft.runs.store import Result, RunError, RunFolder, default_name, write_json
 from fastpeft.runs.system import Heartbeat, environment, git_commit
 from fastpeft.trainer.checkpoint import Checkpoint, newest_checkpoint, rng_state, set_rng_state
@@ -124,10 +124,10 @@ def _run(
     stop.on_request = lambda number: reporter.say(
         f"{number.name}: finishing this step and saving a checkpoint; a second one ends at once"
     )
-    gpu_index = job.device.index or 0 if job.device.type == "cuda" else None
+    gpu = f"GPU-{torch.cuda.get_device_properties(job.device).uuid}" if job.device.type == "cuda" else None
     error = None
     try:
-        with Heartbeat(lambda **figures: loop.event("system", **figures), gpu_index):
+        with Heartbeat(lambda **figures: loop.event("system", **figures), gpu):
             result.status = loop.run(checkpoint)
     except BaseException as caught:
         result.status, error = "failed", f"{type(caught).__name__}: {caught}"
@@ -217,7 +217,7 @@ def _say_stand_in(reporter: Reporter, resolved: Resolved) -> None:
 
 
 def _outcome(result: Result) -> str:
-    return f"{result.metric.get('name', 'metric')} {result.metric.get('value', float('nan')):.4f}"
+    return f"{result.metric.get('name', 'metric')} {number(result.metric.get('value', 'nan')):.4f}"
 
 
 def _device_facts(job: Job) -> dict:

@@ -26,7 +26,7 @@ def fake_nvml(**broken: Exception) -> types.ModuleType:
     """A pynvml in which the functions named in `broken` raise."""
     answers = {
         "nvmlInit": None,
-        "nvmlDeviceGetHandleByIndex": "gpu",
+        "nvmlDeviceGetHandleByUUID": "gpu",
         "nvmlDeviceGetUtilizationRates": types.SimpleNamespace(gpu=87),
         "nvmlDeviceGetMemoryInfo": types.SimpleNamespace(used=3 * 2**30),
         "nvmlDeviceGetPowerUsage": 412_500,
@@ -55,7 +55,7 @@ def beats(monkeypatch):
     failures = []
     monkeypatch.setattr(threading, "excepthook", failures.append)
 
-    def run(gpu_index: int | None, count: int = 3) -> list[dict]:
+    def run(gpu_uuid: str | None, count: int = 3) -> list[dict]:
         seen, enough = [], threading.Event()
 
         def emit(**figures) -> None:
@@ -63,7 +63,7 @@ def beats(monkeypatch):
             if len(seen) >= count:
                 enough.set()
 
-        with Heartbeat(emit, gpu_index):
+        with Heartbeat(emit, gpu_uuid):
             assert enough.wait(20), f"{len(seen)} beats, failures {failures}"
         assert not failures
         return seen
@@ -88,7 +88,7 @@ def test_on_a_gpu_it_tells_the_drivers_figures_in_our_units(beats, monkeypatch):
     assert beats(0)[0] == {"util": 87, "memory_mb": 3072.0, "power_w": 412.5, "temp_c": 61}
 
 
-@pytest.mark.parametrize("function", ["nvmlInit", "nvmlDeviceGetHandleByIndex"])
+@pytest.mark.parametrize("function", ["nvmlInit", "nvmlDeviceGetHandleByUUID"])
 @pytest.mark.parametrize(
     "error", [NVMLError("lost"), OSError("no library"), RuntimeError("?")], ids=lambda e: type(e).__name__
 )

@@ -221,7 +221,9 @@ def pretrain(model: DebertaV2ForMaskedLM, tokenizer: Tokenizer, options: argpars
         means += (losses.detach() - means) / min(step, 100)
         if step % 200 == 0:
             words, wrong = means.tolist()
-            print(f"step {step} words {words:.3f} wrong {wrong:.3f} {time.perf_counter() - started_s:.0f} s", flush=True)
+            print(
+                f"step {step} words {words:.3f} wrong {wrong:.3f} {time.perf_counter() - started_s:.0f} s", flush=True
+            )
 
 
 def main() -> None:
