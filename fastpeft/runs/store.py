@@ -84,7 +84,7 @@ class RunFolder:
 
     def check_free(self) -> None:
         """Raises RunError if the name is taken."""
-        if self.path.exists():
+        if os.path.lexists(self.path):
             what = "has this name" if self.config.is_file() else "is in the way"
             raise RunError(f"{self.path} {what}: choose another --name, or continue it with --resume")
 

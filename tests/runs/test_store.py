@@ -11,12 +11,22 @@ import re
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 
 import pytest
 
 from fastpeft.runs import store
-from fastpeft.runs.store import Result, RunError, RunFolder, default_name, list_runs, read_json, write_json
+from fastpeft.runs.store import (
+    DEAD_AFTER_S,
+    Result,
+    RunError,
+    RunFolder,
+    default_name,
+    list_runs,
+    read_json,
+    write_json,
+)
 
 LOCKER = """
 import sys
@@ -273,3 +283,17 @@ def test_runs_are_listed_by_age_and_other_folders_are_not(tmp_path):
     assert [folder.path.name for folder in list_runs(tmp_path)] == ["c", "a", "b"]
     assert list(list_runs(tmp_path / "missing")) == []
     assert list(list_runs(tmp_path / "run.yaml")) == []
+
+
+def test_a_running_run_without_heartbeat_is_dead(tmp_path):
+    folder = RunFolder.at(tmp_path, "one")
+    folder.create()
+    assert folder.status() == "no result"
+    folder.write_result(Result(run_id="r", name="one"))
+    folder.events.write_text('{"type":"run"}\n')
+    assert folder.status() == "running"
+    long_ago = time.time() - 2 * DEAD_AFTER_S
+    os.utime(folder.events, (long_ago, long_ago))
+    assert folder.status() == "dead"
+    folder.write_result(Result(run_id="r", name="one", status="done"))
+    assert folder.status() == "done"
