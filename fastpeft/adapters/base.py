@@ -70,9 +70,10 @@ class Adapter(ABC):
 
     def before_calibration_batch(self) -> None: ...
 
-    def after_calibration_batch(self, loss_scale: float) -> None:
+    def after_calibration_batch(self, loss_scale: float) -> bool:
         """Gradients of one whole batch are in the flat buffer, unscaled; those that the method's own
-        layers kept are still multiplied by `loss_scale`."""
+        layers kept are still multiplied by `loss_scale`. False: it overflowed; try a smaller scale."""
+        return True
 
     def finish_calibration(self) -> None:
         """All calibration batches have been seen."""

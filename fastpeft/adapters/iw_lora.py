@@ -88,7 +88,7 @@ class IwLora(Lora):
             for block in self.blocks:
                 nn.init.kaiming_uniform_(block.lora_a.data, a=math.sqrt(5))
 
-    def after_calibration_batch(self, loss_scale: float) -> None:
+    def after_calibration_batch(self, loss_scale: float) -> bool:
         estimator = self.config.estimator
         if estimator == "exact":
             norms = [block.module.probe.take() for block in self.blocks]
@@ -98,8 +98,11 @@ class IwLora(Lora):
         else:
             measured_K = torch.stack([block.lora_a.grad.square().sum() for block in self.blocks])
             self.flat.adapter.sub_(self.flat.adapter_grad, alpha=self.config.warmup_learning_rate)
+        if loss_scale > 1 and not bool(measured_K.isfinite().all()):
+            return False
         self._sums_K += measured_K
         self._num_batches += 1
+        return True
 
     def _sketch(self) -> torch.Tensor:
         """||dL/dW_k||_F from dL/dB_k; v is the mean square that A really has."""
@@ -154,7 +157,7 @@ class IwLora(Lora):
         for group, (da_KRI, db_KOR) in zip(self.flat.groups, self._penalty_gradients):
             group.grad_a_KRI.add_(da_KRI)
             group.grad_b_KOR.add_(db_KOR)
-        signals.penalty_share = self._penalty_norm() / self.flat.adapter_grad.norm()
+        signals.penalty_share = self._penalty_norm() / self.flat.adapter_grad.norm().clamp_min(1e-30)
 
     def after_step(self, signals: Signals, rates: Rates, progress: float) -> None:
         """Decoupled: shrink A and B by the penalty's gradient, as AdamW decays weights."""

@@ -36,6 +36,8 @@ class Encoded:
     labels: np.ndarray
     num_truncated: int
     pad_token: int
+    max_length: int
+    """Longest row that the model takes."""
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -43,6 +45,11 @@ class Encoded:
     @property
     def lengths(self) -> np.ndarray:
         return np.diff(self.offsets)
+
+    @property
+    def widths(self) -> np.ndarray:
+        """What each row would be padded to by itself."""
+        return np.minimum(-(-self.lengths // WIDTH_MULTIPLE) * WIDTH_MULTIPLE, self.max_length)
 
 
 @dataclass(frozen=True)
@@ -72,6 +79,7 @@ def encode(examples: Examples, tokenizer: PreTrainedTokenizerBase, max_length: i
         labels=np.array(examples.labels, dtype=np.int64),
         num_truncated=num_truncated,
         pad_token=tokenizer.pad_token_id,
+        max_length=max_length,
     )
 
 
@@ -116,10 +124,10 @@ def micro_batches(encoded: Encoded, rows: np.ndarray, max_tokens: int) -> Iterat
     A single row over the limit is a part of its own.
     """
     rows = rows[np.argsort(encoded.lengths[rows], kind="stable")]
-    lengths = encoded.lengths[rows]
+    widths = encoded.widths[rows]
     start = 0
     for end in range(1, len(rows) + 1):
-        if end == len(rows) or (end + 1 - start) * lengths[end] > max_tokens:
+        if end == len(rows) or (end + 1 - start) * widths[end] > max_tokens:
             yield rows[start:end]
             start = end
 
@@ -132,7 +140,7 @@ def evaluation_batches(encoded: Encoded, max_tokens: int) -> list[np.ndarray]:
 def collate(encoded: Encoded, rows: np.ndarray, device: torch.device) -> Batch:
     """Pad `rows` to the longest of them and move them to `device`, without waiting for it."""
     lengths = encoded.lengths[rows]
-    width = -(-int(lengths.max()) // WIDTH_MULTIPLE) * WIDTH_MULTIPLE
+    width = int(encoded.widths[rows].max())
     tokens = np.full((len(rows), width), encoded.pad_token, dtype=np.int64)
     mask = np.zeros((len(rows), width), dtype=np.int64)
     types = None if encoded.segments is None else np.zeros((len(rows), width), dtype=np.int64)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from fastpeft.data.task import ClassificationTask, Examples
+from fastpeft.errors import UnavailableError
 
 
 @dataclass(frozen=True)
@@ -24,13 +25,20 @@ REPOSITORY = "nyu-mll/glue"
 
 
 def load_glue(name: str) -> ClassificationTask:
-    """Read a GLUE task through `datasets`, which takes its cache when the hub is away."""
+    """Read a GLUE task through `datasets`, which takes its cache when the hub is away.
+
+    Raises:
+        UnavailableError: neither the hub nor the cache gives it.
+    """
     import datasets
 
     task = GLUE[name]
 
     def read(split: str) -> Examples:
-        rows = datasets.load_dataset(REPOSITORY, name, split=split)
+        try:
+            rows = datasets.load_dataset(REPOSITORY, name, split=split)
+        except Exception as error:  # connection, cache, parquet: each layer has its own classes
+            raise UnavailableError(f"dataset {REPOSITORY} {name}: cannot be loaded: {error}") from error
         pair = list(rows[task.text_pair]) if task.text_pair else None
         return Examples(list(rows[task.text]), pair, list(rows["label"]))
 

@@ -14,6 +14,9 @@ from typing import Any
 from fastpeft.config.schema import ColumnsConfig, DatasetConfig
 from fastpeft.data.task import ClassificationTask, DataError, Examples, LabelIndex
 
+MAX_INFERRED_LABELS = 100
+"""More different values, and more than one in ten rows: not labels, unless they are named."""
+
 SUFFIXES = (".jsonl", ".csv", ".tsv", ".parquet")
 _VALIDATION_NAMES = ("dev", "validation", "dev_matched", "validation_matched", "valid")
 _TEXT_PAIRS = (
@@ -49,6 +52,11 @@ def load_local(config: DatasetConfig, labels: tuple[str, ...] | None = None) -> 
     if len(index.names) < 2:
         raise DataError(f"{train_path}: one label only ({index.names}); a classifier needs two")
     examples, skipped = train.examples(index), {"train": train.num_skipped}
+    if not names and len(index.names) > max(MAX_INFERRED_LABELS, len(examples) // 10):
+        raise DataError(
+            f"{train_path}: the label column holds {len(index.names):,} different values in {len(examples):,} rows, "
+            f"such as {index.names[0]!r}: set dataset.columns.label, or name the labels in dataset.labels"
+        )
     paired = examples.text_pair is not None
     if validation_path is None:
         examples, validation = _split(examples, config.validation_fraction)

@@ -157,9 +157,12 @@ class Loop:
                 rows = self.job.batches.rows(num_batches)
                 scale = self.job.optimizer.loss_scale
                 signals = forward_backward(adapter, self._micro_batches(rows), len(rows), scale)
-                adapter.after_calibration_batch(1.0 if scale is None else float(scale))
+                measured = adapter.after_calibration_batch(1.0 if scale is None else float(scale))
                 clock.count_tokens(signals.num_tokens, time.perf_counter() - began)
-                num_batches += 1
+                if measured:
+                    num_batches += 1
+                else:
+                    self.job.optimizer.adjust_scale(torch.ones((), device=self.job.device))
         if not self.stop():
             adapter.finish_calibration()
             self._log_importance(num_batches=num_batches, seconds=clock.elapsed_s - start_s)

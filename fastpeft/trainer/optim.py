@@ -52,10 +52,10 @@ class FlatAdamW:
             group["lr"] = rates.lr * group["ratio"]
         self._adamw.step()
         if self.loss_scale is not None:
-            self._adjust_scale(signals.skipped)
+            self.adjust_scale(signals.skipped)
 
-    def _adjust_scale(self, skipped: torch.Tensor) -> None:
-        """Halve after an overflow, double after 2,000 steps without one."""
+    def adjust_scale(self, skipped: torch.Tensor) -> None:
+        """fp16: halve the scale where `skipped` is 1 (an overflow), double it after 2,000 steps of 0."""
         assert self.loss_scale is not None
         self._good_steps = (self._good_steps + 1) * (1 - skipped)
         grow = (self._good_steps >= SCALE_GROWTH_STEPS).float()

@@ -34,6 +34,7 @@ def make_encoded(rng: np.random.Generator, num_rows: int, longest: int = 60, seg
         labels=rng.integers(0, 3, num_rows),
         num_truncated=0,
         pad_token=PAD,
+        max_length=longest,
     )
 
 
@@ -119,9 +120,9 @@ def test_micro_batches_keep_to_the_limit(num_rows, longest, max_tokens, draw):
     parts = list(micro_batches(encoded, rows, max_tokens))
     assert sorted(np.concatenate(parts)) == sorted(rows)
     for part in parts:
-        assert len(part) == 1 or len(part) * encoded.lengths[part].max() <= max_tokens
+        assert len(part) == 1 or len(part) * encoded.widths[part].max() <= max_tokens
     for part, following in pairwise(parts):  # no part could have taken the next row as well
-        assert (len(part) + 1) * encoded.lengths[following].min() > max_tokens
+        assert (len(part) + 1) * encoded.widths[following].min() > max_tokens
 
 
 def test_evaluation_batches_cover_all_rows_once(seed):
@@ -227,3 +228,12 @@ def test_the_longer_text_of_a_pair_is_cut_first(tokenizer):
         assert vocab["dog"] in tokens
         assert vocab["cat"] in tokens
         assert tokens.count(vocab["ran"]) == 6
+
+
+def test_rounding_up_never_pads_past_what_the_model_takes(seed):
+    encoded = make_rows(seed, 200, longest=21)
+    for rows in Batches(encoded, 4, seed).epoch(0):
+        width = collate(encoded, rows, CPU).inputs["input_ids"].shape[1]
+        longest = encoded.lengths[rows].max()
+        assert longest <= width <= min(21, longest + WIDTH_MULTIPLE - 1)
+        assert width == 21 or width % WIDTH_MULTIPLE == 0

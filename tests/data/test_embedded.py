@@ -15,7 +15,29 @@ SEED = 20240731
 NUM_CHECKED, NUM_WORLDS = 300, 300
 
 FUNCTION_WORDS = set(
-    "a at by each every false it least near never no not one some that the there true is was .".split()
+    [
+        "a",
+        "at",
+        "by",
+        "each",
+        "every",
+        "false",
+        "it",
+        "least",
+        "near",
+        "never",
+        "no",
+        "not",
+        "one",
+        "some",
+        "that",
+        "the",
+        "there",
+        "true",
+        "is",
+        "was",
+        ".",
+    ]
 )
 WORD_TAGS = {
     word: field

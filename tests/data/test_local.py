@@ -469,3 +469,10 @@ def test_real_files(path, num_train, num_dev, num_labels, paired):
     assert (task.train.text_pair is not None) == paired
     assert set(task.train.labels) == set(task.validation.labels) == set(range(num_labels))
     assert not task.skipped_rows
+
+
+def test_a_column_of_free_text_is_no_label(tmp_path):
+    rows = [{"sentence": f"text {i}", "label": f"answer {i}"} for i in range(300)]
+    (tmp_path / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with pytest.raises(DataError, match="300 different values in 300 rows"):
+        load_local(DatasetConfig(path=str(tmp_path / "train.jsonl")))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+
 from fastpeft.kernels import factor_penalty, product_penalty
 
 SIZES = [(1, 1, 1), (2, 17, 31), (3, 129, 67)]  # K matrices, in, out: none a multiple of a tile

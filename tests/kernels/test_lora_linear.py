@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from fastpeft.kernels import lora_linear
-from fastpeft.kernels.lora_linear.reference import lora_linear_reference
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
+from fastpeft.kernels import lora_linear
+from fastpeft.kernels.lora_linear.reference import lora_linear_reference
 
 GRADIENTS = ("dx", "da", "db")
 

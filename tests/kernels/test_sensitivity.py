@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+
 from fastpeft.kernels import gradient_norm, sketch_norm
 from fastpeft.kernels.sensitivity import reference
 

@@ -94,7 +94,7 @@ def test_equals_torch_adamw_on_separate_parameters(config: OptimizerConfig, seed
         assert float(signals.skipped) == 0.0
     for parameter, expected, before in zip(model.parameters, reference, start):
         moved = (expected - before).norm()
-        assert moved > 0.05
+        assert moved > 0.005
         # fp32 beside fp64, and clip_grad_norm_ adds 1e-6 to the norm that it divides by.
         assert (parameter.double() - expected).norm() < 2e-5 * moved + 1e-6 * expected.norm()
 

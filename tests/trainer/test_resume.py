@@ -63,7 +63,6 @@ def kill_and_resume(files: Path, num_steps: int, saves: list[bool], rng: random.
         assert skipped == []
         assert checkpoint.values["steps"] >= target
         left_over.append(any((folder / "checkpoints").glob(".writing-*")))
-    print("LEFT", list(zip(saves, left_over)))
     assert any(left_over) or not any(saves), "no kill hit a save"
     with Child(files / "last.log", *resume) as child:
         assert child.end(600) == 0, child.output()

@@ -1,9 +1,9 @@
 """Pretrain deberta_tiny from nothing: `python -m fastpeft.models.embedded.build [--out DIR] [--steps N]`.
 
-A DeBERTa-v2-shaped encoder learns by masked language modelling on `fastpeft.data.embedded.raw_sentences`, that is on
-unlabelled single sentences. An input has two segments, so that the model knows its separator and a pair's length: two
-unrelated sentences, or one sentence twice, each copy with its own words masked, replaced and dropped, so that a word
-masked here can be looked up there.
+A DeBERTa-v2-shaped encoder learns from `fastpeft.data.embedded.raw_sentences`, that is from unlabelled single sentences.
+An input has two segments, so that the model knows its separator and a pair's length: two unrelated sentences, or one
+sentence twice. Masked words are restored, in the second case by looking them up in the other copy; words that were
+replaced or have traded places are recognised, because they fit neither their sentence nor the other copy.
 """
 
 import argparse
@@ -229,7 +229,7 @@ def pretrain(model: DebertaV2ForMaskedLM, tokenizer: Tokenizer, options: argpars
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=PATHS["deberta_tiny"])
-    parser.add_argument("--steps", type=int, default=4000)
+    parser.add_argument("--steps", type=int, default=9000)
     parser.add_argument("--batch-size", type=int, default=32)
     parser.add_argument("--lr", type=float, default=1e-3)
     parser.add_argument("--hidden-size", type=int, default=128)
@@ -244,7 +244,7 @@ def main() -> None:
     model = DebertaV2ForMaskedLM(config)
     pretrain(model, tokenizer, options)
     options.out.mkdir(parents=True, exist_ok=True)
-    model.save_pretrained(options.out)
+    model.deberta.save_pretrained(options.out)
     save_tokenizer(tokenizer, options.out)
 
 
