@@ -121,9 +121,6 @@ def _run(
     folder.write_result(result)
     log = EventLog(folder.events, (reporter.on_event,))
     loop = Loop(job, folder, log, result, stop)
-    stop.on_request = lambda number: reporter.say(
-        f"{number.name}: finishing this step and saving a checkpoint; a second one ends at once"
-    )
     gpu = f"GPU-{torch.cuda.get_device_properties(job.device).uuid}" if job.device.type == "cuda" else None
     error = None
     try:

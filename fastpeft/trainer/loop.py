@@ -308,6 +308,7 @@ class Loop:
     def _save_checkpoint(self) -> None:
         self._fetch()
         job, clock = self.job, self.job.clock
+        self.event("checkpoint")  # before its place in the log is taken, so that a resume keeps it
         rng_tensors, rng_values = rng_state()
         tensors = {"flat": job.adapter.flat.data} | rng_tensors
         tensors |= {f"optimizer.{k}": v for k, v in job.optimizer.state().items()}
@@ -327,9 +328,8 @@ class Loop:
             "events_bytes": self._log.offset(),
             "rng": rng_values,
         }
-        path = save_checkpoint(self.folder.checkpoints, clock.steps, Checkpoint(tensors, values))
+        save_checkpoint(self.folder.checkpoints, clock.steps, Checkpoint(tensors, values))
         self._checkpointed_at = clock.steps
-        self.event("checkpoint", path=path.name)
         self._write_result()
 
     def _restore(self, checkpoint: Checkpoint) -> None:

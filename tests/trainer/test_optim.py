@@ -64,7 +64,7 @@ CONFIGS = {
     "defaults": OptimizerConfig(),
     "two_groups": OptimizerConfig(weight_decay=0.3, head_weight_decay=0.05, head_lr_ratio=5.0),
     "no_clipping": OptimizerConfig(max_grad_norm=0.0, beta1=0.8, beta2=0.95, eps=1e-6),
-    "tight_clipping": OptimizerConfig(max_grad_norm=0.01, weight_decay=0.0, head_weight_decay=0.2),
+    "tight_clipping": OptimizerConfig(max_grad_norm=0.2, weight_decay=0.0, head_weight_decay=0.2),
 }
 
 
@@ -81,7 +81,7 @@ def test_equals_torch_adamw_on_separate_parameters(config: OptimizerConfig, seed
     adamw = torch.optim.AdamW(groups, betas=(config.beta1, config.beta2), eps=config.eps)
     for step in range(30):
         lr = 0.01 * (1 - step / 40)
-        gradients = model.set_gradients(scale=10.0 ** (step % 5 - 3))  # clipped at times only
+        gradients = model.set_gradients(scale=10.0 ** (step % 4 - 2))  # norms of 0.15 to 150: clipped at times only
         for parameter, gradient in zip(reference, gradients):
             parameter.grad = gradient
         norm = torch.linalg.vector_norm(torch.cat([g.flatten() for g in gradients]))
