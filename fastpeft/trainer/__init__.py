@@ -4,21 +4,20 @@ from __future__ import annotations
 
 import resource
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Protocol
 
 import torch
 
-from fastpeft.config import RunConfig, load_run, run_values, save_run
-from fastpeft.errors import UserError
+from fastpeft.config import RunConfig, save_run
 from fastpeft.models.resolve import Resolved, resolve
 from fastpeft.runs.events import Event, EventLog, number
-from fastpeft.runs.store import Result, RunError, RunFolder, default_name, write_json
+from fastpeft.runs.store import Result, RunFolder, default_name, write_json
 from fastpeft.runs.system import Heartbeat, environment, git_commit
-from fastpeft.trainer.checkpoint import Checkpoint, newest_checkpoint, rng_state, set_rng_state
+from fastpeft.trainer.checkpoint import Checkpoint, rng_state, set_rng_state
 from fastpeft.trainer.interrupt import StopRequest
 from fastpeft.trainer.loop import Loop
+from fastpeft.trainer.resume import find_checkpoint, open_run, same_run
 from fastpeft.trainer.setup import Job, build_job
 
 __all__ = ["Reporter", "StopRequest", "train"]
@@ -72,16 +71,15 @@ def train(
     checkpoint = None
     try:
         if resume:
-            finished, stored = _open(folder, name)
+            finished, stored = open_run(folder, name)
             if finished is not None:
                 reporter.say(f"{folder.path} is finished: {_outcome(finished)}. Nothing is left to do")
                 return finished
-            resolved = _same_run(folder, stored, run, allow_stand_in)
-            checkpoint = _find_checkpoint(folder, reporter)
+            resolved = same_run(folder, stored, run, allow_stand_in)
+            checkpoint = find_checkpoint(folder, reporter.say)
         else:
             assert run is not None
-            if folder.path.exists():
-                folder.create()  # says what is in the way
+            folder.check_free()
             resolved = resolve(run, allow_stand_in)
         with stop or StopRequest() as stop, _torch_settings(resolved.run):
             _say_stand_in(reporter, resolved)
@@ -150,59 +148,6 @@ def _close(job: Job, loop: Loop, log: EventLog, folder: RunFolder, result: Resul
     more = {"error": error} if error else {}
     loop.event("end", status=result.status, metric=result.metric, best=result.best, **more)
     log.close()
-
-
-def _open(folder: RunFolder, name: str | None) -> tuple[Result | None, RunConfig]:
-    """Lock a run's folder to resume it. Returns its result if it is finished, and its stored run."""
-    if name is None:
-        raise RunError("--resume needs --name: which run is to be continued?")
-    if not folder.config.is_file():
-        raise RunError(f"--resume: there is no run {folder.path}")
-    folder.lock()
-    result = folder.read_result()
-    return result if result and result.status == "done" else None, load_run(folder.config)
-
-
-def _same_run(folder: RunFolder, stored: RunConfig, run: RunConfig | None, allow_stand_in: bool) -> Resolved:
-    """The stored run, after a check that `run` asks for no other one."""
-    if run is not None:
-        asked, kept = (dict(_leaves(run_values(r))) for r in (resolve(run, allow_stand_in).run, stored))
-        differing = [
-            f"{key}: {kept.get(key)!r} was stored, {asked.get(key)!r} is asked for"
-            for key in sorted(asked.keys() | kept.keys())
-            if key.split(".")[0] not in ("overrides", "stand_in", "wandb") and asked.get(key) != kept.get(key)
-        ]
-        if differing:
-            raise UserError(
-                f"{folder.path} was started with other settings; resume without them, or start a new run. "
-                + "; ".join(differing)
-            )
-    return resolve(stored, allow_stand_in)
-
-
-def _leaves(values: dict, prefix: str = "") -> Iterator[tuple[str, object]]:
-    """Dotted key and value of everything that is no section."""
-    for key, value in values.items():
-        if isinstance(value, dict) and value:
-            yield from _leaves(value, f"{prefix}{key}.")
-        else:
-            yield prefix + key, value
-
-
-def _find_checkpoint(folder: RunFolder, reporter: Reporter) -> Checkpoint | None:
-    """The newest valid checkpoint; the event log is cut back to where it was written."""
-    checkpoint, skipped = newest_checkpoint(folder.checkpoints)
-    for fault in skipped:
-        reporter.say(f"checkpoint passed over: {fault}")
-    if checkpoint is None:
-        reporter.say(f"{folder.path} has no valid checkpoint: starting over")
-    else:
-        reporter.say(f"resuming {folder.path} after step {checkpoint.values['steps']:,}")
-    if folder.events.exists():
-        size = folder.events.stat().st_size
-        with folder.events.open("r+b") as file:
-            file.truncate(min(size, checkpoint.values["events_bytes"] if checkpoint else 0))
-    return checkpoint
 
 
 def _say_stand_in(reporter: Reporter, resolved: Resolved) -> None:

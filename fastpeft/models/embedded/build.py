@@ -1,9 +1,10 @@
 """Pretrain deberta_tiny from nothing: `python -m fastpeft.models.embedded.build [--out DIR] [--steps N]`.
 
-A DeBERTa-v2-shaped encoder learns from `fastpeft.data.embedded.raw_sentences`, that is from unlabelled single sentences.
-An input has two segments, so that the model knows its separator and a pair's length: two unrelated sentences, or one
-sentence twice. Masked words are restored, in the second case by looking them up in the other copy; words that were
-replaced or have traded places are recognised, because they fit neither their sentence nor the other copy.
+A DeBERTa-v2-shaped encoder learns from `fastpeft.data.embedded.raw_sentences`, that is from unlabelled sentences. An
+input has two segments, so that the model knows its separator and a pair's length: two unrelated sentences, or one
+sentence twice. Masked words are restored, in the second case by looking them up in the other copy. In half of the
+inputs one segment is corrupted; its wrong words are recognised, because they fit neither their sentence nor the other
+copy, and [CLS] learns whether there are any. These targets come from the corruption alone, none from the task.
 """
 
 import argparse
@@ -84,7 +85,7 @@ def build_config(vocab_size: int, hidden_size: int, num_layers: int) -> DebertaV
 
 
 class Corruptor:
-    """Makes sentences wrong: a word gives way to one that stands in the same surroundings, or two words trade places."""
+    """Makes sentences wrong: a word gives way to one from the same surroundings, or two words trade places."""
 
     def __init__(self, encoded: list[list[int]], shares_V: Tensor, rng: Random):
         vocab_size = len(shares_V)
@@ -148,8 +149,8 @@ def batches(encoded: list[list[int]], corrupt: Corruptor, batch_size: int, rng: 
 def cooccurrence_embeddings(encoded: list[list[int]], vocab_size: int, hidden_size: int) -> Tensor:
     """Directions from the SVD of positive pointwise mutual information within sentences (Levy and Goldberg, 2014).
 
-    From random embeddings the model first learns word classes, which makes all nouns alike, and is then slow to tell them
-    apart again. The noise keeps words apart that occur in the same company.
+    From random embeddings the model first learns word classes, which makes all nouns alike, and is then slow to tell
+    them apart again. The noise keeps words apart that occur in the same company.
     """
     counts_VV = torch.zeros(vocab_size, vocab_size)
     for ids in encoded:
@@ -221,9 +222,8 @@ def pretrain(model: DebertaV2ForMaskedLM, tokenizer: Tokenizer, options: argpars
         means += (losses.detach() - means) / min(step, 100)
         if step % 200 == 0:
             words, wrong = means.tolist()
-            print(
-                f"step {step} words {words:.3f} wrong {wrong:.3f} {time.perf_counter() - started_s:.0f} s", flush=True
-            )
+            elapsed_s = time.perf_counter() - started_s
+            print(f"step {step} words {words:.3f} wrong {wrong:.3f} {elapsed_s:.0f} s", flush=True)
 
 
 def main() -> None:

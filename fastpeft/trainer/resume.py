@@ -1,0 +1,64 @@
+"""Continue a run: open its folder, refuse other settings, find its newest valid checkpoint."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+from fastpeft.config import RunConfig, load_run, run_values
+from fastpeft.errors import UserError
+from fastpeft.models.resolve import Resolved, resolve
+from fastpeft.runs.store import Result, RunError, RunFolder
+from fastpeft.trainer.checkpoint import Checkpoint, newest_checkpoint
+
+
+def open_run(folder: RunFolder, name: str | None) -> tuple[Result | None, RunConfig]:
+    """Lock a run's folder to resume it. Returns its result if it is finished, and its stored run."""
+    if name is None:
+        raise RunError("--resume needs --name: which run is to be continued?")
+    if not folder.config.is_file():
+        raise RunError(f"--resume: there is no run {folder.path}")
+    folder.lock()
+    result = folder.read_result()
+    return result if result and result.status == "done" else None, load_run(folder.config)
+
+
+def same_run(folder: RunFolder, stored: RunConfig, run: RunConfig | None, allow_stand_in: bool) -> Resolved:
+    """The stored run, after a check that `run` asks for no other one."""
+    if run is not None:
+        asked, kept = (dict(_leaves(run_values(r))) for r in (resolve(run, allow_stand_in).run, stored))
+        differing = [
+            f"{key}: {kept.get(key)!r} was stored, {asked.get(key)!r} is asked for"
+            for key in sorted(asked.keys() | kept.keys())
+            if key.split(".")[0] not in ("overrides", "stand_in", "wandb") and asked.get(key) != kept.get(key)
+        ]
+        if differing:
+            raise UserError(
+                f"{folder.path} was started with other settings; resume without them, or start a new run. "
+                + "; ".join(differing)
+            )
+    return resolve(stored, allow_stand_in)
+
+
+def _leaves(values: dict, prefix: str = "") -> Iterator[tuple[str, object]]:
+    """Dotted key and value of everything that is no section."""
+    for key, value in values.items():
+        if isinstance(value, dict) and value:
+            yield from _leaves(value, f"{prefix}{key}.")
+        else:
+            yield prefix + key, value
+
+
+def find_checkpoint(folder: RunFolder, say: Callable[[str], None]) -> Checkpoint | None:
+    """The newest valid checkpoint; the event log is cut back to where it was written."""
+    checkpoint, skipped = newest_checkpoint(folder.checkpoints)
+    for fault in skipped:
+        say(f"checkpoint passed over: {fault}")
+    if checkpoint is None:
+        say(f"{folder.path} has no valid checkpoint: starting over")
+    else:
+        say(f"resuming {folder.path} after step {checkpoint.values['steps']:,}")
+    if folder.events.exists():
+        size = folder.events.stat().st_size
+        with folder.events.open("r+b") as file:
+            file.truncate(min(size, checkpoint.values["events_bytes"] if checkpoint else 0))
+    return checkpoint
