@@ -8,7 +8,8 @@ from random import Random
 
 import pytest
 
-from fastpeft.data import embedded
+from fastpeft.data import embedded, embedded_grammar
+from fastpeft.data.embedded_text import raw_sentences
 from fastpeft.models.embedded import PATHS
 
 SEED = 20240731
@@ -19,7 +20,7 @@ FUNCTION_WORDS = set(
 )
 WORD_TAGS = {
     word: field
-    for lexicon in embedded.LEXICON.values()
+    for lexicon in embedded_grammar.LEXICON.values()
     for field in ("agents", "things", "verbs", "transitives", "antonyms", "places", "names")
     for group in getattr(lexicon, field)
     for word in ((group,) if isinstance(group, str) else group)
@@ -53,12 +54,12 @@ def test_sizes_and_balance(pairs):
 def test_same_every_time(pairs):
     assert embedded.train_pairs() == pairs["train"]
     assert embedded.validation_pairs() == pairs["validation"]
-    assert list(embedded.raw_sentences(500, 3)) == list(embedded.raw_sentences(500, 3))
-    assert list(embedded.raw_sentences(500, 3)) != list(embedded.raw_sentences(500, 4))
+    assert list(raw_sentences(500, 3)) == list(raw_sentences(500, 3))
+    assert list(raw_sentences(500, 3)) != list(raw_sentences(500, 4))
 
 
 def test_splits_share_no_content_word(pairs):
-    lexicon_words = {split: lexicon.words() for split, lexicon in embedded.LEXICON.items()}
+    lexicon_words = {split: lexicon.words() for split, lexicon in embedded_grammar.LEXICON.items()}
     assert not lexicon_words["train"] & lexicon_words["validation"]
     for split, words in lexicon_words.items():
         text_words = {word for sentence in sentences(pairs[split]) for word in sentence.split()}
@@ -66,7 +67,7 @@ def test_splits_share_no_content_word(pairs):
 
 
 def test_splits_share_no_frame(pairs):
-    frames = {split: {frame.text for frame in embedded.FRAMES[split]} for split in ("train", "validation")}
+    frames = {split: {frame.text for frame in embedded_grammar.FRAMES[split]} for split in ("train", "validation")}
     assert not frames["train"] & frames["validation"]
     skeletons = {split: {skeleton(sentence) for sentence in sentences(rows)} for split, rows in pairs.items()}
     assert len(skeletons["validation"]) > 50
@@ -74,11 +75,11 @@ def test_splits_share_no_frame(pairs):
 
 
 def test_raw_text_has_all_words_and_no_validation_frame(pairs):
-    raw = list(embedded.raw_sentences(30_000, 0))
+    raw = list(raw_sentences(30_000, 0))
     held_out = {skeleton(sentence) for sentence in sentences(pairs["validation"])}
     assert not held_out & {skeleton(sentence) for sentence in raw}
     raw_words = {word for sentence in raw for word in sentence.split()}
-    assert all(lexicon.words() <= raw_words for lexicon in embedded.LEXICON.values())
+    assert all(lexicon.words() <= raw_words for lexicon in embedded_grammar.LEXICON.values())
     assert not any("\t" in sentence or "[SEP]" in sentence for sentence in raw)
 
 
@@ -89,7 +90,7 @@ class World:
     """A few individuals with nouns, verbs, qualities and places, and who did what to whom."""
 
     def __init__(self, words: set[str], rng: Random):
-        lexicons = embedded.LEXICON.values()
+        lexicons = embedded_grammar.LEXICON.values()
         self.above = {m: g[0] for lexicon in lexicons for g in (*lexicon.nouns, *lexicon.verbs) for m in g[1:]}
         members = range(rng.randint(1, 4))
         words = sorted(words)
@@ -204,7 +205,7 @@ def test_known_labels():
         (some, some, "disjoint", "absent", "same", "neutral"),
     ]
     for *case, label in cases:
-        assert embedded.label_of(*case) == label, case
+        assert embedded_grammar.label_of(*case) == label, case
 
 
 # ---- the shipped encoder
@@ -224,5 +225,5 @@ def test_encoder_loads_and_is_small():
     assert batch["input_ids"][0].tolist().count(tokenizer.sep_token_id) == 2
     assert batch["input_ids"][1, -1] == tokenizer.pad_token_id
     assert model(**batch).logits.shape == (2, 3)
-    known = {word for lexicon in embedded.LEXICON.values() for word in lexicon.words()} | FUNCTION_WORDS
+    known = {word for lexicon in embedded_grammar.LEXICON.values() for word in lexicon.words()} | FUNCTION_WORDS
     assert known <= set(tokenizer.get_vocab())

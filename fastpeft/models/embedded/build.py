@@ -1,7 +1,6 @@
 """Pretrain deberta_tiny from nothing: `python -m fastpeft.models.embedded.build [--out DIR] [--steps N]`.
 
-A DeBERTa-v2-shaped encoder learns from `fastpeft.data.embedded.raw_sentences`, that is from unlabelled sentences. An
-input has two segments, so that the model knows its separator and a pair's length: two unrelated sentences, or one
+A DeBERTa-v2-shaped encoder learns from `fastpeft.data.embedded_text.raw_sentences`, unlabelled sentences. An input has two segments, so that the model knows its separator and a pair's length: two unrelated sentences, or one
 sentence twice. Masked words are restored, in the second case by looking them up in the other copy. In half of the
 inputs one segment is corrupted; its wrong words are recognised, because they fit neither their sentence nor the other
 copy, and [CLS] learns whether there are any. These targets come from the corruption alone, none from the task.
@@ -19,7 +18,7 @@ from torch import Tensor
 from transformers import DebertaV2Config, DebertaV2ForMaskedLM, get_linear_schedule_with_warmup
 from transformers.utils import logging
 
-from fastpeft.data.embedded import raw_sentences
+from fastpeft.data.embedded_text import raw_sentences
 from fastpeft.models.embedded import PATHS
 
 SPECIAL_TOKENS = ("[PAD]", "[CLS]", "[SEP]", "[UNK]", "[MASK]")
