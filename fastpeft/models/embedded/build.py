@@ -1,10 +1,10 @@
 """Pretrain deberta_tiny from nothing: `python -m fastpeft.models.embedded.build [--out DIR] [--steps N]`.
 
-A DeBERTa-v2-shaped encoder learns from `fastpeft.data.embedded_text.raw_sentences`, unlabelled sentences. An input has two segments, so that the model knows its separator and a pair's length: two unrelated sentences, or one
-sentence twice. Masked words are restored, in the second case by looking them up in the other copy. In half of the
-inputs one segment is corrupted; its wrong words are recognised, because they fit neither their sentence nor the other
-copy, and [CLS] learns whether there are any. These targets come from the corruption alone, none from the task.
-"""
+A DeBERTa-v2-shaped encoder learns from `fastpeft.data.embedded_text.raw_sentences`, unlabelled sentences. An input
+has two segments, so that the model knows its separator and a pair's length: two unrelated sentences, or one sentence
+twice. Masked words are restored, in the second case by looking them up in the other copy. In half of the inputs one
+segment is corrupted; its wrong words are recognised, because they fit neither their sentence nor the other copy, and
+[CLS] learns whether there are any. These targets come from the corruption alone, none from the task. """
 
 import argparse
 import json
