@@ -4,7 +4,7 @@ A DeBERTa-v2-shaped encoder learns from `fastpeft.data.embedded_text.raw_sentenc
 has two segments, so that the model knows its separator and a pair's length: two unrelated sentences, or one sentence
 twice. Masked words are restored, in the second case by looking them up in the other copy. In half of the inputs one
 segment is corrupted; its wrong words are recognised, because they fit neither their sentence nor the other copy, and
-[CLS] learns whether there are any. These targets come from the corruption alone, none from the task. """
+[CLS] learns whether there are any. These targets come from the corruption alone, none from the task."""
 
 import argparse
 import json
