@@ -93,6 +93,7 @@ class Row:
 
     def __init__(self, name: str, job: Job, epochs: float) -> None:
         self.name, self.job = name, job
+        self.precision = "torch.float32" if name.startswith("peft") else str(job.dtype)
         steps = peft_steps if name.startswith("peft") else fastpeft_steps
         self._steps = steps(job, epochs)
         self._marks = [round(epochs * len(job.batches) * q / 4) for q in (1, 2, 3, 4)]
@@ -161,7 +162,7 @@ def main() -> None:
         "peft": peft.__version__,
         "commit": git_commit(),
         "epochs": args.epochs,
-        "rows": [{"name": row.name, "precision": str(row.job.dtype), "scores": row.scores} for row in rows],
+        "rows": [{"name": row.name, "precision": row.precision, "scores": row.scores} for row in rows],
     }
     if args.json:
         args.json.write_text(json.dumps(report, indent=2) + "\n")

@@ -135,7 +135,7 @@ def test_evaluation_batches_cover_all_rows_once(seed):
 
 @pytest.mark.parametrize("segments", [True, False])
 def test_collate(seed, segments):
-    encoded = make_rows(seed, 40, segments=segments)
+    encoded = make_rows(seed, 40, longest=8 * WIDTH_MULTIPLE, segments=segments)
     rows = np.random.default_rng(seed).permutation(40)[:7]
     batch = collate(encoded, rows, CPU)
     names = ["input_ids", "attention_mask", "token_type_ids"] if segments else ["input_ids", "attention_mask"]
