@@ -27,7 +27,8 @@ class ConsoleReporter(AbstractContextManager):
     """A trainer's Reporter. Use as a context: leaving it clears the live line."""
 
     def __init__(self, console: Console | None = None) -> None:
-        self.console = console or Console(highlight=False, soft_wrap=True)
+        self.console = console or Console(highlight=False)
+        self.console.soft_wrap = not self.console.is_terminal  # a file has no edge to wrap at
         self._progress: Progress | None = None
         self._task: Any = None
         self._recent: deque[tuple[float, int]] = deque(maxlen=_WINDOW_STEPS)
@@ -128,7 +129,7 @@ def closing_table(result: Result) -> Table:
         "status": result.status,
         result.metric.get("name", "metric"): _value(result.metric),
         "best": f"{_value(result.best)} at step {result.best['step']:,}" if result.best else "none",
-        "budget": f"{budget['spent']:,.1f} of {budget['limit']:,.0f} {budget['kind']}" if budget else "none",
+        "budget": _spent(budget) if budget else "none",
         "time": f"{result.elapsed_s:.1f} s, and {result.setup_s:.1f} s of set-up",
         "trained on": f"{result.tokens:,} tokens in {result.steps:,} steps",
         "adapter": "-" if result.adapter_mb is None else f"{result.adapter_mb:.2f} MB",
@@ -161,6 +162,11 @@ def runs_table(folders: list[RunFolder]) -> Table:
             f"{Path(result.model).name} on {result.dataset}{stand_in}",
         )
     return table
+
+
+def _spent(budget: dict[str, Any]) -> str:
+    digits = 1 if budget["kind"] == "seconds" else 0
+    return f"{budget['spent']:,.{digits}f} of {budget['limit']:,.0f} {budget['kind']}"
 
 
 def _value(metric: dict[str, Any]) -> str:

@@ -12,6 +12,7 @@ from pathlib import Path
 from fastpeft.config import RunConfig, apply_stand_in
 from fastpeft.data import EMBEDDED, GLUE
 from fastpeft.data.glue import REPOSITORY
+from fastpeft.data.task import DataError
 from fastpeft.errors import UnavailableError
 from fastpeft.models.embedded import PATHS
 
@@ -35,9 +36,13 @@ def resolve(run: RunConfig, allow_stand_in: bool = True) -> Resolved:
     """The run with names that can be loaded.
 
     Raises:
+        DataError: a dataset.path that does not exist.
         UnavailableError: a name that exists nowhere, access denied, or no hub and no stand-in.
     """
-    generated = run.dataset.path is None and run.dataset.name == EMBEDDED
+    path = run.dataset.path
+    if path is not None and not Path(path).expanduser().exists():
+        raise DataError(f"dataset.path {path}: there is no such file or folder")
+    generated = path is None and run.dataset.name == EMBEDDED
     shipped = embedded_path(run.model.name) is not None
     if (shipped or generated) and not allow_stand_in:
         raise UnavailableError(f"{run.model.name} on {run.dataset.name} is a stand-in, and --no-stand-in is given")

@@ -13,11 +13,12 @@ from huggingface_hub import errors
 from tiny import make_model
 
 from fastpeft.config import RunConfig, load_run
+from fastpeft.data import DataError
 from fastpeft.errors import UnavailableError, UserError
 from fastpeft.models.backbone import load_backbone
 from fastpeft.models.resolve import HUB_TIMEOUT_S, Resolved, embedded_path, resolve
 
-OWN = {"dataset.name": "own", "dataset.path": "own.jsonl"}
+OWN = {"dataset.name": "own", "dataset.path": __file__}  # a path that is there; nothing reads it
 
 
 def preset(**overrides: object) -> RunConfig:
@@ -155,7 +156,7 @@ def test_no_stand_in():
         {"model__name": "microsoft/deberta-v3-base"},
         {"model__revision": "v2"},
         {"dataset__name": "mnli"},
-        {"model__name": "typo/of-a-folder", "dataset__path": "data"},
+        {"model__name": "typo/of-a-folder", "dataset__path": __file__},
     ],
 )
 def test_overridden_names_have_no_stand_in(overrides):
@@ -269,3 +270,9 @@ def test_a_hub_that_says_no_gives_no_stand_in(answers, what, problem, said):
 
 def test_every_refusal_is_a_user_error():
     assert issubclass(UnavailableError, UserError)
+
+
+def test_a_dataset_path_that_does_not_exist_is_named_before_the_model_is_looked_for(tmp_path):
+    run = load_run("lora_mnli", {"model.name": "org/absent", "dataset.path": str(tmp_path / "nowhere")})
+    with pytest.raises(DataError, match=r"nowhere: there is no such file or folder"):
+        resolve(run)
