@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -35,3 +36,11 @@ def test_trial_on_the_stand_in(path: Path, tmp_path: Path) -> None:
     assert all(event["num"] == 32 for event in events if event["type"] == "eval")
     assert (tmp_path / "r" / "adapter" / "adapter_config.json").is_file()
     assert load_run(tmp_path / "r" / "run.yaml").run_id == path.stem
+
+
+def test_a_trial_of_plain_lora_speaks_of_no_regulariser(tmp_path):
+    said: list[str] = []
+    reporter = SimpleNamespace(say=said.append, on_event=lambda e: said.extend(e.get("notes", ())))
+    train(trial_run(load_run("lora_mnli")), results_dir=tmp_path, name="r", reporter=reporter)
+    assert any("LoRA on" in line for line in said)
+    assert not any("regulariser" in line for line in said)

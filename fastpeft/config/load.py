@@ -102,6 +102,8 @@ def trial_run(run: RunConfig) -> RunConfig:
     }
     for key, value in trial.items():
         _set(values, key, value)
+    if run.method != "iw_lora":
+        del trial["regulariser.warmup_steps"]  # set, but not as a wish of the user's that his method ignores
     values["overrides"] |= trial
     return run_from_values(values, f"{run.run_id} (trial)")
 

@@ -134,14 +134,6 @@ def _notes(task: ClassificationTask, train: Encoded, validation: Encoded, max_le
             notes.append(f"{encoded.num_truncated:,} {split} rows were cut to {max_length} tokens")
     if max_length < run.dataset.max_length:
         notes.append(f"dataset.max_length is {run.dataset.max_length}, but the model takes {max_length} tokens")
-    if run.method != "iw_lora" and run.overrides.keys() & _regulariser_keys():
+    if run.method != "iw_lora" and any(key.startswith("regulariser.") for key in run.overrides):
         notes.append(f"regulariser.* was set, but method {run.method} has no penalty: it is ignored")
     return notes
-
-
-def _regulariser_keys() -> set[str]:
-    import dataclasses
-
-    from fastpeft.config.schema import RegulariserConfig
-
-    return {f"regulariser.{f.name}" for f in dataclasses.fields(RegulariserConfig)}
