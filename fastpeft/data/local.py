@@ -84,6 +84,7 @@ class _Reader:
     def __init__(self, path: Path, config: DatasetConfig) -> None:
         self.path = path
         self.num_skipped = 0
+        self._name = config.name
         self._skip = config.on_bad_row == "skip"
         self._no_label = set(LabelIndex.MISSING) - set(config.labels or ())
         self._rows = list(read_rows(path))
@@ -107,6 +108,7 @@ class _Reader:
                 raise DataError(
                     f"{self.path}:{row.line}: unknown label {value!r}; known: {', '.join(index.names)}. "
                     "Name every label in dataset.labels, in the order of their numbers"
+                    + (f"; data other than {self._name} needs a dataset.name of its own" * (self._name != "local"))
                 )
             labels.append(number)
         pairs = [row.values[pair_column] for row in self._rows] if pair_column else None
