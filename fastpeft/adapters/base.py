@@ -30,9 +30,8 @@ def register(name: str) -> Callable[[type[Adapter]], type[Adapter]]:
     return add
 
 
-def make_adapter(run: RunConfig, backbone: Backbone) -> Adapter:
-    """The adapter that `run.method` names, attached to the backbone."""
-    return _METHODS[run.method].build(run, backbone)
+def method_class(name: str) -> type[Adapter]:
+    return _METHODS[name]
 
 
 @dataclass(frozen=True)
@@ -46,6 +45,8 @@ class Importance:
     """s_k: mean ||dL/dW_k||_F."""
     weights: list[float]
     """w_k: the sensitivities, normalised."""
+    ranks: list[int] | None = None
+    """Live ranks, where a method prunes them."""
 
 
 class Adapter(ABC):
@@ -53,6 +54,10 @@ class Adapter(ABC):
 
     model: nn.Module
     flat: FlatParameters
+    saved_as: str = "adapter"
+    """Folder for `save` in a run's folder; the best one goes to `<saved_as>_best`."""
+    trains_backbone: bool = False
+    """The backbone's own weights are trained, so they have to be fp32."""
     calibration_batches: int = 0
     """Batches that the method wants to see, without being updated, before training."""
     importance_version: int = 0
@@ -96,7 +101,7 @@ class Adapter(ABC):
 
     @abstractmethod
     def save(self, folder: Path) -> None:
-        """Write the adapter, in a form that PEFT loads, into an existing empty folder."""
+        """Write what was trained, in a form that PEFT or transformers loads, into an existing empty folder."""
 
     def describe(self) -> list[str]:
         """Lines that tell the user what was matched and what is trained."""
@@ -109,4 +114,4 @@ def head_parameters(model: nn.Module) -> list[nn.Parameter]:
 
 
 def to_json(importance: Importance, **more: Any) -> dict[str, Any]:
-    return vars(importance) | more
+    return {key: value for key, value in vars(importance).items() if value is not None} | more

@@ -32,15 +32,22 @@ class LoraGroup:
 
 
 class FlatParameters:
-    """fp32 buffers `data` and `grad`: first the adapter's parameters, then the head's."""
+    """fp32 buffers `data` and `grad`: first the adapter's parameters, then the head's.
 
-    def __init__(self, blocks: list[LoraBlock], head: Iterable[nn.Parameter]) -> None:
+    The adapter's are the LoRA factors, grouped by shape, and behind them `extra`.
+    """
+
+    def __init__(
+        self, blocks: list[LoraBlock], head: Iterable[nn.Parameter], extra: Iterable[nn.Parameter] = ()
+    ) -> None:
         shapes: dict[tuple, list[int]] = defaultdict(list)
         for i, block in enumerate(blocks):
             shapes[(*block.lora_a.shape, block.lora_b.shape[0], block.scale)].append(i)
         layout = []
         for indices in shapes.values():
             layout += [blocks[i].lora_a for i in indices] + [blocks[i].lora_b for i in indices]
+        self.num_factors = sum(p.numel() for p in layout)
+        layout += list(extra)
         self.num_adapter = sum(p.numel() for p in layout)
         layout += list(head)
         device = layout[0].device

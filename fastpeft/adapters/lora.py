@@ -15,8 +15,10 @@ from fastpeft.models.inject import inject_lora
 
 @register("lora")
 class Lora(Adapter):
+    _rank_stabilised = False
+
     def __init__(self, run: RunConfig, backbone: Backbone) -> None:
-        self.model, self.blocks = inject_lora(backbone, run.adapter)
+        self.model, self.blocks = inject_lora(backbone, run.adapter, self._rank_stabilised)
         self.flat = FlatParameters(self.blocks, head_parameters(self.model))
 
     @classmethod

@@ -14,7 +14,7 @@ from typing import Any
 
 import yaml
 
-from fastpeft.config.schema import RunConfig
+from fastpeft.config.schema import AdaLoraConfig, RunConfig
 from fastpeft.errors import UserError
 
 PRESETS = Path(__file__).parent / "presets"
@@ -288,6 +288,17 @@ def _explain(error: Mapping[str, Any], values: dict[str, Any]) -> str:
     return f"{key}: expected {message}, got {got!r}{quotes}"
 
 
+def _adalora_contradictions(adalora: AdaLoraConfig) -> Iterator[str]:
+    if adalora.initial_rank <= adalora.target_rank:
+        yield (
+            f"adalora.initial_rank: {adalora.initial_rank} leaves nothing to prune; it has to be over "
+            f"adalora.target_rank, {adalora.target_rank}"
+        )
+    total = adalora.virtual_steps
+    if round(adalora.initial_fraction * total) >= total - round(adalora.final_fraction * total):
+        yield "adalora.initial_fraction and .final_fraction: no virtual step is left between them to prune at"
+
+
 def _contradictions(run: RunConfig) -> Iterator[str]:
     """What no single field can see."""
     regulariser = run.regulariser
@@ -299,6 +310,8 @@ def _contradictions(run: RunConfig) -> Iterator[str]:
             )
         if regulariser.calibration == "inline":
             yield "regulariser.calibration: inline takes the sketch; it does not go with estimator lora_a"
+    if run.method == "adalora":
+        yield from _adalora_contradictions(run.adalora)
     if run.method == "iw_lora" and regulariser.calibration == "inline" and run.schedule.warmup_steps == 0:
         yield "regulariser.calibration: inline measures during the rate's warm-up, but schedule.warmup_steps is 0"
     if run.dataset.labels is not None and len(set(run.dataset.labels)) < max(2, len(run.dataset.labels)):

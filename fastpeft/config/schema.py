@@ -121,6 +121,32 @@ class RegulariserConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class AdaLoraConfig:
+    """Ranks that are pruned while training (method adalora); adapter.rank is then not used."""
+
+    __pydantic_config__ = _STRICT_KEYS
+
+    initial_rank: Annotated[int, Range(ge=1, le=256)] = 12
+    """Rank of every matrix before pruning."""
+    target_rank: Annotated[int, Range(ge=1, le=256)] = 8
+    """Mean rank that is left."""
+    initial_fraction: Fraction = 0.1
+    """Share of the budget before pruning begins."""
+    final_fraction: Annotated[float, Range(gt=0, lt=1)] = 0.5
+    """Share of the budget after it has ended."""
+    virtual_steps: PositiveInt = 1000
+    """Steps that the budget is divided into for the pruning schedule, whatever the number of real ones."""
+    prune_every: PositiveInt = 5
+    """Virtual steps from one pruning to the next."""
+    beta1: Annotated[float, Range(gt=0, lt=1)] = 0.85
+    """Decay of the running mean of the sensitivity, a step."""
+    beta2: Annotated[float, Range(gt=0, lt=1)] = 0.85
+    """Decay of the running mean of its deviation."""
+    orthogonality: NonNegativeFloat = 0.5
+    """Weight of the penalty that keeps A's rows and B's columns orthonormal."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class ScheduleConfig:
     __pydantic_config__ = _STRICT_KEYS
 
@@ -279,10 +305,12 @@ class RunConfig:
 
     run_id: Annotated[str, Parsed(check_run_id)]
     """Name of the run's kind; the default for --name, followed by the time."""
-    method: Literal["lora", "iw_lora"]
+    method: Literal["lora", "rslora", "iw_lora", "adalora", "full"]
+    """lora, rslora (alpha / sqrt(rank) as the scale), iw_lora, adalora; full trains every weight."""
     model: ModelConfig
     adapter: AdapterConfig = field(default_factory=AdapterConfig)
     regulariser: RegulariserConfig = field(default_factory=RegulariserConfig)
+    adalora: AdaLoraConfig = field(default_factory=AdaLoraConfig)
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     dataset: DatasetConfig = field(default_factory=DatasetConfig)

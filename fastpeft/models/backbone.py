@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,7 +21,7 @@ _HEAD_NAMES = ("classifier", "score")
 @dataclass
 class Backbone:
     model: nn.Module
-    """A transformers sequence classifier, in eval mode, in the compute dtype, head in fp32."""
+    """A transformers sequence classifier, in eval mode, head in fp32."""
     tokenizer: Any
     head: list[str]
     """Top-level modules that are trained whole: the classifier and whatever has no pretrained weights."""
@@ -27,12 +29,20 @@ class Backbone:
     """Whether the model has token type embeddings."""
     max_positions: int | None
     """Longest sequence that the model can take; None if unbounded."""
+    dtype: torch.dtype
+    """That the model computes in."""
 
 
 def load_backbone(
-    config: ModelConfig, label_names: tuple[str, ...], dtype: torch.dtype, device: torch.device
+    config: ModelConfig,
+    label_names: tuple[str, ...],
+    dtype: torch.dtype,
+    device: torch.device,
+    trained: bool = False,
 ) -> Backbone:
     """Load weights, tokenizer and a head for `label_names`; a missing head is initialised from torch's RNG.
+
+    The weights are cast to `dtype`, but stay fp32 if they are to be `trained`.
 
     Raises:
         UnavailableError: a folder or repository that holds no usable model.
@@ -42,34 +52,27 @@ def load_backbone(
     name = str(embedded_path(config.name) or Path(config.name).expanduser())
     common = {"revision": config.revision, "trust_remote_code": False}
     labels = dict(enumerate(label_names))
-    logging = transformers.utils.logging
-    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
     try:
-        tokenizer = transformers.AutoTokenizer.from_pretrained(name, **common)
-        model, info = transformers.AutoModelForSequenceClassification.from_pretrained(
-            name,
-            num_labels=len(labels),
-            id2label=labels,
-            label2id={label: i for i, label in labels.items()},
-            ignore_mismatched_sizes=True,
-            output_loading_info=True,
-            dtype=torch.float32,
-            **common,
-        )
+        with quiet_transformers():
+            tokenizer = transformers.AutoTokenizer.from_pretrained(name, **common)
+            model, info = transformers.AutoModelForSequenceClassification.from_pretrained(
+                name,
+                num_labels=len(labels),
+                id2label=labels,
+                label2id={label: i for i, label in labels.items()},
+                ignore_mismatched_sizes=True,
+                output_loading_info=True,
+                dtype=torch.float32,
+                **common,
+            )
     except Exception as error:  # a damaged file: each library that reads one has its own classes
         reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
         raise UnavailableError(f"model.name {config.name}: cannot be loaded as a classifier: {reason}") from error
-    finally:
-        logging.set_verbosity(verbosity)
-        if bars:
-            logging.enable_progress_bar()
     if tokenizer.pad_token_id is None:
         raise UnavailableError(f"model.name {config.name}: its tokenizer has no padding token")
     head = _head_modules(model, info, config.name)
     model.requires_grad_(False)
-    model.to(device=device, dtype=dtype)
+    model.to(device=device, dtype=torch.float32 if trained else dtype)
     for module in head:
         _keep_fp32(model.get_submodule(module))
     settings = model.config
@@ -83,7 +86,24 @@ def load_backbone(
         head=head,
         reads_segments=getattr(settings, "type_vocab_size", 0) > 1,
         max_positions=positions if bounded else None,
+        dtype=dtype,
     )
+
+
+@contextmanager
+def quiet_transformers() -> Iterator[None]:
+    """No progress bars and no advice from transformers on the user's screen."""
+    from transformers.utils import logging
+
+    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if bars:
+            logging.enable_progress_bar()
 
 
 def choose_dtype(precision: str, device: torch.device) -> torch.dtype:

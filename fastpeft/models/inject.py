@@ -9,10 +9,11 @@ from typing import Any
 
 import peft
 import torch
+from peft.tuners.adalora import SVDLinear as PeftSvdLinear
 from peft.tuners.lora import Linear as PeftLoraLinear
 from torch import nn
 
-from fastpeft.config.schema import AdapterConfig
+from fastpeft.config.schema import AdaLoraConfig, AdapterConfig
 from fastpeft.errors import UserError
 from fastpeft.kernels import lora_linear
 from fastpeft.models.backbone import Backbone
@@ -52,6 +53,23 @@ class LoraLinear(PeftLoraLinear):
         )
 
 
+class SvdLinear(PeftSvdLinear):
+    """PEFT's AdaLoRA layer, W x + s B diag(E) A x, computed by fastpeft.kernels.lora_linear where it can be."""
+
+    def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        base = self.base_layer
+        dropout = self.lora_dropout[ADAPTER_NAME]
+        if self.disable_adapters or self.merged or args or kwargs or not isinstance(dropout, nn.Identity):
+            return super().forward(x, *args, **kwargs)
+        lora_a, lora_b = self.lora_A[ADAPTER_NAME] * self.lora_E[ADAPTER_NAME], self.lora_B[ADAPTER_NAME]
+        return lora_linear(x.to(base.weight.dtype), base.weight, base.bias, lora_a, lora_b, svd_scale(self))
+
+
+def svd_scale(layer: PeftSvdLinear) -> float:
+    """What PEFT multiplies B diag(E) A by: `ranknum` stays the initial rank."""
+    return layer.scaling[ADAPTER_NAME] / (layer.r[ADAPTER_NAME] + 1e-5)
+
+
 @dataclass
 class LoraBlock:
     """One adapted matrix."""
@@ -77,30 +95,94 @@ class LoraBlock:
         return self.module.scaling[ADAPTER_NAME]
 
 
-def inject_lora(backbone: Backbone, config: AdapterConfig) -> tuple[nn.Module, list[LoraBlock]]:
+class SvdBlock(LoraBlock):
+    """One matrix of AdaLoRA: A (rank x in), E (rank x 1) and B (out x rank)."""
+
+    module: SvdLinear
+
+    @property
+    def lora_a(self) -> nn.Parameter:
+        return self.module.lora_A[ADAPTER_NAME]
+
+    @property
+    def lora_b(self) -> nn.Parameter:
+        return self.module.lora_B[ADAPTER_NAME]
+
+    @property
+    def lora_e(self) -> nn.Parameter:
+        return self.module.lora_E[ADAPTER_NAME]
+
+    @property
+    def scale(self) -> float:
+        return svd_scale(self.module)
+
+
+def inject_lora(
+    backbone: Backbone, config: AdapterConfig, rank_stabilised: bool = False
+) -> tuple[nn.Module, list[LoraBlock]]:
     """Wrap the backbone in a PeftModel with LoRA on the matched layers and a trainable head.
+
+    `rank_stabilised`: scale by alpha / sqrt(rank) (Kalajdzievski, arXiv:2312.03732) instead of alpha / rank.
 
     Raises:
         UserError: no linear layer matches; the message lists those that there are.
     """
     names = match_targets(backbone.model, backbone.head, config.target_modules)
-    lora = peft.LoraConfig(
-        task_type=peft.TaskType.SEQ_CLS,
-        r=config.rank,
-        lora_alpha=config.alpha,
-        lora_dropout=config.dropout,
-        target_modules=_shortest(names, backbone.model),
-        modules_to_save=list(backbone.head),
-    )
+    lora = peft.LoraConfig(r=config.rank, use_rslora=rank_stabilised, **_common(backbone, config, names))
     lora._register_custom_module({nn.Linear: LoraLinear})
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)  # PEFT reads a property that transformers renames
-        model = peft.get_peft_model(backbone.model, lora, adapter_name=ADAPTER_NAME)
+    model = _wrap(backbone, lora)
+    return model, [LoraBlock(n, _layer(n), projection_of(n), _module(model, n)) for n in names]
+
+
+def inject_adalora(
+    backbone: Backbone, config: AdapterConfig, adalora: AdaLoraConfig
+) -> tuple[nn.Module, list[SvdBlock]]:
+    """The same with AdaLoRA's layers, at their initial rank, and PEFT's rank allocator in the model.
+
+    Raises:
+        UserError: no linear layer matches.
+    """
+    names = match_targets(backbone.model, backbone.head, config.target_modules)
+    total = adalora.virtual_steps
+    settings = peft.AdaLoraConfig(
+        init_r=adalora.initial_rank,
+        target_r=adalora.target_rank,
+        total_step=total,
+        tinit=round(adalora.initial_fraction * total),
+        tfinal=round(adalora.final_fraction * total),
+        deltaT=adalora.prune_every,
+        beta1=adalora.beta1,
+        beta2=adalora.beta2,
+        orth_reg_weight=adalora.orthogonality,
+        **_common(backbone, config, names),
+    )
+    model = _wrap(backbone, settings)
     blocks = []
     for name in names:
-        module = model.base_model.model.get_submodule(name)
-        blocks.append(LoraBlock(name, _layer(name), projection_of(name), module))
+        layer = _module(model, name)
+        layer.__class__ = SvdLinear  # AdaLoraModel has no place to register a layer of one's own
+        blocks.append(SvdBlock(name, _layer(name), projection_of(name), layer))
     return model, blocks
+
+
+def _common(backbone: Backbone, config: AdapterConfig, names: list[str]) -> dict[str, Any]:
+    return {
+        "task_type": peft.TaskType.SEQ_CLS,
+        "lora_alpha": config.alpha,
+        "lora_dropout": config.dropout,
+        "target_modules": _shortest(names, backbone.model),
+        "modules_to_save": list(backbone.head),
+    }
+
+
+def _wrap(backbone: Backbone, settings: peft.PeftConfig) -> nn.Module:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # PEFT reads a property that transformers renames
+        return peft.get_peft_model(backbone.model, settings, adapter_name=ADAPTER_NAME)
+
+
+def _module(model: nn.Module, name: str) -> Any:
+    return model.base_model.model.get_submodule(name)
 
 
 def match_targets(model: nn.Module, head: list[str], wanted: str | list[str]) -> list[str]:

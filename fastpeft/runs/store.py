@@ -68,8 +68,6 @@ class RunFolder:
         self.result = path / "result.json"
         self.environment = path / "environment.json"
         self.checkpoints = path / "checkpoints"
-        self.adapter = path / "adapter"
-        self.adapter_best = path / "adapter_best"
         self._lock: IO | None = None
 
     @classmethod
@@ -81,6 +79,10 @@ class RunFolder:
                 "and a letter or a digit first"
             )
         return cls(Path(results_dir) / name)
+
+    def weights(self, saved_as: str, best: bool = False) -> Path:
+        """Of the last or the best weights: adapter/, adapter_best/; of a full fine-tune model/, model_best/."""
+        return self.path / (f"{saved_as}_best" if best else saved_as)
 
     def check_free(self) -> None:
         """Raises RunError if the name is taken."""

@@ -136,9 +136,9 @@ def _close(job: Job, loop: Loop, log: EventLog, folder: RunFolder, result: Resul
     clock = job.clock
     result.elapsed_s, result.tokens, result.steps = clock.elapsed_s, clock.tokens, clock.steps
     result.budget["spent"] = clock.spent
-    weights = folder.adapter / "adapter_model.safetensors"
-    if weights.is_file():
-        result.adapter_mb = round(weights.stat().st_size / 2**20, 3)
+    sizes = [path.stat().st_size for path in folder.weights(job.adapter.saved_as).glob("*.safetensors")]
+    if sizes:
+        result.adapter_mb = round(sum(sizes) / 2**20, 3)
     if job.device.type == "cuda":
         peak = torch.cuda.max_memory_allocated(job.device) / 2**20
     else:

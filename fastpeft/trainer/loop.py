@@ -13,7 +13,6 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -86,7 +85,7 @@ class Loop:
         self._fetch()
         if self.stop():
             self._save_checkpoint()
-            self._save_adapter(self.folder.adapter)
+            self._save_weights()
             return "stopped"
         return self._finish()
 
@@ -126,9 +125,9 @@ class Loop:
             self._evaluate()
             if self.stop():
                 self._save_checkpoint()
-                self._save_adapter(self.folder.adapter)
+                self._save_weights()
                 return "stopped"
-        self._save_adapter(self.folder.adapter)
+        self._save_weights()
         return "diverged" if diverged else "done"
 
     # ---- calibration -----------------------------------------------------------------------
@@ -278,14 +277,15 @@ class Loop:
         self.result.metric = {"name": job.task.metric, "value": measured.value}
         if measured.value > self.result.best.get("value", -1.0):
             self.result.best = {"value": measured.value, "step": clock.steps}
-            self._save_adapter(self.folder.adapter_best)
+            self._save_weights(best=True)
         clock.final_s = evaluation_s + 2 * self._save_s
         job.evaluation_due.done(clock)
         self._write_result()
 
-    def _save_adapter(self, target: Path) -> None:
+    def _save_weights(self, best: bool = False) -> None:
         """Through a temporary folder, so that what is there is always whole."""
         began = time.perf_counter()
+        target = self.folder.weights(self.job.adapter.saved_as, best)
         temporary = target.with_name(f".{target.name}.writing")
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir()

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from fastpeft.adapters import Adapter, make_adapter
+from fastpeft.adapters import Adapter, method_class
 from fastpeft.budget import BudgetClock, Due
 from fastpeft.config import Budget, ConfigError, RunConfig, parse_budget, parse_interval
 from fastpeft.data import Batches, ClassificationTask, Encoded, encode, load_task
@@ -51,8 +51,9 @@ def build_job(run: RunConfig) -> Job:
     dtype = choose_dtype(run.training.precision, device)
     task = load_task(run.dataset)
     torch.manual_seed(run.training.seed)
-    backbone = load_backbone(run.model, task.label_names, dtype, device)
-    adapter = make_adapter(run, backbone)
+    method = method_class(run.method)
+    backbone = load_backbone(run.model, task.label_names, dtype, device, trained=method.trains_backbone)
+    adapter = method.build(run, backbone)
     adapter.model.train()
     max_length = min(run.dataset.max_length, backbone.max_positions or run.dataset.max_length)
     rows = task.validation.head(run.evaluation.max_examples)

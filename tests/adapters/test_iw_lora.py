@@ -11,7 +11,7 @@ import pytest
 import torch
 from tiny import FAMILIES
 
-from fastpeft.adapters import make_adapter
+from fastpeft.adapters import method_class
 from fastpeft.adapters.iw_lora import MIN_INLINE_STEPS
 from fastpeft.config import ConfigError, load_run
 from fastpeft.data.batches import collate, micro_batches
@@ -556,5 +556,5 @@ def test_importance_is_saved_beside_the_adapter(make_job, tmp_path):
 def test_registered_under_its_name(make_run):
     run = make_run("bert")
     backbone = load_backbone(run.model, ("no", "yes"), torch.float32, torch.device("cpu"))
-    assert type(make_adapter(run, backbone)).__name__ == "IwLora"
+    assert type(method_class("iw_lora").build(run, backbone)).__name__ == "IwLora"
     assert load_run("iwlora_mnli").method == "iw_lora"

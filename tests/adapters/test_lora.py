@@ -20,7 +20,7 @@ def perturb_all(job, seed: int) -> None:
     data.add_(torch.randn(data.shape, generator=torch.Generator().manual_seed(seed)), alpha=0.2)
 
 
-@pytest.mark.parametrize("method", ["lora", "iw_lora"])
+@pytest.mark.parametrize("method", ["lora", "rslora", "iw_lora"])
 @pytest.mark.parametrize("masked_lm", [False, True])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_peft_loads_what_was_saved(make_job, tmp_path, seed, family, method, masked_lm):
@@ -32,6 +32,8 @@ def test_peft_loads_what_was_saved(make_job, tmp_path, seed, family, method, mas
     settings = json.loads((folder / "adapter_config.json").read_text())
     assert settings["peft_type"] == "LORA"
     assert (settings["r"], settings["lora_alpha"], settings["task_type"]) == (4, 16.0, "SEQ_CLS")
+    assert settings["use_rslora"] == (method == "rslora")
+    assert job.adapter.blocks[0].scale == (8.0 if method == "rslora" else 4.0)
     batch = collate(job.batches.encoded, job.batches.rows(0), job.device)
     want = job.adapter.model.eval()(**batch.inputs).logits
     base = transformers.AutoModelForSequenceClassification.from_pretrained(job.run.model.name, num_labels=2)

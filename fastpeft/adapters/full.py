@@ -1,0 +1,43 @@
+"""Full fine-tuning: every weight is trained, in fp32, under autocast to the compute dtype."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Self
+
+import torch
+
+from fastpeft.adapters.base import Adapter, register
+from fastpeft.adapters.flat import FlatParameters
+from fastpeft.config import RunConfig
+from fastpeft.models.backbone import Backbone, quiet_transformers
+
+
+@register("full")
+class FullFineTune(Adapter):
+    saved_as = "model"
+    trains_backbone = True
+
+    def __init__(self, run: RunConfig, backbone: Backbone) -> None:
+        self.model, self._tokenizer = backbone.model, backbone.tokenizer
+        parts: dict[bool, list[torch.nn.Parameter]] = {True: [], False: []}
+        for name, parameter in self.model.named_parameters():
+            parts[any(name.startswith(f"{module}.") for module in backbone.head)].append(parameter)
+        self.flat = FlatParameters([], head=parts[True], extra=parts[False])
+        if backbone.dtype != torch.float32:
+            device_type = self.flat.data.device.type
+            self.model.forward = torch.autocast(device_type, backbone.dtype)(self.model.forward)
+
+    @classmethod
+    def build(cls, run: RunConfig, backbone: Backbone) -> Self:
+        return cls(run, backbone)
+
+    def save(self, folder: Path) -> None:
+        """A folder that transformers loads: config, weights, tokenizer."""
+        state = {name: tensor.detach().clone() for name, tensor in self.model.state_dict().items()}
+        with quiet_transformers():
+            self.model.save_pretrained(str(folder), state_dict=state)
+        self._tokenizer.save_pretrained(str(folder))
+
+    def describe(self) -> list[str]:
+        return [f"full fine-tuning: {self.flat.data.numel():,} parameters"]

@@ -1,0 +1,11 @@
+"""rsLoRA (Kalajdzievski, arXiv:2312.03732): LoRA scaled by alpha / sqrt(r), so that its pace does not fall with r."""
+
+from __future__ import annotations
+
+from fastpeft.adapters.base import register
+from fastpeft.adapters.lora import Lora
+
+
+@register("rslora")
+class RsLora(Lora):
+    _rank_stabilised = True
