@@ -71,6 +71,9 @@ def train(
     results_dir: ResultsDir = Path("results"),
     name: Annotated[str | None, typer.Option(help="The run's folder; RUN-YYYYmmdd-HHMMSS when absent.")] = None,
     seed: Annotated[int | None, typer.Option(help="Same as training.seed=N.")] = None,
+    seeds: Annotated[
+        str | None, typer.Option(help="0,1,2: one run a seed, one after another, which share the budget.")
+    ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Continue the run --name.")] = False,
     no_stand_in: Annotated[
         bool, typer.Option("--no-stand-in", help="Fail where model or data cannot be reached.")
@@ -78,6 +81,9 @@ def train(
 ) -> None:
     """Train a run to the end of its budget."""
     config = _load(run, overrides or [], budget, seed, mode, resume)
+    if seeds is not None:
+        _train_seeds(config, _parse_seeds(seeds, seed), results_dir, name, resume, not no_stand_in)
+        return
     if name is not None and not resume:  # before torch is loaded, which takes seconds
         from fastpeft.runs.store import RunFolder
 
@@ -99,21 +105,75 @@ def train(
             reporter=reporter,
             stop=stop,
         )
-    folder = results_dir / result.name
     reporter.console.print(closing_table(result))
-    print(f"\nrun folder   {folder}")
+    print(f"\nrun folder   {results_dir / result.name}")
     if result.status == "stopped":
         print(
             f"resume with  fastpeft train --resume --name {result.name} --results-dir {shlex.quote(str(results_dir))}"
         )
     else:
         print(f"look again   fastpeft runs show {result.name} --results-dir {shlex.quote(str(results_dir))}")
-    if result.stand_in:
-        reporter.say(f"STAND-IN: these are numbers of {result.model} on {result.dataset}")
-    if result.status == "diverged":
+    _end([result], reporter, stop)
+
+
+def _train_seeds(
+    config: Any, seeds: list[int], results_dir: Path, name: str | None, resume: bool, allow_stand_in: bool
+) -> None:
+    if config is None or (resume and name is None):
+        raise UserError("--seeds needs --run, and with --resume also --name: which group is to be continued?")
+    from fastpeft.console import ConsoleReporter, closing_table, group_table
+    from fastpeft.runs.store import default_name
+
+    group = name or default_name(config.run_id)
+    with ConsoleReporter() as reporter:
+        reporter.console.print("loading torch", style="dim")
+        from fastpeft.trainer import StopRequest
+        from fastpeft.trainer.seeds import train_seeds
+
+        stop = StopRequest()
+        results = train_seeds(
+            config,
+            seeds,
+            results_dir=results_dir,
+            name=group,
+            resume=resume,
+            stop=stop,
+            on_start=lambda seed, folder: reporter.say(f"\nseed {seed}: {results_dir / folder}"),
+            allow_stand_in=allow_stand_in,
+            reporter=reporter,
+        )
+    if len(results) == 1:
+        reporter.console.print(closing_table(results[0]))
+    reporter.console.print(group_table(results))
+    where = shlex.quote(str(results_dir))
+    if stop():
+        again = [a for a in sys.argv[1:] if a != "--resume"] + ["--resume"] + ([] if name else ["--name", group])
+        print(f"resume with  {shlex.join(['fastpeft', *again])}")
+    else:
+        print(f"look again   fastpeft runs ls --results-dir {where}")
+    _end(results, reporter, stop)
+
+
+def _end(results: list[Any], reporter: Any, stop: Any) -> None:
+    """The last line, and the exit code if it is not 0."""
+    if results and results[-1].stand_in:
+        reporter.say(f"STAND-IN: these are numbers of {results[-1].model} on {results[-1].dataset}")
+    if any(result.status == "diverged" for result in results):
         raise typer.Exit(EXIT_DIVERGED)
-    if stop.signal is not None and result.status == "stopped":
+    if stop.signal is not None and (not results or results[-1].status == "stopped"):
         raise typer.Exit(128 + stop.signal)
+
+
+def _parse_seeds(text: str, seed: int | None) -> list[int]:
+    if seed is not None:
+        raise UserError("--seed and --seeds: give one of them")
+    parts = [part.strip() for part in text.split(",")]
+    if not all(part.isascii() and part.isdigit() and int(part) < 2**32 for part in parts):
+        raise UserError(f"--seeds {text!r}: expected whole numbers with commas between, such as 0,1,2")
+    found = [int(part) for part in parts]
+    if len(set(found)) < len(found):
+        raise UserError(f"--seeds {text!r}: a seed is there twice")
+    return found
 
 
 def _load(

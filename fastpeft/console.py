@@ -15,6 +15,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 from rich.table import Table
 
+from fastpeft.evaluate.compare import metric_of
 from fastpeft.runs.events import Event, number
 from fastpeft.runs.store import Result, RunFolder
 
@@ -53,6 +54,10 @@ class ConsoleReporter(AbstractContextManager):
     # ---- events ----------------------------------------------------------------------------
 
     def _on_run(self, event: Event) -> None:
+        self.__exit__()
+        self._first = None
+        self._recent.clear()
+        self._losses.clear()
         for note in event["notes"]:
             self.say(note)
         budget = event["budget"]
@@ -141,27 +146,55 @@ def closing_table(result: Result) -> Table:
     return table
 
 
+def group_table(results: list[Result]) -> Table:
+    """A line a seed, and their mean with its 95 % interval."""
+    table = Table(box=None, pad_edge=False)
+    for name in ("seed", "status", "metric", "best", "steps", "time"):
+        table.add_column(name)
+    for r in results:
+        values = (_value(r.metric), _value(r.best), f"{r.steps:,}", f"{r.elapsed_s:.0f} s")
+        table.add_row(str(r.seed), r.status, *values)
+    mean, best = (str(metric_of(results, of) or "-") for of in ("metric", "best"))
+    table.add_row("mean", "", mean, best, style="bold")
+    return table
+
+
 def runs_table(folders: list[RunFolder]) -> Table:
-    """`fastpeft runs ls`: a line a run."""
+    """`fastpeft runs ls`: a line a run; the runs of one group stand under a line with their mean."""
     table = Table(box=None, pad_edge=False)
     for name in ("run", "status", "metric", "best", "steps", "time", "model, data"):
         table.add_column(name, overflow="fold", no_wrap=name == "run")
+    groups: dict[str, list[tuple[RunFolder, Result | None]]] = {}
     for folder in folders:
         result = folder.read_result()
-        if result is None:
-            table.add_row(folder.path.name, folder.status(), *["-"] * 5)
-            continue
-        stand_in = " (stand-in)" if result.stand_in else ""
-        table.add_row(
-            result.name,
-            folder.status(),
-            _value(result.metric),
-            _value(result.best),
-            f"{result.steps:,}",
-            f"{result.elapsed_s:.0f} s",
-            f"{Path(result.model).name} on {result.dataset}{stand_in}",
+        groups.setdefault(f"group {result.group}" if result and result.group else folder.path.name, []).append(
+            (folder, result)
         )
+    for members in groups.values():
+        results = [result for _, result in members if result is not None and result.group is not None]
+        if results:
+            table.add_row(*_group_row(results), style="bold")
+        for folder, result in members:
+            table.add_row(*_run_row(folder, result, indent="  " if results else ""))
     return table
+
+
+def _run_row(folder: RunFolder, result: Result | None, indent: str) -> list[str]:
+    name, status = indent + folder.path.name, folder.status()
+    if result is None:
+        return [name, status, *["-"] * 5]
+    where = f"{Path(result.model).name} on {result.dataset}{' (stand-in)' if result.stand_in else ''}"
+    values = (_value(result.metric), _value(result.best), f"{result.steps:,}", f"{result.elapsed_s:.0f} s")
+    return [name, status, *values, where]
+
+
+def _group_row(results: list[Result]) -> list[str]:
+    done = sum(result.status == "done" for result in results)
+    seconds = sum(result.elapsed_s for result in results)
+    steps = sum(result.steps for result in results)
+    mean, best = (str(metric_of(results, of) or "-") for of in ("metric", "best"))
+    values = (mean, best, f"{steps:,}", f"{seconds:.0f} s")
+    return [results[0].group or "", f"{done} of {len(results)} done", *values, "mean of the seeds"]
 
 
 def _spent(budget: dict[str, Any]) -> str:

@@ -27,7 +27,8 @@ LAYERS = [
     {"fastpeft.models"},
     {"fastpeft.adapters", "fastpeft.schedules", "fastpeft.budget", "fastpeft.evaluate"},
     {"fastpeft.trainer"},
-    {"fastpeft.sweep", "fastpeft.tui", "fastpeft.evaluate.compare", "fastpeft.console"},
+    {"fastpeft.evaluate.compare"},
+    {"fastpeft.sweep", "fastpeft.tui", "fastpeft.console"},
     {"fastpeft.cli"},
     {"fastpeft.__main__", "fastpeft"},  # the public face: nothing below may import it
 ]

@@ -9,6 +9,7 @@ from fastpeft.config.load import (
     run_values,
     save_run,
     trial_run,
+    with_values,
 )
 from fastpeft.config.schema import RunConfig
 from fastpeft.config.units import Budget, Interval, parse_budget, parse_interval
@@ -27,4 +28,5 @@ __all__ = [
     "run_values",
     "save_run",
     "trial_run",
+    "with_values",
 ]

@@ -89,6 +89,15 @@ def apply_stand_in(run: RunConfig) -> RunConfig:
     return run_from_values(values, f"{run.run_id} (stand_in)")
 
 
+def with_values(run: RunConfig, given: dict[str, Any]) -> RunConfig:
+    """`run` with other values at some dotted keys, noted in `overrides` as if the user had set them."""
+    values = run_values(run)
+    for key, value in given.items():
+        _set(values, key, value)
+    values["overrides"] |= given
+    return run_from_values(values, run.run_id)
+
+
 def trial_run(run: RunConfig) -> RunConfig:
     """`--mode trial`: every code path in seconds. Two steps, two calibration batches, no W&B."""
     values = run_values(run)

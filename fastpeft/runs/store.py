@@ -51,6 +51,9 @@ class Result:
     steps: int = 0
     stand_in: bool = False
     seed: int = 0
+    group: str | None = None
+    """What the runs of `--seeds` share: their folders' name before -seed<N>."""
+    method: str = ""
     model: str = ""
     dataset: str = ""
     adapter_mb: float | None = None

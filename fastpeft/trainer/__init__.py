@@ -47,6 +47,7 @@ def train(
     allow_stand_in: bool = True,
     reporter: Reporter | None = None,
     stop: StopRequest | None = None,
+    group: str | None = None,
 ) -> Result:
     """Train `run` to the end of its budget.
 
@@ -58,6 +59,7 @@ def train(
         allow_stand_in: use the run's stand-in model and data where its own cannot be reached.
         reporter: is told of every event.
         stop: a request to stop; by default SIGINT and SIGTERM make one while this runs.
+        group: noted in result.json: what runs that belong together share.
 
     Returns:
         What result.json holds. `status` is done, stopped or diverged.
@@ -89,33 +91,38 @@ def train(
                 folder.create()
             save_run(resolved.run, folder.config)
             write_json(folder.environment, environment() | _device_facts(job))
-            return _run(job, resolved, folder, checkpoint, reporter, stop, time.perf_counter() - began)
+            result = _new_result(job, resolved, folder, group)
+            result.setup_s = time.perf_counter() - began
+            return _run(job, result, folder, checkpoint, reporter, stop)
     finally:
         folder.unlock()
 
 
-def _run(
-    job: Job,
-    resolved: Resolved,
-    folder: RunFolder,
-    checkpoint: Checkpoint | None,
-    reporter: Reporter,
-    stop: StopRequest,
-    setup_s: float,
-) -> Result:
-    """The loop, between the first and the last event."""
-    run = job.run
-    result = Result(
+def _new_result(job: Job, resolved: Resolved, folder: RunFolder, group: str | None) -> Result:
+    run, earlier = job.run, folder.read_result()
+    return Result(
         run_id=run.run_id,
         name=folder.path.name,
-        setup_s=setup_s,
         stand_in=resolved.stand_in,
         seed=run.training.seed,
+        group=group or (earlier.group if earlier else None),
+        method=run.method,
         model=run.model.name,
         dataset=job.task.name,
         budget={"kind": job.clock.budget.kind, "limit": job.clock.budget.limit, "spent": 0.0},
         git=git_commit(),
     )
+
+
+def _run(
+    job: Job,
+    result: Result,
+    folder: RunFolder,
+    checkpoint: Checkpoint | None,
+    reporter: Reporter,
+    stop: StopRequest,
+) -> Result:
+    """The loop, between the first and the last event."""
     folder.write_result(result)
     log = EventLog(folder.events, (reporter.on_event,))
     loop = Loop(job, folder, log, result, stop)

@@ -9,24 +9,30 @@ from types import FrameType
 
 
 class StopRequest:
-    """A context that holds the two signals' handlers. Outside the main thread it never stops anything."""
+    """A context that holds the two signals' handlers, and may be entered again inside itself. Outside the main
+    thread it never stops anything."""
 
     def __init__(self) -> None:
         self.signal: signal.Signals | None = None
         self._handlers: dict[signal.Signals, object] = {}
+        self._depth = 0
 
     def __call__(self) -> bool:
         return self.signal is not None
 
     def __enter__(self) -> StopRequest:
-        if threading.current_thread() is threading.main_thread():
+        self._depth += 1
+        if self._depth == 1 and threading.current_thread() is threading.main_thread():
             for number in (signal.SIGINT, signal.SIGTERM):
                 self._handlers[number] = signal.signal(number, self._handle)
         return self
 
     def __exit__(self, *exception: object) -> None:
-        for number, handler in self._handlers.items():
-            signal.signal(number, handler)
+        self._depth -= 1
+        if self._depth == 0:
+            for number, handler in self._handlers.items():
+                signal.signal(number, handler)
+            self._handlers.clear()
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         if self.signal is not None:

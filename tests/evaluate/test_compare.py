@@ -1,0 +1,52 @@
+"""Means over seeds, their intervals, and the GLUE average."""
+
+from __future__ import annotations
+
+import math
+import random
+
+import pytest
+from scipy import stats
+
+from fastpeft.evaluate.compare import glue_average, mean_of, metric_of
+from fastpeft.runs.store import Result
+
+
+def result(seed: int, task: str, value: float | None, **more) -> Result:
+    metric = {} if value is None else {"name": "accuracy", "value": value}
+    return Result(run_id="x", name=f"{task}-{seed}", seed=seed, dataset=task, metric=metric, **more)
+
+
+@pytest.mark.parametrize("count", [2, 3, 5, 12])
+def test_interval_is_students(count, seed):
+    rng = random.Random(seed)
+    values = [rng.gauss(0.8, 0.02) for _ in range(count)]
+    got = mean_of(values)
+    low, high = stats.t.interval(0.95, count - 1, loc=sum(values) / count, scale=stats.sem(values))
+    assert (got.value - got.half_width, got.value + got.half_width) == pytest.approx((low, high))
+    assert str(got) == f"{got.value:.4f} ± {got.half_width:.4f}"
+
+
+def test_one_value_has_no_interval():
+    got = mean_of([0.5])
+    assert (got.value, got.count, str(got)) == (0.5, 1, "0.5000")
+    assert math.isnan(got.half_width)
+    with pytest.raises(ValueError, match="no values"):
+        mean_of([])
+
+
+def test_metric_of_leaves_out_runs_without_one():
+    got = metric_of([result(0, "rte", 0.6), result(1, "rte", None), result(2, "rte", 0.8)])
+    assert (got.value, got.count) == (pytest.approx(0.7), 2)
+    assert metric_of([result(1, "rte", None)]) is None
+
+
+def test_glue_average_goes_seed_by_seed():
+    whole = [result(0, "mnli", 0.9), result(0, "sst2", 0.6), result(0, "rte", 0.3)]
+    other = [result(1, "mnli", 0.8), result(1, "sst2", 0.8), result(1, "rte", 0.8)]
+    assert glue_average(whole).value == pytest.approx(0.6)
+    assert (glue_average(whole + other).value, glue_average(whole + other).count) == (pytest.approx(0.7), 2)
+    half = [result(2, "mnli", 0.1), result(2, "sst2", 0.1)]
+    assert glue_average(whole + half).value == pytest.approx(0.6), "a seed without RTE has no average"
+    assert glue_average(half) is None
+    assert glue_average([result(0, t, 0.5, stand_in=True) for t in ("mnli", "sst2", "rte")]) is None
