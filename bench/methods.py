@@ -4,9 +4,9 @@
                             [--methods lora,full,...] [--workers 2] [--runs DIR] [--json OUT] [--tune]
 
 `--data` holds a folder a task (mnli, sst2, rte), as GLUE's files are. Each worker trains on one thread. What is done in
-`--runs` is not run again. Seeds are the outermost loop, so that what has been measured when one stops is complete for the
-seeds that it has. `--tune` runs each family's rates on the first task with a seed of its own and prints the best ones,
-which RATES holds.
+`--runs` is not run again. Seeds are the outermost loop, so that whatever is there when one stops is complete for the seeds
+that it has. `--tune` runs each family's rates on the first task with a seed of its own and prints the best ones, which
+RATES holds.
 """
 
 from __future__ import annotations

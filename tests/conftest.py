@@ -7,7 +7,7 @@ import os
 # Before torch is loaded: see fastpeft.cli.main.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 os.environ["HF_HUB_OFFLINE"] = "1"
-os.environ["WANDB_MODE"] = "offline"
+os.environ["WANDB_MODE"] = "disabled"  # tests/trackers switches it on
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
 import json

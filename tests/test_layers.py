@@ -23,6 +23,7 @@ LAYERS = [
     {"fastpeft.kernels"},
     {"fastpeft.config"},
     {"fastpeft.runs"},
+    {"fastpeft.trackers"},
     {"fastpeft.data"},
     {"fastpeft.models"},
     {"fastpeft.adapters", "fastpeft.schedules", "fastpeft.budget", "fastpeft.evaluate"},
@@ -36,7 +37,7 @@ LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 
 WITHOUT_TORCH = {
     "fastpeft", "fastpeft._version", "fastpeft.errors", "fastpeft.config", "fastpeft.runs", "fastpeft.cli",
-    "fastpeft.console", "fastpeft.tui",
+    "fastpeft.console", "fastpeft.tui", "fastpeft.trackers",
 }  # fmt: skip
 TORCH = {"torch", "triton", "transformers", "peft", "datasets", "accelerate", "safetensors", "tokenizers", "numpy"}
 
@@ -156,7 +157,9 @@ def test_the_checker_sees_every_way_to_import(tmp_path):
     assert entry("fastpeft") == "fastpeft"
 
 
-@pytest.mark.parametrize("package", ["config", "runs.events", "runs.store", "runs.system", "console", "cli", "kernels"])
+@pytest.mark.parametrize(
+    "package", ["config", "runs.events", "runs.store", "runs.system", "trackers", "console", "cli", "kernels"]
+)
 def test_importing_it_loads_no_torch(package):
     done = run_python(f"import sys, fastpeft.{package}; print(*sys.modules)")
     assert done.returncode == 0, done.stderr

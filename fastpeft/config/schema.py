@@ -279,8 +279,11 @@ class WandbConfig:
     __pydantic_config__ = _STRICT_KEYS
 
     mode: Literal["auto", "online", "offline", "disabled"] = "auto"
-    """auto: online where a key is present, else offline; always off in trial mode."""
-    project: str = "fastpeft"
+    """auto: online where a key is present, else offline; always off in trial mode. WANDB_MODE and
+    WANDB_DISABLED can ask for less."""
+    project: str | None = None
+    """When absent WANDB_PROJECT, else fastpeft. W&B takes entity, group, tags and notes from its own
+    variables: WANDB_ENTITY, WANDB_RUN_GROUP, WANDB_TAGS, WANDB_NOTES."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -320,6 +323,8 @@ class RunConfig:
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     optuna: OptunaConfig = field(default_factory=OptunaConfig)
     wandb: WandbConfig = field(default_factory=WandbConfig)
+    tensorboard: bool = False
+    """Write the run for TensorBoard, into its folder; needs the package tensorboard."""
     stand_in: StandInConfig | None = None
     """Applies only while the names of model and dataset are the file's own."""
     overrides: dict[str, Any] = field(default_factory=dict)

@@ -84,12 +84,18 @@ def read_events(path: Path, offset: int = 0) -> Iterator[Event]:
         for line in file:
             if not line.endswith(b"\n"):
                 return
-            try:
-                event = json.loads(line)
-            except ValueError:
-                continue
-            if isinstance(event, dict) and isinstance(event.get("type"), str):
+            event = parse_event(line)
+            if event is not None:
                 yield event
+
+
+def parse_event(line: bytes) -> Event | None:
+    """None for a line that is no event."""
+    try:
+        event = json.loads(line)
+    except ValueError:
+        return None
+    return event if isinstance(event, dict) and isinstance(event.get("type"), str) else None
 
 
 def _last_byte(path: Path) -> bytes:

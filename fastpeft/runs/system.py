@@ -23,6 +23,7 @@ _PACKAGES = (
     "tokenizers",
     "safetensors",
     "numpy",
+    "wandb",
 )
 
 

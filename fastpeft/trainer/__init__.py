@@ -14,6 +14,7 @@ from fastpeft.models.resolve import Resolved, resolve
 from fastpeft.runs.events import Event, EventLog, number
 from fastpeft.runs.store import Result, RunFolder, default_name, write_json
 from fastpeft.runs.system import Heartbeat, environment, git_commit
+from fastpeft.trackers import Choice, Trackers, choose
 from fastpeft.trainer.checkpoint import Checkpoint, rng_state, set_rng_state
 from fastpeft.trainer.interrupt import StopRequest
 from fastpeft.trainer.loop import Loop
@@ -83,6 +84,7 @@ def train(
             assert run is not None
             folder.check_free()
             resolved = resolve(run, allow_stand_in)
+        chosen = choose(resolved.run, reporter.say)
         with stop or StopRequest() as stop, _torch_settings(resolved.run):
             _say_stand_in(reporter, resolved)
             reporter.say(f"loading {resolved.run.model.name} and {resolved.run.dataset.name}")
@@ -93,7 +95,7 @@ def train(
             write_json(folder.environment, environment() | _device_facts(job))
             result = _new_result(job, resolved, folder, group)
             result.setup_s = time.perf_counter() - began
-            return _run(job, result, folder, checkpoint, reporter, stop)
+            return _run(job, result, folder, checkpoint, chosen, reporter, stop)
     finally:
         folder.unlock()
 
@@ -119,6 +121,7 @@ def _run(
     result: Result,
     folder: RunFolder,
     checkpoint: Checkpoint | None,
+    chosen: list[Choice],
     reporter: Reporter,
     stop: StopRequest,
 ) -> Result:
@@ -128,6 +131,7 @@ def _run(
     loop = Loop(job, folder, log, result, stop)
     gpu = f"GPU-{torch.cuda.get_device_properties(job.device).uuid}" if job.device.type == "cuda" else None
     error = None
+    trackers = Trackers(chosen, folder.path, reporter.say, loop.warn)
     try:
         with Heartbeat(lambda **figures: loop.event("system", **figures), gpu):
             result.status = loop.run(checkpoint)
@@ -135,11 +139,13 @@ def _run(
         result.status, error = "failed", f"{type(caught).__name__}: {caught}"
         raise
     finally:
-        _close(job, loop, log, folder, result, error)
+        _close(job, loop, folder, result, error)
+        trackers.close()
+        log.close()
     return result
 
 
-def _close(job: Job, loop: Loop, log: EventLog, folder: RunFolder, result: Result, error: str | None) -> None:
+def _close(job: Job, loop: Loop, folder: RunFolder, result: Result, error: str | None) -> None:
     clock = job.clock
     result.elapsed_s, result.tokens, result.steps = clock.elapsed_s, clock.tokens, clock.steps
     result.budget["spent"] = clock.spent
@@ -154,7 +160,6 @@ def _close(job: Job, loop: Loop, log: EventLog, folder: RunFolder, result: Resul
     folder.write_result(result)
     more = {"error": error} if error else {}
     loop.event("end", status=result.status, metric=result.metric, best=result.best, **more)
-    log.close()
 
 
 def _say_stand_in(reporter: Reporter, resolved: Resolved) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Iterator
 
 from fastpeft.config import RunConfig, load_run, run_values
@@ -9,6 +10,9 @@ from fastpeft.errors import UserError
 from fastpeft.models.resolve import Resolved, resolve
 from fastpeft.runs.store import Result, RunError, RunFolder
 from fastpeft.trainer.checkpoint import Checkpoint, newest_checkpoint
+
+_TRACKING = ("wandb", "tensorboard")
+"""These change no weight: a resume may ask for others."""
 
 
 def open_run(folder: RunFolder, name: str | None) -> tuple[Result | None, RunConfig]:
@@ -29,13 +33,14 @@ def same_run(folder: RunFolder, stored: RunConfig, run: RunConfig | None, allow_
         differing = [
             f"{key}: {kept.get(key)!r} was stored, {asked.get(key)!r} is asked for"
             for key in sorted(asked.keys() | kept.keys())
-            if key.split(".")[0] not in ("overrides", "stand_in", "wandb") and asked.get(key) != kept.get(key)
+            if key.split(".")[0] not in ("overrides", "stand_in", *_TRACKING) and asked.get(key) != kept.get(key)
         ]
         if differing:
             raise UserError(
                 f"{folder.path} was started with other settings; resume without them, or start a new run. "
                 + "; ".join(differing)
             )
+        stored = dataclasses.replace(stored, **{key: getattr(run, key) for key in _TRACKING})
     return resolve(stored, allow_stand_in)
 
 

@@ -1,0 +1,17 @@
+"""W&B and TensorBoard, each in a process of its own that reads the run's event log as it grows.
+
+The log is the queue. It is unbounded, it survives a kill, and a resume has cut it back already, so that a
+tracker which starts with it sees every step once. The trainer's part is one process to start and one pipe
+to close: a tracker that hangs or dies can neither slow nor stop it.
+
+    choose.py    which trackers a run has
+    process.py   the trainer's side
+    __main__.py  the tracker's side: follow the log, hand its rows on
+    rows.py      events -> rows of numbers
+    wandb_run.py, tensorboard.py
+"""
+
+from fastpeft.trackers.choose import Choice, choose
+from fastpeft.trackers.process import Trackers
+
+__all__ = ["Choice", "Trackers", "choose"]

@@ -1,0 +1,188 @@
+"""A tracker's process: hand the rows of a run's event log to W&B or TensorBoard.
+
+The trainer starts it with --follow: it reads the log as it grows, until its standard input ends. Without,
+`python -m fastpeft.trackers results/NAME` sends the log of a run that is over, or what W&B lacks of it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import fcntl
+import json
+import os
+import select
+import signal
+import sys
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any, Protocol
+
+from fastpeft.errors import UserError
+from fastpeft.runs.events import Event, parse_event
+from fastpeft.trackers.rows import Row, Rows
+
+POLL_S = 1.0
+_NICE = 10
+_REASON_CHARS = 300
+
+
+class Tracker(Protocol):
+    """What receives a run. Every method may raise; the process then ends."""
+
+    def start(self) -> str:
+        """Returns a line for the user: where the run can be seen."""
+
+    def describe(self, event: Event) -> None:
+        """A `run` event: settings and budget."""
+
+    def add(self, row: Row) -> None: ...
+
+    def caught_up(self) -> None:
+        """Called once, when all that the log held at the start has been added."""
+
+    def finish(self, end: Event | None) -> None:
+        """`end` is the log's end event, if it has one."""
+
+
+class LogTail:
+    """Yields the events that a growing log has gained since the last look."""
+
+    def __init__(self, path: Path) -> None:
+        self._path, self._offset = path, 0
+
+    def read(self) -> Iterator[Event]:
+        with self._path.open("rb") as file:
+            file.seek(self._offset)
+            for line in file:
+                if not line.endswith(b"\n"):
+                    return
+                self._offset += len(line)
+                event = parse_event(line)
+                if event is not None:
+                    yield event
+
+
+def follow(log: LogTail, tracker: Tracker, over: Callable[[float], bool]) -> None:
+    """Hand on the log until it is over.
+
+    Args:
+        over: waits so many seconds at most; True once no more events will come.
+    """
+    rows, end, wait_s = Rows(), None, 0.0
+    while True:
+        last = over(wait_s)
+        for event in log.read():
+            end = event if event["type"] == "end" else None
+            if event["type"] == "run":
+                tracker.describe(event)
+            row = rows.of(event)
+            if row is not None:
+                tracker.add(row)
+        if not wait_s:
+            tracker.caught_up()
+        if last:
+            return tracker.finish(end)
+        wait_s = POLL_S
+
+
+def trainer_is_over(wait_s: float, finish_s: float) -> bool:
+    """The trainer writes nothing to us: our input becomes readable when it closes it, or is killed."""
+    if not select.select([0], [], [], wait_s)[0]:
+        return False
+    signal.setitimer(signal.ITIMER_REAL, finish_s)  # ends this process, whatever it hangs in
+    return True
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m fastpeft.trackers", description="Send a run's event log to W&B.")
+    parser.add_argument("folder", type=Path, help="the run's folder, such as results/NAME")
+    parser.add_argument("--tracker", choices=("wandb", "tensorboard"), default="wandb")
+    parser.add_argument("--mode", choices=("auto", "online", "offline"), default="auto")
+    parser.add_argument("--project", default="")
+    parser.add_argument("--follow", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--finish-s", type=float, default=10.0, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    try:
+        _followed(options) if options.follow else _by_hand(options)
+    except UserError as error:
+        print(f"fastpeft.trackers: {error}", file=sys.stderr)
+        sys.exit(error.exit_code)
+
+
+def _followed(options: argparse.Namespace) -> None:
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)  # the trainer decides when it is over
+    os.nice(_NICE)
+    report = _reporter()
+    try:
+        with _alone(options, wait=True):
+            tracker = _tracker(options)
+            report(say=tracker.start())
+            over = partial(trainer_is_over, finish_s=options.finish_s)
+            follow(LogTail(options.folder / "events.jsonl"), tracker, over)
+    except BaseException as error:
+        text = " ".join(f"{type(error).__name__}: {error}".split())
+        report(stopped=text if len(text) <= _REASON_CHARS else f"{text[:_REASON_CHARS]}...")
+        os._exit(1)  # past W&B's exit hooks, which may hang as well
+
+
+def _by_hand(options: argparse.Namespace) -> None:
+    from fastpeft.config import load_run
+    from fastpeft.trackers.choose import wandb_mode, wandb_project
+
+    if not (options.folder / "events.jsonl").is_file():
+        raise UserError(f"{options.folder} is no run's folder: it has no events.jsonl")
+    if options.tracker == "wandb":
+        options.project = options.project or wandb_project(load_run(options.folder / "run.yaml"))
+        options.mode = wandb_mode(options.mode, print)
+        if options.mode == "disabled":
+            raise UserError("W&B is switched off: see WANDB_MODE, WANDB_DISABLED and `wandb online`")
+    with _alone(options, wait=False):
+        tracker = _tracker(options)
+        print(tracker.start())
+        follow(LogTail(options.folder / "events.jsonl"), tracker, lambda _: True)
+
+
+def _tracker(options: argparse.Namespace) -> Tracker:
+    if options.tracker == "wandb":
+        from fastpeft.trackers.wandb_run import WandbRun
+
+        return WandbRun(options.folder, options.mode, options.project)
+    from fastpeft.trackers.tensorboard import TensorBoardRun
+
+    return TensorBoardRun(options.folder)
+
+
+class _alone:  # noqa: N801 (used like a function)
+    """One process a tracker and run; a killed trainer's may still be finishing, for FINISH_S at most."""
+
+    def __init__(self, options: argparse.Namespace, *, wait: bool) -> None:
+        self._path, self._wait = options.folder / f".{options.tracker}.lock", wait
+
+    def __enter__(self) -> None:
+        self._file = self._path.open("w")
+        try:
+            fcntl.flock(self._file, fcntl.LOCK_EX | (0 if self._wait else fcntl.LOCK_NB))
+        except BlockingIOError:
+            raise UserError(f"{self._path.parent} is being tracked by another process") from None
+
+    def __exit__(self, *exception: object) -> None:
+        self._file.close()
+
+
+def _reporter() -> Callable[..., None]:
+    """Messages for the trainer go out as JSON lines; whatever else is printed goes where errors go."""
+    channel = os.fdopen(os.dup(1), "w", encoding="utf-8")
+    os.dup2(2, 1)
+
+    def report(**message: Any) -> None:
+        with contextlib.suppress(OSError):  # the trainer was killed
+            print(json.dumps(message), file=channel, flush=True)
+
+    return report
+
+
+if __name__ == "__main__":
+    main()

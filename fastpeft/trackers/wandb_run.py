@@ -1,0 +1,115 @@
+"""A run in Weights & Biases.
+
+Offline, W&B cannot go on with a run: of two offline folders with one id, syncing the second erases the first
+(wandb/wandb#5865). So a resume writes a new folder from the whole event log and removes the older ones.
+Online, W&B says which row it had last, and what comes after that is sent; an evaluation that a resume redoes
+after fewer steps than W&B has is not, because W&B takes rows in their order only.
+"""
+
+from __future__ import annotations
+
+import secrets
+import shlex
+import shutil
+from pathlib import Path
+from typing import Any
+
+from fastpeft.runs.events import Event, number
+from fastpeft.trackers.rows import Row
+
+_SETTINGS = {
+    "console": "off",
+    "silent": True,
+    "save_code": False,
+    "disable_code": True,
+    "disable_git": True,
+    "disable_job_creation": True,
+    "x_disable_meta": True,  # would name this process, not the trainer
+    "x_disable_stats": True,
+    "x_save_requirements": False,
+    "x_transaction_log_flush_interval": 2.0,
+}
+_NOT_CONFIG = ("overrides", "stand_in", "optuna", "wandb", "tensorboard")
+_EXIT_CODES = {"done": 0, "stopped": 255}
+"""W&B shows 255 as `killed`, other numbers as `failed`."""
+
+
+class WandbRun:
+    """`results/NAME/wandb/`, and where W&B is online its web page."""
+
+    def __init__(self, folder: Path, mode: str, project: str) -> None:
+        self._folder, self._mode, self._project = folder, mode, project
+        self._next = 0
+
+    def start(self) -> str:
+        """Open the run; returns where it can be seen. Raises whatever W&B raises."""
+        import wandb
+
+        known = wandb.Settings.model_fields
+        self._run = wandb.init(
+            id=self._id(),
+            name=self._folder.name,
+            project=self._project,
+            dir=str(self._folder),
+            mode=self._mode,
+            resume="allow" if self._mode == "online" else None,
+            settings=wandb.Settings(**{k: v for k, v in _SETTINGS.items() if k in known}),
+        )
+        self._next = self._run.starting_step
+        self._run.define_metric("step")
+        self._run.define_metric("*", step_metric="step", step_sync=True)
+        self._written = Path(self._run.settings.sync_dir)
+        if self._mode == "online":
+            return f"W&B: {self._run.url}"
+        return f"W&B: offline; to send the run: wandb sync {shlex.quote(str(self._written))}"
+
+    def describe(self, event: Event) -> None:
+        """The run's settings, from its `run` event."""
+        config = {key: value for key, value in event["config"].items() if key not in _NOT_CONFIG}
+        config |= {key: event[key] for key in ("budget", "stand_in", "host") if key in event}
+        self._run.config.update(config, allow_val_change=True)
+
+    def add(self, row: Row) -> None:
+        if row.order >= self._next:
+            self._next = row.order + 1
+            self._run.log(row.values, step=row.order, commit=True)
+
+    def caught_up(self) -> None:
+        """All that the log had is handed over: what earlier processes wrote offline would only undo it."""
+        for path in (self._folder / "wandb").glob("offline-run-*"):
+            if path.name != self._written.name:
+                shutil.rmtree(path, ignore_errors=True)
+
+    def finish(self, end: Event | None) -> None:
+        """`end` is None when the trainer was killed."""
+        if end is not None:
+            self._run.summary.update(_summary(end))
+        self._run.finish(exit_code=_EXIT_CODES.get(end["status"], 1) if end else 1)
+
+    def _id(self) -> str:
+        """The same for every process of a run."""
+        path = self._folder / "wandb" / "run_id"
+        path.parent.mkdir(exist_ok=True)
+        try:
+            stored = path.read_text(encoding="utf-8").strip()
+        except FileNotFoundError:
+            stored = ""
+        if not stored:
+            stored = secrets.token_hex(4)
+            temporary = path.with_suffix(".tmp")
+            temporary.write_text(stored + "\n", encoding="utf-8")
+            temporary.replace(path)
+        return stored
+
+
+def _summary(end: Event) -> dict[str, Any]:
+    metric, best = end["metric"], end["best"]
+    name = metric.get("name", "metric")
+    summary = {"status": end["status"], "steps": end["step"], "elapsed_s": end["elapsed_s"]}
+    if metric:
+        summary[f"final/{name}"] = number(metric["value"])
+    if best:
+        summary |= {f"best/{name}": number(best["value"]), "best/step": best["step"]}
+    if "error" in end:
+        summary["error"] = end["error"]
+    return summary
