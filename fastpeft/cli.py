@@ -14,6 +14,7 @@ import typer
 from fastpeft._version import __version__
 from fastpeft.errors import UserError
 
+EXIT_CANNOT_TRAIN = 1
 EXIT_DIVERGED = 4
 
 app = typer.Typer(
@@ -202,6 +203,52 @@ def _load(
         return None
     config = load_run(run, texts)
     return trial_run(config) if mode == "trial" else config
+
+
+@app.command()
+def export(
+    run: Annotated[str, typer.Argument(metavar="RUN", help="A run's name, or its folder's path.")],
+    merge: Annotated[bool, typer.Option("--merge", help="A whole model for transformers, not an adapter.")] = False,
+    trim: Annotated[
+        float | None,
+        typer.Option(help="Keep this share of each update's energy, such as 0.99, at the smallest rank that has it."),
+    ] = None,
+    to: Annotated[Path | None, typer.Option(help="The folder to write; RUN/export when absent.")] = None,
+    best: Annotated[
+        bool | None, typer.Option("--best/--last", help="Which weights; the best, if there are any, when absent.")
+    ] = None,
+    results_dir: ResultsDir = Path("results"),
+) -> None:
+    """Write a run's weights as a PEFT adapter or a merged model, and check that they load."""
+    from fastpeft.export.plan import make_plan
+
+    weights = None if best is None else ("best" if best else "last")
+    plan = make_plan(run, results_dir=results_dir, to=to, merge=merge, trim=trim, weights=weights)
+    from fastpeft.export.report import closing, opening
+    from fastpeft.export.write import export as write
+
+    for line in opening(plan):
+        print(line)
+    for line in closing(plan, write(plan, print)):
+        print(line)
+
+
+@app.command()
+def doctor(
+    results_dir: ResultsDir = Path("results"),
+    as_json: Annotated[bool, typer.Option("--json", help="For machines.")] = False,
+) -> None:
+    """Look at this machine: device, versions, kernels, energy meter, hub, disk; say what to do."""
+    from fastpeft.doctor import can_train, examine, to_json
+    from fastpeft.doctor.report import print_report
+
+    findings = examine(results_dir)
+    if as_json:
+        print(json.dumps(to_json(findings), indent=2))
+    else:
+        print_report(findings)
+    if not can_train(findings):
+        raise typer.Exit(EXIT_CANNOT_TRAIN)
 
 
 @runs.command("ls")

@@ -1,0 +1,55 @@
+"""One finding of `fastpeft doctor`, and how a check is kept from spoiling the others."""
+
+from __future__ import annotations
+
+import threading
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+Status = Literal["ok", "warning", "missing"]
+
+
+@dataclass(frozen=True)
+class Finding:
+    name: str
+    status: Status
+    message: str
+    fix: str = ""
+    """What to do about it; empty where nothing needs doing."""
+    fatal: bool = False
+    """Nothing can be trained until it is mended."""
+
+
+@dataclass(frozen=True)
+class Check:
+    name: str
+    look: Callable[[], list[Finding]]
+    timeout_s: float = 10.0
+
+
+def carry_out(check: Check) -> list[Finding]:
+    """What the check finds. One that raises or hangs becomes a warning of its own name."""
+    found: list[list[Finding]] = []
+    fault: list[str] = []
+
+    def look() -> None:
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                found.append(check.look())
+        except BaseException as error:  # of a foreign library's making: SystemExit too
+            fault.append(f"{type(error).__name__}: {first_line(error)}")
+
+    thread = threading.Thread(target=look, name=f"fastpeft-doctor-{check.name}", daemon=True)
+    thread.start()
+    thread.join(check.timeout_s)
+    if found:
+        return found[0]
+    why = fault[0] if fault else f"no answer within {check.timeout_s:g} s"
+    return [Finding(check.name, "warning", f"could not be checked: {why}")]
+
+
+def first_line(error: BaseException) -> str:
+    return next(iter(str(error).strip().splitlines()), "")

@@ -1,0 +1,299 @@
+"""Versions, device, threads, kernels and energy meter."""
+
+from __future__ import annotations
+
+import os
+import platform
+import tomllib
+import warnings
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from fastpeft._version import __version__
+from fastpeft.doctor.check import Finding, first_line
+from fastpeft.runs.system import git_commit
+
+_SHOWN = ("torch", "triton", "transformers", "peft", "datasets", "wandb")
+_ESSENTIAL = {
+    "torch", "transformers", "huggingface_hub", "accelerate", "peft", "safetensors", "pydantic", "PyYAML", "psutil",
+}  # fmt: skip
+"""Without one of these no run starts; without another, some runs do not."""
+
+_GIB = 2**30
+_POWERCAP = Path("/sys/class/powercap")
+_CGROUP = Path("/sys/fs/cgroup")
+
+
+def fastpeft() -> list[Finding]:
+    commit = git_commit()
+    python, floor = platform.python_version(), _project()["requires-python"]
+    from packaging.specifiers import SpecifierSet
+
+    at = f", commit {commit}" if commit else ""
+    message = f"fastpeft {__version__}{at}; Python {python} on {platform.system()} {platform.machine()}"
+    if not SpecifierSet(floor).contains(python, prereleases=True):
+        return [Finding("fastpeft", "warning", f"{message}: Python {floor} is supported", f"use Python {floor}")]
+    return [Finding("fastpeft", "ok", message)]
+
+
+# ---- packages ------------------------------------------------------------------------------
+
+
+def _project() -> dict[str, Any]:
+    """`requires-python` and `dependencies`: of the checkout's pyproject.toml, or as installed."""
+    path = Path(__file__).resolve().parents[2] / "pyproject.toml"
+    if path.is_file():
+        project = tomllib.loads(path.read_text(encoding="utf-8"))["project"]
+        if project["name"] == "fastpeft":
+            return project
+    requirements = [line for line in metadata.requires("fastpeft") or [] if "extra ==" not in line]
+    return {"requires-python": metadata.metadata("fastpeft")["Requires-Python"], "dependencies": requirements}
+
+
+def packages() -> list[Finding]:
+    """A line with the main versions, and one for every package that is missing or too old."""
+    from packaging.requirements import Requirement
+
+    versions, findings = {}, []
+    for line in _project()["dependencies"]:
+        requirement = Requirement(line)
+        if requirement.marker is not None and not requirement.marker.evaluate():
+            continue
+        name, fix = requirement.name, f"pip install --upgrade '{requirement.name}{requirement.specifier}'"
+        try:
+            versions[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            fatal = name in _ESSENTIAL
+            findings.append(
+                Finding(name, "missing", f"is not installed; {requirement.specifier} is needed", fix, fatal)
+            )
+            continue
+        if not requirement.specifier.contains(versions[name], prereleases=True):
+            message = f"{versions[name]} is installed; {requirement.specifier} is supported"
+            findings.append(Finding(name, "warning", message, fix))
+    shown = ", ".join(f"{name} {versions[name]}" for name in _SHOWN if name in versions)
+    more = f" and {len(versions) - sum(name in versions for name in _SHOWN)} more"
+    return [Finding("packages", "ok", shown + more), *findings]
+
+
+def imports() -> list[Finding]:
+    """The libraries that every run loads do load: versions alone do not tell."""
+    for name in ("torch", "transformers", "peft"):
+        try:
+            __import__(name)
+        except BaseException as error:
+            message = f"{name} is installed but cannot be imported: {type(error).__name__}: {first_line(error)}"
+            fix = f"reinstall it: pip install --force-reinstall {name}"
+            if isinstance(error, ModuleNotFoundError):
+                message, fix = f"{name} cannot be imported: {first_line(error)}", f"pip install {error.name}"
+            return [Finding("imports", "missing", message, fix, fatal=True)]
+    return [Finding("imports", "ok", "torch, transformers and peft load")]
+
+
+# ---- device --------------------------------------------------------------------------------
+
+
+def device() -> list[Finding]:
+    """What a run would train on."""
+    import torch
+
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        available = torch.cuda.is_available()
+    if available:
+        return [_cuda_device()]
+    finding = _cpu_device()
+    gpus = _gpus_of_the_driver()
+    if not gpus:
+        return [finding]
+    if torch.version.cuda is None:
+        why, fix = "this is a CPU build of torch", "install a CUDA build: https://pytorch.org/get-started/locally"
+    elif "CUDA_VISIBLE_DEVICES" in os.environ:
+        hidden = os.environ["CUDA_VISIBLE_DEVICES"]
+        why, fix = f"CUDA_VISIBLE_DEVICES is {hidden!r}", "unset CUDA_VISIBLE_DEVICES to use them"
+    else:
+        why = first_line(caught[0].message) if caught else "torch does not say why"
+        fix = "update the driver, or install a torch build for the driver's CUDA version"
+    message = f"the driver has {', '.join(gpus)}, but torch sees no GPU: {why}. A run would use the CPU"
+    return [Finding("device", "warning", message, fix), finding]
+
+
+def _cuda_device() -> Finding:
+    import torch
+
+    from fastpeft.models.backbone import choose_dtype
+
+    here = torch.device("cuda", 0)
+    facts = torch.cuda.get_device_properties(here)
+    capability = f"{facts.major}.{facts.minor}"
+    try:
+        _multiply(here)
+        free, total = torch.cuda.mem_get_info(here)
+    except RuntimeError as error:
+        message = f"{facts.name}, capability {capability}, does not compute: {first_line(error)}"
+        built = ", ".join(torch.cuda.get_arch_list())
+        fix = (
+            f"free its memory, or install a torch build for it (this one: {built}); CUDA_VISIBLE_DEVICES= uses the CPU"
+        )
+        return Finding("device", "missing", message, fix, fatal=True)
+    count = torch.cuda.device_count()
+    message = (
+        f"{facts.name}, capability {capability}, driver {_driver() or 'unknown'}, CUDA {torch.version.cuda} in torch, "
+        f"{free / _GIB:.0f} of {total / _GIB:.0f} GiB free; precision auto is "
+        f"{_dtype_name(choose_dtype('auto', here))}" + (f"; the first of {count}" if count > 1 else "")
+    )
+    if free < total / 2:
+        fix = "end what else runs on it, or choose another with CUDA_VISIBLE_DEVICES"
+        return Finding("device", "warning", f"{message}. Most of its memory is in use", fix)
+    return Finding("device", "ok", message)
+
+
+def _multiply(device: Any) -> None:
+    """One product on the device, waited for. RuntimeError if it cannot."""
+    import torch
+
+    float((torch.ones(16, 16, device=device) @ torch.ones(16, 16, device=device)).sum())
+
+
+def _cpu_device() -> Finding:
+    import psutil
+    import torch
+
+    from fastpeft.models.backbone import choose_dtype
+
+    facts = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
+    dtype = _dtype_name(choose_dtype("auto", torch.device("cpu")))
+    native = "multiplies bf16 natively" if dtype == "bf16" else "has no native bf16"
+    memory = psutil.virtual_memory()
+    return Finding(
+        "device",
+        "ok",
+        f"CPU {facts.get('cpu_name') or platform.processor() or platform.machine()}, {os.cpu_count()} cores, "
+        f"{memory.available / _GIB:.1f} of {memory.total / _GIB:.1f} GiB free; it {native}: precision auto is {dtype}",
+    )
+
+
+def _dtype_name(dtype: Any) -> str:
+    return {"torch.bfloat16": "bf16", "torch.float16": "fp16"}.get(str(dtype), "fp32")
+
+
+def _gpus_of_the_driver() -> list[str]:
+    """Names of the GPUs that NVIDIA's driver has, whatever torch makes of them."""
+    try:
+        import pynvml
+
+        pynvml.nvmlInit()
+        handles = [pynvml.nvmlDeviceGetHandleByIndex(i) for i in range(pynvml.nvmlDeviceGetCount())]
+        return [pynvml.nvmlDeviceGetName(handle) for handle in handles]
+    except Exception:  # no driver, or one that is being reset, which raises more than NVMLError
+        return []
+
+
+def _driver() -> str | None:
+    try:
+        import pynvml
+
+        pynvml.nvmlInit()
+        return pynvml.nvmlSystemGetDriverVersion()
+    except Exception:
+        return None
+
+
+# ---- threads -------------------------------------------------------------------------------
+
+
+def threads() -> list[Finding]:
+    """Too many threads for the cores, or threads that spin while they wait, cost more than they bring."""
+    import torch
+
+    num, usable, quota = torch.get_num_threads(), len(os.sched_getaffinity(0)), _cpu_quota()
+    policy = os.environ.get("OMP_WAIT_POLICY", "not set")
+    set_to = os.environ.get("OMP_NUM_THREADS", "not set")
+    cores = f"{usable} cores" + (f", of which a container's limit leaves {quota:g}" if quota is not None else "")
+    message = f"torch uses {num} threads on {cores}; OMP_NUM_THREADS {set_to}, OMP_WAIT_POLICY {policy}"
+    limit = min(usable, quota or usable)
+    findings = [Finding("threads", "ok", message)]
+    if num > limit:
+        most = max(1, int(limit))
+        fix = f"set training.threads={most}, or OMP_NUM_THREADS={most}"
+        findings = [Finding("threads", "warning", f"{message}: more threads than cores", fix)]
+    if policy.upper() == "ACTIVE":
+        fix = "unset OMP_WAIT_POLICY: fastpeft then sets it to PASSIVE"
+        message = "OMP_WAIT_POLICY is ACTIVE: threads spin while they wait, which can make steps 100 times slower"
+        findings.append(Finding("threads", "warning", message, fix))
+    return findings
+
+
+def _cpu_quota() -> float | None:
+    """Cores that a container's limit allows; None without a limit."""
+    try:
+        quota, period = (_CGROUP / "cpu.max").read_text().split()
+        return None if quota == "max" else int(quota) / int(period)
+    except (OSError, ValueError):
+        return None
+
+
+# ---- kernels, energy -----------------------------------------------------------------------
+
+
+def kernels() -> list[Finding]:
+    """Which implementation `lora_linear` and the penalties have here, and whether Triton loads."""
+    import pkgutil
+
+    from fastpeft import kernels as ours
+
+    for name in ours.__all__:
+        getattr(ours, name)  # an operation that cannot be imported is a finding
+    written = [m.name for m in pkgutil.walk_packages(ours.__path__, f"{ours.__name__}.") if m.name.endswith(".kernel")]
+    used = f"lora_linear is the PyTorch operation with closed-form gradients ({ours.lora_linear.__module__})"
+    if written:
+        used += f"; Triton kernels are there too: {', '.join(written)}"
+    else:
+        used += "; this release has no Triton kernels"
+    try:
+        import triton
+    except Exception as error:
+        why = f"triton cannot be imported ({type(error).__name__}: {first_line(error)})"
+        return [Finding("kernels", "warning" if written else "ok", f"{used}; {why}")]
+    return [Finding("kernels", "ok", f"{used}; triton {triton.__version__} loads")]
+
+
+def energy() -> list[Finding]:
+    """Which meter a run's joules would come from."""
+    method, words, fix = _energy_meter()
+    if method == "none":
+        return [Finding("energy", "missing", f"no energy meter: {words}", fix)]
+    return [Finding("energy", "ok", f"{method}: {words}")]
+
+
+def _energy_meter() -> tuple[str, str, str]:
+    """Method, words about it, and what to do: the GPU's energy counter, else its power, else the processor's RAPL."""
+    try:
+        import pynvml
+
+        pynvml.nvmlInit()
+        handle = pynvml.nvmlDeviceGetHandleByIndex(0)
+    except Exception as error:
+        reasons = [f"NVML is not there ({first_line(error) or type(error).__name__})"]
+    else:
+        try:
+            pynvml.nvmlDeviceGetTotalEnergyConsumption(handle)
+            return "nvml_counter", "the energy counter of the GPU", ""
+        except Exception as error:
+            reasons = [f"the GPU has no energy counter ({first_line(error)})"]
+        try:
+            pynvml.nvmlDeviceGetPowerUsage(handle)
+            return "nvml_power", "the power that the GPU reports, integrated", ""
+        except Exception as error:
+            reasons.append(f"it reports no power ({first_line(error)})")
+    counters = sorted(_POWERCAP.glob("intel-rapl:[0-9]*/energy_uj"))
+    if not counters:
+        words = "; ".join([*reasons, "the processor shows no RAPL counter"])
+        return "none", words, "give budgets in seconds, tokens or steps; only joules need a meter"
+    try:
+        int(counters[0].read_text())
+    except (OSError, ValueError) as error:
+        words = "; ".join([*reasons, f"the processor's RAPL counter cannot be read ({error})"])
+        return "none", words, f"let it be read: sudo chmod a+r {_POWERCAP}/intel-rapl:*/energy_uj"
+    return "rapl", "the processor's RAPL counters, which leave out memory and disks", ""

@@ -1,0 +1,285 @@
+"""Write an export, load it back as a user would, compare, and only then put it where it was asked for."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from fastpeft._version import __version__
+from fastpeft.config.schema import ModelConfig
+from fastpeft.data import ClassificationTask, Encoded, Examples, encode, load_task
+from fastpeft.evaluate.score import score
+from fastpeft.export.card import card_text
+from fastpeft.export.loading import (
+    base_name,
+    load_base,
+    load_exported,
+    logits,
+    save_base_tokenizer,
+    save_merged,
+    trained_model,
+)
+from fastpeft.export.plan import CheckError, ExportError, Plan
+from fastpeft.export.trim import Trimmed, trim_model, trimmed_config
+from fastpeft.models.backbone import Backbone
+from fastpeft.models.resolve import resolve
+from fastpeft.runs.store import read_json, write_json
+
+CHECK_ROWS = 64
+TOLERANCE = 1e-4
+"""Largest difference of a logit, times the largest logit where that is over 1. Sound exports: about 1e-6."""
+
+_CONFIG, _WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+_SNAPSHOT_TRIES, _SNAPSHOT_WAIT_S = 10, 0.2
+
+
+@dataclass(frozen=True)
+class Check:
+    num_rows: int
+    difference: float
+    """Largest absolute difference of a logit between the trained model and the one that was loaded."""
+    tolerance: float
+
+
+@dataclass(frozen=True)
+class MetricChange:
+    """Of the whole validation split, in fp32."""
+
+    name: str
+    before: float
+    after: float
+    num_rows: int
+
+
+@dataclass(frozen=True)
+class Exported:
+    target: Path
+    stand_in: bool
+    check: Check
+    mb_before: float
+    """Weights in the run's folder, in MB of 2**20 bytes."""
+    mb: float
+    """Weights of the export."""
+    trimmed: Trimmed | None
+    metric: MetricChange | None
+    """What trimming cost."""
+    max_length: int
+    """Tokens that rows were cut to."""
+
+
+def export(plan: Plan, say: Callable[[str], None] = lambda _: None) -> Exported:
+    """Carry out a plan. The target appears whole, by a rename, or not at all.
+
+    Raises:
+        UnavailableError: the base model or the data cannot be had.
+        CheckError: what was written answers otherwise than the trained model.
+        UserError: weights that cannot be read, a folder that cannot be written.
+    """
+    with _working_folder(plan.target) as work:
+        _snapshot(plan.source, work / "source")
+        exported = _build(plan, work / "source", work / "out", say)
+        with _writing(plan.target):
+            (work / "out").rename(plan.target)
+    return exported
+
+
+def _build(plan: Plan, source: Path, out: Path, say: Callable[[str], None]) -> Exported:
+    resolved = resolve(plan.run)
+    run = resolved.run
+    say(f"loading {run.model.name} and {run.dataset.name}")
+    task = load_task(run.dataset)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    before = trimmed = metric = None
+    if plan.full:
+        with _writing(plan.target):
+            shutil.copytree(source, out)
+        save_base_tokenizer(run.model, out)
+        backbone = load_base(ModelConfig(name=str(out)), task.label_names, device)
+        model = backbone.model
+    else:
+        backbone = load_base(run.model, task.label_names, device)
+        model = trained_model(backbone, source)
+    rows = _Rows(plan, task, backbone)
+    if plan.trim is not None:
+        say(f"measuring {task.metric} before trimming")
+        before = rows.score(model, device)
+        trimmed = trim_model(model, plan.trim)
+    wanted = logits(model, rows.sample(backbone.tokenizer), device)
+    if not plan.full:
+        with _writing(plan.target):
+            _write_weights(plan, model, backbone, source, out, trimmed)
+    del model, backbone
+    loaded, tokenizer = load_exported(out, plan.merge, len(task.label_names), device)
+    check = _compare(plan, wanted, logits(loaded, rows.sample(tokenizer), device))
+    if plan.merge:
+        _check_labels(plan, loaded, task)
+    if before is not None:
+        say("measuring it after")
+        metric = MetricChange(task.metric, before, rows.score(loaded, device), rows.num_validation)
+    stand_in = resolved.stand_in or (plan.result is not None and plan.result.stand_in)
+    sizes = _megabytes(source), _megabytes(out)
+    exported = Exported(plan.target, stand_in, check, *sizes, trimmed, metric, rows.max_length)
+    with _writing(plan.target):
+        write_json(out / "export.json", _facts(plan, exported, task))
+        card = out / "README.md"
+        card.write_text(card_text(plan, exported, task), encoding="utf-8")
+        for path in out.iterdir():
+            shutil.copymode(card, path)  # safetensors writes files that only their owner reads
+    return exported
+
+
+class _Rows:
+    """The run's own validation rows, as its trainer tokenised them."""
+
+    def __init__(self, plan: Plan, task: ClassificationTask, backbone: Backbone) -> None:
+        run = plan.run
+        self._examples = task.validation.head(run.evaluation.max_examples)
+        self.max_length = min(run.dataset.max_length, backbone.max_positions or run.dataset.max_length)
+        self._segments = backbone.reads_segments
+        self._tokenizer, self._batch_tokens = backbone.tokenizer, run.evaluation.batch_tokens
+        self.num_validation = len(self._examples)
+        self._validation: Encoded | None = None
+
+    def sample(self, tokenizer: Any) -> Encoded:
+        """Rows spread evenly over the split, in the given tokenizer's numbers."""
+        rows = self._examples
+        num = min(CHECK_ROWS, len(rows))
+        chosen = np.linspace(0, len(rows) - 1, num).astype(int).tolist()
+        pair = None if rows.text_pair is None else [rows.text_pair[i] for i in chosen]
+        picked = Examples([rows.text[i] for i in chosen], pair, [rows.labels[i] for i in chosen])
+        return encode(picked, tokenizer, self.max_length, self._segments)
+
+    def score(self, model: nn.Module, device: torch.device) -> float:
+        if self._validation is None:
+            self._validation = encode(self._examples, self._tokenizer, self.max_length, self._segments)
+        measured = score(model, self._validation, self._batch_tokens, device)
+        assert measured is not None
+        return measured.value
+
+
+def _write_weights(
+    plan: Plan, model: nn.Module, backbone: Backbone, source: Path, out: Path, trimmed: Trimmed | None
+) -> None:
+    out.mkdir()
+    if plan.merge:
+        save_merged(model, out)
+    else:
+        name, on_hub = base_name(plan.run.model)
+        config = read_json(source / _CONFIG)
+        assert config is not None
+        config |= {
+            "base_model_name_or_path": name,
+            "revision": plan.run.model.revision if on_hub else None,
+            "modules_to_save": list(dict.fromkeys(config["modules_to_save"])),
+        }
+        if trimmed is None:
+            shutil.copyfile(source / _WEIGHTS, out / _WEIGHTS)
+        else:
+            config = trimmed_config(config, trimmed)
+            tensors = load_file(source / _WEIGHTS)
+            for module, cut in trimmed.factors.items():
+                tensors[f"base_model.model.{module}.lora_A.weight"] = cut.a_KI.float().contiguous()
+                tensors[f"base_model.model.{module}.lora_B.weight"] = cut.b_OK.float().contiguous()
+            save_file(tensors, out / _WEIGHTS, metadata={"format": "pt"})
+        write_json(out / _CONFIG, config)
+    backbone.tokenizer.save_pretrained(str(out))
+
+
+def _compare(plan: Plan, wanted: torch.Tensor, found: torch.Tensor) -> Check:
+    difference = float((wanted - found).abs().max())
+    tolerance = TOLERANCE * max(1.0, float(wanted.abs().max()))
+    if not difference <= tolerance:
+        raise CheckError(
+            f"{plan.source}: loaded from the export, the model's logits differ by up to {difference:.2e} from those of "
+            f"the trained one on {len(wanted)} validation rows, and {tolerance:.0e} is allowed. Nothing was written. "
+            "Is the base model still the one that the run was trained on?"
+        )
+    return Check(len(wanted), difference, tolerance)
+
+
+def _check_labels(plan: Plan, loaded: nn.Module, task: ClassificationTask) -> None:
+    labels = dict(enumerate(task.label_names))
+    if loaded.config.id2label != labels:
+        raise CheckError(
+            f"{plan.source}: its labels are {loaded.config.id2label} but the data's are {labels}. Nothing was "
+            "written. Is dataset.path still what the run was trained on?"
+        )
+
+
+def _facts(plan: Plan, exported: Exported, task: ClassificationTask) -> dict[str, Any]:
+    """What export.json holds."""
+    name, _ = base_name(plan.run.model)
+    return {
+        "run": plan.folder.path.name,
+        "method": plan.run.method,
+        "weights": plan.weights,
+        "run_status": plan.status,
+        "merged": plan.merge,
+        "base_model": name,
+        "revision": plan.run.model.revision,
+        "dataset": task.name,
+        "labels": list(task.label_names),
+        "stand_in": exported.stand_in,
+        "metric_of_the_run": plan.metric,
+        "mb_before": exported.mb_before,
+        "mb": exported.mb,
+        "check": asdict(exported.check),
+        "trim": exported.trimmed.summary() if exported.trimmed else None,
+        "metric_by_trimming": asdict(exported.metric) if exported.metric else None,
+        "versions": {"fastpeft": __version__}
+        | {package: metadata.version(package) for package in ("torch", "transformers", "peft")},
+    }
+
+
+def _megabytes(folder: Path) -> float:
+    return sum(path.stat().st_size for path in folder.glob("*.safetensors")) / 2**20
+
+
+# ---- folders -------------------------------------------------------------------------------
+
+
+@contextmanager
+def _working_folder(target: Path) -> Iterator[Path]:
+    """Beside the target, so that a rename moves it; gone afterwards."""
+    work = target.absolute().with_name(f".{target.absolute().name}.writing-{os.getpid()}")
+    with _writing(target):
+        work.mkdir(parents=True)
+    try:
+        yield work
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+
+
+@contextmanager
+def _writing(target: Path) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        raise ExportError(f"{target} cannot be written: {getattr(error, 'strerror', None) or error}") from None
+
+
+def _snapshot(source: Path, copy: Path) -> None:
+    """A copy that no running trainer replaces. It does so by a rename, so the folder may be away for a moment."""
+    for attempt in range(_SNAPSHOT_TRIES):
+        try:
+            shutil.copytree(source, copy)
+            return
+        except (OSError, shutil.Error) as error:
+            shutil.rmtree(copy, ignore_errors=True)
+            reason = error
+            if attempt + 1 < _SNAPSHOT_TRIES:
+                time.sleep(_SNAPSHOT_WAIT_S)
+    raise ExportError(f"{source} cannot be copied: {reason}")
