@@ -79,6 +79,8 @@ class ConsoleReporter(AbstractContextManager):
             f"step {event['step'] + 1:,}  loss {sum(self._losses) / len(self._losses):.4f}  lr {event['lr']:.2e}  "
             f"{self._tokens_per_s():,.0f} tok/s"
         )
+        if event.get("energy_j") is not None:
+            line += f"  {event['energy_j']:,.0f} J"
         progress, eta = event["progress"], self._eta(event)
         if self._progress is not None:
             tail = f"{progress:4.0%}  {eta}"
@@ -136,13 +138,15 @@ def closing_table(result: Result) -> Table:
         "best": f"{_value(result.best)} at step {result.best['step']:,}" if result.best else "none",
         "budget": _spent(budget) if budget else "none",
         "time": f"{result.elapsed_s:.1f} s, and {result.setup_s:.1f} s of set-up",
+        "energy": None if result.energy_method == "none" else _energy(result),
         "trained on": f"{result.tokens:,} tokens in {result.steps:,} steps",
         "adapter": "-" if result.adapter_mb is None else f"{result.adapter_mb:.2f} MB",
         "peak memory": "-" if result.peak_memory_mb is None else f"{result.peak_memory_mb:,.0f} MB",
         "model, data": f"{result.model} on {result.dataset}{' (STAND-IN)' if result.stand_in else ''}",
     }
     for name, value in rows.items():
-        table.add_row(name, value)
+        if value is not None:
+            table.add_row(name, value)
     return table
 
 
@@ -200,6 +204,11 @@ def _group_row(results: list[Result]) -> list[str]:
 def _spent(budget: dict[str, Any]) -> str:
     digits = 1 if budget["kind"] == "seconds" else 0
     return f"{budget['spent']:,.{digits}f} of {budget['limit']:,.0f} {budget['kind']}"
+
+
+def _energy(result: Result) -> str:
+    joules = "not known" if result.energy_j is None else f"{result.energy_j:,.0f} J"
+    return f"{joules} ({result.energy_method})"
 
 
 def _value(metric: dict[str, Any]) -> str:

@@ -80,6 +80,9 @@ class Adapter(ABC):
         layers kept are still multiplied by `loss_scale`. False: it overflowed; try a smaller scale."""
         return True
 
+    def discard_pass(self) -> None:
+        """A batch ran out of memory midway and begins again: forget what layers kept of it."""
+
     def finish_calibration(self) -> None:
         """All calibration batches have been seen."""
 

@@ -82,6 +82,11 @@ class IwLora(Lora):
     def finish_calibration(self) -> None:
         self._set_sensitivity(self._mean_sensitivity())
 
+    def discard_pass(self) -> None:
+        for block in self.blocks:
+            if block.module.probe is not None:
+                block.module.probe.discard()
+
     def before_calibration_batch(self) -> None:
         """The sketch's spread comes from the draw of A, not from the batches: draw A anew."""
         if self.config.estimator == "sketch":
@@ -238,6 +243,9 @@ class _GradientProbe:
         # The first layer's x needs no gradient: the anchor makes its output part of the graph.
         anchor = torch.zeros((), device=x.device, requires_grad=True)
         return _ProbedLinear.apply(x.to(weight.dtype), anchor, (weight, bias, self._uses))
+
+    def discard(self) -> None:
+        self._uses.clear()
 
     def take(self) -> torch.Tensor:
         """||G^T X||_F over all uses since the last call, both uses of a shared weight added first."""

@@ -3,6 +3,10 @@
 It counts calibration, training, evaluation, checkpoints and the final save; set-up is outside. The
 training loop stops when the next step, plus 1.1 times the last measured evaluation and save, would
 overrun the budget.
+
+Joules are the meter's estimate: its last reading, carried on with the power of its last window. A step
+is taken to cost its expected seconds at that power, so a budget in joules ends at most max(1 %, one
+step) over, and what the power changed by within one window (a second).
 """
 
 from __future__ import annotations
@@ -10,6 +14,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 
+from fastpeft.budget.energy import EnergyMeter
 from fastpeft.config import Budget, Interval
 
 RESERVE_FACTOR = 1.1
@@ -17,14 +22,19 @@ _SMOOTHING = 0.9
 
 
 class BudgetClock:
-    """Spent seconds, tokens and steps against one budget. All three survive a resume."""
+    """Spent seconds, joules, tokens and steps against one budget. All of them survive a resume."""
 
-    def __init__(self, budget: Budget, now: Callable[[], float] = time.monotonic) -> None:
+    def __init__(
+        self, budget: Budget, now: Callable[[], float] = time.monotonic, meter: EnergyMeter | None = None
+    ) -> None:
         self.budget = budget
+        self.meter = meter or EnergyMeter(None)
         self.tokens = 0
         self.steps = 0
         self.final_s = 0.0
         """Last measured evaluation and save, in seconds."""
+        self.final_j = 0.0
+        """The same in joules."""
         self._now = now
         self._before_s = 0.0
         self._started: float | None = None
@@ -36,6 +46,11 @@ class BudgetClock:
         self._before_s = elapsed_s
         self._started = self._now()
 
+    def stop(self) -> None:
+        """Count no more; the meter takes its last reading."""
+        self._before_s, self._started = self.elapsed_s, None
+        self.meter.stop()
+
     @property
     def elapsed_s(self) -> float:
         return self._before_s + (0.0 if self._started is None else self._now() - self._started)
@@ -43,17 +58,20 @@ class BudgetClock:
     @property
     def spent(self) -> float:
         """In the unit of the budget."""
-        spent = {"seconds": self.elapsed_s, "tokens": self.tokens, "steps": self.steps}
-        return spent[self.budget.kind]
+        if self.budget.kind == "joules":
+            return self.meter.estimate_j
+        return {"seconds": self.elapsed_s, "tokens": self.tokens, "steps": self.steps}[self.budget.kind]
 
     @property
     def progress(self) -> float:
         """Share of what training may spend, 0 to 1, never falling: 1 is where training has to end."""
-        available = self.budget.limit
-        if self.budget.kind == "seconds":
-            available -= RESERVE_FACTOR * self.final_s
+        available = self.budget.limit - self._reserve
         self._progress = max(self._progress, min(1.0, self.spent / max(available, 1e-9)))
         return self._progress
+
+    @property
+    def _reserve(self) -> float:
+        return RESERVE_FACTOR * {"seconds": self.final_s, "joules": self.final_j}.get(self.budget.kind, 0.0)
 
     def count_step(self, num_tokens: int, seconds: float) -> None:
         self.steps += 1
@@ -73,8 +91,10 @@ class BudgetClock:
             return self.steps < limit
         if self.budget.kind == "tokens":
             return self.tokens + num_tokens <= limit
-        step_s = num_tokens * self._seconds_per_token
-        return self.elapsed_s + step_s + more_s + RESERVE_FACTOR * self.final_s <= limit
+        more = num_tokens * self._seconds_per_token + more_s
+        if self.budget.kind == "joules":
+            more *= self.meter.power_w
+        return self.spent + more + self._reserve <= limit
 
 
 class Due:

@@ -70,7 +70,7 @@ class Heartbeat:
 
     def __init__(self, emit: Callable[..., None], gpu_uuid: str | None) -> None:
         self._emit = emit
-        self._read = _gpu_reader(gpu_uuid) if gpu_uuid is not None else _cpu_reader()
+        self._gpu_uuid = gpu_uuid
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._beat, name="fastpeft-heartbeat", daemon=True)
 
@@ -83,8 +83,9 @@ class Heartbeat:
         self._thread.join(timeout=HEARTBEAT_S)
 
     def _beat(self) -> None:
+        read = _cpu_reader() if self._gpu_uuid is None else _gpu_reader(self._gpu_uuid)  # here, for it may hang
         while not self._stop.wait(HEARTBEAT_S):
-            self._emit(**self._read())
+            self._emit(**read())
 
 
 def _cpu_reader() -> Callable[[], dict[str, float | None]]:

@@ -18,8 +18,9 @@ from fastpeft.trackers import Choice, Trackers, choose
 from fastpeft.trainer.checkpoint import Checkpoint, rng_state, set_rng_state
 from fastpeft.trainer.interrupt import StopRequest
 from fastpeft.trainer.loop import Loop
+from fastpeft.trainer.memory import out_of_memory_is_told
 from fastpeft.trainer.resume import find_checkpoint, open_run, same_run
-from fastpeft.trainer.setup import Job, build_job
+from fastpeft.trainer.setup import Job, build_job, gpu_uuid
 
 __all__ = ["Reporter", "StopRequest", "train"]
 
@@ -85,7 +86,7 @@ def train(
             folder.check_free()
             resolved = resolve(run, allow_stand_in)
         chosen = choose(resolved.run, reporter.say)
-        with stop or StopRequest() as stop, _torch_settings(resolved.run):
+        with stop or StopRequest() as stop, _torch_settings(resolved.run), out_of_memory_is_told():
             _say_stand_in(reporter, resolved)
             reporter.say(f"loading {resolved.run.model.name} and {resolved.run.dataset.name}")
             job = build_job(resolved.run)
@@ -129,11 +130,10 @@ def _run(
     folder.write_result(result)
     log = EventLog(folder.events, (reporter.on_event,))
     loop = Loop(job, folder, log, result, stop)
-    gpu = f"GPU-{torch.cuda.get_device_properties(job.device).uuid}" if job.device.type == "cuda" else None
     error = None
     trackers = Trackers(chosen, folder.path, reporter.say, loop.warn)
     try:
-        with Heartbeat(lambda **figures: loop.event("system", **figures), gpu):
+        with Heartbeat(lambda **figures: loop.event("system", **figures), gpu_uuid(job.device)):
             result.status = loop.run(checkpoint)
     except BaseException as caught:
         result.status, error = "failed", f"{type(caught).__name__}: {caught}"
@@ -147,6 +147,9 @@ def _run(
 
 def _close(job: Job, loop: Loop, folder: RunFolder, result: Result, error: str | None) -> None:
     clock = job.clock
+    clock.stop()
+    loop.watch_meter()
+    result.energy_j, result.energy_method = clock.meter.joules, clock.meter.method
     result.elapsed_s, result.tokens, result.steps = clock.elapsed_s, clock.tokens, clock.steps
     result.budget["spent"] = clock.spent
     sizes = [path.stat().st_size for path in folder.weights(job.adapter.saved_as).glob("*.safetensors")]
@@ -159,7 +162,7 @@ def _close(job: Job, loop: Loop, folder: RunFolder, result: Result, error: str |
     result.peak_memory_mb = round(peak, 1)
     folder.write_result(result)
     more = {"error": error} if error else {}
-    loop.event("end", status=result.status, metric=result.metric, best=result.best, **more)
+    loop.event("end", status=result.status, metric=result.metric, best=result.best, energy_j=result.energy_j, **more)
 
 
 def _say_stand_in(reporter: Reporter, resolved: Resolved) -> None:
@@ -176,7 +179,9 @@ def _outcome(result: Result) -> str:
 
 def _device_facts(job: Job) -> dict:
     name = torch.cuda.get_device_name(job.device) if job.device.type == "cuda" else "cpu"
-    return {"device": name, "dtype": str(job.dtype), "threads": torch.get_num_threads()}
+    meter = job.clock.meter
+    energy = {"energy_method": meter.method} | ({"energy_reason": meter.reason} if meter.reason else {})
+    return {"device": name, "dtype": str(job.dtype), "threads": torch.get_num_threads()} | energy
 
 
 class _torch_settings:  # noqa: N801 (used like a function)

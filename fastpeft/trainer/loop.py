@@ -5,48 +5,30 @@ calibrate -> [ evaluate when due, checkpoint when due, one step ] until nothing 
 
 from __future__ import annotations
 
-import math
+import dataclasses
 import os
 import shutil
 import socket
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Callable
 from typing import Any
 
-import numpy as np
 import torch
 
 from fastpeft.adapters import to_json
 from fastpeft.config import run_values
-from fastpeft.data.batches import Batch, collate, micro_batches
+from fastpeft.data.memory import OutOfMemory, TokenLimits
 from fastpeft.evaluate.score import score
 from fastpeft.runs.events import EventLog
 from fastpeft.runs.store import Result, RunFolder
-from fastpeft.signals import Rates, Signals
+from fastpeft.trainer.calibrate import calibrate
 from fastpeft.trainer.checkpoint import Checkpoint, rng_state, save_checkpoint, set_rng_state
+from fastpeft.trainer.measure import StepLog
+from fastpeft.trainer.memory import MicroBatches
 from fastpeft.trainer.setup import Job
-from fastpeft.trainer.step import forward_backward, train_step
+from fastpeft.trainer.step import train_step
 
 MAX_NON_FINITE = 20
-CALIBRATION_CAP = 0.02
-MIN_CALIBRATION_BATCHES = 8
-FETCH_S = 0.5
-FETCH_STEPS = 32
-_MEASURES = ("loss", "penalty", "penalty_share", "grad_norm", "skipped")
-
-
-@dataclass
-class _Pending:
-    """A step whose measurements still lie on the device."""
-
-    step: int
-    elapsed_s: float
-    progress: float
-    lr: float
-    num_tokens: int
-    signals: Signals
 
 
 class Loop:
@@ -55,10 +37,8 @@ class Loop:
     def __init__(self, job: Job, folder: RunFolder, log: EventLog, result: Result, stop: Callable[[], bool]) -> None:
         self.job, self.folder, self.result, self.stop = job, folder, result, stop
         self._log = log
-        self._pending: list[_Pending] = []
-        self._fetched_at = time.perf_counter()
-        self._num_non_finite = 0
-        self._num_skipped = 0
+        self._steps = StepLog(log, job.device)
+        self._micro_batches = MicroBatches(job, self.warn)
         self._checkpointed_at = 0
         self._evaluated_at = -1
         self._importance_logged = 0
@@ -69,10 +49,20 @@ class Loop:
     def run(self, checkpoint: Checkpoint | None) -> str:
         """Train to the end of the budget. Returns the status: done, stopped or diverged."""
         clock = self.job.clock
+        clock.meter.start()
         clock.start()
         if checkpoint is not None:
             self._restore(checkpoint)
         self._announce(checkpoint)
+        try:
+            return self._train()
+        except OutOfMemory:  # nothing of the step that did not fit has been taken
+            if clock.steps > self._checkpointed_at:
+                self._save_checkpoint()
+            raise
+
+    def _train(self) -> str:
+        clock = self.job.clock
         if self.job.adapter.calibration_batches:
             self._calibrate()
         while not self._over():
@@ -82,7 +72,7 @@ class Loop:
             if clock.steps - self._checkpointed_at >= self.job.run.training.checkpoint_steps:
                 self._save_checkpoint()
             self._step()
-        self._fetch()
+        self._steps.fetch()
         if self.stop():
             self._save_checkpoint()
             self._save_weights()
@@ -96,8 +86,19 @@ class Loop:
     def warn(self, message: str) -> None:
         self.event("warning", message=message)
 
+    def watch_meter(self) -> None:
+        """Say it once when the energy meter is lost."""
+        clock = self.job.clock
+        fault = clock.meter.check(clock.elapsed_s)
+        if fault is None:
+            return
+        then = "the joules of this run are not known"
+        if clock.budget.kind == "joules":
+            then += f"; its budget goes on at {clock.meter.power_w:.0f} W, the mean until now"
+        self.warn(f"the energy meter is lost ({clock.meter.method}): {fault}. From now on {then}")
+
     def _over(self) -> bool:
-        if self.stop() or self._num_non_finite >= MAX_NON_FINITE:
+        if self.stop() or self._steps.num_non_finite >= MAX_NON_FINITE:
             return True
         clock = self.job.clock
         rows = self.job.batches.rows(clock.steps)
@@ -113,12 +114,13 @@ class Loop:
             budget={"kind": clock.budget.kind, "limit": clock.budget.limit},
             steps_per_epoch=len(self.job.batches),
             stand_in=self.result.stand_in,
+            energy_method=clock.meter.method,
             notes=self.job.notes,
             resumed=checkpoint is not None,
         )
 
     def _finish(self) -> str:
-        diverged = self._num_non_finite >= MAX_NON_FINITE
+        diverged = self._steps.num_non_finite >= MAX_NON_FINITE
         if diverged:
             self.warn(f"{MAX_NON_FINITE} steps in a row were not finite: the run is ended")
         elif self._evaluated_at != self.job.clock.steps:
@@ -133,35 +135,8 @@ class Loop:
     # ---- calibration -----------------------------------------------------------------------
 
     def _calibrate(self) -> None:
-        """Let the adapter see the first batches; neither the RNG nor the data order moves."""
-        adapter, clock = self.job.adapter, self.job.clock
-        wanted, start_s, start_tokens = adapter.calibration_batches, clock.elapsed_s, clock.tokens
-        with _rng_restored(), adapter.calibrating():
-            num_batches = 0
-            while num_batches < wanted and not self.stop():
-                spent = {
-                    "seconds": clock.elapsed_s - start_s,
-                    "tokens": clock.tokens - start_tokens,
-                    "steps": num_batches,
-                }[clock.budget.kind]
-                capped = spent >= CALIBRATION_CAP * clock.budget.limit
-                if capped and num_batches >= MIN_CALIBRATION_BATCHES:
-                    self.warn(
-                        f"calibration ended after {num_batches} of {wanted} batches: it is capped at "
-                        f"{CALIBRATION_CAP:.0%} of the budget"
-                    )
-                    break
-                began = time.perf_counter()
-                adapter.before_calibration_batch()
-                rows = self.job.batches.rows(num_batches)
-                scale = self.job.optimizer.loss_scale
-                signals = forward_backward(adapter, self._micro_batches(rows), len(rows), scale)
-                measured = adapter.after_calibration_batch(1.0 if scale is None else float(scale))
-                clock.count_tokens(signals.num_tokens, time.perf_counter() - began)
-                if measured:
-                    num_batches += 1
-                else:
-                    self.job.optimizer.adjust_scale(torch.ones((), device=self.job.device))
+        adapter, clock, start_s = self.job.adapter, self.job.clock, self.job.clock.elapsed_s
+        num_batches = calibrate(self.job, self._micro_batches, self.stop, self.warn)
         if not self.stop():
             adapter.finish_calibration()
             self._log_importance(num_batches=num_batches, seconds=clock.elapsed_s - start_s)
@@ -182,66 +157,19 @@ class Loop:
         job, clock = self.job, self.job.clock
         began, progress = time.perf_counter(), clock.progress
         rows = job.batches.rows(clock.steps)
-        batches = self._micro_batches(rows)
-        signals, rates = train_step(job.adapter, job.schedule, job.optimizer, batches, len(rows), progress)
-        self._note(signals, rates, progress)
+        signals, rates = self._micro_batches.fit(
+            lambda: train_step(
+                job.adapter, job.schedule, job.optimizer, self._micro_batches(rows), len(rows), progress
+            ),
+            len(rows),
+            f"at step {clock.steps}",
+        )
+        self._steps.note(clock, progress, rates, signals)
         clock.count_step(signals.num_tokens, time.perf_counter() - began)
+        self.watch_meter()
         if job.schedule.note:
             self.warn(job.schedule.note)
             job.schedule.note = None
-
-    def _micro_batches(self, rows: np.ndarray) -> Iterator[Batch]:
-        encoded = self.job.batches.encoded
-        for part in micro_batches(encoded, rows, self.job.run.training.micro_batch_tokens):
-            yield collate(encoded, part, self.job.device)
-
-    def _note(self, signals: Signals, rates: Rates, progress: float) -> None:
-        """Queue the step's measurements; fetch the queue now and then, in one transfer."""
-        clock = self.job.clock
-        pending = _Pending(clock.steps, clock.elapsed_s, progress, rates.lr, signals.num_tokens, signals)
-        self._pending.append(pending)
-        if len(self._pending) >= FETCH_STEPS or time.perf_counter() - self._fetched_at >= FETCH_S:
-            self._fetch()
-
-    def _fetch(self) -> None:
-        """Wait for the device, log the queued steps, count those that were not finite."""
-        self._fetched_at = time.perf_counter()
-        if not self._pending:
-            return
-        missing = torch.full((), math.nan, device=self.job.device)
-        table = torch.stack(
-            [
-                torch.stack([missing if (v := getattr(p.signals, m)) is None else v for m in _MEASURES])
-                for p in self._pending
-            ]
-        ).tolist()
-        for pending, values in zip(self._pending, table):
-            measured = dict(zip(_MEASURES, values))
-            skipped = bool(measured.pop("skipped"))
-            if pending.signals.penalty is None:
-                measured["penalty"] = 0.0
-                del measured["penalty_share"]
-            self._log.write(
-                "step",
-                elapsed_s=pending.elapsed_s,
-                step=pending.step,
-                progress=round(pending.progress, 6),
-                lr=pending.lr,
-                tokens=pending.num_tokens,
-                energy_j=None,
-                **measured,
-            )
-            self._num_non_finite = self._num_non_finite + 1 if skipped else 0
-            if skipped:
-                self._num_skipped += 1
-                self._log.write(
-                    "warning",
-                    elapsed_s=pending.elapsed_s,
-                    step=pending.step,
-                    message=f"step {pending.step}: loss or gradient is not finite, so nothing was updated "
-                    f"({self._num_non_finite} in a row, {self._num_skipped} in all)",
-                )
-        self._pending.clear()
 
     # ---- evaluation, saving ----------------------------------------------------------------
 
@@ -256,11 +184,15 @@ class Loop:
 
     def _evaluate(self) -> None:
         """Score the validation split; keep the adapter if it is the best so far."""
-        self._fetch()
+        self._steps.fetch()
         job, clock = self.job, self.job.clock
-        start_s = clock.elapsed_s
-        batch_tokens = job.run.evaluation.batch_tokens
-        measured = score(job.adapter.model, job.validation, batch_tokens, job.device, self.stop)
+        start_s, start_j = clock.elapsed_s, clock.meter.estimate_j
+
+        def shrink(num_rows: int, width: int) -> int:
+            self.warn(job.limits.halve_evaluation(num_rows, width, f"in the evaluation at step {clock.steps}"))
+            return job.limits.evaluation
+
+        measured = score(job.adapter.model, job.validation, job.limits.evaluation, job.device, self.stop, shrink)
         if measured is None:
             return
         self._evaluated_at = clock.steps
@@ -271,14 +203,17 @@ class Loop:
             value=measured.value,
             loss=measured.loss,
             num=measured.num_rows,
+            energy_j=clock.meter.joules,
         )
         self._log_importance()
         evaluation_s = clock.elapsed_s - start_s
+        evaluation_j = clock.meter.spent_since(start_j, evaluation_s)
         self.result.metric = {"name": job.task.metric, "value": measured.value}
         if measured.value > self.result.best.get("value", -1.0):
             self.result.best = {"value": measured.value, "step": clock.steps}
             self._save_weights(best=True)
         clock.final_s = evaluation_s + 2 * self._save_s
+        clock.final_j = evaluation_j + 2 * self._save_s * clock.meter.power_w
         job.evaluation_due.done(clock)
         self._write_result()
 
@@ -303,10 +238,11 @@ class Loop:
         }
         self.result.elapsed_s, self.result.tokens = clock.elapsed_s, clock.tokens
         self.result.steps = clock.steps
+        self.result.energy_j, self.result.energy_method = clock.meter.joules, clock.meter.method
         self.folder.write_result(self.result)
 
     def _save_checkpoint(self) -> None:
-        self._fetch()
+        self._steps.fetch()
         job, clock = self.job, self.job.clock
         self.event("checkpoint")  # before its place in the log is taken, so that a resume keeps it
         rng_tensors, rng_values = rng_state()
@@ -318,13 +254,16 @@ class Loop:
             "elapsed_s": clock.elapsed_s,
             "tokens": clock.tokens,
             "final_s": clock.final_s,
+            "final_j": clock.final_j,
+            "energy": clock.meter.state(),
+            "limits": dataclasses.asdict(job.limits),
             "schedule": job.schedule.state(),
             "evaluations": job.evaluation_due.count,
             "evaluated_at": self._evaluated_at,
             "metric": self.result.metric,
             "best": self.result.best,
             "dtype": str(job.dtype),
-            "non_finite": [self._num_non_finite, self._num_skipped],
+            "non_finite": [self._steps.num_non_finite, self._steps.num_skipped],
             "events_bytes": self._log.offset(),
             "rng": rng_values,
         }
@@ -343,25 +282,15 @@ class Loop:
         job.optimizer.load_state(part("optimizer."))
         job.adapter.load_state(part("adapter."))
         job.schedule.load_state(values["schedule"])
-        clock.steps, clock.tokens, clock.final_s = (
-            values["steps"],
-            values["tokens"],
-            values["final_s"],
-        )
+        clock.steps, clock.tokens = values["steps"], values["tokens"]
+        clock.final_s, clock.final_j = values["final_s"], values["final_j"]
+        clock.meter.load_state(values["energy"])
         clock.start(values["elapsed_s"])
+        job.limits = TokenLimits(**values["limits"])
         job.evaluation_due.count = values["evaluations"]
         self._evaluated_at, self._checkpointed_at = values["evaluated_at"], values["steps"]
         self.result.metric, self.result.best = values["metric"], values["best"]
-        self._num_non_finite, self._num_skipped = values["non_finite"]
+        self._steps.num_non_finite, self._steps.num_skipped = values["non_finite"]
         set_rng_state(tensors, values["rng"])
         if values["dtype"] != str(job.dtype):
             self.warn(f"the run began in {values['dtype']} and goes on in {job.dtype}: not the same bits")
-
-
-@contextmanager
-def _rng_restored() -> Iterator[None]:
-    tensors, values = rng_state()
-    try:
-        yield
-    finally:
-        set_rng_state(tensors, values)

@@ -11,10 +11,12 @@ from pathlib import Path
 import torch
 
 from fastpeft.adapters import Adapter, method_class
-from fastpeft.budget import BudgetClock, Due
+from fastpeft.budget import BudgetClock, Due, EnergyMeter
+from fastpeft.budget.energy import WINDOW_S
 from fastpeft.config import Budget, ConfigError, RunConfig, parse_budget, parse_interval
 from fastpeft.data import Batches, ClassificationTask, Encoded, encode, load_task
 from fastpeft.data.batches import collate, evaluation_batches
+from fastpeft.data.memory import TokenLimits, free_memory, is_out_of_memory
 from fastpeft.models.backbone import choose_dtype, load_backbone
 from fastpeft.schedules import Schedule, make_schedule
 from fastpeft.trainer.optim import FlatAdamW
@@ -35,6 +37,7 @@ class Job:
     validation: Encoded
     clock: BudgetClock
     evaluation_due: Due
+    limits: TokenLimits
     device: torch.device
     dtype: torch.dtype
     notes: list[str]
@@ -61,7 +64,8 @@ def build_job(run: RunConfig) -> Job:
         encode(examples, backbone.tokenizer, max_length, backbone.reads_segments) for examples in (task.train, rows)
     )
     batches = Batches(train, run.training.batch_size, run.training.seed)
-    clock = BudgetClock(_budget(run, batches))
+    meter = EnergyMeter.open(gpu_uuid(device))
+    clock = BudgetClock(_budget(run, batches, meter), meter=meter)
     job = Job(
         run=run,
         task=task,
@@ -72,39 +76,81 @@ def build_job(run: RunConfig) -> Job:
         validation=validation,
         clock=clock,
         evaluation_due=Due(parse_interval(run.evaluation.every), len(batches)),
+        limits=TokenLimits(run.training.micro_batch_tokens, run.evaluation.batch_tokens),
         device=device,
         dtype=dtype,
         notes=_notes(task, train, validation, max_length, run),
     )
     job.notes += adapter.describe()
-    if clock.budget.kind == "seconds":
-        clock.final_s = _measure_final(job)
-        if clock.final_s > clock.budget.limit / 2:
-            raise ConfigError(
-                f"budget {run.budget}",
-                [
-                    f"the final evaluation and save alone would take about {clock.final_s:.0f} s, more than half of "
-                    "it; give a larger budget, or set evaluation.max_examples"
-                ],
-            )
+    if clock.budget.kind in ("seconds", "joules"):
+        _expect_final(job)
     return job
 
 
-def _budget(run: RunConfig, batches: Batches) -> Budget:
+def gpu_uuid(device: torch.device) -> str | None:
+    """What NVML knows the device by; None for the CPU."""
+    return f"GPU-{torch.cuda.get_device_properties(device).uuid}" if device.type == "cuda" else None
+
+
+def _budget(run: RunConfig, batches: Batches, meter: EnergyMeter) -> Budget:
     if run.budget is None:
         return Budget("steps", math.ceil(run.training.epochs * len(batches)))
     budget = parse_budget(run.budget)
-    if budget.kind == "joules":
-        raise ConfigError(
-            f"budget {run.budget}",
-            ["a budget in joules needs an energy meter, and none can be read here; give one in s, steps or tok"],
-        )
+    if budget.kind == "joules" and not meter.works:
+        raise _no_meter(run, meter.reason)
     return budget
 
 
+def _no_meter(run: RunConfig, reason: str) -> ConfigError:
+    needs = f"a budget in joules needs an energy meter, and none can be read here: {reason}"
+    return ConfigError(f"budget {run.budget}", [f"{needs}. Give one in s, steps or tok"])
+
+
+def _expect_final(job: Job) -> None:
+    """Measure what the final evaluation and save will cost."""
+    clock = job.clock
+    clock.final_s = _measure_final(job)
+    cost = f"take about {clock.final_s:.0f} s"
+    final = clock.final_s
+    if clock.budget.kind == "joules":
+        final = clock.final_j = clock.final_s * _measure_power(job)
+        cost = f"cost about {final:.0f} J"
+    if final > clock.budget.limit / 2:
+        raise ConfigError(
+            f"budget {job.run.budget}",
+            [
+                f"the final evaluation and save alone would {cost}, more than half of it; give a larger budget, or "
+                "set evaluation.max_examples"
+            ],
+        )
+
+
+def _measure_power(job: Job) -> float:
+    """Watts while evaluating, over a window that the meter resolves."""
+    meter = job.clock.meter
+    meter.start()
+    until = time.perf_counter() + 1.5 * WINDOW_S
+    while time.perf_counter() < until:
+        _measure_final(job)
+    meter.stop()
+    if meter.fault is not None or meter.mean_w <= 0:
+        raise _no_meter(job.run, meter.fault or f"{meter.method} stands still")
+    return meter.mean_w
+
+
 def _measure_final(job: Job) -> float:
-    """Seconds that a whole evaluation and a save will take, from a few batches spread over all lengths."""
-    groups = evaluation_batches(job.validation, job.run.evaluation.batch_tokens)
+    """Seconds that a whole evaluation and a save will take."""
+    while (evaluation_s := _measure_evaluation(job)) is None:
+        free_memory()
+    start = time.perf_counter()
+    with tempfile.TemporaryDirectory() as folder:
+        job.adapter.save(Path(folder))
+    return evaluation_s + 2 * (time.perf_counter() - start)
+
+
+def _measure_evaluation(job: Job) -> float | None:
+    """From a few batches spread over all lengths. None: out of memory, and the batches are smaller now."""
+    groups = evaluation_batches(job.validation, job.limits.evaluation)
     chosen = [groups[i * (len(groups) - 1) // max(1, _MEASURED_BATCHES - 1)] for i in range(_MEASURED_BATCHES)]
 
     def area(rows) -> int:
@@ -112,18 +158,22 @@ def _measure_final(job: Job) -> float:
 
     job.adapter.model.eval()
     seconds = []
-    with torch.inference_mode():
-        for rows in [chosen[-1], *chosen]:  # the first is a warm-up
-            start = time.perf_counter()
-            batch = collate(job.validation, rows, job.device)
-            job.adapter.model(**batch.inputs).logits.sum().item()
-            seconds.append((time.perf_counter() - start) / area(rows))
-    job.adapter.model.train()
-    evaluation_s = sum(seconds[1:]) / _MEASURED_BATCHES * sum(map(area, groups))
-    start = time.perf_counter()
-    with tempfile.TemporaryDirectory() as folder:
-        job.adapter.save(Path(folder))
-    return evaluation_s + 2 * (time.perf_counter() - start)
+    try:
+        with torch.inference_mode():
+            for rows in [chosen[-1], *chosen]:  # the first is a warm-up
+                start = time.perf_counter()
+                batch = collate(job.validation, rows, job.device)
+                job.adapter.model(**batch.inputs).logits.sum().item()
+                seconds.append((time.perf_counter() - start) / area(rows))
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
+        width = int(job.validation.widths[rows].max())
+        job.notes.append(job.limits.halve_evaluation(len(rows), width, "while an evaluation was timed"))
+        return None
+    finally:
+        job.adapter.model.train()
+    return sum(seconds[1:]) / _MEASURED_BATCHES * sum(map(area, groups))
 
 
 def _notes(task: ClassificationTask, train: Encoded, validation: Encoded, max_length: int, run: RunConfig) -> list[str]:

@@ -10,6 +10,7 @@ import pytest
 
 from fastpeft.budget import BudgetClock, Due
 from fastpeft.budget.clock import RESERVE_FACTOR
+from fastpeft.budget.energy import WINDOW_S, EnergyMeter, Source
 from fastpeft.config import Budget, Interval, parse_budget, parse_interval
 
 
@@ -121,6 +122,19 @@ def test_a_reserve_over_the_budget_breaks_nothing(final_s: float) -> None:
 # ---- the rule under noise --------------------------------------------------------------------
 
 
+class Counter(Source):
+    """A hand-turned energy counter."""
+
+    method = "hand"
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now_j = 1e7
+
+    def joules(self) -> float:
+        return self.now_j
+
+
 @dataclass
 class Machine:
     """Steps and evaluations whose times scatter, sometimes badly."""
@@ -181,6 +195,77 @@ def test_rule_holds_when_step_times_scatter(limit_s: float, seed: int) -> None:
         assert clock.elapsed_s <= limit_s + slack_s, machine
         if limit_s >= 60:
             assert clock.elapsed_s >= 0.95 * limit_s, machine
+
+
+# ---- joules ----------------------------------------------------------------------------------
+
+
+class Meter(EnergyMeter):
+    """Read by hand, where the thread would: `turn` passes time and energy, with a reading each window."""
+
+    def __init__(self, hands: Hands) -> None:
+        self.counter, self.hands = Counter(), hands
+        super().__init__(self.counter, now=hands)
+        self._started_s = hands.now_s
+        self._take(ending=False)
+
+    def turn(self, seconds: float, power_w: float) -> None:
+        end_s = self.hands.now_s + seconds
+        while self.hands.now_s < end_s:
+            window_ends_s = (math.floor(self.hands.now_s / WINDOW_S + 1e-9) + 1) * WINDOW_S
+            until_s = min(end_s, window_ends_s)
+            self.counter.now_j += power_w * (until_s - self.hands.now_s)
+            self.hands.now_s = until_s
+            if until_s == window_ends_s:
+                self._take(ending=False)
+
+
+def test_joules_are_the_reading_carried_on_and_keep_their_own_reserve() -> None:
+    hands = Hands()
+    meter = Meter(hands)
+    clock = BudgetClock(Budget("joules", 1000), hands, meter)
+    clock.start()
+    meter.turn(3.0, 100.0)
+    assert clock.spent == pytest.approx(300)
+    meter.turn(0.5, 500.0)  # not read yet: taken for half a second at 100 W
+    assert clock.spent == pytest.approx(350)
+    meter.turn(0.5, 500.0)
+    assert clock.spent == pytest.approx(800)
+    assert clock.progress == pytest.approx(0.8)
+    clock.count_step(1000, 1.0)  # 1 ms a token, 0.5 J at the power of the last window
+    assert clock.fits(399)
+    assert not clock.fits(401)
+    clock.final_s, clock.final_j = 1e9, 50.0
+    assert clock.fits(289)
+    assert not clock.fits(291)
+    assert clock.fits(100, more_s=0.18)
+    assert not clock.fits(100, more_s=0.2)
+    assert clock.progress == pytest.approx(800 / (1000 - RESERVE_FACTOR * 50))
+
+
+@pytest.mark.parametrize("limit_j", [1_000.0, 20_000.0, 300_000.0])
+def test_rule_holds_for_joules_up_to_what_the_power_changes_in_a_window(limit_j: float, seed: int) -> None:
+    rng = random.Random(seed)
+    for _ in range(20):
+        hands = Hands()
+        meter = Meter(hands)
+        clock = BudgetClock(Budget("joules", limit_j), hands, meter)
+        start_j, power_w = meter.counter.now_j, 200.0
+        evaluation_s, step_s = limit_j / 200 * rng.uniform(0.001, 0.03), limit_j / 200 * 10 ** rng.uniform(-4, -2.3)
+        clock.final_j = evaluation_s * 200
+        clock.start()
+        meter.turn(WINDOW_S, power_w)
+        longest_j = 0.0
+        while clock.fits(1000):
+            seconds = step_s * rng.lognormvariate(0, 0.25)
+            power_w = min(250.0, max(150.0, power_w + rng.uniform(-20, 20) * seconds))
+            longest_j = max(longest_j, seconds * power_w)
+            meter.turn(seconds, power_w)
+            clock.count_step(1000, seconds)
+        meter.turn(evaluation_s, 150.0)
+        spent_j = meter.counter.now_j - start_j
+        assert spent_j <= limit_j + max(0.01 * limit_j, longest_j) + 20 * WINDOW_S
+        assert spent_j >= 0.93 * limit_j - 200 * WINDOW_S
 
 
 # ---- what is due -----------------------------------------------------------------------------

@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 import threading
+import time
 import types
 
 import pytest
@@ -125,6 +126,18 @@ def test_a_driver_without_the_newer_functions_gives_the_other_figures(beats, mon
 def test_the_heart_stops_with_the_run(beats):
     beats(None)
     assert not [thread for thread in threading.enumerate() if thread.name == "fastpeft-heartbeat"]
+
+
+def test_a_driver_that_hangs_when_it_is_opened_holds_nothing_up(monkeypatch):
+    module, wakes = fake_nvml(), threading.Event()
+    module.nvmlInit = wakes.wait
+    monkeypatch.setitem(sys.modules, "pynvml", module)
+    monkeypatch.setattr(system, "HEARTBEAT_S", 0.01)
+    began = time.monotonic()
+    with Heartbeat(lambda **figures: None, "GPU-1234"):
+        pass
+    assert time.monotonic() - began < 5
+    wakes.set()
 
 
 def test_a_run_that_fails_stops_its_heart_and_keeps_its_error(monkeypatch):

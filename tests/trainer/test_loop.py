@@ -31,8 +31,9 @@ from fastpeft.config import run_values
 from fastpeft.data.batches import collate, micro_batches
 from fastpeft.runs.events import number
 from fastpeft.trainer import StopRequest, train
-from fastpeft.trainer import loop as loop_module
-from fastpeft.trainer.loop import MAX_NON_FINITE, MIN_CALIBRATION_BATCHES
+from fastpeft.trainer.calibrate import MIN_CALIBRATION_BATCHES
+from fastpeft.trainer.loop import MAX_NON_FINITE
+from fastpeft.trainer.measure import FETCH_STEPS
 from fastpeft.trainer.setup import Job, build_job
 from fastpeft.trainer.step import forward_backward
 
@@ -181,7 +182,7 @@ def test_twenty_in_a_row_end_the_run_with_exit_code_4(tmp_path: Path, monkeypatc
     result = json.loads((tmp_path / "r" / "result.json").read_text())
     assert result["status"] == "diverged"
     # The device is asked every 32 steps at the latest.
-    assert 6 + MAX_NON_FINITE <= result["steps"] <= 6 + MAX_NON_FINITE + loop_module.FETCH_STEPS
+    assert 6 + MAX_NON_FINITE <= result["steps"] <= 6 + MAX_NON_FINITE + FETCH_STEPS
     assert torch.equal(passes.before[6], passes.before[-1])
     assert f"{MAX_NON_FINITE} steps in a row" in done.output
     assert strict_events(tmp_path / "r")[-1]["status"] == "diverged"

@@ -22,8 +22,10 @@ from tiny_runs import (
     weights,
 )
 
+from fastpeft.budget import energy
 from fastpeft.errors import UserError
 from fastpeft.trainer import StopRequest, train
+from fastpeft.trainer import calibrate as calibrate_module
 from fastpeft.trainer import loop as loop_module
 from fastpeft.trainer.checkpoint import newest_checkpoint
 from fastpeft.trainer.setup import build_job
@@ -154,9 +156,15 @@ def test_a_set_up_that_fails_leaves_no_folder(damage: Callable, message: str, tm
 
 @pytest.mark.parametrize(
     ("budget", "reason"),
-    [("0.001s", "the final evaluation and save alone would take"), ("5kJ", "a budget in joules needs an energy meter")],
+    [
+        ("0.001s", "the final evaluation and save alone would take"),
+        ("5kJ", "needs an energy meter, and none can be read here: there is no meter in this test. Give"),
+    ],
 )
-def test_budgets_that_cannot_be_kept_are_refused(budget: str, reason: str, tmp_path: Path) -> None:
+def test_budgets_that_cannot_be_kept_are_refused(
+    budget: str, reason: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(energy, "open_source", lambda *_: (None, "there is no meter in this test"))
     with pytest.raises(UserError, match=reason) as caught:
         train(tiny_run(tmp_path, budget=budget), results_dir=tmp_path / "out", name="r")
     assert caught.value.exit_code == 2
@@ -180,7 +188,7 @@ def stopped_run(files: Path, phase: str, monkeypatch: pytest.MonkeyPatch | None 
             request()
 
     if monkeypatch is not None and phase == "calibration":
-        original = loop_module.forward_backward
+        original = calibrate_module.forward_backward
         seen = []
 
         def third_asks(*args, **kwargs):
@@ -189,7 +197,7 @@ def stopped_run(files: Path, phase: str, monkeypatch: pytest.MonkeyPatch | None 
                 request()
             return original(*args, **kwargs)
 
-        monkeypatch.setattr(loop_module, "forward_backward", third_asks)
+        monkeypatch.setattr(calibrate_module, "forward_backward", third_asks)
     if monkeypatch is not None and phase in ("evaluation", "final evaluation"):
         score = loop_module.score
         at = {"evaluation": 2, "final evaluation": 3}[phase]
