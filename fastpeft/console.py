@@ -90,9 +90,10 @@ class ConsoleReporter(AbstractContextManager):
             self.say(f"{line}  {progress:.0%} of the budget  {eta}")
 
     def _on_eval(self, event: Event) -> None:
+        more = "".join(f", {name} {number(value):.4f}" for name, value in event.get("more", {}).items())
         self.say(
             f"evaluation at step {event['step']:,}, {event['elapsed_s']:.0f} s: {event['metric']} "
-            f"{number(event['value']):.4f} on {event['num']:,} rows, loss {number(event['loss']):.4f}"
+            f"{number(event['value']):.4f}{more} on {event['num']:,} rows, loss {number(event['loss']):.4f}"
         )
 
     def _on_importance(self, event: Event) -> None:
@@ -135,6 +136,7 @@ def closing_table(result: Result) -> Table:
     rows = {
         "status": result.status,
         result.metric.get("name", "metric"): _value(result.metric),
+        **{name: f"{number(value):.4f}" for name, value in result.metric.get("more", {}).items()},
         "best": f"{_value(result.best)} at step {result.best['step']:,}" if result.best else "none",
         "budget": _spent(budget) if budget else "none",
         "time": f"{result.elapsed_s:.1f} s, and {result.setup_s:.1f} s of set-up",

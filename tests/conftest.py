@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import os
+import tempfile
 
 # Before torch is loaded: see fastpeft.cli.main.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["HF_HOME"] = f"{tempfile.gettempdir()}/fastpeft-tests-hf-home"  # what this machine has cached plays no part
+os.environ.pop("HF_HUB_CACHE", None)
+os.environ.pop("HF_DATASETS_CACHE", None)
 os.environ["WANDB_MODE"] = "disabled"  # tests/trackers switches it on
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
@@ -54,6 +58,16 @@ def fastpeft_cli(tmp_path: Path) -> Callable[..., subprocess.CompletedProcess]:
         return subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=timeout)
 
     return run
+
+
+@pytest.fixture
+def fake_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """A hub on loopback that this process asks, with a cache of the test's own."""
+    from fake_hub import FakeHub, point_at
+
+    with FakeHub().serve() as hub:
+        point_at(hub, tmp_path / "hf_home", monkeypatch)
+        yield hub
 
 
 def write_pairs(folder: Path, num_train: int = 96, num_dev: int = 32, seed: int = 0) -> Path:

@@ -283,6 +283,14 @@ def test_a_run_is_shown_with_result_and_settings(fastpeft_here, tmp_path):
         assert words in shown
 
 
+def test_further_metrics_are_shown(fastpeft_here, tmp_path):
+    metric = {"name": "accuracy", "value": 0.75, "more": {"f1": 0.71875}}
+    finished_run(tmp_path / "results", "a", metric=metric)
+    lines = [line.split() for line in fastpeft_here("runs", "show", "a").out.splitlines()]
+    assert ["accuracy", "0.7500"] in lines
+    assert ["f1", "0.7188"] in lines
+
+
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 def test_a_run_with_a_metric_that_is_not_finite_is_listed_and_shown(value, fastpeft_here, tmp_path):
     finished_run(tmp_path / "results", "a", status="diverged", metric={"name": "accuracy", "value": value})

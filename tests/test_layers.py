@@ -21,7 +21,7 @@ ROOT = Path(__file__).resolve().parent.parent
 LAYERS = [
     {"fastpeft._version", "fastpeft.errors", "fastpeft.signals"},
     {"fastpeft.kernels"},
-    {"fastpeft.config"},
+    {"fastpeft.config", "fastpeft.hub"},
     {"fastpeft.runs"},
     {"fastpeft.trackers"},
     {"fastpeft.data"},
@@ -37,7 +37,7 @@ LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 
 WITHOUT_TORCH = {
     "fastpeft", "fastpeft._version", "fastpeft.errors", "fastpeft.config", "fastpeft.runs", "fastpeft.cli",
-    "fastpeft.console", "fastpeft.tui", "fastpeft.trackers",
+    "fastpeft.console", "fastpeft.tui", "fastpeft.trackers", "fastpeft.hub",
 }  # fmt: skip
 TORCH = {"torch", "triton", "transformers", "peft", "datasets", "accelerate", "safetensors", "tokenizers", "numpy"}
 

@@ -17,7 +17,7 @@ FILES = sorted(PRESETS.rglob("*.yaml"))
 
 def test_every_file_has_a_name_that_loads() -> None:
     assert [path.stem for path in sorted(FILES, key=lambda p: p.stem)] == preset_names()
-    assert {"lora_mnli", "iwlora_mnli"} <= set(preset_names())
+    assert {"lora_mnli", "lora_sst2", "lora_rte", "iwlora_mnli"} <= set(preset_names())
     for path in FILES:
         assert load_run(path.stem).run_id == path.stem
 
@@ -36,6 +36,14 @@ def test_trial_on_the_stand_in(path: Path, tmp_path: Path) -> None:
     assert all(event["num"] == 32 for event in events if event["type"] == "eval")
     assert (tmp_path / "r" / "adapter" / "adapter_config.json").is_file()
     assert load_run(tmp_path / "r" / "run.yaml").run_id == path.stem
+
+
+@pytest.mark.parametrize("task", ["sst2", "rte"])
+def test_a_preset_of_another_task_differs_in_little_and_has_a_stand_in(task: str) -> None:
+    run, mnli = load_run(f"lora_{task}"), load_run("lora_mnli")
+    assert (run.dataset.name, run.method, run.model, run.adapter) == (task, "lora", mnli.model, mnli.adapter)
+    assert run.stand_in == mnli.stand_in
+    assert len((PRESETS / f"lora_{task}.yaml").read_text().splitlines()) < 20
 
 
 def test_a_trial_of_plain_lora_speaks_of_no_regulariser(tmp_path):

@@ -14,13 +14,20 @@ from typing import Any
 
 import yaml
 
-from fastpeft.config.schema import AdaLoraConfig, RunConfig
+from fastpeft.config.schema import AdaLoraConfig, DatasetConfig, RunConfig
 from fastpeft.errors import UserError
 
 PRESETS = Path(__file__).parent / "presets"
 
 # Setting one of these means that the file's stand-in no longer stands for what was asked.
-_STAND_IN_KEYS = ("model.name", "model.revision", "dataset.name", "dataset.path")
+_HUB_KEYS = ("config", "revision", "train_split", "validation_split")
+_STAND_IN_KEYS = (
+    "model.name",
+    "model.revision",
+    "dataset.name",
+    "dataset.path",
+    *(f"dataset.{key}" for key in _HUB_KEYS),
+)
 
 
 class ConfigError(UserError):
@@ -84,6 +91,7 @@ def apply_stand_in(run: RunConfig) -> RunConfig:
         if key not in run.overrides:
             _set(values, key, value)
     values["model"] = {"name": run.stand_in.model}
+    values["dataset"] = {k: v for k, v in values["dataset"].items() if k not in _HUB_KEYS}
     values["dataset"] |= {"name": run.stand_in.dataset, "path": None}
     values["stand_in"] = None
     return run_from_values(values, f"{run.run_id} (stand_in)")
@@ -325,6 +333,7 @@ def _contradictions(run: RunConfig) -> Iterator[str]:
         yield "regulariser.calibration: inline measures during the rate's warm-up, but schedule.warmup_steps is 0"
     if run.dataset.labels is not None and len(set(run.dataset.labels)) < max(2, len(run.dataset.labels)):
         yield f"dataset.labels: expected two or more different names, got {run.dataset.labels}"
+    yield from _hub_contradictions(run.dataset)
     known = set(_leaf_keys(RunConfig))
     for key in run.optuna.space:
         if key not in known:
@@ -333,6 +342,16 @@ def _contradictions(run: RunConfig) -> Iterator[str]:
         for key in run.stand_in.overrides:
             if key not in known:
                 yield f"stand_in.overrides.{key}: unknown key{_nearest(key, sorted(known))}"
+
+
+def _hub_contradictions(dataset: DatasetConfig) -> Iterator[str]:
+    """Keys of hub datasets, on what is none."""
+    unset = DatasetConfig()
+    given = [key for key in _HUB_KEYS if getattr(dataset, key) != getattr(unset, key)]
+    if given and dataset.path is not None:
+        yield f"dataset.{given[0]}: is for datasets of the hub, but dataset.path is set"
+    if dataset.validation_split is not None and dataset.validation_split == (dataset.train_split or "train"):
+        yield f"dataset.validation_split: {dataset.validation_split!r} is the split that is trained on"
 
 
 def _section_type(annotation: Any) -> type | None:

@@ -195,17 +195,29 @@ class DatasetConfig:
     __pydantic_config__ = _STRICT_KEYS
 
     name: str = "local"
-    """A task the package knows: `mnli`, `embedded-nli`; or any name when `path` is given."""
+    """A task the package knows: `mnli`, `sst2`, `rte`, `embedded-nli`; a dataset of the hub,
+    `owner/name`; or any name when `path` is given."""
+    config: str | None = None
+    """Configuration of a hub dataset that has several."""
+    revision: str = "main"
+    """Branch, tag or commit of a hub dataset; of nyu-mll/glue for a GLUE task."""
+    train_split: str | None = None
+    """Split of a hub dataset to train on; `train` when absent."""
+    validation_split: str | None = None
+    """Split of a hub dataset to evaluate on. `validation`, `dev` and the like are found; `test` is
+    used only when named here. Where there is none, `validation_fraction` of the rows is held out."""
     path: str | None = None
     """A file, or a folder that holds train.* and dev.* (validation.*, dev_matched.*) files in
     jsonl, csv, tsv or parquet."""
     columns: ColumnsConfig = field(default_factory=ColumnsConfig)
     labels: list[str] | None = None
-    """Label names in the order of their numbers; taken from the training data when absent."""
+    """Label names in the order of their numbers; taken from the dataset's own class names, or from
+    the training data, when absent."""
     on_bad_row: Literal["error", "skip"] = "error"
     """A malformed row stops the run, or is skipped and counted."""
     validation_fraction: Annotated[float, Range(gt=0, lt=1)] = 0.1
-    """Share of the rows held out when `path` is a single file."""
+    """Share of the training rows held out where there is no validation split: `path` is a single
+    file, or a hub dataset has none."""
     max_length: Annotated[int, Range(ge=8, lt=2**31)] = 256
     """Longest sequence in tokens; what is longer is cut, and counted."""
 

@@ -9,6 +9,9 @@ from dataclasses import dataclass, field
 
 from fastpeft.errors import UserError
 
+EMBEDDED = "embedded-nli"
+"""The generated task that the stand-ins train on."""
+
 
 class DataError(UserError):
     """Data that cannot be used; the message names the file, the line and what was found."""
@@ -42,11 +45,19 @@ class ClassificationTask:
     metric: str = "accuracy"
     skipped_rows: dict[str, int] = field(default_factory=dict)
     """Split -> rows left out under on_bad_row: skip."""
+    f1_label: str | None = None
+    """The class whose F1 is reported beside the metric."""
+    notes: tuple[str, ...] = ()
+    """What the user should know of how the data were read."""
 
     def __post_init__(self) -> None:
         for split, examples in (("training", self.train), ("validation", self.validation)):
             if not len(examples):
                 raise DataError(f"dataset {self.name}: the {split} split is empty")
+
+    @property
+    def f1_class(self) -> int | None:
+        return None if self.f1_label is None else self.label_names.index(self.f1_label)
 
     def describe(self) -> str:
         shares = Counter(self.train.labels)

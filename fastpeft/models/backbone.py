@@ -13,6 +13,7 @@ from torch import nn
 
 from fastpeft.config.schema import ModelConfig
 from fastpeft.errors import UnavailableError
+from fastpeft.models.files import fetch_model
 from fastpeft.models.resolve import embedded_path
 
 _HEAD_NAMES = ("classifier", "score")
@@ -49,14 +50,16 @@ def load_backbone(
     """
     import transformers
 
-    name = str(embedded_path(config.name) or Path(config.name).expanduser())
-    common = {"revision": config.revision, "trust_remote_code": False}
+    local = embedded_path(config.name) or Path(config.name).expanduser()
+    from_hub = not local.is_dir()
+    folder = fetch_model(config.name, config.revision) if from_hub else local
+    common = {"local_files_only": True, "trust_remote_code": False}
     labels = dict(enumerate(label_names))
     try:
         with quiet_transformers():
-            tokenizer = transformers.AutoTokenizer.from_pretrained(name, **common)
+            tokenizer = transformers.AutoTokenizer.from_pretrained(folder, **common)
             model, info = transformers.AutoModelForSequenceClassification.from_pretrained(
-                name,
+                folder,
                 num_labels=len(labels),
                 id2label=labels,
                 label2id={label: i for i, label in labels.items()},
@@ -68,6 +71,8 @@ def load_backbone(
     except Exception as error:  # a damaged file: each library that reads one has its own classes
         reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
         raise UnavailableError(f"model.name {config.name}: cannot be loaded as a classifier: {reason}") from error
+    if from_hub:
+        model.name_or_path = model.config._name_or_path = config.name  # what the adapter names as its base
     if tokenizer.pad_token_id is None:
         raise UnavailableError(f"model.name {config.name}: its tokenizer has no padding token")
     head = _head_modules(model, info, config.name)

@@ -35,9 +35,9 @@ class Result:
     status: str = "running"
     """running, done, stopped, diverged or failed."""
     metric: dict[str, Any] = field(default_factory=dict)
-    """{name, value} of the weights in adapter/."""
+    """{name, value} of the weights in adapter/; and {more: {name: value}} where a task has further metrics."""
     best: dict[str, Any] = field(default_factory=dict)
-    """{value, step} of the weights in adapter_best/."""
+    """{value, step} of the weights in adapter_best/; and more, as in `metric`."""
     budget: dict[str, Any] = field(default_factory=dict)
     """{kind, limit, spent} in the kind's unit."""
     elapsed_s: float = 0.0

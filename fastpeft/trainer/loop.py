@@ -192,15 +192,18 @@ class Loop:
             self.warn(job.limits.halve_evaluation(num_rows, width, f"in the evaluation at step {clock.steps}"))
             return job.limits.evaluation
 
-        measured = score(job.adapter.model, job.validation, job.limits.evaluation, job.device, self.stop, shrink)
+        measured = score(
+            job.adapter.model, job.validation, job.limits.evaluation, job.device, self.stop, shrink, job.task.f1_class
+        )
         if measured is None:
             return
         self._evaluated_at = clock.steps
+        value = {"value": measured.value} | ({"more": measured.more} if measured.more else {})
         self.event(
             "eval",
             split="validation",
             metric=job.task.metric,
-            value=measured.value,
+            **value,
             loss=measured.loss,
             num=measured.num_rows,
             energy_j=clock.meter.joules,
@@ -208,9 +211,9 @@ class Loop:
         self._log_importance()
         evaluation_s = clock.elapsed_s - start_s
         evaluation_j = clock.meter.spent_since(start_j, evaluation_s)
-        self.result.metric = {"name": job.task.metric, "value": measured.value}
+        self.result.metric = {"name": job.task.metric} | value
         if measured.value > self.result.best.get("value", -1.0):
-            self.result.best = {"value": measured.value, "step": clock.steps}
+            self.result.best = value | {"step": clock.steps}
             self._save_weights(best=True)
         clock.final_s = evaluation_s + 2 * self._save_s
         clock.final_j = evaluation_j + 2 * self._save_s * clock.meter.power_w

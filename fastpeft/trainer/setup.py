@@ -177,7 +177,7 @@ def _measure_evaluation(job: Job) -> float | None:
 
 
 def _notes(task: ClassificationTask, train: Encoded, validation: Encoded, max_length: int, run: RunConfig) -> list[str]:
-    notes = [task.describe()]
+    notes = [task.describe(), *task.notes]
     for split, count in task.skipped_rows.items():
         notes.append(f"{count:,} malformed rows of the {split} split were skipped")
     for split, encoded in (("training", train), ("validation", validation)):

@@ -53,6 +53,18 @@ def test_labels_that_yaml_reads_as_booleans_are_told_of_quotes():
     assert load_run("lora_mnli", ["dataset.labels=['no', 'yes']"]).dataset.labels == ["no", "yes"]
 
 
+@pytest.mark.parametrize("key", ["config", "revision", "train_split", "validation_split"])
+def test_keys_of_hub_datasets_do_not_go_with_a_path(key):
+    found = one_problem("lora_mnli", {"dataset.path": "somewhere", f"dataset.{key}": "x"})
+    assert found.startswith(f"dataset.{key}: is for datasets of the hub")
+
+
+@pytest.mark.parametrize("splits", [{"validation_split": "train"}, {"train_split": "a", "validation_split": "a"}])
+def test_what_is_trained_on_is_not_evaluated_on(splits):
+    given = {f"dataset.{key}": value for key, value in splits.items()} | {"dataset.name": "a/b"}
+    assert "is the split that is trained on" in one_problem("lora_mnli", given)
+
+
 @pytest.mark.parametrize("labels", [[], ["a"], ["a", "a"], ["a", "b", "a"]])
 def test_labels_are_two_or_more_different_names(labels):
     assert "dataset.labels: expected two or more different names" in one_problem(

@@ -23,6 +23,10 @@ from fastpeft.config import load as loading
         ["model.revision=abc"],
         ["dataset.name=other"],
         ["dataset.path=somewhere"],
+        ["dataset.revision=abc"],
+        ["dataset.config=other"],
+        ["dataset.train_split=other"],
+        ["dataset.validation_split=test"],
         ["model={name: other/model}"],
         ["dataset={path: somewhere}"],
         ["model.name=microsoft/deberta-v3-base"],
@@ -79,3 +83,11 @@ def test_a_trial_on_the_stand_in_stays_a_trial(tmp_path):
 def test_a_fault_of_the_stand_in_shows_while_the_hub_is_still_there():
     with pytest.raises(ConfigError, match=r"stand_in.*training\.seed: expected"):
         load_run("lora_mnli", {"stand_in.overrides": {"training.seed": "abc"}})
+
+
+def test_a_stand_in_knows_nothing_of_the_hubs_revisions_and_splits(tmp_path):
+    own = "extends: lora_mnli\ndataset: {revision: abc, validation_split: validation_mismatched}\nstand_in: {}\n"
+    run = load_run(write(tmp_path / "a.yaml", own))
+    assert (run.dataset.name, run.dataset.revision) == ("mnli", "abc")
+    standing_in = apply_stand_in(run).dataset
+    assert (standing_in.name, standing_in.revision, standing_in.validation_split) == ("embedded-nli", "main", None)

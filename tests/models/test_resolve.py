@@ -15,8 +15,9 @@ from tiny import make_model
 from fastpeft.config import RunConfig, load_run
 from fastpeft.data import DataError
 from fastpeft.errors import UnavailableError, UserError
+from fastpeft.hub import CHECK_S
 from fastpeft.models.backbone import load_backbone
-from fastpeft.models.resolve import HUB_TIMEOUT_S, Resolved, embedded_path, resolve
+from fastpeft.models.resolve import Resolved, embedded_path, resolve
 
 OWN = {"dataset.name": "own", "dataset.path": __file__}  # a path that is there; nothing reads it
 
@@ -48,7 +49,7 @@ def empty_cache(tmp_path, monkeypatch) -> Path:
 
 @pytest.fixture
 def offline(monkeypatch) -> None:
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setattr(hub.constants, "HF_HUB_OFFLINE", True)
 
     def fail(*_, **__):
         raise AssertionError("the hub was asked although HF_HUB_OFFLINE is set")
@@ -60,7 +61,7 @@ def offline(monkeypatch) -> None:
 @pytest.fixture
 def answers(monkeypatch):
     """A hub that answers with what the test puts in: an exception for a model or a dataset, else yes."""
-    monkeypatch.setenv("HF_HUB_OFFLINE", "0")
+    monkeypatch.setattr(hub.constants, "HF_HUB_OFFLINE", False)
     given: dict[str, Exception] = {}
     calls: list[tuple] = []
 
@@ -69,6 +70,7 @@ def answers(monkeypatch):
             calls.append((kind, name, revision, timeout))
             if kind in given:
                 raise given[kind]
+            return SimpleNamespace(sha="0" * 40, siblings=[])
 
         return look
 
@@ -222,7 +224,7 @@ def test_hub_has_both(answers):
         ("model", "microsoft/deberta-v3-base", "main"),
         ("dataset", "nyu-mll/glue", "main"),
     ]
-    assert all(0 < timeout <= HUB_TIMEOUT_S <= 5 for *_, timeout in answers["calls"])
+    assert all(0 < timeout <= CHECK_S <= 5 for *_, timeout in answers["calls"])
 
 
 UNREACHABLE = {
