@@ -4,9 +4,9 @@
                             [--methods lora,full,...] [--workers 2] [--runs DIR] [--json OUT] [--tune]
 
 `--data` holds a folder a task (mnli, sst2, rte), as GLUE's files are. Each worker trains on one thread. What is done in
-`--runs` is not run again. Seeds are the outermost loop, so that whatever is there when one stops is complete for the seeds
-that it has. `--tune` runs each family's rates on the first task with a seed of its own and prints the best ones, which
-RATES holds.
+`--runs` is not run again. Seeds are the outermost loop: what is there when one stops is complete for the seeds that it
+has. `--tune` runs each family's rates on the first task with a seed of its own and prints the best ones, which RATES
+holds.
 """
 
 from __future__ import annotations
@@ -35,12 +35,7 @@ METHODS = {
     "full": {"method": "full"},
 }
 RATES = {"lora": 1e-3, "rslora": 1e-3, "adalora": 1e-3, "full": 1e-4}
-GRID = {
-    "lora": (5e-4, 1e-3, 2e-3),
-    "rslora": (2e-4, 5e-4, 1e-3),
-    "adalora": (1e-3, 2e-3, 4e-3),
-    "full": (5e-5, 1e-4, 2e-4),
-}
+GRID = {"lora": (1e-3, 2e-3), "rslora": (5e-4, 1e-3), "adalora": (1e-3, 2e-3, 4e-3), "full": (5e-5, 1e-4, 2e-4)}
 TUNING_SEED = 1000
 SST2_ROWS = 10_000
 DEV_ROWS = 2000

@@ -1,6 +1,6 @@
 """Is the stand-in worth adapting? LoRA, the frozen encoder with a trained head, and what a pair gives away.
 
-    python bench/stand_in.py [--steps 2500] [--head-rates 1e-3,3e-3,1e-2]
+    python bench/stand_in.py [--steps 1875] [--head-rates 1e-3,3e-3,1e-2]
 
 All on the embedded task, same batches. `head` trains pooler and classifier on the frozen encoder at the best of
 several rates. `hypothesis words` is logistic regression on the hypothesis's bag of words, `pair words` on the words
@@ -57,7 +57,7 @@ def pair_words(premise: str, hypothesis: str) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--steps", type=int, default=2500)
+    parser.add_argument("--steps", type=int, default=1875)
     parser.add_argument("--head-rates", default="1e-3,3e-3,1e-2")
     args = parser.parse_args()
 

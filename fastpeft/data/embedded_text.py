@@ -50,9 +50,19 @@ the {a} that {t} the {b} was later {t2} by the {B} .
 {n} {v} , but unlike {n} , {m} never {v} .
 the {q} {a} {v} and the {r} {a} {w} , so only the {r} {A} {W} .
 the {a} is {q} and the {a2} is {r} ; {n} prefers a {q} {A} .
+"""
+_REPORTS = """
 {n} says that {sentence} , and {m} agrees that {sentence} .
 {n} asked whether {sentence} , and {m} said yes , {sentence} .
+{sentence} , says {n} , and {m} repeats : {sentence} .
+{n} heard that {sentence} : {m} swears that {sentence} .
+{sentence} , as {n} knew , for {m} had said that {sentence} .
+{n} , who says that {sentence} , means that {sentence} .
+{n} never believed that {sentence} , but {sentence} .
+{n} says that {sentence} , but {m} says that {other} .
 """
+"""Reported speech: a clause with its echo, or with another clause, so that a word is found again elsewhere."""
+_REPORT_SHARE, _FRAME_SHARE = 0.7, 0.1
 
 
 def _raw_slots(words: Words) -> dict[str, str]:
@@ -108,12 +118,17 @@ def raw_sentences(num_sentences: int, seed: int) -> Iterator[str]:
     train, validation = LEXICON["train"], LEXICON["validation"]
     fields = ("agents", "things", "verbs", "transitives", "antonyms", "places", "names")
     words = Words(Lexicon(*(getattr(train, field) + getattr(validation, field) for field in fields)), rng)
-    patterns = _PATTERNS.strip().splitlines()
-    for _ in range(num_sentences):
+    scenes, reports = _PATTERNS.strip().splitlines(), _REPORTS.strip().splitlines()
+
+    def clause() -> str:
         frame = rng.choice(FRAMES["train"])
-        sentence = frame.text.format_map(_raw_frame_slots(frame, words))
-        if rng.random() < 0.2:
-            yield sentence
-            continue
-        pattern = rng.choice(patterns)
-        yield pattern.format_map({**_raw_slots(words), "sentence": sentence.removesuffix(" .")})
+        return frame.text.format_map(_raw_frame_slots(frame, words)).removesuffix(" .")
+
+    for _ in range(num_sentences):
+        kind = rng.random()
+        if kind < _FRAME_SHARE:
+            yield f"{clause()} ."
+        elif kind < _FRAME_SHARE + _REPORT_SHARE:
+            yield rng.choice(reports).format_map({**_raw_slots(words), "sentence": clause(), "other": clause()})
+        else:
+            yield rng.choice(scenes).format_map(_raw_slots(words))

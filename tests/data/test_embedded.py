@@ -10,7 +10,7 @@ import pytest
 
 from fastpeft.data import embedded, embedded_grammar
 from fastpeft.data.embedded_text import raw_sentences
-from fastpeft.models.embedded import PATHS
+from fastpeft.models.embedded import PATHS, build
 
 SEED = 20240731
 NUM_CHECKED, NUM_WORLDS = 300, 300
@@ -209,6 +209,28 @@ def test_known_labels():
 
 
 # ---- the shipped encoder
+
+
+def test_pretraining_sees_one_sentence_an_input():
+    """No pair, no separator inside; what is wrong in it is where a word was exchanged."""
+    raw = list(raw_sentences(600, 5))
+    tokenizer = build.build_tokenizer(raw)
+    encoded = [encoding.ids for encoding in tokenizer.encode_batch(raw, add_special_tokens=False)]
+    rng = Random(5)
+    corrupt = build.Corruptor(encoded, build.mask_shares(encoded, tokenizer.get_vocab_size()), rng)
+    batches = build.batches(encoded, corrupt, 32, rng)
+    rows = [(ids.tolist(), flags.tolist()) for batch in batches for ids, flags in batch]
+    assert len(rows) == len(raw)
+    for ids, flags in rows:
+        text = [token for token in ids if token != build.PAD]
+        assert (text[0], text[-1], text.count(build.SEP), text.count(build.CLS)) == (build.CLS, build.SEP, 1, 1)
+        assert (flags[0], flags[len(text) - 1], any(flags[len(text) :])) == (0, 0, False)
+    untouched = {tuple([build.CLS, *ids, build.SEP]) for ids in encoded}
+    kept = [tuple(token for token in ids if token != build.PAD) for ids, flags in rows if not any(flags)]
+    assert 0.4 < len(kept) / len(rows) < 0.65
+    whole = sum(text in untouched for text in kept)
+    assert whole > len(kept) / 3, "but for a word left out here and there they are the raw sentences"
+    assert not any(tuple(t for t in ids if t != build.PAD) in untouched for ids, flags in rows if any(flags))
 
 
 def test_encoder_loads_and_is_small():

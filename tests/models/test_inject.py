@@ -171,9 +171,9 @@ def test_whole_model_equals_pefts_own(model_folders, seed, family):
 @pytest.mark.parametrize("family", ["deberta-v2", "distilbert"])
 def test_merge_unmerge_and_disable(model_folders, seed, family):
     torch.manual_seed(seed)
-    bare = load(model_folders, family).model
+    bare = load(model_folders, family).model.double()
     model, blocks = inject(model_folders, family)
-    model.eval()
+    model.double().eval()
     ids = torch.randint(5, 20, (4, 9))
 
     def hidden(module):
@@ -183,16 +183,16 @@ def test_merge_unmerge_and_disable(model_folders, seed, family):
     adapted, plain = hidden(inner), hidden(bare)
     assert float((adapted - plain).detach().norm()) > 1
     with model.disable_adapter():
-        torch.testing.assert_close(hidden(inner), plain, rtol=0, atol=1e-6)
+        torch.testing.assert_close(hidden(inner), plain, rtol=0, atol=1e-12)
     weights = [block.module.base_layer.weight.clone() for block in blocks]
     model.merge_adapter()
-    torch.testing.assert_close(hidden(inner), adapted, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(hidden(inner), adapted, rtol=1e-9, atol=1e-9)
     model.unmerge_adapter()
     for block, weight in zip(blocks, weights):
-        torch.testing.assert_close(block.module.base_layer.weight, weight, rtol=0, atol=1e-5)
-    torch.testing.assert_close(hidden(inner), adapted, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(block.module.base_layer.weight, weight, rtol=0, atol=1e-12)
+    torch.testing.assert_close(hidden(inner), adapted, rtol=1e-9, atol=1e-9)
     merged = copy.deepcopy(model).merge_and_unload()
-    torch.testing.assert_close(hidden(merged), adapted, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(hidden(merged), adapted, rtol=1e-9, atol=1e-9)
 
 
 def test_dropout_is_on_the_adapters_input(model_folders, seed):

@@ -1,10 +1,8 @@
 """Pretrain deberta_tiny from nothing: `python -m fastpeft.models.embedded.build [--out DIR] [--steps N]`.
 
-A DeBERTa-v2-shaped encoder learns from `fastpeft.data.embedded_text.raw_sentences`, unlabelled sentences. An input
-has two segments, so that the model knows its separator and a pair's length: two unrelated sentences, or one sentence
-twice. Masked words are restored, in the second case by looking them up in the other copy. In half of the inputs one
-segment is corrupted; its wrong words are recognised, because they fit neither their sentence nor the other copy, and
-[CLS] learns whether there are any. These targets come from the corruption alone, none from the task."""
+A DeBERTa-v2-shaped encoder learns from `fastpeft.data.embedded_text.raw_sentences`, unlabelled sentences, one an input.
+Masked words are restored. In half of the sentences some words are wrong: the model tells which, and at [CLS] whether
+there are any. These targets come from the corruption alone, none from the task."""
 
 import argparse
 import json
@@ -24,7 +22,7 @@ from fastpeft.models.embedded import PATHS
 SPECIAL_TOKENS = ("[PAD]", "[CLS]", "[SEP]", "[UNK]", "[MASK]")
 PAD, CLS, SEP, UNK, MASK = range(len(SPECIAL_TOKENS))
 MASKED_SHARE, FREQUENT_MASKED_SHARE = 0.2, 0.06
-TWICE_SHARE = 0.5
+CORRUPTED_SHARE = 0.5
 DROPPED_SHARE = 0.03
 SWAPPED_SHARE = 0.4
 NUM_SUBSTITUTES = 24
@@ -117,23 +115,12 @@ class Corruptor:
 
 
 def batches(encoded: list[list[int]], corrupt: Corruptor, batch_size: int, rng: Random) -> list[Tensor]:
-    """Inputs of two segments, of similar length within a batch: one sentence twice, or two unrelated ones.
-
-    A batch holds the tokens and the flags of the wrong ones; the flag of [CLS] says whether there is any.
-    """
+    """One sentence an input, of similar length within a batch: the tokens, and flags of the wrong ones."""
     rows = []
-    for first, second in zip(encoded[::2], encoded[1::2]):
-        pair = (first, first if rng.random() < TWICE_SHARE else second)
-        segments = [(words, [0] * len(words)) for words in pair]
-        if rng.random() < 0.5:
-            side = rng.randrange(2)
-            segments[side] = corrupt(segments[side][0])
-        ids, flags = [CLS], [int(any(segments[0][1] + segments[1][1]))]
-        for words, wrong in segments:
-            kept = [i for i, word in enumerate(words) if not corrupt.is_rare[word] or rng.random() >= DROPPED_SHARE]
-            ids += [*(words[i] for i in kept), SEP]
-            flags += [*(wrong[i] for i in kept), 0]
-        rows.append((ids, flags))
+    for sentence in encoded:
+        words, wrong = corrupt(sentence) if rng.random() < CORRUPTED_SHARE else (sentence, [0] * len(sentence))
+        kept = [i for i, word in enumerate(words) if not corrupt.is_rare[word] or rng.random() >= DROPPED_SHARE]
+        rows.append(([CLS, *(words[i] for i in kept), SEP], [0, *(wrong[i] for i in kept), 0]))
     found = []
     for start in range(0, len(rows), batch_size * BATCHES_PER_SORT):
         chunk = sorted(rows[start : start + batch_size * BATCHES_PER_SORT], key=lambda row: len(row[0]))
@@ -191,15 +178,15 @@ class Objective(torch.nn.Module):
         words = torch.nn.functional.cross_entropy(self.model.cls(hidden_BTH[masked_BT]), ids_BT[masked_BT])
         scores_BT2 = self.detector(hidden_BTH)
         seen_BT = (inputs_BT > MASK).float()
-        token, sentence = scores_BT2[..., 0], scores_BT2[:, 0, 1]
         binary = torch.nn.functional.binary_cross_entropy_with_logits
-        detection = binary(token, flags_BT.float(), weight=seen_BT, reduction="sum") / seen_BT.sum()
-        return words, TOKEN_WEIGHT * detection + binary(sentence, flags_BT[:, 0].float())
+        wrong = binary(scores_BT2[..., 0], flags_BT.float(), weight=seen_BT, reduction="sum") / seen_BT.sum()
+        sentence = binary(scores_BT2[:, 0, 1], flags_BT.amax(1).float())
+        return words, TOKEN_WEIGHT * wrong + sentence
 
 
 def pretrain(model: DebertaV2ForMaskedLM, tokenizer: Tokenizer, options: argparse.Namespace) -> None:
     generator, rng = torch.Generator().manual_seed(options.seed), Random(options.seed)
-    texts = list(raw_sentences(2 * options.steps * options.batch_size, options.seed))
+    texts = list(raw_sentences(options.steps * options.batch_size, options.seed))
     encoded = [encoding.ids for encoding in tokenizer.encode_batch(texts, add_special_tokens=False)]
     sample = encoded[:NUM_COUNTED]
     shares_V = mask_shares(sample, model.config.vocab_size)
