@@ -225,7 +225,7 @@ def test_pretraining_sees_one_sentence_an_input():
         text = [token for token in ids if token != build.PAD]
         assert (text[0], text[-1], text.count(build.SEP), text.count(build.CLS)) == (build.CLS, build.SEP, 1, 1)
         assert (flags[0], flags[len(text) - 1], any(flags[len(text) :])) == (0, 0, False)
-    untouched = {tuple([build.CLS, *ids, build.SEP]) for ids in encoded}
+    untouched = {(build.CLS, *ids, build.SEP) for ids in encoded}
     kept = [tuple(token for token in ids if token != build.PAD) for ids, flags in rows if not any(flags)]
     assert 0.4 < len(kept) / len(rows) < 0.65
     whole = sum(text in untouched for text in kept)
