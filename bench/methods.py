@@ -1,12 +1,14 @@
-"""Methods at equal wall clock: every method, task and seed in a process of its own, one budget for each.
+"""Methods at equal wall clock, on local data: means over seeds, and paired differences from LoRA.
 
-    python bench/methods.py --model DIR --data DIR [--budget 100s] [--seeds 0,1,2] [--tasks mnli,sst2,rte]
+    python bench/methods.py --model DIR --data DIR [--seconds 60] [--seeds 0,1,2] [--tasks mnli,sst2,rte]
                             [--methods lora,full,...] [--workers 2] [--runs DIR] [--json OUT] [--tune]
 
-`--data` holds a folder a task (mnli, sst2, rte), as GLUE's files are. Each worker trains on one thread. What is done in
-`--runs` is not run again. Seeds are the outermost loop: what is there when one stops is complete for the seeds that it
-has. `--tune` runs each family's rates on the first task with a seed of its own and prints the best ones, which RATES
-holds.
+First every method's step is timed, in turns on the same batches in one process. Each method then gets the steps that
+it can take in `--seconds`, its calibration counted, so that noise of the machine while a run trains takes nothing from
+its method. Each run is a process of one thread; what is done in `--runs` is not run again. Seeds are the outermost
+loop: what is there when one stops is complete for the seeds that it has. `--data` holds a folder a task (mnli, sst2,
+rte), as GLUE's files are. `--tune` tries each family's rates on the first task with a seed of its own and prints the
+best ones, which RATES holds.
 """
 
 from __future__ import annotations
@@ -14,15 +16,26 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
+import os
+import statistics
 import subprocess
 import sys
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+import torch
+
+import fastpeft
+from fastpeft.data.batches import collate
 from fastpeft.evaluate.compare import GLUE_TASKS, glue_average, mean_of, metric_of
 from fastpeft.runs.events import number
 from fastpeft.runs.store import Result, RunFolder
 from fastpeft.runs.system import environment
+from fastpeft.trainer.setup import Job, build_job
+from fastpeft.trainer.step import forward_backward, train_step
 
 METHODS = {
     "lora": {"method": "lora"},
@@ -38,7 +51,9 @@ RATES = {"lora": 1e-3, "rslora": 1e-3, "adalora": 1e-3, "full": 1e-4}
 GRID = {"lora": (1e-3, 2e-3), "rslora": (5e-4, 1e-3), "adalora": (1e-3, 2e-3, 4e-3), "full": (5e-5, 1e-4, 2e-4)}
 TUNING_SEED = 1000
 SST2_ROWS = 10_000
-DEV_ROWS = 2000
+DEV_ROWS = 1000
+CALIBRATION_BATCHES = 8
+TIMED_ROUNDS, UNTIMED_ROUNDS = 8, 3
 
 
 def family(method: str) -> str:
@@ -55,42 +70,82 @@ def subset(source: Path, target: Path) -> Path:
     return target
 
 
+def calibrate_once(job: Job) -> None:
+    """One calibration batch, so that the penalty has its weights."""
+    if job.adapter.calibration_batches:
+        with job.adapter.calibrating():
+            rows = job.batches.rows(0)
+            job.adapter.before_calibration_batch()
+            forward_backward(job.adapter, [collate(job.batches.encoded, rows, job.device)], len(rows))
+            job.adapter.after_calibration_batch(1.0)
+        job.adapter.finish_calibration()
+
+
 class Bench:
     def __init__(self, args: argparse.Namespace) -> None:
         self.args, self.runs = args, args.runs
         self.data = {task: args.data / task for task in GLUE_TASKS}
         if "sst2" in args.tasks:
             self.data["sst2"] = subset(args.data / "sst2", args.runs / "data" / "sst2")
+        self.step_s: dict[tuple[str, str], float] = {}
+
+    def settings(self, method: str, task: str) -> dict:
+        return METHODS[method] | {
+            "model.name": self.args.model,
+            "dataset.name": task,
+            "dataset.path": str(self.data[task]),
+            "adapter.target_modules": "all-linear",
+            "training.threads": 1,
+            "regulariser.warmup_steps": CALIBRATION_BATCHES,
+            "schedule.warmup_steps": 50,
+            "evaluation.every": "end",
+            "evaluation.max_examples": DEV_ROWS,
+            "wandb.mode": "disabled",
+        }
+
+    def time_steps(self, task: str) -> None:
+        """Median seconds a step of every method, in turns."""
+        torch.set_num_threads(1)
+        jobs = {m: build_job(fastpeft.load_run("iwlora_mnli", **self.settings(m, task))) for m in self.args.methods}
+        seconds: dict[str, list[float]] = {method: [] for method in jobs}
+        for job in jobs.values():
+            calibrate_once(job)
+        for i in range(UNTIMED_ROUNDS + TIMED_ROUNDS):
+            for method, job in jobs.items():
+                rows = job.batches.rows(i % UNTIMED_ROUNDS)  # their shapes are known to the processor's library by then
+                began = time.perf_counter()
+                batch = collate(job.batches.encoded, rows, job.device)
+                train_step(job.adapter, job.schedule, job.optimizer, [batch], len(rows), (i + 1) / 100)
+                seconds[method].append(time.perf_counter() - began)
+        for method, values in seconds.items():
+            self.step_s[method, task] = statistics.median(values[UNTIMED_ROUNDS:])
+            print(f"{task} {method:22} {self.step_s[method, task] * 1e3:7.1f} ms a step", flush=True)
+
+    def num_steps(self, method: str, task: str) -> int:
+        calibration = CALIBRATION_BATCHES if METHODS[method]["method"] == "iw_lora" else 0
+        return int(self.args.seconds / self.step_s[method, task]) - calibration
 
     def train(self, method: str, task: str, seed: int, rate: float) -> Result:
         name = f"{task}-{method}-{rate:g}-seed{seed}"
         folder = RunFolder.at(self.runs, name)
         result = folder.read_result()
         if result is None or result.status != "done":
-            settings = METHODS[method] | {
-                "model.name": self.args.model,
-                "dataset.name": task,
-                "dataset.path": self.data[task],
-                "adapter.target_modules": "all-linear",
-                "training.learning_rate": rate,
-                "training.threads": 1,
-                "schedule.warmup_steps": 50,
-                "evaluation.every": "end",
-                "evaluation.max_examples": DEV_ROWS,
-                "wandb.mode": "disabled",
-            }
             command = [sys.executable, "-m", "fastpeft", "train", "--run", "iwlora_mnli", "--seed", str(seed)]
-            command += ["--budget", self.args.budget, "--results-dir", str(self.runs), "--name", name]
-            command += ["--resume"] if folder.config.is_file() else []
-            command += [f"{key}={value}" for key, value in settings.items()]
+            command += [
+                "--results-dir",
+                str(self.runs),
+                "--name",
+                name,
+                *(["--resume"] if folder.config.is_file() else []),
+            ]
+            command += ["--budget", f"{self.num_steps(method, task)}steps", f"training.learning_rate={rate}"]
+            command += [f"{key}={value}" for key, value in self.settings(method, task).items()]
             done = subprocess.run(command, capture_output=True, text=True)
             result = folder.read_result()
             if done.returncode or result is None:
                 raise SystemExit(f"{name} failed with exit code {done.returncode}:\n{done.stderr[-2000:]}")
-        print(
-            f"{name:44} {number(result.metric['value']):.4f}  {result.steps:5} steps  {result.elapsed_s:6.1f} s",
-            flush=True,
-        )
+        value = number(result.metric["value"])
+        print(f"{name:44} {value:.4f}  {result.steps:5} steps  {result.elapsed_s:6.1f} s", flush=True)
         return result
 
     def all(self, cells: list[tuple[str, str, int, float]]) -> list[Result]:
@@ -102,12 +157,15 @@ class Bench:
         for method in self.args.methods:
             if family(method) == method:
                 cells += [(method, task, TUNING_SEED, rate) for rate in GRID[method]]
+        self.time_steps(task)
         results = self.all(cells)
         for method, group in itertools.groupby(zip(cells, results), key=lambda pair: pair[0][0]):
             best = max(group, key=lambda pair: number(pair[1].metric["value"]))
             print(f"{method}: {best[0][3]:g}")
 
     def compare(self) -> dict:
+        for task in self.args.tasks:
+            self.time_steps(task)
         order = itertools.product(self.args.seeds, self.args.tasks, self.args.methods)
         cells = [(method, task, seed, RATES[family(method)]) for seed, task, method in order]
         results = self.all(cells)
@@ -121,7 +179,7 @@ class Bench:
         for task in self.args.tasks:
             runs = [own[task, seed] for seed in self.args.seeds]
             entry = {"mean": str(metric_of(runs)), "values": [number(r.metric["value"]) for r in runs]}
-            entry["steps"] = [r.steps for r in runs]
+            entry |= {"steps": runs[0].steps, "step_ms": round(self.step_s[method, task] * 1e3, 1)}
             if method != "lora" and "lora" in self.args.methods:
                 lora = [number(results["lora", task, seed].metric["value"]) for seed in self.args.seeds]
                 entry["minus_lora"] = str(mean_of([a - b for a, b in zip(entry["values"], lora)]))
@@ -134,7 +192,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", required=True)
     parser.add_argument("--data", type=Path, required=True)
-    parser.add_argument("--budget", default="100s")
+    parser.add_argument("--seconds", type=float, default=60.0)
     parser.add_argument("--seeds", type=lambda text: [int(part) for part in text.split(",")], default=[0, 1, 2])
     parser.add_argument("--tasks", type=lambda text: text.split(","), default=list(GLUE_TASKS))
     parser.add_argument("--methods", type=lambda text: text.split(","), default=list(METHODS))
@@ -153,7 +211,7 @@ def main() -> None:
         for task, entry in row["tasks"].items():
             print(f"  {task:5} {entry['mean']:18} minus LoRA {entry.get('minus_lora', '-'):18} steps {entry['steps']}")
     if args.json:
-        report = {"budget": args.budget, "seeds": args.seeds, "environment": environment(), "rows": rows}
+        report = {"seconds": args.seconds, "seeds": args.seeds, "environment": environment(), "rows": rows}
         args.json.write_text(json.dumps(report, indent=2) + "\n")
 
 

@@ -21,7 +21,6 @@ _ESSENTIAL = {
 """Without one of these no run starts; without another, some runs do not."""
 
 _GIB = 2**30
-_POWERCAP = Path("/sys/class/powercap")
 _CGROUP = Path("/sys/fs/cgroup")
 
 
@@ -261,39 +260,21 @@ def kernels() -> list[Finding]:
 
 def energy() -> list[Finding]:
     """Which meter a run's joules would come from."""
-    method, words, fix = _energy_meter()
-    if method == "none":
-        return [Finding("energy", "missing", f"no energy meter: {words}", fix)]
-    return [Finding("energy", "ok", f"{method}: {words}")]
+    import torch
+
+    from fastpeft.budget.energy import EnergyMeter
+    from fastpeft.trainer.setup import gpu_uuid
+
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    meter = EnergyMeter.open(gpu_uuid(device))
+    if not meter.works:
+        fix = "budgets in seconds, tokens or steps need no meter; only joules do"
+        return [Finding("energy", "missing", f"no energy meter: {meter.reason}", fix)]
+    return [Finding("energy", "ok", f"{meter.method}: {_METERS[meter.method]}")]
 
 
-def _energy_meter() -> tuple[str, str, str]:
-    """Method, words about it, and what to do: the GPU's energy counter, else its power, else the processor's RAPL."""
-    try:
-        import pynvml
-
-        pynvml.nvmlInit()
-        handle = pynvml.nvmlDeviceGetHandleByIndex(0)
-    except Exception as error:
-        reasons = [f"NVML is not there ({first_line(error) or type(error).__name__})"]
-    else:
-        try:
-            pynvml.nvmlDeviceGetTotalEnergyConsumption(handle)
-            return "nvml_counter", "the energy counter of the GPU", ""
-        except Exception as error:
-            reasons = [f"the GPU has no energy counter ({first_line(error)})"]
-        try:
-            pynvml.nvmlDeviceGetPowerUsage(handle)
-            return "nvml_power", "the power that the GPU reports, integrated", ""
-        except Exception as error:
-            reasons.append(f"it reports no power ({first_line(error)})")
-    counters = sorted(_POWERCAP.glob("intel-rapl:[0-9]*/energy_uj"))
-    if not counters:
-        words = "; ".join([*reasons, "the processor shows no RAPL counter"])
-        return "none", words, "give budgets in seconds, tokens or steps; only joules need a meter"
-    try:
-        int(counters[0].read_text())
-    except (OSError, ValueError) as error:
-        words = "; ".join([*reasons, f"the processor's RAPL counter cannot be read ({error})"])
-        return "none", words, f"let it be read: sudo chmod a+r {_POWERCAP}/intel-rapl:*/energy_uj"
-    return "rapl", "the processor's RAPL counters, which leave out memory and disks", ""
+_METERS = {
+    "nvml_counter": "the energy counter of the GPU",
+    "nvml_power": "the power that the GPU reports, integrated",
+    "rapl": "the processor's RAPL counters, which leave out disks and fans",
+}

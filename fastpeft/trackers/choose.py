@@ -68,7 +68,7 @@ def wandb_mode(asked: str, say: Callable[[str], None]) -> str:
             raise UserError(f"wandb.mode: {asked}, but W&B is not installed: pip install wandb, or wandb.mode=disabled")
         say("W&B is not installed: the run is in its event log only")
         return "disabled"
-    if mode == "online" and not _has_key(stored):
+    if mode == "online" and not has_key():
         if asked == "online":
             raise UserError(
                 "wandb.mode: online, but there is no API key: set WANDB_API_KEY, run `wandb login`, or take "
@@ -87,7 +87,9 @@ def _installed(package: str) -> bool:
     return spec is not None and spec.origin is not None  # a folder of that name is no package: W&B makes them
 
 
-def _has_key(stored: dict[str, str]) -> bool:
+def has_key() -> bool:
+    """Whether W&B would find an API key: in the environment, its own settings, or netrc."""
+    stored = _stored_settings()
     if any(os.environ.get(name) for name in ("WANDB_API_KEY", "WANDB_IDENTITY_TOKEN_FILE")) or stored.get("api_key"):
         return True
     host = urlsplit(os.environ.get("WANDB_BASE_URL") or stored.get("base_url", "https://api.wandb.ai")).netloc

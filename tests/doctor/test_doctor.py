@@ -323,30 +323,19 @@ def test_triton_that_does_not_load_is_told(monkeypatch):
     assert "triton cannot be imported" in one(machine.kernels()).message
 
 
-def test_the_energy_meter_is_the_first_that_answers(monkeypatch, tmp_path):
-    import pynvml
+def test_the_meter_is_the_one_that_a_run_would_have(monkeypatch, tmp_path):
+    from fastpeft.budget import energy
 
-    def refuse(*_):
-        raise pynvml.NVMLError(pynvml.NVML_ERROR_NOT_SUPPORTED)
-
-    monkeypatch.setattr(machine, "_POWERCAP", tmp_path)
-    for name in ("nvmlInit", "nvmlDeviceGetHandleByIndex", "nvmlDeviceGetTotalEnergyConsumption"):
-        monkeypatch.setattr(pynvml, name, lambda *_: 1)
-    monkeypatch.setattr(pynvml, "nvmlDeviceGetPowerUsage", lambda *_: 1)
-    assert one(machine.energy()).message.startswith("nvml_counter")
-    monkeypatch.setattr(pynvml, "nvmlDeviceGetTotalEnergyConsumption", refuse)
-    assert one(machine.energy()).message.startswith("nvml_power")
-    monkeypatch.setattr(pynvml, "nvmlDeviceGetPowerUsage", refuse)
-    assert one(machine.energy()).status == "missing"
-    (tmp_path / "intel-rapl:0").mkdir()
-    (tmp_path / "intel-rapl:0" / "energy_uj").write_text("12345\n")
-    assert one(machine.energy()).message.startswith("rapl")
-    monkeypatch.setattr(pynvml, "nvmlInit", refuse)
-    assert one(machine.energy()).message.startswith("rapl")
-    (tmp_path / "intel-rapl:0" / "energy_uj").write_text("")
+    monkeypatch.setattr(energy, "POWERCAP", tmp_path)
     finding = one(machine.energy())
-    assert finding.status == "missing"
-    assert "chmod a+r" in finding.fix
+    assert (finding.status, str(tmp_path) in finding.message) == ("missing", True)
+    zone = tmp_path / "intel-rapl:0"
+    zone.mkdir()
+    for name, value in (("name", "package-0"), ("energy_uj", "12345"), ("max_energy_range_uj", "99999999")):
+        (zone / name).write_text(f"{value}\n")
+    finding = one(machine.energy())
+    assert finding.status == "ok"
+    assert finding.message.startswith("rapl: ")
 
 
 # ---- hub, W&B, folders ---------------------------------------------------------------------
