@@ -17,7 +17,8 @@ FILES = sorted(PRESETS.rglob("*.yaml"))
 
 def test_every_file_has_a_name_that_loads() -> None:
     assert [path.stem for path in sorted(FILES, key=lambda p: p.stem)] == preset_names()
-    assert {"lora_mnli", "lora_sst2", "lora_rte", "iwlora_mnli"} <= set(preset_names())
+    methods, tasks = ("lora", "rslora", "iwlora", "adalora", "full"), ("mnli", "sst2", "rte")
+    assert {f"{method}_{task}" for method in methods for task in tasks} <= set(preset_names())
     for path in FILES:
         assert load_run(path.stem).run_id == path.stem
 
@@ -34,7 +35,8 @@ def test_trial_on_the_stand_in(path: Path, tmp_path: Path) -> None:
     assert kinds.count("checkpoint") == 1
     assert kinds[-1] == "end"
     assert all(event["num"] == 32 for event in events if event["type"] == "eval")
-    assert (tmp_path / "r" / "adapter" / "adapter_config.json").is_file()
+    is_full = path.stem.startswith("full_")
+    assert (tmp_path / "r" / ("model/config.json" if is_full else "adapter/adapter_config.json")).is_file()
     assert load_run(tmp_path / "r" / "run.yaml").run_id == path.stem
 
 
