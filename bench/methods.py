@@ -47,7 +47,7 @@ METHODS = {
     "adalora": {"method": "adalora"},
     "full": {"method": "full"},
 }
-RATES = {"lora": 1e-3, "rslora": 1e-3, "adalora": 1e-3, "full": 1e-4}
+RATES = {"lora": 2e-3, "rslora": 1e-3, "adalora": 2e-2, "full": 2e-4}
 GRID = {
     "lora": (2e-3, 4e-3),
     "rslora": (1e-3, 2e-3),
