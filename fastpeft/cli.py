@@ -251,6 +251,25 @@ def doctor(
         raise typer.Exit(EXIT_CANNOT_TRAIN)
 
 
+@app.command()
+def evaluate(
+    runs: Annotated[
+        list[str] | None, typer.Argument(metavar="[RUN]...", help="Runs or groups; all when absent.")
+    ] = None,
+    results_dir: ResultsDir = Path("results"),
+) -> None:
+    """Figures and metrics of runs, and their comparison over seeds."""
+    from rich.console import Console
+
+    from fastpeft.console import comparison_table
+    from fastpeft.evaluate.report import report
+
+    comparison = report(runs or [], results_dir)
+    width = None if sys.stdout.isatty() else 250
+    Console(highlight=False, width=width).print(comparison_table(comparison))
+    print(f"\nwritten      {results_dir / 'comparison'}, and metrics.json and figures/ in each run's folder")
+
+
 @runs.command("ls")
 def runs_ls(results_dir: ResultsDir = Path("results")) -> None:
     """Every run under the results folder."""

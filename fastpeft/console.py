@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 from rich.table import Table
 
-from fastpeft.evaluate.compare import metric_of
+from fastpeft.evaluate.compare import Comparison, metric_of
 from fastpeft.runs.events import Event, number
 from fastpeft.runs.store import Result, RunFolder
 
@@ -162,6 +162,21 @@ def group_table(results: list[Result]) -> Table:
         table.add_row(str(r.seed), r.status, *values)
     mean, best = (str(metric_of(results, of) or "-") for of in ("metric", "best"))
     table.add_row("mean", "", mean, best, style="bold")
+    return table
+
+
+def comparison_table(comparison: Comparison) -> Table:
+    """`fastpeft evaluate`: a line a method and task, then the GLUE averages."""
+    table = Table(box=None, pad_edge=False)
+    minus = f"minus {comparison.baseline}" if comparison.baseline else "difference"
+    for name in ("task", "method", "seeds", "metric", "best", minus, "time", "energy"):
+        table.add_column(name)
+    for row in comparison.rows:
+        values = (row.metric, row.best or "-", row.minus_baseline or "-", f"{row.seconds.value:.0f} s")
+        energy = f"{row.joules.value:,.0f} J" if row.joules else "-"
+        table.add_row(row.task, row.label, str(row.metric.count), *map(str, values), energy)
+    for label, mean in comparison.glue.items():
+        table.add_row("GLUE average", label, str(mean.count), str(mean), *["-"] * 4, style="bold")
     return table
 
 

@@ -28,7 +28,8 @@ LAYERS = [
     {"fastpeft.models"},
     {"fastpeft.adapters", "fastpeft.schedules", "fastpeft.budget", "fastpeft.evaluate"},
     {"fastpeft.trainer"},
-    {"fastpeft.evaluate.compare", "fastpeft.export", "fastpeft.doctor"},
+    {"fastpeft.evaluate.compare", "fastpeft.evaluate.figures", "fastpeft.export", "fastpeft.doctor"},
+    {"fastpeft.evaluate.report"},
     {"fastpeft.sweep", "fastpeft.tui", "fastpeft.console"},
     {"fastpeft.cli"},
     {"fastpeft.__main__", "fastpeft"},  # the public face: nothing below may import it

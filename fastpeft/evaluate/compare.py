@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import statistics
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
@@ -60,3 +61,74 @@ def glue_average(results: Iterable[Result]) -> Mean | None:
         if all(task in scores for task in GLUE_TASKS)
     ]
     return mean_of(whole) if whole else None
+
+
+@dataclass(frozen=True)
+class Row:
+    """One method on one task, over its seeds."""
+
+    label: str
+    task: str
+    metric: Mean
+    best: Mean | None
+    minus_baseline: Mean | None
+    """Difference from the baseline on the seeds that both have."""
+    seconds: Mean
+    joules: Mean | None
+    runs: list[str]
+
+
+@dataclass(frozen=True)
+class Comparison:
+    baseline: str | None
+    rows: list[Row]
+    glue: dict[str, Mean]
+    """Label -> GLUE average, for those that have all three tasks."""
+
+
+def compare(results: list[Result]) -> Comparison:
+    """Group runs by method and task. Runs of one method that share a task and a seed are told apart by their run_id.
+
+    The baseline is plain LoRA where it is there.
+    """
+    labels = labels_of(results)
+    groups: dict[tuple[str, str], list[Result]] = {}
+    for result, label in zip(results, labels):
+        task = f"{result.dataset} (stand-in)" if result.stand_in else result.dataset
+        if "value" in result.metric:
+            groups.setdefault((label, task), []).append(result)
+    baseline = "lora" if any(label == "lora" for label, _ in groups) else None
+    rows = []
+    for (label, task), runs in sorted(groups.items(), key=lambda item: item[0][::-1]):
+        metric = metric_of(runs)
+        assert metric is not None
+        joules = [run.energy_j for run in runs if run.energy_j is not None]
+        rows.append(
+            Row(
+                label=label,
+                task=task,
+                metric=metric,
+                best=metric_of(runs, "best"),
+                minus_baseline=_paired(runs, groups.get((baseline or "", task), [])) if label != baseline else None,
+                seconds=mean_of([run.elapsed_s for run in runs]),
+                joules=mean_of(joules) if len(joules) == len(runs) else None,
+                runs=[run.name for run in runs],
+            )
+        )
+    glue = {
+        label: glue_average([r for r, own in zip(results, labels) if own == label]) for label in dict.fromkeys(labels)
+    }
+    return Comparison(baseline, rows, {label: mean for label, mean in glue.items() if mean is not None})
+
+
+def labels_of(results: list[Result]) -> list[str]:
+    """The method; the run_id where two runs of a method have one task and one seed."""
+    keys = [(result.method, result.dataset, result.seed) for result in results]
+    twice = {method for (method, *_), count in Counter(keys).items() if count > 1}
+    return [result.run_id if result.method in twice or not result.method else result.method for result in results]
+
+
+def _paired(runs: list[Result], others: list[Result]) -> Mean | None:
+    by_seed = {other.seed: number(other.metric["value"]) for other in others}
+    found = [number(run.metric["value"]) - by_seed[run.seed] for run in runs if run.seed in by_seed]
+    return mean_of(found) if found else None

@@ -8,7 +8,7 @@ import random
 import pytest
 from scipy import stats
 
-from fastpeft.evaluate.compare import glue_average, mean_of, metric_of
+from fastpeft.evaluate.compare import compare, glue_average, mean_of, metric_of
 from fastpeft.runs.store import Result
 
 
@@ -50,3 +50,28 @@ def test_glue_average_goes_seed_by_seed():
     assert glue_average(whole + half).value == pytest.approx(0.6), "a seed without RTE has no average"
     assert glue_average(half) is None
     assert glue_average([result(0, t, 0.5, stand_in=True) for t in ("mnli", "sst2", "rte")]) is None
+
+
+def test_methods_are_paired_with_lora_by_seed():
+    runs = [result(s, "rte", v, method="lora", elapsed_s=10.0) for s, v in ((0, 0.5), (1, 0.7))]
+    runs += [result(s, "rte", v, method="iw_lora", energy_j=5.0) for s, v in ((0, 0.6), (1, 0.7), (2, 0.9))]
+    found = compare([*runs, result(3, "rte", None, method="lora")])
+    lora, own = (next(row for row in found.rows if row.label == label) for label in ("lora", "iw_lora"))
+    assert (found.baseline, lora.minus_baseline, lora.metric.count) == ("lora", None, 2)
+    assert (own.minus_baseline.value, own.minus_baseline.count) == (pytest.approx(0.05), 2)
+    assert (lora.joules, own.joules.value, lora.seconds.value) == (None, 5.0, 10.0)
+    assert found.glue == {}
+
+
+def test_two_settings_of_one_method_are_told_apart_by_run_id():
+    runs = [result(0, "rte", v, method="iw_lora") for v in (0.5, 0.9)]
+    runs[0].run_id, runs[1].run_id = "weak", "strong"
+    found = compare(runs)
+    assert {row.label: row.metric.value for row in found.rows} == {"weak": 0.5, "strong": 0.9}
+    assert found.baseline is None
+
+
+def test_stand_ins_are_named_and_never_averaged_with_the_real_task():
+    runs = [result(0, "embedded-nli", 0.9, method="lora", stand_in=True)]
+    (row,) = compare(runs).rows
+    assert row.task == "embedded-nli (stand-in)"
