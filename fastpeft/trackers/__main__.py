@@ -19,7 +19,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
-from fastpeft.errors import UserError
+from fastpeft.errors import UnavailableError, UserError
 from fastpeft.runs.events import Event, parse_event
 from fastpeft.trackers.rows import Row, Rows
 
@@ -74,8 +74,10 @@ def follow(log: LogTail, tracker: Tracker, over: Callable[[float], bool]) -> Non
     while True:
         last = over(wait_s)
         for event in log.read():
-            end = event if event["type"] == "end" else None
+            if event["type"] == "end":
+                end = event
             if event["type"] == "run":
+                end = None
                 tracker.describe(event)
             row = rows.of(event)
             if row is not None:
@@ -123,8 +125,7 @@ def _followed(options: argparse.Namespace) -> None:
             over = partial(trainer_is_over, finish_s=options.finish_s)
             follow(LogTail(options.folder / "events.jsonl"), tracker, over)
     except BaseException as error:
-        text = " ".join(f"{type(error).__name__}: {error}".split())
-        report(stopped=text if len(text) <= _REASON_CHARS else f"{text[:_REASON_CHARS]}...")
+        report(stopped=_reason(error))
         os._exit(1)  # past W&B's exit hooks, which may hang as well
 
 
@@ -141,8 +142,16 @@ def _by_hand(options: argparse.Namespace) -> None:
             raise UserError("W&B is switched off: see WANDB_MODE, WANDB_DISABLED and `wandb online`")
     with _alone(options, wait=False):
         tracker = _tracker(options)
-        print(tracker.start())
-        follow(LogTail(options.folder / "events.jsonl"), tracker, lambda _: True)
+        try:
+            print(tracker.start())
+            follow(LogTail(options.folder / "events.jsonl"), tracker, lambda _: True)
+        except Exception as error:  # a tracker's own classes
+            raise UnavailableError(f"{options.tracker}: {_reason(error)}") from error
+
+
+def _reason(error: BaseException) -> str:
+    text = " ".join(f"{type(error).__name__}: {error}".split())
+    return text if len(text) <= _REASON_CHARS else f"{text[:_REASON_CHARS]}..."
 
 
 def _tracker(options: argparse.Namespace) -> Tracker:

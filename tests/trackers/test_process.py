@@ -130,6 +130,16 @@ def test_how_the_run_ended_is_told(status, code, fake, tmp_path):
     assert calls()[-1] == ["finish", code]
 
 
+def test_an_event_after_the_end_does_not_undo_it(fake, tmp_path):
+    calls, heard = fake(), Heard()
+    log = write_log(tmp_path / "r", range(1), "done")
+    log.write("system", elapsed_s=9.0, step=1, util=1.0)  # a heartbeat that hung while the run ended
+    log.close()
+    heard.track(tmp_path / "r").close()
+    assert [call[0] for call in calls()][-2:] == ["summary", "finish"]
+    assert calls()[-1] == ["finish", 0]
+
+
 @pytest.mark.parametrize(
     ("faults", "reason"),
     [
@@ -262,4 +272,16 @@ def test_by_hand_a_folder_without_a_log_is_refused(tmp_path: Path):
     done = subprocess.run([sys.executable, "-m", "fastpeft.trackers", str(tmp_path)], capture_output=True, text=True)
     assert done.returncode == 2
     assert "has no events.jsonl" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_by_hand_what_wandb_raises_is_a_message(fake, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    fake(init="raise RuntimeError('no such entity')")
+    write_log(tmp_path / "r", range(2), "done").close()
+    (tmp_path / "r" / "run.yaml").write_text("extends: lora_mnli\n")
+    command = [sys.executable, "-m", "fastpeft.trackers", str(tmp_path / "r"), "--mode", "offline"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 3
+    assert "RuntimeError: no such entity" in done.stderr
     assert "Traceback" not in done.stderr
