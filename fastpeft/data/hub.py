@@ -103,12 +103,18 @@ def _prepared(source: HubDataset) -> Path | None:
 
 
 def _default_config(card: Path) -> str | None:
-    """The configuration that a dataset's card makes the default; None if it leaves the choice open."""
+    """The configuration that a dataset's card makes the default; None if it leaves the choice open, or is malformed."""
+    import yaml
     from huggingface_hub import DatasetCard
 
-    about = DatasetCard.load(card, ignore_metadata_errors=True).data.to_dict() if card.is_file() else {}
+    try:
+        about = DatasetCard.load(card, ignore_metadata_errors=True).data.to_dict() if card.is_file() else {}
+    except (ValueError, yaml.YAMLError):
+        return None
     configs = about.get("configs") or about.get("dataset_info") or []
     configs = [configs] if isinstance(configs, dict) else configs
+    if not (isinstance(configs, list) and all(isinstance(config, dict) for config in configs)):
+        return None
     names = [config.get("config_name", "default") for config in configs] or ["default"]
     chosen = [config.get("config_name", "default") for config in configs if config.get("default")]
     if chosen or "default" in names:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 from fastpeft import hub
 from fastpeft.errors import UnavailableError
+from fastpeft.runs.store import read_json
 
 CONFIG = "config.json"
 _WEIGHTS = (
@@ -70,5 +70,6 @@ def _is_whole(folder: Path) -> bool:
         if single in have:
             return True
         if index in have:
-            return set(json.loads((folder / index).read_text())["weight_map"].values()) <= have
+            shards = (read_json(folder / index) or {}).get("weight_map")
+            return isinstance(shards, dict) and set(shards.values()) <= have
     return False

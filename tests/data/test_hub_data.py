@@ -167,6 +167,15 @@ def test_the_default_configuration_is_the_cards_and_not_the_one_that_is_cached(f
     assert offline(fake_hub, config()).train.text[0].startswith("a")
 
 
+@pytest.mark.parametrize("text", ["configs: [a", "- a", "configs: x", "configs:\n- a", "dataset_info: [1]"])
+def test_a_malformed_card_is_a_message_the_second_time_too(text, fake_hub):
+    data = parquet(reviews(6), ("neg", "pos"))
+    own(fake_hub, {"README.md": f"---\n{text}\n---\n".encode(), "train.parquet": data})
+    for _ in range(2):
+        assert not is_cached(hub_dataset(config()))
+        assert "cannot be read" in refusal(config())
+
+
 def test_csv_and_a_column_map(fake_hub):
     lines = ["kind,body,stars", *(f"x,body {i},{1 + i % 3}" for i in range(30))]
     own(fake_hub, {"train.csv": "\n".join(lines).encode()})

@@ -117,6 +117,14 @@ def test_safetensors_are_preferred_and_shards_belong_together(fake_hub):
     assert cached_model("a/shards", "main") == folder
 
 
+@pytest.mark.parametrize("text", ['{"weight_map": {"a"', "{}", "[]", '{"weight_map": 1}'])
+def test_a_damaged_index_is_no_whole_model(text, fake_hub):
+    files = {"config.json": b"{}", "vocab.txt": b"a", "model.safetensors.index.json": text.encode()}
+    fake_hub.add("model", "a/damaged", files)
+    fetch_model("a/damaged", "main")
+    assert cached_model("a/damaged", "main") is None
+
+
 @pytest.mark.parametrize("lost", ["config.json", "spm.model", "pytorch_model.bin"])
 def test_a_cache_that_lacks_a_file_is_completed(lost, deberta, fake_hub):
     fake_hub.add("model", MODEL, deberta)
