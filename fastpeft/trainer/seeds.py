@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from fastpeft.config import ConfigError, RunConfig, parse_budget, with_values
+from fastpeft.config import ConfigError, RunConfig, load_run, parse_budget, with_values
 from fastpeft.runs.store import Result, RunFolder, default_name
 from fastpeft.trainer import StopRequest, train
 
@@ -35,7 +35,8 @@ def train_seeds(
         The results of the seeds that were trained or are done, in order.
 
     Raises:
-        UserError: as `train`, and before anything is trained if a folder is taken or the shares are too small.
+        UserError: as `train`, and before anything is trained if a folder is taken, the shares are too small, or
+            those of the group to be resumed are other ones.
     """
     group = name or default_name(run.run_id)
     shares = share_budget(run, len(seeds))
@@ -43,6 +44,8 @@ def train_seeds(
     if not resume:
         for folder in folders:
             folder.check_free()
+    else:
+        _check_shares(shares, folders)
     results = []
     with stop or StopRequest() as stop:
         for seed, folder in zip(seeds, folders):
@@ -55,6 +58,15 @@ def train_seeds(
             where = {"results_dir": results_dir, "name": folder.path.name, "group": group}
             results.append(train(one, resume=goes_on, stop=stop, **where, **options))
     return results
+
+
+def _check_shares(shares: RunConfig, folders: list[RunFolder]) -> None:
+    """What is done had the same share: more seeds in a budget that is spent would be means over unlike runs."""
+    for folder in folders:
+        if folder.config.is_file() and (had := load_run(folder.config).budget) != shares.budget:
+            problem = f"its share was {had or 'none'}, now it would be {shares.budget or 'none'}"
+            fix = "resume with the group's own --budget and --seeds, or start a new group"
+            raise ConfigError(f"budget of {folder.path}", [f"{problem}: {fix}"])
 
 
 def share_budget(run: RunConfig, count: int) -> RunConfig:

@@ -107,6 +107,9 @@ def test_resume_keeps_what_is_done_continues_and_starts_the_rest(run_file, tmp_p
     second = train_seeds(load(run_file, budget="36steps"), [0, 1, 2], **where, resume=True)
     assert [(r.seed, r.status, r.steps, r.group) for r in second] == [(s, "done", 12, "g") for s in (0, 1, 2)]
     assert (tmp_path / "r" / "g-seed0" / "events.jsonl").read_bytes() == kept
+    with pytest.raises(ConfigError, match="its share was 12steps, now it would be 9steps"):  # done, yet not comparable
+        train_seeds(load(run_file, budget="36steps"), [0, 1, 2, 3], **where, resume=True)
+    assert not (tmp_path / "r" / "g-seed3").exists()
 
 
 def test_handlers_are_put_back_after_nested_use():
