@@ -15,6 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from fastpeft.runs.system import nvml_device
+
 POWERCAP = Path("/sys/class/powercap")
 WINDOW_S = 1.0
 """Shortest time between two readings: NVML's counter moves only every 20 to 100 ms."""
@@ -123,15 +125,12 @@ def open_source(gpu_uuid: str | None, powercap: Path) -> tuple[Source | None, st
 def _open_nvml(uuid: str) -> tuple[Source | None, str]:
     reasons = []
     try:
-        import pynvml
-
-        pynvml.nvmlInit()
-        handle = pynvml.nvmlDeviceGetHandleByUUID(uuid)  # an index would ignore CUDA_VISIBLE_DEVICES
+        nvml, handle = nvml_device(uuid)
     except Exception as error:
         return None, f"NVML cannot be opened for {uuid} ({_words(error)})"
     for source in (NvmlCounter, NvmlPower):
         try:
-            return source(pynvml, handle), ""
+            return source(nvml, handle), ""
         except Exception as error:
             reasons.append(f"{source.method}: {_words(error)}")
     return None, f"NVML tells neither energy nor power of {uuid} ({'; '.join(reasons)})"

@@ -77,16 +77,27 @@ class EventLog:
             self._file.close()
 
 
+class LogTail:
+    """Yields the events that a growing log has gained since the last look."""
+
+    def __init__(self, path: Path, offset: int = 0) -> None:
+        self._path, self._offset = path, offset
+
+    def read(self) -> Iterator[Event]:
+        with self._path.open("rb") as file:
+            file.seek(self._offset)
+            for line in file:
+                if not line.endswith(b"\n"):
+                    return
+                self._offset += len(line)
+                event = parse_event(line)
+                if event is not None:
+                    yield event
+
+
 def read_events(path: Path, offset: int = 0) -> Iterator[Event]:
     """Events from byte `offset` on. Malformed lines, and a last line still being written, are passed over."""
-    with path.open("rb") as file:
-        file.seek(offset)
-        for line in file:
-            if not line.endswith(b"\n"):
-                return
-            event = parse_event(line)
-            if event is not None:
-                yield event
+    return LogTail(path, offset).read()
 
 
 def parse_event(line: bytes) -> Event | None:

@@ -105,13 +105,18 @@ def _cpu_reader() -> Callable[[], dict[str, float | None]]:
     return read
 
 
+def nvml_device(uuid: str) -> tuple[Any, Any]:
+    """NVML's module, and its handle of a GPU. May raise anything, and may hang."""
+    import pynvml
+
+    pynvml.nvmlInit()
+    return pynvml, pynvml.nvmlDeviceGetHandleByUUID(uuid)  # an index would ignore CUDA_VISIBLE_DEVICES
+
+
 def _gpu_reader(uuid: str) -> Callable[[], dict[str, float | None]]:
     nothing = dict.fromkeys(("util", "memory_mb", "power_w", "temp_c"))
     try:
-        import pynvml
-
-        pynvml.nvmlInit()
-        handle = pynvml.nvmlDeviceGetHandleByUUID(uuid)  # an index would ignore CUDA_VISIBLE_DEVICES
+        pynvml, handle = nvml_device(uuid)
     except Exception:
         return lambda: nothing
     reads = {

@@ -14,13 +14,13 @@ import os
 import select
 import signal
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
 from fastpeft.errors import UnavailableError, UserError
-from fastpeft.runs.events import Event, parse_event
+from fastpeft.runs.events import Event, LogTail
 from fastpeft.trackers.rows import Row, Rows
 
 POLL_S = 1.0
@@ -44,24 +44,6 @@ class Tracker(Protocol):
 
     def finish(self, end: Event | None) -> None:
         """`end` is the log's end event, if it has one."""
-
-
-class LogTail:
-    """Yields the events that a growing log has gained since the last look."""
-
-    def __init__(self, path: Path) -> None:
-        self._path, self._offset = path, 0
-
-    def read(self) -> Iterator[Event]:
-        with self._path.open("rb") as file:
-            file.seek(self._offset)
-            for line in file:
-                if not line.endswith(b"\n"):
-                    return
-                self._offset += len(line)
-                event = parse_event(line)
-                if event is not None:
-                    yield event
 
 
 def follow(log: LogTail, tracker: Tracker, over: Callable[[float], bool]) -> None:

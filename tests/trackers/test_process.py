@@ -14,9 +14,8 @@ from pathlib import Path
 import pytest
 from wandb_server import KEY, WandbServer, files_with, wandb_server
 
-from fastpeft.runs.events import EventLog
+from fastpeft.runs.events import EventLog, LogTail
 from fastpeft.trackers import Choice, Trackers, process
-from fastpeft.trackers.__main__ import LogTail
 
 METRIC = {"metric": {"name": "accuracy", "value": 0.5}, "best": {"value": 0.75, "step": 4}}
 
