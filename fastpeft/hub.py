@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from fastpeft.errors import UnavailableError
+from fastpeft.errors import UnavailableError, first_line
 
 CHECK_S = 5.0
 """A hub that has not answered a look-up by then cannot be reached."""
@@ -107,7 +107,7 @@ def download_error(kind: Kind, name: str, revision: str, error: Exception, file:
         return UnavailableError(said)
     what = file or next((path for e in chain if (path := _requested(e))), "a file")
     cause = chain[-1]
-    reason = next(iter(str(cause).strip().splitlines()), "")
+    reason = first_line(cause)
     return UnavailableError(
         f"{kind} {name}: the download of {what} broke off ({type(cause).__name__}{': ' * bool(reason)}{reason}). "
         "Run the same again to go on: the files that are complete are kept"

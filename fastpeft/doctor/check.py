@@ -8,6 +8,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
+from fastpeft.errors import first_line
+
 Status = Literal["ok", "warning", "missing"]
 
 
@@ -49,7 +51,3 @@ def carry_out(check: Check) -> list[Finding]:
         return found[0]
     why = fault[0] if fault else f"no answer within {check.timeout_s:g} s"
     return [Finding(check.name, "warning", f"could not be checked: {why}")]
-
-
-def first_line(error: BaseException) -> str:
-    return next(iter(str(error).strip().splitlines()), "")

@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from fastpeft._version import __version__
-from fastpeft.doctor.check import Finding, first_line
+from fastpeft.doctor.check import Finding
+from fastpeft.errors import first_line
 from fastpeft.runs.system import git_commit
 
 _SHOWN = ("torch", "triton", "transformers", "peft", "datasets", "wandb")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,8 +14,9 @@ from torch import nn
 from fastpeft.config.schema import ModelConfig
 from fastpeft.data import Encoded
 from fastpeft.data.batches import collate
+from fastpeft.errors import first_line
 from fastpeft.export.plan import CheckError, ExportError
-from fastpeft.models.backbone import Backbone, load_backbone
+from fastpeft.models.backbone import Backbone, load_backbone, quiet_transformers
 from fastpeft.models.inject import LoraLinear
 from fastpeft.models.resolve import embedded_path
 
@@ -47,13 +47,14 @@ def trained_model(backbone: Backbone, folder: Path) -> nn.Module:
         if not isinstance(config, peft.LoraConfig):
             raise ExportError(f"the adapter is of type {config.peft_type}; only LORA can be exported")
         config._register_custom_module({nn.Linear: LoraLinear})
-        with _quiet(), _seeded(_TRAINED_SEED):
+        with quiet_transformers(), _seeded(_TRAINED_SEED):
             model = peft.PeftModel.from_pretrained(backbone.model, str(folder), config=config)
     except ExportError:
         raise
     except Exception as error:  # a damaged file: PEFT, safetensors and torch have classes of their own
+        reason = first_line(error) or type(error).__name__
         raise ExportError(
-            f"the run's adapter cannot be loaded: {_first_line(error)}. Export its other weights: --best or --last"
+            f"the run's adapter cannot be loaded: {reason}. Export its other weights: --best or --last"
         ) from error
     return model.eval()
 
@@ -67,12 +68,12 @@ def load_exported(folder: Path, merged: bool, num_labels: int, device: torch.dev
     import transformers
 
     try:
-        with _quiet(), _seeded(_LOADED_SEED):
+        with quiet_transformers(), _seeded(_LOADED_SEED):
             load = _load_merged if merged else _load_adapter
             model = load(folder, num_labels)
             tokenizer = transformers.AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False)
     except Exception as error:  # whatever it is, a user would meet it too
-        reason = f"{type(error).__name__}: {_first_line(error)}"
+        reason = f"{type(error).__name__}: {first_line(error)}"
         raise CheckError(f"what was exported cannot be loaded, so nothing was written: {reason}") from error
     return model.to(device).eval(), tokenizer
 
@@ -107,16 +108,18 @@ def save_base_tokenizer(config: ModelConfig, folder: Path) -> None:
         return
     options = {"revision": config.revision, "trust_remote_code": False}
     try:
-        with _quiet():
+        with quiet_transformers():
             tokenizer = transformers.AutoTokenizer.from_pretrained(base_name(config)[0], **options)
     except Exception as error:  # each library that reads a file has its own classes
-        raise ExportError(f"model.name {config.name}: its tokenizer cannot be loaded: {_first_line(error)}") from error
+        raise ExportError(
+            f"model.name {config.name}: its tokenizer cannot be loaded: {first_line(error) or type(error).__name__}"
+        ) from error
     tokenizer.save_pretrained(str(folder))
 
 
 def save_merged(model: nn.Module, folder: Path) -> None:
     """Add every update to its weight and save the whole model in fp32."""
-    with _quiet():
+    with quiet_transformers():
         model.merge_and_unload().save_pretrained(str(folder))
 
 
@@ -129,31 +132,8 @@ def logits(model: nn.Module, encoded: Encoded, device: torch.device) -> torch.Te
     return torch.cat([model(**collate(encoded, part, device).inputs).logits.float().cpu() for part in rows])
 
 
-def _first_line(error: Exception) -> str:
-    return next(iter(str(error).strip().splitlines()), type(error).__name__)
-
-
 @contextmanager
 def _seeded(seed: int) -> Iterator[None]:
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         yield
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """No progress bars, and no warnings about a head that the adapter brings."""
-    import transformers
-
-    logging = transformers.utils.logging
-    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", FutureWarning)  # PEFT reads a property that transformers renames
-            yield
-    finally:
-        logging.set_verbosity(verbosity)
-        if bars:
-            logging.enable_progress_bar()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -12,7 +13,7 @@ import torch
 from torch import nn
 
 from fastpeft.config.schema import ModelConfig
-from fastpeft.errors import UnavailableError
+from fastpeft.errors import UnavailableError, first_line
 from fastpeft.models.files import fetch_model
 from fastpeft.models.resolve import embedded_path
 
@@ -69,7 +70,7 @@ def load_backbone(
                 **common,
             )
     except Exception as error:  # a damaged file: each library that reads one has its own classes
-        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        reason = first_line(error) or type(error).__name__
         raise UnavailableError(f"model.name {config.name}: cannot be loaded as a classifier: {reason}") from error
     if from_hub:
         model.name_or_path = model.config._name_or_path = config.name  # what the adapter names as its base
@@ -97,14 +98,16 @@ def load_backbone(
 
 @contextmanager
 def quiet_transformers() -> Iterator[None]:
-    """No progress bars and no advice from transformers on the user's screen."""
+    """No progress bars and no advice from transformers on the user's screen, and no warnings of PEFT about it."""
     from transformers.utils import logging
 
     verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     try:
-        yield
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # PEFT reads a property that transformers renames
+            yield
     finally:
         logging.set_verbosity(verbosity)
         if bars:

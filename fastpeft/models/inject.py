@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import warnings
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,7 +15,7 @@ from torch import nn
 from fastpeft.config.schema import AdaLoraConfig, AdapterConfig
 from fastpeft.errors import UserError
 from fastpeft.kernels import lora_linear
-from fastpeft.models.backbone import Backbone
+from fastpeft.models.backbone import Backbone, quiet_transformers
 
 ADAPTER_NAME = "default"
 
@@ -176,8 +175,7 @@ def _common(backbone: Backbone, config: AdapterConfig, names: list[str]) -> dict
 
 
 def _wrap(backbone: Backbone, settings: peft.PeftConfig) -> nn.Module:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)  # PEFT reads a property that transformers renames
+    with quiet_transformers():
         return peft.get_peft_model(backbone.model, settings, adapter_name=ADAPTER_NAME)
 
 
