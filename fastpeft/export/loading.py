@@ -100,23 +100,6 @@ def _load_adapter(folder: Path, num_labels: int) -> nn.Module:
     return peft.PeftModel.from_pretrained(base, str(folder))
 
 
-def save_base_tokenizer(config: ModelConfig, folder: Path) -> None:
-    """Unless the folder has a tokenizer of its own."""
-    import transformers
-
-    if (folder / "tokenizer_config.json").is_file():
-        return
-    options = {"revision": config.revision, "trust_remote_code": False}
-    try:
-        with quiet_transformers():
-            tokenizer = transformers.AutoTokenizer.from_pretrained(base_name(config)[0], **options)
-    except Exception as error:  # each library that reads a file has its own classes
-        raise ExportError(
-            f"model.name {config.name}: its tokenizer cannot be loaded: {first_line(error) or type(error).__name__}"
-        ) from error
-    tokenizer.save_pretrained(str(folder))
-
-
 def save_merged(model: nn.Module, folder: Path) -> None:
     """Add every update to its weight and save the whole model in fp32."""
     with quiet_transformers():

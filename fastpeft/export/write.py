@@ -28,7 +28,6 @@ from fastpeft.export.loading import (
     load_base,
     load_exported,
     logits,
-    save_base_tokenizer,
     save_merged,
     trained_model,
 )
@@ -106,7 +105,6 @@ def _build(plan: Plan, source: Path, out: Path, say: Callable[[str], None]) -> E
     if plan.full:
         with _writing(plan.target):
             shutil.copytree(source, out)
-        save_base_tokenizer(run.model, out)
         backbone = load_base(ModelConfig(name=str(out)), task.label_names, device)
         model = backbone.model
     else:

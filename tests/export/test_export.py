@@ -246,6 +246,7 @@ def full_run(trained, tmp_path) -> RunFolder:
     """A run's folder as full fine-tuning leaves it: model/ and model_best/, no adapter."""
     folder = RunFolder.at(tmp_path / "full", "whole")
     source = trained["distilbert"]
+    tokenizer = transformers.AutoTokenizer.from_pretrained(source.job.run.model.name)
     shutil.copytree(source.folder.path, folder.path, ignore=shutil.ignore_patterns("adapter*"))
     for name in ("model", "model_best"):
         model = peft.PeftModel.from_pretrained(
@@ -255,6 +256,7 @@ def full_run(trained, tmp_path) -> RunFolder:
             str(source.folder.weights("adapter")),
         )
         model.merge_and_unload().save_pretrained(str(folder.path / name))
+        tokenizer.save_pretrained(str(folder.path / name))
     return folder
 
 
