@@ -133,14 +133,15 @@ class Bench:
             self.step_s[method, task] = ratio * statistics.fmean(first)
             print(f"{task} {method:22} {self.step_s[method, task] * 1e3:7.1f} ms a step", flush=True)
         self.runs.mkdir(parents=True, exist_ok=True)
-        kept.write_text(json.dumps({method: self.step_s[method, task] for method in jobs}))
+        kept.write_text(json.dumps({method: self.step_s[method, task] for method in jobs} | known))
+        self.step_s |= {(method, task): seconds for method, seconds in known.items()}  # earlier runs took these
 
     def num_steps(self, method: str, task: str) -> int:
         calibration = CALIBRATION_BATCHES if METHODS[method]["method"] == "iw_lora" else 0
         return int(self.args.seconds / self.step_s[method, task]) - calibration
 
     def train(self, method: str, task: str, seed: int, rate: float) -> Result:
-        name = f"{task}-{method}-{rate:g}-seed{seed}"
+        name = f"{task}-{method}-{rate:g}-{self.args.seconds:g}s-seed{seed}"
         folder = RunFolder.at(self.runs, name)
         result = folder.read_result()
         if result is None or result.status != "done":

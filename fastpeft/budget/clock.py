@@ -38,7 +38,8 @@ class BudgetClock:
         self._now = now
         self._before_s = 0.0
         self._started: float | None = None
-        self._seconds_per_token = 0.0
+        self.seconds_per_token = 0.0
+        """Smoothed, of steps and calibration."""
         self._progress = 0.0
 
     def start(self, elapsed_s: float = 0.0) -> None:
@@ -81,8 +82,8 @@ class BudgetClock:
         """Tokens that went forward and backward, in a step or in calibration."""
         self.tokens += num_tokens
         measured = seconds / max(1, num_tokens)
-        old = self._seconds_per_token or measured
-        self._seconds_per_token = _SMOOTHING * old + (1 - _SMOOTHING) * measured
+        old = self.seconds_per_token or measured
+        self.seconds_per_token = _SMOOTHING * old + (1 - _SMOOTHING) * measured
 
     def fits(self, num_tokens: int, more_s: float = 0.0) -> bool:
         """Whether a step of `num_tokens`, and `more_s` beside it, fits before the final evaluation."""
@@ -91,7 +92,7 @@ class BudgetClock:
             return self.steps < limit
         if self.budget.kind == "tokens":
             return self.tokens + num_tokens <= limit
-        more = num_tokens * self._seconds_per_token + more_s
+        more = num_tokens * self.seconds_per_token + more_s
         if self.budget.kind == "joules":
             more *= self.meter.power_w
         return self.spent + more + self._reserve <= limit

@@ -312,6 +312,8 @@ def _adalora_contradictions(adalora: AdaLoraConfig) -> Iterator[str]:
             f"adalora.target_rank, {adalora.target_rank}"
         )
     total = adalora.virtual_steps
+    if round(adalora.final_fraction * total) == 0:
+        yield "adalora.final_fraction: it is under one virtual step, so that the last pruning could come too late"
     if round(adalora.initial_fraction * total) >= total - round(adalora.final_fraction * total):
         yield "adalora.initial_fraction and .final_fraction: no virtual step is left between them to prune at"
 

@@ -7,7 +7,9 @@ import statistics
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
+from fastpeft.config import Budget
 from fastpeft.runs.events import number
 from fastpeft.runs.store import Result
 
@@ -65,7 +67,7 @@ def glue_average(results: Iterable[Result]) -> Mean | None:
 
 @dataclass(frozen=True)
 class Row:
-    """One method on one task, over its seeds."""
+    """One method on one task and model, over its seeds."""
 
     label: str
     task: str
@@ -87,16 +89,12 @@ class Comparison:
 
 
 def compare(results: list[Result]) -> Comparison:
-    """Group runs by method and task. Runs of one method that share a task and a seed are told apart by their run_id.
-
-    The baseline is plain LoRA where it is there.
-    """
+    """Group runs by what `labels_of` tells apart, and by task and model. The baseline is plain LoRA, where it is."""
     labels = labels_of(results)
     groups: dict[tuple[str, str], list[Result]] = {}
     for result, label in zip(results, labels):
-        task = f"{result.dataset} (stand-in)" if result.stand_in else result.dataset
         if "value" in result.metric:
-            groups.setdefault((label, task), []).append(result)
+            groups.setdefault((label, _task(result)), []).append(result)
     baseline = "lora" if any(label == "lora" for label, _ in groups) else None
     rows = []
     for (label, task), runs in sorted(groups.items(), key=lambda item: item[0][::-1]):
@@ -122,10 +120,29 @@ def compare(results: list[Result]) -> Comparison:
 
 
 def labels_of(results: list[Result]) -> list[str]:
-    """The method; the run_id where two runs of a method have one task and one seed."""
-    keys = [(result.method, result.dataset, result.seed) for result in results]
-    twice = {method for (method, *_), count in Counter(keys).items() if count > 1}
-    return [result.run_id if result.method in twice or not result.method else result.method for result in results]
+    """What tells runs apart: the method; where that leaves two runs of one task and seed the run_id; then the group or
+    the name. Seeds of one label are then independent runs. Different budgets are never put together."""
+    labels = [result.method or result.run_id for result in results]
+    for finer in (lambda r: r.run_id, lambda r: r.group or r.name, lambda r: r.name):
+        keys = [(label, _task(result), result.seed) for label, result in zip(labels, results)]
+        twice = {label for (label, *_), count in Counter(keys).items() if count > 1}
+        labels = [finer(result) if label in twice else label for label, result in zip(labels, results)]
+    budgets: dict[tuple[str, str], set[str]] = {}
+    for label, result in zip(labels, results):
+        budgets.setdefault((label, _task(result)), set()).add(_budget(result))
+    return [
+        f"{label}, {_budget(result)}" if len(budgets[label, _task(result)]) > 1 else label
+        for label, result in zip(labels, results)
+    ]
+
+
+def _task(result: Result) -> str:
+    stand_in = " (stand-in)" if result.stand_in else ""
+    return f"{result.dataset}, {Path(result.model).name}{stand_in}"
+
+
+def _budget(result: Result) -> str:
+    return str(Budget(result.budget["kind"], result.budget["limit"])) if result.budget else "no budget"
 
 
 def _paired(runs: list[Result], others: list[Result]) -> Mean | None:

@@ -7,8 +7,10 @@ import fcntl
 import json
 import os
 import re
+import shutil
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
@@ -150,6 +152,31 @@ def list_runs(results_dir: Path) -> Iterator[RunFolder]:
     folders = [p.parent for p in Path(results_dir).glob("*/run.yaml")]
     for path in sorted(folders, key=lambda p: ((p / "run.yaml").stat().st_mtime, p.name)):
         yield RunFolder(path)
+
+
+@contextmanager
+def replaced_folder(target: Path) -> Iterator[Path]:
+    """A new folder to fill, which then takes the place of `target`. A kill leaves the old one or the new one, whole;
+    between the two `recover_folder` puts the old one back."""
+    temporary, old = _beside(target, "writing"), _beside(target, "old")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir()
+    yield temporary
+    if target.exists():
+        shutil.rmtree(old, ignore_errors=True)
+        target.rename(old)
+    temporary.rename(target)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def recover_folder(target: Path) -> None:
+    old = _beside(target, "old")
+    if old.exists() and not target.exists():
+        old.rename(target)
+
+
+def _beside(target: Path, what: str) -> Path:
+    return target.with_name(f".{target.name}.{what}")
 
 
 def write_json(path: Path, values: Any) -> None:

@@ -122,8 +122,11 @@ class _Tracker:
             self._warn(f"{self._title} stopped ({reason}); training goes on{later}")
 
     def _last_error(self) -> str:
-        self._errors.seek(0)
-        lines = self._errors.read().decode(errors="replace").split("\n")
+        try:
+            self._errors.seek(0)
+            lines = self._errors.read().decode(errors="replace").split("\n")
+        except ValueError:  # `wait` has given up and closed it
+            return ""
         return next((line.strip() for line in reversed(lines) if line.strip()), "")
 
 

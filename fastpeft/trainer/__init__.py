@@ -130,9 +130,9 @@ def _run(
     folder.write_result(result)
     log = EventLog(folder.events, (reporter.on_event,))
     loop = Loop(job, folder, log, result, stop)
-    error = None
-    trackers = Trackers(chosen, folder.path, reporter.say, loop.warn)
+    error = trackers = None
     try:
+        trackers = Trackers(chosen, folder.path, reporter.say, loop.warn)
         with Heartbeat(lambda **figures: loop.event("system", **figures), gpu_uuid(job.device)):
             result.status = loop.run(checkpoint)
     except BaseException as caught:
@@ -140,7 +140,8 @@ def _run(
         raise
     finally:
         _close(job, loop, folder, result, error)
-        trackers.close()
+        if trackers is not None:
+            trackers.close()
         log.close()
     return result
 

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import dataclasses
 import os
-import shutil
 import socket
 import time
 from collections.abc import Callable
@@ -20,7 +19,7 @@ from fastpeft.config import run_values
 from fastpeft.data.memory import OutOfMemory, TokenLimits
 from fastpeft.evaluate.score import score
 from fastpeft.runs.events import EventLog
-from fastpeft.runs.store import Result, RunFolder
+from fastpeft.runs.store import Result, RunFolder, read_json, recover_folder, replaced_folder, write_json
 from fastpeft.trainer.calibrate import calibrate
 from fastpeft.trainer.checkpoint import Checkpoint, rng_state, save_checkpoint, set_rng_state
 from fastpeft.trainer.measure import StepLog
@@ -29,6 +28,7 @@ from fastpeft.trainer.setup import Job
 from fastpeft.trainer.step import train_step
 
 MAX_NON_FINITE = 20
+BEST = "best.json"
 
 
 class Loop:
@@ -214,22 +214,19 @@ class Loop:
         self.result.metric = {"name": job.task.metric} | value
         if measured.value > self.result.best.get("value", -1.0):
             self.result.best = value | {"step": clock.steps}
-            self._save_weights(best=True)
+            self._save_weights(best=self.result.best)
         clock.final_s = evaluation_s + 2 * self._save_s
         clock.final_j = evaluation_j + 2 * self._save_s * clock.meter.power_w
         job.evaluation_due.done(clock)
         self._write_result()
 
-    def _save_weights(self, best: bool = False) -> None:
-        """Through a temporary folder, so that what is there is always whole."""
+    def _save_weights(self, best: dict[str, Any] | None = None) -> None:
+        """The last weights, or those whose score `best` holds: it lies beside them, so that a kill cannot part them."""
         began = time.perf_counter()
-        target = self.folder.weights(self.job.adapter.saved_as, best)
-        temporary = target.with_name(f".{target.name}.writing")
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir()
-        self.job.adapter.save(temporary)
-        shutil.rmtree(target, ignore_errors=True)
-        temporary.rename(target)
+        with replaced_folder(self.folder.weights(self.job.adapter.saved_as, best is not None)) as temporary:
+            self.job.adapter.save(temporary)
+            if best is not None:
+                write_json(temporary / BEST, best)
         self._save_s = time.perf_counter() - began
 
     def _write_result(self) -> None:
@@ -256,6 +253,7 @@ class Loop:
             "steps": clock.steps,
             "elapsed_s": clock.elapsed_s,
             "tokens": clock.tokens,
+            "seconds_per_token": clock.seconds_per_token,
             "final_s": clock.final_s,
             "final_j": clock.final_j,
             "energy": clock.meter.state(),
@@ -286,13 +284,17 @@ class Loop:
         job.adapter.load_state(part("adapter."))
         job.schedule.load_state(values["schedule"])
         clock.steps, clock.tokens = values["steps"], values["tokens"]
+        clock.seconds_per_token = values["seconds_per_token"]
         clock.final_s, clock.final_j = values["final_s"], values["final_j"]
         clock.meter.load_state(values["energy"])
         clock.start(values["elapsed_s"])
         job.limits = TokenLimits(**values["limits"])
         job.evaluation_due.count = values["evaluations"]
         self._evaluated_at, self._checkpointed_at = values["evaluated_at"], values["steps"]
-        self.result.metric, self.result.best = values["metric"], values["best"]
+        kept = self.folder.weights(job.adapter.saved_as, best=True)
+        recover_folder(kept)
+        self.result.metric = values["metric"]
+        self.result.best = read_json(kept / BEST) or values["best"]  # a kill may have come after a new best
         self._steps.num_non_finite, self._steps.num_skipped = values["non_finite"]
         set_rng_state(tensors, values["rng"])
         if values["dtype"] != str(job.dtype):

@@ -145,6 +145,20 @@ def test_a_step_that_is_not_finite_leaves_the_importances_alone(make_job):
         assert torch.equal(job.adapter.state()[name], before[name])
 
 
+def test_without_a_measured_importance_nothing_is_pruned(make_job):
+    """fp16 may skip the first steps; the prunings that were due then happen once there is something to rank by."""
+    job = make_job("bert", **SETTINGS)
+    adapter = job.adapter
+    skipped = Signals(loss=torch.zeros(()), num_tokens=1, skipped=torch.ones(()))
+    adapter.flat.grad.fill_(torch.nan)
+    for i in range(LAST - 2):
+        adapter.after_step(skipped, Rates(lr=0.0), i / STEPS)
+    assert sum(adapter.ranks()) == 6 * len(adapter.blocks)
+    step(job, LAST - 2)
+    step(job, LAST - 1)
+    assert sum(adapter.ranks()) == 3 * len(adapter.blocks)
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("num_steps", [0, 12, STEPS])
 def test_saved_as_plain_lora_and_as_adalora(make_job, tmp_path, family, num_steps):
@@ -215,6 +229,7 @@ def test_importance_events_hold_live_ranks(make_run, tmp_path):
         ({"adalora.initial_rank": 8, "adalora.target_rank": 8}, "leaves nothing to prune"),
         ({"adalora.initial_fraction": 0.6, "adalora.final_fraction": 0.5}, "no virtual step is left"),
         ({"adalora.virtual_steps": 2, "adalora.final_fraction": 0.9}, "no virtual step is left"),
+        ({"adalora.virtual_steps": 10, "adalora.final_fraction": 0.01}, "under one virtual step"),
     ],
 )
 def test_refused(settings, message):

@@ -63,15 +63,28 @@ def test_methods_are_paired_with_lora_by_seed():
     assert found.glue == {}
 
 
-def test_two_settings_of_one_method_are_told_apart_by_run_id():
+def test_two_settings_of_one_method_are_told_apart():
     runs = [result(0, "rte", v, method="iw_lora") for v in (0.5, 0.9)]
     runs[0].run_id, runs[1].run_id = "weak", "strong"
     found = compare(runs)
     assert {row.label: row.metric.value for row in found.rows} == {"weak": 0.5, "strong": 0.9}
     assert found.baseline is None
+    for run, group in zip(runs, ("first", "second")):
+        run.run_id, run.group = "same", group
+    assert {row.label for row in compare(runs).rows} == {"first", "second"}
+    for run, name in zip(runs, ("a", "b")):
+        run.group, run.name = "same", name
+    assert {row.label for row in compare(runs).rows} == {"a", "b"}, "one seed is never counted twice"
 
 
-def test_stand_ins_are_named_and_never_averaged_with_the_real_task():
-    runs = [result(0, "embedded-nli", 0.9, method="lora", stand_in=True)]
+def test_models_and_budgets_are_never_averaged():
+    runs = [result(s, "rte", 0.5, method="lora", budget={"kind": "steps", "limit": 10.0 * (s + 1)}) for s in (0, 1)]
+    assert {row.label for row in compare(runs).rows} == {"lora, 10 steps", "lora, 20 steps"}
+    runs = [result(s, "rte", 0.5, method="lora", model=f"home/model{s}") for s in (0, 1)]
+    assert [(row.label, row.task) for row in compare(runs).rows] == [("lora", "rte, model0"), ("lora", "rte, model1")]
+
+
+def test_stand_ins_are_named():
+    runs = [result(0, "embedded-nli", 0.9, method="lora", stand_in=True, model="embedded/deberta-tiny")]
     (row,) = compare(runs).rows
-    assert row.task == "embedded-nli (stand-in)"
+    assert row.task == "embedded-nli, deberta-tiny (stand-in)"

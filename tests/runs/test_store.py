@@ -25,6 +25,8 @@ from fastpeft.runs.store import (
     default_name,
     list_runs,
     read_json,
+    recover_folder,
+    replaced_folder,
     write_json,
 )
 
@@ -297,3 +299,37 @@ def test_a_running_run_without_heartbeat_is_dead(tmp_path):
     assert folder.status() == "dead"
     folder.write_result(Result(run_id="r", name="one", status="done"))
     assert folder.status() == "done"
+
+
+@pytest.mark.parametrize("there", [False, True])
+def test_a_folder_is_replaced_whole(tmp_path, there):
+    target = tmp_path / "adapter_best"
+    if there:
+        target.mkdir()
+        (target / "old").touch()
+    with replaced_folder(target) as folder:
+        (folder / "new").touch()
+        assert [p.name for p in target.glob("*")] == (["old"] if there else [])
+    assert [p.name for p in target.iterdir()] == ["new"]
+    assert [p.name for p in tmp_path.iterdir()] == ["adapter_best"]
+
+
+def test_a_folder_that_was_being_replaced_is_recovered(tmp_path, monkeypatch):
+    target = tmp_path / "adapter_best"
+    with replaced_folder(target) as folder:
+        (folder / "first").touch()
+    rename = Path.rename
+
+    def die(self, other):
+        if self.name.endswith("writing"):
+            raise KeyboardInterrupt
+        return rename(self, other)
+
+    monkeypatch.setattr(Path, "rename", die)
+    with pytest.raises(KeyboardInterrupt), replaced_folder(target) as folder:
+        (folder / "second").touch()
+    monkeypatch.undo()
+    assert not target.exists()
+    recover_folder(target)
+    assert [p.name for p in target.iterdir()] == ["first"]
+    recover_folder(target)

@@ -254,6 +254,19 @@ def test_a_stop_request_saves_and_a_resume_ends_as_if_nothing_had_been(
     assert kinds == [("eval", 10), ("eval", 20), ("eval", 30)]
 
 
+def test_a_best_that_came_after_the_checkpoint_keeps_its_score(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As a kill leaves it: the weights in adapter_best/ are better than what the checkpoint knows of."""
+    stopped_run(tmp_path, "training", monkeypatch)
+    folder = tmp_path / "r"
+    later = {"value": 1.5, "step": 99}
+    assert json.loads((folder / "adapter_best" / "best.json").read_text())["step"] == 10
+    (folder / "adapter_best" / "best.json").write_text(json.dumps(later))
+    before = weights(folder, "adapter_best")
+    result = train(None, results_dir=tmp_path, name="r", resume=True)
+    assert result.best == later
+    assert_same_weights(weights(folder, "adapter_best"), before)
+
+
 def test_elapsed_time_goes_on_after_a_resume(tmp_path: Path) -> None:
     stopped_run(tmp_path, "training")
     checkpoint, _ = newest_checkpoint(tmp_path / "r" / "checkpoints")
