@@ -230,6 +230,37 @@ def test_ctrl_c_while_it_starts_ends_it_without_a_traceback(fastpeft_here, monke
     assert fastpeft_here("train", "--run", "lora_mnli") == Outcome(130, "", "")
 
 
+@pytest.mark.parametrize("more", [(), ("--seeds", "0,1")])
+def test_ctrl_c_while_torch_is_loaded_ends_it_without_a_traceback(more, tmp_path):
+    """Inside torch's imports it is an abort or an ImportError, unless it ends the process there."""
+    hook = (
+        "import os, signal, sys\n"
+        "class Finder:\n"
+        "    def find_spec(self, name, *rest):\n"
+        "        if name == 'fastpeft.trainer': os.kill(os.getpid(), signal.SIGINT)\n"
+        "sys.meta_path.insert(0, Finder())\n"
+        f"sys.argv = {['fastpeft', 'train', '--run', 'lora_mnli', *more]!r}\n"
+        "from fastpeft.cli import main; main()"
+    )
+    done = python(hook, cwd=tmp_path)
+    assert (done.returncode, done.stderr) == (-2, "")
+
+
+def test_sigterm_ends_an_export_as_an_exception_does(fastpeft_here, monkeypatch):
+    from fastpeft.export import plan, report, write
+
+    def killed(*args):
+        os.kill(os.getpid(), signal.SIGTERM)
+        pytest.fail("it goes on")
+
+    monkeypatch.setattr(plan, "make_plan", lambda *args, **options: None)
+    monkeypatch.setattr(report, "opening", lambda plan: [])
+    monkeypatch.setattr(write, "export", killed)
+    before = signal.getsignal(signal.SIGTERM)
+    assert fastpeft_here("export", "r") == Outcome(143, "", "")
+    assert signal.getsignal(signal.SIGTERM) == before
+
+
 # ---- runs ----------------------------------------------------------------------------------
 
 
