@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, Progress, TextColumn
 from rich.table import Table
 
@@ -148,7 +149,7 @@ def closing_table(result: Result) -> Table:
     }
     for name, value in rows.items():
         if value is not None:
-            table.add_row(name, value)
+            table.add_row(name, escape(value))
     return table
 
 
@@ -186,12 +187,12 @@ def runs_table(folders: list[RunFolder]) -> Table:
 
 
 def _run_row(folder: RunFolder, result: Result | None, indent: str) -> list[str]:
-    name, status = indent + folder.path.name, folder.status()
+    name, status = indent + escape(folder.path.name), folder.status()
     if result is None:
         return [name, status, *["-"] * 5]
     where = f"{Path(result.model).name} on {result.dataset}{' (stand-in)' if result.stand_in else ''}"
     values = (_value(result.metric), _value(result.best), f"{result.steps:,}", f"{result.elapsed_s:.0f} s")
-    return [name, status, *values, where]
+    return [name, status, *values, escape(where)]
 
 
 def _group_row(results: list[Result]) -> list[str]:

@@ -297,14 +297,20 @@ def test_runs_are_listed_one_a_line_with_their_whole_names(fastpeft_here, tmp_pa
     finished_run(tmp_path / "results", long, stand_in=True, model="/some/where/model")
     finished_run(tmp_path / "results", "no_result").result.unlink()
     finished_run(tmp_path / "results", "torn").result.write_text('{"run_id": ')
+    finished_run(tmp_path / "results", "foreign").result.write_text('{"run_id": "a", "name": "b", "metric": 0.9}')
+    finished_run(tmp_path / "results", "wrong").result.write_text('{"run_id": "a", "name": "b", "steps": "many"}')
+    finished_run(tmp_path / "results", "brackets", model="m[v2]", dataset="[red]").path.rename(
+        tmp_path / "results" / "old[1a]"
+    )
     lines = fastpeft_here("runs", "ls").out.splitlines()
     by_name = {line.split()[0]: line for line in lines[1:]}
-    assert set(by_name) == {"a", long, "no_result", "torn"}
+    assert set(by_name) == {"a", long, "no_result", "torn", "foreign", "wrong", "old[1a]"}
+    assert "m[v2] on [red]" in by_name["old[1a]"]
     assert "0.8125" in by_name["a"]
     assert "1,234" in by_name["a"]
     assert "model on mnli (stand-in)" in by_name[long]
     assert "no result" in by_name["no_result"]
-    assert "no result" in by_name["torn"]
+    assert all("no result" in by_name[name] for name in ("torn", "foreign", "wrong"))
 
 
 def test_a_run_is_shown_with_result_and_settings(fastpeft_here, tmp_path):
