@@ -82,7 +82,7 @@ def _facts(plan: Plan, exported: Exported, task: ClassificationTask) -> str:
         "base model": f"`{run.model.name}`, revision `{run.model.revision}`",
         "task": f"{task.name}, labels {', '.join(task.label_names)}",
         "method": run.method if plan.full else f"{run.method}, rank {run.adapter.rank}, alpha {run.adapter.alpha:g}",
-        "metric": f"{metric['name']} {number(metric['value']):.4f} on {len(task.validation):,} validation rows"
+        "metric": f"{metric['name']} {number(metric['value']):.4f} on {len(task.validation.head(run.evaluation.max_examples)):,} validation rows"
         if "value" in metric
         else "none was logged",
         "budget": _budget(plan),
