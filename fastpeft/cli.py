@@ -98,9 +98,10 @@ def train(
     ] = False,
 ) -> None:
     """Train a run to the end of its budget."""
-    config = _load(run, overrides or [], budget, seed, mode, resume)
-    if seeds is not None:
-        _train_seeds(config, _parse_seeds(seeds, seed), results_dir, name, resume, not no_stand_in)
+    several = None if seeds is None else _parse_seeds(seeds, seed)
+    config = _load(run, overrides or [], budget, seed, mode, resume, len(several or [0]))
+    if several is not None:
+        _train_seeds(config, several, results_dir, name, resume, not no_stand_in)
         return
     if name is not None and not resume:  # before torch is loaded, which takes seconds
         from fastpeft.runs.store import RunFolder
@@ -203,6 +204,7 @@ def _load(
     seed: int | None,
     mode: str,
     resume: bool,
+    num_seeds: int,
 ) -> Any:
     """The RunConfig that the options mean; None if a resume takes what is stored."""
     from fastpeft.config import load_run, trial_run
@@ -221,7 +223,7 @@ def _load(
             raise UserError("--resume without --run takes the stored settings; give --run to check others against them")
         return None
     config = load_run(run, texts)
-    return trial_run(config) if mode == "trial" else config
+    return trial_run(config, num_seeds) if mode == "trial" else config
 
 
 @app.command()

@@ -106,11 +106,11 @@ def with_values(run: RunConfig, given: dict[str, Any]) -> RunConfig:
     return run_from_values(values, run.run_id)
 
 
-def trial_run(run: RunConfig) -> RunConfig:
-    """`--mode trial`: every code path in seconds. Two steps, two calibration batches, no W&B."""
+def trial_run(run: RunConfig, num_seeds: int = 1) -> RunConfig:
+    """`--mode trial`: every code path in seconds. Two steps a seed, two calibration batches, no W&B."""
     values = run_values(run)
     trial = {
-        "budget": "2steps",
+        "budget": f"{2 * num_seeds}steps",
         "evaluation.every": "1steps",
         "evaluation.max_examples": 32,
         "regulariser.warmup_steps": 2,

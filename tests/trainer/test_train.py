@@ -276,6 +276,12 @@ def test_resume_of_a_finished_run_says_so_and_does_nothing(tmp_path: Path) -> No
     assert "is finished: accuracy" in listener.said[0]
 
 
+def test_resume_of_a_finished_run_with_other_settings_is_refused(tmp_path: Path) -> None:
+    train(tiny_run(tmp_path, budget="3steps"), results_dir=tmp_path, name="r")
+    with pytest.raises(UserError, match=r"other settings.*budget: '3steps' was stored, '6steps' is asked for"):
+        train(tiny_run(tmp_path, budget="6steps"), results_dir=tmp_path, name="r", resume=True)
+
+
 def test_resume_with_other_settings_is_refused_naming_the_keys(tmp_path: Path) -> None:
     stopped_run(tmp_path, "training")
     before = tree(tmp_path / "r")
