@@ -289,7 +289,9 @@ def _explain(error: Mapping[str, Any], values: dict[str, Any]) -> str:
     kind, got = error["type"], error.get("input")
     if kind == "unexpected_keyword_argument":
         known = _keys_at(path[:-1])
-        return f"{key}: unknown key{_nearest(path[-1], known)}; known here: {', '.join(known)}"
+        elsewhere = sorted(leaf for leaf in _leaf_keys(RunConfig) if leaf.endswith(f".{path[-1]}"))
+        hint = f"; did you mean {' or '.join(elsewhere)}?" if elsewhere else _nearest(path[-1], known)
+        return f"{key}: unknown key{hint}; known here: {', '.join(known)}"
     if kind == "missing":
         return f"{key}: missing; it has no default"
     if kind == "literal_error":
