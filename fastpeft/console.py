@@ -133,7 +133,7 @@ def closing_table(result: Result) -> Table:
     table = Table(show_header=False, box=None, pad_edge=False)
     table.add_column(style="bold")
     table.add_column()
-    budget = result.budget
+    budget, weights = result.budget, "model" if result.method == "full" else "adapter"
     rows = {
         "status": result.status,
         result.metric.get("name", "metric"): _value(result.metric),
@@ -143,7 +143,7 @@ def closing_table(result: Result) -> Table:
         "time": f"{result.elapsed_s:.1f} s, and {result.setup_s:.1f} s of set-up",
         "energy": None if result.energy_method == "none" else _energy(result),
         "trained on": f"{result.tokens:,} tokens in {result.steps:,} steps",
-        "adapter": "-" if result.adapter_mb is None else f"{result.adapter_mb:.2f} MB",
+        weights: "-" if result.adapter_mb is None else f"{result.adapter_mb:.2f} MB",
         "peak memory": "-" if result.peak_memory_mb is None else f"{result.peak_memory_mb:,.0f} MB",
         "model, data": f"{result.model} on {result.dataset}{' (STAND-IN)' if result.stand_in else ''}",
     }

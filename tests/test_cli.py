@@ -320,6 +320,12 @@ def test_a_run_is_shown_with_result_and_settings(fastpeft_here, tmp_path):
         assert words in shown
 
 
+@pytest.mark.parametrize(("method", "word"), [("lora", "adapter"), ("full", "model")])
+def test_what_was_saved_is_called_by_its_name(method, word, fastpeft_here, tmp_path):
+    finished_run(tmp_path / "results", "a", method=method, adapter_mb=2.5)
+    assert [word, "2.50", "MB"] in [line.split() for line in fastpeft_here("runs", "show", "a").out.splitlines()]
+
+
 def test_further_metrics_are_shown(fastpeft_here, tmp_path):
     metric = {"name": "accuracy", "value": 0.75, "more": {"f1": 0.71875}}
     finished_run(tmp_path / "results", "a", metric=metric)
