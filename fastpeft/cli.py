@@ -5,7 +5,10 @@ from __future__ import annotations
 import json
 import os
 import shlex
+import signal
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -41,6 +44,20 @@ def main() -> None:
     except UserError as error:
         print(f"fastpeft: {error}", file=sys.stderr)
         sys.exit(error.exit_code)
+
+
+@contextmanager
+def _handled(number: signal.Signals, handler: Any) -> Iterator[None]:
+    before = signal.signal(number, handler)
+    try:
+        yield
+    finally:
+        signal.signal(number, before)
+
+
+def _ctrl_c_ends_at_once() -> Any:
+    """While torch is loaded: inside its imports a KeyboardInterrupt becomes an ImportError or aborts the process."""
+    return _handled(signal.SIGINT, signal.SIG_DFL)
 
 
 def _version(wanted: bool) -> None:
@@ -81,9 +98,10 @@ def train(
     ] = False,
 ) -> None:
     """Train a run to the end of its budget."""
-    config = _load(run, overrides or [], budget, seed, mode, resume)
-    if seeds is not None:
-        _train_seeds(config, _parse_seeds(seeds, seed), results_dir, name, resume, not no_stand_in)
+    several = None if seeds is None else _parse_seeds(seeds, seed)
+    config = _load(run, overrides or [], budget, seed, mode, resume, len(several or [0]))
+    if several is not None:
+        _train_seeds(config, several, results_dir, name, resume, not no_stand_in)
         return
     if name is not None and not resume:  # before torch is loaded, which takes seconds
         from fastpeft.runs.store import RunFolder
@@ -93,8 +111,9 @@ def train(
 
     with ConsoleReporter() as reporter:
         reporter.console.print("loading torch", style="dim")
-        from fastpeft.trainer import StopRequest
-        from fastpeft.trainer import train as train_run
+        with _ctrl_c_ends_at_once():
+            from fastpeft.trainer import StopRequest
+            from fastpeft.trainer import train as train_run
 
         stop = StopRequest()
         result = train_run(
@@ -128,8 +147,9 @@ def _train_seeds(
     group = name or default_name(config.run_id)
     with ConsoleReporter() as reporter:
         reporter.console.print("loading torch", style="dim")
-        from fastpeft.trainer import StopRequest
-        from fastpeft.trainer.seeds import train_seeds
+        with _ctrl_c_ends_at_once():
+            from fastpeft.trainer import StopRequest
+            from fastpeft.trainer.seeds import train_seeds
 
         stop = StopRequest()
         results = train_seeds(
@@ -184,6 +204,7 @@ def _load(
     seed: int | None,
     mode: str,
     resume: bool,
+    num_seeds: int,
 ) -> Any:
     """The RunConfig that the options mean; None if a resume takes what is stored."""
     from fastpeft.config import load_run, trial_run
@@ -202,7 +223,7 @@ def _load(
             raise UserError("--resume without --run takes the stored settings; give --run to check others against them")
         return None
     config = load_run(run, texts)
-    return trial_run(config) if mode == "trial" else config
+    return trial_run(config, num_seeds) if mode == "trial" else config
 
 
 @app.command()
@@ -224,13 +245,15 @@ def export(
 
     weights = None if best is None else ("best" if best else "last")
     plan = make_plan(run, results_dir=results_dir, to=to, merge=merge, trim=trim, weights=weights)
-    from fastpeft.export.report import closing, opening
-    from fastpeft.export.write import export as write
+    with _ctrl_c_ends_at_once():
+        from fastpeft.export.report import closing, opening
+        from fastpeft.export.write import export as write
 
-    for line in opening(plan):
-        print(line)
-    for line in closing(plan, write(plan, print)):
-        print(line)
+    with _handled(signal.SIGTERM, lambda number, frame: sys.exit(128 + number)):  # nothing half-written stays
+        for line in opening(plan):
+            print(line)
+        for line in closing(plan, write(plan, print)):
+            print(line)
 
 
 @app.command()

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, Progress, TextColumn
 from rich.table import Table
 
@@ -132,7 +133,7 @@ def closing_table(result: Result) -> Table:
     table = Table(show_header=False, box=None, pad_edge=False)
     table.add_column(style="bold")
     table.add_column()
-    budget = result.budget
+    budget, weights = result.budget, "model" if result.method == "full" else "adapter"
     rows = {
         "status": result.status,
         result.metric.get("name", "metric"): _value(result.metric),
@@ -142,13 +143,13 @@ def closing_table(result: Result) -> Table:
         "time": f"{result.elapsed_s:.1f} s, and {result.setup_s:.1f} s of set-up",
         "energy": None if result.energy_method == "none" else _energy(result),
         "trained on": f"{result.tokens:,} tokens in {result.steps:,} steps",
-        "adapter": "-" if result.adapter_mb is None else f"{result.adapter_mb:.2f} MB",
+        weights: "-" if result.adapter_mb is None else f"{result.adapter_mb:.2f} MB",
         "peak memory": "-" if result.peak_memory_mb is None else f"{result.peak_memory_mb:,.0f} MB",
         "model, data": f"{result.model} on {result.dataset}{' (STAND-IN)' if result.stand_in else ''}",
     }
     for name, value in rows.items():
         if value is not None:
-            table.add_row(name, value)
+            table.add_row(name, escape(value))
     return table
 
 
@@ -201,12 +202,12 @@ def runs_table(folders: list[RunFolder]) -> Table:
 
 
 def _run_row(folder: RunFolder, result: Result | None, indent: str) -> list[str]:
-    name, status = indent + folder.path.name, folder.status()
+    name, status = indent + escape(folder.path.name), folder.status()
     if result is None:
         return [name, status, *["-"] * 5]
     where = f"{Path(result.model).name} on {result.dataset}{' (stand-in)' if result.stand_in else ''}"
     values = (_value(result.metric), _value(result.best), f"{result.steps:,}", f"{result.elapsed_s:.0f} s")
-    return [name, status, *values, where]
+    return [name, status, *values, escape(where)]
 
 
 def _group_row(results: list[Result]) -> list[str]:

@@ -230,6 +230,37 @@ def test_ctrl_c_while_it_starts_ends_it_without_a_traceback(fastpeft_here, monke
     assert fastpeft_here("train", "--run", "lora_mnli") == Outcome(130, "", "")
 
 
+@pytest.mark.parametrize("more", [(), ("--seeds", "0,1")])
+def test_ctrl_c_while_torch_is_loaded_ends_it_without_a_traceback(more, tmp_path):
+    """Inside torch's imports it is an abort or an ImportError, unless it ends the process there."""
+    hook = (
+        "import os, signal, sys\n"
+        "class Finder:\n"
+        "    def find_spec(self, name, *rest):\n"
+        "        if name == 'fastpeft.trainer': os.kill(os.getpid(), signal.SIGINT)\n"
+        "sys.meta_path.insert(0, Finder())\n"
+        f"sys.argv = {['fastpeft', 'train', '--run', 'lora_mnli', *more]!r}\n"
+        "from fastpeft.cli import main; main()"
+    )
+    done = python(hook, cwd=tmp_path)
+    assert (done.returncode, done.stderr) == (-2, "")
+
+
+def test_sigterm_ends_an_export_as_an_exception_does(fastpeft_here, monkeypatch):
+    from fastpeft.export import plan, report, write
+
+    def killed(*args):
+        os.kill(os.getpid(), signal.SIGTERM)
+        pytest.fail("it goes on")
+
+    monkeypatch.setattr(plan, "make_plan", lambda *args, **options: None)
+    monkeypatch.setattr(report, "opening", lambda plan: [])
+    monkeypatch.setattr(write, "export", killed)
+    before = signal.getsignal(signal.SIGTERM)
+    assert fastpeft_here("export", "r") == Outcome(143, "", "")
+    assert signal.getsignal(signal.SIGTERM) == before
+
+
 # ---- runs ----------------------------------------------------------------------------------
 
 
@@ -266,14 +297,20 @@ def test_runs_are_listed_one_a_line_with_their_whole_names(fastpeft_here, tmp_pa
     finished_run(tmp_path / "results", long, stand_in=True, model="/some/where/model")
     finished_run(tmp_path / "results", "no_result").result.unlink()
     finished_run(tmp_path / "results", "torn").result.write_text('{"run_id": ')
+    finished_run(tmp_path / "results", "foreign").result.write_text('{"run_id": "a", "name": "b", "metric": 0.9}')
+    finished_run(tmp_path / "results", "wrong").result.write_text('{"run_id": "a", "name": "b", "steps": "many"}')
+    finished_run(tmp_path / "results", "brackets", model="m[v2]", dataset="[red]").path.rename(
+        tmp_path / "results" / "old[1a]"
+    )
     lines = fastpeft_here("runs", "ls").out.splitlines()
     by_name = {line.split()[0]: line for line in lines[1:]}
-    assert set(by_name) == {"a", long, "no_result", "torn"}
+    assert set(by_name) == {"a", long, "no_result", "torn", "foreign", "wrong", "old[1a]"}
+    assert "m[v2] on [red]" in by_name["old[1a]"]
     assert "0.8125" in by_name["a"]
     assert "1,234" in by_name["a"]
     assert "model on mnli (stand-in)" in by_name[long]
     assert "no result" in by_name["no_result"]
-    assert "no result" in by_name["torn"]
+    assert all("no result" in by_name[name] for name in ("torn", "foreign", "wrong"))
 
 
 def test_a_run_is_shown_with_result_and_settings(fastpeft_here, tmp_path):
@@ -281,6 +318,12 @@ def test_a_run_is_shown_with_result_and_settings(fastpeft_here, tmp_path):
     shown = fastpeft_here("runs", "show", "a", "--results-dir", "here").out
     for words in ("accuracy", "0.7500", "0.8000 at step 1,500", "10 of 10 steps", "run_id: lora_mnli"):
         assert words in shown
+
+
+@pytest.mark.parametrize(("method", "word"), [("lora", "adapter"), ("full", "model")])
+def test_what_was_saved_is_called_by_its_name(method, word, fastpeft_here, tmp_path):
+    finished_run(tmp_path / "results", "a", method=method, adapter_mb=2.5)
+    assert [word, "2.50", "MB"] in [line.split() for line in fastpeft_here("runs", "show", "a").out.splitlines()]
 
 
 def test_further_metrics_are_shown(fastpeft_here, tmp_path):

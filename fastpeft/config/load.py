@@ -106,11 +106,11 @@ def with_values(run: RunConfig, given: dict[str, Any]) -> RunConfig:
     return run_from_values(values, run.run_id)
 
 
-def trial_run(run: RunConfig) -> RunConfig:
-    """`--mode trial`: every code path in seconds. Two steps, two calibration batches, no W&B."""
+def trial_run(run: RunConfig, num_seeds: int = 1) -> RunConfig:
+    """`--mode trial`: every code path in seconds. Two steps a seed, two calibration batches, no W&B."""
     values = run_values(run)
     trial = {
-        "budget": "2steps",
+        "budget": f"{2 * num_seeds}steps",
         "evaluation.every": "1steps",
         "evaluation.max_examples": 32,
         "regulariser.warmup_steps": 2,
@@ -289,7 +289,9 @@ def _explain(error: Mapping[str, Any], values: dict[str, Any]) -> str:
     kind, got = error["type"], error.get("input")
     if kind == "unexpected_keyword_argument":
         known = _keys_at(path[:-1])
-        return f"{key}: unknown key{_nearest(path[-1], known)}; known here: {', '.join(known)}"
+        elsewhere = sorted(leaf for leaf in _leaf_keys(RunConfig) if leaf.endswith(f".{path[-1]}"))
+        hint = f"; did you mean {' or '.join(elsewhere)}?" if elsewhere else _nearest(path[-1], known)
+        return f"{key}: unknown key{hint}; known here: {', '.join(known)}"
     if kind == "missing":
         return f"{key}: missing; it has no default"
     if kind == "literal_error":

@@ -76,13 +76,14 @@ def card_text(plan: Plan, exported: Exported, task: ClassificationTask) -> str:
 
 def _facts(plan: Plan, exported: Exported, task: ClassificationTask) -> str:
     run, metric = plan.run, plan.metric
+    num_rows = len(task.validation.head(run.evaluation.max_examples))
     kind = "a merged model" if plan.merge else "a PEFT adapter"
     rows = {
         "what": f"{kind}: the {plan.weights} weights of the run `{plan.folder.path.name}`",
         "base model": f"`{run.model.name}`, revision `{run.model.revision}`",
         "task": f"{task.name}, labels {', '.join(task.label_names)}",
         "method": run.method if plan.full else f"{run.method}, rank {run.adapter.rank}, alpha {run.adapter.alpha:g}",
-        "metric": f"{metric['name']} {number(metric['value']):.4f} on {len(task.validation):,} validation rows"
+        "metric": f"{metric['name']} {number(metric['value']):.4f} on {num_rows:,} validation rows"
         if "value" in metric
         else "none was logged",
         "budget": _budget(plan),

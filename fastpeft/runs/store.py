@@ -9,6 +9,7 @@ import os
 import re
 import shutil
 import time
+import typing
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -61,6 +62,12 @@ class Result:
     adapter_mb: float | None = None
     peak_memory_mb: float | None = None
     git: str | None = None
+
+
+_RESULT_TYPES = {
+    key: hint | int if hint in (float, float | None) else typing.get_origin(hint) if hint == dict[str, Any] else hint
+    for key, hint in typing.get_type_hints(Result).items()
+}
 
 
 class RunFolder:
@@ -135,9 +142,11 @@ class RunFolder:
         values = read_json(self.result)
         if values is None:
             return None
-        known = {f.name for f in dataclasses.fields(Result)}
+        known = {k: v for k, v in values.items() if k in _RESULT_TYPES}
+        if not all(isinstance(value, _RESULT_TYPES[key]) for key, value in known.items()):
+            return None
         try:
-            return Result(**{k: v for k, v in values.items() if k in known})
+            return Result(**known)
         except TypeError:
             return None
 

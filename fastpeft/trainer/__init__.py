@@ -19,7 +19,7 @@ from fastpeft.trainer.checkpoint import Checkpoint, rng_state, set_rng_state
 from fastpeft.trainer.interrupt import StopRequest
 from fastpeft.trainer.loop import Loop
 from fastpeft.trainer.memory import out_of_memory_is_told
-from fastpeft.trainer.resume import find_checkpoint, open_run, same_run
+from fastpeft.trainer.resume import check_same, find_checkpoint, open_run, same_run
 from fastpeft.trainer.setup import Job, build_job, gpu_uuid
 
 __all__ = ["Reporter", "StopRequest", "train"]
@@ -77,6 +77,8 @@ def train(
         if resume:
             finished, stored = open_run(folder, name)
             if finished is not None:
+                if run is not None:
+                    check_same(folder, stored, run)
                 reporter.say(f"{folder.path} is finished: {_outcome(finished)}. Nothing is left to do")
                 return finished
             resolved = same_run(folder, stored, run, allow_stand_in)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Iterator
 
-from fastpeft.config import RunConfig, load_run, run_values
+from fastpeft.config import RunConfig, apply_stand_in, load_run, run_values
 from fastpeft.errors import UserError
 from fastpeft.models.resolve import Resolved, resolve
 from fastpeft.runs.store import Result, RunError, RunFolder
@@ -29,19 +29,32 @@ def open_run(folder: RunFolder, name: str | None) -> tuple[Result | None, RunCon
 def same_run(folder: RunFolder, stored: RunConfig, run: RunConfig | None, allow_stand_in: bool) -> Resolved:
     """The stored run, after a check that `run` asks for no other one."""
     if run is not None:
-        asked, kept = (dict(_leaves(run_values(r))) for r in (resolve(run, allow_stand_in).run, stored))
-        differing = [
-            f"{key}: {kept.get(key)!r} was stored, {asked.get(key)!r} is asked for"
-            for key in sorted(asked.keys() | kept.keys())
-            if key.split(".")[0] not in ("overrides", "stand_in", *_TRACKING) and asked.get(key) != kept.get(key)
-        ]
-        if differing:
-            raise UserError(
-                f"{folder.path} was started with other settings; resume without them, or start a new run. "
-                + "; ".join(differing)
-            )
+        _refuse(folder, _differing(stored, resolve(run, allow_stand_in).run))
         stored = dataclasses.replace(stored, **{key: getattr(run, key) for key in _TRACKING})
     return resolve(stored, allow_stand_in)
+
+
+def check_same(folder: RunFolder, stored: RunConfig, run: RunConfig) -> None:
+    """The check of `same_run` without a look at the hub: the stored run may be `run` or its stand-in."""
+    asked = [run] if run.stand_in is None else [run, apply_stand_in(run)]
+    _refuse(folder, min((_differing(stored, one) for one in asked), key=len))
+
+
+def _differing(stored: RunConfig, run: RunConfig) -> list[str]:
+    asked, kept = (dict(_leaves(run_values(r))) for r in (run, stored))
+    return [
+        f"{key}: {kept.get(key)!r} was stored, {asked.get(key)!r} is asked for"
+        for key in sorted(asked.keys() | kept.keys())
+        if key.split(".")[0] not in ("overrides", "stand_in", *_TRACKING) and asked.get(key) != kept.get(key)
+    ]
+
+
+def _refuse(folder: RunFolder, differing: list[str]) -> None:
+    if differing:
+        raise UserError(
+            f"{folder.path} was started with other settings; resume without them, or start a new run. "
+            + "; ".join(differing)
+        )
 
 
 def _leaves(values: dict, prefix: str = "") -> Iterator[tuple[str, object]]:

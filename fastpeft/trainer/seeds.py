@@ -9,6 +9,7 @@ from typing import Any
 from fastpeft.config import ConfigError, RunConfig, load_run, parse_budget, with_values
 from fastpeft.runs.store import Result, RunFolder, default_name
 from fastpeft.trainer import StopRequest, train
+from fastpeft.trainer.resume import check_same
 
 
 def train_seeds(
@@ -35,38 +36,29 @@ def train_seeds(
         The results of the seeds that were trained or are done, in order.
 
     Raises:
-        UserError: as `train`, and before anything is trained if a folder is taken, the shares are too small, or
-            those of the group to be resumed are other ones.
+        UserError: as `train`, and before anything is trained if a folder is taken, holds other
+            settings than those to resume, or the shares are too small.
     """
     group = name or default_name(run.run_id)
     shares = share_budget(run, len(seeds))
     folders = [RunFolder.at(Path(results_dir), f"{group}-seed{seed}") for seed in seeds]
-    if not resume:
-        for folder in folders:
+    runs = [with_values(shares, {"training.seed": seed}) for seed in seeds]
+    for one, folder in zip(runs, folders):
+        if not resume:
             folder.check_free()
-    else:
-        _check_shares(shares, folders)
+        elif folder.config.is_file():
+            check_same(folder, load_run(folder.config), one)
     results = []
     with stop or StopRequest() as stop:
-        for seed, folder in zip(seeds, folders):
+        for seed, one, folder in zip(seeds, runs, folders):
             if stop():
                 break
             if on_start is not None:
                 on_start(seed, folder.path.name)
-            one = with_values(shares, {"training.seed": seed})
             goes_on = resume and folder.config.is_file()
             where = {"results_dir": results_dir, "name": folder.path.name, "group": group}
             results.append(train(one, resume=goes_on, stop=stop, **where, **options))
     return results
-
-
-def _check_shares(shares: RunConfig, folders: list[RunFolder]) -> None:
-    """What is done had the same share: more seeds in a budget that is spent would be means over unlike runs."""
-    for folder in folders:
-        if folder.config.is_file() and (had := load_run(folder.config).budget) != shares.budget:
-            problem = f"its share was {had or 'none'}, now it would be {shares.budget or 'none'}"
-            fix = "resume with the group's own --budget and --seeds, or start a new group"
-            raise ConfigError(f"budget of {folder.path}", [f"{problem}: {fix}"])
 
 
 def share_budget(run: RunConfig, count: int) -> RunConfig:

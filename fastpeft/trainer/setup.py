@@ -178,6 +178,12 @@ def _measure_evaluation(job: Job) -> float | None:
 
 def _notes(task: ClassificationTask, train: Encoded, validation: Encoded, max_length: int, run: RunConfig) -> list[str]:
     notes = [task.describe(), *task.notes]
+    there = set(task.train.labels)
+    absent = [name for i, name in enumerate(task.label_names) if i not in there]
+    if absent:
+        notes.append(
+            f"no training row has the label {', '.join(absent)}: are dataset.name and dataset.labels those of the data?"
+        )
     for split, count in task.skipped_rows.items():
         notes.append(f"{count:,} malformed rows of the {split} split were skipped")
     for split, encoded in (("training", train), ("validation", validation)):

@@ -250,3 +250,12 @@ def test_the_schema_knows_every_key_of_every_preset():
             reference = place.get("$ref") or next((o["$ref"] for o in place.get("anyOf", []) if "$ref" in o), None)
             if reference is not None:
                 assert set(values) <= set(schema["$defs"][reference.rpartition("/")[2]]["properties"]), (path, section)
+
+
+@pytest.mark.parametrize(
+    ("key", "meant"),
+    [("learning_rate", "training.learning_rate"), ("alpha", "adapter.alpha or regulariser.alpha")],
+)
+def test_a_key_without_its_section_is_told_where_it_is(key, meant):
+    with pytest.raises(ConfigError, match=rf"{key}: unknown key; did you mean {meant}\?"):
+        load_run("lora_mnli", [f"{key}=1"])

@@ -312,6 +312,7 @@ def test_a_stand_in_says_so_everywhere(home, tmp_path):
     assert "STAND-IN" in list(closing(plan, exported))[-1]
     assert "STAND-IN" in (plan.target / "README.md").read_text()
     assert "fastpeft.models.embedded.PATHS" in (plan.target / "README.md").read_text()
+    assert "on 32 validation rows |" in (plan.target / "README.md").read_text().split("| metric |")[1]
     assert read_json(plan.target / "export.json")["stand_in"] is True
     base = read_json(plan.target / "adapter_config.json")["base_model_name_or_path"]
     assert (Path(base) / "model.safetensors").is_file()

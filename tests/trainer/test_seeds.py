@@ -11,8 +11,9 @@ import sys
 import pytest
 from tiny_runs import write_run
 
-from fastpeft.config import ConfigError, load_run, parse_budget
+from fastpeft.config import ConfigError, load_run, parse_budget, trial_run
 from fastpeft.console import runs_table
+from fastpeft.errors import UserError
 from fastpeft.runs.store import RunError, list_runs
 from fastpeft.trainer.interrupt import StopRequest
 from fastpeft.trainer.seeds import share_budget, train_seeds
@@ -107,9 +108,26 @@ def test_resume_keeps_what_is_done_continues_and_starts_the_rest(run_file, tmp_p
     second = train_seeds(load(run_file, budget="36steps"), [0, 1, 2], **where, resume=True)
     assert [(r.seed, r.status, r.steps, r.group) for r in second] == [(s, "done", 12, "g") for s in (0, 1, 2)]
     assert (tmp_path / "r" / "g-seed0" / "events.jsonl").read_bytes() == kept
-    with pytest.raises(ConfigError, match="its share was 12steps, now it would be 9steps"):  # done, yet not comparable
+    wrong = r"other settings.*'12steps' was stored, '9steps' is asked for"
+    with pytest.raises(UserError, match=wrong):  # done, yet not comparable
         train_seeds(load(run_file, budget="36steps"), [0, 1, 2, 3], **where, resume=True)
     assert not (tmp_path / "r" / "g-seed3").exists()
+
+
+def test_resume_with_another_share_is_refused_before_anything_is_trained(run_file, tmp_path):
+    """A seed more makes the shares smaller: its run could not be compared with the others."""
+    where = {"results_dir": tmp_path / "r", "name": "g"}
+    train_seeds(load(run_file, budget="4steps"), [0], **where)
+    with pytest.raises(UserError, match=r"g-seed0 .* budget: '4steps' was stored, '2steps' is asked for"):
+        train_seeds(load(run_file, budget="4steps"), [1, 0], **where, resume=True)
+    assert not (tmp_path / "r" / "g-seed1").exists()
+    again = train_seeds(load(run_file, budget="8steps"), [1, 0], **where, resume=True)
+    assert [(r.seed, r.steps) for r in again] == [(1, 4), (0, 4)]
+
+
+def test_a_trial_has_two_steps_for_each_seed(run_file):
+    trial = trial_run(load(run_file), num_seeds=3)
+    assert share_budget(trial, 3).budget == "2steps"
 
 
 def test_handlers_are_put_back_after_nested_use():

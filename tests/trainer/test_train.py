@@ -289,6 +289,12 @@ def test_resume_of_a_finished_run_says_so_and_does_nothing(tmp_path: Path) -> No
     assert "is finished: accuracy" in listener.said[0]
 
 
+def test_resume_of_a_finished_run_with_other_settings_is_refused(tmp_path: Path) -> None:
+    train(tiny_run(tmp_path, budget="3steps"), results_dir=tmp_path, name="r")
+    with pytest.raises(UserError, match=r"other settings.*budget: '3steps' was stored, '6steps' is asked for"):
+        train(tiny_run(tmp_path, budget="6steps"), results_dir=tmp_path, name="r", resume=True)
+
+
 def test_resume_with_other_settings_is_refused_naming_the_keys(tmp_path: Path) -> None:
     stopped_run(tmp_path, "training")
     before = tree(tmp_path / "r")
@@ -395,3 +401,10 @@ def test_epochs_differ_in_order_and_cover_every_row(tmp_path: Path) -> None:
     orders = [[int(row) for rows in batches.epoch(epoch) for row in rows] for epoch in range(2)]
     assert sorted(orders[0]) == sorted(orders[1]) == list(range(96))
     assert orders[0] != orders[1]
+
+
+def test_a_label_without_training_rows_is_pointed_out(tmp_path: Path) -> None:
+    """As when another task's data are given under a preset's dataset.name."""
+    job = build_job(tiny_run(tmp_path, dataset={"labels": ["yes", "no", "maybe"]}))
+    assert any("no training row has the label maybe" in note for note in job.notes)
+    assert not any("no training row" in note for note in build_job(tiny_run(tmp_path)).notes)
