@@ -226,7 +226,8 @@ def main() -> None:
         for task, entry in row["tasks"].items():
             print(f"  {task:5} {entry['mean']:18} minus LoRA {entry.get('minus_lora', '-'):18} steps {entry['steps']}")
     if args.json:
-        report = {"seconds": args.seconds, "seeds": args.seeds, "environment": environment(), "rows": rows}
+        about = {key: environment()[key] for key in ("git", "cpu_count", "packages")}
+        report = {"seconds": args.seconds, "seeds": args.seeds, **about, "rows": rows}
         args.json.write_text(json.dumps(report, indent=2) + "\n")
 
 

@@ -57,7 +57,7 @@ def _handled(number: signal.Signals, handler: Any) -> Iterator[None]:
 
 def _ctrl_c_ends_at_once() -> Any:
     """While torch is loaded: inside its imports a KeyboardInterrupt becomes an ImportError or aborts the process."""
-    return _handled(signal.SIGINT, signal.SIG_DFL)
+    return _handled(signal.SIGINT, lambda number, frame: os._exit(128 + number))
 
 
 def _version(wanted: bool) -> None:

@@ -243,7 +243,7 @@ def test_ctrl_c_while_torch_is_loaded_ends_it_without_a_traceback(more, tmp_path
         "from fastpeft.cli import main; main()"
     )
     done = python(hook, cwd=tmp_path)
-    assert (done.returncode, done.stderr) == (-2, "")
+    assert (done.returncode, done.stderr) == (130, "")
 
 
 def test_sigterm_ends_an_export_as_an_exception_does(fastpeft_here, monkeypatch):
