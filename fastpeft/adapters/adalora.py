@@ -44,7 +44,7 @@ class AdaLora(Lora):
                 part = slice(start, start + parameter.numel())
                 self._allocator.exp_avg_ipt[name] = self._sensitivity[part].view(parameter.shape)
                 self._allocator.exp_avg_unc[name] = self._deviation[part].view(parameter.shape)
-        self._step = self._pruned_until = 0
+        self._pruned_until = 0
         self._kept_E = torch.ones_like(self._singular_values, dtype=torch.bool)
 
     @classmethod
@@ -88,12 +88,12 @@ class AdaLora(Lora):
     def after_step(self, signals: Signals, rates: Rates, progress: float) -> None:
         """Measure importances, prune when a pruning is due, and keep what is pruned at zero in the end."""
         settings = self._settings
-        self._step = min(settings.total_step, round(progress * settings.total_step) + 1)
+        step = min(settings.total_step, round(progress * settings.total_step) + 1)
         last = settings.total_step - settings.tfinal
-        if self._step < last:
+        if step < last:
             assert signals.skipped is not None
             self._measure(signals.skipped)
-        due = self._pruning_steps(self._pruned_until, min(self._step, last))
+        due = self._pruning_steps(self._pruned_until, min(step, last))
         if due and not bool(self._sensitivity.any()):
             return  # every step so far was skipped: there is nothing to rank by, and all would go
         if due:
@@ -146,7 +146,6 @@ class AdaLora(Lora):
             "sensitivity": self._sensitivity,
             "deviation": self._deviation,
             "kept": self._kept_E,
-            "step": torch.tensor(self._step),
             "pruned_until": torch.tensor(self._pruned_until),
         }
 
@@ -154,7 +153,7 @@ class AdaLora(Lora):
         self._sensitivity.copy_(state["sensitivity"])
         self._deviation.copy_(state["deviation"])
         self._kept_E.copy_(state["kept"])
-        self._step, self._pruned_until = int(state["step"]), int(state["pruned_until"])
+        self._pruned_until = int(state["pruned_until"])
         self.importance_version = int(not bool(self._kept_E.all()))
 
     def save(self, folder: Path) -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 import threading
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,7 +37,7 @@ class MeterLost(Exception):
     """What a meter says is wrong for good."""
 
 
-class Source:
+class Source(ABC):
     """Something that counts joules from an origin of its own."""
 
     method = "none"
@@ -47,9 +48,9 @@ class Source:
     def restart(self) -> None:
         """The next reading may come long after the last one."""
 
+    @abstractmethod
     def joules(self) -> float:
         """May raise anything, and may never return: it is called on the meter's own thread."""
-        raise NotImplementedError
 
 
 class NvmlCounter(Source):
