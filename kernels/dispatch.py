@@ -1,0 +1,160 @@
+"""Which way an operation is computed: PyTorch or Triton, and which form and tiles of it.
+
+A fused Triton kernel beats cuBLAS at some shapes and loses at others. So there is a table for each GPU, measured once
+by `fastpeft doctor --tune` and kept in the user's cache: per operation, dtype, in, out, rank and bucket of T, the
+fastest form and its tiles. Tables that ship lie in `kernels/tuned/`; the user's own comes first. What no table has is
+computed by cuBLAS.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from functools import cache
+from pathlib import Path
+
+import torch
+
+SMALLEST_BUCKET, LARGEST_BUCKET = 64, 65536
+SHIPPED = Path(__file__).parent / "tuned"
+
+
+@dataclass(frozen=True)
+class Config:
+    """Tiles of one kernel launch; what a field means, and which are read, is the kernel's."""
+
+    block_m: int
+    block_n: int
+    block_k: int
+    num_warps: int
+    num_stages: int
+
+
+@dataclass(frozen=True)
+class Choice:
+    """One row of a table."""
+
+    form: str
+    """`fused`: the Triton kernel; `split`: cuBLAS."""
+    config: Config | None = None
+    """Tiles of the fused form."""
+    microseconds: dict[str, float] = field(default_factory=dict, compare=False)
+    """What each form took when it was measured."""
+
+
+Key = tuple[str, str, int, int, int, int]
+"""operation, dtype, in, out, rank, bucket of T."""
+
+_forced: dict[str, Choice] = {}
+
+
+def interpreting() -> bool:
+    """TRITON_INTERPRET=1: Triton kernels run on CPU tensors, in place of the CPU path."""
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def runs_triton(x: torch.Tensor) -> bool:
+    """Whether operations on `x` may use Triton. fp64 never does."""
+    if x.dtype == torch.float64:
+        return False
+    return interpreting() or (x.is_cuda and has_triton())
+
+
+@cache
+def has_triton() -> bool:
+    try:
+        import triton  # noqa: F401
+    except ImportError:
+        return False
+    return True
+
+
+def bucket(num_tokens: int) -> int:
+    """T rounded up to a power of two."""
+    return min(LARGEST_BUCKET, max(SMALLEST_BUCKET, 1 << (num_tokens - 1).bit_length()))
+
+
+def key_of(operation: str, dtype: torch.dtype, num_in: int, num_out: int, rank: int, num_tokens: int) -> Key:
+    return (operation, str(dtype).removeprefix("torch."), num_in, num_out, rank, bucket(num_tokens))
+
+
+def choose(operation: str, x: torch.Tensor, num_in: int, num_out: int, rank: int, num_tokens: int) -> Choice:
+    """The measured choice for this shape on x's device; `split` where nothing was measured.
+
+    Under the interpreter always `fused`: what is asked for there is that the kernels run.
+    """
+    if _forced and operation in _forced:
+        return _forced[operation]
+    if not x.is_cuda:
+        return _FUSED if interpreting() else _SPLIT
+    return table(gpu_name(x.device.index)).get(key_of(operation, x.dtype, num_in, num_out, rank, num_tokens), _SPLIT)
+
+
+_SPLIT, _FUSED = Choice("split"), Choice("fused")
+
+
+@contextmanager
+def forced(choice: Choice, *operations: str) -> Iterator[None]:
+    """These operations take `choice`, whatever the table says: for the tuner, benches and tests."""
+    before = dict(_forced)
+    _forced.update(dict.fromkeys(operations, choice))
+    try:
+        yield
+    finally:
+        _forced.clear()
+        _forced.update(before)
+
+
+# ---- tables ----------------------------------------------------------------------------------
+
+
+@cache
+def gpu_name(index: int) -> str:
+    return torch.cuda.get_device_name(index)
+
+
+@cache
+def table(gpu: str) -> dict[Key, Choice]:
+    """All measured choices of one GPU model; the user's own before the shipped ones."""
+    rows: dict[Key, Choice] = {}
+    for path in (SHIPPED / _file_name(gpu), table_path(gpu)):
+        if path.is_file():
+            rows |= read_table(path)
+    return rows
+
+
+def table_path(gpu: str) -> Path:
+    """Where the user's table of this GPU model lies."""
+    root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    return root / "fastpeft" / "kernels" / _file_name(gpu)
+
+
+def _file_name(gpu: str) -> str:
+    return "".join(c if c.isalnum() else "-" for c in gpu.lower()) + ".json"
+
+
+def read_table(path: Path) -> dict[Key, Choice]:
+    """Raises ValueError, which names the file, where it is not a table."""
+    try:
+        rows = json.loads(path.read_text(encoding="utf-8"))["rows"]
+        return {
+            tuple(row["key"]): Choice(
+                row["form"], Config(**row["config"]) if row["config"] else None, row["microseconds"]
+            )
+            for row in rows
+        }
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path} is no table of kernel choices ({error}); delete it and tune again") from None
+
+
+def write_table(path: Path, rows: dict[Key, Choice], about: dict[str, str]) -> None:
+    """`about`: GPU, versions, date. Replaces the file in one step."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    body = {**about, "rows": [{"key": list(key), **asdict(choice)} for key, choice in sorted(rows.items())]}
+    partial = path.with_suffix(".partial")
+    partial.write_text(json.dumps(body, indent=1) + "\n", encoding="utf-8")
+    partial.replace(path)
+    table.cache_clear()

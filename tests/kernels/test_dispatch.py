@@ -1,0 +1,63 @@
+"""The table of kernel choices: what is looked up, where it lies, what a damaged one does."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from fastpeft.kernels import dispatch
+from fastpeft.kernels.dispatch import Choice, Config
+
+FUSED = Choice("fused", Config(128, 128, 64, 8, 3), {"fused": 10.0, "split": 12.5})
+
+
+@pytest.mark.parametrize(("num_tokens", "bucket"), [(1, 64), (64, 64), (65, 128), (1000, 1024), (10**6, 65536)])
+def test_bucket_is_the_next_power_of_two(num_tokens, bucket):
+    assert dispatch.bucket(num_tokens) == bucket
+
+
+def test_a_table_is_read_as_it_was_written(tmp_path):
+    rows = {dispatch.key_of("lora_forward", torch.bfloat16, 768, 3072, 8, 5000): FUSED}
+    dispatch.write_table(tmp_path / "deep" / "gpu.json", rows, {"gpu": "X"})
+    read = dispatch.read_table(tmp_path / "deep" / "gpu.json")
+    assert read == rows
+    assert read[("lora_forward", "bfloat16", 768, 3072, 8, 8192)].microseconds == FUSED.microseconds
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", '{"rows": [{"key": 1}]}', '{"rows": [{"key": [], "form": "fused"}]}'])
+def test_a_damaged_table_is_named(tmp_path, text):
+    (tmp_path / "gpu.json").write_text(text)
+    with pytest.raises(ValueError, match=r"gpu\.json is no table of kernel choices"):
+        dispatch.read_table(tmp_path / "gpu.json")
+
+
+def test_the_users_table_comes_before_the_shipped_one(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(dispatch, "SHIPPED", tmp_path / "shipped")
+    first, second = (dispatch.key_of("lora_forward", torch.float16, n, n, 8, 64) for n in (768, 1024))
+    split = Choice("split", None, {"fused": 3.0, "split": 2.0})
+    dispatch.write_table(tmp_path / "shipped" / "nvidia-x1.json", {first: FUSED, second: FUSED}, {})
+    dispatch.write_table(dispatch.table_path("NVIDIA X1"), {first: split}, {})
+    assert dispatch.table("NVIDIA X1") == {first: split, second: FUSED}
+    assert dispatch.table("NVIDIA X2") == {}
+
+
+def test_the_cpu_takes_pytorch_and_the_interpreter_takes_the_kernels(monkeypatch):
+    x = torch.zeros(4, 8)
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    assert not dispatch.runs_triton(x)
+    assert dispatch.choose("lora_forward", x, 8, 8, 4, 4).form == "split"
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    assert dispatch.runs_triton(x)
+    assert not dispatch.runs_triton(x.double())
+    assert dispatch.choose("lora_forward", x, 8, 8, 4, 4).form == "fused"
+
+
+def test_forced_choices_end_with_their_block():
+    x = torch.zeros(4, 8)
+    with dispatch.forced(FUSED, "lora_forward"), dispatch.forced(Choice("split"), "lora_forward"):
+        assert dispatch.choose("lora_forward", x, 8, 8, 4, 4).form == "split"
+    with dispatch.forced(FUSED, "lora_forward"):
+        assert dispatch.choose("lora_forward", x, 8, 8, 4, 4) is FUSED
+        assert dispatch.choose("lora_backward", x, 8, 8, 4, 4).form == "split"
+    assert dispatch.choose("lora_forward", x, 8, 8, 4, 4).form == "split"
