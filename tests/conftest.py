@@ -20,10 +20,14 @@ import secrets
 import socket
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
 
 import pytest
+
+if TYPE_CHECKING:
+    from wandb_server import WandbServer
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -58,6 +62,51 @@ def fastpeft_cli(tmp_path: Path) -> Callable[..., subprocess.CompletedProcess]:
         return subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=timeout)
 
     return run
+
+
+class Outcome(NamedTuple):
+    code: int
+    out: str
+    err: str
+
+    def refused(self, code: int = 2) -> str:
+        """The message of a command that must have failed in words."""
+        assert self.code == code, self
+        assert self.err.startswith("fastpeft: "), self
+        assert self.err.count("fastpeft: ") == 1, self
+        assert "Traceback" not in self.out + self.err
+        return self.err
+
+
+@pytest.fixture
+def fastpeft_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> Callable[..., Outcome]:
+    """Call the entry point in this process, in an empty folder."""
+    from fastpeft import cli
+
+    monkeypatch.chdir(tmp_path)
+
+    def call(*args: object) -> Outcome:
+        monkeypatch.setattr(sys, "argv", ["fastpeft", *map(str, args)])
+        capsys.readouterr()
+        try:
+            code = cli.main() or 0
+        except SystemExit as exited:
+            code = exited.code or 0
+        return Outcome(code, *capsys.readouterr())
+
+    return call
+
+
+@pytest.fixture
+def online_wandb(monkeypatch: pytest.MonkeyPatch) -> Iterator[WandbServer]:
+    """W&B is on, and its service is a server on loopback."""
+    from wandb_server import wandb_server
+
+    with wandb_server() as server:
+        for name, value in server.environment().items():
+            monkeypatch.setenv(name, value)
+        monkeypatch.delenv("WANDB_MODE")
+        yield server
 
 
 @pytest.fixture

@@ -8,8 +8,6 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -32,38 +30,6 @@ HEAVY = {
     "wandb",
     "psutil",
 }
-
-
-@dataclass
-class Outcome:
-    code: int
-    out: str
-    err: str
-
-    def refused(self, code: int = 2) -> str:
-        """The message of a command that must have failed in words."""
-        assert self.code == code, self
-        assert self.err.startswith("fastpeft: "), self
-        assert self.err.count("fastpeft: ") == 1, self
-        assert "Traceback" not in self.out + self.err
-        return self.err
-
-
-@pytest.fixture
-def fastpeft_here(tmp_path, monkeypatch, capsys) -> Callable[..., Outcome]:
-    """Call the entry point in this process, in an empty folder."""
-    monkeypatch.chdir(tmp_path)
-
-    def call(*args: str) -> Outcome:
-        monkeypatch.setattr(sys, "argv", ["fastpeft", *map(str, args)])
-        capsys.readouterr()
-        try:
-            code = cli.main() or 0
-        except SystemExit as exited:
-            code = exited.code or 0
-        return Outcome(code, *capsys.readouterr())
-
-    return call
 
 
 def python(code: str, **options) -> subprocess.CompletedProcess:
@@ -115,7 +81,7 @@ def test_importing_the_package_loads_nothing():
 
 
 def test_the_version_is_printed(fastpeft_here, fastpeft_cli):
-    assert fastpeft_here("--version") == Outcome(0, f"{fastpeft.__version__}\n", "")
+    assert fastpeft_here("--version") == (0, f"{fastpeft.__version__}\n", "")
     assert fastpeft_cli("--version").stdout == f"{fastpeft.__version__}\n"
 
 
@@ -227,7 +193,7 @@ def test_ctrl_c_while_it_starts_ends_it_without_a_traceback(fastpeft_here, monke
         raise KeyboardInterrupt
 
     monkeypatch.setattr(cli, "_load", interrupt)
-    assert fastpeft_here("train", "--run", "lora_mnli") == Outcome(130, "", "")
+    assert fastpeft_here("train", "--run", "lora_mnli") == (130, "", "")
 
 
 @pytest.mark.parametrize("more", [(), ("--seeds", "0,1")])
@@ -257,7 +223,7 @@ def test_sigterm_ends_an_export_as_an_exception_does(fastpeft_here, monkeypatch)
     monkeypatch.setattr(report, "opening", lambda plan: [])
     monkeypatch.setattr(write, "export", killed)
     before = signal.getsignal(signal.SIGTERM)
-    assert fastpeft_here("export", "r") == Outcome(143, "", "")
+    assert fastpeft_here("export", "r") == (143, "", "")
     assert signal.getsignal(signal.SIGTERM) == before
 
 
@@ -288,7 +254,7 @@ def test_the_schema_is_json(fastpeft_here):
 def test_no_runs_is_no_error(fastpeft_here, tmp_path):
     (tmp_path / "file").touch()
     for folder in ("results", "/nowhere", "file", "."):
-        assert fastpeft_here("runs", "ls", "--results-dir", folder) == Outcome(0, f"no runs in {folder}\n", "")
+        assert fastpeft_here("runs", "ls", "--results-dir", folder) == (0, f"no runs in {folder}\n", "")
 
 
 def test_runs_are_listed_one_a_line_with_their_whole_names(fastpeft_here, tmp_path):

@@ -10,6 +10,7 @@ import os
 import sys
 import threading
 import time
+from functools import partial
 from importlib import metadata
 from pathlib import Path
 from types import SimpleNamespace
@@ -17,7 +18,7 @@ from types import SimpleNamespace
 import pytest
 from rich.console import Console
 
-from fastpeft import cli, doctor
+from fastpeft import doctor
 from fastpeft.doctor import Check, Finding, can_train, machine, surroundings
 from fastpeft.doctor.check import carry_out
 from fastpeft.doctor.report import print_report
@@ -31,20 +32,8 @@ def one(findings: list[Finding]) -> Finding:
 
 
 @pytest.fixture
-def command(monkeypatch, capsys, tmp_path):
-    """`fastpeft doctor ...` in this process and an empty folder: code, output, errors."""
-
-    def call(*args: object) -> tuple[int, str, str]:
-        monkeypatch.chdir(tmp_path)
-        monkeypatch.setattr(sys, "argv", ["fastpeft", "doctor", *map(str, args)])
-        capsys.readouterr()
-        try:
-            code = cli.main() or 0
-        except SystemExit as exited:
-            code = exited.code or 0
-        return code, *capsys.readouterr()
-
-    return call
+def command(fastpeft_here):
+    return partial(fastpeft_here, "doctor")
 
 
 # ---- isolation -----------------------------------------------------------------------------

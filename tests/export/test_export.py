@@ -8,6 +8,7 @@ import shutil
 import stat
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import peft
@@ -19,7 +20,6 @@ from exported_runs import CASES, Trained
 from safetensors.torch import load_file, save_file
 from tiny import make_model
 
-from fastpeft import cli
 from fastpeft.config import load_run, run_values, save_run
 from fastpeft.data import encode
 from fastpeft.errors import UnavailableError, UserError
@@ -486,19 +486,8 @@ def test_a_base_on_the_hub_keeps_its_name_and_revision(home):
 
 
 @pytest.fixture
-def command(monkeypatch, capsys):
-    """`fastpeft export ...` in this process: code, output, errors."""
-
-    def call(*args: object) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["fastpeft", "export", *map(str, args)])
-        capsys.readouterr()
-        try:
-            code = cli.main() or 0
-        except SystemExit as exited:
-            code = exited.code or 0
-        return code, *capsys.readouterr()
-
-    return call
+def command(fastpeft_here):
+    return partial(fastpeft_here, "export")
 
 
 def test_the_command_says_what_it_did(command, trained, home, tmp_path):

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from wandb_server import KEY, WandbServer, files_with, wandb_server
+from wandb_server import KEY, WandbServer, files_with
 
 from fastpeft.runs.events import EventLog, LogTail
 from fastpeft.trackers import Choice, Trackers, process
@@ -204,15 +204,6 @@ def test_a_log_that_is_still_being_written_is_read_line_by_line(tmp_path):
 # ---- the real W&B ----------------------------------------------------------------------------
 
 
-@pytest.fixture
-def server(monkeypatch: pytest.MonkeyPatch):
-    with wandb_server() as server:
-        for name, value in server.environment().items():
-            monkeypatch.setenv(name, value)
-        monkeypatch.delenv("WANDB_MODE")
-        yield server
-
-
 TRAINER = """
 import sys, time
 from pathlib import Path
@@ -223,20 +214,20 @@ time.sleep(99)
 """
 
 
-def test_an_online_run_whose_trainer_is_killed_goes_on_where_wandb_is(server: WandbServer, tmp_path: Path):
+def test_an_online_run_whose_trainer_is_killed_goes_on_where_wandb_is(online_wandb: WandbServer, tmp_path: Path):
     """Its tracker sends what the log has; the resume redoes two steps that W&B has already."""
     folder = tmp_path / "r"
     write_log(folder, range(6)).close()
     child = subprocess.Popen([sys.executable, "-c", TRAINER, str(folder)], stdout=subprocess.PIPE, text=True)
     assert child.stdout is not None
     said = child.stdout.readline()
-    assert said.startswith(f"W&B: {server.url}/someone/p/runs/"), said
+    assert said.startswith(f"W&B: {online_wandb.url}/someone/p/runs/"), said
     child.send_signal(signal.SIGKILL)
     child.wait()
     heard = Heard()
-    heard.until(lambda: server.exit_code is not None)
-    assert [row["step"] for row in server.rows("train/loss")] == [1, 2, 3, 4, 5, 6]
-    assert server.exit_code == 1
+    heard.until(lambda: online_wandb.exit_code is not None)
+    assert [row["step"] for row in online_wandb.rows("train/loss")] == [1, 2, 3, 4, 5, 6]
+    assert online_wandb.exit_code == 1
 
     lines = (folder / "events.jsonl").read_text().splitlines(keepends=True)
     cut = next(i for i, line in enumerate(lines) if '"type":"step"' in line and '"step":4' in line)
@@ -245,15 +236,15 @@ def test_an_online_run_whose_trainer_is_killed_goes_on_where_wandb_is(server: Wa
     write_log(folder, range(4, 8), "done").close()
     trackers.close()
     assert heard.warned == []
-    assert [row["step"] for row in server.rows("train/loss")] == [1, 2, 3, 4, 5, 6, 7, 8]
-    assert [row["step"] for row in server.rows("eval/accuracy")] == [4, 8]
-    assert [row["step"] for row in server.rows("importance/q")] == [0]
-    assert len(server.lines) == 11
-    assert (server.exit_code, server.summary["final/accuracy"]) == (0, 0.5)
+    assert [row["step"] for row in online_wandb.rows("train/loss")] == [1, 2, 3, 4, 5, 6, 7, 8]
+    assert [row["step"] for row in online_wandb.rows("eval/accuracy")] == [4, 8]
+    assert [row["step"] for row in online_wandb.rows("importance/q")] == [0]
+    assert len(online_wandb.lines) == 11
+    assert (online_wandb.exit_code, online_wandb.summary["final/accuracy"]) == (0, 0.5)
     assert files_with(KEY, tmp_path) == []
 
 
-def test_a_run_is_sent_by_hand(server: WandbServer, tmp_path: Path):
+def test_a_run_is_sent_by_hand(online_wandb: WandbServer, tmp_path: Path):
     folder = tmp_path / "r"
     write_log(folder, range(8), "done").close()
     (folder / "run.yaml").write_text("extends: lora_mnli\nwandb: {project: theirs, mode: disabled}\n")
@@ -262,9 +253,9 @@ def test_a_run_is_sent_by_hand(server: WandbServer, tmp_path: Path):
             [sys.executable, "-m", "fastpeft.trackers", str(folder)], capture_output=True, text=True, timeout=60
         )
         assert done.returncode == 0, done.stderr
-        assert f"{server.url}/someone/theirs/runs/" in done.stdout
-        assert [row["step"] for row in server.rows("train/loss")] == list(range(1, 9))
-        assert len(server.lines) == 11
+        assert f"{online_wandb.url}/someone/theirs/runs/" in done.stdout
+        assert [row["step"] for row in online_wandb.rows("train/loss")] == list(range(1, 9))
+        assert len(online_wandb.lines) == 11
 
 
 def test_by_hand_a_folder_without_a_log_is_refused(tmp_path: Path):

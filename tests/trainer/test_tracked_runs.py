@@ -19,7 +19,7 @@ from tiny_runs import (
     weights,
     write_run,
 )
-from wandb_server import KEY, WandbServer, files_with, wandb_server
+from wandb_server import KEY, WandbServer, files_with
 
 import fastpeft
 from fastpeft.errors import UserError
@@ -29,33 +29,26 @@ from fastpeft.trackers import process
 NUM_STEPS = 40
 
 
-@pytest.fixture
-def server(monkeypatch: pytest.MonkeyPatch):
-    with wandb_server() as server:
-        for name, value in server.environment().items():
-            monkeypatch.setenv(name, value)
-        monkeypatch.delenv("WANDB_MODE")
-        yield server
-
-
-def assert_has_all_once(server: WandbServer, events: list[Event]) -> None:
+def assert_has_all_once(online_wandb: WandbServer, events: list[Event]) -> None:
     """W&B's history is the log's: every step, evaluation and importance, each once."""
-    assert sorted(server.lines) == list(range(len(server.lines)))
+    assert sorted(online_wandb.lines) == list(range(len(online_wandb.lines)))
     of_type = {kind: [e for e in events if e["type"] == kind] for kind in ("step", "eval", "importance")}
-    orders = [line["_step"] for _, line in sorted(server.lines.items())]
+    orders = [line["_step"] for _, line in sorted(online_wandb.lines.items())]
     assert orders == sorted(set(orders))
-    steps = server.rows("train/loss")
+    steps = online_wandb.rows("train/loss")
     assert [row["step"] for row in steps] == [e["step"] + 1 for e in of_type["step"]]
     for key in ("loss", "penalty", "lr", "grad_norm", "tokens"):
         assert [row[f"train/{key}"] for row in steps] == pytest.approx([e[key] for e in of_type["step"]])
-    evals = server.rows("eval/accuracy")
+    evals = online_wandb.rows("eval/accuracy")
     assert [(row["step"], row["eval/accuracy"]) for row in evals] == [(e["step"], e["value"]) for e in of_type["eval"]]
-    importance = server.rows(f"importance/{of_type['importance'][0]['names'][0]}")
+    importance = online_wandb.rows(f"importance/{of_type['importance'][0]['names'][0]}")
     assert [row["step"] for row in importance] == [e["step"] for e in of_type["importance"]]
-    assert len(server.lines) == len(steps) + len(evals) + len(importance)
+    assert len(online_wandb.lines) == len(steps) + len(evals) + len(importance)
 
 
-def test_an_offline_run_that_is_killed_and_resumed_is_sent_whole_and_once(tmp_path: Path, server: WandbServer) -> None:
+def test_an_offline_run_that_is_killed_and_resumed_is_sent_whole_and_once(
+    tmp_path: Path, online_wandb: WandbServer
+) -> None:
     path, folder = write_run(tmp_path), tmp_path / "r"
     more = [f"budget={NUM_STEPS}steps", "training.checkpoint_steps=10", "wandb.mode=offline", "training.batch_size=64"]
     place = ["--name", "r", "--results-dir", str(tmp_path)]
@@ -72,17 +65,17 @@ def test_an_offline_run_that_is_killed_and_resumed_is_sent_whole_and_once(tmp_pa
     assert f"wandb sync {offline[0]}" in child.output()
     assert not (tmp_path / "wandb").exists()
     for _ in range(2):  # sending it again changes nothing
-        server.sync(*offline)
-        assert_has_all_once(server, strict_events(folder))
+        online_wandb.sync(*offline)
+        assert_has_all_once(online_wandb, strict_events(folder))
     result = json.loads((folder / "result.json").read_text())
-    assert server.summary["final/accuracy"] == result["metric"]["value"]
-    assert (server.summary["best/accuracy"], server.summary["best/step"]) == (
+    assert online_wandb.summary["final/accuracy"] == result["metric"]["value"]
+    assert (online_wandb.summary["best/accuracy"], online_wandb.summary["best/step"]) == (
         result["best"]["value"],
         result["best"]["step"],
     )
-    assert server.config["training"]["value"]["batch_size"] == 64
-    assert server.exit_code == 0
-    assert any(server.keys)  # the key was used, and is in no file of the run
+    assert online_wandb.config["training"]["value"]["batch_size"] == 64
+    assert online_wandb.exit_code == 0
+    assert any(online_wandb.keys)  # the key was used, and is in no file of the run
     assert files_with(KEY, tmp_path) == []
     assert json.loads((folder / "environment.json").read_text())["packages"]["wandb"]
 
