@@ -77,10 +77,7 @@ def load_backbone(
     if tokenizer.pad_token_id is None:
         raise UnavailableError(f"model.name {config.name}: its tokenizer has no padding token")
     head = _head_modules(model, info, config.name)
-    model.requires_grad_(False)
-    model.to(device=device, dtype=torch.float32 if trained else dtype)
-    for module in head:
-        _keep_fp32(model.get_submodule(module))
+    freeze(model, head, torch.float32 if trained else dtype, device)
     settings = model.config
     positions = getattr(settings, "max_position_embeddings", None)
     if settings.model_type in ("roberta", "xlm-roberta", "camembert"):
@@ -125,6 +122,14 @@ def choose_dtype(precision: str, device: torch.device) -> torch.dtype:
         can = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
         fast = can.get("amx_bf16", False) or can.get("avx512_bf16", False)
     return torch.bfloat16 if fast else torch.float32
+
+
+def freeze(model: nn.Module, head: list[str], dtype: torch.dtype, device: torch.device) -> None:
+    """Move the model to `device` in `dtype`, its head in fp32, with no parameter that asks for a gradient."""
+    model.requires_grad_(False)
+    model.to(device=device, dtype=dtype)
+    for module in head:
+        _keep_fp32(model.get_submodule(module))
 
 
 def _head_modules(model: nn.Module, info: dict[str, Any], name: str) -> list[str]:

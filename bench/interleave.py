@@ -1,0 +1,135 @@
+"""Timing of alternatives against each other: interleaved, paired, with an interval on each ratio.
+
+A single timing on a shared machine means nothing. Here all alternatives run in turns on the same input, forwards and
+then backwards (A B C C B A), so that a drift of the machine meets each pair alike; a ratio is formed within a round.
+"""
+
+from __future__ import annotations
+
+import gc
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+
+INTERVAL_ROUNDS = 5
+"""Fewer rounds than this give no interval."""
+_DRAWS = 2000
+
+
+@dataclass
+class Round:
+    """One turn forwards and one backwards of each alternative, on one input."""
+
+    index: int
+    """Of the input."""
+    seconds: dict[str, tuple[float, float]]
+    """A call."""
+
+
+@dataclass
+class Times:
+    rounds: list[Round] = field(default_factory=list)
+
+    def __contains__(self, name: str) -> bool:
+        return any(name in each.seconds for each in self.rounds)
+
+    def median_s(self, name: str) -> float:
+        """Mean over the inputs of each one's median."""
+        return float(np.mean([np.median(values) for values in self._by_input(name)]))
+
+    def spread_s(self, name: str) -> float:
+        """Interquartile range, likewise a mean over the inputs."""
+        return float(np.mean([np.subtract(*np.percentile(values, [75, 25])) for values in self._by_input(name)]))
+
+    def ratio(self, name: str, base: str) -> tuple[float, float | None, float | None]:
+        """Median over the rounds of time over base's time, and its 95 % bootstrap interval."""
+        both = [each.seconds for each in self.rounds if name in each.seconds and base in each.seconds]
+        ratios = np.array([sum(seconds[name]) / sum(seconds[base]) for seconds in both])
+        if len(ratios) < INTERVAL_ROUNDS:
+            return float(np.median(ratios)), None, None
+        draws = np.random.default_rng(0).integers(len(ratios), size=(_DRAWS, len(ratios)))
+        low, high = np.percentile(np.median(ratios[draws], axis=1), [2.5, 97.5])
+        return float(np.median(ratios)), float(low), float(high)
+
+    def _by_input(self, name: str) -> list[list[float]]:
+        found: dict[int, list[float]] = {}
+        for each in self.rounds:
+            found.setdefault(each.index, []).extend(each.seconds.get(name, ()))
+        return [values for values in found.values() if values]
+
+
+def interleave(
+    alternatives: Mapping[str, Callable[[int], object]],
+    num_inputs: int,
+    max_rounds: int,
+    until: Callable[[], bool],
+    clock: Callable[[], float],
+    calls: int = 1,
+) -> Times:
+    """Rounds until there are `max_rounds`, or `until()` says that the time is over; one at least.
+
+    Args:
+        alternatives: name -> function of the input's index; all inputs take turns.
+        clock: seconds, once all that was asked of the device is done.
+        calls: of a function in one turn; a turn's time is divided by it.
+    """
+    times = Times()
+    names = list(alternatives)
+
+    def turn(name: str, index: int) -> float:
+        began = clock()
+        for _ in range(calls):
+            alternatives[name](index)
+        return (clock() - began) / calls
+
+    gc.collect()
+    gc.freeze()  # so that collecting between rounds is quick
+    gc.disable()
+    try:
+        while len(times.rounds) < max_rounds and not (times.rounds and until()):
+            index = len(times.rounds) % num_inputs
+            forward = {name: turn(name, index) for name in names}
+            backward = {name: turn(name, index) for name in reversed(names)}
+            times.rounds.append(Round(index, {name: (forward[name], backward[name]) for name in names}))
+            gc.collect()
+    finally:
+        gc.enable()
+        gc.unfreeze()
+    return times
+
+
+def device_clock(device: torch.device) -> Callable[[], float]:
+    """Seconds of the host's clock, read when the device has done its work."""
+    if device.type != "cuda":
+        return time.perf_counter
+
+    def read() -> float:
+        torch.cuda.synchronize(device)
+        return time.perf_counter()
+
+    return read
+
+
+def timer(seconds: float, began: float | None = None) -> Callable[[], bool]:
+    """True from `seconds` after `began` (now) on."""
+    start = time.perf_counter() if began is None else began
+    return lambda: time.perf_counter() - start > seconds
+
+
+def choose_device(name: str | None) -> torch.device:
+    """The one named, or the GPU if there is one."""
+    return torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+
+
+def names_in(text: str | None, known: Sequence[str]) -> list[str]:
+    """A comma-separated choice of `known`, in their order; all for None. SystemExit names what is unknown."""
+    if text is None:
+        return list(known)
+    wanted = text.split(",")
+    unknown = sorted(set(wanted) - set(known))
+    if unknown:
+        raise SystemExit(f"unknown: {', '.join(unknown)}; there are {', '.join(known)}")
+    return [name for name in known if name in wanted]
