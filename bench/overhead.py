@@ -21,7 +21,7 @@ Random weights of the real shapes and random tokens of MNLI-like lengths; no net
 Every row has the same matrices (all linear layers, rank 8), precision, batches and dropout. A time is the median over
 interleaved repeats, `spread_ms` their interquartile range, each averaged over a few batches of different widths.
 `ratio` is the median of paired ratios to the row's own LoRA, named in `ratio_to`, with a 95 % bootstrap interval:
-PEFT's rows to peft_lora, all others to fastpeft_lora, so that both of these are 1. `over_frozen` is the ratio to frozen.
+PEFT's rows to peft_lora, all others to fastpeft_lora, so that these two are 1. `over_frozen` is the ratio to frozen.
 For what `launches` and `peak_mb` mean see bench/cost.py; `peak_mb` includes the frozen weights, once.
 """
 
