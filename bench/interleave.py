@@ -14,6 +14,9 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 
+Measure = Callable[[Callable[[], object]], float]
+"""Seconds of one call."""
+
 INTERVAL_ROUNDS = 5
 """Fewer rounds than this give no interval."""
 _DRAWS = 2000
@@ -66,24 +69,17 @@ def interleave(
     num_inputs: int,
     max_rounds: int,
     until: Callable[[], bool],
-    clock: Callable[[], float],
-    calls: int = 1,
+    measure: Measure,
 ) -> Times:
     """Rounds until there are `max_rounds`, or `until()` says that the time is over; one at least.
 
-    Args:
-        alternatives: name -> function of the input's index; all inputs take turns.
-        clock: seconds, once all that was asked of the device is done.
-        calls: of a function in one turn; a turn's time is divided by it.
+    `alternatives`: name -> function of the input's index; all inputs take turns.
     """
     times = Times()
     names = list(alternatives)
 
     def turn(name: str, index: int) -> float:
-        began = clock()
-        for _ in range(calls):
-            alternatives[name](index)
-        return (clock() - began) / calls
+        return measure(lambda: alternatives[name](index))
 
     gc.collect()
     gc.freeze()  # so that collecting between rounds is quick
@@ -101,16 +97,22 @@ def interleave(
     return times
 
 
-def device_clock(device: torch.device) -> Callable[[], float]:
-    """Seconds of the host's clock, read when the device has done its work."""
-    if device.type != "cuda":
-        return time.perf_counter
+def host_timer(device: torch.device, calls: int = 1) -> Measure:
+    """By the host's clock, from an idle device to an idle device: launches count as far as they keep it waiting."""
 
-    def read() -> float:
-        torch.cuda.synchronize(device)
-        return time.perf_counter()
+    def wait() -> None:
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
 
-    return read
+    def measure(run: Callable[[], object]) -> float:
+        wait()
+        began = time.perf_counter()
+        for _ in range(calls):
+            run()
+        wait()
+        return (time.perf_counter() - began) / calls
+
+    return measure
 
 
 def timer(seconds: float, began: float | None = None) -> Callable[[], bool]:

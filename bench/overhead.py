@@ -45,7 +45,7 @@ import torch
 from torch import nn
 
 from bench.cost import count_launches, launches_kind, peak_mb
-from bench.interleave import Times, choose_device, device_clock, interleave, names_in, timer
+from bench.interleave import Times, choose_device, host_timer, interleave, names_in, timer
 from bench.models import Host, random_batches
 from bench.report import about, print_table, write_json
 from fastpeft.adapters import Adapter, method_class
@@ -267,12 +267,12 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
                 for step in steps.values():
                     step(index)
         calls = args.steps or (8 if device.type == "cuda" else 1)
-        clock = device_clock(device)
+        measured_by = host_timer(device, calls)
         until = timer(args.seconds * (1 - CLOSE_SHARE), began)
-        times = interleave(steps, NUM_BATCHES, args.repeats, until, clock, calls)
+        times = interleave(steps, NUM_BATCHES, args.repeats, until, measured_by)
         close = {name: steps[name] for name in CLOSE if name in steps}
         until = timer(args.seconds, began)
-        times.rounds += interleave(close, NUM_BATCHES, args.repeats, until, clock, calls).rounds
+        times.rounds += interleave(close, NUM_BATCHES, args.repeats, until, measured_by).rounds
     matrices = match_targets(host.backbone.model, host.backbone.head, run.adapter.target_modules)
     shape = host.shape() | {
         "batch_size": args.batch_size,

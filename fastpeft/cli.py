@@ -260,8 +260,25 @@ def export(
 def doctor(
     results_dir: ResultsDir = Path("results"),
     as_json: Annotated[bool, typer.Option("--json", help="For machines.")] = False,
+    tune: Annotated[
+        bool, typer.Option("--tune", help="Measure which kernels are fastest on this GPU; keep it.")
+    ] = False,
+    model: Annotated[
+        list[str] | None, typer.Option(help="--tune: a model's name, or shapes such as 768x3072; repeatable.")
+    ] = None,
+    minutes: Annotated[float, typer.Option(min=0.1, help="--tune: at most this long; call it again to go on.")] = 15.0,
 ) -> None:
     """Look at this machine: device, versions, kernels, energy meter, hub, disk; say what to do."""
+    if tune:
+        with _ctrl_c_ends_at_once():
+            from fastpeft.doctor.tuning import tune_gpu
+
+        try:
+            tune_gpu(model or [], minutes)
+        except KeyboardInterrupt:
+            print("interrupted; what was measured is kept", file=sys.stderr)
+            raise typer.Exit(128 + signal.SIGINT) from None
+        return
     from fastpeft.doctor import can_train, examine, to_json
     from fastpeft.doctor.report import print_report
 

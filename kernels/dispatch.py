@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from functools import cache
@@ -134,6 +134,12 @@ def table_path(gpu: str) -> Path:
 
 def _file_name(gpu: str) -> str:
     return "".join(c if c.isalnum() else "-" for c in gpu.lower()) + ".json"
+
+
+def is_tuned(gpu: str, dtype: torch.dtype, shapes: Iterable[tuple[int, int, int]]) -> bool:
+    """Whether a table of this GPU has any lora_linear of each (in, out, rank), at whatever T."""
+    wanted = {(str(dtype).removeprefix("torch."), *shape) for shape in shapes}
+    return wanted <= {key[1:5] for key in table(gpu) if key[0] == "lora_forward"}
 
 
 def read_table(path: Path) -> dict[Key, Choice]:

@@ -238,25 +238,39 @@ def _cpu_quota() -> float | None:
 
 
 def kernels() -> list[Finding]:
-    """Which implementation `lora_linear` and the penalties have here, and whether Triton loads."""
+    """Which operations have Triton kernels, whether Triton loads, and whether this GPU has a table of the fastest."""
     import pkgutil
 
+    import torch
+
     from fastpeft import kernels as ours
+    from fastpeft.kernels import dispatch
 
     for name in ours.__all__:
         getattr(ours, name)  # an operation that cannot be imported is a finding
-    written = [m.name for m in pkgutil.walk_packages(ours.__path__, f"{ours.__name__}.") if m.name.endswith(".kernel")]
-    used = f"lora_linear is the PyTorch operation with closed-form gradients ({ours.lora_linear.__module__})"
-    if written:
-        used += f"; Triton kernels are there too: {', '.join(written)}"
-    else:
-        used += "; this release has no Triton kernels"
+    modules = [
+        m.name.removeprefix(f"{ours.__name__}.") for m in pkgutil.walk_packages(ours.__path__, f"{ours.__name__}.")
+    ]
+    written = sorted(name.removesuffix(".kernel") for name in modules if name.endswith(".kernel"))
+    used = f"Triton kernels: {', '.join(written)}" if written else "this release has no Triton kernels"
     try:
         import triton
     except Exception as error:
-        why = f"triton cannot be imported ({type(error).__name__}: {first_line(error)})"
+        why = f"triton cannot be imported ({type(error).__name__}: {first_line(error)}), so PyTorch computes them"
         return [Finding("kernels", "warning" if written else "ok", f"{used}; {why}")]
-    return [Finding("kernels", "ok", f"{used}; triton {triton.__version__} loads")]
+    used += f"; triton {triton.__version__} loads"
+    if not torch.cuda.is_available():
+        return [Finding("kernels", "ok", f"{used}; on a CPU PyTorch computes them, with closed-form gradients")]
+    gpu = dispatch.gpu_name(0)
+    try:
+        rows = dispatch.table(gpu)
+    except ValueError as error:
+        return [Finding("kernels", "warning", f"{used}; {error}", f"delete {dispatch.table_path(gpu)}")]
+    if not rows:
+        message = f"{used}; no table for {gpu}: lora_linear takes cuBLAS"
+        return [Finding("kernels", "warning", message, "measure which is faster: fastpeft doctor --tune")]
+    fused = sum(choice.form != "split" for choice in rows.values())
+    return [Finding("kernels", "ok", f"{used}; a table for {gpu}: {len(rows)} shapes, {fused} of them in Triton")]
 
 
 def energy() -> list[Finding]:

@@ -17,6 +17,8 @@ from fastpeft.config import Budget, ConfigError, RunConfig, parse_budget, parse_
 from fastpeft.data import Batches, ClassificationTask, Encoded, encode, load_task
 from fastpeft.data.batches import collate, evaluation_batches
 from fastpeft.data.memory import TokenLimits, free_memory, is_out_of_memory
+from fastpeft.errors import UserError
+from fastpeft.kernels import dispatch
 from fastpeft.models.backbone import choose_dtype, load_backbone
 from fastpeft.schedules import Schedule, make_schedule
 from fastpeft.trainer.optim import FlatAdamW
@@ -81,7 +83,7 @@ def build_job(run: RunConfig) -> Job:
         dtype=dtype,
         notes=_notes(task, train, validation, max_length, run),
     )
-    job.notes += adapter.describe()
+    job.notes += adapter.describe() + untuned(adapter, device, dtype)
     if clock.budget.kind in ("seconds", "joules"):
         _expect_final(job)
     return job
@@ -174,6 +176,24 @@ def _measure_evaluation(job: Job) -> float | None:
     finally:
         job.adapter.model.train()
     return sum(seconds[1:]) / _MEASURED_BATCHES * sum(map(area, groups))
+
+
+def untuned(adapter: Adapter, device: torch.device, dtype: torch.dtype) -> list[str]:
+    """A note where nobody has measured which kernels are fastest for the run's shapes on its GPU."""
+    if device.type != "cuda":
+        return []
+    groups = adapter.flat.groups
+    shapes = {(group.a_KRI.shape[2], group.b_KOR.shape[1], group.a_KRI.shape[1]) for group in groups}
+    try:
+        tuned = dispatch.is_tuned(dispatch.gpu_name(device.index or 0), dtype, shapes)
+    except ValueError as error:
+        raise UserError(str(error)) from None
+    if tuned or not shapes:
+        return []
+    return [
+        "kernels are not tuned for this GPU and these shapes, so that cuBLAS computes the LoRA products: "
+        "fastpeft doctor --tune measures what is faster"
+    ]
 
 
 def _notes(task: ClassificationTask, train: Encoded, validation: Encoded, max_length: int, run: RunConfig) -> list[str]:
