@@ -12,9 +12,12 @@ from types import ModuleType
 from typing import Any
 
 _PUBLIC = {
+    "LoraMeasures": "lora_linear.op",
+    "dropout_mask": "lora_linear.dropout",
     "factor_penalty": "frobenius.reference",
     "gradient_norm": "sensitivity.reference",
     "lora_linear": "lora_linear.op",
+    "lora_linear_grouped": "lora_linear.op",
     "product_penalty": "frobenius.reference",
     "sketch_norm": "sensitivity.reference",
 }

@@ -1,4 +1,7 @@
-"""The specification of lora_linear: plain PyTorch, differentiated by autograd."""
+"""The specification of lora_linear: plain PyTorch, differentiated by autograd.
+
+And that of the dropout mask on a GPU: counter-based random numbers, so that any element can be had again.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +15,52 @@ def lora_linear_reference(
     lora_a: torch.Tensor,
     lora_b: torch.Tensor,
     scale: float,
+    *,
+    dropout: float = 0.0,
+    keep: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """y = x W^T + bias + scale (x A^T) B^T, shapes as in op.lora_linear (arXiv:2106.09685, eq. 3)."""
-    update = torch.nn.functional.linear(torch.nn.functional.linear(x, lora_a), lora_b)
+    """y = x W^T + bias + scale (D(x) A^T) B^T, shapes as in op.lora_linear (arXiv:2106.09685, eq. 3).
+
+    D(x) = x * keep / (1 - dropout), `keep` bool in the shape of x; D(x) = x where `keep` is None.
+    """
+    dropped = x if keep is None else x * keep / (1 - dropout)
+    update = torch.nn.functional.linear(torch.nn.functional.linear(dropped, lora_a), lora_b)
     return torch.nn.functional.linear(x, weight, bias) + scale * update
+
+
+_ROUNDS = 7
+_WORD = 0xFFFFFFFF
+
+
+def philox_keep(num_rows: int, num_columns: int, dropout: float, seed: torch.Tensor) -> torch.Tensor:
+    """(rows, columns) bool on the seed's device: what dropout leaves.
+
+    Philox 4x32 of 7 rounds (Salmon et al., SC 2011, section 2) with the key `seed`, an int64 of one element, and the
+    counter (row, column // 8, 0, 0) gives four words, which are eight numbers of 16 bits, low half first, one for each
+    of these columns. An element stays where its number is at least round(65536 * dropout).
+    """
+    zero = torch.zeros((), dtype=torch.int64, device=seed.device)
+    groups = -(-num_columns // 8)
+    c0 = torch.arange(num_rows, device=seed.device)[:, None].expand(num_rows, groups)
+    c1 = torch.arange(groups, device=seed.device)[None, :].expand(num_rows, groups)
+    c2, c3 = zero, zero
+    k0, k1 = seed.reshape(()) & _WORD, (seed.reshape(()) >> 32) & _WORD
+    for _ in range(_ROUNDS):
+        low_a, high_a = _product(0xD2511F53, c0)
+        low_b, high_b = _product(0xCD9E8D57, c2)
+        c0, c1, c2, c3 = high_b ^ c1 ^ k0, low_b, high_a ^ c3 ^ k1, low_a
+        k0, k1 = (k0 + 0x9E3779B9) & _WORD, (k1 + 0xBB67AE85) & _WORD
+    words = torch.stack([c0, c1, c2, c3], dim=-1)
+    numbers = torch.stack([words & 0xFFFF, words >> 16], dim=-1).reshape(num_rows, groups * 8)
+    return numbers[:, :num_columns] >= drop_below(dropout)
+
+
+def _product(constant: int, word: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Low and high word of a 64-bit product; int64 wraps, and the mask takes the sign off."""
+    product = word * constant
+    return product & _WORD, (product >> 32) & _WORD
+
+
+def drop_below(dropout: float) -> int:
+    """16-bit numbers below this are dropped."""
+    return round(65536 * dropout)

@@ -1,0 +1,46 @@
+"""Which elements LoRA dropout leaves: made from a seed, in forward and again in backward, never stored."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+from fastpeft.kernels import dispatch
+from fastpeft.kernels.lora_linear.reference import philox_keep
+
+
+def draw_seed(device: torch.device) -> torch.Tensor:
+    """int64 of one element on `device`, from torch's default generator there."""
+    return torch.randint(2**63 - 1, (1,), device=device)
+
+
+def dropout_mask(shape: tuple[int, ...], dropout: float, seed: torch.Tensor) -> torch.Tensor:
+    """What lora_linear keeps of an x of this shape on the seed's device.
+
+    On a GPU the mask is `reference.philox_keep`, whichever way lora_linear is computed there, and with
+    TRITON_INTERPRET=1 also on the CPU. Else on the CPU it is the stream of a torch.Generator.
+
+    Args:
+        shape: (..., I).
+        dropout: probability in [0, 1) of an element to be dropped.
+        seed: int64 of one element.
+
+    Returns:
+        bool in this shape.
+    """
+    num_columns = shape[-1]
+    num_rows = math.prod(shape[:-1])
+    return keep_mask(num_rows, num_columns, dropout, seed, torch.bool).reshape(shape)
+
+
+def keep_mask(num_rows: int, num_columns: int, dropout: float, seed: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """(rows, columns) of ones and zeros in `dtype`."""
+    if seed.device.type == "cpu" and not dispatch.interpreting():
+        generator = torch.Generator().manual_seed(int(seed))
+        return torch.empty(num_rows, num_columns, dtype=dtype).bernoulli_(1 - dropout, generator=generator)
+    if dispatch.interpreting() or dispatch.has_triton():
+        from fastpeft.kernels.lora_linear.fused import fused_keep_mask
+
+        return fused_keep_mask(num_rows, num_columns, dropout, seed).to(dtype)
+    return philox_keep(num_rows, num_columns, dropout, seed).to(dtype)

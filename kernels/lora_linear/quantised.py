@@ -1,0 +1,33 @@
+"""Frozen weights that bitsandbytes keeps in 4 bits."""
+
+from __future__ import annotations
+
+import torch
+
+
+def weight_shape(weight: torch.Tensor) -> torch.Size:
+    """(O, I) of a weight, or of the weight that a 4-bit parameter stands for."""
+    state = getattr(weight, "quant_state", None)
+    return weight.shape if state is None else state.shape
+
+
+def is_quantised(weight: torch.Tensor) -> bool:
+    return getattr(weight, "quant_state", None) is not None
+
+
+def dequantised(weight: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """(O, I) in `dtype`; `weight` itself where it is not quantised.
+
+    Raises:
+        ImportError: the weight is quantised and bitsandbytes cannot be imported.
+    """
+    if not is_quantised(weight):
+        return weight
+    try:
+        from bitsandbytes.functional import dequantize_4bit
+    except ImportError as error:
+        raise ImportError(
+            f"lora_linear: weight is a 4-bit bitsandbytes parameter, and bitsandbytes cannot be imported ({error}); "
+            "install it: pip install bitsandbytes"
+        ) from error
+    return dequantize_4bit(weight.data, weight.quant_state).to(dtype)
