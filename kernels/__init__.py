@@ -12,7 +12,7 @@ from types import ModuleType
 from typing import Any
 
 _PUBLIC = {
-    "LoraMeasures": "lora_linear.op",
+    "LoraMeasures": "lora_linear.compute",
     "dropout_mask": "lora_linear.dropout",
     "factor_penalty": "frobenius.reference",
     "gradient_norm": "sensitivity.reference",

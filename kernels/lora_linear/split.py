@@ -37,13 +37,6 @@ def forward(
     return y_TO.addmm_(s_TR, b_OR.t())
 
 
-def add_dx(dx_TI: torch.Tensor, ds_TR: torch.Tensor, a_RI: torch.Tensor, kept: Kept | None) -> torch.Tensor:
-    """Adds the update's part to dx."""
-    if kept is None:
-        return dx_TI.addmm_(ds_TR, a_RI)
-    return dx_TI.addcmul_(ds_TR @ a_RI, kept.mask_TI, value=kept.factor)
-
-
 def factor_gradient(left: torch.Tensor, right: torch.Tensor, dtype: torch.dtype, factor: float = 1.0) -> torch.Tensor:
     """factor * left^T right in `dtype`."""
     product = left.new_empty(left.shape[1], right.shape[1]).addmm_(left.t(), right, beta=0, alpha=factor)

@@ -1,0 +1,94 @@
+"""Forms and tiles of lora_linear's Triton kernels; needs no Triton.
+
+Forms of `lora_forward` and `lora_backward` (dx):
+    split      cuBLAS: the frozen product, the skinny one, addmm_
+    fused      one launch; the skinny product rides in the same loop, on the tiles of x that are loaded anyway. With
+               dropout, or with a rank above 64, its registers do not pay: it is fused_two then
+    fused_two  a launch of the skinny product, then the main one, to which the update is a few columns more
+Of `lora_factors` (dA, dB): split, and fused_factors (any name but split means it).
+
+In a Config of the first two, block_m x block_n is the tile of the result and block_k the step through the sum. In one
+of fused_factors, block_m is the number of features, block_k of tokens a step, and block_n how many programs a
+multiprocessor gets, which sets the number of splits.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+
+from fastpeft.kernels.dispatch import Config
+
+LARGEST_INLINE_RANK = 64
+
+_MATMUL = (
+    Config(128, 256, 64, 8, 3),
+    Config(128, 128, 64, 8, 4),
+    Config(128, 128, 64, 4, 3),
+    Config(128, 128, 32, 4, 4),
+    Config(64, 256, 64, 4, 3),
+    Config(64, 128, 64, 4, 4),
+    Config(64, 64, 64, 4, 4),
+    Config(64, 32, 64, 4, 4),
+)
+
+CONFIGS: dict[str, tuple[Config, ...]] = {
+    "fused": _MATMUL,
+    "fused_two": _MATMUL,
+    "fused_factors": (
+        Config(64, 1, 64, 4, 4),
+        Config(64, 2, 64, 4, 4),
+        Config(64, 4, 64, 4, 3),
+        Config(128, 1, 64, 4, 4),
+        Config(128, 2, 64, 4, 3),
+        Config(128, 2, 128, 8, 3),
+    ),
+}
+
+FORMS: dict[str, tuple[str, ...]] = {
+    "lora_forward": ("split", "fused", "fused_two"),
+    "lora_backward": ("split", "fused", "fused_two"),
+    "lora_factors": ("split", "fused_factors"),
+}
+
+_DEFAULTS = {"fused": Config(128, 128, 64, 8, 3), "fused_two": Config(128, 128, 64, 8, 3)}
+_DEFAULTS |= {"fused_factors": Config(64, 2, 64, 4, 4)}
+_INTERPRETED = {"fused": Config(64, 64, 64, 4, 1), "fused_two": Config(32, 64, 64, 4, 1)}
+_INTERPRETED |= {"fused_factors": Config(64, 2, 64, 4, 1)}
+
+SHARED_BYTES = 160 * 1024
+"""What a block may ask for on the smallest GPU that counts, sm_80."""
+
+
+def default_config(form: str, interpreted: bool) -> Config:
+    return (_INTERPRETED if interpreted else _DEFAULTS)[form]
+
+
+def padded_rank(rank: int) -> int:
+    """At least 16, which tensor cores need, and a power of two."""
+    return max(16, 1 << (rank - 1).bit_length())
+
+
+def inline(form: str, rank: int, dropout: float) -> bool:
+    """Whether the skinny product rides in the main loop."""
+    return form == "fused" and not dropout and rank <= LARGEST_INLINE_RANK
+
+
+def fitting_matmul(config: Config, dtype: torch.dtype, block_r: int, dropout: bool) -> Config:
+    """`config`, made smaller where fp32, dropout or the rank would spill registers or overflow shared memory."""
+    if dtype == torch.float32:
+        config = replace(
+            config, block_m=min(config.block_m, 64), block_n=min(config.block_n, 64), block_k=min(config.block_k, 32)
+        )
+    if dropout:
+        config = replace(config, block_n=min(config.block_n, 128))
+    a_stage = (config.block_m * config.block_k + config.block_k * (config.block_n + block_r)) * dtype.itemsize
+    return replace(config, num_stages=max(1, min(config.num_stages, SHARED_BYTES // a_stage)))
+
+
+def fitting_factors(config: Config, dtype: torch.dtype, block_r: int) -> Config:
+    if dtype == torch.float32:
+        config = replace(config, block_m=min(config.block_m, 64), block_k=min(config.block_k, 32))
+    a_stage = config.block_k * (config.block_m + 2 * block_r) * dtype.itemsize
+    return replace(config, num_stages=max(1, min(config.num_stages, SHARED_BYTES // a_stage)))

@@ -1,0 +1,119 @@
+"""The kernels of lora_linear for tests/kernels/aot.py."""
+
+from __future__ import annotations
+
+import torch
+from aot import Case
+
+from fastpeft.kernels.lora_linear import configs
+from fastpeft.kernels.lora_linear.fused import BLOCK_REDUCED, MOST_SPLITS, skinny_tiles
+from fastpeft.kernels.lora_linear.kernel import (
+    factors_kernel,
+    keep_mask_kernel,
+    lora_matmul_kernel,
+    reduce_factors_kernel,
+    skinny_kernel,
+)
+
+TYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
+SIZES = ("K", "N", "num_in", "num_out", "num_columns", "stride_x", "stride_w", "stride_dy")
+WIDE = {"x_ptr", "w_ptr", "bias_ptr", "l1_ptr", "l2_ptr", "s_ptr", "out_ptr", "ds_ptr", "dy_ptr"}
+FLOATS = {"scale", "keep_factor"}
+BYTES = {"row_mask_ptr": "*i8", "seed_ptr": "*i64"}
+
+
+def case(kernel, dtype, constants, config, tensor_cores=True, aligned=SIZES, **types):
+    """Types follow from the names of the arguments: tensors in `dtype` are named above, other pointers are fp32."""
+    signature = {}
+    for name in kernel.arg_names:
+        if name in constants:
+            continue
+        if name.endswith("_ptr"):
+            signature[name] = f"*{TYPES[dtype]}" if name in WIDE else "*fp32"
+        else:
+            signature[name] = "fp32" if name in FLOATS else "i32"
+    signature |= {name: kind for name, kind in BYTES.items() if name in signature} | types
+    aligned = tuple(name for name in aligned if name in signature)
+    return Case(kernel, signature, constants, config.num_warps, config.num_stages, aligned, tensor_cores)
+
+
+def matmul(config, dtype, rank, *, forward=True, inline=True, dropout=False, gram=False, even=True):
+    block_r = configs.padded_rank(rank) if inline else min(configs.padded_rank(rank), 64)
+    config = configs.fitting_matmul(config, dtype, block_r, dropout)
+    precision = "tf32x3" if dtype == torch.float32 else "tf32"
+    constants = {
+        "R": rank, "BLOCK_M": config.block_m, "BLOCK_N": config.block_n, "BLOCK_K": config.block_k, "BLOCK_R": block_r,
+        "GROUP_M": 8, "FORWARD": forward, "W_K_INNER": forward, "INLINE": inline, "HAS_BIAS": forward,
+        "DROPOUT": dropout, "EVEN_K": even, "EVEN_N": even, "PRECISION": precision, "GRAM": gram,
+        "GRAM_SIDE": min(64, configs.padded_rank(rank)), "GRAM_PRECISION": "tf32x3",
+    }  # fmt: skip
+    return case(lora_matmul_kernel, dtype, constants, config)
+
+
+def factors(config, dtype, rank, *, dropout=False, masked=False):
+    block_r = min(configs.padded_rank(rank), 64)
+    config = configs.fitting_factors(config, dtype, block_r)
+    constants = {
+        "R": rank, "BLOCK_F": config.block_m, "BLOCK_T": config.block_k, "BLOCK_R": block_r, "DROPOUT": dropout,
+        "HAS_MASK": masked, "PRECISION": "tf32x3" if dtype == torch.float32 else "tf32",
+    }  # fmt: skip
+    return case(factors_kernel, dtype, constants, config)
+
+
+def skinny(dtype, rank, num_rows, *, forward, dropout):
+    config = skinny_tiles(num_rows, dtype)
+    constants = {
+        "R": rank, "BLOCK_M": config.block_m, "BLOCK_K": config.block_k, "BLOCK_R": min(configs.padded_rank(rank), 64),
+        "FORWARD": forward, "DROPOUT": dropout, "EVEN_K": True,
+        "PRECISION": "tf32x3" if dtype == torch.float32 else "tf32",
+    }  # fmt: skip
+    return case(skinny_kernel, dtype, constants, config)
+
+
+def reduction(rank, measured, masked):
+    constants = {
+        "R": rank, "SPLITS": MOST_SPLITS, "BLOCK": BLOCK_REDUCED, "MEASURE": measured, "HAS_MASK": masked,
+    }  # fmt: skip
+    plain = configs.default_config("fused_factors", False)
+    return case(reduce_factors_kernel, torch.float32, constants, plain, tensor_cores=False, aligned=("num_in",))
+
+
+def mask():
+    plain = configs.default_config("fused", False)
+    constants = {"BLOCK_M": 32, "BLOCK_N": 128}
+    return case(keep_mask_kernel, torch.float32, constants, plain, tensor_cores=False, out_ptr="*i8")
+
+
+def cases(every: bool) -> list[Case]:
+    bf16 = torch.bfloat16
+    first, two = configs.default_config("fused", False), configs.default_config("fused_two", False)
+    found = [
+        matmul(first, bf16, 8, gram=True),
+        matmul(first, bf16, 8, forward=False),
+        matmul(two, bf16, 64, forward=False, inline=False, dropout=True),
+        factors(configs.default_config("fused_factors", False), bf16, 8, masked=True),
+        skinny(bf16, 8, 8192, forward=True, dropout=True),
+        reduction(8, measured=True, masked=True),
+        mask(),
+    ]
+    if not every:
+        return found
+    for dtype in TYPES:
+        for config in configs.CONFIGS["fused"]:
+            for rank in (8, 64):
+                found += [
+                    matmul(config, dtype, rank, forward=True, gram=True),
+                    matmul(config, dtype, rank, forward=False),
+                ]
+            found += [matmul(config, dtype, 17, even=False)]
+        for config in configs.CONFIGS["fused_two"]:
+            for rank in (8, 256):
+                found += [matmul(config, dtype, rank, inline=False, gram=True)]
+                found += [matmul(config, dtype, rank, forward=False, inline=False, dropout=True)]
+        for config in configs.CONFIGS["fused_factors"]:
+            for rank in (8, 64):
+                found += [factors(config, dtype, rank), factors(config, dtype, rank, dropout=True, masked=True)]
+        for rank in (8, 64, 256):
+            for num_rows in (1000, 8192):
+                found += [skinny(dtype, rank, num_rows, forward=forward, dropout=forward) for forward in (True, False)]
+    return found + [reduction(rank, measured, False) for rank in (1, 256) for measured in (False, True)]
