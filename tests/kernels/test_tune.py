@@ -1,0 +1,190 @@
+"""The tuner's decisions, with real kernels, interpreted, and a clock that the test sets."""
+
+from __future__ import annotations
+
+import itertools
+import json
+
+import pytest
+import torch
+
+from fastpeft.kernels import dispatch, tune
+from fastpeft.kernels.dispatch import Choice, Config
+from fastpeft.kernels.launch import LAUNCHES
+from fastpeft.kernels.lora_linear import configs
+
+CPU = torch.device("cpu")
+ABOUT = {"gpu": "X", "torch": "1", "date": "today"}
+SMALL, LARGE = Config(16, 16, 16, 4, 1), Config(32, 32, 16, 4, 1)
+
+
+def problem(operation: str = "lora_forward", num_tokens: int = 20, dtype=torch.float32) -> tune.Problem:
+    return tune.Problem(operation, 24, 32, 4, num_tokens, dtype)
+
+
+@pytest.fixture
+def few(monkeypatch):
+    """Two tiles a form, and kernels that are interpreted."""
+    if not torch.cuda.is_available():
+        monkeypatch.setenv("TRITON_INTERPRET", "1")
+    monkeypatch.setattr(configs, "CONFIGS", dict.fromkeys(configs.CONFIGS, (SMALL, LARGE)))
+
+
+def clock(microseconds):
+    """A Measure that reads what is forced at the moment and looks its time up; calls nothing."""
+
+    def measure(run):
+        forced = [choice for choice in dispatch._forced.values() if choice.form != "split"]
+        taken = forced[0] if forced else Choice("split")
+        return microseconds(taken.form, taken.config)
+
+    return measure
+
+
+def table(**of_forms):
+    return clock(lambda form, config: of_forms[form] * (0.9 if config == LARGE else 1.0))
+
+
+def test_the_fastest_form_and_tiles_win(few):
+    outcome = tune.tune_one(problem(), CPU, table(split=10.0, fused=8.0, fused_two=9.0))
+    assert outcome.choice == Choice("fused", LARGE)
+    assert outcome.choice.microseconds == {"split": 10.0, "fused": 7.2, "fused_two": 8.1}
+    assert (outcome.num_candidates, outcome.faults.total()) == (5, 0)
+
+
+@pytest.mark.parametrize("fused", [100.0, 11.0, 9.9 / 0.9])
+def test_split_stays_unless_something_is_clearly_faster(few, fused):
+    outcome = tune.tune_one(problem(), CPU, table(split=10.0, fused=fused, fused_two=50.0))
+    assert outcome.choice == Choice("split")
+    assert outcome.choice.microseconds["fused"] == pytest.approx(fused * 0.9)
+
+
+def test_what_is_clearly_slower_is_timed_once(few):
+    seen = []
+
+    def microseconds(form, config):
+        seen.append((form, config))
+        return {"split": 10.0, "fused": 9.0, "fused_two": 30.0}[form]
+
+    tune.tune_one(problem(), CPU, clock(microseconds), repeats=3)
+    assert seen.count(("fused_two", SMALL)) == 1
+    assert seen.count(("fused", SMALL)) == seen.count(("split", None)) == 4
+    assert seen[-3:] == seen[-6:-3]  # in turns
+
+
+def test_the_median_decides_and_not_one_lucky_time(few):
+    lucky = itertools.chain([1.0], itertools.repeat(20.0))
+
+    def microseconds(form, config):
+        return next(lucky) if (form, config) == ("fused", SMALL) else {"split": 1.1}.get(form, 1.2)
+
+    assert tune.tune_one(problem(), CPU, clock(microseconds)).choice == Choice("split")
+
+
+@pytest.mark.parametrize("operation", tune.OPERATIONS)
+def test_a_candidate_that_is_wrong_or_fails_never_wins(few, monkeypatch, operation):
+    from fastpeft.kernels.lora_linear import fused
+
+    def out_of_shared_memory(*args, **options):
+        raise RuntimeError("out of resource: shared memory")
+
+    name = "factors" if operation == "lora_factors" else "matmul"
+    real = getattr(fused, name)
+
+    def wrong(*args, **options):
+        got = real(*args, **options)
+        got[0].mul_(1.001)
+        return got
+
+    fast = clock(lambda form, config: 10.0 if form == "split" else 1.0)
+    for broken, why in ((wrong, "differs from the split form"), (out_of_shared_memory, "RuntimeError")):
+        monkeypatch.setattr(fused, name, broken)
+        outcome = tune.tune_one(problem(operation), CPU, fast, repeats=1)
+        assert outcome.choice == Choice("split")
+        assert outcome.faults == {why: outcome.num_candidates - 1}
+    monkeypatch.setattr(fused, name, real)
+    assert tune.tune_one(problem(operation), CPU, fast, repeats=1).choice.form != "split"
+
+
+@pytest.mark.parametrize("operation", tune.OPERATIONS)
+def test_each_problem_runs_its_own_operation_alone(few, operation):
+    run = tune.build(problem(operation), CPU)
+    LAUNCHES.clear()
+    with tune._forced(problem(operation), Choice("split")):
+        run()
+    assert not LAUNCHES
+    with tune._forced(problem(operation), Choice(configs.FORMS[operation][1], SMALL)):
+        got = run()
+    kernels = {"factors_kernel", "reduce_factors_kernel"} if operation == "lora_factors" else {"lora_matmul_kernel"}
+    assert set(LAUNCHES) == kernels
+    shapes = {"lora_forward": [(20, 32)], "lora_backward": [(20, 24)], "lora_factors": [(4, 24), (32, 4)]}
+    assert [tuple(tensor.shape) for tensor in got] == shapes[operation]
+
+
+def test_the_table_is_written_after_each_problem_and_goes_on_where_it_ended(few, tmp_path):
+    path = tmp_path / "gpu.json"
+    todo = [problem("lora_forward"), problem("lora_backward"), problem("lora_factors")]
+    measure = table(split=10.0, fused=8.0, fused_two=9.0, fused_factors=11.0)
+    found = tune.tune(todo, CPU, path, ABOUT, measure=measure, repeats=1)
+    next(found)
+    assert list(dispatch.read_table(path)) == [todo[0].key]
+    found.close()  # as Ctrl-C does
+    rest = list(tune.tune(todo, CPU, path, ABOUT | {"date": "tomorrow"}, measure=measure, repeats=1))
+    assert [outcome.problem for outcome in rest] == todo[1:]
+    assert {key[0]: choice.form for key, choice in dispatch.read_table(path).items()} == {
+        "lora_forward": "fused",
+        "lora_backward": "fused",
+        "lora_factors": "split",
+    }
+    assert json.loads(path.read_text())["gpu"] == "X"
+
+
+def test_another_version_is_measured_anew(few, tmp_path):
+    path = tmp_path / "gpu.json"
+    old = dispatch.key_of("lora_forward", torch.float32, 7, 7, 7, 7)
+    dispatch.write_table(path, {old: Choice("split")}, ABOUT | {"torch": "0"})
+    measure = table(split=10.0, fused=8.0, fused_two=9.0)
+    list(tune.tune([problem()], CPU, path, ABOUT, measure=measure, repeats=1))
+    assert list(dispatch.read_table(path)) == [problem().key]
+
+
+def test_it_ends_with_its_time(tmp_path):
+    now = iter([0.0, 10.0, 59.0, 60.0, 99.0])
+    over = tune.minutes(1.0, lambda: next(now))
+    assert [over(), over(), over()] == [False, False, True]
+    assert not list(tune.tune([problem()], CPU, tmp_path / "gpu.json", ABOUT, until=lambda: True))
+    assert not (tmp_path / "gpu.json").exists()
+
+
+def test_every_operation_of_the_table_has_candidates():
+    assert set(tune.OPERATIONS) == set(configs.FORMS)
+    for operation in tune.OPERATIONS:
+        every = tune.candidates(operation)
+        assert every[0] == Choice("split")
+        assert {choice.form for choice in every} == set(configs.FORMS[operation])
+        assert len(set(map(str, every))) == len(every)
+    found = tune.problems(tune.MODELS["deberta-v3-base"], ranks=(8,), buckets=(64, 128))
+    assert len({p.key for p in found}) == len(found) == 3 * 2 * len(tune.OPERATIONS)
+
+
+# ---- on a GPU --------------------------------------------------------------------------------
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("operation", tune.OPERATIONS)
+def test_what_is_chosen_on_the_device_is_not_slower_than_split(operation):
+    device = torch.device("cuda", 0)
+    one = tune.Problem(operation, 768, 768, 8, 8192)
+    timer = tune.DeviceTimer(device)
+    outcome = tune.tune_one(one, device, timer)
+    assert outcome.faults["differs from the split form"] == 0
+    run = tune.build(one, device)
+    ratios = []
+    for _ in range(20):
+        times = []
+        for choice in (outcome.choice, Choice("split")):
+            with tune._forced(one, choice):
+                times.append(timer(run))
+        ratios.append(times[0] / times[1])
+    assert sorted(ratios)[10] < 1.05
