@@ -15,11 +15,11 @@ _PUBLIC = {
     "LoraMeasures": "lora_linear.compute",
     "dropout_mask": "lora_linear.dropout",
     "factor_penalty": "frobenius.reference",
-    "gradient_norm": "sensitivity.reference",
+    "gradient_norm": "sensitivity.op",
     "lora_linear": "lora_linear.op",
     "lora_linear_grouped": "lora_linear.op",
     "product_penalty": "frobenius.reference",
-    "sketch_norm": "sensitivity.reference",
+    "sketch_norm": "sensitivity.op",
 }
 
 __all__ = list(_PUBLIC)

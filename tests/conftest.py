@@ -14,6 +14,7 @@ os.environ.pop("HF_DATASETS_CACHE", None)
 os.environ["WANDB_MODE"] = "disabled"  # tests/trackers switches it on
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
+import contextlib
 import json
 import random
 import secrets
@@ -25,6 +26,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 import pytest
+import torch
+
+if not torch.cuda.is_available():
+    # Triton decides when it is imported whether its own library is interpreted, and torch._dynamo imports it early.
+    with pytest.MonkeyPatch.context() as patch, contextlib.suppress(ImportError):
+        patch.setenv("TRITON_INTERPRET", "1")
+        import triton.language  # noqa: F401
 
 if TYPE_CHECKING:
     from wandb_server import WandbServer

@@ -251,10 +251,9 @@ class _GradientProbe:
         """||G^T X||_F over all uses since the last call, both uses of a shared weight added first."""
         if not self._uses:
             raise RuntimeError("a calibrated layer took no part in the forward pass")
-        x_TI = torch.cat([x for x, _ in self._uses])
-        g_TO = torch.cat([g for _, g in self._uses])
+        norm = gradient_norm([x for x, _ in self._uses], [g for _, g in self._uses])
         self._uses.clear()
-        return gradient_norm(x_TI, g_TO).double()
+        return norm.double()
 
 
 class _ProbedLinear(torch.autograd.Function):
@@ -267,5 +266,5 @@ class _ProbedLinear(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dy: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         x, weight = ctx.saved_tensors
-        ctx.uses.append((x.detach().reshape(-1, x.shape[-1]), dy.reshape(-1, dy.shape[-1])))
+        ctx.uses.append((x.detach(), dy))
         return (dy @ weight if ctx.needs_input_grad[0] else None), None, None
