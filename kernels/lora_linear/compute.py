@@ -152,18 +152,14 @@ def backward(
         dx_TI, ds_all = _fused_dx(dys_TO[0], call, factors[0], choice)
     elif needs_x or any(needs[::2]):
         ds_all = _shared_gradients(dys_TO, factors, call, choice)
-    if needs_x and not in_one_kernel:
-        for dy, part in zip(dys_TO, call.parts):
-            weight = dequantised(part.weight, dy.dtype)
-            dx_TI = dy @ weight if dx_TI is None else dx_TI.addmm_(dy, weight)
-        if not call.dropout:
-            dx_TI.addmm_(ds_all, factors[0][0] if len(factors) == 1 else torch.cat([a for a, _ in factors]))
+    if needs_x and not in_one_kernel and not call.dropout:
+        dx_TI = ds_all @ (factors[0][0] if len(factors) == 1 else torch.cat([a for a, _ in factors]))
     ranks = [a.shape[0] for a, _ in factors]
     ds_TR = [None] * len(ranks) if ds_all is None else ds_all.split(ranks, dim=1)
     ways = [_choose("lora_factors", x_TI, a, b.shape[0]) for a, b in factors]
     das = [None] * len(ranks)
     if not call.dropout and all(way.form == "split" for way in ways) and any(needs[::2]):
-        das = split.factor_gradient(ds_all, x_TI, dtypes[0]).split(ranks)
+        das = split.a_gradient(ds_all, x_TI, dtypes[0]).split(ranks)
     gradients: list[torch.Tensor | None] = []
     for i, (part, way, (a, _)) in enumerate(zip(call.parts, ways, factors)):
         adds_dx = bool(call.dropout) and needs_x and not in_one_kernel
@@ -172,7 +168,10 @@ def backward(
         if adds_dx or (call.dropout and way.form == "split" and needed[0]):
             kept = _kept(x_TI, part.seed, call.dropout)
         if adds_dx:
-            dx_TI.addcmul_(ds_TR[i] @ a, kept.mask_TI, value=kept.factor)
+            update = (ds_TR[i] @ a).mul_(kept.mask_TI).mul_(kept.factor)
+            dx_TI = update if dx_TI is None else dx_TI.add_(update)
+        if needs_x and not in_one_kernel:
+            dx_TI.addmm_(dys_TO[i], dequantised(part.weight, x_TI.dtype))
         one = _Factors(x_TI, ds_TR[i], dys_TO[i], s_TR[i], dtypes[2 * i : 2 * i + 2], needed, part, call)
         gradients += one.split(das[i], kept) if way.form == "split" else one.fused(way)
     return dx_TI, gradients
@@ -197,7 +196,7 @@ def _shared_gradients(
 ) -> torch.Tensor:
     """dS = s dY B of the projections, side by side."""
     ranks = [a.shape[0] for a, _ in factors]
-    ds_all = dys_TO[0].new_empty(dys_TO[0].shape[0], sum(ranks))
+    ds_all = split.skinny_buffer(dys_TO[0], sum(ranks))
     for dy, (_, b), ds, part in zip(dys_TO, factors, ds_all.split(ranks, dim=1), call.parts):
         if choice.form == "split":
             split.skinny(dy, b.t(), part.scale, out_TR=ds)
@@ -232,12 +231,12 @@ class _Factors:
         if not self.needed[0]:
             da_RI = None
         elif kept is not None:
-            da_RI = split.factor_gradient(self.ds_TR, kept.mask_TI.mul_(self.x_TI), self.dtypes[0], kept.factor)
+            da_RI = split.a_gradient(self.ds_TR, kept.mask_TI.mul_(self.x_TI), self.dtypes[0], kept.factor)
         elif da_RI is None:
-            da_RI = split.factor_gradient(self.ds_TR, self.x_TI, self.dtypes[0])
+            da_RI = split.a_gradient(self.ds_TR, self.x_TI, self.dtypes[0])
         if self.needed[1]:
             if self.wanted_rows is None:
-                db_OR = split.factor_gradient(self.dy_TO, self.s_TR, self.dtypes[1])
+                db_OR = split.b_gradient(self.dy_TO, self.s_TR, self.dtypes[1])
             else:
                 db_OR, masked = split.db_with_masked(self.dy_TO, self.s_TR, self.wanted_rows, self.dtypes[1])
                 self.part.measures.db_square_masked = split.square_sum(masked)

@@ -23,6 +23,7 @@ from fastpeft.kernels.lora_linear.kernel import (
     skinny_kernel,
 )
 from fastpeft.kernels.lora_linear.reference import drop_below
+from fastpeft.kernels.lora_linear.split import skinny_buffer
 
 MOST_SPLITS, BLOCK_REDUCED = 64, 128
 
@@ -72,7 +73,7 @@ def skinny(
     num_rows, num_columns = x_TI.shape
     rank = factor.shape[0] if forward else factor.shape[1]
     if out_TR is None:
-        out_TR = x_TI.new_empty(num_rows, rank)
+        out_TR = skinny_buffer(x_TI, rank)
     if not num_rows:
         return out_TR
     block_r = min(configs.padded_rank(rank), 64)
@@ -113,7 +114,7 @@ def matmul(
     num_rows, (rank, num_in), num_out = x.shape[0], a_RI.shape, b_OR.shape[0]
     inline = s_TR is None
     if inline:
-        s_TR = x.new_empty(num_rows, rank)
+        s_TR = skinny_buffer(x, rank)
     sum_size, result_size = (num_in, num_out) if forward else (num_out, num_in)
     out = x.new_empty(num_rows, result_size)
     stored = [factor.detach() for factor in grams or (a_RI, b_OR)]

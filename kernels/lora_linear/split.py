@@ -1,5 +1,10 @@
 """lora_linear in PyTorch's own products: the form `split`, and the only one on a CPU.
 
+Tried on a CPU (fp32, T 1250, R 8, 2 threads, interleaved, I x O 384 x 384, 384 x 1536, 1536 x 384), time against what is
+here: W + s B A merged before the forward product 1.00, 0.94, 0.96, which varies as much from run to run, and backward
+needs s x A^T all the same; bias and update as one skinny product of rank R + 1 1.00, 1.00, 0.98; dx with the update last
+instead of first 1.02, 1.08, 1.01; dB as dY^T s 2.7, 4.9, 2.6.
+
 Both skinny products carry the scale: S = s D(x) A^T and dS = s dY B. So y = x W^T + bias + S B^T, dx = dY W + D'(dS A),
 dA = dS^T D(x) and dB = dY^T S need none.
 
@@ -12,6 +17,8 @@ from dataclasses import dataclass
 
 import torch
 
+from fastpeft.kernels import dispatch
+
 
 @dataclass(frozen=True)
 class Kept:
@@ -23,10 +30,16 @@ class Kept:
     """1 / (1 - dropout)."""
 
 
+def skinny_buffer(x_TI: torch.Tensor, rank: int) -> torch.Tensor:
+    """(T, R), uninitialised. For Triton its rows start at multiples of 16, without which loads are not vectors."""
+    width = -(-rank // 16) * 16 if dispatch.runs_triton(x_TI) else rank
+    return x_TI.new_empty(x_TI.shape[0], width)[:, :rank]
+
+
 def skinny(x_TI: torch.Tensor, a_RI: torch.Tensor, scale: float, out_TR: torch.Tensor | None = None) -> torch.Tensor:
     """scale * x A^T, into `out_TR` if it is given."""
     if out_TR is None:
-        out_TR = x_TI.new_empty(x_TI.shape[0], a_RI.shape[0])
+        out_TR = skinny_buffer(x_TI, a_RI.shape[0])
     return out_TR.addmm_(x_TI, a_RI.t(), beta=0, alpha=scale)
 
 
@@ -37,18 +50,22 @@ def forward(
     return y_TO.addmm_(s_TR, b_OR.t())
 
 
-def factor_gradient(left: torch.Tensor, right: torch.Tensor, dtype: torch.dtype, factor: float = 1.0) -> torch.Tensor:
-    """factor * left^T right in `dtype`."""
-    product = left.new_empty(left.shape[1], right.shape[1]).addmm_(left.t(), right, beta=0, alpha=factor)
-    return product.to(dtype)
+def a_gradient(ds_TR: torch.Tensor, x_TI: torch.Tensor, dtype: torch.dtype, factor: float = 1.0) -> torch.Tensor:
+    """factor * dS^T x in `dtype`."""
+    return x_TI.new_empty(ds_TR.shape[1], x_TI.shape[1]).addmm_(ds_TR.t(), x_TI, beta=0, alpha=factor).to(dtype)
+
+
+def b_gradient(dy_TO: torch.Tensor, s_TR: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """dY^T s in `dtype`. As (s^T dY)^T, which on a CPU takes a third of the time."""
+    return (s_TR.t() @ dy_TO).to(dtype).t().contiguous()
 
 
 def db_with_masked(
     dy_TO: torch.Tensor, s_TR: torch.Tensor, row_mask_T: torch.Tensor, dtype: torch.dtype
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """dB, and the part of it that comes from the rows of the mask; dy is read once."""
-    both = factor_gradient(dy_TO, torch.cat([s_TR, s_TR * row_mask_T[:, None]], dim=1), dtype)
     rank = s_TR.shape[1]
+    both = b_gradient(dy_TO, torch.cat([s_TR, s_TR * row_mask_T[:, None]], dim=1), dtype)
     return both[:, :rank].contiguous(), both[:, rank:]
 
 

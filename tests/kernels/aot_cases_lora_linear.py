@@ -16,7 +16,7 @@ from fastpeft.kernels.lora_linear.kernel import (
 )
 
 TYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
-SIZES = ("K", "N", "num_in", "num_out", "num_columns", "stride_x", "stride_w", "stride_dy")
+SIZES = ("K", "N", "num_in", "num_out", "num_columns", "stride_x", "stride_w", "stride_dy", "stride_s", "stride_ds")
 WIDE = {"x_ptr", "w_ptr", "bias_ptr", "l1_ptr", "l2_ptr", "s_ptr", "out_ptr", "ds_ptr", "dy_ptr"}
 FLOATS = {"scale", "keep_factor"}
 BYTES = {"row_mask_ptr": "*i8", "seed_ptr": "*i64"}
