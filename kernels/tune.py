@@ -22,9 +22,10 @@ from pathlib import Path
 
 import torch
 
-from fastpeft.kernels import dispatch, lora_linear
+from fastpeft.kernels import dispatch, gradient_norm, lora_linear
 from fastpeft.kernels.dispatch import Choice, Key
 from fastpeft.kernels.lora_linear import configs
+from fastpeft.kernels.sensitivity import op as sensitivity
 
 Run = Callable[[], list[torch.Tensor]]
 Measure = Callable[[Run], float]
@@ -39,7 +40,7 @@ MODELS: dict[str, tuple[tuple[int, int], ...]] = {
 }
 """(in, out) of the linear layers."""
 
-OPERATIONS = ("lora_forward", "lora_backward", "lora_factors")
+OPERATIONS = ("lora_forward", "lora_backward", "lora_factors", "gradient_norm")
 RANKS = (8, 16, 64)
 BUCKETS = (2048, 8192, 1024, 4096, 16384)
 """T, in the order in which they are measured."""
@@ -57,6 +58,7 @@ class Problem:
     num_in: int
     num_out: int
     rank: int
+    """0 where the operation has none."""
     num_tokens: int
     dtype: torch.dtype = torch.bfloat16
 
@@ -88,13 +90,17 @@ def problems(
         for num_tokens in buckets:
             for num_in, num_out in shapes:
                 for operation in OPERATIONS:
-                    found.append(Problem(operation, num_in, num_out, rank, num_tokens, dtype))
-    return found
+                    own_rank = 0 if operation == "gradient_norm" else rank
+                    found.append(Problem(operation, num_in, num_out, own_rank, num_tokens, dtype))
+    return list(dict.fromkeys(found))
 
 
-def candidates(operation: str) -> list[Choice]:
+def candidates(problem: Problem) -> list[Choice]:
     """Every form with every tile; the split form comes first."""
-    forms = [form for form in configs.FORMS[operation] if form != "split"]
+    if problem.operation == "gradient_norm":
+        tiles = sensitivity.DIRECT_FP32 if problem.dtype == torch.float32 else sensitivity.DIRECT
+        return [Choice("split"), *(Choice("fused", config) for config in tiles)]
+    forms = [form for form in configs.FORMS[problem.operation] if form != "split"]
     return [Choice("split"), *(Choice(form, config) for form in forms for config in configs.CONFIGS[form])]
 
 
@@ -142,7 +148,7 @@ def tune_one(problem: Problem, device: torch.device, measure: Measure, repeats: 
     run, split = build(problem, device), Choice("split")
     with torch.no_grad(), _forced(problem, split):
         reference = [tensor.double() for tensor in run()]
-    every, faults = candidates(problem.operation), Counter[str]()
+    every, faults = candidates(problem), Counter[str]()
     first: dict[int, float] = {}
     for i, choice in enumerate(every):
         fault = None if choice == split else _fault(problem, run, choice, reference, device)
@@ -203,6 +209,8 @@ def build(problem: Problem, device: torch.device) -> Run:
         return torch.randn(shape, generator=generator, device=device, dtype=dtype)
 
     x_TI, dy_TO = random(num_tokens, num_in), random(num_tokens, num_out)
+    if problem.operation == "gradient_norm":
+        return lambda: [gradient_norm(x_TI, dy_TO)]
     weight_OI = random(num_out, num_in) / num_in**0.5
     a_RI = random(problem.rank, num_in, dtype=torch.float32) / num_in**0.5
     b_OR = random(num_out, problem.rank, dtype=torch.float32) / problem.rank**0.5

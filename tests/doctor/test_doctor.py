@@ -298,13 +298,13 @@ def test_more_threads_than_cores_are_a_warning(monkeypatch, tmp_path):
     assert "ACTIVE" in machine.threads()[1].message
 
 
-def test_the_kernel_that_is_used_is_named():
+def test_the_kernels_that_there_are_are_named():
     import fastpeft.kernels
 
-    finding = one(machine.kernels())
-    assert fastpeft.kernels.lora_linear.__module__ in finding.message
-    there = list((Path(fastpeft.kernels.__file__).parent).rglob("kernel.py"))
-    assert ("no Triton kernels" in finding.message) == (not there)
+    message = one(machine.kernels()).message
+    there = {path.parent.name for path in Path(fastpeft.kernels.__file__).parent.rglob("kernel.py")}
+    assert there
+    assert there == set(message.removeprefix("Triton kernels: ").partition(";")[0].split(", "))
 
 
 def test_triton_that_does_not_load_is_told(monkeypatch):
@@ -455,3 +455,125 @@ def test_little_room_is_a_warning(monkeypatch, tmp_path):
     monkeypatch.setattr(surroundings, "_LOW_DISK_BYTES", 2**62)
     finding = one(surroundings.disk(tmp_path))
     assert (finding.status, finding.fatal) == ("warning", False)
+
+
+# ---- tuning --------------------------------------------------------------------------------
+
+
+def test_tuning_without_a_gpu_is_exit_2_and_says_why(command, monkeypatch):
+    import torch
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    code, said, errors = command("--tune")
+    assert (code, said) == (2, "")
+    assert "doctor --tune needs a CUDA device, and there is none" in errors
+    assert "Traceback" not in errors
+
+
+def test_an_unknown_model_to_tune_for_is_named(command):
+    code, _, errors = command("--tune", "--model", "deberta-v9")
+    assert code == 2
+    assert "--model deberta-v9: not known; there are minilm, deberta-v3-base" in errors
+    assert "768x3072" in errors
+
+
+def test_the_shapes_to_tune_are_the_models():
+    from fastpeft.doctor.tuning import shapes_of
+
+    assert shapes_of(["768x3072", "deberta-v3-base"]) == [(768, 3072), (768, 768), (3072, 768)]
+
+
+@pytest.fixture
+def tuned(monkeypatch, tmp_path):
+    """`fastpeft doctor --tune` on a GPU that is this CPU with interpreted kernels; the clock prefers `fused`."""
+    import torch
+
+    from fastpeft.doctor import tuning
+    from fastpeft.kernels import dispatch, tune
+    from fastpeft.kernels.dispatch import Config
+    from fastpeft.kernels.lora_linear import configs
+
+    here = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    times = {"split": 10.0, "fused": 8.0, "fused_two": 9.0, "fused_factors": 12.0}
+
+    class Clock:
+        def __init__(self, device):
+            pass
+
+        def __call__(self, run):
+            return times[max((choice.form for choice in dispatch._forced.values()), key=lambda f: f != "split")]
+
+    if here.type == "cpu":
+        monkeypatch.setenv("TRITON_INTERPRET", "1")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(configs, "CONFIGS", dict.fromkeys(configs.CONFIGS, (Config(16, 16, 16, 4, 1),)))
+    monkeypatch.setattr(tuning, "usable_device", lambda: here)
+    monkeypatch.setattr(dispatch, "gpu_name", lambda index: "Test GPU")
+    monkeypatch.setattr(tune, "DeviceTimer", Clock)
+    problems = [tune.Problem(operation, 16, 16, 4, 16, torch.float32) for operation in configs.FORMS]
+    monkeypatch.setattr(tune, "problems", lambda shapes: problems)
+    return dispatch.table_path("Test GPU")
+
+
+def test_tuning_writes_the_table_and_shows_it(command, tuned, monkeypatch):
+    from fastpeft.kernels import dispatch
+
+    code, said, _ = command("--tune")
+    assert code == 0
+    assert "3 measured, 0 known before, 0 left" in said
+    rows = dispatch.read_table(tuned)
+    assert {key[0]: choice.form for key, choice in rows.items()} == {
+        "lora_forward": "fused",
+        "lora_backward": "fused",
+        "lora_factors": "split",
+    }
+    assert said.count("lora_") == 3
+    assert "fused 8.0" in said
+    assert "0 measured, 3 known before, 0 left" in command("--tune")[1]
+    tuned.write_text("{")
+    code, _, errors = command("--tune")
+    assert code == 2
+    assert f"{tuned} is no table" in errors
+
+
+def test_ctrl_c_keeps_what_was_measured(command, tuned, monkeypatch):
+    from fastpeft.kernels import dispatch, tune
+
+    real, calls = tune.tune_one, []
+
+    def interrupted(*args):
+        calls.append(args)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return real(*args)
+
+    monkeypatch.setattr(tune, "tune_one", interrupted)
+    code, said, errors = command("--tune")
+    assert code == 130
+    assert "interrupted; what was measured is kept" in errors
+    assert "lora_forward" in said
+    assert [key[0] for key in dispatch.read_table(tuned)] == ["lora_forward"]
+
+
+def test_the_kernels_check_tells_of_the_table(tuned, monkeypatch):
+    import torch
+
+    from fastpeft.kernels import dispatch
+    from fastpeft.kernels.dispatch import Choice
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    finding = one(machine.kernels())
+    assert finding.status == "warning"
+    assert "no table for Test GPU" in finding.message
+    assert finding.fix.endswith("fastpeft doctor --tune")
+    keys = [dispatch.key_of("lora_forward", torch.bfloat16, 768, 768, 8, t) for t in (64, 128)]
+    dispatch.write_table(tuned, {keys[0]: Choice("fused"), keys[1]: Choice("split")}, {})
+    finding = one(machine.kernels())
+    assert finding.status == "ok"
+    assert "a table for Test GPU: 2 shapes, 1 of them in Triton" in finding.message
+    tuned.write_text("{")
+    dispatch.table.cache_clear()
+    finding = one(machine.kernels())
+    assert finding.status == "warning"
+    assert str(tuned) in finding.fix
+    dispatch.table.cache_clear()

@@ -12,14 +12,15 @@ from fastpeft.kernels import dispatch, tune
 from fastpeft.kernels.dispatch import Choice, Config
 from fastpeft.kernels.launch import LAUNCHES
 from fastpeft.kernels.lora_linear import configs
+from fastpeft.kernels.sensitivity import op as sensitivity
 
-CPU = torch.device("cpu")
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 ABOUT = {"gpu": "X", "torch": "1", "date": "today"}
 SMALL, LARGE = Config(16, 16, 16, 4, 1), Config(32, 32, 16, 4, 1)
 
 
 def problem(operation: str = "lora_forward", num_tokens: int = 20, dtype=torch.float32) -> tune.Problem:
-    return tune.Problem(operation, 24, 32, 4, num_tokens, dtype)
+    return tune.Problem(operation, 24, 32, 0 if operation == "gradient_norm" else 4, num_tokens, dtype)
 
 
 @pytest.fixture
@@ -28,6 +29,7 @@ def few(monkeypatch):
     if not torch.cuda.is_available():
         monkeypatch.setenv("TRITON_INTERPRET", "1")
     monkeypatch.setattr(configs, "CONFIGS", dict.fromkeys(configs.CONFIGS, (SMALL, LARGE)))
+    monkeypatch.setattr(sensitivity, "DIRECT_FP32", (SMALL, LARGE))
 
 
 def clock(microseconds):
@@ -46,7 +48,7 @@ def table(**of_forms):
 
 
 def test_the_fastest_form_and_tiles_win(few):
-    outcome = tune.tune_one(problem(), CPU, table(split=10.0, fused=8.0, fused_two=9.0))
+    outcome = tune.tune_one(problem(), DEVICE, table(split=10.0, fused=8.0, fused_two=9.0))
     assert outcome.choice == Choice("fused", LARGE)
     assert outcome.choice.microseconds == {"split": 10.0, "fused": 7.2, "fused_two": 8.1}
     assert (outcome.num_candidates, outcome.faults.total()) == (5, 0)
@@ -54,7 +56,7 @@ def test_the_fastest_form_and_tiles_win(few):
 
 @pytest.mark.parametrize("fused", [100.0, 11.0, 9.9 / 0.9])
 def test_split_stays_unless_something_is_clearly_faster(few, fused):
-    outcome = tune.tune_one(problem(), CPU, table(split=10.0, fused=fused, fused_two=50.0))
+    outcome = tune.tune_one(problem(), DEVICE, table(split=10.0, fused=fused, fused_two=50.0))
     assert outcome.choice == Choice("split")
     assert outcome.choice.microseconds["fused"] == pytest.approx(fused * 0.9)
 
@@ -66,7 +68,7 @@ def test_what_is_clearly_slower_is_timed_once(few):
         seen.append((form, config))
         return {"split": 10.0, "fused": 9.0, "fused_two": 30.0}[form]
 
-    tune.tune_one(problem(), CPU, clock(microseconds), repeats=3)
+    tune.tune_one(problem(), DEVICE, clock(microseconds), repeats=3)
     assert seen.count(("fused_two", SMALL)) == 1
     assert seen.count(("fused", SMALL)) == seen.count(("split", None)) == 4
     assert seen[-3:] == seen[-6:-3]  # in turns
@@ -78,58 +80,65 @@ def test_the_median_decides_and_not_one_lucky_time(few):
     def microseconds(form, config):
         return next(lucky) if (form, config) == ("fused", SMALL) else {"split": 1.1}.get(form, 1.2)
 
-    assert tune.tune_one(problem(), CPU, clock(microseconds)).choice == Choice("split")
+    assert tune.tune_one(problem(), DEVICE, clock(microseconds)).choice == Choice("split")
 
 
 @pytest.mark.parametrize("operation", tune.OPERATIONS)
 def test_a_candidate_that_is_wrong_or_fails_never_wins(few, monkeypatch, operation):
     from fastpeft.kernels.lora_linear import fused
 
+    owner, name = {
+        "lora_factors": (fused, "factors"),
+        "gradient_norm": (sensitivity, "_fused"),
+    }.get(operation, (fused, "matmul"))
+    real = getattr(owner, name)
+
     def out_of_shared_memory(*args, **options):
         raise RuntimeError("out of resource: shared memory")
 
-    name = "factors" if operation == "lora_factors" else "matmul"
-    real = getattr(fused, name)
-
     def wrong(*args, **options):
         got = real(*args, **options)
-        got[0].mul_(1.001)
+        (got if torch.is_tensor(got) else got[0]).mul_(1.001)
         return got
 
     fast = clock(lambda form, config: 10.0 if form == "split" else 1.0)
     for broken, why in ((wrong, "differs from the split form"), (out_of_shared_memory, "RuntimeError")):
-        monkeypatch.setattr(fused, name, broken)
-        outcome = tune.tune_one(problem(operation), CPU, fast, repeats=1)
+        monkeypatch.setattr(owner, name, broken)
+        outcome = tune.tune_one(problem(operation), DEVICE, fast, repeats=1)
         assert outcome.choice == Choice("split")
         assert outcome.faults == {why: outcome.num_candidates - 1}
-    monkeypatch.setattr(fused, name, real)
-    assert tune.tune_one(problem(operation), CPU, fast, repeats=1).choice.form != "split"
+    monkeypatch.setattr(owner, name, real)
+    assert tune.tune_one(problem(operation), DEVICE, fast, repeats=1).choice.form != "split"
 
 
 @pytest.mark.parametrize("operation", tune.OPERATIONS)
 def test_each_problem_runs_its_own_operation_alone(few, operation):
-    run = tune.build(problem(operation), CPU)
+    run = tune.build(problem(operation), DEVICE)
     LAUNCHES.clear()
     with tune._forced(problem(operation), Choice("split")):
         run()
     assert not LAUNCHES
-    with tune._forced(problem(operation), Choice(configs.FORMS[operation][1], SMALL)):
+    with tune._forced(problem(operation), tune.candidates(problem(operation))[1]):
         got = run()
-    kernels = {"factors_kernel", "reduce_factors_kernel"} if operation == "lora_factors" else {"lora_matmul_kernel"}
-    assert set(LAUNCHES) == kernels
-    shapes = {"lora_forward": [(20, 32)], "lora_backward": [(20, 24)], "lora_factors": [(4, 24), (32, 4)]}
-    assert [tuple(tensor.shape) for tensor in got] == shapes[operation]
+    kernels, shapes = {
+        "lora_forward": ("lora_matmul_kernel", [(20, 32)]),
+        "lora_backward": ("lora_matmul_kernel", [(20, 24)]),
+        "lora_factors": ("factors_kernel", [(4, 24), (32, 4)]),
+        "gradient_norm": ("gradient_norm", [()]),
+    }[operation]
+    assert any(name.startswith(kernels) for name in LAUNCHES), LAUNCHES
+    assert [tuple(tensor.shape) for tensor in got] == shapes
 
 
 def test_the_table_is_written_after_each_problem_and_goes_on_where_it_ended(few, tmp_path):
     path = tmp_path / "gpu.json"
     todo = [problem("lora_forward"), problem("lora_backward"), problem("lora_factors")]
     measure = table(split=10.0, fused=8.0, fused_two=9.0, fused_factors=11.0)
-    found = tune.tune(todo, CPU, path, ABOUT, measure=measure, repeats=1)
+    found = tune.tune(todo, DEVICE, path, ABOUT, measure=measure, repeats=1)
     next(found)
     assert list(dispatch.read_table(path)) == [todo[0].key]
     found.close()  # as Ctrl-C does
-    rest = list(tune.tune(todo, CPU, path, ABOUT | {"date": "tomorrow"}, measure=measure, repeats=1))
+    rest = list(tune.tune(todo, DEVICE, path, ABOUT | {"date": "tomorrow"}, measure=measure, repeats=1))
     assert [outcome.problem for outcome in rest] == todo[1:]
     assert {key[0]: choice.form for key, choice in dispatch.read_table(path).items()} == {
         "lora_forward": "fused",
@@ -144,7 +153,7 @@ def test_another_version_is_measured_anew(few, tmp_path):
     old = dispatch.key_of("lora_forward", torch.float32, 7, 7, 7, 7)
     dispatch.write_table(path, {old: Choice("split")}, ABOUT | {"torch": "0"})
     measure = table(split=10.0, fused=8.0, fused_two=9.0)
-    list(tune.tune([problem()], CPU, path, ABOUT, measure=measure, repeats=1))
+    list(tune.tune([problem()], DEVICE, path, ABOUT, measure=measure, repeats=1))
     assert list(dispatch.read_table(path)) == [problem().key]
 
 
@@ -152,19 +161,22 @@ def test_it_ends_with_its_time(tmp_path):
     now = iter([0.0, 10.0, 59.0, 60.0, 99.0])
     over = tune.minutes(1.0, lambda: next(now))
     assert [over(), over(), over()] == [False, False, True]
-    assert not list(tune.tune([problem()], CPU, tmp_path / "gpu.json", ABOUT, until=lambda: True))
+    assert not list(tune.tune([problem()], DEVICE, tmp_path / "gpu.json", ABOUT, until=lambda: True))
     assert not (tmp_path / "gpu.json").exists()
 
 
-def test_every_operation_of_the_table_has_candidates():
-    assert set(tune.OPERATIONS) == set(configs.FORMS)
-    for operation in tune.OPERATIONS:
-        every = tune.candidates(operation)
-        assert every[0] == Choice("split")
-        assert {choice.form for choice in every} == set(configs.FORMS[operation])
-        assert len(set(map(str, every))) == len(every)
-    found = tune.problems(tune.MODELS["deberta-v3-base"], ranks=(8,), buckets=(64, 128))
-    assert len({p.key for p in found}) == len(found) == 3 * 2 * len(tune.OPERATIONS)
+@pytest.mark.parametrize("operation", tune.OPERATIONS)
+def test_every_form_of_an_operation_is_a_candidate(operation):
+    every = tune.candidates(problem(operation))
+    assert every[0] == Choice("split")
+    assert {choice.form for choice in every} == set(configs.FORMS.get(operation, ("split", "fused")))
+    assert len(set(map(str, every))) == len(every)
+
+
+def test_no_problem_is_measured_twice():
+    assert set(configs.FORMS) < set(tune.OPERATIONS)
+    found = tune.problems(tune.MODELS["deberta-v3-base"], ranks=(8, 16), buckets=(64, 128))
+    assert len({p.key for p in found}) == len(found) == 3 * 2 * (2 * 3 + 1)
 
 
 # ---- on a GPU --------------------------------------------------------------------------------
@@ -175,7 +187,7 @@ def test_every_operation_of_the_table_has_candidates():
 @pytest.mark.parametrize("operation", tune.OPERATIONS)
 def test_what_is_chosen_on_the_device_is_not_slower_than_split(operation):
     device = torch.device("cuda", 0)
-    one = tune.Problem(operation, 768, 768, 8, 8192)
+    one = tune.Problem(operation, 768, 768, 0 if operation == "gradient_norm" else 8, 8192)
     timer = tune.DeviceTimer(device)
     outcome = tune.tune_one(one, device, timer)
     assert outcome.faults["differs from the split form"] == 0
