@@ -231,17 +231,15 @@ def build(problem: Problem, device: torch.device) -> Run:
 class DeviceTimer:
     """Microseconds that the device spends on one call."""
 
-    PAUSE_CYCLES = 200_000
-    """About 0.1 ms a call: longer than the host takes to launch one."""
-
-    def __init__(self, device: torch.device, calls: int = 8) -> None:
-        self._device, self._calls = device, calls
+    def __init__(self, device: torch.device, calls: int = 8, pause_cycles: int = 400_000) -> None:
+        """`pause_cycles` for each call: 400,000 are about 0.2 ms, in which the host launches it."""
+        self._device, self._calls, self._pause_cycles = device, calls, pause_cycles * calls
 
     def __call__(self, run: Run) -> float:
         with torch.cuda.device(self._device):
             begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
             run()
-            torch.cuda._sleep(self.PAUSE_CYCLES * self._calls)
+            torch.cuda._sleep(self._pause_cycles)
             begin.record()
             for _ in range(self._calls):
                 run()

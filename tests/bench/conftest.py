@@ -17,16 +17,14 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
 ABSENT = ("pydantic", "datasets", "textual", "optuna", "wandb", "pynvml", "pyarrow", "tensorboard")
-_RUN = """
-import runpy, sys
+_SITE = f"""
+import sys
 from importlib.machinery import PathFinder
 found = PathFinder.find_spec
-def find_spec(name, path=None, target=None):
-    return None if name.partition(".")[0] in {absent} else found(name, path, target)
-PathFinder.find_spec = staticmethod(find_spec)
+def find_spec(cls, name, path=None, target=None):
+    return None if name.partition(".")[0] in {ABSENT} else found(name, path, target)
+PathFinder.find_spec = classmethod(find_spec)
 sys.meta_path = [finder for finder in sys.meta_path if "editable" not in str(finder).lower()]
-sys.argv = sys.argv[1:]
-runpy.run_path(sys.argv[0], run_name="__main__")
 """
 
 
@@ -51,13 +49,14 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def script(checkout: Path, tmp_path: Path) -> Callable[..., subprocess.CompletedProcess]:
-    """Run bench/NAME of the copied checkout, in a Python that lacks what a bare GPU machine lacks."""
+    """Run bench/NAME of the copied checkout in a Python that lacks what a bare GPU machine lacks, children included."""
+    (tmp_path / "site").mkdir()
+    (tmp_path / "site" / "sitecustomize.py").write_text(_SITE)
+    env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    env |= {"PYTHONPATH": str(tmp_path / "site"), "XDG_CACHE_HOME": str(tmp_path / "cache"), "OMP_NUM_THREADS": "1"}
 
     def run(name: str, *args: object, timeout: float = 120) -> subprocess.CompletedProcess:
-        code = _RUN.format(absent=set(ABSENT))
-        command = [sys.executable, "-c", code, str(checkout / "bench" / name), *map(str, args)]
-        env = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "TRITON_INTERPRET")}
-        env |= {"XDG_CACHE_HOME": str(tmp_path / "cache"), "OMP_NUM_THREADS": "1"}
+        command = [sys.executable, str(checkout / "bench" / name), *map(str, args)]
         return subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=timeout, env=env)
 
     return run
