@@ -16,6 +16,8 @@ _PUBLIC = {
     "dropout_mask": "lora_linear.dropout",
     "factor_penalty": "frobenius.reference",
     "gradient_norm": "sensitivity.op",
+    "linear_cross_entropy": "linear_cross_entropy.op",
+    "logits_cross_entropy": "linear_cross_entropy.op",
     "lora_linear": "lora_linear.op",
     "lora_linear_grouped": "lora_linear.op",
     "product_penalty": "frobenius.reference",
