@@ -30,3 +30,5 @@ class Rates:
 
     lr: float
     """Learning rate of every parameter."""
+    multiplier_K: torch.Tensor | None = None
+    """A factor on `lr` of each adapted matrix, in the model's order, fp32; None: 1 everywhere."""

@@ -12,16 +12,15 @@ from types import ModuleType
 from typing import Any
 
 _PUBLIC = {
-    "LoraMeasures": "lora_linear.compute",
-    "dropout_mask": "lora_linear.dropout",
-    "factor_penalty": "frobenius.reference",
-    "gradient_norm": "sensitivity.op",
-    "linear_cross_entropy": "linear_cross_entropy.op",
-    "logits_cross_entropy": "linear_cross_entropy.op",
+    "AdamWOptions": "adamw.reference",
+    "FlatLayout": "flat_layout",
+    "FrobeniusResult": "frobenius.op",
+    "MatrixGroup": "flat_layout",
+    "adamw_step": "adamw.op",
+    "gradient_norm": "sensitivity.reference",
     "lora_linear": "lora_linear.op",
-    "lora_linear_grouped": "lora_linear.op",
-    "product_penalty": "frobenius.reference",
-    "sketch_norm": "sensitivity.op",
+    "sketch_norm": "sensitivity.reference",
+    "weighted_frobenius": "frobenius.op",
 }
 
 __all__ = list(_PUBLIC)

@@ -212,9 +212,9 @@ def test_a_checkout_that_is_not_installed_finds_its_kernels(tmp_path):
         "import sys; sys.path.insert(0, sys.argv[1])\n"
         "sys.meta_path = [f for f in sys.meta_path if 'editable' not in str(f).lower()]\n"
         "import fastpeft, fastpeft.kernels, fastpeft.kernels.frobenius.reference as reference\n"
-        "from fastpeft.kernels import product_penalty\n"
+        "from fastpeft.kernels import weighted_frobenius\n"
         "print(fastpeft.__file__, fastpeft.kernels.__file__, reference.__file__, sep='\\n')\n"
-        "print(callable(product_penalty))\n"
+        "print(callable(weighted_frobenius))\n"
     )
     done = subprocess.run(
         [sys.executable, "-c", code, str(tmp_path)], cwd="/", capture_output=True, text=True, timeout=120

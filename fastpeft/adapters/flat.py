@@ -15,6 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from fastpeft.kernels import FlatLayout, MatrixGroup
 from fastpeft.models.inject import LoraBlock
 
 
@@ -43,21 +44,34 @@ class FlatParameters:
         shapes: dict[tuple, list[int]] = defaultdict(list)
         for i, block in enumerate(blocks):
             shapes[(*block.lora_a.shape, block.lora_b.shape[0], block.scale)].append(i)
-        layout = []
-        for indices in shapes.values():
-            layout += [blocks[i].lora_a for i in indices] + [blocks[i].lora_b for i in indices]
-        self.num_factors = sum(p.numel() for p in layout)
-        layout += list(extra)
-        self.num_adapter = sum(p.numel() for p in layout)
-        layout += list(head)
-        device = layout[0].device
-        total = sum(p.numel() for p in layout)
-        self.data = torch.empty(total, dtype=torch.float32, device=device)
+        parameters: list[nn.Parameter] = []
+        groups, place = [], 0
+        for (rank, num_in, num_out, scale), indices in shapes.items():
+            parameters += [blocks[i].lora_a for i in indices] + [blocks[i].lora_b for i in indices]
+            groups.append(MatrixGroup(tuple(indices), rank, num_in, num_out, scale, place))
+            place = groups[-1].end
+        extra, head = list(extra), list(head)
+        parameters += extra + head
+        device = parameters[0].device
+        self.layout = FlatLayout(groups, [p.numel() for p in extra], [p.numel() for p in head], device)
+        """Where everything lies, for the kernels."""
+        self.num_factors, self.num_adapter = self.layout.num_factors, self.layout.num_adapter
+        self.data = torch.empty(self.layout.num_total, dtype=torch.float32, device=device)
         self.grad = torch.zeros_like(self.data)
         start = 0
-        for parameter in layout:
+        for parameter in parameters:
             start = self._adopt(parameter, start)
-        self.groups = list(self._stack(shapes))
+        self.groups = [
+            LoraGroup(
+                index_K=index_K,
+                scale=group.scale,
+                a_KRI=group.stack_a(self.data),
+                b_KOR=group.stack_b(self.data),
+                grad_a_KRI=group.stack_a(self.grad),
+                grad_b_KOR=group.stack_b(self.grad),
+            )
+            for group, index_K in zip(groups, self.layout.index_K)
+        ]
 
     @property
     def adapter(self) -> torch.Tensor:
@@ -76,19 +90,3 @@ class FlatParameters:
         parameter.grad = self.grad[start:end].view(parameter.shape)
         parameter.requires_grad_(True)
         return end
-
-    def _stack(self, shapes: dict[tuple, list[int]]) -> Iterable[LoraGroup]:
-        start = 0
-        for (rank, num_in, num_out, scale), indices in shapes.items():
-            middle = start + len(indices) * rank * num_in
-            end = middle + len(indices) * rank * num_out
-            a, b = slice(start, middle), slice(middle, end)
-            yield LoraGroup(
-                index_K=torch.tensor(indices, device=self.data.device),
-                scale=scale,
-                a_KRI=self.data[a].view(-1, rank, num_in),
-                b_KOR=self.data[b].view(-1, num_out, rank),
-                grad_a_KRI=self.grad[a].view(-1, rank, num_in),
-                grad_b_KOR=self.grad[b].view(-1, num_out, rank),
-            )
-            start = end

@@ -23,7 +23,7 @@ from fastpeft.adapters.base import Importance, register, to_json
 from fastpeft.adapters.lora import Lora
 from fastpeft.config import RunConfig
 from fastpeft.errors import UserError
-from fastpeft.kernels import factor_penalty, gradient_norm, product_penalty, sketch_norm
+from fastpeft.kernels import FrobeniusResult, gradient_norm, sketch_norm, weighted_frobenius
 from fastpeft.models.backbone import Backbone
 from fastpeft.runs.store import write_json
 from fastpeft.signals import Rates, Signals
@@ -48,8 +48,9 @@ class IwLora(Lora):
         self._sums_K = torch.zeros(len(self.blocks), dtype=torch.float64, device=device)
         self._num_batches = 0
         self._sensitivity_K: torch.Tensor | None = None
-        self._group_coefficients: list[torch.Tensor] = []
-        self._penalty_gradients: list[tuple[torch.Tensor, torch.Tensor]] = []
+        self._coefficient_K: torch.Tensor | None = None
+        self._shrinkage: torch.Tensor | None = None
+        """The penalty's gradient where it is decoupled."""
         self._before_step: torch.Tensor | None = None
         inline = self.config.calibration == "inline"
         self.calibration_batches = 0 if inline else self.config.warmup_steps
@@ -99,7 +100,7 @@ class IwLora(Lora):
             norms = [block.module.probe.take() for block in self.blocks]
             measured_K = torch.stack(norms) / loss_scale
         elif estimator == "sketch":
-            measured_K = self._sketch()
+            measured_K = self._sketch(self._frobenius(None, measure=True))
         else:
             measured_K = torch.stack([block.lora_a.grad.square().sum() for block in self.blocks])
             self.flat.adapter.sub_(self.flat.adapter_grad, alpha=self.config.warmup_learning_rate)
@@ -109,16 +110,19 @@ class IwLora(Lora):
         self._num_batches += 1
         return True
 
-    def _sketch(self) -> torch.Tensor:
-        """||dL/dW_k||_F from dL/dB_k; v is the mean square that A really has."""
-        out_K = torch.empty_like(self._sums_K)
-        for group in self.flat.groups:
-            norm_K = group.grad_b_KOR.flatten(1).norm(dim=1)
-            mean_square_K = group.a_KRI.square().mean((1, 2))
-            rank = group.a_KRI.shape[1]
-            unit_K = sketch_norm(norm_K, group.scale, variance=1.0, rank=rank)
-            out_K[group.index_K] = (unit_K / mean_square_K.sqrt()).double()
-        return out_K
+    def _frobenius(self, coefficient_K: torch.Tensor | None, measure: bool) -> FrobeniusResult:
+        flat, into = self.flat, None if coefficient_K is None else self._shrinkage
+        return weighted_frobenius(
+            flat.data, flat.grad, flat.layout, coefficient_K, penalty=self.config.penalty, into=into, measure=measure
+        )
+
+    def _sketch(self, measured: FrobeniusResult) -> torch.Tensor:
+        """||dL/dW_k||_F from dL/dB_k; the variance of A is the mean square that it really has, ||A||^2 / (R I)."""
+        assert measured.square_grad_b_K is not None
+        assert measured.square_a_K is not None
+        layout = self.flat.layout
+        per_unit_K = layout.scale_K * (measured.square_a_K / layout.num_in_K).sqrt()
+        return sketch_norm(measured.square_grad_b_K.sqrt(), 1.0, variance=1.0, rank=1).div_(per_unit_K).double()
 
     def _mean_sensitivity(self) -> torch.Tensor:
         mean_K = self._sums_K / max(1, self._num_batches)
@@ -133,70 +137,63 @@ class IwLora(Lora):
         return mean_K
 
     def _set_sensitivity(self, sensitivity_K: torch.Tensor) -> None:
-        """Keep s_k and derive each group's coefficients alpha (1 - w_k)^beta (section 3)."""
+        """Keep s_k and derive the coefficients alpha (1 - w_k)^beta (section 3)."""
         self.importance_version += 1
         self._sensitivity_K = sensitivity_K
         weights_K = importance_weights(sensitivity_K, self.config.normalise)
         strength = self.config.decoupled_alpha if self.config.decoupled else self.config.alpha
-        coefficient_K = strength * (1 - weights_K).clamp_min(0) ** self.config.beta
-        self._group_coefficients = [coefficient_K[g.index_K].float() for g in self.flat.groups]
+        self._coefficient_K = (strength * (1 - weights_K).clamp_min(0) ** self.config.beta).float()
 
     # ---- the step (section 3) --------------------------------------------------------------
 
     def after_backward(self, signals: Signals, progress: float) -> None:
-        self._measure_while_training(signals, progress)
+        if self._sensitivity_K is None and self.config.calibration == "inline":
+            measured = self._frobenius(None, measure=True)
+            signals.grad_norm = measured.norm
+            self._calibrate_inline(self._sketch(measured), progress)
         if self._sensitivity_K is None:
             signals.penalty = signals.penalty_share = torch.zeros_like(signals.loss)
             return
-        penalty = product_penalty if self.config.penalty == "product" else factor_penalty
-        total = torch.zeros((), device=self.flat.data.device)
-        self._penalty_gradients = []
-        for group, coefficient_K in zip(self.flat.groups, self._group_coefficients):
-            value_K, da_KRI, db_KOR = penalty(group.a_KRI, group.b_KOR, coefficient_K, group.scale)
-            total += value_K.sum()
-            self._penalty_gradients.append((da_KRI, db_KOR))
-        signals.penalty = total
         if self.config.decoupled:
+            if self._shrinkage is None:
+                self._shrinkage = torch.empty_like(self.flat.data[: self.flat.num_factors])
             self._before_step = self.flat.adapter.clone()
-            return
-        for group, (da_KRI, db_KOR) in zip(self.flat.groups, self._penalty_gradients):
-            group.grad_a_KRI.add_(da_KRI)
-            group.grad_b_KOR.add_(db_KOR)
-        signals.penalty_share = self._penalty_norm() / self.flat.adapter_grad.norm().clamp_min(1e-30)
+        result = self._frobenius(self._coefficient_K, measure=self.config.online)
+        signals.penalty, signals.grad_norm = result.penalty, result.norm
+        if self.config.decoupled:
+            self._shrinkage_norm = result.penalty_norm
+        else:
+            signals.penalty_share = result.share
+        if self.config.online:
+            self._reweight(self._sketch(result))
 
     def after_step(self, signals: Signals, rates: Rates, progress: float) -> None:
         """Decoupled: shrink A and B by the penalty's gradient, as AdamW decays weights."""
         if self._before_step is None:
             return
         assert signals.skipped is not None
+        assert self._shrinkage is not None
         step = rates.lr * (1 - signals.skipped)
-        for group, (da_KRI, db_KOR) in zip(self.flat.groups, self._penalty_gradients):
-            group.a_KRI.sub_(da_KRI * step)
-            group.b_KOR.sub_(db_KOR * step)
+        factors = self.flat.data[: self.flat.num_factors]
+        factors.addcmul_(self._shrinkage, step, value=-1)
         moved = (self.flat.adapter - self._before_step).norm()
-        signals.penalty_share = self._penalty_norm() * step / moved.clamp_min(1e-30)
+        signals.penalty_share = self._shrinkage_norm * step / moved.clamp_min(1e-30)
         self._before_step = None
 
-    def _penalty_norm(self) -> torch.Tensor:
-        squares = [da.square().sum() + db.square().sum() for da, db in self._penalty_gradients]
-        return torch.stack(squares).sum().sqrt()
+    def _calibrate_inline(self, measured_K: torch.Tensor, progress: float) -> None:
+        """Mean of the sketches of the first training gradients, until the rate's warm-up is over."""
+        self._sums_K += torch.where(measured_K.isfinite(), measured_K, 0)
+        self._num_batches += 1
+        enough = self._num_batches >= self.config.warmup_steps or progress >= INLINE_PROGRESS
+        if self._num_batches >= MIN_INLINE_STEPS and enough:
+            self._set_sensitivity(self._mean_sensitivity())
 
-    def _measure_while_training(self, signals: Signals, progress: float) -> None:
-        """The sketch from the training gradient itself: inline calibration, and `online`."""
-        inline = self.config.calibration == "inline" and self._sensitivity_K is None
-        if not inline and not self.config.online:
-            return
-        measured_K = self._sketch()
-        if inline:
-            self._sums_K += torch.where(measured_K.isfinite(), measured_K, 0)
-            self._num_batches += 1
-            enough = self._num_batches >= self.config.warmup_steps or progress >= INLINE_PROGRESS
-            if self._num_batches >= MIN_INLINE_STEPS and enough:
-                self._set_sensitivity(self._mean_sensitivity())
-        elif self._sensitivity_K is not None:
-            old_K, decay = self._sensitivity_K, self.config.online_decay
-            new_K = torch.where(measured_K.isfinite(), measured_K, old_K)
-            self._set_sensitivity(decay * old_K + (1 - decay) * new_K)
+    def _reweight(self, measured_K: torch.Tensor) -> None:
+        """`online`: the sketch of this step's gradient, taken in the penalty's own pass, counts from the next on."""
+        assert self._sensitivity_K is not None
+        old_K, decay = self._sensitivity_K, self.config.online_decay
+        new_K = torch.where(measured_K.isfinite(), measured_K, old_K)
+        self._set_sensitivity(decay * old_K + (1 - decay) * new_K)
 
     # ---- results ---------------------------------------------------------------------------
 

@@ -1,4 +1,4 @@
-"""Weighted Frobenius penalties of LoRA updates, with their gradients in closed form.
+"""Weighted Frobenius penalties of LoRA updates, with their gradients in closed form: the specification.
 
 For the updates Delta_k = s_k B_k A_k of K matrices of one shape:
     product:  sum_k c_k || s_k B_k A_k ||_F^2  =  sum_k c_k s_k^2 < B_k^T B_k , A_k A_k^T >_F
@@ -11,6 +11,8 @@ Shape suffixes: K matrices, I in, O out, R rank.
 from __future__ import annotations
 
 import torch
+
+from fastpeft.kernels.flat_layout import FlatLayout
 
 Penalty = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
@@ -41,3 +43,20 @@ def factor_penalty(a_KRI: torch.Tensor, b_KOR: torch.Tensor, weight_K: torch.Ten
     value_K = weight_K * (a_KRI.square().sum((1, 2)) + b_KOR.square().sum((1, 2)))
     double_K11 = (2 * weight_K)[:, None, None]
     return value_K, double_K11 * a_KRI, double_K11 * b_KOR
+
+
+PENALTIES = {"product": product_penalty, "factors": factor_penalty}
+
+
+def weighted_frobenius(
+    data: torch.Tensor, layout: FlatLayout, coefficient_K: torch.Tensor, penalty: str = "product"
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(value of each matrix, gradient of their sum as a flat buffer)."""
+    value_K = torch.empty_like(coefficient_K)
+    gradient = torch.zeros_like(data)
+    for group, index_K in zip(layout.groups, layout.index_K):
+        factors = group.stack_a(data), group.stack_b(data)
+        value_K[index_K], da_KRI, db_KOR = PENALTIES[penalty](*factors, coefficient_K[index_K], group.scale)
+        group.stack_a(gradient).copy_(da_KRI)
+        group.stack_b(gradient).copy_(db_KOR)
+    return value_K, gradient

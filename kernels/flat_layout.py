@@ -1,0 +1,186 @@
+"""Where the parameters of a model lie in its flat buffers, as tables that kernels read.
+
+The buffers hold K adapted matrices (A of one shape side by side, then their B, shape after shape), behind them other
+adapter parameters (`extra`), and behind those the task head's. A `unit` is what statistics are kept of: an adapted
+matrix (its A and B), or one other parameter.
+
+Shape suffixes: K matrices, I in, O out, R rank.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+NORM_SLICE = 32768
+"""Elements of `extra` and head that one program of a norm sums."""
+STEP_SLICE = 4096
+"""Elements that one program of an optimizer step updates; a multiple of its block."""
+TASK_COLUMNS, SLICE_COLUMNS = 6, 4
+
+
+@dataclass(frozen=True)
+class MatrixGroup:
+    """Matrices of one shape, one scale."""
+
+    indices: tuple[int, ...]
+    """Number of each matrix in the model."""
+    rank: int
+    num_in: int
+    num_out: int
+    scale: float
+    """s, lora_alpha / rank: the update is s B A."""
+    start: int
+    """Place of the first A in the buffers."""
+
+    @property
+    def middle(self) -> int:
+        """Place of the first B."""
+        return self.start + len(self.indices) * self.rank * self.num_in
+
+    @property
+    def end(self) -> int:
+        return self.middle + len(self.indices) * self.rank * self.num_out
+
+    def stack_a(self, flat: torch.Tensor) -> torch.Tensor:
+        """View of A in a flat buffer."""
+        return flat[self.start : self.middle].view(-1, self.rank, self.num_in)
+
+    def stack_b(self, flat: torch.Tensor) -> torch.Tensor:
+        return flat[self.middle : self.end].view(-1, self.num_out, self.rank)
+
+
+class FlatLayout:
+    """The places of all parameters, and device tables made of them once.
+
+    The tables hold counters that kernels leave at zero: one layout serves one stream at a time.
+    """
+
+    def __init__(
+        self,
+        groups: Sequence[MatrixGroup],
+        extra: Sequence[int] = (),
+        head: Sequence[int] = (),
+        device: torch.device | str = "cpu",
+    ) -> None:
+        """
+        Args:
+            groups: without a gap from place 0; their indices are 0..K-1, each once.
+            extra, head: number of elements of each parameter that is no LoRA factor.
+
+        Raises:
+            ValueError: groups that overlap, or whose indices are not 0..K-1.
+        """
+        self.groups = tuple(groups)
+        indices = [k for group in groups for k in group.indices]
+        ends = [0, *(group.end for group in groups)]
+        if sorted(indices) != list(range(len(indices))) or [g.start for g in groups] != ends[:-1]:
+            raise ValueError(
+                f"FlatLayout: groups of matrices {[g.indices for g in groups]} at {[g.start for g in groups]}; "
+                "expected indices 0..K-1, each once, and every group where the one before it ends"
+            )
+        self.num_matrices = len(indices)
+        self.num_factors = ends[-1]
+        self.num_adapter = self.num_factors + sum(extra)
+        self.num_total = self.num_adapter + sum(head)
+        self.max_rank = max((group.rank for group in groups), default=0)
+        self.others: list[tuple[int, int]] = []
+        """(place, elements) of the parameters that are no factors, `extra` first."""
+        for size in (*extra, *head):
+            self.others.append((sum(self.others[-1]) if self.others else self.num_factors, size))
+        self.num_units = self.num_matrices + len(self.others)
+        self._place = self._places()
+        self._make_tasks(device)
+        self._make_slices(device)
+        self.index_K = [torch.tensor(group.indices, device=device) for group in groups]
+        """The indices of each group."""
+        self.scale_K = torch.tensor([g.scale for g, _, _ in self._place], dtype=torch.float32, device=device)
+        self.num_in_K = torch.tensor([g.num_in for g, _, _ in self._place], dtype=torch.float32, device=device)
+        self.tickets = torch.zeros(2 + self.num_units, dtype=torch.int32, device=device)
+        """How many programs of a running launch are done: of the penalty's, of a step's, of each unit's."""
+        self.device = self.tickets.device
+
+    def _places(self) -> list[tuple[MatrixGroup, int, int]]:
+        """(group, place of A, place of B) of each matrix, in the model's order."""
+        found = {}
+        for group in self.groups:
+            for i, k in enumerate(group.indices):
+                a = group.start + i * group.rank * group.num_in
+                found[k] = group, a, group.middle + i * group.rank * group.num_out
+        return [found[k] for k in range(self.num_matrices)]
+
+    def _make_tasks(self, device: torch.device | str) -> None:
+        """Programs of the penalty: A of each matrix, B of each, slices of extra, of the head.
+
+        Columns: place and number of elements, place of the other factor, rank, longer side, the other's longer side.
+        """
+        tasks = [[a, g.rank * g.num_in, b, g.rank, g.num_in, g.num_out] for g, a, b in self._place]
+        tasks += [[b, g.rank * g.num_out, a, g.rank, g.num_out, g.num_in] for g, a, b in self._place]
+
+        def slices(first: int, last: int) -> list[list[int]]:
+            return [[at, min(NORM_SLICE, last - at), at, 0, 0, 0] for at in range(first, last, NORM_SLICE)]
+
+        tasks += slices(self.num_factors, self.num_adapter)
+        self.num_adapter_tasks = len(tasks)
+        tasks += slices(self.num_adapter, self.num_total)
+        self.tasks = torch.tensor(tasks, dtype=torch.int64, device=device).view(-1, TASK_COLUMNS)
+        self.aligned_rows = all(task[3] % 4 == task[4] % 4 == 0 for task in tasks)
+        """Ranks and longer sides are multiples of four."""
+
+    def _make_slices(self, device: torch.device | str) -> None:
+        """Programs of an optimizer step; those of one unit are neighbours."""
+        slices: list[list[int]] = []
+        units = []
+        for unit, parts in enumerate(self.unit_parts()):
+            first = len(slices)
+            for start, size in parts:
+                slices += [
+                    [at, min(STEP_SLICE, start + size - at), unit, int(start >= self.num_adapter)]
+                    for at in range(start, start + size, STEP_SLICE)
+                ]
+            units.append([first, len(slices) - first])
+        self.slices = torch.tensor(slices, dtype=torch.int64, device=device).view(-1, SLICE_COLUMNS)
+        """Columns: place, number of elements, unit, 1 for the head's."""
+        self.units = torch.tensor(units, dtype=torch.int64, device=device).view(-1, 2)
+        """First slice and number of slices of each unit."""
+        self.aligned = all(start % 4 == 0 for start, *_ in slices)
+        """Every parameter begins at a multiple of four elements: 16 bytes of fp32."""
+
+    def unit_parts(self) -> list[list[tuple[int, int]]]:
+        """(place, elements) of each unit's parameters."""
+        matrices = [[(a, g.rank * g.num_in), (b, g.rank * g.num_out)] for g, a, b in self._place]
+        return matrices + [[part] for part in self.others]
+
+    def unit_sums(self, flat: torch.Tensor) -> torch.Tensor:
+        """Sum over each unit's elements of a flat tensor: (num_units,). A few operations a group of matrices."""
+        out = flat.new_empty(self.num_units)
+        for group, index_K in zip(self.groups, self.index_K):
+            out[index_K] = group.stack_a(flat).sum((1, 2)) + group.stack_b(flat).sum((1, 2))
+        if self.others:
+            parts = flat[self.num_factors :].split([size for _, size in self.others])
+            out[self.num_matrices :] = torch.stack([part.sum() for part in parts])
+        return out
+
+    def spread(self, value_K: torch.Tensor, fill: float) -> torch.Tensor:
+        """A value of each matrix at all of its elements, `fill` at all others: (num_total,)."""
+        out = value_K.new_full((self.num_total,), fill)
+        for group, index_K in zip(self.groups, self.index_K):
+            own_K = value_K[index_K][:, None, None]
+            group.stack_a(out).copy_(own_K.expand(-1, group.rank, group.num_in))
+            group.stack_b(out).copy_(own_K.expand(-1, group.num_out, group.rank))
+        return out
+
+    def check(self, name: str, **tensors: torch.Tensor) -> None:
+        """Raises ValueError, in the name of an operation, for tensors that are no flat buffers of this layout."""
+        first = next(iter(tensors.values()))
+        for argument, tensor in tensors.items():
+            if tensor.shape != (self.num_total,) or not tensor.is_contiguous():
+                raise ValueError(
+                    f"{name}: {argument} has shape {tuple(tensor.shape)}; expected ({self.num_total},), contiguous"
+                )
+            if tensor.dtype not in (torch.float32, torch.float64) or tensor.dtype != first.dtype:
+                raise ValueError(f"{name}: {argument} is {tensor.dtype}; expected all buffers float32, or all float64")
+            if tensor.device != self.device:
+                raise ValueError(f"{name}: {argument} is on {tensor.device}; the layout is on {self.device}")

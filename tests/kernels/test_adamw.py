@@ -1,0 +1,241 @@
+"""AdamW over flat buffers against torch.optim.AdamW in float64, a parameter group a matrix."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import pytest
+import torch
+from conftest import relative_error
+from flat_model import Random, make_layout
+
+from fastpeft.kernels import AdamWOptions, FlatLayout, adamw_step
+from fastpeft.kernels.launch import LAUNCHES
+
+CPU = torch.device("cpu")
+OPTIONS = {
+    "plain": AdamWOptions(),
+    "clips": AdamWOptions(max_norm=0.7, weight_decay=0.1),
+    "groups": AdamWOptions(weight_decay=0.3, head_weight_decay=0.05, head_ratio=5.0, beta1=0.8, beta2=0.95, eps=1e-6),
+    "no_memory": AdamWOptions(beta1=0.0, beta2=0.9, max_norm=2.0),
+}
+NUM_STEPS = 6
+SKIPPED = (1, 3)
+
+
+@dataclass
+class Run:
+    """Buffers of one optimizer."""
+
+    data: torch.Tensor
+    layout: FlatLayout
+    options: AdamWOptions
+
+    def __post_init__(self) -> None:
+        self.exp_avg, self.exp_avg_sq = torch.zeros_like(self.data), torch.zeros_like(self.data)
+        self.count = torch.zeros((), device=self.data.device)
+
+    def step(self, grad: torch.Tensor, lr, **more):
+        norm = torch.linalg.vector_norm(grad)
+        buffers = self.data, grad, self.exp_avg, self.exp_avg_sq, self.count
+        return adamw_step(*buffers, self.layout, lr=lr, norm=norm, options=self.options, **more)
+
+    def snapshot(self) -> list[torch.Tensor]:
+        return [t.clone() for t in (self.data, self.exp_avg, self.exp_avg_sq, self.count)]
+
+
+class Oracle:
+    """torch.optim.AdamW in fp64 on the CPU: one group a unit."""
+
+    def __init__(self, data: torch.Tensor, layout: FlatLayout, options: AdamWOptions, multiplier_K) -> None:
+        self.options, self.parts = options, layout.unit_parts()
+        self.flat = data.double().cpu().clone()
+        self.units = [[torch.nn.Parameter(self.flat[at : at + n].clone()) for at, n in unit] for unit in self.parts]
+        self.ratios, groups = [], []
+        for i, unit in enumerate(self.units):
+            is_head = self.parts[i][0][0] >= layout.num_adapter
+            own = float(multiplier_K[i]) if multiplier_K is not None and i < layout.num_matrices else 1.0
+            self.ratios.append(options.head_ratio if is_head else own)
+            decay = options.head_weight_decay if is_head else options.weight_decay
+            groups.append({"params": unit, "weight_decay": decay})
+        self.adamw = torch.optim.AdamW(groups, betas=(options.beta1, options.beta2), eps=options.eps)
+        self.directions = [torch.zeros(sum(p.numel() for p in unit), dtype=torch.float64) for unit in self.units]
+        """u (1 - rate decay) of the last step, of each unit."""
+
+    def values(self) -> torch.Tensor:
+        out = self.flat.clone()
+        for unit, places in zip(self.units, self.parts):
+            for parameter, (at, n) in zip(unit, places):
+                out[at : at + n] = parameter.detach()
+        return out
+
+    def gather(self, flat: torch.Tensor) -> list[torch.Tensor]:
+        return [torch.cat([flat[at : at + n] for at, n in places]) for places in self.parts]
+
+    def step(self, grad: torch.Tensor, lr: float) -> torch.Tensor:
+        """Returns the clipped gradient, and keeps the direction of the step in `directions`."""
+        grad, norm = grad.double().cpu(), float(grad.double().norm())
+        if self.options.max_norm:
+            grad = grad / max(1.0, norm / self.options.max_norm)
+        before = self.gather(self.values())
+        for group, unit, places, ratio in zip(self.adamw.param_groups, self.units, self.parts, self.ratios):
+            group["lr"] = lr * ratio
+            for parameter, (at, n) in zip(unit, places):
+                parameter.grad = grad[at : at + n]
+        self.adamw.step()
+        after = self.gather(self.values())
+        decays = [group["weight_decay"] for group in self.adamw.param_groups]
+        self.directions = [
+            (b - a) / (lr * ratio) * (1 - lr * ratio * decay)
+            for b, a, ratio, decay in zip(before, after, self.ratios, decays)
+        ]
+        return grad
+
+    def moments(self) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        """Bias-corrected, of each unit."""
+        found = []
+        for unit in self.units:
+            states = [self.adamw.state[p] for p in unit]
+            t = float(states[0]["step"])
+            first = torch.cat([s["exp_avg"] for s in states]) / (1 - self.options.beta1**t)
+            second = torch.cat([s["exp_avg_sq"] for s in states]) / (1 - self.options.beta2**t)
+            found.append((first, second))
+        return found
+
+
+def follow(seed, layout, options, device, dtype, bound, multiplies=False, reduces=False, scaled=False, lr_tensor=False):
+    """Several steps beside the oracle, two of them skipped."""
+    random = Random(seed, dtype, device)
+    multiplier_K = random(layout.num_matrices).abs() + 0.25 if multiplies else None
+    run = Run(random(layout.num_total), layout, options)
+    start = run.data.double().cpu().clone()
+    oracle = Oracle(run.data, layout, options, multiplier_K)
+    for i in range(NUM_STEPS):
+        lr = 0.01 * (i + 1)
+        grad = random(layout.num_total, scale=10.0 ** (i % 3 - 2))
+        more = {"multiplier_K": multiplier_K, "reduces": reduces, "loss": torch.tensor(0.5, device=device)}
+        if i in SKIPPED:
+            before = run.snapshot()
+            grad[i % layout.num_total] = math.nan if i == 1 else 0.0
+            more["loss"] = torch.tensor(0.5 if i == 1 else math.inf, device=device)
+            assert float(run.step(grad, lr, **more).skipped) == 1.0
+            assert all(torch.equal(a, b) for a, b in zip(before, run.snapshot()))
+            continue
+        true, directions = grad.clone(), oracle.directions
+        clipped = oracle.step(true, lr)
+        if scaled:
+            grad *= 64.0
+            more["loss_scale"] = torch.tensor(64.0, dtype=dtype, device=device)
+        rate = torch.tensor(lr, dtype=dtype, device=device) if lr_tensor else lr
+        result = run.step(grad, rate, **more)
+        assert float(result.skipped) == 0.0
+        assert relative_error(grad, clipped) < bound
+        if reduces:
+            check_sums(result.sums, oracle, directions, true.double().cpu(), bound)
+    assert float(run.count) == NUM_STEPS - len(SKIPPED)
+    assert relative_error(run.data.double().cpu() - start, oracle.values() - start) < bound
+
+
+def check_sums(sums, oracle, directions, grad, bound):
+    gathered, moments = oracle.gather(grad), oracle.moments()
+    assert sums.shape == (len(gathered), 4)
+    want = [
+        [g.square().sum(), m.square().sum(), v.sum(), g @ u]
+        for g, (m, v), u in zip(gathered, moments, directions, strict=True)
+    ]
+    want = torch.tensor(want, dtype=torch.float64)
+    for column in range(3):
+        assert relative_error(sums[:, column], want[:, column]) < bound
+    scale = max(float(g.norm() * u.norm()) for g, u in zip(gathered, directions))
+    assert (sums[:, 3].double().cpu() - want[:, 3]).abs().max() <= bound * scale  # g u may cancel
+
+
+# ---- PyTorch -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS.keys())
+@pytest.mark.parametrize("multiplies", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_equals_torch_adamw(seed, options, multiplies, dtype):
+    bound = 2e-5 if dtype == torch.float32 else 1e-9
+    follow(seed, make_layout((4, 8)), options, CPU, dtype, bound, multiplies, reduces=True)
+
+
+@pytest.mark.parametrize("reduces", [False, True])
+def test_scaled_gradients_and_a_rate_on_the_device(seed, reduces):
+    layout = make_layout((4, 8))
+    follow(seed, layout, OPTIONS["clips"], CPU, torch.float32, 2e-5, reduces=reduces, scaled=True, lr_tensor=True)
+
+
+def test_without_matrices_and_without_a_head(seed):
+    for layout in (make_layout((), shapes=(), extra=(5000,), head=()), make_layout((), shapes=(), head=(9, 2))):
+        follow(seed, layout, OPTIONS["groups"], CPU, torch.float32, 2e-5, reduces=True)
+
+
+BAD = {
+    "shape": ({"exp_avg": torch.zeros(3)}, r"exp_avg has shape \(3,\)"),
+    "dtype": ({"exp_avg_sq": torch.zeros(616).half()}, r"exp_avg_sq "),
+    "norm": ({"norm": torch.zeros(2)}, r"norm is torch.float32 of shape \(2,\)"),
+    "step": ({"step": torch.zeros((), dtype=torch.int64)}, r"step is torch.int64 of shape \(\)"),
+    "multiplier": ({"multiplier_K": torch.ones(4)}, r"multiplier_K is torch.float32 of shape \(4,\); expected"),
+}
+
+
+@pytest.mark.parametrize(("change", "said"), BAD.values(), ids=BAD.keys())
+def test_what_does_not_fit_is_named(change, said):
+    layout = make_layout((4, 8))
+    given = {name: torch.zeros(layout.num_total) for name in ("data", "grad", "exp_avg", "exp_avg_sq")}
+    given |= {"step": torch.zeros(()), "norm": torch.ones(()), "lr": 0.1, "options": AdamWOptions()}
+    with pytest.raises(ValueError, match="adamw_step: " + said):
+        adamw_step(layout=layout, **(given | change))
+
+
+# ---- Triton --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "multiplies", "reduces", "scaled", "lr_tensor"),
+    [
+        ("plain", False, False, False, False),
+        ("clips", True, True, False, True),
+        ("groups", True, True, True, False),
+        ("no_memory", False, True, True, True),
+    ],
+)
+def test_triton(seed, triton_device, poisoned, name, multiplies, reduces, scaled, lr_tensor):
+    layout = make_layout((4, 8), triton_device)
+    before = LAUNCHES["adamw_kernel"]
+    follow(
+        seed, layout, OPTIONS[name], triton_device, torch.float32, 2e-5, multiplies, reduces, scaled, lr_tensor
+    )  # fmt: skip
+    assert LAUNCHES["adamw_kernel"] == before + NUM_STEPS
+    assert not layout.tickets.any()
+
+
+def test_triton_over_several_slices(seed, triton_device, poisoned):
+    """Units of many slices, whose sums are added up by whoever comes last; a length that is no multiple of four."""
+    layout = make_layout((16,), triton_device, (((0,), 301, 512, 2.0),), (9001,), (4097, 2))
+    follow(seed, layout, OPTIONS["clips"], triton_device, torch.float32, 2e-5, True, True)
+
+
+def test_triton_gives_the_same_bits_twice(seed, triton_device):
+    random = Random(seed, torch.float32, triton_device)
+    layout = make_layout((8, 16), triton_device)
+    data, grad = random(layout.num_total), random(layout.num_total)
+    first, second = (Run(data.clone(), layout, OPTIONS["clips"]) for _ in range(2))
+    sums = [run.step(grad.clone(), 0.01, reduces=True).sums for run in (first, second) for _ in range(2)]
+    assert torch.equal(sums[1], sums[3])
+    assert all(torch.equal(a, b) for a, b in zip(first.snapshot(), second.snapshot()))
+    assert not torch.equal(first.data, data)
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS.keys())
+@pytest.mark.parametrize("multiplies", [False, True])
+@pytest.mark.parametrize("aligned", [False, True])
+def test_triton_with_every_option(seed, triton_device, poisoned, options, multiplies, aligned):
+    shapes = (((1, 0), 64, 96, 2.0),) if aligned else (((1, 0), 63, 97, 2.0),)
+    layout = make_layout((8,), triton_device, shapes, (64,), (32, 3))
+    assert layout.aligned == aligned
+    follow(seed, layout, options, triton_device, torch.float32, 2e-5, multiplies, True)
