@@ -25,8 +25,8 @@ LARGEST_INLINE_RANK = 64
 _MATMUL = (
     Config(128, 256, 64, 8, 3),
     Config(128, 128, 64, 8, 4),
-    Config(128, 128, 64, 4, 3),
-    Config(128, 128, 32, 4, 4),
+    Config(128, 128, 64, 8, 3),
+    Config(128, 64, 64, 4, 4),
     Config(64, 256, 64, 4, 3),
     Config(64, 128, 64, 4, 4),
     Config(64, 64, 64, 4, 4),
@@ -75,14 +75,29 @@ def inline(form: str, rank: int, dropout: float) -> bool:
     return form == "fused" and not dropout and rank <= LARGEST_INLINE_RANK
 
 
-def fitting_matmul(config: Config, dtype: torch.dtype, block_r: int, dropout: bool) -> Config:
-    """`config`, made smaller where fp32, dropout or the rank would spill registers or overflow shared memory."""
+def fitting_matmul(
+    config: Config, dtype: torch.dtype, block_r: int, capability: int, *, inline: bool, dropout: bool
+) -> Config:
+    """`config`, made smaller where it would spill registers or overflow shared memory.
+
+    Args:
+        block_r: padded rank, or the step through it.
+        capability: of the GPU, its first number. Before 9 the operands of tensor cores take registers too.
+    """
     if dtype == torch.float32:
         config = replace(
             config, block_m=min(config.block_m, 64), block_n=min(config.block_n, 64), block_k=min(config.block_k, 32)
         )
     if dropout:
         config = replace(config, block_n=min(config.block_n, 128))
+    most = 80 if capability < 9 else 136
+    while config.block_m * (config.block_n + inline * block_r) > most * 32 * config.num_warps:
+        if config.num_warps < 8:
+            config = replace(config, num_warps=8)
+        elif config.block_n >= config.block_m:
+            config = replace(config, block_n=config.block_n // 2)
+        else:
+            config = replace(config, block_m=config.block_m // 2)
     a_stage = (config.block_m * config.block_k + config.block_k * (config.block_n + block_r)) * dtype.itemsize
     return replace(config, num_stages=max(1, min(config.num_stages, SHARED_BYTES // a_stage)))
 

@@ -127,7 +127,9 @@ def matmul(
     block_r = configs.padded_rank(rank) if inline else min(configs.padded_rank(rank), 64)
     form = "fused" if inline else "fused_two"
     config = config or configs.default_config(form, dispatch.interpreting())
-    config = configs.fitting_matmul(config, x.dtype, block_r, dropout is not None)
+    config = configs.fitting_matmul(
+        config, x.dtype, block_r, _capability(x.device), inline=inline, dropout=dropout is not None
+    )
     side = min(64, configs.padded_rank(rank))
     tiles = -(-num_rows // config.block_m) * -(-result_size // config.block_n)
     i_inner = weight_OI.stride(1) == 1
@@ -197,14 +199,19 @@ def factors(
 
 def _splits(num_rows: int, blocks: int, config: Config, device: torch.device) -> tuple[int, int]:
     """How many splits of the tokens, and how many rows each: whole steps, and about as many programs as are wanted."""
-    wanted = -(-multiprocessors(device) * config.block_n // max(1, blocks))
+    wanted = -(-_multiprocessors(device) * config.block_n // max(1, blocks))
     steps = max(1, -(-num_rows // config.block_k))
     steps_a_split = -(-steps // min(MOST_SPLITS, wanted, steps))
     return -(-steps // steps_a_split), steps_a_split * config.block_k
 
 
 @cache
-def multiprocessors(device: torch.device) -> int:
+def _capability(device: torch.device) -> int:
+    return torch.cuda.get_device_capability(device)[0] if device.type == "cuda" else 9
+
+
+@cache
+def _multiprocessors(device: torch.device) -> int:
     if device.type != "cuda":
         return 4
     return torch.cuda.get_device_properties(device).multi_processor_count

@@ -22,7 +22,7 @@ FLOATS = {"scale", "keep_factor"}
 BYTES = {"row_mask_ptr": "*i8", "seed_ptr": "*i64"}
 
 
-def case(kernel, dtype, constants, config, tensor_cores=True, aligned=SIZES, **types):
+def case(kernel, dtype, constants, config, tensor_cores=True, aligned=SIZES, architectures=(80, 90, 100), **types):
     """Types follow from the names of the arguments: tensors in `dtype` are named above, other pointers are fp32."""
     signature = {}
     for name in kernel.arg_names:
@@ -34,12 +34,12 @@ def case(kernel, dtype, constants, config, tensor_cores=True, aligned=SIZES, **t
             signature[name] = "fp32" if name in FLOATS else "i32"
     signature |= {name: kind for name, kind in BYTES.items() if name in signature} | types
     aligned = tuple(name for name in aligned if name in signature)
-    return Case(kernel, signature, constants, config.num_warps, config.num_stages, aligned, tensor_cores)
+    return Case(kernel, signature, constants, config.num_warps, config.num_stages, aligned, tensor_cores, architectures)
 
 
-def matmul(config, dtype, rank, *, forward=True, inline=True, dropout=False, gram=False, even=True):
+def matmul(config, dtype, rank, architecture, *, forward=True, inline=True, dropout=False, gram=False, even=True):
     block_r = configs.padded_rank(rank) if inline else min(configs.padded_rank(rank), 64)
-    config = configs.fitting_matmul(config, dtype, block_r, dropout)
+    config = configs.fitting_matmul(config, dtype, block_r, architecture // 10, inline=inline, dropout=dropout)
     precision = "tf32x3" if dtype == torch.float32 else "tf32"
     constants = {
         "R": rank, "BLOCK_M": config.block_m, "BLOCK_N": config.block_n, "BLOCK_K": config.block_k, "BLOCK_R": block_r,
@@ -47,7 +47,7 @@ def matmul(config, dtype, rank, *, forward=True, inline=True, dropout=False, gra
         "DROPOUT": dropout, "EVEN_K": even, "EVEN_N": even, "PRECISION": precision, "GRAM": gram,
         "GRAM_SIDE": min(64, configs.padded_rank(rank)), "GRAM_PRECISION": "tf32x3",
     }  # fmt: skip
-    return case(lora_matmul_kernel, dtype, constants, config)
+    return case(lora_matmul_kernel, dtype, constants, config, architectures=(architecture,))
 
 
 def factors(config, dtype, rank, *, dropout=False, masked=False):
@@ -85,35 +85,41 @@ def mask():
 
 
 def cases(every: bool) -> list[Case]:
-    bf16 = torch.bfloat16
-    first, two = configs.default_config("fused", False), configs.default_config("fused_two", False)
     found = [
-        matmul(first, bf16, 8, gram=True),
-        matmul(first, bf16, 8, forward=False),
-        matmul(two, bf16, 64, forward=False, inline=False, dropout=True),
-        factors(configs.default_config("fused_factors", False), bf16, 8, masked=True),
-        skinny(bf16, 8, 8192, forward=True, dropout=True),
+        factors(configs.default_config("fused_factors", False), torch.bfloat16, 8, masked=True),
+        skinny(torch.bfloat16, 8, 8192, forward=True, dropout=True),
         reduction(8, measured=True, masked=True),
         mask(),
     ]
-    if not every:
-        return found
-    for dtype in TYPES:
-        for config in configs.CONFIGS["fused"]:
-            for rank in (8, 64):
-                found += [
-                    matmul(config, dtype, rank, forward=True, gram=True),
-                    matmul(config, dtype, rank, forward=False),
-                ]
-            found += [matmul(config, dtype, 17, even=False)]
-        for config in configs.CONFIGS["fused_two"]:
-            for rank in (8, 256):
-                found += [matmul(config, dtype, rank, inline=False, gram=True)]
-                found += [matmul(config, dtype, rank, forward=False, inline=False, dropout=True)]
+    for architecture in (80, 90, 100):
+        found += matmuls(architecture, every)
+    for dtype in TYPES if every else ():
         for config in configs.CONFIGS["fused_factors"]:
             for rank in (8, 64):
                 found += [factors(config, dtype, rank), factors(config, dtype, rank, dropout=True, masked=True)]
         for rank in (8, 64, 256):
             for num_rows in (1000, 8192):
                 found += [skinny(dtype, rank, num_rows, forward=forward, dropout=forward) for forward in (True, False)]
-    return found + [reduction(rank, measured, False) for rank in (1, 256) for measured in (False, True)]
+    if every:
+        found += [reduction(rank, measured, False) for rank in (1, 256) for measured in (False, True)]
+    return list({str(one): one for one in found}.values())  # configs that are made to fit may be the same then
+
+
+def matmuls(architecture: int, every: bool) -> list[Case]:
+    first, two = configs.default_config("fused", False), configs.default_config("fused_two", False)
+    found = [
+        matmul(first, torch.bfloat16, 8, architecture, gram=True),
+        matmul(first, torch.bfloat16, 8, architecture, forward=False),
+        matmul(two, torch.bfloat16, 64, architecture, forward=False, inline=False, dropout=True),
+    ]
+    for dtype in TYPES if every else ():
+        for config in configs.CONFIGS["fused"]:
+            for rank in (8, 64):
+                found += [matmul(config, dtype, rank, architecture, gram=True)]
+                found += [matmul(config, dtype, rank, architecture, forward=False)]
+            found += [matmul(config, dtype, 17, architecture, even=False)]
+        for config in configs.CONFIGS["fused_two"]:
+            for rank in (8, 256):
+                found += [matmul(config, dtype, rank, architecture, inline=False, gram=True)]
+                found += [matmul(config, dtype, rank, architecture, forward=False, inline=False, dropout=True)]
+    return found
