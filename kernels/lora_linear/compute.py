@@ -77,7 +77,9 @@ def forward(
 ) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
     """y and s D(x) A^T of each projection. `factors` in the dtype of x, `stored` as they are kept."""
     choices = [_choose("lora_forward", x_TI, a, b.shape[0]) for a, b in factors]
-    inline = [configs.inline(choice.form, a.shape[0], call.dropout) for choice, (a, _) in zip(choices, factors)]
+    inline = [
+        configs.inline(choice.form, a.shape[0], call.dropout, a.dtype) for choice, (a, _) in zip(choices, factors)
+    ]
     shared = None
     if len(factors) > 1 and not call.dropout and not all(inline):
         shared = _shared_products(x_TI, [a for a, _ in factors], call, choices[0])
@@ -183,7 +185,7 @@ def _fused_dx(dy_TO: torch.Tensor, call: Call, pair: Pair, choice: dispatch.Choi
     ds_TR = dropped = None
     if call.dropout:
         dropped = _fused().Dropout(call.dropout, part.seed)
-    if not configs.inline(choice.form, a.shape[0], call.dropout):
+    if not configs.inline(choice.form, a.shape[0], call.dropout, a.dtype):
         ds_TR = _fused().skinny(dy_TO, b, part.scale, forward=False)
     dx_TI, ds_TR, _ = _fused().matmul(
         dy_TO, weight, None, a, b, ds_TR, part.scale, choice.config, forward=False, dropout=dropped

@@ -3,7 +3,7 @@
 Forms of `lora_forward` and `lora_backward` (dx):
     split      cuBLAS: the frozen product, the skinny one, addmm_
     fused      one launch; the skinny product rides in the same loop, on the tiles of x that are loaded anyway. With
-               dropout, or with a rank above 64, its registers do not pay: it is fused_two then
+               dropout, or with a rank above LARGEST_INLINE_RANK, it is fused_two
     fused_two  a launch of the skinny product, then the main one, to which the update is a few columns more
 Of `lora_factors` (dA, dB): split, and fused_factors (any name but split means it).
 
@@ -20,7 +20,8 @@ import torch
 
 from fastpeft.kernels.dispatch import Config
 
-LARGEST_INLINE_RANK = 64
+LARGEST_INLINE_RANK = {torch.float32: 16}
+"""Of `fused`: beyond it its registers do not pay. 64 for other dtypes."""
 
 _MATMUL = (
     Config(128, 256, 64, 8, 3),
@@ -70,9 +71,19 @@ def padded_rank(rank: int) -> int:
     return max(16, 1 << (rank - 1).bit_length())
 
 
-def inline(form: str, rank: int, dropout: float) -> bool:
+def inline(form: str, rank: int, dropout: float, dtype: torch.dtype) -> bool:
     """Whether the skinny product rides in the main loop."""
-    return form == "fused" and not dropout and rank <= LARGEST_INLINE_RANK
+    return form == "fused" and not dropout and rank <= LARGEST_INLINE_RANK.get(dtype, 64)
+
+
+def rank_step(rank: int, dtype: torch.dtype) -> int:
+    """How many columns of the update the main kernel of fused_two takes at once."""
+    return min(padded_rank(rank), 32 if dtype == torch.float32 else 64)
+
+
+def gram_side(rank: int) -> int:
+    """Side of the block of a Gram that one program computes."""
+    return min(padded_rank(rank), 32)
 
 
 def fitting_matmul(
@@ -88,9 +99,9 @@ def fitting_matmul(
         config = replace(
             config, block_m=min(config.block_m, 64), block_n=min(config.block_n, 64), block_k=min(config.block_k, 32)
         )
-    if dropout:
+    if dropout or capability < 9:
         config = replace(config, block_n=min(config.block_n, 128))
-    most = 80 if capability < 9 else 136
+    most = 136 if capability >= 9 else 48 if dropout else 80
     while config.block_m * (config.block_n + inline * block_r) > most * 32 * config.num_warps:
         if config.num_warps < 8:
             config = replace(config, num_warps=8)

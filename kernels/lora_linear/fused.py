@@ -124,13 +124,13 @@ def matmul(
     gram = [torch.empty(rank, rank, dtype=torch.float32, device=x.device) for _ in grams or ()]
     if not num_rows and not grams:
         return out, s_TR, None
-    block_r = configs.padded_rank(rank) if inline else min(configs.padded_rank(rank), 64)
+    block_r = configs.padded_rank(rank) if inline else configs.rank_step(rank, x.dtype)
     form = "fused" if inline else "fused_two"
     config = config or configs.default_config(form, dispatch.interpreting())
     config = configs.fitting_matmul(
         config, x.dtype, block_r, _capability(x.device), inline=inline, dropout=dropout is not None
     )
-    side = min(64, configs.padded_rank(rank))
+    side = configs.gram_side(rank)
     tiles = -(-num_rows // config.block_m) * -(-result_size // config.block_n)
     i_inner = weight_OI.stride(1) == 1
     launch(

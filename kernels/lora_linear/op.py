@@ -119,7 +119,7 @@ class _LoraLinear(torch.autograd.Function):
         weights = [None if is_quantised(part.weight) else part.weight for part in call.parts]
         ctx.save_for_backward(x_TI, *s_TR, *(f for pair in cast for f in pair), *weights)
         ctx.call, ctx.x_shape, ctx.dtypes = call, x.shape, [factor.dtype for factor in factors]
-        return tuple(y.view(*x.shape[:-1], -1) for y in ys)
+        return tuple(y.view(*x.shape[:-1], y.shape[1]) for y in ys)
 
     @staticmethod
     @once_differentiable

@@ -6,38 +6,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from lora_linear_inputs import GRADIENTS, make_inputs, relative, run
 
 from fastpeft.kernels import lora_linear
 from fastpeft.kernels.lora_linear.reference import lora_linear_reference
-
-GRADIENTS = ("dx", "da", "db")
-
-
-def make_inputs(generator, lead, num_in, num_out, rank, bias=True):
-    """x, weight, bias, A, B and dy in float64, scaled so that every result is about 1."""
-
-    def draw(*shape, std=1.0):
-        return torch.randn(*shape, generator=generator, dtype=torch.float64) * std
-
-    return (
-        draw(*lead, num_in),
-        draw(num_out, num_in, std=num_in**-0.5),
-        draw(num_out) if bias else None,
-        draw(rank, num_in, std=num_in**-0.5),
-        draw(num_out, rank, std=rank**-0.5),
-        draw(*lead, num_out),
-    )
-
-
-def run(function, x, weight, bias, a, b, dy, scale):
-    """(y, dx, dA, dB) for these very tensors' values."""
-    leaves = [tensor.detach().requires_grad_(True) for tensor in (x, a, b)]
-    y = function(leaves[0], weight, bias, leaves[1], leaves[2], scale)
-    return y.detach(), *torch.autograd.grad(y, leaves, dy)
-
-
-def relative(got, want):
-    return float((got.double() - want).norm() / want.norm())
 
 
 def assert_like_reference(inputs, scale, dtype, limit):
@@ -72,7 +44,7 @@ def test_forward_and_gradients_in_float64(lead, num_in, num_out, rank, bias, sca
 
 
 @pytest.mark.parametrize(("dtype", "limit"), [(torch.float32, 1e-5), (torch.bfloat16, 2e-2)])
-@pytest.mark.parametrize("rank", [1, 8, 64])
+@pytest.mark.parametrize("rank", [1, 8, 64, 256])
 def test_relative_error_per_dtype(seed, dtype, limit, rank):
     generator = torch.Generator().manual_seed(seed)
     for num_tokens in (1, 63, 1000):
@@ -194,3 +166,72 @@ def test_dtypes_that_do_not_fit():
     x, weight = torch.zeros(5, 8), torch.zeros(9, 8, dtype=torch.bfloat16)
     with pytest.raises(ValueError, match=r"torch\.float32.*torch\.bfloat16"):
         lora_linear(x, weight, None, torch.zeros(3, 8), torch.zeros(9, 3), 1.0)
+
+
+@pytest.mark.parametrize("rank", [0, 257])
+def test_a_rank_out_of_range(rank):
+    with pytest.raises(ValueError, match=rf"rank {rank}; expected 1 to 256"):
+        lora_linear(torch.zeros(5, 8), torch.zeros(9, 8), None, torch.zeros(rank, 8), torch.zeros(9, rank), 1.0)
+
+
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        ({"dropout": 1.0}, r"dropout is 1\.0.*\[0, 1\)"),
+        ({"dropout": -0.1}, r"dropout is -0\.1"),
+        ({"dropout": 0.5, "seed": torch.zeros(1)}, r"seed is torch\.float32 \(1,\).*torch\.int64 \(1,\)"),
+        ({"dropout": 0.5, "seed": torch.zeros(2, dtype=torch.int64)}, r"seed is torch\.int64 \(2,\)"),
+        ({"row_mask": torch.zeros(4, dtype=torch.bool)}, r"row_mask is torch\.bool \(4,\).*\(5,\)"),
+        ({"row_mask": torch.zeros(5)}, r"row_mask is torch\.float32 \(5,\).*torch\.bool \(5,\)"),
+    ],
+)
+def test_options_that_do_not_fit(option, message):
+    with pytest.raises(ValueError, match=message):
+        lora_linear(torch.zeros(5, 8), torch.zeros(9, 8), None, torch.zeros(3, 8), torch.zeros(9, 3), 1.0, **option)
+
+
+def test_tensors_that_do_not_fit():
+    good = {"x": torch.zeros(5, 8), "weight": torch.zeros(9, 8), "bias": None, "lora_a": torch.zeros(3, 8)}
+    good |= {"lora_b": torch.zeros(9, 3), "scale": 1.0}
+    for bad, message in (
+        ({"bias": torch.zeros(8)}, r"bias \(8,\).*do not fit"),
+        ({"bias": torch.zeros(9).half()}, r"x is torch\.float32 but bias is torch\.float16"),
+        ({"lora_a": torch.zeros(3, 8, dtype=torch.int64)}, r"lora_a is torch\.int64; expected a floating dtype"),
+        ({"lora_b": torch.zeros(9, 3, device="meta")}, "x is on cpu but lora_b is on meta"),
+        ({"x": torch.zeros(5, 8, dtype=torch.int32)}, r"x is torch\.int32; expected one of torch\.bfloat16"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            lora_linear(**good | bad)
+
+
+def test_no_rows(seed):
+    inputs = make_inputs(torch.Generator().manual_seed(seed), (0,), 8, 9, 3)
+    y, dx, da, db = run(lora_linear, *inputs, 2.0)
+    assert y.shape == (0, 9)
+    assert dx.shape == (0, 8)
+    assert torch.equal(da, torch.zeros(3, 8).double())
+    assert torch.equal(db, torch.zeros(9, 3).double())
+
+
+def test_a_weight_that_wants_a_gradient_gets_none(seed):
+    x, weight, bias, a, b, dy = make_inputs(torch.Generator().manual_seed(seed), (5,), 8, 9, 3)
+    for tensor in (weight, bias, a, b):
+        tensor.requires_grad_(True)
+    lora_linear(x, weight, bias, a, b, 2.0).backward(dy)
+    assert weight.grad is None
+    assert bias.grad is None
+    assert a.grad is not None
+
+
+def test_autocast_decides_the_dtype(seed):
+    """As torch's own linear under autocast; dy comes in the dtype of y, gradients leave in their owners'."""
+    inputs = make_inputs(torch.Generator().manual_seed(seed), (40,), 64, 48, 8)
+    x, weight, bias, a, b, dy = (tensor.float() for tensor in inputs)
+    leaves = [tensor.requires_grad_(True) for tensor in (x, a, b)]
+    with torch.autocast("cpu", torch.bfloat16):
+        y = lora_linear(x, weight, bias, a, b, 2.0)
+    assert y.dtype == torch.bfloat16
+    got = (y.detach(), *torch.autograd.grad(y, leaves, dy.bfloat16()))
+    assert [tensor.dtype for tensor in got[1:]] == [torch.float32] * 3
+    for mine, theirs in zip(got, run(lora_linear_reference, *inputs, 2.0)):
+        assert relative(mine, theirs) <= 2e-2
