@@ -191,7 +191,7 @@ def factors(
         reduce_factors_kernel, (sum(blocks),),
         part, part_masked, part if da is None else da, part if db is None else db, squares,
         num_in, num_out, splits, *blocks, dropout.factor if dropout else 1.0,
-        R=rank, SPLITS=1 << (splits - 1).bit_length(), BLOCK=BLOCK_REDUCED, MEASURE=measured,
+        R=rank, SPLITS=16 if splits <= 16 else MOST_SPLITS, BLOCK=BLOCK_REDUCED, MEASURE=measured,
         HAS_MASK=masked, num_warps=4,
     )  # fmt: skip
     return da, db, squares.sum(dim=1) if measured else None

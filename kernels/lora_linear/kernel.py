@@ -3,6 +3,8 @@
 Forward and dx are one computation: out = x w + s l2 with s = scale x l1, where (x, w, l1, l2) is (x, W^T, A^T, B^T) in
 forward and (dY, W, B, A) in backward. dA and dB are one launch over splits of the tokens and one that adds these up.
 
+Arguments that change with the number of tokens are not specialised, so that no batch waits for a compiler for long.
+
 M rows (tokens), K columns of x, N columns of out, R rank.
 """
 
@@ -32,7 +34,7 @@ def _keep(seed_ptr, rows_M, first_column, drop_below, BLOCK_N: tl.constexpr):
     return numbers.to(tl.int32) >= drop_below
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows"])
 def keep_mask_kernel(
     out_ptr, seed_ptr, num_rows, num_columns, drop_below, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr
 ):
@@ -147,7 +149,7 @@ def _tile(
         tl.store(out_ptrs, acc.to(out_ptr.dtype.element_ty), mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows"])
 def lora_matmul_kernel(
     x_ptr, w_ptr, bias_ptr, l1_ptr, l2_ptr, s_ptr, out_ptr, seed_ptr, a_ptr, b_ptr, gram_a_ptr, gram_b_ptr,
     num_rows, K, N, stride_x, stride_w, stride_s, scale, drop_below, keep_factor,
@@ -173,7 +175,7 @@ def lora_matmul_kernel(
         )  # fmt: skip
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows"])
 def skinny_kernel(
     x_ptr, l1_ptr, s_ptr, seed_ptr, num_rows, K, stride_x, stride_s, scale, drop_below,
     R: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
@@ -197,7 +199,7 @@ def skinny_kernel(
     tl.store(s_ptrs, s, mask=(rows < num_rows)[:, None] & (ranks < R)[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows", "rows_a_split"])
 def factors_kernel(
     x_ptr, ds_ptr, dy_ptr, s_ptr, row_mask_ptr, seed_ptr, part_ptr, masked_ptr,
     num_rows, num_in, num_out, blocks_a, rows_a_split, stride_x, stride_ds, stride_dy, stride_s, drop_below,
@@ -259,7 +261,7 @@ def _features(
         tl.store(masked_ptr + where + features[:, None] * R + ranks[None, :], acc_masked, mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_splits"])
 def reduce_factors_kernel(
     part_ptr, masked_ptr, da_ptr, db_ptr, square_ptr, num_in, num_out, num_splits, blocks_a, blocks_b, keep_factor,
     R: tl.constexpr, SPLITS: tl.constexpr, BLOCK: tl.constexpr, MEASURE: tl.constexpr, HAS_MASK: tl.constexpr,

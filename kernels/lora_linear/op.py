@@ -103,7 +103,9 @@ def lora_linear_grouped(
         seeds = [draw_seed(x.device) for _ in weights]
     parts = [
         Part(*each)
-        for each in zip(weights, biases, scales, seeds or [None] * len(weights), measures or [None] * len(weights))
+        for each in zip(
+            weights, biases, map(float, scales), seeds or [None] * len(weights), measures or [None] * len(weights)
+        )
     ]
     factors = [factor for pair in zip(lora_as, lora_bs) for factor in pair]
     return _LoraLinear.apply(x, Call(parts, dropout, row_mask), *factors)
