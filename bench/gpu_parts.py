@@ -24,8 +24,21 @@ import torch
 
 from bench.interleave import host_timer
 from bench.report import write_json
-from fastpeft.kernels import dispatch, gradient_norm, lora_linear, tune
+from fastpeft.kernels import (
+    AdamWOptions,
+    FlatLayout,
+    MatrixGroup,
+    adamw_step,
+    dispatch,
+    gradient_norm,
+    linear_cross_entropy,
+    lora_linear,
+    tune,
+    weighted_frobenius,
+)
+from fastpeft.kernels.adamw.reference import adamw
 from fastpeft.kernels.dispatch import Choice
+from fastpeft.kernels.frobenius.reference import weighted_frobenius as frobenius_reference
 from fastpeft.kernels.launch import LAUNCHES
 from fastpeft.kernels.lora_linear import configs
 from fastpeft.kernels.lora_linear.reference import lora_linear_reference
@@ -79,10 +92,66 @@ def operations(device: torch.device, dtype: torch.dtype, small: bool) -> Iterato
         yield f"gradient_norm {form}", norm, exact
 
 
+def flat_operations(device: torch.device, small: bool) -> Iterator[tuple[str, Run, Outputs]]:
+    """The penalty and the optimizer's step, whose buffers are fp32."""
+    generator = torch.Generator(device).manual_seed(2)
+    rank, width, count = (4, 24, 2) if small else (8, 768, 24)
+    layout = FlatLayout([MatrixGroup(tuple(range(count)), rank, width, 2 * width, 2.0, 0)], head=[77], device=device)
+    buffers = [torch.randn(layout.num_total, generator=generator, device=device) for _ in range(4)]
+    buffers[3].square_()
+    weight_K = torch.rand(count, generator=generator, device=device)
+    wide, step = [buffer.double() for buffer in buffers], torch.full((), 3.0, device=device)
+    options = AdamWOptions(max_norm=1.0, weight_decay=0.01, head_weight_decay=0.01)
+    reference_layout = FlatLayout(layout.groups, head=[77], device=device)
+    value_K, gradient = frobenius_reference(wide[0], reference_layout, weight_K.double())
+
+    def penalty() -> Outputs:
+        grad = buffers[1].clone()
+        result = weighted_frobenius(buffers[0], grad, layout, weight_K)
+        return [grad, result.penalty]
+
+    def step_once() -> Outputs:
+        data, grad, mean, mean_sq = (buffer.clone() for buffer in buffers)
+        adamw_step(data, grad, mean, mean_sq, step.clone(), layout, lr=1e-2, norm=grad.norm(), options=options)
+        return [data - buffers[0], mean, mean_sq]
+
+    clipped = wide[1] / wide[1].norm().clamp_min(1.0)
+    rates = torch.full_like(clipped, 1e-2), torch.full_like(clipped, 0.01)
+    after = adamw(wide[0], clipped, wide[2], wide[3], step + 1, *rates, options)
+    yield "weighted_frobenius", penalty, [wide[1] + gradient, value_K.sum()]
+    yield "adamw_step", step_once, [after[0] - wide[0], *after[1:]]
+
+
+def head_operations(device: torch.device, dtype: torch.dtype, small: bool) -> Iterator[tuple[str, Run, Outputs]]:
+    """Cross entropy through a frozen head, with labels for half of the tokens."""
+    generator = torch.Generator(device).manual_seed(3)
+    num_tokens, width, vocab = (20, 16, 50) if small else (500, 256, 32000)
+    hidden_TD = torch.randn(num_tokens, width, generator=generator, device=device, dtype=dtype)
+    weight_VD = torch.randn(vocab, width, generator=generator, device=device, dtype=dtype) / width**0.5
+    labels_T = torch.randint(vocab, (num_tokens,), generator=generator, device=device)
+    labels_T[::2] = -100
+
+    def run(hidden: torch.Tensor, loss_of: Callable[[torch.Tensor], torch.Tensor]) -> Outputs:
+        hidden = hidden.detach().requires_grad_()
+        loss = loss_of(hidden)
+        return [loss.detach(), *torch.autograd.grad(loss, hidden)]
+
+    rows_L = torch.arange(1, num_tokens, 2, device=device)
+    exact = run(hidden_TD.double(), lambda h: torch.nn.functional.cross_entropy(h @ weight_VD.double().t(), labels_T))
+    yield (
+        "linear_cross_entropy",
+        lambda: run(hidden_TD, lambda h: linear_cross_entropy(h, weight_VD, labels_T, rows=rows_L).loss),
+        exact,
+    )
+
+
 def each(device: torch.device, small: bool) -> Iterator[tuple[str, torch.dtype, Run, Outputs]]:
+    for name, run, want in flat_operations(device, small):
+        yield name, torch.float32, run, want
     for dtype in (torch.float32,) if small else tuple(BOUNDS):
-        for name, run, want in operations(device, dtype, small):
-            yield name, dtype, run, want
+        for made in (operations, head_operations):
+            for name, run, want in made(device, dtype, small):
+                yield name, dtype, run, want
 
 
 def correctness(device: torch.device, small: bool) -> dict[str, Any]:

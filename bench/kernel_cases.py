@@ -10,12 +10,24 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
 
-from fastpeft.kernels import dispatch, gradient_norm, lora_linear, tune
+from fastpeft.kernels import (
+    AdamWOptions,
+    FlatLayout,
+    MatrixGroup,
+    adamw_step,
+    dispatch,
+    gradient_norm,
+    linear_cross_entropy,
+    lora_linear,
+    tune,
+    weighted_frobenius,
+)
 from fastpeft.kernels.dispatch import Choice
 from fastpeft.kernels.lora_linear import configs
 
@@ -173,8 +185,119 @@ def sensitivity(setting: Setting) -> Iterator[Case]:
             yield Case("gradient_norm", shape, "fastpeft", rivals, "explicit product", flops, num_bytes)
 
 
+# ---- flat buffers ----------------------------------------------------------------------------
+
+
+def flat_layout(setting: Setting, rank: int) -> FlatLayout:
+    """All linears of a DeBERTa-v3-base, and its head; of a fraction of it where `small`."""
+    layers, width = (2, 64) if setting.small else (12, 768)
+    counts = {(width, width): 4 * layers, (width, 4 * width): layers, (4 * width, width): layers}
+    groups, start, place = [], 0, 0
+    for (num_in, num_out), count in counts.items():
+        groups.append(MatrixGroup(tuple(range(start, start + count)), rank, num_in, num_out, 2.0, place))
+        start, place = start + count, groups[-1].end
+    return FlatLayout(groups, head=[width * width, 3 * width], device=setting.device)
+
+
+def flat(setting: Setting) -> Iterator[Case]:
+    """The penalty of a whole model with its gradient, and the optimizer's step."""
+    for rank in (8, 64):
+        layout = flat_layout(setting, rank)
+        data, grad, mean, mean_sq = (setting.random(layout.num_total, dtype=torch.float32) for _ in range(4))
+        data, mean_sq = data / 32, mean_sq.square()
+        weight_K = torch.rand(layout.num_matrices, device=setting.device)
+        factors = [
+            tuple(matrix.clone().requires_grad_() for matrix in pair)
+            for group in layout.groups
+            for pair in zip(group.stack_a(data), group.stack_b(data))
+        ]
+        loose = [factor for pair in factors for factor in pair]
+        flops = 4 * rank**2 * sum(sum(factor.numel() for factor in pair) // rank for pair in factors)
+        shape = {"matrices": layout.num_matrices, "rank": rank, "parameters": layout.num_total}
+        rivals = {
+            "fastpeft": partial(weighted_frobenius, data, grad, layout, weight_K),
+            "loop over matrices, autograd": lambda f=factors, p=loose: torch.autograd.grad(loop_penalty(f), p),
+        }
+        if setting.compiled:
+            compiled = torch.compile(loop_penalty, dynamic=False)
+            rivals["loop over matrices, compiled"] = lambda c=compiled, f=factors, p=loose: torch.autograd.grad(c(f), p)
+        base = "loop over matrices, autograd"
+        yield Case("weighted_frobenius", shape, "fastpeft", rivals, base, flops, 12 * layout.num_factors)
+        step = torch.zeros((), device=setting.device)
+        norm, options = grad.norm(), AdamWOptions(max_norm=1.0, weight_decay=0.01)
+        buffers = (data.clone(), grad.clone(), mean, mean_sq, step, layout)
+        rivals = {
+            "fastpeft": lambda b=buffers, n=norm, o=options: adamw_step(*b, lr=1e-4, norm=n, options=o),
+            "clip, fused AdamW": clipped_adamw([nn.Parameter(factor.detach().clone()) for factor in loose]),
+            "clip, fused AdamW, one flat tensor": clipped_adamw([nn.Parameter(data.clone())]),
+        }
+        yield Case("adamw_step", shape, "fastpeft", rivals, "clip, fused AdamW", 0, 32 * layout.num_total)
+
+
+def loop_penalty(factors: list[tuple[torch.Tensor, torch.Tensor]]) -> torch.Tensor:
+    total = factors[0][0].new_zeros(())
+    for lora_a, lora_b in factors:
+        total = total + 1e-4 * (lora_b @ lora_a).pow(2).sum()
+    return total
+
+
+def clipped_adamw(parameters: list[nn.Parameter]) -> Callable[[], object]:
+    for parameter in parameters:
+        parameter.grad = torch.randn_like(parameter)
+    optimizer = torch.optim.AdamW(parameters, lr=1e-4, fused=True)
+
+    def step() -> None:
+        nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+
+    return step
+
+
+# ---- cross entropy ---------------------------------------------------------------------------
+
+
+def cross_entropy(setting: Setting) -> Iterator[Case]:
+    """A frozen head over a vocabulary, with the gradient of the hidden states; some of the tokens have labels."""
+    num_tokens, width, vocab = (256, 64, 4000) if setting.small else (8192, 1024, 151936)
+    hidden_TD = (setting.random(num_tokens, width)).requires_grad_()
+    weight_VD = setting.random(vocab, width) / width**0.5
+    for share in (0.3, 1.0):
+        labels_T = torch.randint(vocab, (num_tokens,), device=setting.device)
+        labels_T[int(share * num_tokens) :] = -100
+        rows_L = torch.arange(int(share * num_tokens), device=setting.device)
+
+        def ours(labels=labels_T, rows=rows_L, **options: bool) -> object:
+            loss = linear_cross_entropy(hidden_TD, weight_VD, labels, rows=rows, **options).loss
+            return torch.autograd.grad(loss, hidden_TD)
+
+        rivals = {
+            "fastpeft": ours,
+            "fastpeft, with statistics": lambda ours=ours: ours(statistics=True),
+            "full logits": lambda labels=labels_T: torch.autograd.grad(
+                full_logits(hidden_TD, weight_VD, labels), hidden_TD
+            ),
+        }
+        if setting.compiled:
+            compiled = torch.compile(full_logits, dynamic=False)
+            rivals["full logits, compiled"] = gradient_of(compiled, hidden_TD, weight_VD, labels_T)
+        shape = {"T": num_tokens, "labelled": len(rows_L), "D": width, "V": vocab}
+        flops = 4 * len(rows_L) * width * vocab
+        num_bytes = setting.dtype.itemsize * 2 * (vocab * width + num_tokens * width)
+        yield Case("linear_cross_entropy", shape, "fastpeft", rivals, "full logits", flops, num_bytes)
+
+
+def gradient_of(call: Callable, hidden_TD: torch.Tensor, *others: torch.Tensor) -> Callable[[], object]:
+    return lambda: torch.autograd.grad(call(hidden_TD, *others), hidden_TD)
+
+
+def full_logits(hidden_TD: torch.Tensor, weight_VD: torch.Tensor, labels_T: torch.Tensor) -> torch.Tensor:
+    return nn.functional.cross_entropy((hidden_TD @ weight_VD.t()).float(), labels_T)
+
+
 PARTS: dict[str, Callable[[Setting], Iterator[Case]]] = {
     "lora": lora,
     "lora_parts": lora_parts,
     "sensitivity": sensitivity,
+    "flat": flat,
+    "cross_entropy": cross_entropy,
 }

@@ -1,6 +1,6 @@
 """Each operation against its rivals, and against what this machine can do at best.
 
-    python bench/kernels.py [--parts lora,lora_parts,sensitivity] [--device cpu|cuda] [--seconds 240] [--json OUT]
+    python bench/kernels.py [--parts lora,cross_entropy] [--device cpu|cuda] [--seconds 240] [--json OUT]
 
 First the ceilings are measured: the bandwidth of a large copy and the rate of the largest matrix product. Then the
 operations run in turns with their rivals; a star marks what fastpeft itself takes. `floor` is the time that the least
@@ -17,6 +17,7 @@ import argparse
 import os
 import sys
 import time
+import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -149,15 +150,23 @@ def main() -> None:
     )
     ceiling = ceilings(setting)
     report = about(device) | {"precision": str(setting.dtype).removeprefix("torch."), "ceilings": ceiling, "rows": []}
+    report["failed"] = {}
     for i, part in enumerate(parts):
         left = args.seconds - (time.perf_counter() - began)
-        rows = list(run_part(part, setting, left / (len(parts) - i), ceiling))
+        rows: list[dict[str, Any]] = []
+        try:
+            for row in run_part(part, setting, left / (len(parts) - i), ceiling):
+                rows.append(row)
+        except Exception as error:  # the other parts go on; the exit code tells
+            traceback.print_exc()
+            report["failed"][part] = f"{type(error).__name__}: {first_line(error)}"
         report["rows"] += rows
         show(f"{part} on {report['device']}, {report['precision']}", rows)
         if args.json:
             write_json(args.json, report)  # what there is by now, should the next part be cut off
     copy, matmul = ceiling["copy_bytes_per_s"] / 1e9, ceiling["matmul_flops"] / 1e12
     print(f"ceilings: copy {copy:.1f} GB/s, matrix product {matmul:.2f} TFLOP/s")
+    raise SystemExit(1 if report["failed"] else 0)
 
 
 if __name__ == "__main__":
