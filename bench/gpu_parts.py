@@ -192,7 +192,7 @@ def tuning(device: torch.device, small: bool) -> dict[str, Any]:
     gpu = "dry run" if small else dispatch.gpu_name(0)
     todo = tune.problems(shapes, ranks, buckets, dtype)
     path = dispatch.table_path(gpu)
-    run_tuning(todo, device, path, about(gpu), 0.5 if small else 1.5, Console(), **options)
+    run_tuning(todo, device, path, about(gpu), 0.5 if small else 1.1, Console(), **options)
     rows = dispatch.read_table(path)
     listed = [{"key": key, **asdict(choice)} for key, choice in rows.items()]
     return {"table": str(path), "wanted": len(todo), "rows": listed, "bad": [] if rows else ["nothing was measured"]}

@@ -98,7 +98,7 @@ def lora(setting: Setting) -> Iterator[Case]:
         }
         if setting.triton:
             rivals |= {f"fastpeft {form}": _with(form, rivals["fastpeft"]) for form in ("split", "fused", "fused_two")}
-        if setting.compiled and i < 6:  # each shape is compiled anew: only those of the first T
+        if setting.compiled and i < 6 and rank == 8:  # each shape is compiled anew, which takes seconds
             rivals["peft compiled"] = both(torch.compile(peft_expression, dynamic=False))
             rivals["peft compiled, factors in the model's dtype"] = both(
                 torch.compile(peft_expression, dynamic=False), *narrow

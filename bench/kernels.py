@@ -8,7 +8,7 @@ work and the least traffic of an operation would take at these ceilings, and `re
 time is the device's: launches are queued behind a pause, so that what the host needs to issue them does not count
 (bench/overhead.py has whole steps, where it does). Inputs stay the same between calls, so that small ones lie in the
 cache, as they do in a training step. `ratio` is the median of paired ratios to the rival in `to`, with a 95 % bootstrap
-interval. Each part has an equal share of the seconds, and leaves out the cases that it has no time for.
+interval. Each part has its share of the seconds, and leaves out the cases that it has no time for.
 """
 
 from __future__ import annotations
@@ -36,6 +36,8 @@ from fastpeft.models.backbone import choose_dtype
 
 MAX_ROUNDS = 30
 SECONDS_A_CASE = 3.0
+SHARES = {"lora": 3}
+"""Of the seconds; 1 for the other parts."""
 
 
 def timer_of(device: torch.device, small: bool) -> Measure:
@@ -155,7 +157,8 @@ def main() -> None:
         left = args.seconds - (time.perf_counter() - began)
         rows: list[dict[str, Any]] = []
         try:
-            for row in run_part(part, setting, left / (len(parts) - i), ceiling):
+            share = SHARES.get(part, 1) / sum(SHARES.get(name, 1) for name in parts[i:])
+            for row in run_part(part, setting, left * share, ceiling):
                 rows.append(row)
         except Exception as error:  # the other parts go on; the exit code tells
             traceback.print_exc()

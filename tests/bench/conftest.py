@@ -55,7 +55,7 @@ def script(checkout: Path, tmp_path: Path) -> Callable[..., subprocess.Completed
     env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     env |= {"PYTHONPATH": str(tmp_path / "site"), "XDG_CACHE_HOME": str(tmp_path / "cache"), "OMP_NUM_THREADS": "1"}
 
-    def run(name: str, *args: object, timeout: float = 120) -> subprocess.CompletedProcess:
+    def run(name: str, *args: object, timeout: float = 240) -> subprocess.CompletedProcess:
         command = [sys.executable, str(checkout / "bench" / name), *map(str, args)]
         return subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=timeout, env=env)
 
