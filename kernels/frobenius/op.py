@@ -11,7 +11,7 @@ from fastpeft.kernels.flat_layout import FlatLayout, MatrixGroup
 from fastpeft.kernels.launch import launch
 
 PENALTIES = ("product", "factors")
-BLOCK = 1024
+BLOCK = 512
 """Elements that a program sums at a time."""
 
 
@@ -105,20 +105,16 @@ def gram_side(layout: FlatLayout) -> int:
     return chunk * num_chunks
 
 
-def tiles(max_rank: int) -> dict[str, int]:
+def tiles(max_rank: int, aligned_rows: bool) -> dict[str, int]:
     """Tiles of the kernel: rows of a Gram matrix at a time, how many times, columns of a factor at a time, warps.
 
-    They depend on the rank alone, so that a launch without a penalty sums in the order of one with it.
+    They depend on the layout alone, so that a launch without a penalty sums in the order of one with it. The columns
+    are as many as the registers of every generation hold.
     """
     chunk, num_chunks = _chunks(max_rank)
-    small = chunk == 16
-    return {
-        "CHUNK": chunk,
-        "NUM_CHUNKS": num_chunks,
-        "BLOCK_N": 64 if small else 32,
-        "BLOCK": BLOCK,
-        "num_warps": 4 if small else 8,
-    }
+    block_n = {16: 64, 32: 32, 64: 32 if num_chunks == 1 and aligned_rows else 16}[chunk]
+    num_warps = 4 if chunk == 16 else 8
+    return {"CHUNK": chunk, "NUM_CHUNKS": num_chunks, "BLOCK_N": block_n, "BLOCK": BLOCK, "num_warps": num_warps}
 
 
 def _chunks(max_rank: int) -> tuple[int, int]:
@@ -179,7 +175,7 @@ def _launch(data, grad, layout, coefficient_K, penalty, grams, into, measure) ->
         MEASURE=measure,
         ALIGNED=layout.aligned,
         ALIGNED_ROWS=layout.aligned_rows,
-        **tiles(layout.max_rank),
+        **tiles(layout.max_rank, layout.aligned_rows),
     )
     return FrobeniusResult(
         *totals.unbind(),

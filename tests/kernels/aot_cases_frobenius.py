@@ -13,7 +13,7 @@ SIGNATURE |= dict.fromkeys(("num_matrices", "num_adapter_tasks", "num_tasks"), "
 
 
 def case(penalty: str, rank: int, given: bool = False, add: bool = True, measure: bool = False, aligned: bool = True):
-    shape = tiles(rank)
+    shape = tiles(rank, aligned)
     num_warps = shape.pop("num_warps")
     flags = {"PENALTY": penalty, "GIVEN_GRAMS": given, "ADD": add, "MEASURE": measure}
     return Case(
@@ -33,5 +33,5 @@ def cases(every: bool) -> list[Case]:
     for rank in (8, 32, 64, 256):
         found += [case("product", rank, given) for given in (False, True)]
         found += [case("product", rank, measure=True), case("product", rank, add=False)]
-        found.append(case("product", rank, aligned=False))
+        found.append(case("product", rank, measure=True, aligned=False))
     return found

@@ -7,8 +7,7 @@ from dataclasses import dataclass
 
 import pytest
 import torch
-from conftest import relative_error
-from flat_model import Random, make_layout
+from flat_model import Random, make_layout, relative_error
 
 from fastpeft.kernels import AdamWOptions, FlatLayout, adamw_step
 from fastpeft.kernels.launch import LAUNCHES

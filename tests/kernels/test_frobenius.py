@@ -6,8 +6,7 @@ from itertools import product
 
 import pytest
 import torch
-from conftest import relative_error
-from flat_model import EXTRA, HEAD, SHAPES, Random, make_layout
+from flat_model import EXTRA, HEAD, SHAPES, Random, make_layout, relative_error
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
