@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from fastpeft._version import __version__
 
 if TYPE_CHECKING:
+    from fastpeft.models.accelerate import accelerate
     from fastpeft.runs.store import Result
     from fastpeft.trainer import train
 
@@ -16,7 +17,7 @@ _checkout = Path(__file__).resolve().parent.parent
 if not (Path(__file__).parent / "kernels").is_dir() and (_checkout / "pyproject.toml").is_file():
     __path__.append(str(_checkout))
 
-__all__ = ["Result", "__version__", "load_run", "train"]
+__all__ = ["Result", "__version__", "accelerate", "load_run", "train"]
 
 
 def load_run(name_or_path: str | Path, **overrides: Any):
@@ -31,6 +32,10 @@ def load_run(name_or_path: str | Path, **overrides: Any):
 
 
 def __getattr__(name: str) -> Any:
+    if name == "accelerate":
+        from fastpeft.models.accelerate import accelerate
+
+        return accelerate
     if name == "train":
         from fastpeft.trainer import train
 

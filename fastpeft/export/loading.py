@@ -17,7 +17,7 @@ from fastpeft.data.batches import collate
 from fastpeft.errors import first_line
 from fastpeft.export.plan import CheckError, ExportError
 from fastpeft.models.backbone import Backbone, load_backbone, quiet_transformers
-from fastpeft.models.inject import LoraLinear
+from fastpeft.models.layers import LoraLinear
 from fastpeft.models.resolve import embedded_path
 
 _TRAINED_SEED, _LOADED_SEED = 1, 2

@@ -16,7 +16,8 @@ import torch
 from torch import nn
 
 from fastpeft.errors import UserError
-from fastpeft.models.inject import ADAPTER_NAME, LoraLinear
+from fastpeft.models.inject import ADAPTER_NAME
+from fastpeft.models.layers import LoraLinear
 
 
 @dataclass(frozen=True)

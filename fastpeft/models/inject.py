@@ -7,66 +7,18 @@ from dataclasses import dataclass
 from typing import Any
 
 import peft
-import torch
-from peft.tuners.adalora import SVDLinear as PeftSvdLinear
-from peft.tuners.lora import Linear as PeftLoraLinear
 from torch import nn
 
 from fastpeft.config.schema import AdaLoraConfig, AdapterConfig
 from fastpeft.errors import UserError
-from fastpeft.kernels import lora_linear
 from fastpeft.models.backbone import Backbone, quiet_transformers
+from fastpeft.models.layers import LoraLinear, SvdLinear, svd_scale
 
 ADAPTER_NAME = "default"
 
 _QUERY_VALUE = r"q|query|q_proj|query_proj|q_lin|v|value|v_proj|value_proj|v_lin"
 _ATTENTION = _QUERY_VALUE + r"|k|key|k_proj|key_proj|k_lin|o_proj|out_lin"
 _BLOCK = re.compile(r"\.(\d+)\.")
-
-
-class LoraLinear(PeftLoraLinear):
-    """PEFT's LoRA layer, computed by fastpeft.kernels.lora_linear where it is plain LoRA."""
-
-    probe: Any = None
-    """While calibrating: called as probe(x, weight, bias) in place of the layer."""
-
-    def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-        base = self.base_layer
-        if self.probe is not None:
-            return self.probe(x, base.weight, base.bias)
-        plain = (
-            type(base) is nn.Linear
-            and not (self.disable_adapters or self.merged or args or kwargs or self.lora_variant)
-            and self.active_adapters == [ADAPTER_NAME]
-            and isinstance(self.lora_dropout[ADAPTER_NAME], nn.Identity)
-        )
-        if not plain:
-            return super().forward(x, *args, **kwargs)
-        return lora_linear(
-            x.to(base.weight.dtype),
-            base.weight,
-            base.bias,
-            self.lora_A[ADAPTER_NAME].weight,
-            self.lora_B[ADAPTER_NAME].weight,
-            self.scaling[ADAPTER_NAME],
-        )
-
-
-class SvdLinear(PeftSvdLinear):
-    """PEFT's AdaLoRA layer, W x + s B diag(E) A x, computed by fastpeft.kernels.lora_linear where it can be."""
-
-    def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-        base = self.base_layer
-        dropout = self.lora_dropout[ADAPTER_NAME]
-        if self.disable_adapters or self.merged or args or kwargs or not isinstance(dropout, nn.Identity):
-            return super().forward(x, *args, **kwargs)
-        lora_a, lora_b = self.lora_A[ADAPTER_NAME] * self.lora_E[ADAPTER_NAME], self.lora_B[ADAPTER_NAME]
-        return lora_linear(x.to(base.weight.dtype), base.weight, base.bias, lora_a, lora_b, svd_scale(self))
-
-
-def svd_scale(layer: PeftSvdLinear) -> float:
-    """What PEFT multiplies B diag(E) A by: `ranknum` stays the initial rank."""
-    return layer.scaling[ADAPTER_NAME] / (layer.r[ADAPTER_NAME] + 1e-5)
 
 
 @dataclass
@@ -113,7 +65,7 @@ class SvdBlock(LoraBlock):
 
     @property
     def scale(self) -> float:
-        return svd_scale(self.module)
+        return svd_scale(self.module, ADAPTER_NAME)
 
 
 def inject_lora(

@@ -13,7 +13,8 @@ from tiny import FAMILIES, NUM_LAYERS
 from fastpeft.config.schema import AdapterConfig, ModelConfig
 from fastpeft.errors import UserError
 from fastpeft.models.backbone import Backbone, load_backbone
-from fastpeft.models.inject import LoraLinear, inject_lora, match_targets, projection_of
+from fastpeft.models.inject import inject_lora, match_targets, projection_of
+from fastpeft.models.layers import LoraLinear
 
 CPU = torch.device("cpu")
 SECOND_LAYER = r".*\.layer\.1\..*"

@@ -1,0 +1,224 @@
+"""PEFT's adapter layers, computed by fastpeft.kernels where they are plain, and by PEFT where they are not.
+
+They differ from PEFT's own in `forward` alone, and hold nothing else. So a layer is changed into one of them, and back,
+by its __class__; saving, merging and loading stay PEFT's. Needs only torch, peft and the kernels.
+"""
+
+from __future__ import annotations
+
+import sys
+from functools import cache
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from peft.tuners.adalora import SVDLinear as PeftSvdLinear
+from peft.tuners.lora import Linear as PeftLoraLinear
+from torch import nn
+
+from fastpeft.kernels import lora_linear
+from fastpeft.kernels.lora_linear.op import DTYPES, LARGEST_RANK
+
+if TYPE_CHECKING:
+    from fastpeft.models.siblings import Siblings
+
+
+class Call(NamedTuple):
+    """What lora_linear is given beside x."""
+
+    weight: torch.Tensor
+    bias: torch.Tensor | None
+    lora_a: torch.Tensor
+    lora_b: torch.Tensor
+    scale: float
+    dropout: float
+    x_dtype: torch.dtype
+    """What x and the bias are cast to."""
+    y_dtype: torch.dtype
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        bias = None if self.bias is None else self.bias.to(self.x_dtype)
+        x = x.to(self.x_dtype)
+        y = lora_linear(x, self.weight, bias, self.lora_a, self.lora_b, self.scale, dropout=self.dropout)
+        return y.to(self.y_dtype)
+
+
+class _Fused:
+    """Over a layer of PEFT's."""
+
+    siblings: Siblings | None = None
+    """The projections that may be computed together with this one."""
+
+    def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        call = None if args or kwargs else self.plain_call(x)
+        if call is None:
+            return super().forward(x, *args, **kwargs)
+        if self.siblings is None or torch.compiler.is_compiling():
+            return call(x)
+        return self.siblings.compute(self, x, call)
+
+    def plain_call(self, x: torch.Tensor) -> Call | None:
+        """None where PEFT's forward has to compute this; else it is the same up to rounding, and so are the gradients.
+
+        What is asked here must not change between a forward pass and its repetition under gradient checkpointing.
+        """
+        name = _active_adapter(self)
+        if name is None or not (type(x) is torch.Tensor and x.dtype in DTYPES):
+            return None
+        weight, bias = self.base_layer.weight, self.base_layer.bias
+        factors, dropout = self._factors(name), _dropout(self.lora_dropout[name])
+        if factors is None or dropout is None:
+            return None
+        if weight.requires_grad or (bias is not None and bias.requires_grad):
+            return None  # lora_linear takes them for frozen
+        lora_a, lora_b, scale = factors
+        if lora_a.shape[0] > LARGEST_RANK or not _PLAIN.issuperset((type(lora_a), type(lora_b))):
+            return None
+        if torch._C._are_functorch_transforms_active():
+            return None
+        dtypes = self._dtypes(x, lora_a, dropout)
+        return None if dtypes is None else Call(weight, bias, lora_a, lora_b, scale, dropout, *dtypes)
+
+    def _factors(self, name: str) -> tuple[torch.Tensor, torch.Tensor, float] | None:
+        """A, B and s, where the update is s B A x and no more."""
+        a, b = self.lora_A[name], self.lora_B[name]
+        if not (is_bare(a, nn.Linear) and is_bare(b, nn.Linear)) or a.bias is not None or b.bias is not None:
+            return None
+        return None if name in self.lora_variant else (a.weight, b.weight, self.scaling[name])
+
+    def _dtypes(self, x: torch.Tensor, lora_a: torch.Tensor, dropout: float) -> tuple[torch.dtype, torch.dtype] | None:
+        """Of x when it is computed with, and of y; None where the base layer is not plain."""
+        base = self.base_layer
+        weight, bias = base.weight, base.bias
+        if not is_bare(base, nn.Linear) or type(weight) not in _PLAIN:
+            return None
+        if torch.is_autocast_enabled(x.device.type):
+            if torch.float64 in (x.dtype, weight.dtype, lora_a.dtype):
+                return None  # autocast leaves these as they are
+            return x.dtype, torch.get_autocast_dtype(x.device.type)
+        if x.dtype != weight.dtype or (bias is not None and bias.dtype != x.dtype):
+            return None
+        return (x.dtype, x.dtype) if lora_a.dtype == x.dtype or self.cast_input_dtype_enabled else None
+
+
+class LoraLinear(_Fused, PeftLoraLinear):
+    """PEFT's LoRA layer over nn.Linear."""
+
+    probe: Any = None
+    """While calibrating: called as probe(x, weight, bias) in place of the layer."""
+
+    def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        if self.probe is not None:
+            return self.probe(x, self.base_layer.weight, self.base_layer.bias)
+        return super().forward(x, *args, **kwargs)
+
+
+class SvdLinear(_Fused, PeftSvdLinear):
+    """PEFT's AdaLoRA layer, W x + s B diag(E) A x."""
+
+    def _factors(self, name: str) -> tuple[torch.Tensor, torch.Tensor, float]:
+        return self.lora_A[name] * self.lora_E[name], self.lora_B[name], svd_scale(self, name)
+
+
+def svd_scale(layer: PeftSvdLinear, name: str) -> float:
+    """What PEFT multiplies B diag(E) A by: `ranknum` stays the initial rank."""
+    return layer.scaling[name] / (layer.r[name] + 1e-5)
+
+
+class _Fused4bit(_Fused):
+    """Over a base in 4 bits, computed in the base's own compute dtype."""
+
+    def _dtypes(self, x: torch.Tensor, lora_a: torch.Tensor, dropout: float) -> tuple[torch.dtype, torch.dtype] | None:
+        base, state = self.base_layer, getattr(self.base_layer.weight, "quant_state", None)
+        if has_hooks(base) or type(base).forward is not sys.modules["bitsandbytes"].nn.Linear4bit.forward:
+            return None
+        if state is None or getattr(state, "packing_format_for_cpu", False):
+            return None
+        if tuple(state.shape) != (self.out_features, self.in_features) or x.dtype == torch.float64:
+            return None
+        if not torch.is_grad_enabled() and not dropout:
+            return None  # bitsandbytes has kernels that multiply without dequantising, but no gradient for them
+        if not base.compute_type_is_set:
+            base.set_compute_type(x)
+            base.compute_type_is_set = True
+        if torch.is_autocast_enabled(x.device.type):
+            return x.dtype, torch.promote_types(x.dtype, torch.get_autocast_dtype(x.device.type))
+        if lora_a.dtype != x.dtype and not self.cast_input_dtype_enabled:
+            return None
+        return base.compute_dtype or x.dtype, x.dtype
+
+
+def fused_class(layer: nn.Module) -> type[nn.Module] | None:
+    """The class that computes this layer by fastpeft.kernels; None where there is none."""
+    if type(layer) is PeftLoraLinear:
+        return LoraLinear
+    bnb = sys.modules.get("peft.tuners.lora.bnb")  # loaded wherever a layer of it exists
+    four_bit = getattr(bnb, "Linear4bit", None)
+    return _fused_4bit(four_bit) if four_bit is not None and type(layer) is four_bit else None
+
+
+@cache
+def _fused_4bit(theirs: type[nn.Module]) -> type[nn.Module]:
+    return type("LoraLinear4bit", (_Fused4bit, theirs), {"__doc__": "PEFT's LoRA layer over bitsandbytes' Linear4bit."})
+
+
+def is_fused(layer: nn.Module) -> bool:
+    return isinstance(layer, _Fused)
+
+
+def never_plain(layer: Any) -> str | None:
+    """Why a LoRA layer is PEFT's to compute, whichever adapter is active; None where fused_class can compute it."""
+    kind, base = fused_class(layer), layer.base_layer
+    if kind is None:
+        return f"the layer is PEFT's {type(layer).__module__.removeprefix('peft.tuners.')}.{type(layer).__name__}"
+    if kind is LoraLinear and type(base) is not nn.Linear:
+        return f"the base layer is {type(base).__name__}, not nn.Linear"
+    if has_hooks(base) or "forward" in layer.__dict__:
+        return "the base layer has hooks, or its forward is wrapped"
+    reasons = [_never_plain_adapter(layer, name) for name in layer.lora_A]
+    return None if None in reasons else ", ".join(sorted(set(reasons))) or "the layer has no adapter"
+
+
+def _never_plain_adapter(layer: Any, name: str) -> str | None:
+    if name in layer.lora_variant:
+        return type(layer.lora_variant[name]).__name__.removesuffix("LinearVariant")
+    if layer.lora_B[name].bias is not None:
+        return "lora_bias"
+    rank = layer.lora_A[name].weight.shape[0]
+    return f"rank {rank} is above {LARGEST_RANK}" if rank > LARGEST_RANK else None
+
+
+# ---- what makes a layer plain ----------------------------------------------------------------
+
+_PLAIN = {nn.Parameter, torch.Tensor}
+
+
+def is_bare(module: nn.Module, kind: type[nn.Module]) -> bool:
+    """Exactly of this class, and calling it does no more than the class's forward."""
+    return type(module) is kind and not has_hooks(module)
+
+
+def has_hooks(module: nn.Module) -> bool:
+    return bool(
+        module._forward_pre_hooks
+        or module._forward_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+        or "forward" in module.__dict__  # as offloading puts it there
+    )
+
+
+def _active_adapter(layer: Any) -> str | None:
+    """The one adapter that is added to the base layer's output; None where it is not exactly one."""
+    if layer.disable_adapters or layer.merged:
+        return None
+    names = [name for name in layer.active_adapters if name in layer.lora_A]
+    return names[0] if len(names) == 1 else None
+
+
+def _dropout(module: nn.Module) -> float | None:
+    """Probability that an element is dropped now; None for anything but nn.Dropout."""
+    if is_bare(module, nn.Identity):
+        return 0.0
+    if not is_bare(module, nn.Dropout) or module.inplace or module.p >= 1:
+        return None
+    return module.p if module.training else 0.0
