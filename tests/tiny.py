@@ -91,3 +91,32 @@ def _settings(family: str, vocab_size: int) -> dict[str, Any]:
             "type_vocab_size": 0,
         }
     return common
+
+
+def causal_model(family: str = "llama", seed: int = 0, **settings: Any) -> Any:
+    """A random causal language model (llama, qwen3, ...) with grouped-query attention and a gated feed-forward."""
+    import transformers
+
+    sizes = {
+        "vocab_size": 32, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": NUM_LAYERS,
+        "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8, "max_position_embeddings": MAX_POSITIONS,
+        "initializer_range": 32**-0.5, "pad_token_id": 0,
+    }  # fmt: skip
+    return _from_config(transformers.AutoModelForCausalLM, family, seed, sizes | settings)
+
+
+def classifier_model(family: str = "bert", seed: int = 0, **settings: Any) -> Any:
+    """A random encoder with a classification head, without dropout."""
+    import transformers
+
+    sizes = _settings(family, 32) | {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0, "num_labels": 3}
+    return _from_config(transformers.AutoModelForSequenceClassification, family, seed, sizes | settings)
+
+
+def _from_config(auto: Any, family: str, seed: int, settings: dict[str, Any]) -> Any:
+    import torch
+    import transformers
+
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        return auto.from_config(transformers.AutoConfig.for_model(family, **settings))
