@@ -9,6 +9,7 @@ Shape suffixes: T tokens, I in, O out, R rank.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -108,33 +109,45 @@ def lora_linear_grouped(
         )
     ]
     factors = [factor for pair in zip(lora_as, lora_bs) for factor in pair]
-    return _LoraLinear.apply(x, Call(parts, dropout, row_mask), *factors)
+    ys = _LoraLinear.apply(x.reshape(-1, x.shape[-1]), Call(parts, dropout, row_mask), *factors)
+    return tuple(y.view(*x.shape[:-1], y.shape[1]) for y in ys)  # views made out here may be changed in place
 
 
 class _LoraLinear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, call: Call, *factors: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        x_TI = x.reshape(-1, x.shape[-1])
+    def forward(ctx: Any, x_TI: torch.Tensor, call: Call, *factors: torch.Tensor) -> tuple[torch.Tensor, ...]:
         stored = list(zip(factors[::2], factors[1::2]))
-        cast = [(a.to(x.dtype), b.to(x.dtype)) for a, b in stored]
+        cast = [(a.to(x_TI.dtype), b.to(x_TI.dtype)) for a, b in stored]
         ys, s_TR = compute.forward(x_TI, call, cast, stored)
         weights = [None if is_quantised(part.weight) else part.weight for part in call.parts]
         ctx.save_for_backward(x_TI, *s_TR, *(f for pair in cast for f in pair), *weights)
-        ctx.call, ctx.x_shape, ctx.dtypes = call, x.shape, [factor.dtype for factor in factors]
-        return tuple(y.view(*x.shape[:-1], y.shape[1]) for y in ys)
+        ctx.call, ctx.dtypes = call, [factor.dtype for factor in factors]
+        ctx.set_materialize_grads(False)
+        return tuple(ys)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *dys: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+    def backward(ctx: Any, *dys_TO: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
         size = len(ctx.call.parts)
         x_TI, *saved = ctx.saved_tensors
         s_TR, factors = saved[:size], saved[size : 3 * size]
         needs_x, _, *needs = ctx.needs_input_grad
-        dx, gradients = compute.backward(
-            [dy.reshape(-1, dy.shape[-1]) for dy in dys],
-            x_TI, ctx.call, s_TR, list(zip(factors[::2], factors[1::2])), needs_x, needs, ctx.dtypes,
+        used = [i for i in range(size) if dys_TO[i] is not None]
+        if not used:
+            return None, None, *[None] * (2 * size)
+
+        def pairs(items: Sequence) -> list:
+            return [item for i in used for item in items[2 * i : 2 * i + 2]]
+
+        cast = pairs(factors)
+        dx_TI, found = compute.backward(
+            [dys_TO[i] for i in used], x_TI, replace(ctx.call, parts=[ctx.call.parts[i] for i in used]),
+            [s_TR[i] for i in used], list(zip(cast[::2], cast[1::2])), needs_x, pairs(needs), pairs(ctx.dtypes),
         )  # fmt: skip
-        return None if dx is None else dx.view(ctx.x_shape), None, *gradients
+        gradients: list[torch.Tensor | None] = [None] * (2 * size)
+        for i, da, db in zip(used, found[::2], found[1::2]):
+            gradients[2 * i : 2 * i + 2] = da, db
+        return dx_TI, None, *gradients
 
 
 # ---- what does not fit -----------------------------------------------------------------------
