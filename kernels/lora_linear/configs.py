@@ -77,7 +77,7 @@ def inline(form: str, rank: int, dropout: float, dtype: torch.dtype) -> bool:
 
 
 def rank_step(rank: int, dtype: torch.dtype) -> int:
-    """How many columns of the update the main kernel of fused_two takes at once."""
+    """How many columns of s one program takes at once, where they do not ride in the main loop."""
     return min(padded_rank(rank), 32 if dtype == torch.float32 else 64)
 
 
@@ -97,7 +97,11 @@ def fitting_matmul(
     """
     if dtype == torch.float32:
         config = replace(
-            config, block_m=min(config.block_m, 64), block_n=min(config.block_n, 64), block_k=min(config.block_k, 32)
+            config,
+            block_m=min(config.block_m, 64),
+            block_n=min(config.block_n, 64),
+            block_k=min(config.block_k, 32),
+            num_warps=8 if capability < 9 else 4,
         )
     if dropout or capability < 9:
         config = replace(config, block_n=min(config.block_n, 128))
@@ -116,5 +120,7 @@ def fitting_matmul(
 def fitting_factors(config: Config, dtype: torch.dtype, block_r: int) -> Config:
     if dtype == torch.float32:
         config = replace(config, block_m=min(config.block_m, 64), block_k=min(config.block_k, 32))
+    if config.block_m * block_r > 32 * 32 * config.num_warps:
+        config = replace(config, block_m=64)
     a_stage = config.block_k * (config.block_m + 2 * block_r) * dtype.itemsize
     return replace(config, num_stages=max(1, min(config.num_stages, SHARED_BYTES // a_stage)))

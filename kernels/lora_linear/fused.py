@@ -168,7 +168,7 @@ def factors(
     x_TI, dy_TO = _rows(x_TI), _rows(dy_TO)
     masked = row_mask_T is not None
     config = config or configs.default_config("fused_factors", dispatch.interpreting())
-    block_r = min(configs.padded_rank(rank), 64)
+    block_r = configs.rank_step(rank, x_TI.dtype)
     config = configs.fitting_factors(config, x_TI.dtype, block_r)
     feature_blocks = [-(-size // config.block_m) if need else 0 for size, need in zip((num_in, num_out), needed)]
     splits, rows_a_split = _splits(num_rows, sum(feature_blocks), config, device)

@@ -52,7 +52,7 @@ def matmul(config, dtype, rank, architecture, *, forward=True, form="fused", dro
 
 
 def factors(config, dtype, rank, *, dropout=False, masked=False):
-    block_r = min(configs.padded_rank(rank), 64)
+    block_r = configs.rank_step(rank, dtype)
     config = configs.fitting_factors(config, dtype, block_r)
     constants = {
         "R": rank, "BLOCK_F": config.block_m, "BLOCK_T": config.block_k, "BLOCK_R": block_r, "DROPOUT": dropout,
