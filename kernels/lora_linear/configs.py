@@ -119,7 +119,7 @@ def fitting_matmul(
 
 def fitting_factors(config: Config, dtype: torch.dtype, block_r: int) -> Config:
     if dtype == torch.float32:
-        config = replace(config, block_m=min(config.block_m, 64), block_k=min(config.block_k, 32))
+        config = replace(config, block_m=min(config.block_m, 64), block_k=min(config.block_k, 32), num_warps=8)
     if config.block_m * block_r > 32 * 32 * config.num_warps:
         config = replace(config, block_m=64)
     a_stage = config.block_k * (config.block_m + 2 * block_r) * dtype.itemsize
