@@ -34,11 +34,12 @@ def poisoned():
     torch.use_deterministic_algorithms(False)
 
 
-def forms(forward="fused", backward="fused", factors="fused_factors", config=None):
+def forms(forward="fused", backward="fused", factors="fused_factors", config=None, factors_config=None):
     """A context in which these forms are used."""
     stack = ExitStack()
-    for operation, form in (("lora_forward", forward), ("lora_backward", backward), ("lora_factors", factors)):
-        stack.enter_context(forced(Choice(form, config), operation))
+    stack.enter_context(forced(Choice(forward, config), "lora_forward"))
+    stack.enter_context(forced(Choice(backward, config), "lora_backward"))
+    stack.enter_context(forced(Choice(factors, factors_config), "lora_factors"))
     return stack
 
 
@@ -47,7 +48,7 @@ def check(device, seed, lead, num_in, num_out, rank, dtype, dropout=0.0, bias=Tr
     generator = torch.Generator().manual_seed(seed)
     inputs = make_inputs(generator, lead, num_in, num_out, rank, bias)
     low = [None if t is None else t.to(device, dtype) for t in inputs]
-    low[3], low[4] = inputs[3].to(device, torch.float32), inputs[4].to(device, torch.float32)
+    low[3], low[4] = low[3].float(), low[4].float()
     if strided:
         low = [None if t is None else torch.stack([t, t + 1], dim=-1)[..., 0] for t in low]
     exact = [None if t is None else t.double().cpu() for t in low]
@@ -278,6 +279,9 @@ def test_all_shapes(triton_device, seed, num_tokens, rank):
 @pytest.mark.parametrize("form", ["fused", "fused_two", "fused_factors"])
 def test_all_configs(triton_device, seed, form, dtype):
     for config in configs.CONFIGS[form]:
-        chosen = {"factors": form} if form == "fused_factors" else {"forward": form, "backward": form}
+        if form == "fused_factors":
+            chosen = {"factors_config": config}
+        else:
+            chosen = {"forward": form, "backward": form, "config": config}
         for dropout in (0.0, 0.2):
-            check(triton_device, seed, (150,), 96, 140, 8, dtype, dropout, config=config, **chosen)
+            check(triton_device, seed, (150,), 96, 140, 8, dtype, dropout, **chosen)
