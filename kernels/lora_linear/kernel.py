@@ -3,6 +3,15 @@
 Forward and dx are one computation: out = x w + s l2 with s = scale x l1, where (x, w, l1, l2) is (x, W^T, A^T, B^T) in
 forward and (dY, W, B, A) in backward. dA and dB are one launch over splits of the tokens and one that adds these up.
 
+Decisions:
+- s rides in the main loop (INLINE), R / BLOCK_N more products and no pass over x, or is there already (skinny_kernel);
+  then it is a few more columns of the sum.
+- Both skinny products carry the scale, so that nothing else needs it.
+- The Grams come from programs of their own, ahead of the tiles in the same launch: whole, so without partials and a
+  second launch, and from the factors as they are stored, not as they are rounded for x.
+- One Philox call decides on eight columns. In forward dropout is applied by skinny_kernel, in dx to the finished tile.
+- No atomics: sums over the tokens are split into partials, which one program adds up in a fixed order.
+
 Arguments that change with the number of tokens are not specialised, so that no batch waits for a compiler for long.
 
 M rows (tokens), K columns of x, N columns of out, R rank.
