@@ -63,24 +63,10 @@ def adamw_step(
     Raises:
         ValueError: shapes, dtypes or devices that do not fit.
     """
-    layout.check("adamw_step", data=data, grad=grad, exp_avg=exp_avg, exp_avg_sq=exp_avg_sq)
-    lr_tensor = lr if isinstance(lr, torch.Tensor) else None
-    scalars = {"step": step, "norm": norm, "loss": loss, "loss_scale": loss_scale, "lr": lr_tensor}
-    for name, tensor in scalars.items():
-        if tensor is not None and (tensor.dim() or tensor.device != data.device or not tensor.is_floating_point()):
-            raise ValueError(
-                f"adamw_step: {name} is {tensor.dtype} of shape {tuple(tensor.shape)} on {tensor.device}; "
-                f"expected a floating-point scalar on {data.device}"
-            )
-    wanted = (layout.num_matrices,)
-    if multiplier_K is not None and (multiplier_K.shape != wanted or multiplier_K.dtype != data.dtype):
-        raise ValueError(
-            f"adamw_step: multiplier_K is {multiplier_K.dtype} of shape {tuple(multiplier_K.shape)}; "
-            f"expected {data.dtype} of shape {wanted}"
-        )
     buffers = data, grad, exp_avg, exp_avg_sq, step
+    _check(buffers, layout, lr, norm, loss, loss_scale, multiplier_K)
     if runs_triton(data):
-        return _launch(buffers, layout, scalars | {"lr": lr}, multiplier_K, options, reduces)
+        return _launch(buffers, layout, lr, norm, loss, loss_scale, multiplier_K, options, reduces)
     if loss_scale is not None:
         norm = norm / loss_scale
     good = norm.isfinite() if loss is None else norm.isfinite() & loss.isfinite()
@@ -91,17 +77,36 @@ def adamw_step(
     if reduces:
         raw = grad if loss_scale is None else grad / loss_scale
         decay = _spread(layout, data, options.weight_decay, options.head_weight_decay)
-        alignment = raw * reference.direction(data, exp_avg, exp_avg_sq, step, decay, options)
-        sums = [raw.square(), alignment]
+        dots = raw * reference.direction(data, exp_avg, exp_avg_sq, step, decay, options)
+        sums = [layout.unit_sums(raw.square()), layout.unit_sums(dots)]
     if multiplier_K is None and data.dtype == torch.float32:
         _step_fused(buffers, layout, lr, divisor, skipped, options)
     else:
         _step_plainly(buffers, layout, lr, divisor, good, multiplier_K, options)
     if sums is not None:
         mean, mean_sq = reference.corrected(exp_avg, exp_avg_sq, step, options)
-        columns = (sums[0], mean.square(), mean_sq, sums[1])
-        return AdamWResult(skipped, torch.stack([layout.unit_sums(column) for column in columns], dim=1))
-    return AdamWResult(skipped, None)
+        sums[1:1] = [layout.unit_sums(mean.square()), layout.unit_sums(mean_sq)]
+    return AdamWResult(skipped, None if sums is None else torch.stack(sums, dim=1))
+
+
+def _check(buffers, layout, lr, norm, loss, loss_scale, multiplier_K) -> None:
+    data, grad, exp_avg, exp_avg_sq, step = buffers
+    layout.check("adamw_step", data=data, grad=grad, exp_avg=exp_avg, exp_avg_sq=exp_avg_sq)
+    scalars = {"step": step, "norm": norm, "loss": loss, "loss_scale": loss_scale, "lr": lr}
+    for name, tensor in scalars.items():
+        if not isinstance(tensor, torch.Tensor):
+            continue
+        if tensor.dim() or tensor.device != data.device or not tensor.is_floating_point():
+            raise ValueError(
+                f"adamw_step: {name} is {tensor.dtype} of shape {tuple(tensor.shape)} on {tensor.device}; "
+                f"expected a floating-point scalar on {data.device}"
+            )
+    wanted = (layout.num_matrices,)
+    if multiplier_K is not None and (multiplier_K.shape != wanted or multiplier_K.dtype != data.dtype):
+        raise ValueError(
+            f"adamw_step: multiplier_K is {multiplier_K.dtype} of shape {tuple(multiplier_K.shape)}; "
+            f"expected {data.dtype} of shape {wanted}"
+        )
 
 
 Buffers = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
@@ -178,22 +183,21 @@ def _spread(
     return out
 
 
-def _launch(buffers, layout, scalars, multiplier_K, options, reduces) -> AdamWResult:
+def _launch(buffers, layout, lr, norm, loss, loss_scale, multiplier_K, options, reduces) -> AdamWResult:
     from fastpeft.kernels.adamw.kernel import adamw_kernel
 
-    data, lr = buffers[0], scalars["lr"]
+    data = buffers[0]
     num_slices = len(layout.slices)
     skipped = data.new_empty(())
     partials, sums = skipped, skipped
     if reduces:
         partials, sums = data.new_empty(num_slices, NUM_SUMS), data.new_empty(layout.num_units, NUM_SUMS)
     on_device = isinstance(lr, torch.Tensor)
-    loss, loss_scale = scalars["loss"], scalars["loss_scale"]
     launch(
         adamw_kernel,
         (num_slices,),
         *buffers,
-        scalars["norm"],
+        norm,
         data if loss is None else loss,
         lr if on_device else data,
         data if loss_scale is None else loss_scale,
