@@ -11,7 +11,7 @@ run: $(STAMP)
 test: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/pytest
+	$(BIN)/pytest -n logical --dist loadfile
 
 soak: $(STAMP)
 	$(BIN)/pytest -m soak --timeout 7200 -s

@@ -7,6 +7,7 @@ import tempfile
 
 # Before torch is loaded: see fastpeft.cli.main.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # the tests run side by side
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_HOME"] = f"{tempfile.gettempdir()}/fastpeft-tests-hf-home"  # what this machine has cached plays no part
 os.environ.pop("HF_HUB_CACHE", None)
