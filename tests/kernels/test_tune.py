@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -177,6 +178,56 @@ def test_no_problem_is_measured_twice():
     assert set(configs.FORMS) < set(tune.OPERATIONS)
     found = tune.problems(tune.MODELS["deberta-v3-base"], ranks=(8, 16), buckets=(64, 128))
     assert len({p.key for p in found}) == len(found) == 3 * 2 * (2 * 3 + 1)
+
+
+class Gpu:
+    """A host and a device with clocks of their own, in microseconds: work starts when both are ready."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, host_us: float, device_us: float) -> None:
+        self.host_us, self.device_us = host_us, device_us
+        self.now = self.free = self.slept = 0.0
+        gpu = self
+
+        class Event:
+            def __init__(self, enable_timing: bool) -> None:
+                self.at = 0.0
+
+            def record(self) -> None:
+                self.at = max(gpu.now, gpu.free)
+
+            def query(self) -> bool:
+                return gpu.now >= self.at
+
+            def synchronize(self) -> None:
+                gpu.now = max(gpu.now, self.at)
+
+            def elapsed_time(self, end: Event) -> float:
+                return (end.at - self.at) / 1e3
+
+        monkeypatch.setattr(torch.cuda, "Event", Event)
+        monkeypatch.setattr(torch.cuda, "_sleep", self.sleep)
+        monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())
+
+    def sleep(self, cycles: int) -> None:
+        self.free = max(self.now, self.free) + cycles / 2000
+        self.slept = cycles / 2000
+
+    def run(self) -> list[torch.Tensor]:
+        self.now += self.host_us
+        self.free = max(self.now, self.free) + self.device_us
+        return []
+
+
+@pytest.mark.parametrize("host_us", [1.0, 190.0, 500.0, 1500.0])
+def test_what_the_host_takes_to_launch_does_not_count(monkeypatch, host_us):
+    gpu = Gpu(monkeypatch, host_us, device_us=10.0)
+    assert tune.DeviceTimer(torch.device("cuda", 0))(gpu.run) == pytest.approx(10.0)
+
+
+def test_a_host_that_is_too_slow_ends_the_pauses(monkeypatch):
+    gpu = Gpu(monkeypatch, 1e5, device_us=10.0)
+    assert tune.DeviceTimer(torch.device("cuda", 0))(gpu.run) > 10.0
+    assert gpu.slept == pytest.approx(8 * 8 * 200)
 
 
 # ---- on a GPU --------------------------------------------------------------------------------
