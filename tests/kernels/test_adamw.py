@@ -212,6 +212,21 @@ def test_triton(seed, triton_device, poisoned, name, multiplies, reduces, scaled
     assert not layout.tickets.any()
 
 
+def test_triton_of_whole_numbers_and_strided_multipliers(seed, triton_device):
+    """A Triton argument that is a Python int is an integer there."""
+    random = Random(seed, torch.float32, triton_device)
+    layout = make_layout((4, 8), triton_device)
+    data, grad, multiplier = random(layout.num_total), random(layout.num_total), random(layout.num_matrices).abs()
+    strided = multiplier.repeat_interleave(2)[::2]
+    runs = []
+    for number, own in ((int, strided), (float, multiplier)):
+        options = AdamWOptions(max_norm=number(2), weight_decay=number(0), head_ratio=number(3), beta1=number(0))
+        runs.append(Run(data.clone(), layout, options))
+        runs[-1].step(grad.clone(), 0.01, multiplier_K=own)
+    assert torch.equal(runs[0].data, runs[1].data)
+    assert not torch.equal(runs[0].data, data)
+
+
 def test_triton_over_several_slices(seed, triton_device, poisoned):
     """Units of many slices, whose sums are added up by whoever comes last; a length that is no multiple of four."""
     layout = make_layout((16,), triton_device, (((0,), 301, 512, 2.0),), (9001,), (4097, 2))
