@@ -137,7 +137,7 @@ def logits_cross_entropy(
     labels_T = labels.reshape(-1)
     if not logits.is_cuda:
         check_classes(options, labels_T, logits.shape[-1])
-    weights_T = None if token_weights is None else token_weights.reshape(-1)
+    weights_T = None if token_weights is None else token_weights.reshape(-1).contiguous()
     wants_gradient = torch.is_grad_enabled() and logits.requires_grad
     with torch.no_grad():
         logits_TV = logits.reshape(len(labels_T), logits.shape[-1]).contiguous()

@@ -151,7 +151,7 @@ def _triton(
     config = choose("cross_entropy", logits_CV, 0, vocab, 0, num_rows).config or config_for(vocab)
     # Behind a row of a padded buffer lies nothing that matters.
     owned = gradient_CV is None or gradient_CV.data_ptr() == logits_CV.data_ptr()
-    width = logits_CV.stride(0) if owned and logits_CV.stride(0) - vocab < 16 else vocab
+    width = logits_CV.stride(0) if owned and 0 <= logits_CV.stride(0) - vocab < 16 else vocab
     launch(
         cross_entropy_row, (num_rows,),
         logits_CV, target_CV, labels_C, out.loss_C if weights_C is None else weights_C, out.loss_C,

@@ -396,6 +396,20 @@ def test_triton_of_huge_logits(triton_device, poisoned):
     assert max(relative(mine, theirs) for mine, theirs in pairs) <= 1e-5
 
 
+def test_triton_of_strided_weights_and_of_one_row_of_any_stride(seed, triton_device):
+    torch.manual_seed(seed)
+    logits, labels = torch.randn(6, 20, device=triton_device), torch.arange(6, device=triton_device)
+    weights = torch.rand(12, device=triton_device)[::2]
+    got = logits_cross_entropy(logits, labels, token_weights=weights).loss
+    each = torch.nn.functional.cross_entropy(logits, labels, reduction="none")
+    torch.testing.assert_close(got, (each * weights).sum() / weights.sum())
+    one = torch.randn(20, 1, device=triton_device).t()
+    assert one.is_contiguous()
+    assert one.stride(0) == 1
+    got = logits_cross_entropy(one, labels[:1]).loss
+    torch.testing.assert_close(got, torch.nn.functional.cross_entropy(one, labels[:1]))
+
+
 def test_triton_of_a_sure_token(triton_device):
     """1 - p of 2e-7, squared: from p in fp32 nothing of it is left."""
     logits = torch.tensor([[0.0, 16.0, 0.0]], device=triton_device)
