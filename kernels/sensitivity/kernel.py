@@ -44,7 +44,7 @@ def _product(
     return acc_OI
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows", "num_rows2"])
 def gradient_norm_direct(
     # tensors
     x_ptr, g_ptr, x2_ptr, g2_ptr, partial_ptr,
@@ -89,7 +89,7 @@ def _gram(
     return acc_MN
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows", "num_rows2"])
 def gradient_norm_gram(
     # tensors
     x_ptr, g_ptr, x2_ptr, g2_ptr, partial_ptr,

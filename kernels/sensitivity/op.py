@@ -133,11 +133,12 @@ def _direct(uses: Uses) -> torch.Tensor:
     buffer_OI = torch.empty((rows, num_in), dtype=dtype, device=device) if plain else None
     norms = []
     for start in range(0, num_out, rows):
-        tile_OI = buffer_OI[: min(rows, num_out - start)] if plain else 0
+        tile_OI = buffer_OI[: min(rows, num_out - start)] if plain else None
         for use, (x_TI, g_TO) in enumerate(uses):
             g_OT = g_TO[:, start : start + rows].t()
             if not plain:
-                tile_OI = tile_OI + _narrow_product(g_OT, x_TI)
+                part_OI = _narrow_product(g_OT, x_TI)
+                tile_OI = tile_OI.add_(part_OI) if use else part_OI
             elif use:
                 tile_OI.addmm_(g_OT, x_TI)
             else:
