@@ -41,7 +41,7 @@ def keep_mask(num_rows: int, num_columns: int, dropout: float, seed: torch.Tenso
     if dispatch.interpreting() or dispatch.has_triton():
         from fastpeft.kernels.lora_linear.fused import fused_keep_mask
 
-        return fused_keep_mask(num_rows, num_columns, dropout, seed).to(dtype)
+        return fused_keep_mask(num_rows, num_columns, dropout, seed, dtype)
     return philox_keep(num_rows, num_columns, dropout, seed).to(dtype)
 
 

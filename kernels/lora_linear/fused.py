@@ -45,13 +45,16 @@ def precision(dtype: torch.dtype) -> str:
     return "tf32x3" if dtype == torch.float32 else "tf32"
 
 
-def fused_keep_mask(num_rows: int, num_columns: int, dropout: float, seed: torch.Tensor) -> torch.Tensor:
-    """reference.philox_keep, as a bool tensor."""
-    keep = torch.empty(num_rows, num_columns, dtype=torch.int8, device=seed.device)
+def fused_keep_mask(
+    num_rows: int, num_columns: int, dropout: float, seed: torch.Tensor, dtype: torch.dtype
+) -> torch.Tensor:
+    """reference.philox_keep, as ones and zeros of `dtype`."""
+    stored = torch.int8 if dtype == torch.bool else dtype
+    keep = torch.empty(num_rows, num_columns, dtype=stored, device=seed.device)
     if keep.numel():
         grid = (-(-num_rows // 32), -(-num_columns // 128))
         launch(keep_mask_kernel, grid, keep, seed, num_rows, num_columns, drop_below(dropout), BLOCK_M=32, BLOCK_N=128)
-    return keep.view(torch.bool)
+    return keep.view(dtype)
 
 
 def skinny_tiles(num_rows: int, dtype: torch.dtype) -> Config:
@@ -135,7 +138,7 @@ def matmul(
     i_inner = weight_OI.stride(1) == 1
     launch(
         lora_matmul_kernel, (tiles + (2 * (-(-rank // side)) ** 2 if grams else 0),),
-        x, weight_OI, x if bias_O is None else bias_O, *((a_RI, b_OR) if forward else (b_OR, a_RI)),
+        x, weight_OI, x if bias_O is None else bias_O.contiguous(), *((a_RI, b_OR) if forward else (b_OR, a_RI)),
         s_TR, out, dropout.seed if dropout else x, *stored, *(gram or (s_TR, s_TR)),
         num_rows, sum_size, result_size, x.stride(0), weight_OI.stride(0 if i_inner else 1), s_TR.stride(0),
         scale, drop_below(dropout.probability) if dropout else 0, dropout.factor if dropout else 1.0,
@@ -176,8 +179,9 @@ def factors(
     part_masked = torch.empty(splits, num_out, rank, dtype=torch.float32, device=device) if masked else part
     launch(
         factors_kernel, (sum(feature_blocks), splits, -(-rank // block_r)),
-        x_TI, ds_TR, dy_TO, s_TR, row_mask_T.view(torch.int8) if masked else x_TI, dropout.seed if dropout else x_TI,
-        part, part_masked, num_rows, num_in, num_out, feature_blocks[0], rows_a_split,
+        x_TI, ds_TR, dy_TO, s_TR, row_mask_T.contiguous().view(torch.int8) if masked else x_TI,
+        dropout.seed if dropout else x_TI, part, part_masked,
+        num_rows, num_in, num_out, feature_blocks[0], rows_a_split,
         x_TI.stride(0), ds_TR.stride(0), dy_TO.stride(0), s_TR.stride(0),
         drop_below(dropout.probability) if dropout else 0,
         R=rank, BLOCK_F=config.block_m, BLOCK_T=config.block_k, BLOCK_R=block_r, DROPOUT=dropout is not None,

@@ -52,7 +52,8 @@ def keep_mask_kernel(
     columns = first + tl.arange(0, BLOCK_N)
     keep = _keep(seed_ptr, rows, first, drop_below, BLOCK_N)
     out_ptrs = out_ptr + rows.to(tl.int64)[:, None] * num_columns + columns[None, :]
-    tl.store(out_ptrs, keep.to(tl.int8), mask=(rows < num_rows)[:, None] & (columns < num_columns)[None, :])
+    mask = (rows < num_rows)[:, None] & (columns < num_columns)[None, :]
+    tl.store(out_ptrs, keep.to(out_ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit

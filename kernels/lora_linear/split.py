@@ -52,12 +52,23 @@ def forward(
 
 def a_gradient(ds_TR: torch.Tensor, x_TI: torch.Tensor, dtype: torch.dtype, factor: float = 1.0) -> torch.Tensor:
     """factor * dS^T x in `dtype`."""
+    if factor == 1.0 and _fp32_from_half(x_TI, dtype):
+        return torch.mm(ds_TR.t(), x_TI, out_dtype=dtype)
     return x_TI.new_empty(ds_TR.shape[1], x_TI.shape[1]).addmm_(ds_TR.t(), x_TI, beta=0, alpha=factor).to(dtype)
 
 
 def b_gradient(dy_TO: torch.Tensor, s_TR: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """dY^T s in `dtype`. As (s^T dY)^T, which on a CPU takes a third of the time."""
+    """dY^T s in `dtype`. On a CPU as (s^T dY)^T, which takes a third of the time; on a GPU that is one launch more."""
+    if _fp32_from_half(dy_TO, dtype):
+        return torch.mm(dy_TO.t(), s_TR, out_dtype=dtype)
+    if dy_TO.is_cuda:
+        return dy_TO.new_empty(dy_TO.shape[1], s_TR.shape[1]).addmm_(dy_TO.t(), s_TR, beta=0).to(dtype)
     return dy_TO.new_empty(dy_TO.shape[1], s_TR.shape[1], dtype=dtype).copy_((s_TR.t() @ dy_TO).t())
+
+
+def _fp32_from_half(source: torch.Tensor, dtype: torch.dtype) -> bool:
+    """Whether cuBLAS writes `dtype` itself, without a cast behind the product."""
+    return source.is_cuda and source.dtype.itemsize == 2 and dtype == torch.float32
 
 
 def db_with_masked(

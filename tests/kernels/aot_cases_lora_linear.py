@@ -79,10 +79,10 @@ def reduction(rank, measured, masked):
     return case(reduce_factors_kernel, torch.float32, constants, plain, tensor_cores=False, aligned=("num_in",))
 
 
-def mask():
+def mask(stored="i8"):
     plain = configs.default_config("fused", False)
     constants = {"BLOCK_M": 32, "BLOCK_N": 128}
-    return case(keep_mask_kernel, torch.float32, constants, plain, tensor_cores=False, out_ptr="*i8")
+    return case(keep_mask_kernel, torch.float32, constants, plain, tensor_cores=False, out_ptr=f"*{stored}")
 
 
 def cases(every: bool) -> list[Case]:
@@ -102,6 +102,7 @@ def cases(every: bool) -> list[Case]:
             for num_rows in (1000, 8192):
                 found += [skinny(dtype, rank, num_rows, forward=forward, dropout=forward) for forward in (True, False)]
     if every:
+        found += [mask(stored) for stored in TYPES.values()]
         found += [reduction(rank, measured, False) for rank in (1, 256) for measured in (False, True)]
     return list({str(one): one for one in found}.values())  # configs that are made to fit may be the same then
 

@@ -9,9 +9,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from lora_linear_inputs import make_inputs, relative, run
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastpeft.kernels import LoraMeasures, dropout_mask, lora_linear, lora_linear_grouped
-from fastpeft.kernels.lora_linear import compute
+from fastpeft.kernels.lora_linear import compute, split
 from fastpeft.kernels.lora_linear.reference import lora_linear_reference, philox_keep
 
 EXACT = {"rtol": 1e-11, "atol": 1e-11}
@@ -97,6 +99,35 @@ def test_gradcheck_with_dropout(seed):
         return lora_linear(x, weight, bias, a, b, 0.7, dropout=0.4, seed=a_seed(seed))
 
     assert torch.autograd.gradcheck(dropped, leaves)
+
+
+# ---- launches on a GPU -------------------------------------------------------------------------
+
+
+class Operations(TorchDispatchMode):
+    """What was computed; views and fresh memory are nothing."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.namespace == "aten" and not func.is_view and "empty" not in func.__name__:
+            self.names.append(func.__name__)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("wanted", [torch.float32, torch.bfloat16])
+def test_a_gradient_of_a_factor_is_one_launch(wanted):
+    with FakeTensorMode(), Operations() as operations:
+        x, dy, s = (torch.empty(64, size, dtype=torch.bfloat16, device="cuda") for size in (24, 40, 8))
+        da, db = split.a_gradient(s, x, wanted), split.b_gradient(dy, s, wanted)
+    assert len(operations.names) == 2, operations.names
+    assert all("mm" in name for name in operations.names)
+    assert (da.shape, da.dtype) == ((8, 24), wanted)
+    assert (db.shape, db.dtype) == ((40, 8), wanted)
+    assert da.is_contiguous()
+    assert db.is_contiguous()
 
 
 # ---- measures --------------------------------------------------------------------------------

@@ -137,6 +137,20 @@ def test_several_tiles_and_splits(triton_device, seed):
     check(triton_device, seed, (300,), 40, 50, 3, torch.float32, config=Config(16, 16, 16, 4, 1))
 
 
+def test_strided_bias_and_row_mask(triton_device, seed):
+    generator = torch.Generator().manual_seed(seed)
+    exact = make_inputs(generator, (20,), 24, 40, 3)
+    low = [t.to(triton_device, torch.float32) for t in exact]
+    low[2] = low[2].repeat_interleave(2)[::2]
+    mask = torch.rand(40, generator=generator).lt(0.5).to(triton_device)[::2]
+    measures = LoraMeasures()
+    with forms():
+        got = run(lora_linear, *low, 2.0, row_mask=mask, measures=measures)
+    masked = (exact[5] * mask.cpu()[:, None]).t() @ (2.0 * exact[0] @ exact[3].t())
+    assert relative(got[0], run(lora_linear_reference, *exact, 2.0)[0]) <= 1e-5
+    assert relative(measures.db_square_masked, masked.square().sum()) <= 1e-5
+
+
 def test_no_rows(triton_device):
     x = torch.zeros(0, 24, dtype=torch.bfloat16, device=triton_device)
     weight = torch.zeros(40, 24, dtype=torch.bfloat16, device=triton_device)
