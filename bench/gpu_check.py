@@ -12,6 +12,7 @@ as it is. Results go to bench/results/gpu_check_GPU_DATE.json. Exit 1 if a part 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib.util
 import json
 import os
@@ -35,6 +36,7 @@ from bench.report import about, print_table, write_json
 
 ROOT = Path(__file__).resolve().parents[1]
 DRY_LIMIT_S = 120.0
+GRACE_S = 10.0
 TAIL = 4000
 """Characters of a part's output that are kept."""
 
@@ -148,8 +150,7 @@ def run_part(name: str, part: Part, out: Path, dry: bool) -> dict[str, Any]:
             code = process.wait(DRY_LIMIT_S if dry else part.limit_s)
             status = "ok" if code == 0 else "failed"
         except BaseException as stopped:
-            os.killpg(process.pid, signal.SIGKILL)  # with what it started itself
-            process.wait()
+            end(process)
             if not isinstance(stopped, subprocess.TimeoutExpired):
                 raise
             code, status = None, "timeout"
@@ -158,6 +159,16 @@ def run_part(name: str, part: Part, out: Path, dry: bool) -> dict[str, Any]:
     if result is None and status == "ok":
         report["status"] = "failed"
     return report | {"output": log.read_text(errors="replace")[-TAIL:], "result": result}
+
+
+def end(process: subprocess.Popen) -> None:
+    """With what it started itself; first it is asked to, upon which pytest writes down what it has."""
+    process.send_signal(signal.SIGINT)
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        process.wait(GRACE_S)
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
 
 
 def read_result(out: Path, name: str) -> dict[str, Any] | None:

@@ -165,6 +165,16 @@ def test_failing_tests_are_named(tmp_path):
     assert gpu_check.headline(part, report) == "2 tests, 1 failures, 0 errors, 0 skipped"
 
 
+def test_tests_that_take_too_long_leave_what_they_found(tmp_path):
+    code = "import time\ndef test_bad(): assert False\ndef test_slow(): time.sleep(60)\n"
+    (tmp_path / "test_x.py").write_text(code)
+    options = ["-q", "-c", "/dev/null", f"--junitxml={tmp_path / 'tests.xml'}", str(tmp_path / "test_x.py")]
+    part = Part(8, lambda out, dry: [sys.executable, "-m", "pytest", *options], gpu_check.of_tests)
+    report = run_part("tests", part, tmp_path, False)
+    assert report["status"] == "timeout"
+    assert report["result"]["bad"] == ["test_x.test_bad"]
+
+
 def test_without_pytest_each_operation_is_checked_by_itself(monkeypatch, tmp_path):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     command = gpu_check.tests(tmp_path, False)
