@@ -169,7 +169,8 @@ def lora_matmul_kernel(
     PRECISION: tl.constexpr, GRAM: tl.constexpr, GRAM_SIDE: tl.constexpr, GRAM_PRECISION: tl.constexpr,
 ):  # fmt: skip
     """out = x w + s l2 (+ bias); with GRAM the first programs compute A A^T and B^T B from the stored factors."""
-    grams: tl.constexpr = tl.cdiv(R, GRAM_SIDE) * tl.cdiv(R, GRAM_SIDE) if GRAM else 0
+    a_side: tl.constexpr = (R + GRAM_SIDE - 1) // GRAM_SIDE
+    grams: tl.constexpr = a_side * a_side if GRAM else 0
     program = tl.program_id(0)
     if GRAM:
         if program < grams:
