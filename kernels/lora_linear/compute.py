@@ -170,7 +170,7 @@ def backward(
         if adds_dx or (call.dropout and way.form == "split" and needed[0]):
             kept = _kept(x_TI, part.seed, call.dropout)
         if adds_dx:
-            update = (ds_TR[i] @ a).mul_(kept.mask_TI).mul_(kept.factor)
+            update = torch.empty_like(kept.mask_TI).addmm_(ds_TR[i], a, beta=0, alpha=kept.factor).mul_(kept.mask_TI)
             dx_TI = update if dx_TI is None else dx_TI.add_(update)
         if needs_x and not in_one_kernel:
             dx_TI.addmm_(dys_TO[i], dequantised(part.weight, x_TI.dtype))
