@@ -91,7 +91,7 @@ class _Fused:
         weight, bias = base.weight, base.bias
         if not is_bare(base, nn.Linear) or type(weight) not in _PLAIN:
             return None
-        if torch.is_autocast_enabled(x.device.type):
+        if _autocasts(x):
             if torch.float64 in (x.dtype, weight.dtype, lora_a.dtype):
                 return None  # autocast leaves these as they are
             return x.dtype, torch.get_autocast_dtype(x.device.type)
@@ -140,7 +140,7 @@ class _Fused4bit(_Fused):
         if not base.compute_type_is_set:
             base.set_compute_type(x)
             base.compute_type_is_set = True
-        if torch.is_autocast_enabled(x.device.type):
+        if _autocasts(x):
             return x.dtype, torch.promote_types(x.dtype, torch.get_autocast_dtype(x.device.type))
         if lora_a.dtype != x.dtype and not self.cast_input_dtype_enabled:
             return None
@@ -205,6 +205,11 @@ def has_hooks(module: nn.Module) -> bool:
         or module._backward_pre_hooks
         or "forward" in module.__dict__  # as offloading puts it there
     )
+
+
+def _autocasts(x: torch.Tensor) -> bool:
+    kind = x.device.type
+    return torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)  # a meta tensor has none
 
 
 def _active_adapter(layer: Any) -> str | None:

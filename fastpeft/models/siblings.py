@@ -86,6 +86,8 @@ class Siblings:
             self._now.run = _Run(parent)
 
     def leave(self, parent: nn.Module, args: Any, output: Any) -> None:
+        if torch.compiler.is_compiling():
+            return
         run, self._now.run = self._now.run, None
         if run is None or run.parent is not parent:
             return

@@ -11,9 +11,9 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import torch
-from torch.autograd.function import once_differentiable
 
 from fastpeft.kernels.dispatch import runs_triton
+from fastpeft.kernels.launch import refuse_second_order
 from fastpeft.kernels.linear_cross_entropy.arguments import check_classes, check_head, check_labels
 from fastpeft.kernels.linear_cross_entropy.rows import Options, PerRow, compute_rows
 
@@ -275,8 +275,8 @@ class _Precomputed(torch.autograd.Function):
         return loss
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, dloss: torch.Tensor) -> tuple[torch.Tensor, None]:
+        refuse_second_order("cross entropy")
         gradient_LD, rows = ctx.saved_tensors
         # In fp32: the factor, 1 / num_items among others, would lose digits or all of itself in half precision.
         scaled_LD = (gradient_LD.to(dloss.dtype) * (dloss * ctx.scale)).to(gradient_LD.dtype)

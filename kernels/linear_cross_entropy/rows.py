@@ -31,8 +31,11 @@ class Options:
             raise ValueError(f"{self.name}: reduction is {self.reduction!r}; expected 'mean' or 'sum'")
         if not 0 <= self.label_smoothing <= 1:
             raise ValueError(f"{self.name}: label_smoothing is {self.label_smoothing}; expected 0 to 1")
-        if isinstance(self.num_items, int | float) and not self.num_items > 0:
-            raise ValueError(f"{self.name}: num_items is {self.num_items}; expected a positive number")
+        if isinstance(self.num_items, torch.Tensor):
+            if self.num_items.ndim:
+                raise ValueError(f"{self.name}: num_items has shape {tuple(self.num_items.shape)}; expected ()")
+        elif self.num_items is not None and not (isinstance(self.num_items, int | float) and self.num_items > 0):
+            raise ValueError(f"{self.name}: num_items is {self.num_items!r}; expected a positive number")
 
 
 @dataclass(frozen=True)

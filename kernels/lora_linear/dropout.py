@@ -28,7 +28,15 @@ def dropout_mask(shape: tuple[int, ...], dropout: float, seed: torch.Tensor) -> 
 
     Returns:
         bool in this shape.
+
+    Raises:
+        ValueError: a dropout out of range, a shape without an axis, a seed of another dtype or size.
     """
+    if not 0 <= dropout < 1 or not shape or seed.dtype != torch.int64 or seed.numel() != 1:
+        raise ValueError(
+            f"dropout_mask: shape {tuple(shape)}, dropout {dropout}, seed {seed.dtype} {tuple(seed.shape)}; expected "
+            "(..., I), a probability in [0, 1), and torch.int64 (1,)"
+        )
     num_columns = shape[-1]
     num_rows = math.prod(shape[:-1])
     return keep_mask(num_rows, num_columns, dropout, seed, torch.bool).reshape(shape)

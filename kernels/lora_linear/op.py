@@ -13,8 +13,8 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from torch.autograd.function import once_differentiable
 
+from fastpeft.kernels.launch import refuse_second_order
 from fastpeft.kernels.lora_linear import compute
 from fastpeft.kernels.lora_linear.compute import Call, LoraMeasures, Part
 from fastpeft.kernels.lora_linear.dropout import draw_seed
@@ -88,7 +88,7 @@ def lora_linear_grouped(
     The update's skinny products of all projections are one, and dx is accumulated in one buffer. Arguments, results and
     errors are those of lora_linear, one entry for each projection.
     """
-    if torch.is_autocast_enabled(x.device.type):
+    if torch.amp.is_autocast_available(x.device.type) and torch.is_autocast_enabled(x.device.type):
         dtype = torch.get_autocast_dtype(x.device.type)
         with torch.autocast(x.device.type, enabled=False):
             return lora_linear_grouped(
@@ -109,16 +109,27 @@ def lora_linear_grouped(
         )
     ]
     factors = [factor for pair in zip(lora_as, lora_bs) for factor in pair]
-    ys = _LoraLinear.apply(x.reshape(-1, x.shape[-1]), Call(parts, dropout, row_mask), *factors)
+    x_TI, call = x.reshape(x.shape[:-1].numel(), x.shape[-1]), Call(parts, dropout, row_mask)
+    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (x, *factors)):
+        ys = _LoraLinear.apply(x_TI, call, *factors)
+    else:
+        ys = _forward(x_TI, call, factors)[0]
     return tuple(y.view(*x.shape[:-1], y.shape[1]) for y in ys)  # views made out here may be changed in place
+
+
+def _forward(
+    x_TI: torch.Tensor, call: Call, factors: Sequence[torch.Tensor]
+) -> tuple[list[torch.Tensor], list[torch.Tensor], list[compute.Pair]]:
+    """y, s D(x) A^T, and A and B in the dtype of x, of each projection."""
+    stored = list(zip(factors[::2], factors[1::2]))
+    cast = [(a.to(x_TI.dtype), b.to(x_TI.dtype)) for a, b in stored]
+    return *compute.forward(x_TI, call, cast, stored), cast
 
 
 class _LoraLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x_TI: torch.Tensor, call: Call, *factors: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        stored = list(zip(factors[::2], factors[1::2]))
-        cast = [(a.to(x_TI.dtype), b.to(x_TI.dtype)) for a, b in stored]
-        ys, s_TR = compute.forward(x_TI, call, cast, stored)
+        ys, s_TR, cast = _forward(x_TI, call, factors)
         weights = [None if is_quantised(part.weight) else part.weight for part in call.parts]
         ctx.save_for_backward(x_TI, *s_TR, *(f for pair in cast for f in pair), *weights)
         ctx.call, ctx.dtypes = call, [factor.dtype for factor in factors]
@@ -126,8 +137,8 @@ class _LoraLinear(torch.autograd.Function):
         return tuple(ys)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, *dys_TO: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
+        refuse_second_order("lora_linear")
         size = len(ctx.call.parts)
         x_TI, *saved = ctx.saved_tensors
         s_TR, factors = saved[:size], saved[size : 3 * size]
@@ -172,7 +183,7 @@ def _check_call(x, weights, biases, lora_as, lora_bs, scales, dropout, seeds, ro
                 f"lora_linear: seed is {seed.dtype} {tuple(seed.shape)} on {seed.device}; expected torch.int64 (1,) "
                 f"on {x.device}"
             )
-    num_rows = x.numel() // max(1, x.shape[-1])
+    num_rows = x.shape[:-1].numel()
     if row_mask is not None and (
         row_mask.dtype != torch.bool or row_mask.shape not in ((num_rows,), x.shape[:-1]) or row_mask.device != x.device
     ):
@@ -189,10 +200,13 @@ def _check_part(
     lora_a: torch.Tensor,
     lora_b: torch.Tensor,
 ) -> None:
-    num_out, num_in = shape = weight_shape(weight)
-    rank = lora_a.shape[0]
-    fits = lora_a.shape == (rank, num_in) and lora_b.shape == (num_out, rank)
-    if x.shape[-1] != num_in or not fits or (bias is not None and bias.shape != (num_out,)):
+    shape = weight_shape(weight)
+    fits = x.ndim > 0 and len(shape) == lora_a.ndim == lora_b.ndim == 2
+    if fits:
+        (num_out, num_in), rank = shape, lora_a.shape[0]
+        fits = x.shape[-1] == num_in == lora_a.shape[1] and lora_b.shape == (num_out, rank)
+        fits = fits and (bias is None or bias.shape == (num_out,))
+    if not fits:
         raise ValueError(
             f"lora_linear: x {tuple(x.shape)}, weight {tuple(shape)}, bias "
             f"{None if bias is None else tuple(bias.shape)}, lora_a {tuple(lora_a.shape)} and lora_b "

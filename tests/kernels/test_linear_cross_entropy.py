@@ -474,6 +474,8 @@ def test_triton_soak(seed, triton_device, poisoned, vocab, dtype):
         ({"reduction": "none"}, r"reduction is 'none'; expected 'mean' or 'sum'"),
         ({"label_smoothing": 1.5}, r"label_smoothing is 1\.5"),
         ({"num_items": 0}, r"num_items is 0; expected a positive number"),
+        ({"num_items": torch.tensor([4.0])}, r"num_items has shape \(1,\); expected \(\)"),
+        ({"num_items": "4"}, r"num_items is '4'"),
         ({"chunk_rows": 0}, r"chunk_rows is 0"),
     ],
 )
@@ -496,6 +498,13 @@ def test_input_that_does_not_fit(changed, message):
 def test_logits_that_do_not_fit(logits, labels, message):
     with pytest.raises(ValueError, match=r"logits_cross_entropy: .*" + message):
         logits_cross_entropy(logits, labels)
+
+
+def test_a_second_derivative_is_refused_and_not_left_out():
+    hidden = torch.zeros(5, 4, requires_grad=True)
+    loss = linear_cross_entropy(hidden, torch.zeros(6, 4), torch.zeros(5).long()).loss
+    with pytest.raises(RuntimeError, match=r"cannot be differentiated again \(create_graph=True\)"):
+        torch.autograd.grad(loss, hidden, create_graph=True)
 
 
 def test_a_head_that_requires_a_gradient_may_be_evaluated():

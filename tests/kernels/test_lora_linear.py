@@ -151,7 +151,10 @@ def test_deterministic(seed):
 
 @pytest.mark.parametrize(
     ("changed", "shape"),
-    [("x", (5, 7)), ("weight", (9, 7)), ("lora_a", (3, 7)), ("lora_b", (8, 3)), ("lora_b", (9, 4))],
+    [
+        *[("x", (5, 7)), ("weight", (9, 7)), ("lora_a", (3, 7)), ("lora_b", (8, 3)), ("lora_b", (9, 4))],
+        *[("x", ()), ("weight", (9,)), ("weight", (9, 8, 1)), ("lora_a", ()), ("lora_b", (27,))],
+    ],
 )
 def test_shapes_that_do_not_fit(changed, shape):
     tensors = {"x": (5, 8), "weight": (9, 8), "lora_a": (3, 8), "lora_b": (9, 3)} | {changed: shape}
@@ -160,6 +163,26 @@ def test_shapes_that_do_not_fit(changed, shape):
         lora_linear(bias=None, scale=1.0, **tensors)
     for tensor in tensors.values():
         assert str(tuple(tensor.shape)) in str(error.value)
+
+
+@pytest.mark.parametrize("lead", [(0,), (3, 0), (4,)])
+def test_no_input_features(lead):
+    y = lora_linear(torch.zeros(*lead, 0), torch.zeros(9, 0), torch.ones(9), torch.zeros(3, 0), torch.ones(9, 3), 1.0)
+    torch.testing.assert_close(y, torch.ones(*lead, 9))
+
+
+def test_on_the_meta_device():
+    shapes = {"x": (5, 8), "weight": (9, 8), "lora_a": (3, 8), "lora_b": (9, 3)}
+    y = lora_linear(bias=None, scale=1.0, **{k: torch.zeros(size, device="meta") for k, size in shapes.items()})
+    assert (y.shape, y.device.type) == ((5, 9), "meta")
+
+
+def test_a_second_derivative_is_refused_and_not_left_out():
+    """Where dL/dY does not depend on the inputs too, torch itself would say nothing and give zero."""
+    x, a = torch.ones(5, 8, requires_grad=True), torch.ones(3, 8, requires_grad=True)
+    y = lora_linear(x, torch.ones(9, 8), None, a, torch.ones(9, 3), 1.0)
+    with pytest.raises(RuntimeError, match=r"lora_linear: .* cannot be differentiated again \(create_graph=True\)"):
+        torch.autograd.grad(y.sum(), x, create_graph=True)
 
 
 def test_dtypes_that_do_not_fit():

@@ -26,6 +26,14 @@ def a_seed(value):
 # ---- dropout ---------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize(
+    ("shape", "dropout", "seed"), [((), 0.5, a_seed(1)), ((3,), 1.0, a_seed(1)), ((3,), 0.5, torch.ones(1))]
+)
+def test_a_mask_that_cannot_be(shape, dropout, seed):
+    with pytest.raises(ValueError, match="dropout_mask: shape"):
+        dropout_mask(shape, dropout, seed)
+
+
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 def test_dropout_is_that_of_the_mask_that_can_be_asked_for(seed, dtype):
     inputs = make_inputs(torch.Generator().manual_seed(seed), (3, 21), 96, 40, 8)

@@ -198,6 +198,25 @@ def test_compiled(seed):
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
 
 
+def test_compiled_without_and_with_gradients(seed):
+    """One graph each, where siblings have learnt to be computed together too."""
+    torch._dynamo.reset()
+    model, inputs = make("bert"), batch("bert", seed)
+    with torch.no_grad():
+        logits = model(**inputs).logits
+    loss, gradients = loss_and_gradients(model, inputs)
+    with fastpeft.accelerate(model):
+        for _ in range(2):
+            model(**inputs)
+        compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+        with torch.no_grad():
+            torch.testing.assert_close(compiled(**inputs).logits, logits)
+        got, got_gradients = loss_and_gradients(compiled, inputs)
+    torch.testing.assert_close(got, loss)
+    for name, gradient in gradients.items():
+        torch.testing.assert_close(got_gradients[f"_orig_mod.{name}"], gradient, rtol=1e-4, atol=1e-5)
+
+
 # ---- a training run ------------------------------------------------------------------------
 
 
