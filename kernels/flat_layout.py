@@ -71,7 +71,7 @@ class FlatLayout:
             extra, head: number of elements of each parameter that is no LoRA factor.
 
         Raises:
-            ValueError: groups that overlap, or whose indices are not 0..K-1.
+            ValueError: groups that overlap, or whose indices are not 0..K-1; a size below 1.
         """
         self.groups = tuple(groups)
         indices = [k for group in groups for k in group.indices]
@@ -81,6 +81,9 @@ class FlatLayout:
                 f"FlatLayout: groups of matrices {[g.indices for g in groups]} at {[g.start for g in groups]}; "
                 "expected indices 0..K-1, each once, and every group where the one before it ends"
             )
+        sizes = [size for g in self.groups for size in (g.rank, g.num_in, g.num_out)]
+        if min([*sizes, *extra, *head, 1]) < 1:
+            raise ValueError(f"FlatLayout: sizes {[*sizes, *extra, *head]}; expected positive numbers")
         self.num_matrices = len(indices)
         self.num_factors = ends[-1]
         self.num_adapter = self.num_factors + sum(extra)

@@ -29,6 +29,7 @@ class AdamWResult:
     the direction of the step before this one, theta <- theta - rate u, with its rate (0 before the first)."""
 
 
+@torch.no_grad()
 def adamw_step(
     data: torch.Tensor,
     grad: torch.Tensor,
@@ -54,7 +55,7 @@ def adamw_step(
         data, grad, exp_avg, exp_avg_sq: (num_total,) fp32 or fp64, as `layout` says.
         step: (), fp32: steps taken so far. Counted up unless this one is skipped.
         lr: learning rate of the adapter; a float, or () fp32 on the device.
-        norm: (), norm of `grad` as it lies there, from weighted_frobenius.
+        norm: (), norm of `grad` as it lies there, in its dtype, from weighted_frobenius.
         loss: (), watched by the guard.
         loss_scale: (), what the loss of fp16 was multiplied by.
         multiplier_K: (K,), a factor on the rate of each matrix, in the model's order; of other parameters it is 1.
@@ -63,6 +64,23 @@ def adamw_step(
     Raises:
         ValueError: shapes, dtypes or devices that do not fit.
     """
+    layout.check("adamw_step", data=data, grad=grad, exp_avg=exp_avg, exp_avg_sq=exp_avg_sq)
+    lr_tensor = lr if isinstance(lr, torch.Tensor) else None
+    scalars = {"step": step, "norm": norm, "loss": loss, "loss_scale": loss_scale, "lr": lr_tensor}
+    for name, tensor in scalars.items():
+        if tensor is not None and (tensor.dim() or tensor.device != data.device or not tensor.is_floating_point()):
+            raise ValueError(
+                f"adamw_step: {name} is {tensor.dtype} of shape {tuple(tensor.shape)} on {tensor.device}; "
+                f"expected a floating-point scalar on {data.device}"
+            )
+    if norm.dtype != data.dtype:
+        raise ValueError(f"adamw_step: norm is {norm.dtype}; expected {data.dtype}, as the buffers are")
+    wanted = (layout.num_matrices,), data.dtype, data.device
+    if multiplier_K is not None and (multiplier_K.shape, multiplier_K.dtype, multiplier_K.device) != wanted:
+        raise ValueError(
+            f"adamw_step: multiplier_K is {multiplier_K.dtype} of shape {tuple(multiplier_K.shape)} on "
+            f"{multiplier_K.device}; expected {data.dtype} of shape {wanted[0]} on {data.device}"
+        )
     buffers = data, grad, exp_avg, exp_avg_sq, step
     _check(buffers, layout, lr, norm, loss, loss_scale, multiplier_K)
     if runs_triton(data):

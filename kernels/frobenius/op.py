@@ -40,6 +40,7 @@ class FrobeniusResult:
         return self.parts_K.sum(0)
 
 
+@torch.no_grad()
 def weighted_frobenius(
     data: torch.Tensor,
     grad: torch.Tensor,

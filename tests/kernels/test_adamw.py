@@ -176,8 +176,10 @@ BAD = {
     "shape": ({"exp_avg": torch.zeros(3)}, r"exp_avg has shape \(3,\)"),
     "dtype": ({"exp_avg_sq": torch.zeros(616).half()}, r"exp_avg_sq "),
     "norm": ({"norm": torch.zeros(2)}, r"norm is torch.float32 of shape \(2,\)"),
+    "norm_dtype": ({"norm": torch.ones((), dtype=torch.float64)}, r"norm is torch.float64; expected torch.float32"),
     "step": ({"step": torch.zeros((), dtype=torch.int64)}, r"step is torch.int64 of shape \(\)"),
-    "multiplier": ({"multiplier_K": torch.ones(4)}, r"multiplier_K is torch.float32 of shape \(4,\); expected"),
+    "multiplier": ({"multiplier_K": torch.ones(4)}, r"multiplier_K is torch.float32 of shape \(4,\) on cpu; expected"),
+    "multiplier_device": ({"multiplier_K": torch.ones(3, device="meta")}, r"multiplier_K .* on meta; expected"),
 }
 
 

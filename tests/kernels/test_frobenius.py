@@ -225,6 +225,22 @@ def test_a_layout_with_gaps_is_refused(starts):
         FlatLayout(groups)
 
 
+@pytest.mark.parametrize("sizes", [(0, 3, 4), (2, 0, 4), (2, 3, -4)])
+def test_a_layout_of_sizes_below_one_is_refused(sizes):
+    with pytest.raises(ValueError, match="expected positive numbers"):
+        FlatLayout([MatrixGroup((0,), *sizes, 1.0, 0)])
+
+
+def test_parameters_that_require_a_gradient_make_no_graph(seed):
+    layout = make_layout((4, 8))
+    data = torch.randn(layout.num_total, generator=torch.Generator().manual_seed(seed)).requires_grad_()
+    grad = torch.zeros(layout.num_total)
+    result = weighted_frobenius(data, grad, layout, torch.ones(3))
+    assert not grad.requires_grad
+    assert not result.penalty.requires_grad
+    assert grad.norm() > 0
+
+
 # ---- Triton --------------------------------------------------------------------------------
 
 # (ranks of the two shapes, penalty, Gram matrices given, into a buffer of its own)
