@@ -11,10 +11,11 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -120,16 +121,24 @@ def gpu_name(index: int) -> str:
 def table(gpu: str) -> dict[Key, Choice]:
     """All measured choices of one GPU model; the user's own before the shipped ones."""
     rows: dict[Key, Choice] = {}
-    for path in (SHIPPED / _file_name(gpu), table_path(gpu)):
-        if path.is_file():
+    paths = [SHIPPED / _file_name(gpu)]
+    with suppress(ValueError):
+        paths.append(table_path(gpu))
+    for path in paths:
+        if os.path.isfile(path):  # no, and no error, where a folder on the way may not be entered
             rows |= read_table(path)
     return rows
 
 
 def table_path(gpu: str) -> Path:
-    """Where the user's table of this GPU model lies."""
-    root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    return root / "fastpeft" / "kernels" / _file_name(gpu)
+    """Where the user's table of this GPU model lies. Raises ValueError where the user has no home folder."""
+    root = os.environ.get("XDG_CACHE_HOME")
+    if not root:
+        try:
+            root = Path.home() / ".cache"
+        except RuntimeError:
+            raise ValueError("there is no home folder to keep a table in; set HOME or XDG_CACHE_HOME") from None
+    return Path(root) / "fastpeft" / "kernels" / _file_name(gpu)
 
 
 def _file_name(gpu: str) -> str:
@@ -146,14 +155,19 @@ def read_table(path: Path) -> dict[Key, Choice]:
     """Raises ValueError, which names the file, where it is not a table."""
     try:
         rows = json.loads(path.read_text(encoding="utf-8"))["rows"]
-        return {
-            tuple(row["key"]): Choice(
-                row["form"], Config(**row["config"]) if row["config"] else None, row["microseconds"]
-            )
-            for row in rows
-        }
-    except (ValueError, KeyError, TypeError) as error:
+        return dict(map(_read_row, rows))
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise ValueError(f"{path} is no table of kernel choices ({error}); delete it and tune again") from None
+
+
+def _read_row(row: dict[str, Any]) -> tuple[Key, Choice]:
+    key, form, config = tuple(row["key"]), row["form"], row["config"]
+    if [type(part) for part in key] != [str, str, int, int, int, int] or not isinstance(form, str):
+        raise ValueError(f"key {key} of form {form!r}")
+    tiles = None if config is None else Config(**config)
+    if tiles is not None and not all(type(size) is int and size > 0 for size in vars(tiles).values()):
+        raise ValueError(f"key {key} of {tiles}")
+    return key, Choice(form, tiles, dict(row["microseconds"]))
 
 
 def write_table(path: Path, rows: dict[Key, Choice], about: dict[str, str]) -> None:

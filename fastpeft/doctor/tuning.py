@@ -24,12 +24,16 @@ def tune_gpu(models: Sequence[str], limit_minutes: float, console: Console | Non
     """Tune the first GPU for the shapes of `models`, and keep what was measured whatever ends it.
 
     Raises:
-        UserError: no GPU, no Triton, an unknown model, a table that cannot be read.
+        UserError: no GPU, no Triton, an unknown model, a table that cannot be read or written.
     """
     shapes = shapes_of(models or DEFAULT_MODELS)
     device = usable_device()
     gpu = dispatch.gpu_name(device.index)
-    path = dispatch.table_path(gpu)
+    try:
+        path = dispatch.table_path(gpu)
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except (ValueError, OSError) as error:
+        raise UserError(f"doctor --tune cannot keep a table: {error}") from None
     console = console or Console(highlight=False)
     console.print(f"{gpu}: the shapes of {', '.join(models or DEFAULT_MODELS)}, at most {limit_minutes:g} minutes")
     run_tuning(tune.problems(shapes), device, path, about(gpu), limit_minutes, console)
@@ -58,6 +62,8 @@ def run_tuning(
                 status.update(f"{known + len(outcomes)} of {len(todo)}: {_words(outcome)}")
     except ValueError as error:
         raise UserError(str(error)) from None
+    except OSError as error:
+        raise UserError(f"doctor --tune cannot keep {path}: {error}") from None
     finally:
         if outcomes:
             console.print(as_table(outcomes))

@@ -536,6 +536,16 @@ def test_tuning_writes_the_table_and_shows_it(command, tuned, monkeypatch):
     assert f"{tuned} is no table" in errors
 
 
+def test_a_table_that_cannot_be_kept_is_told_before_anything_is_measured(command, tuned, monkeypatch, tmp_path):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    code, said, errors = command("--tune")
+    assert code == 2
+    assert "doctor --tune cannot keep a table" in errors
+    assert str(tmp_path / "file") in errors
+    assert said == ""
+
+
 def test_ctrl_c_keeps_what_was_measured(command, tuned, monkeypatch):
     from fastpeft.kernels import dispatch, tune
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import os
+
 import pytest
 import torch
 
@@ -22,6 +25,45 @@ def test_a_table_is_read_as_it_was_written(tmp_path):
     read = dispatch.read_table(tmp_path / "deep" / "gpu.json")
     assert read == rows
     assert read[("lora_forward", "bfloat16", 768, 3072, 8, 8192)].microseconds == FUSED.microseconds
+
+
+GOOD = {"key": ["lora_forward", "bfloat16", 768, 768, 8, 64], "form": "fused", "microseconds": {}}
+GOOD |= {"config": {"block_m": 64, "block_n": 64, "block_k": 64, "num_warps": 4, "num_stages": 3}}
+WRONG = [{"key": ["a"]}, {"form": None}, {"microseconds": None}, {"config": [64]}, {"key": [*GOOD["key"][:5], "64"]}]
+WRONG += [{"config": GOOD["config"] | {"block_k": size}} for size in (0, -64, "64", 64.0)]
+
+
+@pytest.mark.parametrize("wrong", WRONG, ids=str)
+def test_a_row_that_no_kernel_can_take_is_refused_where_it_is_read(tmp_path, wrong):
+    path = tmp_path / "gpu.json"
+    path.write_text(json.dumps({"rows": [GOOD]}))
+    assert dispatch.read_table(path)[tuple(GOOD["key"])].config.block_k == 64
+    path.write_text(json.dumps({"rows": [GOOD | wrong]}))
+    with pytest.raises(ValueError, match=r"gpu\.json is no table of kernel choices"):
+        dispatch.read_table(path)
+
+
+def test_without_a_home_folder_or_the_right_to_enter_it_there_is_no_table_and_no_error(monkeypatch, tmp_path):
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    real = os.stat
+
+    def stat(path, *args, **options):
+        if str(path).startswith(str(tmp_path)):
+            raise PermissionError(13, "Permission denied", str(path))
+        return real(path, *args, **options)
+
+    with monkeypatch.context() as entering:
+        entering.setattr(os, "stat", stat)
+        assert dispatch.table("NVIDIA X3") == {}
+
+    def nowhere():
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.setattr(dispatch.Path, "home", nowhere)
+    assert dispatch.table("NVIDIA X4") == {}
+    with pytest.raises(ValueError, match="set HOME or XDG_CACHE_HOME"):
+        dispatch.table_path("NVIDIA X4")
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", '{"rows": [{"key": 1}]}', '{"rows": [{"key": [], "form": "fused"}]}'])
