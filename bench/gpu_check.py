@@ -32,7 +32,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import torch
 
 from bench.interleave import names_in
-from bench.report import about, print_table, write_json
+from bench.report import about, json_path, print_table, write_json
 
 ROOT = Path(__file__).resolve().parents[1]
 DRY_LIMIT_S = 120.0
@@ -209,7 +209,7 @@ def default_path(described: dict[str, Any]) -> Path:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--json", type=Path)
+    parser.add_argument("--json", type=json_path)
     parser.add_argument("--only", help=f"of {', '.join(PARTS)}")
     parser.add_argument("--dry-run", action="store_true", help="in miniature on the CPU")
     args = parser.parse_args()

@@ -122,8 +122,17 @@ def timer(seconds: float, began: float | None = None) -> Callable[[], bool]:
 
 
 def choose_device(name: str | None) -> torch.device:
-    """The one named, or the GPU if there is one."""
+    """The one named, or the GPU if there is one. SystemExit where the one named is not there."""
+    if name == "cuda" and not torch.cuda.is_available():
+        raise SystemExit("--device cuda: torch sees no GPU")
     return torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+
+
+def positive(text: str) -> int:
+    """For argparse."""
+    if int(text) < 1:
+        raise ValueError(text)
+    return int(text)
 
 
 def names_in(text: str | None, known: Sequence[str]) -> list[str]:

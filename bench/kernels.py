@@ -29,7 +29,7 @@ import torch
 
 from bench.interleave import Measure, choose_device, host_timer, interleave, names_in, timer
 from bench.kernel_cases import PARTS, Case, Setting
-from bench.report import about, print_table, write_json
+from bench.report import about, json_path, print_table, write_json
 from fastpeft.errors import first_line
 from fastpeft.kernels.tune import DeviceTimer
 from fastpeft.models.backbone import choose_dtype
@@ -142,7 +142,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=240.0)
     parser.add_argument("--precision", default="auto", choices=["auto", "fp32", "bf16", "fp16"])
     parser.add_argument("--no-compile", action="store_true", help="leave torch.compile out")
-    parser.add_argument("--json", type=Path)
+    parser.add_argument("--json", type=json_path)
     args = parser.parse_args()
     began = time.perf_counter()
     device, parts = choose_device(args.device), names_in(args.parts, list(PARTS))

@@ -45,14 +45,15 @@ import torch
 from torch import nn
 
 from bench.cost import count_launches, launches_kind, peak_mb
-from bench.interleave import Times, choose_device, host_timer, interleave, names_in, timer
+from bench.interleave import Times, choose_device, host_timer, interleave, names_in, positive, timer
 from bench.models import Host, random_batches
-from bench.report import about, print_table, write_json
+from bench.report import about, json_path, print_table, write_json
 from fastpeft.adapters import Adapter, method_class
 from fastpeft.adapters.flat import FlatParameters
 from fastpeft.config import RunConfig
 from fastpeft.config.schema import AdapterConfig, ModelConfig, RegulariserConfig
 from fastpeft.data import Batch
+from fastpeft.errors import UserError
 from fastpeft.models.backbone import Backbone, choose_dtype, quiet_transformers
 from fastpeft.models.inject import match_targets
 from fastpeft.schedules import make_schedule
@@ -345,17 +346,20 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", help="deberta-v3-base, minilm, or a folder with a config.json")
     parser.add_argument("--device", choices=["cpu", "cuda"])
-    parser.add_argument("--json", type=Path)
+    parser.add_argument("--json", type=json_path)
     parser.add_argument("--seconds", type=float, default=150.0, help="the whole of it; rounds end there")
-    parser.add_argument("--repeats", type=int, default=400, help="most rounds")
-    parser.add_argument("--steps", type=int, help="steps a turn; 8 on a GPU, 1 on a CPU")
+    parser.add_argument("--repeats", type=positive, default=400, help="most rounds")
+    parser.add_argument("--steps", type=positive, help="steps a turn; 8 on a GPU, 1 on a CPU")
     parser.add_argument("--rows", help="only these, comma-separated")
-    parser.add_argument("--batch-size", type=int, default=32)
-    parser.add_argument("--rank", type=int, default=8)
+    parser.add_argument("--batch-size", type=positive, default=32)
+    parser.add_argument("--rank", type=positive, default=8)
     parser.add_argument("--targets", default="all-linear")
     parser.add_argument("--precision", default="auto", choices=["auto", "fp32", "bf16"])
     args = parser.parse_args()
-    report = measure(args)
+    try:
+        report = measure(args)
+    except UserError as error:
+        raise SystemExit(str(error)) from None
     show(report)
     if args.json:
         write_json(args.json, report)

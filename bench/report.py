@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import argparse
 import json
+import os
 import platform
 import sys
 from collections.abc import Sequence
@@ -54,6 +56,18 @@ def _versions() -> dict[str, str | None]:
         except metadata.PackageNotFoundError:
             out[package] = None
     return out
+
+
+def json_path(text: str) -> Path:
+    """For argparse: a file that can be written, which is found out before anything is measured."""
+    path = Path(text)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if path.is_dir() or not os.access(path.parent, os.W_OK):
+            raise OSError(f"{path} cannot be written")
+    except OSError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+    return path
 
 
 def write_json(path: Path, body: dict[str, Any]) -> None:

@@ -10,7 +10,7 @@ import torch
 
 from bench import overhead
 from bench.cost import count_launches, peak_mb
-from bench.interleave import Round, Times, interleave
+from bench.interleave import Round, Times, choose_device, interleave
 from bench.models import Host, random_batches
 
 CPU = torch.device("cpu")
@@ -89,6 +89,30 @@ def test_an_unknown_model_or_row_is_named():
         overhead.measure(args)
     with pytest.raises(SystemExit, match=r"--model nowhere: neither minilm, deberta-v3-base nor"):
         Host.build("nowhere", torch.float32, CPU)
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        (["--json", "/proc/nowhere/out.json"], "--json: "),
+        (["--repeats", "0"], "--repeats: "),
+        (["--batch-size", "-1"], "--batch-size: "),
+        (["--rank", "many"], "--rank: "),
+    ],
+)
+def test_what_cannot_be_is_told_before_anything_is_measured(monkeypatch, capsys, given, said):
+    monkeypatch.setattr("sys.argv", ["overhead.py", *given])
+    monkeypatch.setattr(overhead, "measure", lambda args: pytest.fail("measured"))
+    with pytest.raises(SystemExit) as end:
+        overhead.main()
+    assert end.value.code == 2
+    assert said in capsys.readouterr().err
+
+
+def test_a_gpu_that_is_not_there_is_told(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(SystemExit, match="--device cuda: torch sees no GPU"):
+        choose_device("cuda")
 
 
 # ---- interleaving --------------------------------------------------------------------------
