@@ -7,12 +7,14 @@ from dataclasses import dataclass
 from typing import Any
 
 import peft
+import torch
 from torch import nn
 
 from fastpeft.config.schema import AdaLoraConfig, AdapterConfig
 from fastpeft.errors import UserError
 from fastpeft.models.backbone import Backbone, quiet_transformers
 from fastpeft.models.layers import LoraLinear, SvdLinear, svd_scale
+from fastpeft.models.siblings import join_settled
 
 ADAPTER_NAME = "default"
 
@@ -82,6 +84,7 @@ def inject_lora(
     lora = peft.LoraConfig(r=config.rank, use_rslora=rank_stabilised, **_common(backbone, config, names))
     lora._register_custom_module({nn.Linear: LoraLinear})
     model = _wrap(backbone, lora)
+    _join(model)
     return model, [LoraBlock(n, _layer(n), projection_of(n), _module(model, n)) for n in names]
 
 
@@ -129,6 +132,13 @@ def _common(backbone: Backbone, config: AdapterConfig, names: list[str]) -> dict
 def _wrap(backbone: Backbone, settings: peft.PeftConfig) -> nn.Module:
     with quiet_transformers():
         return peft.get_peft_model(backbone.model, settings, adapter_name=ADAPTER_NAME)
+
+
+def _join(model: nn.Module) -> None:
+    """Compute together the projections that share an input."""
+    tokens = torch.zeros(1, 4, dtype=torch.long, device=next(model.parameters()).device)
+    with quiet_transformers():
+        join_settled(model, input_ids=tokens, attention_mask=torch.ones_like(tokens))
 
 
 def _module(model: nn.Module, name: str) -> Any:

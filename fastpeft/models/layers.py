@@ -73,7 +73,7 @@ class _Fused:
         lora_a, lora_b, scale = factors
         if lora_a.shape[0] > LARGEST_RANK or not _PLAIN.issuperset((type(lora_a), type(lora_b))):
             return None
-        if torch._C._are_functorch_transforms_active():
+        if _transforms_active():
             return None
         dtypes = self._dtypes(x, lora_a, dropout)
         return None if dtypes is None else Call(weight, bias, lora_a, lora_b, scale, dropout, *dtypes)
@@ -190,6 +190,8 @@ def _never_plain_adapter(layer: Any, name: str) -> str | None:
 # ---- what makes a layer plain ----------------------------------------------------------------
 
 _PLAIN = {nn.Parameter, torch.Tensor}
+# A torch that cannot be asked refuses lora_linear under vmap and the like with a message of its own.
+_transforms_active = getattr(torch._C, "_are_functorch_transforms_active", lambda: False)
 
 
 def is_bare(module: nn.Module, kind: type[nn.Module]) -> bool:

@@ -17,17 +17,20 @@ from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from fastpeft.kernels import lora_linear_grouped
-from fastpeft.models.layers import Call, is_fused
+from fastpeft.models.layers import Call, SvdLinear, is_fused
 
 _LESSONS = 3
 """So many runs of the parent are looked at; one whose calls vary is left alone after that."""
 
 
 class _Result(NamedTuple):
+    """What waits for the layer that it was computed for."""
+
     name: str
-    call: Call
-    versions: tuple[int, ...]
     y: torch.Tensor
+    basis: tuple
+    kept: tuple
+    """The tensors of `basis`, alive, so that no other one can have the id of one of them."""
 
 
 class _Run:
@@ -35,27 +38,21 @@ class _Run:
 
     def __init__(self, parent: nn.Module) -> None:
         self.parent = parent
-        self.calls: list[str] = []
-        self.starts: list[int] = []
-        """Numbers of the calls whose x is not that of the call before."""
-        self.last_x: weakref.ref | None = None
-        self.x: torch.Tensor | None = None
-        self.x_version = 0
-        self.with_grad = False
+        self.calls: list[list[str]] = []
+        """The layers that were called, those in turn that were given the same x in a list of their own."""
         self.waiting: list[_Result] = []
+        self._last_x: weakref.ref | None = None
 
-    def note(self, name: str, x: torch.Tensor) -> int:
-        """Number of this call."""
-        number = len(self.calls)
-        if self.last_x is None or self.last_x() is not x:
-            self.starts.append(number)
-            self.last_x = weakref.ref(x)
-        self.calls.append(name)
-        return number
+    def note(self, name: str, x: torch.Tensor) -> None:
+        if self._last_x is None or self._last_x() is not x:
+            self.calls.append([])
+            self._last_x = weakref.ref(x)
+        self.calls[-1].append(name)
 
-    def drop(self) -> None:
-        self.x = None
-        self.waiting.clear()
+    def take(self, name: str, x: torch.Tensor, call: Call) -> torch.Tensor | None:
+        """The next result, if it is what `call(x)` would be."""
+        first = self.waiting[0]
+        return self.waiting.pop(0).y if first.name == name and first.basis == _basis(x, call) else None
 
 
 class _ThisThread(threading.local):
@@ -68,12 +65,14 @@ class Siblings:
     def __init__(self, names: list[str]) -> None:
         self.names = names
         self.lessons = 0
-        self.groups: dict[int, tuple[str, ...]] = {}
-        """Number of a call within a run of the parent: the layers that are called with that x, from this one on."""
+        self.groups: dict[int, list[str]] = {}
+        """Which x it is within a run of the parent, from 0: the layers that are called with it."""
+        self.settled = False
+        """The groups stay what they are."""
         self._now = _ThisThread()
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"names": self.names, "lessons": self.lessons, "groups": self.groups}
+        return {name: value for name, value in vars(self).items() if name != "_now"}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
@@ -93,20 +92,16 @@ class Siblings:
             return
         if run.waiting:
             self._forget(run)
-        elif not self.groups and run.calls and self.lessons < _LESSONS:
-            self._learn(run)
-
-    def _learn(self, run: _Run) -> None:
-        self.lessons += 1
-        for start, end in zip(run.starts, [*run.starts[1:], len(run.calls)]):
-            names = tuple(run.calls[start:end])
-            if len(names) > 1 and len(set(names)) == len(names):
-                self.groups[start] = names
+        elif not self.groups and run.calls and not self.settled and self.lessons < _LESSONS:
+            self.lessons += 1
+            together = {i: names for i, names in enumerate(run.calls) if len(names) > 1}
+            self.groups = {i: names for i, names in together.items() if len(set(names)) == len(names)}
 
     def _forget(self, run: _Run) -> None:
         """What was foreseen did not come."""
-        run.drop()
-        self.groups = {}
+        run.waiting.clear()
+        if not self.settled:
+            self.groups = {}
 
     # ---- calls of the layers ----
 
@@ -115,65 +110,72 @@ class Siblings:
         name = None if run is None else self._name(layer, run)
         if name is None:
             return call(x)
-        number = run.note(name, x)
+        run.note(name, x)
         if run.waiting:
-            y = self._take(run, name, x, call)
+            y = run.take(name, x, call)
             if y is not None:
                 return y
             self._forget(run)
-        group = self.groups.get(number, ())
-        if group[:1] != (name,) or not _may_group(x, call):
+        group = self.groups.get(len(run.calls) - 1)
+        if group is None or run.calls[-1] != group[:1] or not _may_group(x, call):
             return call(x)
-        return self._compute_group(run, group, x, call)
+        return _compute_group(run, group, x, call)
 
     def _name(self, layer: nn.Module, run: _Run) -> str | None:
         there = run.parent._modules
         return next((name for name in self.names if there.get(name) is layer), None)
 
-    def _take(self, run: _Run, name: str, x: torch.Tensor, call: Call) -> torch.Tensor | None:
-        first = run.waiting[0]
-        fits = (
-            first.name == name
-            and run.x is x
-            and run.x_version == x._version
-            and run.with_grad == torch.is_grad_enabled()
-            and _same(first.call, call)
-            and first.versions == _versions(call)
-        )
-        if not fits:
-            return None
-        run.waiting.pop(0)
-        if not run.waiting:
-            run.drop()
-        return first.y
 
-    def _compute_group(self, run: _Run, names: tuple[str, ...], x: torch.Tensor, call: Call) -> torch.Tensor:
-        layers = [run.parent._modules[name] for name in names[1:]]
-        calls = [call, *(layer.plain_call(x) for layer in layers)]
-        alike = all(c is not None and c[-3:] == call[-3:] for c in calls)
-        if not alike or any(_is_inference(tensor) for c in calls for tensor in c[:4]):
-            return call(x)
-        low = x.to(call.x_dtype)
-        ys = lora_linear_grouped(
-            low,
-            [c.weight for c in calls],
-            [None if c.bias is None else c.bias.to(call.x_dtype) for c in calls],
-            [c.lora_a for c in calls],
-            [c.lora_b for c in calls],
-            [c.scale for c in calls],
-            dropout=call.dropout,
-        )
-        y, *rest = (y.to(call.y_dtype) for y in ys)
-        run.x, run.x_version, run.with_grad = x, x._version, torch.is_grad_enabled()
-        run.waiting = [_Result(n, c, _versions(c), r) for n, c, r in zip(names[1:], calls[1:], rest)]
-        return y
+def _compute_group(run: _Run, names: list[str], x: torch.Tensor, call: Call) -> torch.Tensor:
+    """y of the first of `names`; those of the others wait."""
+    calls = [call, *(run.parent._modules[name].plain_call(x) for name in names[1:])]
+    alike = all(c is not None and c[-3:] == call[-3:] for c in calls)
+    if not alike or any(tensor.is_inference() for c in calls for tensor in _tensors(c)):
+        return call(x)
+    ys = lora_linear_grouped(
+        x.to(call.x_dtype),
+        [c.weight for c in calls],
+        [None if c.bias is None else c.bias.to(call.x_dtype) for c in calls],
+        [c.lora_a for c in calls],
+        [c.lora_b for c in calls],
+        [c.scale for c in calls],
+        dropout=call.dropout,
+    )
+    y, *rest = (y.to(call.y_dtype) for y in ys)
+    run.waiting = [_Result(n, r, _basis(x, c), (x, c)) for n, c, r in zip(names[1:], calls[1:], rest)]
+    return y
+
+
+def _basis(x: torch.Tensor, call: Call) -> tuple:
+    """What `call(x)` depends on: the tensors and their versions, the numbers, the gradient mode."""
+    tensors = ((id(t), None if t.is_inference() else t._version) for t in (x, *_tensors(call)))
+    return *tensors, *call[4:], torch.is_grad_enabled()
+
+
+def _tensors(call: Call) -> list[torch.Tensor]:
+    return [tensor for tensor in call[:4] if tensor is not None]
+
+
+def _may_group(x: torch.Tensor, call: Call) -> bool:
+    """Not where a forward pass may be repeated otherwise than it was: checkpointing counts what is saved, and draws."""
+    if x.is_inference() or torch.is_inference_mode_enabled():
+        return False
+    try:
+        saves_elsewhere = torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
+        in_backward = torch._C._current_graph_task_id() != -1
+    except (AttributeError, TypeError):
+        return False  # another torch, which cannot be asked
+    return not saves_elsewhere and not (call.dropout and (in_backward or not torch.is_grad_enabled()))
+
+
+# ---- whole models ----------------------------------------------------------------------------
 
 
 def join(model: nn.Module) -> list[RemovableHandle]:
     """Let the layers of each parent be computed together. Returns the parents' hooks; without them each is alone."""
     hooks = []
     for parent in list(model.modules()):
-        layers = {name: child for name, child in parent.named_children() if is_fused(child)}
+        layers = {name: child for name, child in parent.named_children() if _can_join(child)}
         if len(layers) < 2 or all(layer.siblings is not None for layer in layers.values()):
             continue
         siblings = Siblings(list(layers))
@@ -184,23 +186,29 @@ def join(model: nn.Module) -> list[RemovableHandle]:
     return hooks
 
 
-def _may_group(x: torch.Tensor, call: Call) -> bool:
-    """Not where a forward pass may be repeated otherwise than it was: checkpointing counts what is saved, and draws."""
-    if x.is_inference() or torch.is_inference_mode_enabled():
-        return False
-    if torch._C._autograd._top_saved_tensors_default_hooks(True) is not None:
-        return False
-    repeats = not torch.is_grad_enabled() or torch._C._current_graph_task_id() != -1
-    return not (call.dropout and repeats)
+def _can_join(layer: nn.Module) -> bool:
+    """SvdLinear makes its A anew at each call, so that no result would be known to be its own."""
+    return is_fused(layer) and not isinstance(layer, SvdLinear)
 
 
-def _is_inference(tensor: torch.Tensor | None) -> bool:
-    return tensor is not None and tensor.is_inference()
+def join_settled(model: nn.Module, **inputs: torch.Tensor) -> None:
+    """`join`, with the groups learnt from a run on `inputs`, here and now, and never changed.
 
-
-def _versions(call: Call) -> tuple[int, ...]:
-    return tuple(tensor._version for tensor in call[:4] if tensor is not None)
-
-
-def _same(one: Call, other: Call) -> bool:
-    return all(a is b for a, b in zip(one[:4], other[:4])) and one[4:] == other[4:]
+    So what a pass computes depends on no pass before it: a resumed training, or a batch that begins again after an
+    error, rounds as an unbroken one does. Modes and random numbers are left as they were. Where the run fails, its
+    layers are computed one by one.
+    """
+    join(model)
+    modes = [(module, module.training) for module in model.modules()]
+    devices = {tensor.device for tensor in inputs.values() if tensor.device.type == "cuda"}
+    try:
+        with torch.random.fork_rng(devices), torch.no_grad():
+            model.eval()(**inputs)
+    except Exception:  # a model may refuse such inputs in its own way
+        pass
+    finally:
+        for module, training in modes:
+            module.training = training
+    for module in model.modules():
+        if is_fused(module) and module.siblings is not None:
+            module.siblings.settled = True

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import gc
+import importlib.util
 import weakref
 
 import peft
@@ -331,12 +332,54 @@ def test_after_an_exception_it_goes_on(pair, grouped):
     assert grouped == [3, 3], "the one that broke, and the one after the next lesson"
 
 
+def test_inference_mode_in_the_midst_of_a_run(pair, grouped):
+    plain, fused = pair
+
+    def half(parent, x):
+        q = parent.q(x)
+        with torch.inference_mode():
+            k = parent.k(x * 1)
+        return [q, k.clone(), parent.v(x)]
+
+    x = torch.randn(4, WIDTH)
+    fused(in_turn, x)
+    close(fused(half, x), plain(half, x))
+    assert grouped == [3]
+
+
 def test_outside_of_its_parent_a_layer_is_alone(pair, grouped):
     plain, fused = pair
     x = torch.randn(4, WIDTH)
     fused(in_turn, x)
     close(in_turn(fused, x), in_turn(plain, x))
     assert grouped == []
+
+
+# ---- another torch -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "name", ["torch._C._current_graph_task_id", "torch._C._autograd._top_saved_tensors_default_hooks"]
+)
+def test_a_torch_that_cannot_be_asked_is_not_grouped(pair, grouped, monkeypatch, name):
+    plain, fused = pair
+    monkeypatch.delattr(name)
+    for _ in range(2):
+        x = torch.randn(4, WIDTH)
+        close(gradients(fused, in_turn, x), gradients(plain, in_turn, x))
+    assert grouped == []
+
+
+def test_layers_load_in_a_torch_without_transforms(monkeypatch):
+    spec = importlib.util.spec_from_file_location("other_layers", layers.__file__)
+    other = importlib.util.module_from_spec(spec)
+    with monkeypatch.context() as patch:
+        patch.delattr(torch._C, "_are_functorch_transforms_active")
+        spec.loader.exec_module(other)
+    model = nn.Sequential(nn.Linear(WIDTH, 3))
+    peft.inject_adapter_in_model(peft.LoraConfig(r=2, target_modules=["0"]), model)
+    model[0].__class__ = other.LoraLinear
+    assert model[0].plain_call(torch.randn(2, WIDTH)) is not None
 
 
 # ---- checkpointing -------------------------------------------------------------------------
