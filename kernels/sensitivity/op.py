@@ -64,8 +64,22 @@ def sketch_norm(db_norm: torch.Tensor, scale: float, variance: float, rank: int)
     """Estimate ||dL/dW||_F from ||dL/dB||_F, free in any LoRA backward.
 
     dL/dB = s G^T (X A^T), and for A with i.i.d. zero-mean entries of variance v,
-    E_A ||dL/dB||_F^2 = s^2 v R ||G^T X||_F^2. PEFT's default A has v = 1 / (3 I).
+    E_A ||dL/dB||_F^2 = s^2 v R ||G^T X||_F^2 (IW-LoRA, section 1).
+
+    Args:
+        db_norm: any shape, floating: ||dL/dB||_F where B = 0.
+        scale: s, lora_alpha / R.
+        variance: v, of the entries of A; PEFT's default is 1 / (3 I).
+        rank: R.
+
+    Returns:
+        The estimates, in db_norm's shape and dtype and in units of loss per unit of weight.
+
+    Raises:
+        ValueError: a scale, variance or rank that is not positive.
     """
+    if not (scale > 0 and variance > 0 and rank > 0):
+        raise ValueError(f"sketch_norm: scale {scale}, variance {variance} and rank {rank}; expected positive numbers")
     return db_norm / (scale * math.sqrt(variance * rank))
 
 

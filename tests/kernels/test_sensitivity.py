@@ -305,3 +305,9 @@ def test_sketch_squared_is_unbiased(seed, rank):
     assert abs(float(squares.mean()) - 1) < 6 * standard_error
     assert standard_error < 0.05
     assert abs(float(estimate.mean() / exact) - 1) < (0.15 if rank == 1 else 0.05)
+
+
+@pytest.mark.parametrize("wrong", [(0.0, 1.0, 8), (1.0, -1.0, 8), (1.0, 1.0, 0), (1.0, float("nan"), 8)])
+def test_a_sketch_of_nothing_is_refused(wrong):
+    with pytest.raises(ValueError, match=r"sketch_norm: .* expected positive numbers"):
+        sketch_norm(torch.ones(()), *wrong)
