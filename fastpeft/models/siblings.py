@@ -128,7 +128,8 @@ class Siblings:
 
 def _compute_group(run: _Run, names: list[str], x: torch.Tensor, call: Call) -> torch.Tensor:
     """y of the first of `names`; those of the others wait."""
-    calls = [call, *(run.parent._modules[name].plain_call(x) for name in names[1:])]
+    others = [run.parent._modules.get(name) for name in names[1:]]
+    calls = [call, *(layer.plain_call(x) if is_fused(layer) else None for layer in others)]
     alike = all(c is not None and c[-3:] == call[-3:] for c in calls)
     if not alike or any(tensor.is_inference() for c in calls for tensor in _tensors(c)):
         return call(x)

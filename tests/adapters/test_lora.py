@@ -35,7 +35,9 @@ def test_peft_loads_what_was_saved(make_job, tmp_path, seed, family, method, mas
     assert settings["use_rslora"] == (method == "rslora")
     assert job.adapter.blocks[0].scale == (8.0 if method == "rslora" else 4.0)
     batch = collate(job.batches.encoded, job.batches.rows(0), job.device)
-    want = job.adapter.model.eval()(**batch.inputs).logits
+    with torch.inference_mode():  # layer by layer, as PEFT's are: these random layers magnify what is rounded otherwise
+        want = job.adapter.model.eval()(**batch.inputs).logits
+    want = want.clone()
     base = transformers.AutoModelForSequenceClassification.from_pretrained(job.run.model.name, num_labels=2)
     fresh = base.eval()(**batch.inputs).logits
     model = peft.PeftModel.from_pretrained(base, str(folder)).eval()

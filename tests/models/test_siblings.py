@@ -280,6 +280,17 @@ def test_a_parent_whose_calls_vary_is_left_alone(pair, grouped):
     assert len(grouped) == siblings._LESSONS
 
 
+def test_one_of_them_becomes_another_layer(pair, grouped):
+    plain, fused = pair
+    x = torch.randn(4, WIDTH)
+    fused(in_turn, x)
+    for parent in pair:
+        parent.k = parent.k.base_layer
+    for _ in range(2):
+        close(gradients(fused, in_turn, x), gradients(plain, in_turn, x))
+    assert grouped == []
+
+
 def test_an_optimizer_step_between_runs(pair, grouped):
     plain, fused = pair
     optimizers = [torch.optim.SGD(p.parameters(), lr=1e-4) for p in pair]
