@@ -73,7 +73,7 @@ def test_the_first_pass_is_together_and_the_losses_are_the_same(make_job, make_s
     assert grouped == []
     found = gradient(together)
     assert sorted(grouped) == GROUPS[family]
-    assert float((found - expected).norm()) <= 1e-5 * float(expected.norm())
+    assert float((found - expected).norm()) <= 1e-4 * float(expected.norm())
     for position in range(6):
         assert take(together, position) == pytest.approx(take(alone, position), rel=1e-3)
 
