@@ -144,8 +144,9 @@ def run_part(name: str, part: Part, out: Path, dry: bool) -> dict[str, Any]:
     env = os.environ | {"PYTHONPATH": path, "XDG_CACHE_HOME": str(out / "cache"), "PYTHONUNBUFFERED": "1"}
     with log.open("wb") as file:
         process = subprocess.Popen(
-            part.command(out, dry), cwd=ROOT, env=env, stdout=file, stderr=subprocess.STDOUT, start_new_session=True
-        )
+            part.command(out, dry), cwd=ROOT, env=env, stdout=file, stderr=subprocess.STDOUT, start_new_session=True,
+            preexec_fn=_heed_interrupts,
+        )  # fmt: skip
         try:
             code = process.wait(DRY_LIMIT_S if dry else part.limit_s)
             status = "ok" if code == 0 else "failed"
@@ -159,6 +160,11 @@ def run_part(name: str, part: Part, out: Path, dry: bool) -> dict[str, Any]:
     if result is None and status == "ok":
         report["status"] = "failed"
     return report | {"output": log.read_text(errors="replace")[-TAIL:], "result": result}
+
+
+def _heed_interrupts() -> None:
+    """A shell's background job ignores SIGINT, and so would its children."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def end(process: subprocess.Popen) -> None:
