@@ -15,11 +15,16 @@ _PUBLIC = {
     "AdamWOptions": "adamw.reference",
     "FlatLayout": "flat_layout",
     "FrobeniusResult": "frobenius.op",
+    "LoraMeasures": "lora_linear.compute",
     "MatrixGroup": "flat_layout",
     "adamw_step": "adamw.op",
-    "gradient_norm": "sensitivity.reference",
+    "dropout_mask": "lora_linear.dropout",
+    "gradient_norm": "sensitivity.op",
+    "linear_cross_entropy": "linear_cross_entropy.op",
+    "logits_cross_entropy": "linear_cross_entropy.op",
     "lora_linear": "lora_linear.op",
-    "sketch_norm": "sensitivity.reference",
+    "lora_linear_grouped": "lora_linear.op",
+    "sketch_norm": "sensitivity.op",
     "weighted_frobenius": "frobenius.op",
 }
 

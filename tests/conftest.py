@@ -35,6 +35,9 @@ if not torch.cuda.is_available():
         patch.setenv("TRITON_INTERPRET", "1")
         import triton.language  # noqa: F401
 
+if TYPE_CHECKING:
+    from wandb_server import WandbServer
+
 ROOT = Path(__file__).resolve().parent.parent
 
 

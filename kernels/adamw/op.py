@@ -64,23 +64,6 @@ def adamw_step(
     Raises:
         ValueError: shapes, dtypes or devices that do not fit.
     """
-    layout.check("adamw_step", data=data, grad=grad, exp_avg=exp_avg, exp_avg_sq=exp_avg_sq)
-    lr_tensor = lr if isinstance(lr, torch.Tensor) else None
-    scalars = {"step": step, "norm": norm, "loss": loss, "loss_scale": loss_scale, "lr": lr_tensor}
-    for name, tensor in scalars.items():
-        if tensor is not None and (tensor.dim() or tensor.device != data.device or not tensor.is_floating_point()):
-            raise ValueError(
-                f"adamw_step: {name} is {tensor.dtype} of shape {tuple(tensor.shape)} on {tensor.device}; "
-                f"expected a floating-point scalar on {data.device}"
-            )
-    if norm.dtype != data.dtype:
-        raise ValueError(f"adamw_step: norm is {norm.dtype}; expected {data.dtype}, as the buffers are")
-    wanted = (layout.num_matrices,), data.dtype, data.device
-    if multiplier_K is not None and (multiplier_K.shape, multiplier_K.dtype, multiplier_K.device) != wanted:
-        raise ValueError(
-            f"adamw_step: multiplier_K is {multiplier_K.dtype} of shape {tuple(multiplier_K.shape)} on "
-            f"{multiplier_K.device}; expected {data.dtype} of shape {wanted[0]} on {data.device}"
-        )
     buffers = data, grad, exp_avg, exp_avg_sq, step
     _check(buffers, layout, lr, norm, loss, loss_scale, multiplier_K)
     if runs_triton(data):
@@ -119,11 +102,13 @@ def _check(buffers, layout, lr, norm, loss, loss_scale, multiplier_K) -> None:
                 f"adamw_step: {name} is {tensor.dtype} of shape {tuple(tensor.shape)} on {tensor.device}; "
                 f"expected a floating-point scalar on {data.device}"
             )
-    wanted = (layout.num_matrices,)
-    if multiplier_K is not None and (multiplier_K.shape != wanted or multiplier_K.dtype != data.dtype):
+    if norm.dtype != data.dtype:
+        raise ValueError(f"adamw_step: norm is {norm.dtype}; expected {data.dtype}, as the buffers are")
+    wanted = (layout.num_matrices,), data.dtype, data.device
+    if multiplier_K is not None and (multiplier_K.shape, multiplier_K.dtype, multiplier_K.device) != wanted:
         raise ValueError(
-            f"adamw_step: multiplier_K is {multiplier_K.dtype} of shape {tuple(multiplier_K.shape)}; "
-            f"expected {data.dtype} of shape {wanted}"
+            f"adamw_step: multiplier_K is {multiplier_K.dtype} of shape {tuple(multiplier_K.shape)} on "
+            f"{multiplier_K.device}; expected {data.dtype} of shape {wanted[0]} on {data.device}"
         )
 
 
