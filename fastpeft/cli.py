@@ -96,10 +96,31 @@ def train(
     no_stand_in: Annotated[
         bool, typer.Option("--no-stand-in", help="Fail where model or data cannot be reached.")
     ] = False,
+    tui: Annotated[bool, typer.Option("--tui", help="Train in a process of its own, and watch it.")] = False,
 ) -> None:
     """Train a run to the end of its budget."""
     several = None if seeds is None else _parse_seeds(seeds, seed)
     config = _load(run, overrides or [], budget, seed, mode, resume, len(several or [0]))
+    if tui:
+        from fastpeft.runs.store import default_name
+        from fastpeft.tui.show import show
+        from fastpeft.tui.steer import Order
+
+        if name is None and resume:
+            raise UserError("--resume needs --name: which run is to be continued?")
+        order = Order(
+            run=run,
+            overrides=overrides or [],
+            budget=budget,
+            mode=mode,
+            name=name or default_name(config.run_id),
+            seed=seed,
+            seeds=several,
+            resume=resume,
+            no_stand_in=no_stand_in,
+        )
+        show(results_dir, order)
+        return
     if several is not None:
         _train_seeds(config, several, results_dir, name, resume, not no_stand_in)
         return
@@ -186,15 +207,14 @@ def _end(results: list[Any], reporter: Any, stop: Any) -> None:
 
 
 def _parse_seeds(text: str, seed: int | None) -> list[int]:
+    from fastpeft.config import parse_seeds
+
     if seed is not None:
         raise UserError("--seed and --seeds: give one of them")
-    parts = [part.strip() for part in text.split(",")]
-    if not all(part.isascii() and part.isdigit() and int(part) < 2**32 for part in parts):
-        raise UserError(f"--seeds {text!r}: expected whole numbers with commas between, such as 0,1,2")
-    found = [int(part) for part in parts]
-    if len(set(found)) < len(found):
-        raise UserError(f"--seeds {text!r}: a seed is there twice")
-    return found
+    try:
+        return parse_seeds(text)
+    except ValueError as error:
+        raise UserError(f"--{error}") from None
 
 
 def _load(
@@ -289,6 +309,16 @@ def doctor(
         print_report(findings)
     if not can_train(findings):
         raise typer.Exit(EXIT_CANNOT_TRAIN)
+
+
+@app.command()
+def tui(
+    results_dir: Annotated[Path, typer.Argument(help="Where the runs' folders are.")] = Path("results"),
+) -> None:
+    """Watch, compare and steer runs in the terminal."""
+    from fastpeft.tui.show import show
+
+    show(results_dir)
 
 
 @app.command()

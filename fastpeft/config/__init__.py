@@ -12,7 +12,7 @@ from fastpeft.config.load import (
     with_values,
 )
 from fastpeft.config.schema import RunConfig
-from fastpeft.config.units import Budget, Interval, parse_budget, parse_interval
+from fastpeft.config.units import Budget, Interval, parse_budget, parse_interval, parse_seeds
 
 __all__ = [
     "Budget",
@@ -23,6 +23,7 @@ __all__ = [
     "load_run",
     "parse_budget",
     "parse_interval",
+    "parse_seeds",
     "preset_names",
     "run_from_values",
     "run_values",

@@ -74,3 +74,14 @@ def parse_interval(text: str) -> Interval:
     if kind in ("steps", "seconds") and 0 < value < math.inf:
         return Interval(kind, max(1, round(value)) if kind == "steps" else value)
     raise ValueError(f"{text!r} is no interval; write 20%, 500steps, 60s, epoch or end")
+
+
+def parse_seeds(text: str) -> list[int]:
+    """`0,1,2` -> [0, 1, 2]. Raises ValueError."""
+    parts = [part.strip() for part in text.split(",")]
+    if not all(part.isascii() and part.isdigit() and int(part) < 2**32 for part in parts):
+        raise ValueError(f"seeds {text!r}: expected whole numbers with commas between, such as 0,1,2")
+    found = [int(part) for part in parts]
+    if len(set(found)) < len(found):
+        raise ValueError(f"seeds {text!r}: a seed is there twice")
+    return found

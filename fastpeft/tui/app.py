@@ -1,0 +1,152 @@
+"""The program: it keeps the list of runs fresh, watches trainers that it started, and holds the screens."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import ClassVar
+
+from rich.text import Text
+from textual import work
+from textual.app import App, SystemCommand
+from textual.binding import Binding, BindingType
+from textual.screen import Screen
+
+from fastpeft.tui.runs import RunRow, RunsIndex
+from fastpeft.tui.screens.base import RunsKeys
+from fastpeft.tui.screens.compare import CompareScreen
+from fastpeft.tui.screens.dialogs import Help, Reading
+from fastpeft.tui.screens.run import RunScreen
+from fastpeft.tui.screens.runs import RunsScreen
+from fastpeft.tui.screens.start import StartScreen
+from fastpeft.tui.steer import Launch
+from fastpeft.tui.tail import RunTail
+
+LIST_EVERY_S = 1.0
+MAX_TAILS = 12
+"""Logs kept open, so that a run that is looked at again is not read again."""
+
+
+class FastpeftApp(App[None]):
+    """`fastpeft tui`."""
+
+    TITLE = "fastpeft"
+    CSS_PATH = "app.tcss"
+    ENABLE_COMMAND_PALETTE = True
+    HORIZONTAL_BREAKPOINTS: ClassVar = [(0, "-narrow"), (110, "-medium"), (170, "-wide")]
+    VERTICAL_BREAKPOINTS: ClassVar = [(0, "-short"), (34, "-tall"), (50, "-high")]
+    BINDINGS: ClassVar[list[BindingType]] = [
+        Binding("q", "quit", "Quit", id="app.quit"),
+        Binding("question_mark,h", "help", "Help", key_display="?", id="app.help"),
+        Binding("tab", "focus_next", "Next part of the screen", show=False, id="app.focus_next"),
+        Binding("shift+tab", "focus_previous", "Part before", show=False, id="app.focus_previous"),
+    ]
+
+    def __init__(self, results_dir: Path, launch: Launch | None = None, now: Callable[[], float] = time.time) -> None:
+        super().__init__()
+        self.results_dir = Path(results_dir)
+        self.now = now
+        self.rows: list[RunRow] = []
+        self.marked: dict[str, None] = {}
+        """Names, in the order in which they were marked."""
+        self.launches: list[Launch] = [] if launch is None else [launch]
+        self._open_when_there = launch
+        self._index = RunsIndex(self.results_dir)
+        self._tails: dict[Path, RunTail] = {}
+        self._wanted = asyncio.Event()
+
+    def on_mount(self) -> None:
+        self.push_screen(RunsScreen())
+        self._watch()
+
+    # ---- reading ---------------------------------------------------------------------------
+
+    def tail(self, name: str) -> RunTail:
+        """The log of a run. The same one as before, so that nothing is read twice."""
+        path = self.results_dir / name / "events.jsonl"
+        tail = self._tails.pop(path, None) or RunTail(path)
+        self._tails[path] = tail
+        while len(self._tails) > MAX_TAILS:
+            self._tails.pop(next(iter(self._tails)))
+        return tail
+
+    def read_soon(self) -> None:
+        self._wanted.set()
+
+    @work(group="watch")
+    async def _watch(self) -> None:
+        while True:
+            self._wanted.clear()
+            self.rows = await asyncio.to_thread(self._read)
+            self._tell_launches()
+            for screen in self.screen_stack:
+                if isinstance(screen, RunsKeys):
+                    screen.rows_changed(self.rows)
+            try:
+                await asyncio.wait_for(self._wanted.wait(), LIST_EVERY_S)
+            except TimeoutError:
+                continue
+
+    def _read(self) -> list[RunRow]:
+        for launch in self.launches:
+            launch.settle()
+        return self._index.refresh()
+
+    # ---- trainers --------------------------------------------------------------------------
+
+    def watch_launch(self, launch: Launch) -> None:
+        self.launches = [*self.launches, launch]
+        self.read_soon()
+
+    @property
+    def starting(self) -> list[Launch]:
+        """Trainers that have no run folder yet."""
+        return [launch for launch in self.launches if launch.output.parent != launch.folder]
+
+    def _tell_launches(self) -> None:
+        """Show the run that `train --tui` started once it is there; say what failed at its start."""
+        wanted = self._open_when_there
+        if wanted is not None and (wanted.folder / "run.yaml").exists():
+            self._open_when_there = None
+            self.push_screen(RunScreen(wanted.folder.name))
+        for launch in list(self.launches):
+            if launch.exit_code is None:
+                continue
+            self.launches = [one for one in self.launches if one is not launch]
+            if launch.failed:
+                body = Text(launch.text() or "It printed nothing.")
+                title = f"{launch.name} ended with exit code {launch.exit_code}"
+                self.push_screen(Reading(title, body, at_end=True, failed=True))
+                launch.forget()
+
+    # ---- actions ---------------------------------------------------------------------------
+
+    def action_help(self) -> None:
+        self.push_screen(Help(self.screen))
+
+    def open_run(self, name: str) -> None:
+        self.push_screen(RunScreen(name))
+
+    def compare(self, names: list[str]) -> None:
+        self.push_screen(CompareScreen(names))
+
+    @work(group="start")
+    async def start_run(self, preset: str = "") -> None:
+        launch = await self.push_screen_wait(StartScreen(self.results_dir, preset))
+        if launch is not None:
+            self.watch_launch(launch)
+            self.notify(f"{launch.name} is process {launch.pid}: it goes on when this closes", title="Starting")
+
+    def get_system_commands(self, screen: Screen) -> Iterable[SystemCommand]:
+        """Textual's, and every key of the screen."""
+        yield from super().get_system_commands(screen)
+        for active in screen.active_bindings.values():
+            binding = active.binding
+            if active.node in (screen, self.screen) and binding.description and not binding.system:
+
+                def run(action: str = binding.action, node=active.node) -> None:
+                    self.call_later(self.run_action, action, node)
+
+                yield SystemCommand(binding.description, active.tooltip or binding.description, run)

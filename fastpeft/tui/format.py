@@ -1,0 +1,71 @@
+"""Numbers as short texts that line up in a table."""
+
+from __future__ import annotations
+
+import math
+
+from rich.text import Text
+
+MISSING = "-"
+
+
+def duration(seconds: float | None) -> str:
+    """45s, 3m12, 2h05, 3d04h."""
+    if seconds is None or not math.isfinite(seconds):
+        return MISSING
+    whole = max(0, round(seconds))
+    if whole < 60:
+        return f"{whole}s"
+    if whole < 3600:
+        return f"{whole // 60}m{whole % 60:02d}"
+    if whole < 86400:
+        return f"{whole // 3600}h{whole % 3600 // 60:02d}"
+    return f"{whole // 86400}d{whole % 86400 // 3600:02d}h"
+
+
+def short(value: float | None, unit: str = "") -> str:
+    """Three digits or four and a prefix: 950, 12.3k, 4.56M."""
+    if value is None or math.isnan(value):
+        return MISSING
+    if math.isinf(value):
+        return "inf" if value > 0 else "-inf"
+    for factor, prefix in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if abs(value) >= factor * 0.9995:
+            scaled = value / factor
+            digits = 0 if abs(scaled) >= 99.95 else 1 if abs(scaled) >= 9.995 else 2
+            return f"{scaled:.{digits}f}{prefix}{unit}"
+    return f"{value:.0f}{unit}" if abs(value) >= 99.5 or value == int(value) else f"{value:.1f}{unit}"
+
+
+def decimal(value: float | None, digits: int = 4) -> str:
+    """A loss or a metric; a value that is not finite is named."""
+    if value is None:
+        return MISSING
+    if not math.isfinite(value):
+        return "nan" if math.isnan(value) else "inf" if value > 0 else "-inf"
+    return f"{value:.{digits}f}" if 1e-3 <= abs(value) < 1e4 or value == 0 else f"{value:.2e}"
+
+
+def amount(value: float, kind: str) -> str:
+    """Of a budget, in its kind's unit."""
+    if kind == "seconds":
+        return duration(value)
+    return short(value, {"joules": "J", "tokens": "tok", "steps": ""}.get(kind, ""))
+
+
+def bar(share: float | None, width: int, style: str = "") -> Text:
+    """A budget bar that reads without colour as well."""
+    if share is None or not math.isfinite(share):
+        return Text(MISSING.ljust(width), style="dim")
+    percent = f"{share:4.0%}"
+    room = max(1, width - len(percent) - 1)
+    full = min(room, int(share * room + 0.5))
+    return Text.assemble(("━" * full, style), ("╌" * (room - full), "dim"), (f" {percent}", ""))
+
+
+def shortened(text: str, width: int) -> str:
+    """Cut in the middle: names of runs differ at both ends."""
+    if len(text) <= width:
+        return text
+    tail = width // 2
+    return f"{text[: width - tail - 1]}…{text[len(text) - tail :]}"

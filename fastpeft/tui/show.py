@@ -1,0 +1,25 @@
+"""Run the terminal UI."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+from fastpeft.errors import UserError
+from fastpeft.tui.steer import Order, start
+
+
+def show(results_dir: Path, order: Order | None = None) -> None:
+    """Until the user quits. With an order, start that trainer first and show its run.
+
+    Raises:
+        UserError: there is no terminal; the trainer cannot be started.
+    """
+    in_browser = "TEXTUAL_DRIVER" in os.environ  # textual serve
+    if not in_browser and not (sys.stdin.isatty() and sys.stdout.isatty()):
+        raise UserError("the terminal UI needs a terminal; `fastpeft runs ls` prints the runs anywhere")
+    from fastpeft.tui.app import FastpeftApp
+
+    launch = None if order is None else start(order, results_dir)
+    FastpeftApp(results_dir, launch).run()
