@@ -1,0 +1,1 @@
+"""The terminal UI: it reads run folders, and never touches a trainer."""

@@ -1,0 +1,202 @@
+"""Lines of events.jsonl to columns, many at a time."""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from operator import itemgetter
+from typing import Any, NamedTuple
+
+import numpy as np
+import orjson
+
+from fastpeft.runs.events import Event, number
+from fastpeft.tui.series import Floats, StepTable
+
+_STEP = StepTable.READ[:-1]  # penalty_share is the one that a method may not have
+_STEP_ROW = np.dtype((np.float64, len(_STEP)))
+_step_values = itemgetter(*_STEP)
+
+
+class Notable(NamedTuple):
+    """An event for the log that a person reads."""
+
+    elapsed_s: float
+    step: int
+    kind: str
+    text: str
+
+
+@dataclass(frozen=True)
+class Importance:
+    """One importance event. `sensitivity` and `ranks` are None where the method has none."""
+
+    elapsed_s: float
+    step: int
+    names: tuple[str, ...]
+    layer: tuple[int, ...]
+    projection: tuple[str, ...]
+    weights: Floats
+    sensitivity: Floats | None = None
+    ranks: Floats | None = None
+
+
+@dataclass
+class Parsed:
+    """What some whole lines hold."""
+
+    steps_CN: Floats = field(default_factory=lambda: np.empty((len(StepTable.READ), 0)))
+    values: dict[str, Floats] = field(default_factory=dict)
+    """Of evaluations (elapsed_s, step, value, energy_j) and heartbeats (elapsed_s, step, value), by series."""
+    notable: list[Notable] = field(default_factory=list)
+    importance: list[Importance] = field(default_factory=list)
+    header: Event | None = None
+    end: Event | None = None
+    malformed: int = 0
+    num_events: int = 0
+
+
+def parse(lines: bytes) -> Parsed:
+    """`lines` end with a newline each. Lines that are no event are counted; unknown types are passed over."""
+    parsed = Parsed()
+    events = _events(lines, parsed)
+    steps = [e for e in events if e["type"] == "step"]
+    parsed.num_events = len(events)
+    parsed.steps_CN = _steps(steps, parsed)
+    if len(steps) < len(events):
+        _others([e for e in events if e["type"] != "step"], parsed)
+    return parsed
+
+
+def _events(lines: bytes, parsed: Parsed) -> list[Event]:
+    num_lines = lines.count(b"\n")
+    try:
+        events = orjson.loads(b"[" + lines[:-1].replace(b"\n", b",") + b"]")
+        if len(events) == num_lines and all(type(e) is dict and type(e.get("type")) is str for e in events):
+            return events
+    except ValueError:
+        pass
+    found = [e for line in lines.splitlines() if (e := _event(line)) is not None]
+    parsed.malformed += num_lines - len(found)
+    return found
+
+
+def _event(line: bytes) -> Event | None:
+    try:
+        event = orjson.loads(line)
+    except ValueError:
+        return None
+    return event if isinstance(event, dict) and isinstance(event.get("type"), str) else None
+
+
+def _steps(events: list[Event], parsed: Parsed) -> Floats:
+    """NumPy reads "nan", "inf" and null as floats."""
+    if not events:
+        return parsed.steps_CN
+    try:
+        table_NC = np.fromiter(map(_step_values, events), dtype=_STEP_ROW, count=len(events))
+        share_N = np.array([e.get("penalty_share") for e in events], dtype=float)
+    except (KeyError, TypeError, ValueError):
+        return _steps_one_by_one(events, parsed)
+    steps_CN = np.concatenate([table_NC.T, share_N[None]])
+    steps_CN[2] = np.nan_to_num(steps_CN[2])  # a sum goes over the tokens
+    return steps_CN
+
+
+def _steps_one_by_one(events: list[Event], parsed: Parsed) -> Floats:
+    """Some line is no step as the trainer writes it: without a place on the axes it is malformed."""
+    rows = []
+    for event in events:
+        try:
+            row = [_float(event.get(key)) for key in StepTable.READ]
+        except (TypeError, ValueError):
+            row = [math.nan]
+        if math.isfinite(row[0]) and math.isfinite(row[1]):
+            row[2] = row[2] if math.isfinite(row[2]) else 0.0
+            rows.append(row)
+        else:
+            parsed.malformed += 1
+            parsed.num_events -= 1
+    return np.array(rows).reshape(-1, len(StepTable.READ)).T
+
+
+def _float(value: Any) -> float:
+    return math.nan if value is None else float(value)
+
+
+def _others(events: Iterable[Event], parsed: Parsed) -> None:
+    values: dict[str, list[list[float]]] = defaultdict(list)
+    for event in events:
+        try:
+            _other(event, parsed, values)
+        except (KeyError, TypeError, ValueError, AttributeError):
+            parsed.malformed += 1
+            parsed.num_events -= 1
+    parsed.values = {key: np.array(rows).T for key, rows in values.items()}
+
+
+def _other(event: Event, parsed: Parsed, values: dict[str, list[list[float]]]) -> None:
+    kind = event["type"]
+    if kind not in _TEXTS and kind != "system":
+        return
+    at = [float(event["elapsed_s"]), float(event["step"])]
+    if kind == "system":
+        for key, value in event.items():
+            if key not in ("type", "time_s", "elapsed_s", "step") and value is not None:
+                values[f"system/{key}"].append([*at, number(value)])
+        return
+    text = _TEXTS[kind](event)
+    if kind == "eval":
+        energy_j = _float(event.get("energy_j"))
+        measured = {event["metric"]: event["value"], "loss": event["loss"]} | (event.get("more") or {})
+        rows = [(f"eval/{key}", [*at, number(value), energy_j]) for key, value in measured.items()]
+        for key, row in rows:
+            values[key].append(row)
+    elif kind == "importance":
+        parsed.importance.append(_importance(event))
+    elif kind == "run":
+        parsed.header, parsed.end = event, None
+    elif kind == "end":
+        parsed.end = event
+    parsed.notable.append(Notable(at[0], int(at[1]), kind, text))
+
+
+def _importance(event: Event) -> Importance:
+    def column(key: str) -> Floats | None:
+        return None if event.get(key) is None else np.array([number(v) for v in event[key]])
+
+    weights = column("weights")
+    names, layer = tuple(event["names"]), tuple(int(i) for i in event["layer"])
+    projection = tuple(event["projection"])
+    columns = (column("sensitivity"), column("ranks"))
+    if not all(len(c) == len(names) for c in (layer, projection, weights, *columns) if c is not None):
+        raise ValueError("columns of several lengths")
+    if weights is None:
+        raise KeyError("weights")
+    return Importance(float(event["elapsed_s"]), int(event["step"]), names, layer, projection, weights, *columns)
+
+
+def _run_text(event: Event) -> str:
+    resumed = "resumed" if event.get("resumed") else "started"
+    return f"{resumed} by process {event['pid']} on {event['host']}"
+
+
+def _eval_text(event: Event) -> str:
+    more = {event["metric"]: event["value"]} | (event.get("more") or {}) | {"loss": event["loss"]}
+    return ", ".join(f"{key} {number(value):.4f}" for key, value in more.items()) + f" on {event['num']:,} rows"
+
+
+def _end_text(event: Event) -> str:
+    return f"{event['status']}: {event['error']}" if event.get("error") else str(event["status"])
+
+
+_TEXTS = {
+    "run": _run_text,
+    "eval": _eval_text,
+    "importance": lambda event: f"importances of {len(event['names'])} matrices",
+    "checkpoint": lambda event: "checkpoint saved",
+    "warning": lambda event: str(event["message"]),
+    "end": _end_text,
+}

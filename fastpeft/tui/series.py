@@ -1,0 +1,315 @@
+"""Columns of numbers that grow, and what a plot asks of them: a range, thinned to the screen, smoothed.
+
+A worker thread appends, the screen's thread reads. Rows never change once appended, so a reader's
+arrays stay valid; each call reads one state of the table.
+"""
+
+# N rows, C columns
+
+from __future__ import annotations
+
+import threading
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fastpeft.tui.smooth import Smoothed
+
+Floats = NDArray[np.float64]
+
+AXES = ("time", "steps", "tokens", "joules")
+"""What a curve can be drawn against: elapsed_s, optimizer steps, tokens trained on, joules spent."""
+
+RATE_ROWS = 32
+"""tokens_per_s and power_w are means over this many steps, as the console's are."""
+
+_FIRST_CAPACITY = 256
+_GROWTH = 1.5
+
+
+class Window(NamedTuple):
+    """What a plot draws of a series within a range."""
+
+    x: Floats
+    y: Floats
+    """At most two points a bucket, the least and the greatest, in order of x. All finite."""
+    gaps_x: Floats
+    gaps_y: Floats
+    """Where a value is not finite: nan, inf or -inf. At most one a bucket."""
+    num_not_finite: int
+    num_not_positive: int
+    """Left out for a log scale."""
+
+
+class Table:
+    """Named float64 columns. `ahead` holds rows of later places of a file, read before those between."""
+
+    def __init__(self, *names: str) -> None:
+        self.names = names
+        self._index = {name: i for i, name in enumerate(names)}
+        self._rows_CN = np.empty((len(names), _FIRST_CAPACITY))
+        self._num = 0
+        self._ahead: dict[int, Floats] = {}
+        self._lock = threading.Lock()
+
+    def append(self, rows_CN: Floats) -> None:
+        with self._lock:
+            self._append(rows_CN)
+
+    def put_ahead(self, rows: dict[int, Floats]) -> None:
+        """Show these rows, by place, after all appended ones, until `append_ahead(place)`."""
+        with self._lock:
+            self._ahead = dict(sorted([*self._ahead.items(), *rows.items()]))
+
+    def append_ahead(self, place: int) -> None:
+        """Everything before `place` has been appended: now these rows are."""
+        with self._lock:
+            rows_CN = self._ahead.get(place)
+            if rows_CN is not None:
+                self._append(rows_CN)
+                self._ahead = {later: rows_CN for later, rows_CN in self._ahead.items() if later != place}
+
+    def take(self, *names: str) -> list[Floats]:
+        """Columns of one state of the table. Not to be written to."""
+        with self._lock:
+            rows_CN, num, ahead = self._rows_CN, self._num, self._ahead
+        if not ahead:
+            return [rows_CN[self._index[name], :num] for name in names]
+        return [self._joined(self._index[name], rows_CN[:, :num], list(ahead.values())) for name in names]
+
+    def __len__(self) -> int:
+        with self._lock:
+            return self._num + sum(rows_CN.shape[1] for rows_CN in self._ahead.values())
+
+    @property
+    def num_settled(self) -> int:
+        """Rows that no others can come before any more."""
+        return self._num
+
+    @property
+    def num_bytes(self) -> int:
+        return self._rows_CN.nbytes + sum(rows_CN.nbytes for rows_CN in self._ahead.values())
+
+    def _joined(self, column: int, rows_CN: Floats, ahead: list[Floats]) -> Floats:
+        return np.concatenate([rows_CN[column], *(part_CN[column] for part_CN in ahead)])
+
+    def _append(self, rows_CN: Floats) -> None:
+        num = self._num + rows_CN.shape[1]
+        if num > self._rows_CN.shape[1]:
+            grown_CN = np.empty((len(self.names), max(num, int(self._rows_CN.shape[1] * _GROWTH))))
+            grown_CN[:, : self._num] = self._rows_CN[:, : self._num]
+            self._rows_CN = grown_CN
+        self._rows_CN[:, self._num : num] = rows_CN
+        self._num = num
+
+
+class StepTable(Table):
+    """A row an optimizer step. Appended with the columns of `READ`; the others are made from them."""
+
+    READ = ("elapsed_s", "step", "tokens", "energy_j", "loss", "penalty", "grad_norm", "lr", "penalty_share")
+    MADE = ("tokens_per_s", "power_w")
+
+    def __init__(self) -> None:
+        super().__init__(*self.READ, *self.MADE)
+
+    def put_ahead(self, rows: dict[int, Floats]) -> None:
+        nothing_CN = np.empty((len(self.names), 0))
+        super().put_ahead({place: _with_rates(rows_CN, nothing_CN) for place, rows_CN in rows.items()})
+
+    def _append(self, rows_CN: Floats) -> None:
+        read_CN = rows_CN[: len(self.READ)].copy()
+        if rows_CN.shape[0] > len(self.READ):  # rows from ahead: cumulative since their own first
+            read_CN[2] = np.diff(read_CN[2], prepend=0.0)
+        before_CN = self._rows_CN[:, max(0, self._num - RATE_ROWS) : self._num]
+        super()._append(_with_rates(read_CN, before_CN))
+
+    def _joined(self, column: int, rows_CN: Floats, ahead: list[Floats]) -> Floats:
+        """The tokens of steps not read yet are estimated from the mean of those that are."""
+        if self.names[column] != "tokens":
+            return super()._joined(column, rows_CN, ahead)
+        ahead = [part_CN for part_CN in ahead if part_CN.shape[1]]
+        total, last = (rows_CN[2, -1], rows_CN[1, -1]) if rows_CN.shape[1] else (0.0, -1.0)
+        num_read = rows_CN.shape[1] + sum(part_CN.shape[1] for part_CN in ahead)
+        mean = (total + sum(part_CN[2, -1] for part_CN in ahead)) / max(num_read, 1)
+        joined = [rows_CN[2]]
+        for part_CN in ahead:
+            total += max(0.0, part_CN[1, 0] - last - 1.0) * mean
+            joined.append(total + part_CN[2])
+            total, last = joined[-1][-1], part_CN[1, -1]
+        return np.concatenate(joined)
+
+
+def _with_rates(read_CN: Floats, before_CN: Floats) -> Floats:
+    """`read_CN` with its tokens made cumulative and its rates, from up to RATE_ROWS rows before."""
+    num_before = before_CN.shape[1]
+    read_CN = read_CN.copy()
+    read_CN[2] = np.cumsum(read_CN[2]) + (before_CN[2, -1] if num_before else 0.0)
+    time_N, tokens_N, energy_N = np.concatenate([before_CN[[0, 2, 3]], read_CN[[0, 2, 3]]], axis=1)
+    since_N = np.maximum(np.arange(len(time_N)) - RATE_ROWS, 0)
+    seconds_N = time_N - time_N[since_N]
+    seconds_N[seconds_N <= 0] = np.nan
+    rates_2N = [(column_N - column_N[since_N]) / seconds_N for column_N in (tokens_N, energy_N)]
+    return np.concatenate([read_CN, np.array(rates_2N)[:, num_before:]])
+
+
+class Series:
+    """One quantity of a run.
+
+    Every table has columns elapsed_s and step; `steps` gives the tokens and joules of a table without them.
+    `nan_is_missing`: a nan stands for a value that was not measured, and is no news.
+    """
+
+    def __init__(self, table: Table, column: str, steps: StepTable, nan_is_missing: bool = False) -> None:
+        self._table, self._column, self._steps = table, column, steps
+        self.nan_is_missing = nan_is_missing
+        self._smoothed = Smoothed()
+
+    @classmethod
+    def of(cls, x: Floats, y: Floats) -> Series:
+        """A series of its own; `x` is its time and its steps."""
+        table = Table("elapsed_s", "step", "y")
+        table.append(np.array([x, x, y], dtype=float))
+        return cls(table, "y", StepTable())
+
+    def __len__(self) -> int:
+        return len(self._table)
+
+    def xy(self, axis: str = "time") -> tuple[Floats, Floats]:
+        """Of one state: x may be nan where it is not known."""
+        table, column, steps = self._table, self._column, self._steps
+        if axis in ("time", "steps"):
+            x, y = table.take("elapsed_s" if axis == "time" else "step", column)
+            return x, y
+        own = {"tokens": "tokens", "joules": "energy_j"}[axis]
+        if table is steps:
+            x, y = table.take(own, column)
+            return x, y
+        if axis == "tokens":
+            at, y = table.take("step", column)
+            step_N, tokens_N = steps.take("step", "tokens")
+            return np.concatenate([[0.0], tokens_N])[np.searchsorted(step_N, at, side="left")], y
+        time_N, energy_N = steps.take("elapsed_s", "energy_j")
+        if "energy_j" in table.names:
+            x, y = table.take("energy_j", column)
+            return x, y
+        at, y = table.take("elapsed_s", column)
+        known = np.isfinite(energy_N)
+        return (np.interp(at, time_N[known], energy_N[known]) if known.any() else np.full(len(at), np.nan)), y
+
+    def x(self, axis: str = "time") -> Floats:
+        return self.xy(axis)[0]
+
+    @property
+    def y(self) -> Floats:
+        return self._table.take(self._column)[0]
+
+    @property
+    def last(self) -> float | None:
+        """The newest value that was measured, finite or not; None while there is none."""
+        y = self.y[-RATE_ROWS:]
+        if self.nan_is_missing:
+            y = y[~np.isnan(y)]
+        return float(y[-1]) if len(y) else None
+
+    def recent(self, num: int = RATE_ROWS) -> float | None:
+        """The mean of the last `num` rows' finite values."""
+        y = self.y[-num:]
+        y = y[np.isfinite(y)]
+        return float(y.mean()) if len(y) else None
+
+    def limits(self, axis: str) -> tuple[float, float] | None:
+        """The least and the greatest x; None where there is none."""
+        x = self.x(axis)
+        ends = x[[0, -1]] if len(x) and np.isfinite(x[[0, -1]]).all() and x[0] <= x[-1] else x[np.isfinite(x)]
+        return (float(ends.min()), float(ends.max())) if len(ends) else None
+
+    def decimated(self, axis: str, low: float, high: float, buckets: int) -> tuple[Floats, Floats]:
+        """At most two points a bucket of [low, high], and a neighbour on either side."""
+        return self.window(axis, low, high, buckets)[:2]
+
+    def window(
+        self,
+        axis: str,
+        low: float = -np.inf,
+        high: float = np.inf,
+        buckets: int = 1000,
+        smoothing: float = 0.0,
+        positive: bool = False,
+    ) -> Window:
+        """
+        Args:
+            buckets: equal parts of the range; each keeps its least and its greatest value.
+            smoothing: the weight of an exponential moving average, in [0, 1); see `smooth.ema`.
+            positive: leave out what a log scale cannot show.
+        """
+        x, y = self.xy(axis)
+        if smoothing:
+            y = self._smoothed(y, smoothing, self._table.num_settled)
+        x, y = _ordered(x, y)
+        first = max(int(np.searchsorted(x, low)) - 1, 0)
+        last = int(np.searchsorted(x, high, side="right")) + 1
+        return thinned(x[first:last], y[first:last], buckets, positive, self.nan_is_missing)
+
+    def nearest(self, axis: str, at: float, smoothing: float = 0.0) -> tuple[float, float] | None:
+        """The row whose x is nearest to `at`: what a cursor reads out."""
+        x, y = self.xy(axis)
+        if smoothing:
+            y = self._smoothed(y, smoothing, self._table.num_settled)
+        x, y = _ordered(x, y)
+        if self.nan_is_missing and np.isnan(y).any():
+            x, y = x[~np.isnan(y)], y[~np.isnan(y)]
+        if not len(x):
+            return None
+        i = int(np.searchsorted(x, at))
+        i = min(range(max(i - 1, 0), min(i + 1, len(x))), key=lambda j: abs(x[j] - at))
+        return float(x[i]), float(y[i])
+
+
+def _ordered(x: Floats, y: Floats) -> tuple[Floats, Floats]:
+    """Without rows whose x is not known, sorted by x."""
+    known = np.isfinite(x)
+    if not known.all():
+        x, y = x[known], y[known]
+    if len(x) > 1 and (x[1:] < x[:-1]).any():
+        order = np.argsort(x, kind="stable")
+        x, y = x[order], y[order]
+    return x, y
+
+
+def thinned(x: Floats, y: Floats, buckets: int, positive: bool = False, nan_is_missing: bool = False) -> Window:
+    """Rows ordered by x, thinned to the least and greatest value of each of `buckets` equal parts of their range."""
+    finite = np.isfinite(y)
+    gaps = np.flatnonzero(np.isinf(y) if nan_is_missing else ~finite)
+    shown = finite & (np.where(finite, y, 0.0) > 0) if positive else finite
+    num_not_positive = int(finite.sum() - shown.sum())
+    gaps_x, gaps_y = x[gaps], y[gaps]
+    kept = _first_of_each(gaps_x, buckets)
+    if not shown.all():
+        x, y = x[shown], y[shown]
+    if len(x) > 2 * buckets:
+        rows = _extremes(x, y, buckets)
+        x, y = x[rows], y[rows]
+    return Window(x, y, gaps_x[kept], gaps_y[kept], len(gaps), num_not_positive)
+
+
+def _starts(x: Floats, buckets: int) -> NDArray[np.intp]:
+    """The first row of every bucket that has one."""
+    edges = np.linspace(x[0], x[-1], buckets + 1)[:-1]
+    starts = np.searchsorted(x, edges)
+    return starts[np.append(starts[1:] > starts[:-1], True)]
+
+
+def _first_of_each(x: Floats, buckets: int) -> NDArray[np.intp]:
+    return _starts(x, buckets) if len(x) > buckets else np.arange(len(x))
+
+
+def _extremes(x: Floats, y: Floats, buckets: int) -> NDArray[np.intp]:
+    """Rows of the least and the greatest y of each bucket, in order."""
+    starts = _starts(x, buckets)
+    counts = np.diff(starts, append=len(x))
+    rows = []
+    for reduce in (np.minimum, np.maximum):
+        hits = np.flatnonzero(y == np.repeat(reduce.reduceat(y, starts), counts))
+        rows.append(hits[np.searchsorted(hits, starts)])
+    return np.unique(np.concatenate(rows))

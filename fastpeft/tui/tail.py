@@ -1,0 +1,333 @@
+"""One run's events.jsonl, read as it grows, never the same bytes twice.
+
+A long log is looked at in evenly spaced samples first, so that the whole range is there at once; what lies
+between them is read after that, from the beginning on, and joined with them by its place in the file.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from fastpeft.tui.parse import Importance, Notable, Parsed, parse
+from fastpeft.tui.series import Series, StepTable, Table
+
+CHUNK_BYTES = 1 << 18
+"""Read and parsed at a time: about 1 ms."""
+SAMPLED_FROM_BYTES = 32 << 20
+"""A shorter log is read from its beginning at once."""
+NUM_SAMPLES = 1024
+SAMPLE_BYTES = 1 << 14
+MAX_NOTABLE = 10_000
+MAX_IMPORTANCE = 256
+_FINGERPRINT_BYTES = 256
+
+STEP_SERIES = ("loss", "penalty", "penalty_share", "grad_norm", "lr", "tokens", "tokens_per_s", "energy_j", "power_w")
+_ALWAYS_MEASURED = {"loss", "penalty", "grad_norm", "lr", "tokens"}
+
+
+class _Place(NamedTuple):
+    """Of the log when it was last read. Another inode, a smaller size or other bytes before `offset`: another log."""
+
+    inode: int
+    offset: int
+    fingerprint: bytes
+
+
+@dataclass
+class _Sample:
+    """A part of the file [start, end) that was read ahead; its lines begin after `head` and end before `tail`."""
+
+    start: int
+    end: int
+    head: bytes
+    tail: bytes
+    fingerprint: bytes
+    parsed: Parsed
+
+
+@dataclass
+class _State:
+    """All that is known of the log; another log begins a new one."""
+
+    steps: StepTable = field(default_factory=StepTable)
+    tables: dict[str, Table] = field(default_factory=dict)
+    series: dict[str, Series] = field(default_factory=dict)
+    seen: set[str] = field(default_factory=set)
+    notable: list[Notable] = field(default_factory=list)
+    importance: list[Importance] = field(default_factory=list)
+    header: dict[str, Any] | None = None
+    end: dict[str, Any] | None = None
+    malformed: int = 0
+    num_events: int = 0
+    num_notable_dropped: int = 0
+    carry: bytes = b""
+    samples: list[_Sample] = field(default_factory=list)
+    """By place."""
+    to_sample: list[int] = field(default_factory=list)
+    """Places to look at, the next one last."""
+
+
+class RunTail:
+    """Reads `path`, a run's events.jsonl, which need not exist yet.
+
+    `poll` belongs to one thread at a time; everything else may be read from another thread meanwhile. Keep no Series
+    over a change of `generation`: it counts the times that the file turned out to be another log (a resume cuts it
+    back, a new run takes its name) and was begun anew.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = Path(path)
+        self.generation = 0
+        self.is_caught_up = False
+        """Everything that the file held at the last poll has been read."""
+        self.size = 0
+        """Bytes in the file at the last poll."""
+        self.bytes_read = 0
+        """In all, samples included."""
+        self._place: _Place | None = None
+        self._state = _State()
+        self._polling = threading.Lock()
+
+    # ---- what was read ---------------------------------------------------------------------
+
+    @property
+    def series(self) -> dict[str, Series]:
+        """STEP_SERIES, eval/<metric>, eval/loss, system/<figure>: those of which something was measured."""
+        return self._state.series
+
+    @property
+    def notable(self) -> list[Notable]:
+        """The last MAX_NOTABLE events that are neither steps nor heartbeats, in order."""
+        state = self._state
+        found = [*state.notable, *(n for s in state.samples for n in s.parsed.notable)]
+        return found[-MAX_NOTABLE:]
+
+    @property
+    def importance(self) -> list[Importance]:
+        """Snapshots in order: the first, the last, and evenly thinned ones between."""
+        state = self._state
+        return [*state.importance, *(i for s in state.samples for i in s.parsed.importance)]
+
+    @property
+    def header(self) -> dict[str, Any] | None:
+        """The last run event: of the process that trains, or trained last."""
+        state = self._state
+        return next((s.parsed.header for s in reversed(state.samples) if s.parsed.header), state.header)
+
+    @property
+    def end(self) -> dict[str, Any] | None:
+        """The end event; None while the run goes on, or where it was killed."""
+        state = self._state
+        for sample in reversed(state.samples):
+            if sample.parsed.end or sample.parsed.header:
+                return sample.parsed.end
+        return state.end
+
+    @property
+    def malformed(self) -> int:
+        """Lines that are no event, so far."""
+        state = self._state
+        return state.malformed + sum(s.parsed.malformed for s in state.samples)
+
+    @property
+    def num_events(self) -> int:
+        state = self._state
+        return state.num_events + sum(s.parsed.num_events for s in state.samples)
+
+    @property
+    def progress(self) -> float:
+        """The part of the file that was read, in 0..1."""
+        return 1.0 if self.is_caught_up or not self.size else min(1.0, self.bytes_read / self.size)
+
+    @property
+    def num_bytes(self) -> int:
+        """Held in columns."""
+        return self._state.steps.num_bytes + sum(t.num_bytes for t in list(self._state.tables.values()))
+
+    # ---- reading ---------------------------------------------------------------------------
+
+    def poll(self, seconds: float = 0.05) -> bool:
+        """Read for about `seconds`. True if anything is new. Raises nothing for a file that is not there."""
+        if not self._polling.acquire(blocking=False):
+            return False
+        try:
+            return self._poll(time.perf_counter() + seconds)
+        finally:
+            self._polling.release()
+
+    def _poll(self, until: float) -> bool:
+        try:
+            file = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC)
+        except OSError:
+            began_anew = self._place is not None
+            if began_anew:
+                self._begin(None)
+            self.size, self.is_caught_up = 0, True
+            return began_anew
+        try:
+            began_anew = self._check(file)
+            grew = self._read(file, until)
+            place = self._place
+            assert place is not None
+            self.is_caught_up = not self._state.samples and not self._state.to_sample and place.offset >= self.size
+            return grew or began_anew
+        finally:
+            os.close(file)
+
+    def _check(self, file: int) -> bool:
+        """Begin anew if this is not the log that was read until now."""
+        found, place = os.fstat(file), self._place
+        self.size = found.st_size
+        if place is not None and found.st_ino == place.inode:
+            read = [(place.offset, place.fingerprint), *((s.end, s.fingerprint) for s in self._state.samples[-1:])]
+            if all(os.pread(file, len(last), end - len(last)) == last for end, last in read):
+                return False
+        began_anew = self._place is not None
+        self._begin(_Place(found.st_ino, 0, b""))
+        if found.st_size >= SAMPLED_FROM_BYTES:
+            self._state.to_sample = list(_places(found.st_size))
+        return began_anew
+
+    def _begin(self, place: _Place | None) -> None:
+        if self._place is not None:
+            self.generation += 1
+        self._place, self._state, self.bytes_read = place, _State(), 0
+
+    def _read(self, file: int, until: float) -> bool:
+        """Samples first, then the bytes between them, then what the file gained."""
+        grew = bool(self._state.to_sample)
+        if grew:
+            self._look_ahead(file, until)
+        while time.perf_counter() < until or not grew:
+            if not self._read_on(file):
+                break
+            grew = True
+        return grew
+
+    def _look_ahead(self, file: int, until: float) -> None:
+        """Take samples, at least the two ends of the file, for as long as there is time."""
+        state, found = self._state, []
+        while state.to_sample and (len(found) < 2 or time.perf_counter() < until):
+            found.append(self._sample(file, state.to_sample.pop()))
+        state.steps.put_ahead({sample.start: sample.parsed.steps_CN for sample in found})
+        for key in {key for sample in found for key in sample.parsed.values}:
+            rows = {s.start: s.parsed.values[key] for s in found if key in s.parsed.values}
+            self._table(key).put_ahead(rows)
+        state.samples = sorted([*state.samples, *found], key=lambda sample: sample.start)
+        for sample in found:
+            self._name_series(sample.parsed)
+
+    def _sample(self, file: int, start: int) -> _Sample:
+        data = os.pread(file, min(SAMPLE_BYTES, self.size - start), start)
+        self.bytes_read += len(data)
+        first = data.find(b"\n") + 1 if start else 0
+        last = data.rfind(b"\n") + 1
+        whole = first < last
+        parsed = parse(data[first:last]) if whole else Parsed()
+        head, tail = (data[:first], data[last:]) if whole else (b"", data)
+        return _Sample(start, start + len(data), head, tail, data[-_FINGERPRINT_BYTES:], parsed)
+
+    def _read_on(self, file: int) -> bool:
+        """One chunk, or the sample that follows."""
+        state, place = self._state, self._place
+        assert place is not None
+        sample = state.samples[0] if state.samples else None
+        num = min(CHUNK_BYTES, (sample.start if sample else self.size) - place.offset)
+        data = os.pread(file, num, place.offset) if num > 0 else b""
+        self.bytes_read += len(data)
+        offset = place.offset + len(data)
+        reaches = sample is not None and offset == sample.start
+        if not data and not reaches:
+            return False
+        carry = state.carry + data + (sample.head if reaches else b"")
+        cut = carry.rfind(b"\n") + 1
+        state.carry = carry[cut:]
+        if cut:
+            self._take(parse(carry[:cut]))
+        fingerprint = place.fingerprint + data
+        if reaches:
+            self._take_sample(sample)
+            offset, fingerprint = sample.end, sample.fingerprint
+        self._place = _Place(place.inode, offset, fingerprint[-_FINGERPRINT_BYTES:])
+        return True
+
+    # ---- keeping ---------------------------------------------------------------------------
+
+    def _take(self, parsed: Parsed) -> None:
+        self._state.steps.append(parsed.steps_CN)
+        for key, rows_CN in parsed.values.items():
+            self._table(key).append(rows_CN)
+        self._name_series(parsed)
+        self._take_events(parsed)
+
+    def _take_sample(self, sample: _Sample) -> None:
+        state, parsed = self._state, sample.parsed
+        state.steps.append_ahead(sample.start)
+        for key in parsed.values:
+            self._table(key).append_ahead(sample.start)
+        state.carry += sample.tail
+        state.samples = state.samples[1:]
+        self._take_events(parsed)
+
+    def _take_events(self, parsed: Parsed) -> None:
+        state = self._state
+        state.malformed += parsed.malformed
+        state.num_events += parsed.num_events
+        if parsed.notable:
+            kept = [*state.notable, *parsed.notable]
+            state.num_notable_dropped += max(0, len(kept) - MAX_NOTABLE)
+            state.notable = kept[-MAX_NOTABLE:]
+        if parsed.importance:
+            kept = [*state.importance, *parsed.importance]
+            state.importance = kept if len(kept) <= MAX_IMPORTANCE else [*kept[:-1:2], kept[-1]]
+        if parsed.header is not None:
+            state.header, state.end = parsed.header, None
+        state.end = parsed.end or state.end
+
+    def _table(self, key: str) -> Table:
+        tables = self._state.tables
+        if key not in tables:
+            columns = ("elapsed_s", "step", "y", "energy_j") if key.startswith("eval/") else ("elapsed_s", "step", "y")
+            tables[key] = Table(*columns)
+        return tables[key]
+
+    def _name_series(self, parsed: Parsed) -> None:
+        """Series exist once something of them was measured."""
+        state = self._state
+        new = {}
+        for key in STEP_SERIES:
+            if key not in state.series and self._is_measured(key, parsed):
+                new[key] = Series(state.steps, key, state.steps, key not in _ALWAYS_MEASURED)
+        for key in parsed.values:
+            if key not in state.series:
+                new[key] = Series(self._table(key), "y", state.steps, key.startswith("system/"))
+        if new:
+            state.series = {**state.series, **new}
+
+    def _is_measured(self, key: str, parsed: Parsed) -> bool:
+        if not parsed.steps_CN.shape[1]:
+            return False
+        if key in _ALWAYS_MEASURED or key == "tokens_per_s":
+            return True
+        column = "energy_j" if key == "power_w" else key
+        return bool(np.isfinite(parsed.steps_CN[StepTable.READ.index(column)]).any())
+
+
+def _places(size: int) -> Iterator[int]:
+    """Where samples begin, in the order of popping from the end: the ends of the file, then ever finer parts of it."""
+    last = size - SAMPLE_BYTES
+    order = sorted(range(1, NUM_SAMPLES - 1), key=_reversed_bits, reverse=True)
+    yield from (last * i // (NUM_SAMPLES - 1) for i in order)
+    yield from (0, last)
+
+
+def _reversed_bits(i: int) -> int:
+    return int(f"{i:0{NUM_SAMPLES.bit_length()}b}"[::-1], 2)

@@ -1,0 +1,79 @@
+"""Colours that colour-blind people can tell apart, and what stands for them without colour."""
+
+from __future__ import annotations
+
+import os
+
+from textual.theme import Theme
+
+# Okabe and Ito, "Color Universal Design", 2008: without black, and yellow last (it is faint on white).
+CURVES = ("#56B4E9", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#0072B2", "#F0E442")
+
+STATUS = {
+    "running": ("●", "#56B4E9"),
+    "done": ("✔", "#009E73"),
+    "stopped": ("■", "#E69F00"),
+    "dead": ("✖", "#D55E00"),
+    "failed": ("✖", "#D55E00"),
+    "diverged": ("▲", "#CC79A7"),
+    "no result": ("?", "#999999"),
+}
+"""Sign and colour: the sign alone is enough."""
+
+# Stops of cividis (Nunez, Anderton and Renslow 2018), which looks the same with and without red-green vision.
+_CIVIDIS = (
+    (0, 34, 78), (18, 53, 112), (59, 73, 108), (87, 93, 109), (112, 113, 115),
+    (138, 134, 120), (165, 156, 116), (195, 179, 105), (225, 204, 85), (254, 232, 56),
+)  # fmt: skip
+SHADES = " ░▒▓█"
+"""A value's share of the scale where there is no colour."""
+
+THEMES = (
+    Theme(
+        name="fastpeft-dark",
+        primary="#56B4E9",
+        secondary="#009E73",
+        accent="#E69F00",
+        warning="#E69F00",
+        error="#D55E00",
+        success="#009E73",
+        background="#101418",
+        surface="#171c22",
+        panel="#222932",
+        dark=True,
+    ),
+    Theme(
+        name="fastpeft-light",
+        primary="#0072B2",
+        secondary="#00674B",
+        accent="#9A5B00",
+        warning="#9A5B00",
+        error="#B34700",
+        success="#00674B",
+        background="#FFFFFF",
+        surface="#F4F5F6",
+        panel="#E4E7EA",
+        dark=False,
+    ),
+)
+
+
+def no_color() -> bool:
+    """https://no-color.org: any value but an empty one."""
+    return bool(os.environ.get("NO_COLOR"))
+
+
+def curve_color(i: int) -> str:
+    return CURVES[i % len(CURVES)]
+
+
+def scale_color(share: float) -> tuple[int, int, int]:
+    """Red, green, blue of a share of the scale in 0..1."""
+    at = min(max(share, 0.0), 1.0) * (len(_CIVIDIS) - 1)
+    i = min(int(at), len(_CIVIDIS) - 2)
+    return tuple(round(a + (b - a) * (at - i)) for a, b in zip(_CIVIDIS[i], _CIVIDIS[i + 1]))
+
+
+def shade(share: float) -> str:
+    """The sign of SHADES for a share of the scale in 0..1; even the least value has a sign."""
+    return SHADES[1 + min(int(min(max(share, 0.0), 1.0) * 4), 3)]
