@@ -69,3 +69,19 @@ def shortened(text: str, width: int) -> str:
         return text
     tail = width // 2
     return f"{text[: width - tail - 1]}…{text[len(text) - tail :]}"
+
+
+_BLOCKS = "▁▂▃▄▅▆▇█"
+
+
+def sparkline(values: tuple[float, ...], width: int) -> str:
+    """Finite values as blocks, the mean of those that share one."""
+    if not values:
+        return ""
+    num = min(width, len(values))
+    means = []
+    for i in range(num):
+        part = values[len(values) * i // num : len(values) * (i + 1) // num]
+        means.append(sum(part) / len(part))
+    low, span = min(means), max(means) - min(means)
+    return "".join(_BLOCKS[round((mean - low) / span * 7) if span else 0] for mean in means)

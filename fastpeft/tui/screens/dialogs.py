@@ -22,7 +22,7 @@ _SCROLL: list[BindingType] = [
 ]
 
 
-class Dialog[Answer](ModalScreen[Answer]):
+class Dialog(ModalScreen):
     """Closes with Esc; q quits from here too."""
 
     BINDINGS: ClassVar[list[BindingType]] = [
@@ -34,7 +34,7 @@ class Dialog[Answer](ModalScreen[Answer]):
         self.dismiss(None)
 
 
-class Ask(Dialog[bool]):
+class Ask(Dialog):
     """A yes-or-no question. Answers True for yes."""
 
     BINDINGS: ClassVar[list[BindingType]] = [
@@ -68,7 +68,7 @@ class Ask(Dialog[bool]):
         self.dismiss(False)
 
 
-class Reading(Dialog[None]):
+class Reading(Dialog):
     """A text with a title, to scroll through."""
 
     BINDINGS: ClassVar[list[BindingType]] = [

@@ -1,0 +1,174 @@
+"""The list of runs: its columns, what stands in them, what they sort by."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import PurePath
+from typing import Any
+
+from rich.text import Text
+
+from fastpeft.tui.format import MISSING, bar, decimal, duration, short, shortened, sparkline
+from fastpeft.tui.runs import RunRow, groups
+from fastpeft.tui.theme import STATUS
+
+STAND_IN = "STAND-IN"
+_STAND_IN_STYLE = "black on #E69F00"
+
+
+@dataclass(frozen=True)
+class Group:
+    """The runs of one --seeds, as one line."""
+
+    name: str
+    rows: tuple[RunRow, ...]
+    folded: bool
+
+    @property
+    def key(self) -> str:
+        return f"group {self.name}"
+
+
+@dataclass(frozen=True)
+class Column:
+    key: str
+    label: str
+    width: tuple[int, int, int]
+    """In a narrow, a medium and a wide terminal."""
+    cell: Callable[[RunRow, int], Text]
+    sort: Callable[[RunRow], Any] | None = None
+    """None: by this column nothing is sorted."""
+    right: bool = False
+
+
+def status_badge(status: str, width: int = 0) -> Text:
+    sign, color = STATUS.get(status, STATUS["no result"])
+    return Text(f"{sign} {status}".ljust(width), style=color)
+
+
+def stand_in_badge() -> Text:
+    return Text(f" {STAND_IN} ", style=_STAND_IN_STYLE)
+
+
+def model_and_data(row: RunRow) -> str:
+    model = PurePath(row.model).name
+    return f"{model}, {row.dataset}" if model else row.dataset
+
+
+def _where(row: RunRow, width: int) -> Text:
+    if not row.stand_in:
+        return Text(shortened(model_and_data(row), width))
+    room = width - len(STAND_IN) - 3
+    return Text.assemble(stand_in_badge(), " ", shortened(model_and_data(row), room))
+
+
+def _budget(row: RunRow, width: int) -> Text:
+    return bar(row.progress, width, STATUS.get(row.status, STATUS["no result"])[1])
+
+
+def _number(row: RunRow, name: str) -> float:
+    """To sort by: what is not known comes last."""
+    value = getattr(row, name)
+    return value if value is not None and math.isfinite(value) else -math.inf
+
+
+def best_of(row: RunRow) -> float | None:
+    return row.metric if row.best is None else row.best
+
+
+COLUMNS = (
+    Column("status", "status", (10, 10, 10), lambda r, w: status_badge(r.status), lambda r: r.status),
+    Column("name", "run", (24, 28, 36), lambda r, w: Text(shortened(r.name, w)), lambda r: r.name),
+    Column("budget", "budget", (13, 14, 18), _budget, lambda r: _number(r, "progress")),
+    Column("eta", "ETA", (6, 6, 6), lambda r, w: Text(duration(r.eta_s)), lambda r: _number(r, "eta_s"), True),
+    Column("loss", "loss", (7, 7, 7), lambda r, w: Text(decimal(r.last_loss)), lambda r: _number(r, "last_loss"), True),
+    Column("best", "best", (6, 6, 6), lambda r, w: Text(decimal(best_of(r))), lambda r: best_of(r) or -1.0, True),
+    Column("method", "method", (8, 8, 8), lambda r, w: Text(r.method), lambda r: r.method),
+    Column("tokens", "tok/s", (6, 6, 6), lambda r, w: Text(short(r.tokens_per_s)), lambda r: _number(r, "tokens_per_s"), True),
+    Column("energy", "energy", (7, 7, 7), lambda r, w: Text(short(r.energy_j, "J")), lambda r: _number(r, "energy_j"), True),
+    Column("curve", "loss curve", (12, 10, 24), lambda r, w: Text(sparkline(r.sparkline, w), style="#56B4E9")),
+    Column("where", "model, data", (34, 34, 44), _where, model_and_data),
+)  # fmt: skip
+SORTS = ("created", *(column.key for column in COLUMNS if column.sort is not None))
+
+
+def cells(row: RunRow, size: int, indent: str = "") -> list[Text]:
+    """One a column. `size`: 0 narrow, 1 medium, 2 wide."""
+    out = []
+    for column in COLUMNS:
+        width = column.width[size]
+        cell = column.cell(row, width - len(indent) if column.key == "name" else width)
+        if column.key == "name" and indent:
+            cell = Text.assemble(indent, cell)
+        out.append(_aligned(cell, width, column.right))
+    return out
+
+
+def group_cells(group: Group, size: int) -> list[Text]:
+    """Done of all, the mean of the best values, the sum of the joules."""
+    rows, sign = group.rows, "▸" if group.folded else "▾"
+    bests = [best for row in rows if (best := best_of(row)) is not None]
+    energies = [row.energy_j for row in rows if row.energy_j is not None]
+    shares = [row.progress or 0.0 for row in rows]
+    texts = {
+        "status": f"{sum(row.status == 'done' for row in rows)}/{len(rows)} done",
+        "best": decimal(sum(bests) / len(bests)) if bests else MISSING,
+        "energy": short(sum(energies), "J") if len(energies) == len(rows) else MISSING,
+        "method": rows[0].method,
+    }
+    out = []
+    for column in COLUMNS:
+        width = column.width[size]
+        if column.key == "name":
+            cell = Text(f"{sign} {shortened(group.name, width - 2)}")
+        elif column.key == "budget":
+            cell = bar(sum(shares) / len(shares), width)
+        elif column.key == "where":
+            cell = _where(rows[0], width)
+        else:
+            cell = Text(texts.get(column.key, ""))
+        cell.stylize("bold")
+        out.append(_aligned(cell, width, column.right))
+    return out
+
+
+def _aligned(cell: Text, width: int, right: bool) -> Text:
+    cell.truncate(width)
+    if right:
+        cell.pad_left(width - cell.cell_len)
+    return cell
+
+
+def ordered(rows: Iterable[RunRow], by: str, descending: bool) -> list[RunRow]:
+    if by == "created":
+        return sorted(rows, key=lambda row: (row.created_s, row.name), reverse=descending)
+    key = next(column.sort for column in COLUMNS if column.key == by)
+    assert key is not None
+    return sorted(rows, key=lambda row: (key(row), row.created_s), reverse=descending)
+
+
+def matching(rows: Iterable[RunRow], text: str) -> list[RunRow]:
+    """Those that have every word somewhere."""
+    words = text.casefold().split()
+
+    def holds(row: RunRow) -> bool:
+        stand_in = "stand-in" if row.stand_in else ""
+        facts = (row.name, row.status, row.method, row.model, row.dataset, row.group or "", stand_in)
+        all_of_it = " ".join(facts).casefold()
+        return all(word in all_of_it for word in words)
+
+    return [row for row in rows if holds(row)]
+
+
+def grouped(rows: list[RunRow], folded: set[str]) -> list[RunRow | Group]:
+    """Runs of one --seeds under a line of their own, which stands where the first of them stood."""
+    out: list[RunRow | Group] = []
+    for name, members in groups(rows).items():
+        if members[0].group is None:
+            out += members
+            continue
+        out.append(Group(name, tuple(members), name in folded))
+        out += [] if name in folded else sorted(members, key=lambda row: row.seed or 0)
+    return out

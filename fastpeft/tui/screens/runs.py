@@ -1,0 +1,328 @@
+"""Every run of the results folder."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+from rich.text import Text
+from textual.app import ComposeResult
+from textual.binding import Binding, BindingType
+from textual.containers import Horizontal
+from textual.widgets import DataTable, Footer, Input, Sparkline, Static
+
+from fastpeft.tui import cells
+from fastpeft.tui.format import amount, decimal, duration, short, sparkline
+from fastpeft.tui.runs import RunRow
+from fastpeft.tui.screens.base import RunsKeys
+
+EMPTY = """\
+No runs in {folder} yet.
+
+n starts one from a preset.
+
+In another terminal:
+fastpeft train --run iwlora_mnli --results-dir {folder}
+
+It shows up here as soon as it trains."""
+
+
+class RunsTable(DataTable):
+    """Keys of a pager."""
+
+    BINDINGS: ClassVar[list[BindingType]] = [
+        Binding("j", "cursor_down", "Down", show=False, id="list.down"),
+        Binding("k", "cursor_up", "Up", show=False, id="list.up"),
+        Binding("g", "scroll_top", "First", show=False, id="list.first"),
+        Binding("G", "scroll_bottom", "Last", show=False, id="list.last"),
+    ]
+
+
+class RunsScreen(RunsKeys):
+    BINDINGS: ClassVar[list[BindingType]] = [
+        Binding("enter", "open", "Open", id="runs.open"),
+        Binding("n", "new", "New", tooltip="Start a run", id="runs.new"),
+        Binding("space,m", "mark", "Mark", key_display="space", tooltip="Mark the run, to compare it", id="runs.mark"),
+        Binding("c", "compare", "Compare", tooltip="Compare the marked runs; all that are listed where none is", id="runs.compare"),
+        Binding("slash", "filter", "Filter", key_display="/", id="runs.filter"),
+        Binding("greater_than_sign", "sort(1)", "Sort", key_display=">", tooltip="Sort by the next column", id="runs.sort"),
+        Binding("less_than_sign", "sort(-1)", "Sort by the column before", key_display="<", show=False, id="runs.sort_back"),
+        Binding("i", "invert", "Invert the order", show=False, id="runs.invert"),
+        Binding("t", "group", "Group", tooltip="Runs of one --seeds under one line, or each for itself", show=False, id="runs.group"),
+        Binding("u", "unmark", "Unmark all", show=False, id="runs.unmark"),
+        Binding("escape", "clear", "Clear the filter", show=False, id="runs.clear"),
+    ]  # fmt: skip
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.sort_by, self.descending = "created", True
+        self.group = True
+        self.folded: set[str] = set()
+        self._lines: dict[str, RunRow | cells.Group] = {}
+        self._cells: dict[str, list[Text]] = {}
+        self._drawn_size = -1
+
+    def compose(self) -> ComposeResult:
+        yield Static(id="title")
+        yield RunsTable(id="runs", cursor_type="row", cell_padding=0, zebra_stripes=False)
+        yield Static(id="empty")
+        with Horizontal(id="preview"):
+            yield Static(id="facts")
+            yield Sparkline(id="spark", summary_function=lambda part: sum(part) / len(part))
+        yield Input(id="filter", placeholder="words that a run's name, method, model, data or status holds", compact=True)
+        yield Footer(show_command_palette=False, compact=True)
+
+    def on_mount(self) -> None:
+        self.query_one("#filter").display = False
+        self.query_one("#preview").display = False
+        self.query_one(RunsTable).focus()
+        self.draw()
+
+    def on_resize(self) -> None:
+        self.call_after_refresh(self.draw)
+
+    def on_screen_resume(self) -> None:
+        self.draw()
+
+    # ---- drawing ---------------------------------------------------------------------------
+
+    def rows_changed(self, rows: list[RunRow]) -> None:
+        if self.is_mounted:
+            self.draw()
+
+    def lines(self) -> list[RunRow | cells.Group]:
+        """What is listed, in order."""
+        found = cells.matching(self.app.rows, self.query_one("#filter", Input).value)
+        found = cells.ordered(found, self.sort_by, self.descending)
+        return cells.grouped(found, self.folded) if self.group else list(found)
+
+    def draw(self) -> None:
+        size = 2 if self.size.width >= 170 else 1 if self.size.width >= 110 else 0
+        lines = self.lines()
+        self._lines = {line.key if isinstance(line, cells.Group) else line.name: line for line in lines}
+        drawn = {key: self._row(key, line, size) for key, line in self._lines.items()}
+        self._fill(drawn, size)
+        has_runs = bool(self.app.rows)
+        self.query_one(RunsTable).display = has_runs
+        empty = self.query_one("#empty", Static)
+        empty.display = not has_runs
+        if not has_runs:
+            empty.update(Text(EMPTY.format(folder=self.app.results_dir)))
+        self._draw_title(len(lines))
+        self._draw_preview()
+
+    def _row(self, key: str, line: RunRow | cells.Group, size: int) -> list[Text]:
+        if isinstance(line, cells.Group):
+            marked = all(row.name in self.app.marked for row in line.rows)
+            return [_mark(marked), *cells.group_cells(line, size)]
+        indent = "  " if self.group and line.group is not None else ""
+        return [_mark(line.name in self.app.marked), *cells.cells(line, size, indent)]
+
+    def _fill(self, drawn: dict[str, list[Text]], size: int) -> None:
+        """Change the cells that changed; where other lines are shown, or in another order, all of them."""
+        table = self.query_one(RunsTable)
+        header = self._header()
+        if size != self._drawn_size or not table.columns:
+            self._drawn_size = size
+            table.clear(columns=True)
+            self._cells = {}
+            for key, label, width in zip(("mark", *(c.key for c in cells.COLUMNS)), header, _widths(size)):
+                table.add_column(label, key=key, width=width)
+        for column, label in zip(table.ordered_columns, header):
+            column.label = label
+        if list(drawn) == list(self._cells):
+            for key, row in drawn.items():
+                for column, old, new in zip(table.ordered_columns, self._cells[key], row):
+                    if old != new:
+                        table.update_cell(key, column.key, new)
+            self._cells = drawn
+            return
+        at, before, scroll_y = self.current, table.cursor_row, table.scroll_y
+        table.clear()
+        for key, row in drawn.items():
+            table.add_row(*row, key=key)
+        self._cells = drawn
+        if drawn:
+            row = list(drawn).index(at) if at in drawn else min(before, len(drawn) - 1)
+            table.move_cursor(row=row, animate=False, scroll=False)
+            table.scroll_to(y=scroll_y, animate=False)
+
+    def _header(self) -> list[Text]:
+        out = [Text("")]
+        for column in cells.COLUMNS:
+            arrow = ("▼" if self.descending else "▲") if column.key == self.sort_by else ""
+            label = f"{arrow}{column.label}" if column.right else f"{column.label}{arrow}"
+            width = column.width[max(self._drawn_size, 0)]
+            out.append(Text(label.rjust(width) if column.right else label, style="bold" if arrow else ""))
+        return out
+
+    def _draw_title(self, num_lines: int) -> None:
+        app = self.app
+        running = sum(row.status == "running" for row in app.rows)
+        title = Text.assemble(("fastpeft", "bold"), f"  {app.results_dir}  {len(app.rows)} runs, {running} running")
+        if app.marked:
+            title.append(f", {len(app.marked)} marked", style="bold")
+        words = self.query_one("#filter", Input).value
+        if words:
+            title.append(f"  /{words}: {num_lines} lines", style="bold")
+        if self.sort_by == "created":
+            title.append("  newest first" if self.descending else "  oldest first", style="dim")
+        for launch in app.starting:
+            said = launch.text(2000).splitlines()
+            title.append(f"\n● starting {launch.name}: {said[-1] if said else 'python is loading'}", style="#56B4E9")
+        self.query_one("#title", Static).update(title)
+
+    def _draw_preview(self) -> None:
+        line = self._lines.get(self.current or "")
+        preview = self.query_one("#preview")
+        preview.display = isinstance(line, RunRow)
+        if not isinstance(line, RunRow):
+            return
+        tall = self.size.height >= 34
+        self.query_one("#facts", Static).update(_facts(line) if tall else _strip(line, self.size.width))
+        self.query_one("#spark", Sparkline).data = list(line.sparkline)
+
+    # ---- the line under the cursor ---------------------------------------------------------
+
+    @property
+    def current(self) -> str | None:
+        """The key of the line under the cursor."""
+        keys, row = list(self._cells), self.query_one(RunsTable).cursor_row
+        return keys[row] if 0 <= row < len(keys) else None
+
+    def target(self) -> str | None:
+        line = self._lines.get(self.current or "")
+        return line.name if isinstance(line, RunRow) else None
+
+    def on_data_table_row_highlighted(self) -> None:
+        self._draw_preview()
+
+    def on_data_table_row_selected(self) -> None:
+        self.action_open()
+
+    def on_data_table_header_selected(self, event: DataTable.HeaderSelected) -> None:
+        key = event.column_key.value
+        if key == self.sort_by:
+            self.action_invert()
+        elif key in cells.SORTS:
+            self.sort_by = key
+            self.draw()
+
+    # ---- keys ------------------------------------------------------------------------------
+
+    def action_open(self) -> None:
+        line = self._lines.get(self.current or "")
+        if isinstance(line, cells.Group):
+            self.folded ^= {line.name}
+            self.draw()
+        elif line is not None:
+            self.app.open_run(line.name)
+
+    def action_new(self) -> None:
+        self.app.start_run()
+
+    def action_mark(self) -> None:
+        line = self._lines.get(self.current or "")
+        if line is None:
+            return
+        names = [row.name for row in line.rows] if isinstance(line, cells.Group) else [line.name]
+        marked = self.app.marked
+        if all(name in marked for name in names):
+            for name in names:
+                del marked[name]
+        else:
+            marked |= dict.fromkeys(names)
+        self.query_one(RunsTable).action_cursor_down()
+        self.draw()
+
+    def action_unmark(self) -> None:
+        self.app.marked.clear()
+        self.draw()
+
+    def action_compare(self) -> None:
+        there = [row.name for row in self.app.rows]
+        names = [name for name in self.app.marked if name in there]
+        shown = [line for line in self._lines.values() if isinstance(line, RunRow)]
+        names = names or [row.name for row in shown]
+        if names:
+            self.app.compare(names)
+        else:
+            self.app.bell()
+
+    def action_filter(self) -> None:
+        field = self.query_one("#filter", Input)
+        field.display = True
+        field.focus()
+
+    def action_clear(self) -> None:
+        field = self.query_one("#filter", Input)
+        field.value, field.display = "", False
+        self.query_one(RunsTable).focus()
+
+    def on_input_changed(self) -> None:
+        self.draw()
+
+    def on_input_submitted(self, event: Input.Submitted) -> None:
+        event.input.display = bool(event.value)
+        self.query_one(RunsTable).focus()
+
+    def action_sort(self, by: int) -> None:
+        self.sort_by = cells.SORTS[(cells.SORTS.index(self.sort_by) + by) % len(cells.SORTS)]
+        self.draw()
+
+    def action_invert(self) -> None:
+        self.descending = not self.descending
+        self.draw()
+
+    def action_group(self) -> None:
+        self.group = not self.group
+        self.draw()
+
+
+def _mark(marked: bool) -> Text:
+    return Text("▌" if marked else " ", style="#E69F00")
+
+
+def _widths(size: int) -> list[int]:
+    """With a space between columns."""
+    return [2, *(column.width[size] + 1 for column in cells.COLUMNS)]
+
+
+def _budget(row: RunRow) -> str:
+    if row.budget_limit is None:
+        return "-"
+    spent = amount(row.budget_spent or 0.0, row.budget_kind)
+    return f"{spent} of {amount(row.budget_limit, row.budget_kind)}{' steps' if row.budget_kind == 'steps' else ''}"
+
+
+def _strip(row: RunRow, width: int) -> Text:
+    """Two lines: what the columns of a narrow terminal leave out."""
+    first = Text.assemble((row.name, "bold"), f"  {row.method} on {cells.model_and_data(row)} ")
+    if row.stand_in:
+        first.append_text(cells.stand_in_badge())
+    second = Text.assemble(
+        f"{short(row.tokens_per_s)} tok/s  {short(row.energy_j, 'J')}  {_budget(row)}  ",
+        (sparkline(row.sparkline, 24), "#56B4E9"),
+    )
+    first.truncate(width - 2, overflow="ellipsis")
+    return Text("\n").join([first, second])
+
+
+def _facts(row: RunRow) -> Text:
+    """One fact a line."""
+    out = Text.assemble((row.name, "bold"), "  ", cells.status_badge(row.status))
+    if row.stand_in:
+        out.append("  ").append_text(cells.stand_in_badge())
+    seed = "" if row.seed is None else f", seed {row.seed}"
+    facts = {
+        "method": f"{row.method}{seed}",
+        "model": row.model,
+        "data": row.dataset,
+        "budget": _budget(row) + ("" if row.eta_s is None else f", {duration(row.eta_s)} left"),
+        row.metric_name or "metric": f"{decimal(row.metric)}, best {decimal(cells.best_of(row))}",
+        "loss": decimal(row.last_loss),
+        "speed": f"{short(row.tokens_per_s)} tok/s, {row.steps or 0:,} steps in {duration(row.elapsed_s)}",
+        "energy": f"{short(row.energy_j, 'J')} ({row.energy_method})",
+    }
+    for key, value in facts.items():
+        out.append(f"\n{key:<10}", style="dim").append(value)
+    return out
