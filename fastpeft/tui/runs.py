@@ -229,8 +229,8 @@ def _with_tail(row: RunRow, lines: bytes) -> RunRow:
 
 def _progress(lines: bytes) -> dict[str, float]:
     """Progress at the last step, and the time that the rest takes at the pace of these lines."""
-    ends = [line for line in (lines[lines.find(b'{"type":"step"') :], lines[lines.rfind(b'{"type":"step"') :])]
-    events = [parse_event(line.partition(b"\n")[0]) for line in ends]
+    places = (lines.find(b'{"type":"step"'), lines.rfind(b'{"type":"step"'))
+    events = [parse_event(lines[place:].partition(b"\n")[0]) for place in places if place >= 0]
     try:
         first, last = ((float(e["progress"]), float(e["elapsed_s"])) for e in events)
     except (KeyError, TypeError, ValueError):

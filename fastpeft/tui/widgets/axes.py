@@ -1,0 +1,94 @@
+"""Ticks and numbers of a plot's axes."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+from textual_plot.axis_formatter import AxisFormatter, DurationFormatter
+
+AXIS_NAMES = {"time": "time", "steps": "steps", "tokens": "tokens", "joules": "joules"}
+
+_UNITS = ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"))
+
+
+def short(value: float) -> str:
+    """At most seven characters: 12.3k, 0.5731, 1.2e-6."""
+    if not math.isfinite(value):
+        return str(value)
+    for size, sign in _UNITS:
+        if abs(value) >= size * (10 if size == 1e3 else 1):
+            return f"{value / size:.4g}{sign}"
+    if value and abs(value) < 1e-3:
+        digits, _, power = f"{value:.1e}".partition("e")
+        return f"{digits}e{int(power)}"
+    return f"{value:.4g}"
+
+
+def clock(seconds: float) -> str:
+    """12.3s, 4:05, 3:04:05."""
+    if seconds < 60:
+        return f"{seconds:.1f}s"
+    minutes, seconds = divmod(int(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
+
+
+def position(axis: str, x: float) -> str:
+    return clock(x) if axis == "time" else f"{x:,.0f} {axis}"
+
+
+def nice_ticks(low: float, high: float, most: int) -> list[float]:
+    """At most `most` multiples of 1, 2 or 5 times a power of ten in [low, high]."""
+    if not high > low or most < 1:
+        return []
+    power = 10.0 ** math.floor(math.log10((high - low) / most))
+    for step in (power, 2 * power, 5 * power, 10 * power, 20 * power):
+        first, last = math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9)
+        if last - first < most:
+            return [i * step for i in range(first, last + 1)]
+    return []
+
+
+class Numbers(AxisFormatter):
+    """`most` ticks: the plot sets it by its size."""
+
+    most = 6
+
+    def get_ticks(self, min_: float, max_: float, max_ticks: int = 8) -> list[float]:
+        return nice_ticks(min_, max_, min(self.most, max_ticks))
+
+    def get_labels_for_ticks(self, ticks: Sequence[float]) -> list[str]:
+        return [short(round(tick, 12)) if abs(tick) >= 1e-3 else short(tick) for tick in ticks]
+
+
+class Durations(DurationFormatter):
+    """As Numbers, of seconds."""
+
+    most = 6
+
+    def get_ticks(self, min_: float, max_: float, max_ticks: int = 8) -> list[float]:
+        _, unit = self._select_unit(min_, max_)
+        return [tick * unit for tick in nice_ticks(min_ / unit, max_ / unit, min(self.most, max_ticks))]
+
+
+class Powers(Numbers):
+    """Of log10 values: whole decades; within one, 1, 2 and 5 times a power of ten."""
+
+    def get_ticks(self, min_: float, max_: float, max_ticks: int = 8) -> list[float]:
+        most = min(self.most, max_ticks)
+        whole = list(range(math.ceil(min_), math.floor(max_) + 1))
+        if len(whole) >= 2:
+            return [float(i) for i in whole[:: -(-len(whole) // most)]]
+        within = [
+            math.log10(digit) + power
+            for power in range(math.floor(min_), math.ceil(max_) + 1)
+            for digit in (1, 2, 5)
+            if min_ <= math.log10(digit) + power <= max_
+        ]
+        if len(within) >= 2:
+            return within[:most]
+        return [math.log10(tick) for tick in nice_ticks(10**min_, 10**max_, most) if tick > 0]
+
+    def get_labels_for_ticks(self, ticks: Sequence[float]) -> list[str]:
+        return [short(10**tick) for tick in ticks]

@@ -1,0 +1,213 @@
+"""Where a LinePlot draws: textual-plot's frame and ticks, and our own lines, for they are many."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+from textual import events
+from textual_hires_canvas import Canvas
+from textual_plot import PlotWidget
+
+from fastpeft.tui.series import Floats
+from fastpeft.tui.widgets.axes import Durations, Numbers
+from fastpeft.tui.widgets.raster import BLANK, braille
+
+if TYPE_CHECKING:
+    from fastpeft.tui.widgets.plot import LinePlot
+
+MARGIN_LEFT = 9
+_BAND = "░"
+_CURSOR = "│"
+
+
+@dataclass(frozen=True)
+class Line:
+    x: Floats
+    y: Floats
+    color: str
+    dash: tuple[int, int]
+
+
+@dataclass(frozen=True)
+class Shade:
+    x: Floats
+    low: Floats
+    high: Floats
+    color: str
+
+
+@dataclass(frozen=True)
+class Marks:
+    """Values that are not finite: at the lower edge × for nan and ▼ for -inf, at the upper ▲ for inf."""
+
+    x: Floats
+    values: Floats
+
+
+@dataclass(frozen=True)
+class Scene:
+    """All that one drawing holds, in the axes' units."""
+
+    lines: list[Line]
+    shades: list[Shade]
+    marks: list[Marks]
+    x: tuple[float, float]
+    y: tuple[float, float]
+    cursor_x: float | None
+
+
+class PlotCanvas(PlotWidget, can_focus=False, inherit_bindings=False):
+    """Draws scenes, and tells its plot what the mouse does."""
+
+    DEFAULT_CSS = """
+    PlotCanvas { height: 1fr; width: 1fr; }
+    PlotCanvas > .plot--axis { color: $foreground 40%; }
+    PlotCanvas > .plot--tick { color: $foreground 75%; text-style: none; }
+    """
+
+    def __init__(self, plot: LinePlot) -> None:
+        super().__init__(allow_pan_and_zoom=False)
+        self._plot = plot
+        self._scene: Scene | None = None
+        self.set_reactive(PlotWidget.margin_top, 0)
+        self.set_reactive(PlotWidget.margin_bottom, 1)
+        self.set_reactive(PlotWidget.margin_left, MARGIN_LEFT)
+
+    @property
+    def num_columns(self) -> int:
+        """Cells within the frame."""
+        return max(self.size.width - MARGIN_LEFT - 2, 0)
+
+    @property
+    def num_rows(self) -> int:
+        return max(self.size.height - 3, 0)
+
+    def draw(self, scene: Scene, x_format: Numbers | Durations, y_format: Numbers) -> None:
+        self._scene = scene
+        x_format.most = max(2, self.num_columns // 12)
+        y_format.most = max(2, (self.num_rows + 1) // 2)
+        self.set_x_formatter(x_format)
+        self.set_y_formatter(y_format)
+        self.set_xlimits(*scene.x)
+        self.set_ylimits(*scene.y)
+
+    def _render_plot(self) -> None:
+        if self.num_columns < 1 or self.num_rows < 1:
+            return
+        canvas = self.query_one("#plot", Canvas)
+        with canvas.batch_refresh():
+            super()._render_plot()
+            if self._scene is not None:
+                self._draw(canvas, self._scene)
+
+    def _draw(self, canvas: Canvas, scene: Scene) -> None:
+        for shade in scene.shades:
+            self._draw_shade(canvas, shade)
+        cells: dict[tuple[int, int], tuple[int, str]] = {}
+        width, height = self._scale_rectangle.width, self._scale_rectangle.height
+        for line in scene.lines:
+            x, y = self._cells(line.x, line.y)
+            drawn_HW = braille(x, y, width, height, line.dash)
+            rows, columns = np.nonzero(drawn_HW)
+            for row, column, dots in zip(rows.tolist(), columns.tolist(), drawn_HW[rows, columns].tolist()):
+                before = cells.get((row, column))
+                cells[row, column] = (dots | before[0] if before else dots, line.color)
+        self._draw_cursor(canvas, scene.cursor_x)
+        for (row, column), (dots, color) in cells.items():
+            canvas.set_pixel(column + 1, row + 1, chr(BLANK + dots), color)
+        for marks in scene.marks:
+            self._draw_marks(canvas, marks)
+
+    def _cells(self, x: Floats, y: Floats) -> tuple[Floats, Floats]:
+        """Of the axes' units: cells from the upper left corner within the frame."""
+        scene = self._scene
+        assert scene is not None
+        x = (x - scene.x[0]) / (scene.x[1] - scene.x[0]) * self._scale_rectangle.width
+        y = (scene.y[1] - y) / (scene.y[1] - scene.y[0]) * self._scale_rectangle.height
+        return x, y
+
+    def _draw_shade(self, canvas: Canvas, shade: Shade) -> None:
+        """Each column's middle, from the band's low to its high."""
+        (low_x, high_x), width = self._scene.x, self._scale_rectangle.width
+        x = low_x + (np.arange(width) + 0.5) / width * (high_x - low_x)
+        inside = (x >= shade.x[0]) & (x <= shade.x[-1]) if len(shade.x) else np.zeros(width, bool)
+        for column in np.flatnonzero(inside).tolist():
+            edges = np.array([np.interp(x[column], shade.x, edge) for edge in (shade.high, shade.low)])
+            top, bottom = self._cells(np.zeros(2), edges)[1]
+            if not (math.isfinite(top) and math.isfinite(bottom)):
+                continue
+            for row in range(max(int(top), 0), min(math.ceil(bottom), self._scale_rectangle.height)):
+                canvas.set_pixel(column + 1, row + 1, _BAND, shade.color)
+
+    def _draw_cursor(self, canvas: Canvas, at: float | None) -> None:
+        column = self._column(at)
+        if column is not None:
+            style = str(self.get_component_rich_style("plot--axis"))
+            for row in range(self._scale_rectangle.height):
+                canvas.set_pixel(column + 1, row + 1, _CURSOR, style)
+
+    def _draw_marks(self, canvas: Canvas, marks: Marks) -> None:
+        bottom = self._scale_rectangle.height
+        style = f"bold {self.app.theme_variables.get('error', 'red')}"
+        for x, value in zip(marks.x.tolist(), marks.values.tolist()):
+            column = self._column(x)
+            if column is not None:
+                sign, row = ("×", bottom) if math.isnan(value) else ("▲", 1) if value > 0 else ("▼", bottom)
+                canvas.set_pixel(column + 1, row, sign, style)
+
+    def _column(self, x: float | None) -> int | None:
+        if x is None or self._scene is None:
+            return None
+        low, high = self._scene.x
+        share = (x - low) / (high - low)
+        return (
+            min(int(share * self._scale_rectangle.width), self._scale_rectangle.width - 1) if 0 <= share <= 1 else None
+        )
+
+    # ---- the mouse -------------------------------------------------------------------------
+
+    def _share(self, event: events.MouseEvent) -> tuple[float, float] | None:
+        """Of the width, and of the height from below; outside 0..1 in the margins. None: outside the widget."""
+        offset = event.get_content_offset(self)
+        if offset is None or not self.num_columns or not self.num_rows:
+            return None
+        x = (offset.x - MARGIN_LEFT - 1 + 0.5) / self.num_columns
+        return x, 1 - (offset.y - 1 + 0.5) / self.num_rows
+
+    def on_mouse_scroll_down(self, event: events.MouseScrollDown) -> None:
+        self._zoom(event, -1)
+
+    def on_mouse_scroll_up(self, event: events.MouseScrollUp) -> None:
+        self._zoom(event, 1)
+
+    def _zoom(self, event: events.MouseEvent, direction: int) -> None:
+        """Of y in the margin of its numbers, else of x."""
+        event.stop()
+        share = self._share(event)
+        if share is None:
+            return
+        x, y = self._plot.at(*share)
+        if share[0] < 0:
+            self._plot.zoom_y(y, direction)
+        else:
+            self._plot.zoom_x(x, direction)
+
+    def on_mouse_move(self, event: events.MouseMove) -> None:
+        """The cursor follows; a pressed button pans, up and down only where y was zoomed."""
+        share = self._share(event)
+        if event.button:
+            self._plot.pan(-event.delta_x, event.delta_y if self._plot.view_y else 0)
+        elif share is not None:
+            self._plot.point_at(share[0] if 0 <= share[0] <= 1 else None)
+
+    def on_leave(self, event: events.Leave) -> None:
+        if not self.is_mouse_over:
+            self._plot.point_at(None)
+
+    def on_click(self, event: events.Click) -> None:
+        self._plot.focus()
+        if event.chain == 2:
+            self._plot.action_reset()

@@ -1,0 +1,330 @@
+"""Curves over time, steps, tokens or joules, for keyboard and mouse."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+import numpy as np
+from rich.text import Text
+from textual.app import ComposeResult
+from textual.binding import Binding, BindingType
+from textual.message import Message
+from textual.reactive import reactive
+from textual.widget import Widget
+from textual.widgets import Static
+
+from fastpeft.tui.series import AXES, Floats, Series, Window
+from fastpeft.tui.theme import curve_color
+from fastpeft.tui.widgets.axes import Durations, Numbers, Powers, position, short
+from fastpeft.tui.widgets.canvas import Line, Marks, PlotCanvas, Scene, Shade
+from fastpeft.tui.widgets.raster import DASHES
+
+SMOOTHING = (0.0, 0.6, 0.9, 0.97, 0.99)
+"""Weights of the average that `s` goes through."""
+ZOOM = 1.5
+_LINE_SIGNS = ("━", "╍", "┅", "┉")
+
+
+@dataclass(frozen=True)
+class Curve:
+    label: str
+    series: Series
+    color: str = ""
+    """#rrggbb; the palette's next where empty."""
+
+
+@dataclass(frozen=True)
+class Band:
+    """An area from `low` to `high`, as of a forecast; x in the unit of the plot's axis, rising."""
+
+    x: Floats
+    low: Floats
+    high: Floats
+    color: str = "#999999"
+
+
+class LinePlot(Widget, can_focus=True):
+    """Call `show` with the curves, and `redraw` when their series have grown. Zoom and cursor stay."""
+
+    DEFAULT_CSS = """
+    LinePlot { height: 1fr; width: 1fr; min-height: 6; }
+    LinePlot > #readout { height: 1; width: 1fr; text-wrap: nowrap; text-overflow: ellipsis; }
+    LinePlot:focus > #readout { background: $boost; text-style: bold; }
+    """
+    BINDINGS: ClassVar[list[BindingType]] = [
+        Binding("left", "cursor(-1)", "Cursor left", id="plot.cursor-left", show=False),
+        Binding("right", "cursor(1)", "Cursor right", id="plot.cursor-right", show=False),
+        Binding("home", "cursor_to(0)", "Cursor to the start", id="plot.cursor-start", show=False),
+        Binding("end", "cursor_to(1)", "Cursor to the end", id="plot.cursor-end", show=False),
+        Binding("plus,equals_sign", "zoom(1)", "Zoom in", id="plot.zoom-in", key_display="+", show=False),
+        Binding("minus", "zoom(-1)", "Zoom out", id="plot.zoom-out", key_display="-", show=False),
+        Binding("shift+left,less_than_sign", "pan(-1, 0)", "Pan left", id="plot.pan-left", show=False),
+        Binding("shift+right,greater_than_sign", "pan(1, 0)", "Pan right", id="plot.pan-right", show=False),
+        Binding("shift+up", "pan(0, 1)", "Pan up", id="plot.pan-up", show=False),
+        Binding("shift+down", "pan(0, -1)", "Pan down", id="plot.pan-down", show=False),
+        Binding("K", "zoom_y(1)", "Zoom in on y", id="plot.zoom-y-in", show=False),
+        Binding("J", "zoom_y(-1)", "Zoom out on y", id="plot.zoom-y-out", show=False),
+        Binding("y", "log", "Log scale", id="plot.log"),
+        Binding("s", "smooth(1)", "Smooth", id="plot.smooth"),
+        Binding("S", "smooth(-1)", "Smooth less", id="plot.smooth-less", show=False),
+        Binding("x", "axis", "X axis", id="plot.axis"),
+        Binding("0", "reset", "Reset", id="plot.reset"),
+    ]
+
+    axis: reactive[str] = reactive("time", init=False)
+    log: reactive[bool] = reactive(False, init=False)
+    smoothing: reactive[float] = reactive(0.0, init=False)
+    cursor_x: reactive[float | None] = reactive(None, init=False)
+
+    @dataclass
+    class AxisChanged(Message):
+        """The user chose another x axis."""
+
+        plot: LinePlot
+        axis: str
+
+        @property
+        def control(self) -> LinePlot:
+            return self.plot
+
+    def __init__(
+        self,
+        title: str = "",
+        *,
+        axis: str = "time",
+        log: bool = False,
+        axes: Sequence[str] = AXES,
+        id: str | None = None,
+        classes: str | None = None,
+    ) -> None:
+        super().__init__(id=id, classes=classes)
+        self.title, self.axes = title, tuple(axes)
+        self.set_reactive(LinePlot.axis, axis)
+        self.set_reactive(LinePlot.log, log)
+        self.curves: tuple[Curve, ...] = ()
+        self.bands: tuple[Band, ...] = ()
+        self.view_x: tuple[float, float] | None = None
+        """The range that is zoomed to; None: all there is."""
+        self.view_y: tuple[float, float] | None = None
+        """As shown: of log10 values on a log scale. None: what the curves need."""
+        self.num_not_finite = 0
+        self.num_not_positive = 0
+        """Within what is shown; those are left out for a log scale."""
+        self._shown_x, self._shown_y = (0.0, 1.0), (0.0, 1.0)
+
+    def compose(self) -> ComposeResult:
+        yield Static(id="readout", markup=False)
+        yield PlotCanvas(self)
+
+    def on_mount(self) -> None:
+        self.redraw()
+
+    def on_resize(self) -> None:
+        self.call_after_refresh(self.redraw)
+
+    # ---- what is shown ---------------------------------------------------------------------
+
+    def show(self, curves: Sequence[Curve], bands: Sequence[Band] = ()) -> None:
+        """Draw these from now on."""
+        self.curves, self.bands = tuple(curves), tuple(bands)
+        self.redraw()
+
+    def redraw(self) -> None:
+        """The series have grown."""
+        if not self.is_mounted or not self.size.area:
+            return
+        canvas = self.query_one(PlotCanvas)
+        self._shown_x = low, high = self.view_x or self._all_x()
+        buckets = max(2 * canvas.num_columns, 2)
+        windows = [
+            c.series.window(self.axis, low, high, buckets, self.smoothing, positive=self.log) for c in self.curves
+        ]
+        self.num_not_finite = sum(w.num_not_finite for w in windows)
+        self.num_not_positive = sum(w.num_not_positive for w in windows)
+        bands = [self._shade(band) for band in self.bands]
+        self._shown_y = self.view_y or self._needed_y(windows, bands)
+        colors = [c.color or curve_color(i) for i, c in enumerate(self.curves)]
+        lines = [
+            Line(w.x, self._scaled(w.y), color, DASHES[i % len(DASHES)] if self.app.no_color else DASHES[0])
+            for i, (w, color) in enumerate(zip(windows, colors))
+        ]
+        marks = [Marks(w.gaps_x, w.gaps_y) for w in windows if len(w.gaps_x)]
+        x_format = Durations() if self.axis == "time" else Numbers()
+        y_format = Powers() if self.log else Numbers()
+        canvas.draw(Scene(lines, bands, marks, self._shown_x, self._shown_y, self.cursor_x), x_format, y_format)
+        self._say(colors)
+
+    def _all_x(self) -> tuple[float, float]:
+        limits = [found for c in self.curves if (found := c.series.limits(self.axis)) is not None]
+        limits += [(float(b.x[0]), float(b.x[-1])) for b in self.bands if len(b.x)]
+        if not limits:
+            return 0.0, 1.0
+        low, high = min(found[0] for found in limits), max(found[1] for found in limits)
+        return (low, high) if high > low else (low - 0.5, low + 0.5)
+
+    def _scaled(self, y: Floats) -> Floats:
+        return np.log10(y) if self.log else y
+
+    def _shade(self, band: Band) -> Shade:
+        low, high = band.low, band.high
+        if self.log:
+            positive = high > 0
+            least = float(high[positive].min()) / 10 if positive.any() else 1.0
+            low, high = np.log10(np.maximum(low, least)), np.log10(np.maximum(high, least))
+        return Shade(band.x, low, high, band.color)
+
+    def _needed_y(self, windows: list[Window], bands: list[Shade]) -> tuple[float, float]:
+        low_x, high_x = self._shown_x
+        shown = [self._scaled(w.y[(w.x >= low_x) & (w.x <= high_x)]) for w in windows]
+        for band in bands:
+            inside = (band.x >= low_x) & (band.x <= high_x)
+            shown += [band.low[inside], band.high[inside]]
+        values = np.concatenate([y[np.isfinite(y)] for y in shown] or [np.empty(0)])
+        if not len(values):
+            return (-1.0, 0.0) if self.log else (0.0, 1.0)
+        low, high = float(values.min()), float(values.max())
+        room = 0.05 * (high - low) or 0.05 * abs(low) or 0.5
+        return low - room, high + room
+
+    # ---- the line above --------------------------------------------------------------------
+
+    def _say(self, colors: list[str]) -> None:
+        text = Text(no_wrap=True, overflow="ellipsis", end="")
+        at = self.cursor_x
+        if self.title:
+            text.append(f"{self.title}  ", "bold")
+        if at is not None:
+            text.append(f"{position(self.axis, at)}  ", "reverse")
+        for i, (curve, color) in enumerate(zip(self.curves, colors)):
+            sign = _LINE_SIGNS[i % len(_LINE_SIGNS)] if self.app.no_color else _LINE_SIGNS[0]
+            text.append(f"{sign} {curve.label} ", color)
+            text.append(f"{self._value(curve, at)}  ")
+        text.append(f"· {self.axis}", "dim")
+        for said in self._flags():
+            text.append(f" · {said}", "dim")
+        self.query_one("#readout", Static).update(text, layout=False)
+
+    def _value(self, curve: Curve, at: float | None) -> str:
+        if at is None:
+            value = curve.series.last
+        else:
+            found = curve.series.nearest(self.axis, at, self.smoothing)
+            value = found[1] if found else None
+        return "–" if value is None else short(value)
+
+    def _flags(self) -> list[str]:
+        said = ["log"] if self.log else []
+        if self.smoothing:
+            said.append(f"smoothed {self.smoothing:g}")
+        if self.num_not_positive:
+            said.append(f"{self.num_not_positive:,} ≤ 0 left out")
+        if self.num_not_finite:
+            said.append(f"{self.num_not_finite:,} not finite")
+        if self.view_x or self.view_y:
+            said.append("zoomed")
+        return said
+
+    # ---- keys, and what the mouse does -----------------------------------------------------
+
+    def watch_axis(self) -> None:
+        self.view_x = self.cursor_x = None
+        self.redraw()
+
+    def watch_log(self) -> None:
+        self.view_y = None
+        self.redraw()
+
+    def watch_smoothing(self) -> None:
+        self.redraw()
+
+    def watch_cursor_x(self) -> None:
+        self.redraw()
+
+    def action_cursor(self, columns: int) -> None:
+        low, high = self._shown_x
+        step = (high - low) / max(self.query_one(PlotCanvas).num_columns, 1)
+        at = self.cursor_x
+        if at is None:
+            at = high - step / 2 if columns < 0 else low + step / 2
+        self.cursor_x = min(max(at + columns * step, low), high)
+
+    def action_cursor_to(self, part: int) -> None:
+        self.cursor_x = self._shown_x[part]
+
+    def action_zoom(self, direction: int) -> None:
+        low, high = self._shown_x
+        inside = self.cursor_x is not None and low <= self.cursor_x <= high
+        self.zoom_x(self.cursor_x if inside else (low + high) / 2, direction)
+
+    def action_zoom_y(self, direction: int) -> None:
+        self.zoom_y(sum(self._shown_y) / 2, direction)
+
+    def action_pan(self, columns: int, rows: int) -> None:
+        canvas = self.query_one(PlotCanvas)
+        self.pan(columns * max(canvas.num_columns // 10, 1), rows * max(canvas.num_rows // 10, 1))
+
+    def action_log(self) -> None:
+        self.log = not self.log
+
+    def action_smooth(self, direction: int) -> None:
+        at = min(range(len(SMOOTHING)), key=lambda i: abs(SMOOTHING[i] - self.smoothing))
+        self.smoothing = SMOOTHING[(at + direction) % len(SMOOTHING)]
+
+    def action_axis(self) -> None:
+        """The next axis of which the curves have anything."""
+        start = self.axes.index(self.axis) if self.axis in self.axes else -1
+        for i in range(1, len(self.axes)):
+            axis = self.axes[(start + i) % len(self.axes)]
+            if any(c.series.limits(axis) is not None for c in self.curves):
+                self.axis = axis
+                self.post_message(self.AxisChanged(self, axis))
+                return
+
+    def action_reset(self) -> None:
+        self.view_x = self.view_y = None
+        self.cursor_x = None
+        self.redraw()
+
+    def zoom_x(self, center: float, direction: int) -> None:
+        """Keeps `center` where it is; out of the whole range is the whole range."""
+        found, all_x = _zoomed(self._shown_x, center, direction), self._all_x()
+        whole = found[0] <= all_x[0] and found[1] >= all_x[1]
+        self.view_x = None if whole else found
+        self.redraw()
+
+    def zoom_y(self, center: float, direction: int) -> None:
+        self.view_y = _zoomed(self._shown_y, center, direction)
+        self.redraw()
+
+    def pan(self, columns: int, rows: int) -> None:
+        """Move what is shown by cells to the right and up."""
+        canvas = self.query_one(PlotCanvas)
+        if columns:
+            low, high = self._shown_x
+            by = columns * (high - low) / max(canvas.num_columns, 1)
+            self.view_x = low + by, high + by
+        if rows:
+            low, high = self._shown_y
+            by = rows * (high - low) / max(canvas.num_rows, 1)
+            self.view_y = low + by, high + by
+        self.redraw()
+
+    def point_at(self, x: float | None) -> None:
+        """Put the cursor at a share of the width; None takes it away."""
+        low, high = self._shown_x
+        self.cursor_x = None if x is None else low + x * (high - low)
+
+    def at(self, x: float, y: float) -> tuple[float, float]:
+        """The place at shares of the width, and of the height from below."""
+        (low_x, high_x), (low_y, high_y) = self._shown_x, self._shown_y
+        return low_x + x * (high_x - low_x), low_y + y * (high_y - low_y)
+
+
+def _zoomed(shown: tuple[float, float], center: float, direction: int) -> tuple[float, float]:
+    factor = ZOOM**-direction
+    low, high = center - (center - shown[0]) * factor, center + (shown[1] - center) * factor
+    smallest = 1e-9 * max(abs(low), abs(high), 1e-300)
+    return (low, high) if high - low > smallest and math.isfinite(high - low) else shown

@@ -1,0 +1,53 @@
+"""Polylines as braille: each cell is 2 x 4 dots."""
+
+# H cells high, W cells wide, N points
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+Floats = NDArray[np.float64]
+
+BLANK = 0x2800
+_DOTS_42 = np.array([[0x01, 0x08], [0x02, 0x10], [0x04, 0x20], [0x40, 0x80]], dtype=np.int32)
+
+DASHES = ((1, 0), (6, 4), (2, 3), (12, 3))
+"""Dots drawn and dots left out, along x: what tells curves apart without colour."""
+
+
+def braille(x: Floats, y: Floats, width: int, height: int, dash: tuple[int, int] = DASHES[0]) -> NDArray[np.int32]:
+    """The line through the points as code points less BLANK, (height, width); 0 where a cell is empty.
+
+    Args:
+        x, y: in cells from the upper left corner; may lie outside, where the line is cut.
+    """
+    if len(x) == 1:
+        x, y = np.repeat(x, 2), np.repeat(y, 2)
+    dots_YX = np.zeros((height * 4, width * 2), dtype=bool)
+    starts, ends = _clipped(np.column_stack([x * 2, y * 4]), np.array([width * 2 - 1e-9, height * 4 - 1e-9]))
+    if len(starts):
+        starts, ends = np.floor(starts).astype(int), np.floor(ends).astype(int)
+        num = np.abs(ends - starts).max(axis=1) + 1
+        line = np.repeat(np.arange(len(num)), num)
+        part = (np.arange(len(line)) - np.repeat(np.cumsum(num) - num, num)) / np.maximum(num - 1, 1)[line]
+        dot = np.rint(starts[line] + part[:, None] * (ends - starts)[line]).astype(int)
+        dot = dot[dot[:, 0] % sum(dash) < dash[0]]
+        dots_YX[dot[:, 1], dot[:, 0]] = True
+    return np.einsum("hawb,ab->hw", dots_YX.reshape(height, 4, width, 2).astype(np.int32), _DOTS_42)
+
+
+def _clipped(points_N2: Floats, size: Floats) -> tuple[Floats, Floats]:
+    """The parts of the segments between the points that lie in [0, size): Liang and Barsky, 1984."""
+    start, step = points_N2[:-1], np.diff(points_N2, axis=0)
+    first, last = np.zeros(len(start)), np.ones(len(start))
+    for i in (0, 1):
+        with np.errstate(divide="ignore", invalid="ignore"):
+            at = np.sort(np.column_stack([-start[:, i] / step[:, i], (size[i] - start[:, i]) / step[:, i]]), axis=1)
+        flat = step[:, i] == 0
+        inside = (start[:, i] >= 0) & (start[:, i] <= size[i])
+        first = np.where(flat, np.where(inside, first, 2.0), np.maximum(first, at[:, 0]))
+        last = np.where(flat, last, np.minimum(last, at[:, 1]))
+    kept = first <= last
+    start, step, first, last = start[kept], step[kept], first[kept, None], last[kept, None]
+    return np.clip(start + first * step, 0, size), np.clip(start + last * step, 0, size)
