@@ -23,6 +23,7 @@ from fastpeft.tui.screens.runs import RunsScreen
 from fastpeft.tui.screens.start import StartScreen
 from fastpeft.tui.steer import Launch
 from fastpeft.tui.tail import RunTail
+from fastpeft.tui.theme import THEMES
 
 LIST_EVERY_S = 1.0
 MAX_TAILS = 12
@@ -39,7 +40,7 @@ class FastpeftApp(App[None]):
     VERTICAL_BREAKPOINTS: ClassVar = [(0, "-short"), (34, "-tall"), (50, "-high")]
     BINDINGS: ClassVar[list[BindingType]] = [
         Binding("q", "quit", "Quit", id="app.quit"),
-        Binding("question_mark,h", "help", "Help", key_display="?", id="app.help"),
+        Binding("question_mark,f1", "help", "Help", key_display="?", id="app.help"),
         Binding("tab", "focus_next", "Next part of the screen", show=False, id="app.focus_next"),
         Binding("shift+tab", "focus_previous", "Part before", show=False, id="app.focus_previous"),
     ]
@@ -58,8 +59,15 @@ class FastpeftApp(App[None]):
         self._wanted = asyncio.Event()
 
     def on_mount(self) -> None:
+        for theme in THEMES:
+            self.register_theme(theme)
+        self.theme = THEMES[0].name
         self.push_screen(RunsScreen())
         self._watch()
+
+    @property
+    def is_exiting(self) -> bool:
+        return self._exit
 
     # ---- reading ---------------------------------------------------------------------------
 
@@ -83,7 +91,7 @@ class FastpeftApp(App[None]):
             self._tell_launches()
             for screen in self.screen_stack:
                 if isinstance(screen, RunsKeys):
-                    screen.rows_changed(self.rows)
+                    screen.rows_changed()
             try:
                 await asyncio.wait_for(self._wanted.wait(), LIST_EVERY_S)
             except TimeoutError:

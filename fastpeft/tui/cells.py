@@ -80,12 +80,12 @@ def best_of(row: RunRow) -> float | None:
 
 COLUMNS = (
     Column("status", "status", (10, 10, 10), lambda r, w: status_badge(r.status), lambda r: r.status),
-    Column("name", "run", (24, 28, 36), lambda r, w: Text(shortened(r.name, w)), lambda r: r.name),
-    Column("budget", "budget", (13, 14, 18), _budget, lambda r: _number(r, "progress")),
+    Column("name", "run", (21, 28, 36), lambda r, w: Text(shortened(r.name, w)), lambda r: r.name),
+    Column("budget", "budget", (12, 14, 18), _budget, lambda r: _number(r, "progress")),
     Column("eta", "ETA", (6, 6, 6), lambda r, w: Text(duration(r.eta_s)), lambda r: _number(r, "eta_s"), True),
     Column("loss", "loss", (7, 7, 7), lambda r, w: Text(decimal(r.last_loss)), lambda r: _number(r, "last_loss"), True),
     Column("best", "best", (6, 6, 6), lambda r, w: Text(decimal(best_of(r))), lambda r: best_of(r) or -1.0, True),
-    Column("method", "method", (8, 8, 8), lambda r, w: Text(r.method), lambda r: r.method),
+    Column("method", "method", (7, 8, 8), lambda r, w: Text(r.method), lambda r: r.method),
     Column("tokens", "tok/s", (6, 6, 6), lambda r, w: Text(short(r.tokens_per_s)), lambda r: _number(r, "tokens_per_s"), True),
     Column("energy", "energy", (7, 7, 7), lambda r, w: Text(short(r.energy_j, "J")), lambda r: _number(r, "energy_j"), True),
     Column("curve", "loss curve", (12, 10, 24), lambda r, w: Text(sparkline(r.sparkline, w), style="#56B4E9")),

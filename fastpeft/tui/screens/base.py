@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, ClassVar
 from rich.text import Text
 from textual import work
 from textual.binding import Binding, BindingType
+from textual.css.query import NoMatches
 from textual.screen import Screen
 
 from fastpeft.errors import UserError
@@ -17,7 +18,6 @@ from fastpeft.tui.screens.dialogs import Ask, Reading
 
 if TYPE_CHECKING:
     from fastpeft.tui.app import FastpeftApp
-    from fastpeft.tui.runs import RunRow
 
 
 class RunsKeys(Screen[None]):
@@ -25,19 +25,34 @@ class RunsKeys(Screen[None]):
 
     app: FastpeftApp
     BINDINGS: ClassVar[list[BindingType]] = [
-        Binding("s", "stop", "Stop", tooltip="Stop the run: it saves a checkpoint and can be resumed", id="run.stop"),
-        Binding("r", "resume", "Resume", tooltip="Resume the run from its newest checkpoint", id="run.resume"),
-        Binding("d", "delete", "Delete", tooltip="Delete the run's folder (asks)", show=False, id="run.delete"),
+        Binding("T", "stop", "Stop", tooltip="Stop the run: it saves a checkpoint and can be resumed", show=False, id="run.stop"),
+        Binding("R", "resume", "Resume", tooltip="Resume the run from its newest checkpoint", show=False, id="run.resume"),
+        Binding("D", "delete", "Delete", tooltip="Delete the run's folder (asks)", show=False, id="run.delete"),
         Binding("o", "open_folder", "Folder", tooltip="Open the run's folder, or copy its path", show=False, id="run.folder"),
-        Binding("l", "output", "Output", tooltip="What the trainer printed", show=False, id="run.output"),
+        Binding("O", "output", "Output", tooltip="What the trainer printed", show=False, id="run.output"),
     ]
 
     def target(self) -> str | None:
         """The run's name."""
         raise NotImplementedError
 
-    def rows_changed(self, rows: list[RunRow]) -> None:
+    def draw(self) -> None:
+        """Show what was read."""
+        raise NotImplementedError
+
+    def draw_again(self) -> None:
+        """From a worker or a timer: only what is on top is drawn, and nothing that is being taken down."""
+        if not (self.is_mounted and self.is_current):
+            return
+        try:
+            self.draw()
+        except NoMatches:
+            if self.is_running and self.app.is_running and not self.app.is_exiting:
+                raise
+
+    def rows_changed(self) -> None:
         """The list of runs was read again."""
+        self.draw_again()
 
     def folder(self) -> RunFolder | None:
         name = self.target()
@@ -51,7 +66,7 @@ class RunsKeys(Screen[None]):
         folder = self.folder()
         if folder is None:
             return
-        detail = "It finishes its step, saves a checkpoint, and can be resumed with r."
+        detail = "It finishes its step, saves a checkpoint, and can be resumed with R."
         if not await self.app.push_screen_wait(Ask(f"Stop {folder.path.name}?", detail, "Stop and save")):
             return
         pid = await self._steered(steer.stop, folder)

@@ -101,7 +101,7 @@ class Help(Reading):
     """Every key that works on the screen below."""
 
     BINDINGS: ClassVar[list[BindingType]] = [
-        Binding("question_mark,h", "close", "Close", show=False, id="help.close"),
+        Binding("question_mark,f1", "close", "Close", show=False, id="help.close"),
     ]
 
     def __init__(self, screen: Screen) -> None:

@@ -1,4 +1,292 @@
+"""One run: its curves, where the importance lies, the machine, what happened, its configuration."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import ClassVar
+
+from rich.syntax import Syntax
+from rich.text import Text
+from textual import work
+from textual.app import ComposeResult
+from textual.binding import Binding, BindingType
+from textual.containers import Container, Vertical, VerticalScroll
+from textual.widgets import Footer, Static
+
+from fastpeft.tui import cells
+from fastpeft.tui.format import amount, bar, decimal, duration, short
+from fastpeft.tui.runs import RunRow
 from fastpeft.tui.screens.base import RunsKeys
+from fastpeft.tui.tail import RunTail
+from fastpeft.tui.theme import STATUS, curve_color
+from fastpeft.tui.widgets.events import EventLog
+from fastpeft.tui.widgets.heatmap import Grid, Heatmap, importance_grid
+from fastpeft.tui.widgets.plot import Curve, LinePlot
+from fastpeft.tui.widgets.system import SystemPanel
+
+DRAW_EVERY_S = 0.25
+
+PLOTS = {
+    "loss": ("loss", ("loss", "eval/loss")),
+    "metric": ("metric", ()),
+    "penalty": ("penalty", ("penalty",)),
+    "lr": ("rate", ("lr",)),
+    "energy": ("energy, J", ("energy_j",)),
+    "power": ("power, W", ("power_w", "system/power_w")),
+    "speed": ("tokens a second", ("tokens_per_s",)),
+    "grad": ("gradient", ("grad_norm",)),
+}
+"""What is drawn: title and series. Those of which nothing was measured are left out."""
+LABELS = {"eval/loss": "validation", "system/power_w": "device", "lr": "learning rate", "grad_norm": "norm", "tokens_per_s": "tok/s"}
+_FEW_PLOTS = 6
+_PANES = Binding.Group("Panes", compact=True)
+
+
 class RunScreen(RunsKeys):
-    def __init__(self, name): super().__init__(); self._n=name
-    def target(self): return self._n
+    BINDINGS: ClassVar[list[BindingType]] = [
+        Binding("1", "pane('curves')", "Curves", group=_PANES, id="run.curves"),
+        Binding("2", "pane('importance')", "Importance", group=_PANES, id="run.importance"),
+        Binding("3", "pane('events')", "Events", group=_PANES, id="run.events"),
+        Binding("4", "pane('config')", "Config", group=_PANES, id="run.config"),
+        Binding("left_square_bracket", "step(-1)", "Before", key_display="[", tooltip="Plot or snapshot before", show=False, id="run.before"),
+        Binding("right_square_bracket", "step(1)", "Next", key_display="]", tooltip="Next plot or snapshot", id="run.next"),
+        Binding("z", "zoom", "Maximise", tooltip="The part in focus alone, and back", show=False, id="run.zoom"),
+        Binding("c", "compare", "Compare", tooltip="Compare it with the marked runs", show=False, id="run.compare"),
+        Binding("escape", "back", "Back", show=False, id="run.back"),
+    ]  # fmt: skip
+
+    def __init__(self, run: str) -> None:
+        super().__init__()
+        self.run = run
+        self.pane = "curves"
+        self.plot = "loss"
+        """The one that is shown where there is room for one only."""
+        self.snapshot = -1
+        self._tail: RunTail | None = None
+        self._drawn_importance: object = None
+        self._yaml = Static(id="yaml")
+
+    def compose(self) -> ComposeResult:
+        yield Static(id="title")
+        with Container(id="panes"):
+            with Container(id="curves"):
+                for key, (title, _) in PLOTS.items():
+                    yield LinePlot(title, id=f"plot_{key}")
+            with Vertical(id="importance"):
+                yield Heatmap("importance", id="heatmap")
+            with Vertical(id="events"):
+                yield SystemPanel(id="system")
+                yield EventLog(id="log")
+            with VerticalScroll(id="config", can_focus=True):
+                yield self._yaml
+        yield Footer(show_command_palette=False, compact=True)
+
+    def on_mount(self) -> None:
+        self._tail = self.app.tail(self.run)
+        self.query_one("#importance").border_title = "importance"
+        self.query_one("#events").border_title = "machine and events"
+        self.action_pane("curves")
+        self._read_config()
+        self._follow()
+
+    def target(self) -> str | None:
+        return self.run
+
+    @property
+    def row(self) -> RunRow | None:
+        return next((row for row in self.app.rows if row.name == self.run), None)
+
+    @property
+    def is_roomy(self) -> bool:
+        """Several parts are shown at once."""
+        return self.size.width >= 110 and self.size.height >= 34
+
+    @property
+    def is_wide(self) -> bool:
+        return self.size.width >= 170 and self.size.height >= 34
+
+    # ---- reading ---------------------------------------------------------------------------
+
+    @work(group="follow")
+    async def _follow(self) -> None:
+        tail = self._tail
+        assert tail is not None
+        loop, drawn_s, stale = asyncio.get_running_loop(), 0.0, True
+        while True:
+            stale |= await asyncio.to_thread(tail.poll)
+            if stale and self.is_current and loop.time() - drawn_s >= DRAW_EVERY_S:
+                self.draw_again()
+                drawn_s, stale = loop.time(), False
+            await asyncio.sleep(0.01 if not tail.is_caught_up else DRAW_EVERY_S)
+
+    @work(group="config")
+    async def _read_config(self) -> None:
+        path = self.app.results_dir / self.run / "run.yaml"
+        try:
+            text = await asyncio.to_thread(path.read_text, "utf-8", "replace")
+        except OSError as error:
+            text = f"# {path}: {error.strerror}"
+        if self.is_mounted:
+            theme = "ansi_dark" if self.app.current_theme.dark else "ansi_light"
+            self._yaml.update(Syntax(text, "yaml", theme=theme, background_color="default"))
+
+    def on_screen_resume(self) -> None:
+        self.call_after_refresh(self.draw_again)
+
+    def on_resize(self) -> None:
+        self.call_after_refresh(self.draw_again)
+
+    # ---- drawing ---------------------------------------------------------------------------
+
+    def draw(self) -> None:
+        tail = self._tail
+        assert tail is not None
+        self._draw_title()
+        self._draw_plots(tail)
+        self._draw_importance(tail)
+        self.query_one(SystemPanel).show(tail.series)
+        self.query_one(EventLog).show(tail.notable)
+
+    def _draw_title(self) -> None:
+        self.query_one("#title", Static).update(_title(self.row, self.run, self._tail, self.size.width))
+
+    def _draw_plots(self, tail: RunTail) -> None:
+        shown = self.shown_plots()
+        for key in PLOTS:
+            plot = self.query_one(f"#plot_{key}", LinePlot)
+            plot.display = key in shown
+            if plot.display:
+                plot.show(self._curves(key))
+        self.query_one("#curves").set_class(len(shown) > 1, "-several")
+        self.query_one("#curves").set_class(len(shown) > 4, "-many")
+
+    def measured_plots(self) -> list[str]:
+        """Those with something to draw; the loss in any case."""
+        return [key for key in PLOTS if key == "loss" or self._curves(key)]
+
+    def shown_plots(self) -> list[str]:
+        there = self.measured_plots()
+        if not self.is_roomy:
+            return [self.plot if self.plot in there else there[0]]
+        return there if self.is_wide else there[:_FEW_PLOTS]
+
+    def _curves(self, key: str) -> list[Curve]:
+        assert self._tail is not None
+        series = self._tail.series
+        names = PLOTS[key][1]
+        if key == "metric":
+            names = tuple(name for name in series if name.startswith("eval/") and name != "eval/loss")
+        if key == "penalty" and "penalty" in series and not series["penalty"].y.any():
+            return []
+        if "power_w" in series and key == "power":
+            names = ("power_w",)
+        first = list(PLOTS).index(key) if len(names) == 1 else 0
+        labels = [LABELS.get(name, name.removeprefix("eval/")) for name in names]
+        return [
+            Curve(label, series[name], curve_color(first + i))
+            for i, (label, name) in enumerate(zip(labels, names))
+            if name in series
+        ]
+
+    def _draw_importance(self, tail: RunTail) -> None:
+        snapshots = tail.importance
+        at = len(snapshots) - 1 if self.snapshot < 0 else min(self.snapshot, len(snapshots) - 1)
+        drawn = (tail.generation, len(snapshots), at, self.size)
+        if drawn == self._drawn_importance:
+            return
+        self._drawn_importance = drawn
+        pane, heatmap = self.query_one("#importance"), self.query_one(Heatmap)
+        if not snapshots:
+            heatmap.show(Grid((), (), heatmap.grid.values[:0, :0]))
+            pane.border_subtitle = "this method measures none" if tail.is_caught_up and tail.series else ""
+            return
+        grid = importance_grid(snapshots, at)
+        heatmap.show(grid)
+        if self.is_wide:
+            self.query_one("#panes").styles.grid_rows = f"{min(len(grid.rows) + 6, self.size.height // 2)} 1fr"
+        when = f"step {snapshots[at].step:,}, {duration(snapshots[at].elapsed_s)}"
+        pane.border_subtitle = f"snapshot {at + 1} of {len(snapshots)}, {when}"
+
+    # ---- keys ------------------------------------------------------------------------------
+
+    def action_pane(self, pane: str) -> None:
+        self.minimize()
+        self.pane = pane
+        for name in ("curves", "importance", "events", "config"):
+            self.set_class(name == pane, f"-{name}")
+        focus = {"curves": f"#plot_{self.shown_plots()[0]}", "importance": "#heatmap", "events": "#log"}
+        self.query_one(focus.get(pane, "#config")).focus()
+        self.draw()
+
+    def action_step(self, by: int) -> None:
+        """In the curves the plot, in the importances the snapshot."""
+        assert self._tail is not None
+        if self.focused is not None and self.focused.id == "heatmap":
+            num = len(self._tail.importance)
+            at = num - 1 if self.snapshot < 0 else self.snapshot
+            self.snapshot = max(0, min(at + by, num - 1))
+            if self.snapshot == num - 1:
+                self.snapshot = -1  # follow the newest
+            self._draw_importance(self._tail)
+            return
+        there = self.measured_plots() if not self.is_roomy else self.shown_plots()
+        focused = (self.focused.id or "").removeprefix("plot_") if self.focused else ""
+        now = focused if focused in there else self.plot
+        self.plot = there[(there.index(now) + by) % len(there)] if now in there else there[0]
+        self._draw_plots(self._tail)
+        self.query_one(f"#plot_{self.plot}").focus()
+
+    def action_zoom(self) -> None:
+        if self.maximized is not None:
+            self.minimize()
+        elif self.focused is not None:
+            self.maximize(self.focused)
+
+    def action_compare(self) -> None:
+        self.app.compare(list(dict.fromkeys([*self.app.marked, self.run])))
+
+    def action_back(self) -> None:
+        if self.maximized is not None:
+            self.minimize()
+        else:
+            self.dismiss()
+
+    def deleted(self, name: str) -> None:
+        self.dismiss()
+
+    def on_line_plot_axis_changed(self, event: LinePlot.AxisChanged) -> None:
+        """All plots against the same axis."""
+        for plot in self.query(LinePlot):
+            plot.axis = event.axis
+
+
+def _title(row: RunRow | None, run: str, tail: RunTail | None, width: int) -> Text:
+    """Two lines: what it is, and how far it is."""
+    if row is None:
+        return Text.assemble((run, "bold"), "  there is no such run now\n")
+    first = Text.assemble((run, "bold"), "  ", cells.status_badge(row.status), "  ")
+    if row.stand_in:
+        first.append_text(cells.stand_in_badge()).append(" ")
+    first.append(f"{row.method} on {cells.model_and_data(row)}")
+    color = STATUS.get(row.status, STATUS["no result"])[1]
+    second = bar(row.progress, 12 if width < 110 else 30, color)
+    facts = []
+    if row.budget_limit is not None:
+        facts.append(f"of {amount(row.budget_limit, row.budget_kind)}{' steps' if row.budget_kind == 'steps' else ''}")
+    if row.eta_s is not None:
+        facts.append(f"{duration(row.eta_s)} left")
+    facts += [f"step {row.steps or 0:,}", f"loss {decimal(row.last_loss)}"]
+    if row.metric is not None:
+        last = "" if width < 110 else f"{decimal(row.metric)}, "
+        facts.append(f"{row.metric_name} {last}best {decimal(cells.best_of(row))}")
+    facts.append(f"{short(row.tokens_per_s)} tok/s")
+    if row.energy_j is not None:
+        facts.append(short(row.energy_j, "J"))
+    second.append(" " + "  ".join(facts))
+    if tail is not None and not tail.is_caught_up:
+        second.append(f"  reading {tail.progress:.0%}", style="bold")
+    if tail is not None and tail.malformed:
+        second.append(f"  {tail.malformed} bad line{'s' if tail.malformed > 1 else ''}", style="#D55E00")
+    for line in (first, second):
+        line.truncate(width - 2, overflow="ellipsis")
+    return Text("\n").join([first, second])

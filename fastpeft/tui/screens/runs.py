@@ -4,16 +4,19 @@ from __future__ import annotations
 
 from typing import ClassVar
 
+import numpy as np
 from rich.text import Text
 from textual.app import ComposeResult
 from textual.binding import Binding, BindingType
 from textual.containers import Horizontal
-from textual.widgets import DataTable, Footer, Input, Sparkline, Static
+from textual.widgets import DataTable, Footer, Input, Static
 
 from fastpeft.tui import cells
 from fastpeft.tui.format import amount, decimal, duration, short, sparkline
 from fastpeft.tui.runs import RunRow
 from fastpeft.tui.screens.base import RunsKeys
+from fastpeft.tui.series import Series
+from fastpeft.tui.widgets.plot import Curve, LinePlot
 
 EMPTY = """\
 No runs in {folder} yet.
@@ -40,6 +43,8 @@ class RunsTable(DataTable):
 class RunsScreen(RunsKeys):
     BINDINGS: ClassVar[list[BindingType]] = [
         Binding("enter", "open", "Open", id="runs.open"),
+        Binding("T", "stop", "Stop", tooltip="Stop the run: it saves a checkpoint and can be resumed", id="run.stop"),
+        Binding("R", "resume", "Resume", tooltip="Resume the run from its newest checkpoint", id="run.resume"),
         Binding("n", "new", "New", tooltip="Start a run", id="runs.new"),
         Binding("space,m", "mark", "Mark", key_display="space", tooltip="Mark the run, to compare it", id="runs.mark"),
         Binding("c", "compare", "Compare", tooltip="Compare the marked runs; all that are listed where none is", id="runs.compare"),
@@ -63,31 +68,28 @@ class RunsScreen(RunsKeys):
 
     def compose(self) -> ComposeResult:
         yield Static(id="title")
-        yield RunsTable(id="runs", cursor_type="row", cell_padding=0, zebra_stripes=False)
+        yield RunsTable(id="runs", cursor_type="row", cell_padding=0, cursor_foreground_priority="renderable")
         yield Static(id="empty")
         with Horizontal(id="preview"):
             yield Static(id="facts")
-            yield Sparkline(id="spark", summary_function=lambda part: sum(part) / len(part))
+            yield LinePlot("loss, sampled", axis="steps", id="spark")
         yield Input(id="filter", placeholder="words that a run's name, method, model, data or status holds", compact=True)
         yield Footer(show_command_palette=False, compact=True)
 
     def on_mount(self) -> None:
         self.query_one("#filter").display = False
         self.query_one("#preview").display = False
+        self.query_one("#spark").can_focus = False
         self.query_one(RunsTable).focus()
         self.draw()
 
     def on_resize(self) -> None:
-        self.call_after_refresh(self.draw)
+        self.call_after_refresh(self.draw_again)
 
     def on_screen_resume(self) -> None:
         self.draw()
 
     # ---- drawing ---------------------------------------------------------------------------
-
-    def rows_changed(self, rows: list[RunRow]) -> None:
-        if self.is_mounted:
-            self.draw()
 
     def lines(self) -> list[RunRow | cells.Group]:
         """What is listed, in order."""
@@ -179,7 +181,10 @@ class RunsScreen(RunsKeys):
             return
         tall = self.size.height >= 34
         self.query_one("#facts", Static).update(_facts(line) if tall else _strip(line, self.size.width))
-        self.query_one("#spark", Sparkline).data = list(line.sparkline)
+        if tall:
+            losses = np.array(line.sparkline)
+            at = np.arange(1, len(losses) + 1) / max(len(losses), 1) * (line.steps or 0)
+            self.query_one("#spark", LinePlot).show([Curve("loss", Series.of(at, losses))] if line.sparkline else [])
 
     # ---- the line under the cursor ---------------------------------------------------------
 

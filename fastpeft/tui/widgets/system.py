@@ -1,0 +1,37 @@
+"""The machine that a run is on, from its heartbeats: a GPU's figures, or the processor's."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from rich.text import Text
+from textual.widgets import Static
+
+from fastpeft.tui.format import sparkline
+from fastpeft.tui.series import Series
+
+FIGURES = {
+    "system/util": ("load", "{:.0f} %"),
+    "system/memory_mb": ("memory", "{:,.0f} MB"),
+    "system/power_w": ("power", "{:.0f} W"),
+    "system/temp_c": ("temp.", "{:.0f} °C"),
+}
+_RECENT = 512
+
+
+class SystemPanel(Static):
+    """A line a figure: the last value, and the recent ones as a curve."""
+
+    def show(self, series: Mapping[str, Series]) -> None:
+        lines = []
+        width = max(8, min(60, self.size.width - 24))
+        for key, (label, form) in FIGURES.items():
+            found = series.get(key)
+            last = found.last if found is not None else None
+            if found is None or last is None:
+                continue
+            recent = found.y[-_RECENT:]
+            curve = sparkline(tuple(recent[recent == recent].tolist()), width)
+            value = form.format(last)
+            lines.append(Text.assemble((f"{label:<8}", "dim"), f"{value:>10}  ", (curve, "#56B4E9")))
+        self.update(Text("\n").join(lines) if lines else Text("no heartbeat yet", style="dim"))
