@@ -18,6 +18,7 @@ from fastpeft.tui.series import Floats, StepTable
 _STEP = StepTable.READ[:-1]  # penalty_share is the one that a method may not have
 _STEP_ROW = np.dtype((np.float64, len(_STEP)))
 _step_values = itemgetter(*_STEP)
+_TYPE_OF = itemgetter("type")
 
 
 class Notable(NamedTuple):
@@ -74,9 +75,9 @@ def _events(lines: bytes, parsed: Parsed) -> list[Event]:
     num_lines = lines.count(b"\n")
     try:
         events = orjson.loads(b"[" + lines[:-1].replace(b"\n", b",") + b"]")
-        if len(events) == num_lines and all(type(e) is dict and type(e.get("type")) is str for e in events):
+        if len(events) == num_lines and all(map(_TYPE_OF, events)):
             return events
-    except ValueError:
+    except (ValueError, TypeError, KeyError):
         pass
     found = [e for line in lines.splitlines() if (e := _event(line)) is not None]
     parsed.malformed += num_lines - len(found)
@@ -139,6 +140,8 @@ def _others(events: Iterable[Event], parsed: Parsed) -> None:
 
 def _other(event: Event, parsed: Parsed, values: dict[str, list[list[float]]]) -> None:
     kind = event["type"]
+    if not isinstance(kind, str):
+        raise TypeError("no type")
     if kind not in _TEXTS and kind != "system":
         return
     at = [float(event["elapsed_s"]), float(event["step"])]

@@ -9,12 +9,12 @@ arrays stay valid; each call reads one state of the table.
 from __future__ import annotations
 
 import threading
-from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from fastpeft.tui.smooth import Smoothed
+from fastpeft.tui.thin import BLOCK_ROWS, Blocks, Window, thinned
 
 Floats = NDArray[np.float64]
 
@@ -26,20 +26,8 @@ RATE_ROWS = 32
 
 _FIRST_CAPACITY = 256
 _GROWTH = 1.5
-
-
-class Window(NamedTuple):
-    """What a plot draws of a series within a range."""
-
-    x: Floats
-    y: Floats
-    """At most two points a bucket, the least and the greatest, in order of x. All finite."""
-    gaps_x: Floats
-    gaps_y: Floats
-    """Where a value is not finite: nan, inf or -inf. At most one a bucket."""
-    num_not_finite: int
-    num_not_positive: int
-    """Left out for a log scale."""
+_LONG = 4
+"""A range of more than this many blocks a bucket is drawn from the blocks."""
 
 
 class Table:
@@ -70,6 +58,11 @@ class Table:
                 self._append(rows_CN)
                 self._ahead = {later: rows_CN for later, rows_CN in self._ahead.items() if later != place}
 
+    def reserve(self, num: int) -> None:
+        """Room for this many rows: memory that is not written to costs nothing."""
+        with self._lock:
+            self._grow(num)
+
     def take(self, *names: str) -> list[Floats]:
         """Columns of one state of the table. Not to be written to."""
         with self._lock:
@@ -97,11 +90,14 @@ class Table:
     def _append(self, rows_CN: Floats) -> None:
         num = self._num + rows_CN.shape[1]
         if num > self._rows_CN.shape[1]:
-            grown_CN = np.empty((len(self.names), max(num, int(self._rows_CN.shape[1] * _GROWTH))))
-            grown_CN[:, : self._num] = self._rows_CN[:, : self._num]
-            self._rows_CN = grown_CN
+            self._grow(max(num, int(self._rows_CN.shape[1] * _GROWTH)))
         self._rows_CN[:, self._num : num] = rows_CN
         self._num = num
+
+    def _grow(self, capacity: int) -> None:
+        grown_CN = np.empty((len(self.names), max(capacity, self._num)))
+        grown_CN[:, : self._num] = self._rows_CN[:, : self._num]
+        self._rows_CN = grown_CN
 
 
 class StepTable(Table):
@@ -164,6 +160,8 @@ class Series:
         self._table, self._column, self._steps = table, column, steps
         self.nan_is_missing = nan_is_missing
         self._smoothed = Smoothed()
+        self._blocks: dict[tuple[float, bool], Blocks] = {}
+        self._ordered_to: dict[str, int] = {}
 
     @classmethod
     def of(cls, x: Floats, y: Floats) -> Series:
@@ -243,20 +241,29 @@ class Series:
             smoothing: the weight of an exponential moving average, in [0, 1); see `smooth.ema`.
             positive: leave out what a log scale cannot show.
         """
-        x, y = self.xy(axis)
-        if smoothing:
-            y = self._smoothed(y, smoothing, self._table.num_settled)
-        x, y = _ordered(x, y)
+        x, y = self._drawn(axis, smoothing)
         first = max(int(np.searchsorted(x, low)) - 1, 0)
         last = int(np.searchsorted(x, high, side="right")) + 1
+        if len(y) == len(self._table) and min(last, len(x)) - first > _LONG * BLOCK_ROWS * buckets:
+            blocks = self._blocks.setdefault((smoothing, positive), Blocks(positive, self.nan_is_missing))
+            return blocks.thinned(x, y, first, last, buckets, self._table.num_settled)
         return thinned(x[first:last], y[first:last], buckets, positive, self.nan_is_missing)
+
+    def _drawn(self, axis: str, smoothing: float) -> tuple[Floats, Floats]:
+        """Ordered by x; without the rows whose x is not known."""
+        x, y = self.xy(axis)
+        num_settled = min(self._table.num_settled, len(x))
+        if smoothing:
+            y = self._smoothed(y, smoothing, num_settled)
+        checked = x[max(self._ordered_to.get(axis, 0) - 1, 0) :]
+        if (checked[1:] >= checked[:-1]).all() and np.isfinite(checked).all():
+            self._ordered_to[axis] = num_settled
+            return x, y
+        return _ordered(x, y)
 
     def nearest(self, axis: str, at: float, smoothing: float = 0.0) -> tuple[float, float] | None:
         """The row whose x is nearest to `at`: what a cursor reads out."""
-        x, y = self.xy(axis)
-        if smoothing:
-            y = self._smoothed(y, smoothing, self._table.num_settled)
-        x, y = _ordered(x, y)
+        x, y = self._drawn(axis, smoothing)
         if self.nan_is_missing and np.isnan(y).any():
             x, y = x[~np.isnan(y)], y[~np.isnan(y)]
         if not len(x):
@@ -275,41 +282,3 @@ def _ordered(x: Floats, y: Floats) -> tuple[Floats, Floats]:
         order = np.argsort(x, kind="stable")
         x, y = x[order], y[order]
     return x, y
-
-
-def thinned(x: Floats, y: Floats, buckets: int, positive: bool = False, nan_is_missing: bool = False) -> Window:
-    """Rows ordered by x, thinned to the least and greatest value of each of `buckets` equal parts of their range."""
-    finite = np.isfinite(y)
-    gaps = np.flatnonzero(np.isinf(y) if nan_is_missing else ~finite)
-    shown = finite & (np.where(finite, y, 0.0) > 0) if positive else finite
-    num_not_positive = int(finite.sum() - shown.sum())
-    gaps_x, gaps_y = x[gaps], y[gaps]
-    kept = _first_of_each(gaps_x, buckets)
-    if not shown.all():
-        x, y = x[shown], y[shown]
-    if len(x) > 2 * buckets:
-        rows = _extremes(x, y, buckets)
-        x, y = x[rows], y[rows]
-    return Window(x, y, gaps_x[kept], gaps_y[kept], len(gaps), num_not_positive)
-
-
-def _starts(x: Floats, buckets: int) -> NDArray[np.intp]:
-    """The first row of every bucket that has one."""
-    edges = np.linspace(x[0], x[-1], buckets + 1)[:-1]
-    starts = np.searchsorted(x, edges)
-    return starts[np.append(starts[1:] > starts[:-1], True)]
-
-
-def _first_of_each(x: Floats, buckets: int) -> NDArray[np.intp]:
-    return _starts(x, buckets) if len(x) > buckets else np.arange(len(x))
-
-
-def _extremes(x: Floats, y: Floats, buckets: int) -> NDArray[np.intp]:
-    """Rows of the least and the greatest y of each bucket, in order."""
-    starts = _starts(x, buckets)
-    counts = np.diff(starts, append=len(x))
-    rows = []
-    for reduce in (np.minimum, np.maximum):
-        hits = np.flatnonzero(y == np.repeat(reduce.reduceat(y, starts), counts))
-        rows.append(hits[np.searchsorted(hits, starts)])
-    return np.unique(np.concatenate(rows))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -18,8 +20,15 @@ def ema(y: Floats, weight: float, start: float = 0.0, num_before: int = 0) -> Fl
         weight: in [0, 1).
         start: the undivided average after `num_before` earlier values.
     """
-    powers = weight ** np.arange(num_before + 1, num_before + len(y) + 1)
-    return _undivided(y, weight, start) / (1.0 - powers)
+    out = _undivided(y, weight, start)
+    num = min(len(y), max(0, _num_early(weight) - num_before))
+    out[:num] /= 1.0 - weight ** np.arange(num_before + 1, num_before + num + 1)
+    return out
+
+
+def _num_early(weight: float) -> int:
+    """From this value on the correction is exactly 1 in float64."""
+    return math.ceil(math.log(2.0**-54) / math.log(weight)) if weight > 0 else 0
 
 
 def _undivided(y: Floats, weight: float, start: float) -> Floats:

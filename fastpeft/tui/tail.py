@@ -221,6 +221,8 @@ class RunTail:
         for key in {key for sample in found for key in sample.parsed.values}:
             rows = {s.start: s.parsed.values[key] for s in found if key in s.parsed.values}
             self._table(key).put_ahead(rows)
+        num_steps = sum(sample.parsed.steps_CN.shape[1] for sample in found)
+        state.steps.reserve(int(1.05 * num_steps * self.size / sum(s.end - s.start for s in found)))
         state.samples = sorted([*state.samples, *found], key=lambda sample: sample.start)
         for sample in found:
             self._name_series(sample.parsed)
