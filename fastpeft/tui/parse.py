@@ -138,6 +138,9 @@ def _others(events: Iterable[Event], parsed: Parsed) -> None:
     parsed.values = {key: np.array(rows).T for key, rows in values.items()}
 
 
+_COMMON = {"type", "time_s", "elapsed_s", "step"}
+
+
 def _other(event: Event, parsed: Parsed, values: dict[str, list[list[float]]]) -> None:
     kind = event["type"]
     if not isinstance(kind, str):
@@ -145,25 +148,25 @@ def _other(event: Event, parsed: Parsed, values: dict[str, list[list[float]]]) -
     if kind not in _TEXTS and kind != "system":
         return
     at = [float(event["elapsed_s"]), float(event["step"])]
+    text = _TEXTS[kind](event) if kind in _TEXTS else ""
+    rows = []
     if kind == "system":
-        for key, value in event.items():
-            if key not in ("type", "time_s", "elapsed_s", "step") and value is not None:
-                values[f"system/{key}"].append([*at, number(value)])
-        return
-    text = _TEXTS[kind](event)
-    if kind == "eval":
+        figures = {k: v for k, v in event.items() if k not in _COMMON and v is not None}
+        rows = [(f"system/{key}", [*at, number(value)]) for key, value in figures.items()]
+    elif kind == "eval":
+        measured = {event["metric"]: event["value"]} | (event.get("more") or {}) | {"loss": event["loss"]}
         energy_j = _float(event.get("energy_j"))
-        measured = {event["metric"]: event["value"], "loss": event["loss"]} | (event.get("more") or {})
         rows = [(f"eval/{key}", [*at, number(value), energy_j]) for key, value in measured.items()]
-        for key, row in rows:
-            values[key].append(row)
     elif kind == "importance":
         parsed.importance.append(_importance(event))
     elif kind == "run":
         parsed.header, parsed.end = event, None
     elif kind == "end":
         parsed.end = event
-    parsed.notable.append(Notable(at[0], int(at[1]), kind, text))
+    for key, row in rows:
+        values[key].append(row)
+    if text:
+        parsed.notable.append(Notable(at[0], int(at[1]), kind, text))
 
 
 def _importance(event: Event) -> Importance:
@@ -200,6 +203,6 @@ _TEXTS = {
     "eval": _eval_text,
     "importance": lambda event: f"importances of {len(event['names'])} matrices",
     "checkpoint": lambda event: "checkpoint saved",
-    "warning": lambda event: str(event["message"]),
+    "warning": lambda event: str(event["message"]) or "warning",
     "end": _end_text,
 }

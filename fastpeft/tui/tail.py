@@ -232,10 +232,8 @@ class RunTail:
         self.bytes_read += len(data)
         first = data.find(b"\n") + 1 if start else 0
         last = data.rfind(b"\n") + 1
-        whole = first < last
-        parsed = parse(data[first:last]) if whole else Parsed()
-        head, tail = (data[:first], data[last:]) if whole else (b"", data)
-        return _Sample(start, start + len(data), head, tail, data[-_FINGERPRINT_BYTES:], parsed)
+        parsed = parse(data[first:last]) if first < last else Parsed()
+        return _Sample(start, start + len(data), data[:first], data[last:], data[-_FINGERPRINT_BYTES:], parsed)
 
     def _read_on(self, file: int) -> bool:
         """One chunk, or the sample that follows."""
@@ -289,7 +287,9 @@ class RunTail:
             state.notable = kept[-MAX_NOTABLE:]
         if parsed.importance:
             kept = [*state.importance, *parsed.importance]
-            state.importance = kept if len(kept) <= MAX_IMPORTANCE else [*kept[:-1:2], kept[-1]]
+            while len(kept) > MAX_IMPORTANCE:
+                kept = [*kept[:-1:2], kept[-1]]
+            state.importance = kept
         if parsed.header is not None:
             state.header, state.end = parsed.header, None
         state.end = parsed.end or state.end
