@@ -41,8 +41,6 @@ class FastpeftApp(App[None]):
     BINDINGS: ClassVar[list[BindingType]] = [
         Binding("q", "quit", "Quit", id="app.quit"),
         Binding("question_mark,f1", "help", "Help", key_display="?", id="app.help"),
-        Binding("tab", "focus_next", "Next part of the screen", show=False, id="app.focus_next"),
-        Binding("shift+tab", "focus_previous", "Part before", show=False, id="app.focus_previous"),
     ]
 
     def __init__(self, results_dir: Path, launch: Launch | None = None, now: Callable[[], float] = time.time) -> None:

@@ -114,9 +114,11 @@ def keys_of(screen: Screen) -> Table:
     app = screen.app
     for active in screen.active_bindings.values():
         binding = active.binding
-        if not binding.description or binding.system:
+        if not binding.description or binding.system or "copy_text" in binding.action:
             continue
-        where = "Everywhere" if active.node is app else "This screen" if active.node is screen else "In focus"
+        textuals_own = not binding.id
+        where = "This screen" if active.node is screen and not textuals_own else "In focus"
+        where = "Everywhere" if active.node is app or textuals_own else where
         keys = groups.setdefault(where, {}).setdefault((binding.action, active.tooltip or binding.description), [])
         if (key := app.get_key_display(binding)) not in keys:
             keys.append(key)
