@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-import time
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from pathlib import Path
 from typing import ClassVar
 
@@ -43,11 +42,12 @@ class FastpeftApp(App[None]):
         Binding("question_mark,f1", "help", "Help", key_display="?", id="app.help"),
     ]
 
-    def __init__(self, results_dir: Path, launch: Launch | None = None, now: Callable[[], float] = time.time) -> None:
+    def __init__(self, results_dir: Path, launch: Launch | None = None) -> None:
         super().__init__()
         self.results_dir = Path(results_dir)
-        self.now = now
         self.rows: list[RunRow] = []
+        self.num_reads = 0
+        """How often the list of runs was read."""
         self.marked: dict[str, None] = {}
         """Names, in the order in which they were marked."""
         self.launches: list[Launch] = [] if launch is None else [launch]
@@ -86,6 +86,7 @@ class FastpeftApp(App[None]):
         while True:
             self._wanted.clear()
             self.rows = await asyncio.to_thread(self._read)
+            self.num_reads += 1
             self._tell_launches()
             for screen in self.screen_stack:
                 if isinstance(screen, RunsKeys):

@@ -68,10 +68,14 @@ def _budget(row: RunRow, width: int) -> Text:
     return bar(row.progress, width, STATUS.get(row.status, STATUS["no result"])[1])
 
 
-def _number(row: RunRow, name: str) -> float:
+def _by(name: str) -> Callable[[RunRow], float]:
     """To sort by: what is not known comes last."""
-    value = getattr(row, name)
-    return value if value is not None and math.isfinite(value) else -math.inf
+
+    def number(row: RunRow) -> float:
+        value = getattr(row, name)
+        return value if value is not None and math.isfinite(value) else -math.inf
+
+    return number
 
 
 def best_of(row: RunRow) -> float | None:
@@ -81,13 +85,13 @@ def best_of(row: RunRow) -> float | None:
 COLUMNS = (
     Column("status", "status", (10, 10, 10), lambda r, w: status_badge(r.status), lambda r: r.status),
     Column("name", "run", (21, 28, 36), lambda r, w: Text(shortened(r.name, w)), lambda r: r.name),
-    Column("budget", "budget", (12, 14, 18), _budget, lambda r: _number(r, "progress")),
-    Column("eta", "ETA", (6, 6, 6), lambda r, w: Text(duration(r.eta_s)), lambda r: _number(r, "eta_s"), True),
-    Column("loss", "loss", (7, 7, 7), lambda r, w: Text(decimal(r.last_loss)), lambda r: _number(r, "last_loss"), True),
+    Column("budget", "budget", (12, 14, 18), _budget, _by("progress")),
+    Column("eta", "ETA", (6, 6, 6), lambda r, w: Text(duration(r.eta_s)), _by("eta_s"), True),
+    Column("loss", "loss", (7, 7, 7), lambda r, w: Text(decimal(r.last_loss)), _by("last_loss"), True),
     Column("best", "best", (6, 6, 6), lambda r, w: Text(decimal(best_of(r))), lambda r: best_of(r) or -1.0, True),
     Column("method", "method", (7, 8, 8), lambda r, w: Text(r.method), lambda r: r.method),
-    Column("tokens", "tok/s", (6, 6, 6), lambda r, w: Text(short(r.tokens_per_s)), lambda r: _number(r, "tokens_per_s"), True),
-    Column("energy", "energy", (7, 7, 7), lambda r, w: Text(short(r.energy_j, "J")), lambda r: _number(r, "energy_j"), True),
+    Column("tokens", "tok/s", (6, 6, 6), lambda r, w: Text(short(r.tokens_per_s)), _by("tokens_per_s"), True),
+    Column("energy", "energy", (7, 7, 7), lambda r, w: Text(short(r.energy_j, "J")), _by("energy_j"), True),
     Column("curve", "loss curve", (12, 10, 24), lambda r, w: Text(sparkline(r.sparkline, w), style="#56B4E9")),
     Column("where", "model, data", (34, 34, 44), _where, model_and_data),
 )  # fmt: skip
@@ -169,6 +173,7 @@ def grouped(rows: list[RunRow], folded: set[str]) -> list[RunRow | Group]:
         if members[0].group is None:
             out += members
             continue
+        members = sorted(members, key=lambda row: row.seed or 0)
         out.append(Group(name, tuple(members), name in folded))
-        out += [] if name in folded else sorted(members, key=lambda row: row.seed or 0)
+        out += [] if name in folded else members
     return out

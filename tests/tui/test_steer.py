@@ -84,7 +84,9 @@ def test_what_fails_at_the_start_says_why(tmp_path):
 
 def test_the_output_moves_into_the_runs_folder(tmp_path, monkeypatch):
     program = tmp_path / "python"
-    program.write_text(f"#!/bin/sh\nmkdir -p {tmp_path}/a; echo one; touch {tmp_path}/a/run.yaml; sleep 0.3; echo two\n")
+    program.write_text(
+        f"#!/bin/sh\nmkdir -p {tmp_path}/a; echo one; touch {tmp_path}/a/run.yaml; sleep 0.3; echo two\n"
+    )
     program.chmod(0o755)
     monkeypatch.setattr(sys, "executable", str(program))
     launch = steer.start(Order(run="lora_mnli", name="a"), tmp_path)

@@ -20,15 +20,30 @@ if TYPE_CHECKING:
     from fastpeft.tui.app import FastpeftApp
 
 
+STOP = "Stop the run: it saves a checkpoint and can be resumed"
+RESUME = "Resume the run from its newest checkpoint"
+
+
 class RunsKeys(Screen[None]):
     """Keys that steer `self.target()`: the run in question on this screen."""
 
     app: FastpeftApp
     BINDINGS: ClassVar[list[BindingType]] = [
-        Binding("T", "stop", "Stop", tooltip="Stop the run: it saves a checkpoint and can be resumed", show=False, id="run.stop"),
-        Binding("R", "resume", "Resume", tooltip="Resume the run from its newest checkpoint", show=False, id="run.resume"),
+        Binding(
+            "T",
+            "stop",
+            "Stop",
+            tooltip=STOP,
+            show=False,
+            id="run.stop",
+        ),
+        Binding(
+            "R", "resume", "Resume", tooltip=RESUME, show=False, id="run.resume"
+        ),
         Binding("D", "delete", "Delete", tooltip="Delete the run's folder (asks)", show=False, id="run.delete"),
-        Binding("o", "open_folder", "Folder", tooltip="Open the run's folder, or copy its path", show=False, id="run.folder"),
+        Binding(
+            "o", "open_folder", "Folder", tooltip="Open the run's folder, or copy its path", show=False, id="run.folder"
+        ),
         Binding("O", "output", "Output", tooltip="What the trainer printed", show=False, id="run.output"),
     ]
 
@@ -59,7 +74,7 @@ class RunsKeys(Screen[None]):
         if name is None:
             self.app.bell()
             return None
-        return RunFolder.at(self.app.results_dir, name)
+        return RunFolder(self.app.results_dir / name)
 
     @work(group="steer")
     async def action_stop(self) -> None:

@@ -11,7 +11,7 @@ from textual import work
 from textual.app import ComposeResult
 from textual.binding import Binding, BindingType
 from textual.containers import Vertical, VerticalScroll
-from textual.widgets import DataTable, Footer, Static
+from textual.widgets import DataTable, Footer
 
 from fastpeft.evaluate.compare import Comparison, compare
 from fastpeft.runs.store import RunFolder
@@ -22,6 +22,7 @@ from fastpeft.tui.screens.base import RunsKeys
 from fastpeft.tui.tail import RunTail
 from fastpeft.tui.theme import curve_color
 from fastpeft.tui.widgets.plot import Curve, LinePlot
+from fastpeft.tui.widgets.text import Lines
 
 DRAW_EVERY_S = 0.25
 MAX_RUNS = 24
@@ -47,8 +48,8 @@ class CompareScreen(RunsKeys):
     BINDINGS: ClassVar[list[BindingType]] = [
         Binding("m", "metric(1)", "Metric", tooltip="Draw the next quantity that was measured", id="compare.metric"),
         Binding("M", "metric(-1)", "Metric before", show=False, id="compare.metric_back"),
-        Binding("space", "hide", "Hide", tooltip="Hide or show the run under the cursor", show=False, id="compare.hide"),
-        Binding("t", "colors", "Colours", tooltip="A colour for each run, or for each method", show=False, id="compare.colors"),
+        Binding("space", "hide", "Hide", tooltip="Hide or show a run", show=False, id="compare.hide"),
+        Binding("t", "colors", "Colours", tooltip="A colour a run, or a method", show=False, id="compare.colors"),
         Binding("enter", "open", "Open", show=False, id="compare.open"),
         Binding("1", "part('overlay')", "Curves", group=_PARTS, id="compare.curves"),
         Binding("2", "part('lines')", "Runs", group=_PARTS, id="compare.runs"),
@@ -67,12 +68,12 @@ class CompareScreen(RunsKeys):
         self._comparison = Comparison(None, [], {})
 
     def compose(self) -> ComposeResult:
-        yield Static(id="title")
+        yield Lines(id="title")
         with Vertical(id="compare"):
             yield LinePlot(id="overlay")
             yield CompareTable(id="lines", cursor_type="row", cell_padding=0, cursor_foreground_priority="renderable")
             with VerticalScroll(id="results", can_focus=True):
-                yield Static(id="comparison")
+                yield Lines(id="comparison")
         yield Footer(show_command_palette=False, compact=True)
 
     def on_mount(self) -> None:
@@ -144,7 +145,7 @@ class CompareScreen(RunsKeys):
         )
         self._draw_title()
         self._draw_legend()
-        self.query_one("#comparison", Static).update(_comparison(self._comparison, self.size.width))
+        self.query_one("#comparison", Lines).show(_comparison(self._comparison, self.size.width))
 
     def metrics(self) -> list[str]:
         """What some run has measured."""
@@ -156,7 +157,9 @@ class CompareScreen(RunsKeys):
         if not self.by_method:
             return {name: curve_color(i) for i, name in enumerate(self.names)}
         methods = list(dict.fromkeys(rows[name].method for name in self.names if name in rows))
-        return {name: curve_color(methods.index(rows[name].method)) if name in rows else "#999999" for name in self.names}
+        return {
+            name: curve_color(methods.index(rows[name].method)) if name in rows else "#999999" for name in self.names
+        }
 
     def _draw_title(self) -> None:
         text = Text.assemble(("compare", "bold"), f"  {len(self.names)} runs")
@@ -169,7 +172,7 @@ class CompareScreen(RunsKeys):
             text.append("  ").append_text(cells.stand_in_badge())
         if len({row.metric_name for row in self.app.rows if row.name in self._tails} - {""}) > 1:
             text.append("  several metrics: their values do not compare", style="#E69F00")
-        self.query_one("#title", Static).update(text)
+        self.query_one("#title", Lines).show(text)
 
     def _draw_legend(self) -> None:
         legend, colors = self.query_one(CompareTable), self.line_colors()

@@ -52,7 +52,9 @@ class Ask(Dialog):
             yield Label(self._question, id="question", markup=False)
             yield Label(self._detail, id="detail", markup=False)
             with Horizontal(id="answers"):
-                yield Button(f"{self._yes} (y)", id="yes", variant="error" if self._dangerous else "primary", compact=True)
+                yield Button(
+                    f"{self._yes} (y)", id="yes", variant="error" if self._dangerous else "primary", compact=True
+                )
                 yield Button("Cancel (n)", id="no", compact=True)
 
     def on_mount(self) -> None:

@@ -23,6 +23,7 @@ from fastpeft.tui.widgets.events import EventLog
 from fastpeft.tui.widgets.heatmap import Grid, Heatmap, importance_grid
 from fastpeft.tui.widgets.plot import Curve, LinePlot
 from fastpeft.tui.widgets.system import SystemPanel
+from fastpeft.tui.widgets.text import Lines
 
 DRAW_EVERY_S = 0.25
 
@@ -31,14 +32,21 @@ PLOTS = {
     "metric": ("metric", ()),
     "penalty": ("penalty", ("penalty",)),
     "lr": ("rate", ("lr",)),
-    "energy": ("energy, J", ("energy_j",)),
-    "power": ("power, W", ("power_w", "system/power_w")),
+    "energy": ("energy", ("energy_j",)),
+    "power": ("power", ("power_w", "system/power_w")),
     "speed": ("tokens a second", ("tokens_per_s",)),
     "grad": ("gradient", ("grad_norm",)),
 }
 """What is drawn: title and series. Those of which nothing was measured are left out."""
-LABELS = {"eval/loss": "validation", "system/power_w": "device", "lr": "learning rate", "grad_norm": "norm", "tokens_per_s": "tok/s"}
-_FEW_PLOTS = 6
+LABELS = {
+    "eval/loss": "validation",
+    "system/power_w": "device",
+    "lr": "learning rate",
+    "grad_norm": "norm",
+    "tokens_per_s": "tok/s",
+    "energy_j": "J",
+    "power_w": "W",
+}
 _PANES = Binding.Group("Panes", compact=True)
 
 
@@ -48,8 +56,8 @@ class RunScreen(RunsKeys):
         Binding("2", "pane('importance')", "Importance", group=_PANES, id="run.importance"),
         Binding("3", "pane('events')", "Events", group=_PANES, id="run.events"),
         Binding("4", "pane('config')", "Config", group=_PANES, id="run.config"),
-        Binding("left_square_bracket", "step(-1)", "Before", key_display="[", tooltip="Plot or snapshot before", show=False, id="run.before"),
-        Binding("right_square_bracket", "step(1)", "Next", key_display="]", tooltip="Next plot or snapshot", id="run.next"),
+        Binding("left_square_bracket", "step(-1)", "Plot before", key_display="[", show=False, id="run.before"),
+        Binding("right_square_bracket", "step(1)", "Next", key_display="]", tooltip="Next plot", id="run.next"),
         Binding("z", "zoom", "Maximise", tooltip="The part in focus alone, and back", show=False, id="run.zoom"),
         Binding("c", "compare", "Compare", tooltip="Compare it with the marked runs", show=False, id="run.compare"),
         Binding("escape", "back", "Back", show=False, id="run.back"),
@@ -67,7 +75,7 @@ class RunScreen(RunsKeys):
         self._yaml = Static(id="yaml")
 
     def compose(self) -> ComposeResult:
-        yield Static(id="title")
+        yield Lines(id="title")
         with Container(id="panes"):
             with Container(id="curves"):
                 for key, (title, _) in PLOTS.items():
@@ -148,7 +156,7 @@ class RunScreen(RunsKeys):
         self.query_one(EventLog).show(tail.notable)
 
     def _draw_title(self) -> None:
-        self.query_one("#title", Static).update(_title(self.row, self.run, self._tail, self.size.width))
+        self.query_one("#title", Lines).show(_title(self.row, self.run, self._tail, self.size.width))
 
     def _draw_plots(self, tail: RunTail) -> None:
         shown = self.shown_plots()
@@ -168,7 +176,7 @@ class RunScreen(RunsKeys):
         there = self.measured_plots()
         if not self.is_roomy:
             return [self.plot if self.plot in there else there[0]]
-        return there if self.is_wide else there[:_FEW_PLOTS]
+        return there
 
     def _curves(self, key: str) -> list[Curve]:
         assert self._tail is not None
@@ -268,6 +276,10 @@ def _title(row: RunRow | None, run: str, tail: RunTail | None, width: int) -> Te
     if row.stand_in:
         first.append_text(cells.stand_in_badge()).append(" ")
     first.append(f"{row.method} on {cells.model_and_data(row)}")
+    if tail is not None and not tail.is_caught_up:
+        first.append(f"  reading {tail.progress:.0%}", style="bold")
+    if tail is not None and tail.malformed:
+        first.append(f"  {tail.malformed} bad line{'s' if tail.malformed > 1 else ''}", style="#D55E00")
     color = STATUS.get(row.status, STATUS["no result"])[1]
     second = bar(row.progress, 12 if width < 110 else 30, color)
     facts = []
@@ -275,18 +287,15 @@ def _title(row: RunRow | None, run: str, tail: RunTail | None, width: int) -> Te
         facts.append(f"of {amount(row.budget_limit, row.budget_kind)}{' steps' if row.budget_kind == 'steps' else ''}")
     if row.eta_s is not None:
         facts.append(f"{duration(row.eta_s)} left")
-    facts += [f"step {row.steps or 0:,}", f"loss {decimal(row.last_loss)}"]
+    facts += [f"step {row.steps or 0:,}"] if width >= 110 else []
+    facts.append(f"loss {decimal(row.last_loss)}")
     if row.metric is not None:
-        last = "" if width < 110 else f"{decimal(row.metric)}, "
-        facts.append(f"{row.metric_name} {last}best {decimal(cells.best_of(row))}")
+        last = "" if width < 110 else f"{row.metric_name} {decimal(row.metric)}, "
+        facts.append(f"{last}best {decimal(cells.best_of(row))}")
     facts.append(f"{short(row.tokens_per_s)} tok/s")
     if row.energy_j is not None:
         facts.append(short(row.energy_j, "J"))
     second.append(" " + "  ".join(facts))
-    if tail is not None and not tail.is_caught_up:
-        second.append(f"  reading {tail.progress:.0%}", style="bold")
-    if tail is not None and tail.malformed:
-        second.append(f"  {tail.malformed} bad line{'s' if tail.malformed > 1 else ''}", style="#D55E00")
     for line in (first, second):
         line.truncate(width - 2, overflow="ellipsis")
     return Text("\n").join([first, second])

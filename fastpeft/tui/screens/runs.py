@@ -9,14 +9,15 @@ from rich.text import Text
 from textual.app import ComposeResult
 from textual.binding import Binding, BindingType
 from textual.containers import Horizontal
-from textual.widgets import DataTable, Footer, Input, Static
+from textual.widgets import DataTable, Footer, Input
 
 from fastpeft.tui import cells
-from fastpeft.tui.format import amount, decimal, duration, short, sparkline
+from fastpeft.tui.format import amount, decimal, duration, short, shortened, sparkline
 from fastpeft.tui.runs import RunRow
-from fastpeft.tui.screens.base import RunsKeys
+from fastpeft.tui.screens.base import RESUME, STOP, RunsKeys
 from fastpeft.tui.series import Series
 from fastpeft.tui.widgets.plot import Curve, LinePlot
+from fastpeft.tui.widgets.text import Lines
 
 EMPTY = """\
 No runs in {folder} yet.
@@ -43,16 +44,16 @@ class RunsTable(DataTable):
 class RunsScreen(RunsKeys):
     BINDINGS: ClassVar[list[BindingType]] = [
         Binding("enter", "open", "Open", id="runs.open"),
-        Binding("T", "stop", "Stop", tooltip="Stop the run: it saves a checkpoint and can be resumed", id="run.stop"),
-        Binding("R", "resume", "Resume", tooltip="Resume the run from its newest checkpoint", id="run.resume"),
+        Binding("T", "stop", "Stop", tooltip=STOP, id="run.stop"),
+        Binding("R", "resume", "Resume", tooltip=RESUME, id="run.resume"),
         Binding("n", "new", "New", tooltip="Start a run", id="runs.new"),
         Binding("space,m", "mark", "Mark", key_display="space", tooltip="Mark the run, to compare it", id="runs.mark"),
-        Binding("c", "compare", "Compare", tooltip="Compare the marked runs; all that are listed where none is", id="runs.compare"),
+        Binding("c", "compare", "Compare", tooltip="Compare what is marked, or all", id="runs.compare"),
         Binding("slash", "filter", "Filter", key_display="/", id="runs.filter"),
-        Binding("greater_than_sign", "sort(1)", "Sort", key_display=">", tooltip="Sort by the next column", id="runs.sort"),
-        Binding("less_than_sign", "sort(-1)", "Sort by the column before", key_display="<", show=False, id="runs.sort_back"),
+        Binding("greater_than_sign", "sort(1)", "Sort", key_display=">", tooltip="Sort otherwise", id="runs.sort"),
+        Binding("less_than_sign", "sort(-1)", "Sort back", key_display="<", show=False, id="runs.sort_back"),
         Binding("i", "invert", "Invert the order", show=False, id="runs.invert"),
-        Binding("t", "group", "Group", tooltip="Runs of one --seeds under one line, or each for itself", show=False, id="runs.group"),
+        Binding("t", "group", "Group", tooltip="Seeds of a run under one line", show=False, id="runs.group"),
         Binding("u", "unmark", "Unmark all", show=False, id="runs.unmark"),
         Binding("escape", "clear", "Clear the filter", show=False, id="runs.clear"),
     ]  # fmt: skip
@@ -67,13 +68,15 @@ class RunsScreen(RunsKeys):
         self._drawn_size = -1
 
     def compose(self) -> ComposeResult:
-        yield Static(id="title")
+        yield Lines(id="title")
         yield RunsTable(id="runs", cursor_type="row", cell_padding=0, cursor_foreground_priority="renderable")
-        yield Static(id="empty")
+        yield Lines(id="empty")
         with Horizontal(id="preview"):
-            yield Static(id="facts")
+            yield Lines(id="facts")
             yield LinePlot("loss, sampled", axis="steps", id="spark")
-        yield Input(id="filter", placeholder="words that a run's name, method, model, data or status holds", compact=True)
+        yield Input(
+            id="filter", placeholder="words of a run's name, method, model, data or status", compact=True
+        )
         yield Footer(show_command_palette=False, compact=True)
 
     def on_mount(self) -> None:
@@ -105,10 +108,10 @@ class RunsScreen(RunsKeys):
         self._fill(drawn, size)
         has_runs = bool(self.app.rows)
         self.query_one(RunsTable).display = has_runs
-        empty = self.query_one("#empty", Static)
+        empty = self.query_one("#empty", Lines)
         empty.display = not has_runs
         if not has_runs:
-            empty.update(Text(EMPTY.format(folder=self.app.results_dir)))
+            empty.show(Text(EMPTY.format(folder=self.app.results_dir)))
         self._draw_title(len(lines))
         self._draw_preview()
 
@@ -160,18 +163,21 @@ class RunsScreen(RunsKeys):
     def _draw_title(self, num_lines: int) -> None:
         app = self.app
         running = sum(row.status == "running" for row in app.rows)
-        title = Text.assemble(("fastpeft", "bold"), f"  {app.results_dir}  {len(app.rows)} runs, {running} running")
+        title = Text.assemble(("fastpeft", "bold"), f"  {_count(len(app.rows), 'run')}, {running} running")
         if app.marked:
             title.append(f", {len(app.marked)} marked", style="bold")
         words = self.query_one("#filter", Input).value
         if words:
-            title.append(f"  /{words}: {num_lines} lines", style="bold")
+            title.append(f"  /{words}: {_count(num_lines, 'line')}", style="bold")
         if self.sort_by == "created":
             title.append("  newest first" if self.descending else "  oldest first", style="dim")
+        room = self.size.width - title.cell_len - 4
+        if room >= 12:
+            title.append("  " + shortened(str(app.results_dir), room), style="dim")
         for launch in app.starting:
             said = launch.text(2000).splitlines()
             title.append(f"\n● starting {launch.name}: {said[-1] if said else 'python is loading'}", style="#56B4E9")
-        self.query_one("#title", Static).update(title)
+        self.query_one("#title", Lines).show(title)
 
     def _draw_preview(self) -> None:
         line = self._lines.get(self.current or "")
@@ -180,7 +186,7 @@ class RunsScreen(RunsKeys):
         if not isinstance(line, RunRow):
             return
         tall = self.size.height >= 34
-        self.query_one("#facts", Static).update(_facts(line) if tall else _strip(line, self.size.width))
+        self.query_one("#facts", Lines).show(_facts(line) if tall else _strip(line, self.size.width))
         if tall:
             losses = np.array(line.sparkline)
             at = np.arange(1, len(losses) + 1) / max(len(losses), 1) * (line.steps or 0)
@@ -281,6 +287,10 @@ class RunsScreen(RunsKeys):
     def action_group(self) -> None:
         self.group = not self.group
         self.draw()
+
+
+def _count(num: int, what: str) -> str:
+    return f"{num} {what}" if num == 1 else f"{num} {what}s"
 
 
 def _mark(marked: bool) -> Text:

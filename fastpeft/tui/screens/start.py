@@ -67,9 +67,7 @@ class StartScreen(Screen[steer.Launch | None]):
                 for key, (label, placeholder) in FIELDS.items():
                     yield Label(label)
                     value = self._run if key == "run" else ""
-                    yield Input(
-                        value, id=key, placeholder=placeholder, suggester=suggesters.get(key), compact=True
-                    )
+                    yield Input(value, id=key, placeholder=placeholder, suggester=suggesters.get(key), compact=True)
                 yield Label("")
                 with Horizontal(id="switches"):
                     yield Checkbox("trial: two steps through every code path", id="trial", compact=True)
@@ -110,10 +108,19 @@ class StartScreen(Screen[steer.Launch | None]):
     @work(exclusive=True)
     async def _check(self) -> None:
         await asyncio.sleep(CHECK_AFTER_S)
+        if not self.is_there:
+            return
         self._show(await asyncio.to_thread(orders.check, self.draft(), self._results_dir))
+
+    @property
+    def is_there(self) -> bool:
+        """Not closed while something was checked."""
+        return bool(self.query("#run")) and bool(self.query("#go"))
 
     def _show(self, checked: orders.Checked) -> None:
         self.checked = checked
+        if not self.is_there:
+            return
         self.query_one("#go", Button).disabled = checked.order is None
         verdict = self.query_one("#verdict", Static)
         verdict.set_class(checked.order is None, "-wrong")

@@ -1,0 +1,111 @@
+"""How screens look, with a clock that stands still. FASTPEFT_UPDATE_SNAPSHOTS=1 writes them anew."""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+
+import pytest
+from pilots import drive, until
+from tui_logs import evaluation, header, heartbeat, importance, make_run, step
+
+from fastpeft.tui.screens.compare import CompareScreen
+from fastpeft.tui.screens.run import RunScreen
+
+STORED = Path(__file__).parent / "snapshots"
+
+
+@pytest.fixture
+def results(tmp_path, monkeypatch):
+    """Two runs with a given history. Their paths and times are the same on every machine."""
+    monkeypatch.chdir(tmp_path)
+    for i, (name, method) in enumerate((("lora-a", "lora"), ("iwlora-b", "iw_lora"))):
+        events = [header()]
+        for k in range(200):
+            if k % 50 == 0:
+                events.append(importance(k, [0.1 + k / 1000, 0.2, 0.3, 0.4 - k / 2000]))
+                events.append(heartbeat(k / 10, k, util=50.0 + k / 8, power_w=300.0, temp_c=60.0))
+            events.append(step(k, loss=1.1 - 0.002 * k + 0.05 * (k * 7919 % 13 - 6) / 6 + 0.1 * i))
+            if k % 40 == 39:
+                events.append(evaluation(k, value=0.4 + k / 1000 - 0.03 * i))
+        folder = make_run(
+            Path("results"),
+            name,
+            events,
+            status="done",
+            method=method,
+            model="embedded/deberta-tiny",
+            dataset="embedded-nli",
+            stand_in=True,
+            metric={"name": "accuracy", "value": 0.599 - 0.03 * i},
+            best={"value": 0.6 - 0.03 * i, "step": 160},
+            budget={"kind": "seconds", "limit": 20.0, "spent": 19.8},
+            elapsed_s=19.8,
+            tokens=100_000,
+            steps=200,
+            energy_j=4000.0,
+        )
+        os.utime(folder.config, (1_790_000_000 + i, 1_790_000_000 + i))
+    return Path("results")
+
+
+async def _nothing(app, pilot): ...
+
+
+async def _run(app, pilot):
+    await pilot.press("enter")
+    await until(pilot, lambda: isinstance(app.screen, RunScreen) and app.screen._tail.is_caught_up)
+    await until(pilot, lambda: app.screen.query_one("#plot_loss").curves)
+
+
+async def _importance(app, pilot):
+    await _run(app, pilot)
+    await pilot.press("2", "j", "l")
+
+
+async def _compare(app, pilot):
+    await pilot.press("c")
+    await until(pilot, lambda: isinstance(app.screen, CompareScreen) and app.screen._comparison.rows)
+    await until(pilot, lambda: len(app.screen.query_one("#overlay").curves) == 2)
+
+
+SNAPSHOTS = {
+    "runs_80x24": (_nothing, (80, 24)),
+    "run_80x24": (_run, (80, 24)),
+    "importance_80x24": (_importance, (80, 24)),
+    "compare_120x40": (_compare, (120, 40)),
+    "run_120x40": (_run, (120, 40)),
+}
+
+
+@pytest.mark.parametrize("name", SNAPSHOTS)
+def test_the_screen_looks_as_it_did(results, name):
+    script, size = SNAPSHOTS[name]
+    taken = []
+
+    async def shoot(app, pilot):
+        await script(app, pilot)
+        await pilot.pause(0.3)
+        taken.append(normal(app.export_screenshot()))
+
+    drive(results, shoot, size)
+    path = STORED / f"{name}.svg"
+    if os.environ.get("FASTPEFT_UPDATE_SNAPSHOTS"):
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(taken[0])
+    assert lines_of(taken[0]) == lines_of(path.read_text()), "FASTPEFT_UPDATE_SNAPSHOTS=1 takes it anew"
+    assert taken[0] == path.read_text(), "the colours differ"
+
+
+def normal(svg: str) -> str:
+    """Without the number that every drawing gets."""
+    return re.sub(r"terminal-\d+", "terminal", svg)
+
+
+def lines_of(svg: str) -> list[str]:
+    """The texts, which say more than an SVG when they differ."""
+    found: dict[float, list[tuple[float, str]]] = {}
+    for x, y, text in re.findall(r'<text [^>]*x="([\d.]+)" y="([\d.]+)"[^>]*>([^<]*)</text>', svg):
+        found.setdefault(float(y), []).append((float(x), text))
+    return ["".join(text for _, text in sorted(found[y])) for y in sorted(found)]
