@@ -39,16 +39,20 @@ class Table:
         self._rows_CN = np.empty((len(names), _FIRST_CAPACITY))
         self._num = 0
         self._ahead: dict[int, Floats] = {}
+        self._joined: dict[str, Floats] = {}
+        """Columns with those rows, until more come."""
         self._lock = threading.Lock()
 
     def append(self, rows_CN: Floats) -> None:
         with self._lock:
             self._append(rows_CN)
+            self._joined = {}
 
     def put_ahead(self, rows: dict[int, Floats]) -> None:
         """Show these rows, by place, after all appended ones, until `append_ahead(place)`."""
         with self._lock:
             self._ahead = dict(sorted([*self._ahead.items(), *rows.items()]))
+            self._joined = {}
 
     def append_ahead(self, place: int) -> None:
         """Everything before `place` has been appended: now these rows are."""
@@ -57,6 +61,7 @@ class Table:
             if rows_CN is not None:
                 self._append(rows_CN)
                 self._ahead = {later: rows_CN for later, rows_CN in self._ahead.items() if later != place}
+                self._joined = {}
 
     def reserve(self, num: int) -> None:
         """Room for this many rows: memory that is not written to costs nothing."""
@@ -66,10 +71,12 @@ class Table:
     def take(self, *names: str) -> list[Floats]:
         """Columns of one state of the table. Not to be written to."""
         with self._lock:
-            rows_CN, num, ahead = self._rows_CN, self._num, self._ahead
-        if not ahead:
-            return [rows_CN[self._index[name], :num] for name in names]
-        return [self._joined(self._index[name], rows_CN[:, :num], list(ahead.values())) for name in names]
+            rows_CN, ahead = self._rows_CN[:, : self._num], list(self._ahead.values())
+            if not ahead:
+                return [rows_CN[self._index[name]] for name in names]
+            for name in set(names) - self._joined.keys():
+                self._joined[name] = self._join(self._index[name], rows_CN, ahead)
+            return [self._joined[name] for name in names]
 
     def __len__(self) -> int:
         with self._lock:
@@ -82,9 +89,10 @@ class Table:
 
     @property
     def num_bytes(self) -> int:
-        return self._rows_CN.nbytes + sum(rows_CN.nbytes for rows_CN in self._ahead.values())
+        """Of the rows; the room for more is not memory until it is written to."""
+        return 8 * len(self.names) * len(self)
 
-    def _joined(self, column: int, rows_CN: Floats, ahead: list[Floats]) -> Floats:
+    def _join(self, column: int, rows_CN: Floats, ahead: list[Floats]) -> Floats:
         return np.concatenate([rows_CN[column], *(part_CN[column] for part_CN in ahead)])
 
     def _append(self, rows_CN: Floats) -> None:
@@ -120,10 +128,10 @@ class StepTable(Table):
         before_CN = self._rows_CN[:, max(0, self._num - RATE_ROWS) : self._num]
         super()._append(_with_rates(read_CN, before_CN))
 
-    def _joined(self, column: int, rows_CN: Floats, ahead: list[Floats]) -> Floats:
+    def _join(self, column: int, rows_CN: Floats, ahead: list[Floats]) -> Floats:
         """The tokens of steps not read yet are estimated from the mean of those that are."""
         if self.names[column] != "tokens":
-            return super()._joined(column, rows_CN, ahead)
+            return super()._join(column, rows_CN, ahead)
         ahead = [part_CN for part_CN in ahead if part_CN.shape[1]]
         total, last = (rows_CN[2, -1], rows_CN[1, -1]) if rows_CN.shape[1] else (0.0, -1.0)
         num_read = rows_CN.shape[1] + sum(part_CN.shape[1] for part_CN in ahead)

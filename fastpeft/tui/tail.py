@@ -149,8 +149,8 @@ class RunTail:
 
     @property
     def num_bytes(self) -> int:
-        """Held in columns."""
-        return self._state.steps.num_bytes + sum(t.num_bytes for t in list(self._state.tables.values()))
+        """Of the rows held in columns."""
+        return self._state.steps.num_bytes + sum(table.num_bytes for table in self._state.tables.copy().values())
 
     # ---- reading ---------------------------------------------------------------------------
 

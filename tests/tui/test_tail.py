@@ -100,7 +100,8 @@ def test_numbers_that_are_not_finite_come_back(log):
 def test_lines_that_are_no_events_are_counted_and_the_rest_is_read(log):
     bad = [
         b"\n", b"null\n", b"[1]\n", b'"x"\n', b"{}\n", b'{"type":1}\n', b"{\n", b"\xff\xfe\n", b"\0\0\n",
-        b'{"type":"step"}\n', b'{"type":"step","elapsed_s":"x","step":1}\n', b'{"type":"eval","elapsed_s":1,"step":1}\n',
+        b'{"type":"step"}\n', b'{"type":"step","elapsed_s":"x","step":1}\n',
+        b'{"type":"eval","elapsed_s":1,"step":1}\n',
         b'{"type":"system","elapsed_s":1,"step":1,"util":{}}\n', b'{"type":"importance","elapsed_s":1,"step":1}\n',
         json.dumps(importance(0, [0.1])).encode() + b"\n", b'{"type":"step",' * 3 + b"\n",
         b'{"type":"run"}{"type":"run"}\n', b'{"type":"a"},{"type":"b"}\n', b'{"type":"step","step":[1\n', b"2]}\n",

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 MARGIN_LEFT = 9
 _BAND = "░"
 _CURSOR = "│"
+_BRAILLE = [chr(BLANK + dots) for dots in range(256)]
 
 
 @dataclass(frozen=True)
@@ -93,6 +94,9 @@ class PlotCanvas(PlotWidget, can_focus=False, inherit_bindings=False):
         self.set_y_formatter(y_format)
         self.set_xlimits(*scene.x)
         self.set_ylimits(*scene.y)
+        if not self._needs_canvas_resize:  # else the toolkit draws, a frame later
+            self._render_plot()
+            self._needs_rerender = False
 
     def _render_plot(self) -> None:
         if self.num_columns < 1 or self.num_rows < 1:
@@ -106,20 +110,23 @@ class PlotCanvas(PlotWidget, can_focus=False, inherit_bindings=False):
     def _draw(self, canvas: Canvas, scene: Scene) -> None:
         for shade in scene.shades:
             self._draw_shade(canvas, shade)
-        cells: dict[tuple[int, int], tuple[int, str]] = {}
-        width, height = self._scale_rectangle.width, self._scale_rectangle.height
-        for line in scene.lines:
-            x, y = self._cells(line.x, line.y)
-            drawn_HW = braille(x, y, width, height, line.dash)
-            rows, columns = np.nonzero(drawn_HW)
-            for row, column, dots in zip(rows.tolist(), columns.tolist(), drawn_HW[rows, columns].tolist()):
-                before = cells.get((row, column))
-                cells[row, column] = (dots | before[0] if before else dots, line.color)
         self._draw_cursor(canvas, scene.cursor_x)
-        for (row, column), (dots, color) in cells.items():
-            canvas.set_pixel(column + 1, row + 1, chr(BLANK + dots), color)
+        self._draw_lines(canvas, scene.lines)
         for marks in scene.marks:
             self._draw_marks(canvas, marks)
+
+    def _draw_lines(self, canvas: Canvas, lines: list[Line]) -> None:
+        """A cell that several cross has the dots of all and the colour of the last."""
+        width, height = self._scale_rectangle.width, self._scale_rectangle.height
+        dots_HW, line_HW = np.zeros((height, width), np.int32), np.zeros((height, width), np.intp)
+        for i, line in enumerate(lines):
+            drawn_HW = braille(*self._cells(line.x, line.y), width, height, line.dash)
+            dots_HW |= drawn_HW
+            line_HW[drawn_HW > 0] = i
+        rows, columns = np.nonzero(dots_HW)
+        cells = (columns + 1, rows + 1, dots_HW[rows, columns], line_HW[rows, columns])
+        for x, y, dots, i in zip(*(cell.tolist() for cell in cells)):
+            canvas.set_pixel(x, y, _BRAILLE[dots], lines[i].color)
 
     def _cells(self, x: Floats, y: Floats) -> tuple[Floats, Floats]:
         """Of the axes' units: cells from the upper left corner within the frame."""

@@ -114,6 +114,7 @@ class LinePlot(Widget, can_focus=True):
         self.num_not_positive = 0
         """Within what is shown; those are left out for a log scale."""
         self._shown_x, self._shown_y = (0.0, 1.0), (0.0, 1.0)
+        self._is_stale = False
 
     def compose(self) -> ComposeResult:
         yield Static(id="readout", markup=False)
@@ -133,7 +134,13 @@ class LinePlot(Widget, can_focus=True):
         self.redraw()
 
     def redraw(self) -> None:
-        """The series have grown."""
+        """The series have grown. Several calls in a row draw once."""
+        if not self._is_stale:
+            self._is_stale = True
+            self.call_next(self._draw)
+
+    def _draw(self) -> None:
+        self._is_stale = False
         if not self.is_mounted or not self.size.area:
             return
         canvas = self.query_one(PlotCanvas)
