@@ -178,9 +178,9 @@ class PlotCanvas(PlotWidget, can_focus=False, inherit_bindings=False):
 
     def _share(self, event: events.MouseEvent) -> tuple[float, float] | None:
         """Of the width, and of the height from below; outside 0..1 in the margins. None: outside the widget."""
-        offset = event.get_content_offset(self)
-        if offset is None or not self.num_columns or not self.num_rows:
+        if not self.region.contains_point(event.screen_offset) or not self.num_columns or not self.num_rows:
             return None
+        offset = event.screen_offset - self.region.offset
         x = (offset.x - MARGIN_LEFT - 1 + 0.5) / self.num_columns
         return x, 1 - (offset.y - 1 + 0.5) / self.num_rows
 
