@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import math
 from collections.abc import Awaitable, Callable
 
@@ -379,16 +380,8 @@ async def scroll(pilot, plot, at, up):
 
 def lit(drawn):
     """(column, row) of every dot."""
-    dots = {
-        0x01: (0, 0),
-        0x02: (0, 1),
-        0x04: (0, 2),
-        0x08: (1, 0),
-        0x10: (1, 1),
-        0x20: (1, 2),
-        0x40: (0, 3),
-        0x80: (1, 3),
-    }
+    places = ((0, 0), (0, 1), (0, 2), (1, 0), (1, 1), (1, 2), (0, 3), (1, 3))
+    dots = {1 << i: place for i, place in enumerate(places)}
     return {
         (2 * w + x, 4 * h + y)
         for (h, w), bits in np.ndenumerate(drawn)
@@ -415,13 +408,13 @@ def test_lines_are_whole_and_cut_at_the_edges(points, width, height):
     x, y = np.array(points).T
     drawn = braille(x, y, width, height)
     assert drawn.shape == (height, width)
-    for (x0, y0), (x1, y1) in zip(points, points[1:]):
+    for (x0, y0), (x1, y1) in itertools.pairwise(points):
         if all(0 <= a < width and 0 <= b < height for a, b in ((x0, y0), (x1, y1))):
             ends = [(int(a * 2), int(b * 4)) for a, b in ((x0, y0), (x1, y1))]
             assert set(ends) <= lit(drawn)
     for column, row in lit(drawn):
         near = min(_distance((column + 0.5, row + 0.5), (2 * a[0], 4 * a[1]), (2 * b[0], 4 * b[1]))
-                   for a, b in zip(points, points[1:]))  # fmt: skip
+                   for a, b in itertools.pairwise(points))  # fmt: skip
         assert near < 2
 
 
@@ -439,9 +432,8 @@ def _distance(p, a, b):
 def test_ticks_are_few_and_in_range(low, span, most):
     ticks = nice_ticks(low, low + span, most)
     assert len(ticks) <= most
-    assert all(
-        low - 1e-6 * abs(low) - 1e-6 * span <= tick <= low + span * (1 + 1e-6) + 1e-6 * abs(low) for tick in ticks
-    )
+    room = 1e-6 * (abs(low) + span)
+    assert all(low - room <= tick <= low + span + room for tick in ticks)
     if most >= 3:
         assert ticks or span < 1e-9 * abs(low)
 

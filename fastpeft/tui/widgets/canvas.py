@@ -8,8 +8,12 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 from textual import events
+from textual.app import ComposeResult
+from textual.containers import Grid
+from textual.strip import Strip
 from textual_hires_canvas import Canvas
 from textual_plot import PlotWidget
+from textual_plot.plot_widget import Legend
 
 from fastpeft.tui.series import Floats
 from fastpeft.tui.widgets.axes import Durations, Numbers
@@ -60,6 +64,13 @@ class Scene:
     cursor_x: float | None
 
 
+class _Cells(Canvas):
+    def render_line(self, y: int) -> Strip:
+        """The toolkit's, but a line without a style, which a screen without colour cannot show."""
+        strip = super().render_line(y)
+        return strip if strip.cell_length else Strip.blank(self.size.width, self.rich_style)
+
+
 class PlotCanvas(PlotWidget, can_focus=False, inherit_bindings=False):
     """Draws scenes, and tells its plot what the mouse does."""
 
@@ -76,6 +87,12 @@ class PlotCanvas(PlotWidget, can_focus=False, inherit_bindings=False):
         self.set_reactive(PlotWidget.margin_top, 0)
         self.set_reactive(PlotWidget.margin_bottom, 1)
         self.set_reactive(PlotWidget.margin_left, MARGIN_LEFT)
+
+    def compose(self) -> ComposeResult:
+        with Grid():
+            for name in ("margin-top", "margin-left", "plot", "margin-bottom"):
+                yield _Cells(1, 1, id=name)
+        yield Legend(id="legend")
 
     @property
     def num_columns(self) -> int:
