@@ -1,0 +1,302 @@
+"""The heatmap, by keyboard and mouse, at every size, with and without colour."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable
+
+import numpy as np
+import pytest
+from textual.app import App
+from textual.pilot import Pilot
+
+from fastpeft.tui.parse import Importance
+from fastpeft.tui.theme import CURVES, SHADES, THEMES, curve_color, scale_color, shade
+from fastpeft.tui.widgets.heatmap import Grid, Heatmap, abbreviated, importance_grid, share
+
+SIZES = [(80, 24), (120, 40), (200, 60)]
+PROJECTIONS = ("query_proj", "key_proj", "value_proj", "attention.output.dense", "intermediate.dense", "output.dense")
+
+
+class HeatmapApp(App):
+    def __init__(self, grid: Grid | None) -> None:
+        super().__init__()
+        self.grid, self.heard = grid, []
+
+    def compose(self):
+        yield Heatmap()
+
+    def on_mount(self):
+        heatmap = self.query_one(Heatmap)
+        heatmap.focus()
+        if self.grid is not None:
+            heatmap.show(self.grid)
+
+    def on_heatmap_cursor_moved(self, message: Heatmap.CursorMoved):
+        assert message.control is self.query_one(Heatmap)
+        self.heard.append((message.row, message.column))
+
+
+def drive(grid: Grid | None, act: Callable[[Heatmap, Pilot], Awaitable[None]], size=(80, 24)) -> None:
+    async def run() -> None:
+        app = HeatmapApp(grid)
+        async with app.run_test(size=size) as pilot:
+            await pilot.pause()
+            await act(app.query_one(Heatmap), pilot)
+
+    asyncio.run(run())
+
+
+def screen(app: App) -> list[str]:
+    return [strip.text for strip in app.screen._compositor.render_strips()]
+
+
+def backgrounds(app: App, y: int) -> set[str]:
+    return {s.style.bgcolor.name for s in app.screen._compositor.render_strips()[y] if s.style and s.style.bgcolor}
+
+
+def grid(rows=4, columns=6, **options) -> Grid:
+    names = PROJECTIONS[:columns] if columns <= 6 else tuple(f"projection_{i}" for i in range(columns))
+    values = np.arange(rows * columns, dtype=float).reshape(rows, columns) / (rows * columns)
+    return Grid(tuple(str(i) for i in range(rows)), names, values, "weight", **options)
+
+
+def snapshot(weights, step=0, **more) -> Importance:
+    names = ("l0.q", "l0.v", "l1.q", "l1.v")
+    return Importance(1.0, step, names, (0, 0, 1, 1), ("q", "v", "q", "v"), np.array(weights, dtype=float), **more)
+
+
+# ---- what it says --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_every_cell_of_a_small_model_is_in_view(size):
+    async def act(heatmap, pilot):
+        shown = screen(pilot.app)
+        assert [line.split()[0] for line in shown[1:5]] == ["0", "1", "2", "3"]
+        assert "query_proj"[:4] in shown[0]
+        assert heatmap.visible_cells().size == (6, 4)
+        assert shown[-1].startswith("0 query_proj  weight 0")
+        assert shown[-2].startswith("weight 0 ")
+        assert "0.9583" in shown[-2], "the scale's end"
+        numbers = " ".join(shown[1:5])
+        assert ("0.9583" in numbers) == (heatmap.cell_width >= 7)
+        assert len(backgrounds(pilot.app, 1)) >= 6
+
+    drive(grid(), act, size)
+
+
+def test_a_large_model_scrolls_both_ways_and_says_where_it_is():
+    async def act(heatmap, pilot):
+        assert "rows 1-21 of 48" in screen(pilot.app)[-2]
+        assert "columns 1-19 of 30" in screen(pilot.app)[-2]
+        await pilot.press("G")
+        for _ in range(40):
+            await pilot.press("l")
+        await pilot.pause()
+        assert heatmap.cursor == (47, 29)
+        shown = screen(pilot.app)
+        assert "rows 28-48 of 48" in shown[-2]
+        assert "columns 12-30 of 30" in shown[-2]
+        assert shown[-4].startswith("47 "), shown[-4]
+        assert shown[-1].startswith("47 projection_29  weight 0.9993")
+        await pilot.press("g")
+        await pilot.pause()
+        assert screen(pilot.app)[1].startswith(" 0 ")
+
+    drive(grid(48, 30), act)
+
+
+@pytest.mark.parametrize("size", [(20, 6), (10, 3), (3, 2), (1, 1)])
+def test_a_screen_too_small_is_no_fault(size):
+    async def act(heatmap, pilot):
+        await pilot.press("j", "l", "G")
+        await pilot.resize_terminal(80, 24)
+        await pilot.pause()
+        await pilot.pause()
+        assert heatmap.cursor == (3, 1)
+        assert screen(pilot.app)[4].startswith("3")
+
+    drive(grid(), act, size)
+
+
+@pytest.mark.parametrize("empty", [None, Grid((), (), np.empty((0, 0)))])
+def test_nothing_yet(empty):
+    async def act(heatmap, pilot):
+        assert screen(pilot.app)[0].startswith("nothing measured yet")
+        await pilot.press("j", "l", "G", "g", "pagedown")
+        await pilot.hover(Heatmap, (5, 1))
+        assert heatmap.cursor == (0, 0)
+        heatmap.show(grid())
+        await pilot.pause()
+        assert screen(pilot.app)[1].startswith("0")
+
+    drive(empty, act)
+
+
+def test_holes_infinities_and_one_value_for_all():
+    values = np.array([[np.nan, np.inf], [2.0, 2.0]])
+
+    async def act(heatmap, pilot):
+        shown = screen(pilot.app)
+        assert "·" in shown[1]
+        assert "+inf" in shown[1]
+        assert "no such matrix" in shown[-1]
+        await pilot.press("l")
+        await pilot.pause()
+        assert "weight inf" in screen(pilot.app)[-1]
+
+    drive(Grid(("0", "1"), ("a", "b"), values, "weight"), act)
+
+
+def test_without_colour_shades_stand_for_it(monkeypatch):
+    monkeypatch.setenv("NO_COLOR", "1")
+
+    async def act(heatmap, pilot):
+        shown = screen(pilot.app)
+        assert "░" in shown[1]
+        assert "█" in shown[4]
+        assert "░░░░▒▒▒▒▓▓▓▓████" in shown[-2]
+        assert "[" in shown[1], "the cursor"
+
+    drive(grid(), act)
+
+
+# ---- keys and mouse ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("keys", "cursor"),
+    [
+        (["down", "down", "right"], (2, 1)),
+        (["j", "j", "l"], (2, 1)),
+        (["j", "j", "k", "l", "l", "h"], (1, 1)),
+        (["up", "left"], (0, 0)),
+        (["G"], (3, 0)),
+        (["end", "right", "home"], (0, 1)),
+        (["pagedown"], (3, 0)),
+        (["pagedown", "pageup"], (0, 0)),
+        (["right"] * 9, (0, 5)),
+    ],
+)
+def test_keys_move_the_cursor(keys, cursor):
+    async def act(heatmap, pilot):
+        await pilot.press(*keys)
+        await pilot.pause()
+        assert heatmap.cursor == cursor
+        assert screen(pilot.app)[-1].startswith(f"{cursor[0]} {PROJECTIONS[cursor[1]]}")
+        assert pilot.app.heard[-1] == cursor
+
+    drive(grid(), act)
+
+
+def test_the_mouse_points():
+    async def act(heatmap, pilot):
+        x = heatmap.label_width + 2 * heatmap.cell_width + 1
+        await pilot.hover(Heatmap, (x, 3))
+        await pilot.pause()
+        assert heatmap.cursor == (2, 2)
+        await pilot.click(Heatmap, (x + heatmap.cell_width, 1))
+        await pilot.pause()
+        assert heatmap.cursor == (0, 3)
+        await pilot.hover(Heatmap, (0, 0))
+        await pilot.hover(Heatmap, (x, 15))
+        assert heatmap.cursor == (0, 3)
+
+    drive(grid(), act)
+
+
+def test_the_cursor_stays_when_new_numbers_come():
+    async def act(heatmap, pilot):
+        await pilot.press("G", "l")
+        heatmap.show(grid())
+        assert heatmap.cursor == (3, 1)
+        heatmap.show(grid(2, 1))
+        await pilot.pause()
+        assert heatmap.cursor == (1, 0)
+
+    drive(grid(), act)
+
+
+# ---- importances ---------------------------------------------------------------------------
+
+
+def test_the_numbers_under_the_cursor_and_how_they_moved():
+    first = snapshot([0.1, 0.2, 0.3, 0.4], sensitivity=np.array([1.0, 2, 3, 4]))
+    now = snapshot([0.2, 0.1, 0.3, 0.4], 9, sensitivity=np.array([1.5, 2, 3, 4]), ranks=np.array([8.0, 4, 2, 0]))
+
+    async def act(heatmap, pilot):
+        assert heatmap.readout() == "0 q  weight 0.2  sensitivity 1.5  rank 8  +100.0% since the first (0.1)"
+        await pilot.press("l")
+        assert heatmap.readout() == "0 v  weight 0.1  sensitivity 2  rank 4  -50.0% since the first (0.2)"
+
+    found = importance_grid([first, now])
+    assert (found.rows, found.columns) == (("0", "1"), ("q", "v"))
+    assert found.values.tolist() == [[0.2, 0.1], [0.3, 0.4]]
+    assert found.names[1, 0] == "l1.q"
+    drive(found, act)
+    alone = importance_grid([first])
+    assert alone.first is None
+    assert "rank" not in alone.more
+
+
+def test_layers_with_other_matrices_have_holes_and_experts_have_columns():
+    mixed = Importance(
+        0.0, 0, ("a", "b", "c", "d"), (0, 2, 2, 2), ("q", "up", "up", "q"), np.array([1.0, 2.0, 3.0, 4.0])
+    )
+    found = importance_grid([mixed])
+    assert found.rows == ("0", "2")
+    assert found.columns == ("q", "up", "up#2")
+    np.testing.assert_array_equal(found.values, [[1, np.nan, np.nan], [4, 2, 3]])
+
+
+def test_a_first_snapshot_of_other_matrices_is_no_measure():
+    other = Importance(0.0, 0, ("z",), (0,), ("q",), np.array([1.0]))
+    assert importance_grid([other, snapshot([1, 2, 3, 4])]).first is None
+    with pytest.raises(IndexError):
+        importance_grid([])
+
+
+# ---- names and colours ---------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("width", [3, 4, 6, 11, 30])
+def test_abbreviations_are_short_and_told_apart(width):
+    for names in (
+        PROJECTIONS,
+        ("attention.q", "attention.k", "attention.v"),
+        tuple(f"projection_{i}" for i in range(30)),
+    ):
+        found = abbreviated(names, width)
+        assert len(set(found)) == len(names)
+        assert all(len(name) <= width for name in found)
+        if width == 30:
+            assert found == list(names)
+
+
+def test_the_scale_rises_in_lightness_and_the_shades_in_ink():
+    light = [0.299 * r + 0.587 * g + 0.114 * b for r, g, b in map(scale_color, np.linspace(0, 1, 50))]
+    assert light == sorted(light)
+    assert light[-1] - light[0] > 150
+    assert scale_color(-1) == scale_color(0)
+    assert scale_color(2) == scale_color(1)
+    assert [shade(part) for part in (0, 0.3, 0.6, 1)] == list(SHADES[1:])
+    assert (share(1, (0, 4)), share(5, (5, 5))) == (0.25, 0.5)
+
+
+def test_curves_have_seven_colours_that_differ_and_themes_load():
+    assert len({curve_color(i) for i in range(7)}) == 7
+    assert curve_color(7) == CURVES[0]
+
+    class Themed(App):
+        def on_mount(self):
+            for theme in THEMES:
+                self.register_theme(theme)
+                self.theme = theme.name
+
+    async def run():
+        async with Themed().run_test() as pilot:
+            await pilot.pause()
+            assert pilot.app.theme == THEMES[-1].name
+
+    asyncio.run(run())
