@@ -7,9 +7,11 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
+from rich.style import Style
 from textual import events
 from textual.app import ComposeResult
 from textual.containers import Grid
+from textual.geometry import Region
 from textual.strip import Strip
 from textual_hires_canvas import Canvas
 from textual_plot import PlotWidget
@@ -65,6 +67,20 @@ class Scene:
 
 
 class _Cells(Canvas):
+    _style: Style | None = None
+
+    @property
+    def rich_style(self) -> Style:
+        """Found once a picture: the toolkit asks for it once a line."""
+        return self._style or super().rich_style
+
+    def render_lines(self, crop: Region) -> list[Strip]:
+        self._style = super().rich_style
+        try:
+            return super().render_lines(crop)
+        finally:
+            self._style = None
+
     def render_line(self, y: int) -> Strip:
         """The toolkit's, but a line without a style, which a screen without colour cannot show."""
         strip = super().render_line(y)

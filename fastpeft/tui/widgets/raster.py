@@ -8,6 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 Floats = NDArray[np.float64]
+Dots = NDArray[np.intp]
 
 BLANK = 0x2800
 _DOTS_42 = np.array([[0x01, 0x08], [0x02, 0x10], [0x04, 0x20], [0x40, 0x80]], dtype=np.int32)
@@ -28,13 +29,30 @@ def braille(x: Floats, y: Floats, width: int, height: int, dash: tuple[int, int]
     starts, ends = _clipped(np.column_stack([x * 2, y * 4]), np.array([width * 2 - 1e-9, height * 4 - 1e-9]))
     if len(starts):
         starts, ends = np.floor(starts).astype(int), np.floor(ends).astype(int)
-        num = np.abs(ends - starts).max(axis=1) + 1
-        line = np.repeat(np.arange(len(num)), num)
-        part = (np.arange(len(line)) - np.repeat(np.cumsum(num) - num, num)) / np.maximum(num - 1, 1)[line]
-        dot = np.rint(starts[line] + part[:, None] * (ends - starts)[line]).astype(int)
-        dot = dot[dot[:, 0] % sum(dash) < dash[0]]
-        dots_YX[dot[:, 1], dot[:, 0]] = True
+        steep = np.abs(ends[:, 0] - starts[:, 0]) <= 1
+        _upright(dots_YX, starts[steep], ends[steep])
+        _sloping(dots_YX, starts[~steep], ends[~steep])
+        dots_YX[:, np.arange(width * 2) % sum(dash) >= dash[0]] = False
     return np.einsum("hawb,ab->hw", dots_YX.reshape(height, 4, width, 2).astype(np.int32), _DOTS_42)
+
+
+def _upright(dots_YX: NDArray[np.bool_], starts: Dots, ends: Dots) -> None:
+    """Segments within a column or from one to the next, half in each: what a long log consists of. Each run of dots is
+    a +1 where it begins and a -1 behind its end, and a dot is set where the sum down the column is positive."""
+    middle = (starts[:, 1] + ends[:, 1]) // 2
+    edges_YX = np.zeros((dots_YX.shape[0] + 1, dots_YX.shape[1]), dtype=np.int32)
+    for end in (starts, ends):
+        np.add.at(edges_YX, (np.minimum(end[:, 1], middle), end[:, 0]), 1)
+        np.add.at(edges_YX, (np.maximum(end[:, 1], middle) + 1, end[:, 0]), -1)
+    dots_YX |= np.cumsum(edges_YX[:-1], axis=0) > 0
+
+
+def _sloping(dots_YX: NDArray[np.bool_], starts: Dots, ends: Dots) -> None:
+    num = np.abs(ends - starts).max(axis=1, initial=0) + 1
+    line = np.repeat(np.arange(len(num)), num)
+    part = (np.arange(len(line)) - np.repeat(np.cumsum(num) - num, num)) / np.maximum(num - 1, 1)[line]
+    dot = np.rint(starts[line] + part[:, None] * (ends - starts)[line]).astype(int)
+    dots_YX[dot[:, 1], dot[:, 0]] = True
 
 
 def _clipped(points_N2: Floats, size: Floats) -> tuple[Floats, Floats]:
