@@ -61,7 +61,13 @@ def _extremes(x: Floats, y: Floats, buckets: int) -> NDArray[np.intp]:
     for reduce in (np.minimum, np.maximum):
         hits = np.flatnonzero(y == np.repeat(reduce.reduceat(y, starts), counts))
         rows.append(hits[np.searchsorted(hits, starts)])
-    return np.unique(np.concatenate(rows))
+    return _distinct(np.concatenate(rows))
+
+
+def _distinct(rows: Rows) -> Rows:
+    """Sorted. Rows come in a few sorted runs, which a stable sort merges; np.unique would hash them."""
+    rows = np.sort(rows, kind="stable")
+    return rows[np.append(True, rows[1:] != rows[:-1])] if len(rows) else rows
 
 
 class Blocks:
@@ -93,7 +99,7 @@ class Blocks:
             rows.append(np.flatnonzero(shown) + part.start)
             gaps.append(np.flatnonzero(is_gap) + part.start)
             left_out = [left_out[0] + int(is_gap.sum()), left_out[1] + int(not_positive)]
-        row, gap = (np.unique(np.concatenate(found)) for found in (rows, gaps))
+        row, gap = (_distinct(np.concatenate(found)) for found in (rows, gaps))
         row, gap = row[row >= 0], gap[gap >= 0]
         drawn = thinned(x[row], y[row], buckets)
         kept = gap[_first_of_each(x[gap], buckets)]
