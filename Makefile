@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.installed
 
-.PHONY: run test soak lint clean
+.PHONY: run test soak lint screenshots clean
 
 run: $(STAMP)
 	$(BIN)/fastpeft train --run iwlora_mnli
@@ -19,6 +19,9 @@ soak: $(STAMP)
 lint: $(STAMP)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+screenshots: $(STAMP)
+	$(BIN)/python docs/screenshots.py
 
 $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv

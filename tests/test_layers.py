@@ -168,7 +168,7 @@ def test_importing_it_loads_no_torch(package):
     assert not TORCH & set(done.stdout.split())
 
 
-@pytest.mark.parametrize("module", ["runs", "tail", "widgets.plot", "widgets.heatmap"])
+@pytest.mark.parametrize("module", ["runs", "tail", "widgets.plot", "widgets.heatmap", "app"])
 def test_the_terminal_ui_loads_numpy_and_no_torch(module):
     done = run_python(f"import sys, fastpeft.tui.{module}; print(*sys.modules)")
     assert done.returncode == 0, done.stderr

@@ -218,6 +218,8 @@ def test_runs_are_compared(seeds, size):
         assert screen.metric == "loss"
         await pilot.press("t")
         assert len({curve.color for curve in plot.curves}) == 2
+        table = screen.query_one(CompareTable)
+        assert len({str(table.get_row(name)[0].spans) for name in screen.names}) == 2
         await pilot.press("t", "2")
         assert isinstance(screen.focused, CompareTable)
         await pilot.press("j", "k", "G", "g", "space")

@@ -179,7 +179,7 @@ class CompareScreen(RunsKeys):
         rows = {row.name: row for row in self.app.rows}
         for i, name in enumerate(self.names):
             row = rows.get(name)
-            line = Text("  " if name in self.hidden else "━━", style=colors[name])
+            line = Text.assemble(("  " if name in self.hidden else "━━", colors[name]))
             wanted = [line, Text(shortened(name, _COLUMNS[1][1] - 1)), *self._facts(row, self._tails[name])]
             for column, new in zip(legend.ordered_columns, wanted):
                 if legend.get_row_at(i)[column_index(legend, column.key)] != new:
