@@ -20,7 +20,7 @@ from fastpeft.tui.screens.dialogs import Help, Reading
 from fastpeft.tui.screens.run import RunScreen
 from fastpeft.tui.screens.runs import RunsScreen
 from fastpeft.tui.screens.start import StartScreen
-from fastpeft.tui.steer import Launch
+from fastpeft.tui.steer import Launch, left_behind
 from fastpeft.tui.tail import RunTail
 from fastpeft.tui.theme import THEMES
 
@@ -62,6 +62,7 @@ class FastpeftApp(App[None]):
         self.theme = THEMES[0].name
         self.push_screen(RunsScreen())
         self._watch()
+        self._look_back()
 
     @property
     def is_exiting(self) -> bool:
@@ -101,6 +102,14 @@ class FastpeftApp(App[None]):
             launch.settle()
         return self._index.refresh()
 
+    @work(group="look_back")
+    async def _look_back(self) -> None:
+        """Starts that failed while no program watched them. Those of this one are not among them."""
+        if self.launches:
+            return
+        for name, text in (await asyncio.to_thread(left_behind, self.results_dir)).items():
+            self._tell_failure(f"{name} ended before its training began", text)
+
     # ---- trainers --------------------------------------------------------------------------
 
     def watch_launch(self, launch: Launch) -> None:
@@ -123,10 +132,11 @@ class FastpeftApp(App[None]):
                 continue
             self.launches = [one for one in self.launches if one is not launch]
             if launch.failed:
-                body = Text(launch.text() or "It printed nothing.")
-                title = f"{launch.name} ended with exit code {launch.exit_code}"
-                self.push_screen(Reading(title, body, at_end=True, failed=True))
+                self._tell_failure(f"{launch.name} ended with exit code {launch.exit_code}", launch.text())
                 launch.forget()
+
+    def _tell_failure(self, title: str, text: str) -> None:
+        self.push_screen(Reading(title, Text(text or "It printed nothing."), at_end=True, failed=True))
 
     # ---- actions ---------------------------------------------------------------------------
 

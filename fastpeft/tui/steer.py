@@ -129,6 +129,8 @@ def start(order: Order, results_dir: Path) -> Launch:
     except OSError as error:
         raise SteerError(f"{output} cannot be written: {error.strerror}") from None
     try:
+        if not order.resume:
+            _take(file, order.name)
         process = subprocess.Popen(
             [sys.executable, "-m", "fastpeft", *order.arguments(results_dir)],
             stdin=subprocess.DEVNULL,
@@ -141,6 +143,31 @@ def start(order: Order, results_dir: Path) -> Launch:
     return Launch(order.name, folder.path, output, process)
 
 
+def _take(file: int, name: str) -> None:
+    """Lock the output file: the trainer inherits the lock, which is free again when it has ended."""
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise SteerError(f"{name} is being started already") from None
+    os.ftruncate(file, 0)  # of a start that failed
+
+
+def left_behind(results_dir: Path) -> dict[str, str]:
+    """Starts that nobody watches any more. The output goes to its run's folder; where the trainer ended without one,
+    it is removed and returned, by name."""
+    failed = {}
+    for output in sorted((Path(results_dir) / STARTING).glob("*.log")):
+        name = output.stem
+        folders = [output.parent.parent / name, *output.parent.parent.glob(f"{name}-seed*")]
+        home = next((folder for folder in folders if (folder / "run.yaml").exists()), None)
+        if home is not None:
+            output.replace(home / OUTPUT)
+        elif not _is_locked(output):
+            failed[name] = read_end(output, 16_000)
+            output.unlink(missing_ok=True)
+    return failed
+
+
 def resume(folder: RunFolder) -> Launch:
     """Continue a run from its newest checkpoint.
 
@@ -150,7 +177,7 @@ def resume(folder: RunFolder) -> Launch:
     status = folder.status()
     if status == "done":
         raise SteerError(f"{folder.path.name} is done: its budget is spent")
-    if status == "running" and _is_locked(folder):
+    if status == "running" and _is_locked(folder.path / ".lock"):
         raise SteerError(f"{folder.path.name} is running")
     return start(Order(name=folder.path.name, resume=True), folder.path.parent)
 
@@ -285,9 +312,9 @@ def _other_host(folder: RunFolder) -> bool:
     return event is not None and event.get("host") != socket.gethostname()
 
 
-def _is_locked(folder: RunFolder) -> bool:
+def _is_locked(path: Path) -> bool:
     try:
-        fd = os.open(folder.path / ".lock", os.O_RDONLY | os.O_NOFOLLOW)
+        fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW)
     except OSError:
         return False
     try:

@@ -200,8 +200,22 @@ def seeds(tmp_path):
     return tmp_path
 
 
-@pytest.mark.parametrize("size", SIZES)
-def test_runs_are_compared(seeds, size):
+@pytest.mark.parametrize("size", SIZES[1:])
+def test_a_roomy_comparison_shows_all_at_once(seeds, size):
+    async def script(app, pilot):
+        await pilot.press("c")
+        await until_shown(pilot, "0.1000 ± 0.0000")
+        plot = app.screen.query_one("#overlay", LinePlot)
+        await until(pilot, lambda: len(plot.curves) == 4)
+        for fact in ("loss", "iw_lora-seed1", "✔ done", "500J", "0.5500 ± 0.6353"):
+            assert fact in text_of(app.screen)
+        await pilot.press("2", "space")
+        assert len(plot.curves) == 3
+
+    drive(seeds, script, size)
+
+
+def test_runs_are_compared(seeds):
     async def script(app, pilot):
         await pilot.press("c")
         screen = app.screen
@@ -232,7 +246,7 @@ def test_runs_are_compared(seeds, size):
         await pilot.press("escape", "escape")
         assert isinstance(app.screen, RunsScreen)
 
-    drive(seeds, script, size)
+    drive(seeds, script)
 
 
 def test_stand_ins_and_unlike_metrics_are_pointed_out(seeds):
@@ -335,6 +349,19 @@ def test_a_failing_start_shows_its_error(tmp_path, monkeypatch):
         assert os.listdir(results / ".starting") == []
 
     drive(results, script)
+
+
+def test_a_start_that_failed_unseen_is_told(tmp_path):
+    (tmp_path / ".starting").mkdir()
+    (tmp_path / ".starting" / "lost.log").write_text("fastpeft: no such data")
+
+    async def script(app, pilot):
+        await until_shown(pilot, "lost ended before its training began")
+        assert "no such data" in text_of(app.screen)
+        await pilot.press("enter")
+        assert isinstance(app.screen, RunsScreen)
+
+    drive(tmp_path, script)
 
 
 def test_a_start_is_followed_until_its_run_is_there(tmp_path, monkeypatch):

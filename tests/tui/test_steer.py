@@ -117,6 +117,26 @@ def test_a_name_that_is_taken_starts_nothing(tmp_path):
     assert not (tmp_path / ".starting").exists()
 
 
+def test_starts_that_nobody_watched_are_found(tmp_path, monkeypatch):
+    program = tmp_path / "python"
+    program.write_text("#!/bin/sh\necho hello; sleep 60\n")
+    program.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(program))
+    launch = steer.start(Order(run="lora_mnli", name="slow"), tmp_path)
+    make_run(tmp_path, "there-seed1")
+    (tmp_path / ".starting" / "there.log").write_text("mine")
+    (tmp_path / ".starting" / "gone.log").write_text("it failed")
+    assert steer.left_behind(tmp_path) == {"gone": "it failed"}
+    assert (tmp_path / "there-seed1" / steer.OUTPUT).read_text() == "mine"
+    assert os.listdir(tmp_path / ".starting") == ["slow.log"]  # its trainer lives
+    with pytest.raises(SteerError, match="is being started already"):
+        steer.start(Order(run="lora_mnli", name="slow"), tmp_path)
+    os.killpg(launch.pid, signal.SIGKILL)
+    wait_for(lambda: launch.exit_code is not None)
+    wait_for(lambda: steer.left_behind(tmp_path) == {"slow": "hello"})
+    assert steer.left_behind(tmp_path / "nowhere") == {}
+
+
 # ---- stopping ------------------------------------------------------------------------------
 
 

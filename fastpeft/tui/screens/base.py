@@ -37,9 +37,7 @@ class RunsKeys(Screen[None]):
             show=False,
             id="run.stop",
         ),
-        Binding(
-            "R", "resume", "Resume", tooltip=RESUME, show=False, id="run.resume"
-        ),
+        Binding("R", "resume", "Resume", tooltip=RESUME, show=False, id="run.resume"),
         Binding("D", "delete", "Delete", tooltip="Delete the run's folder (asks)", show=False, id="run.delete"),
         Binding(
             "o", "open_folder", "Folder", tooltip="Open the run's folder, or copy its path", show=False, id="run.folder"

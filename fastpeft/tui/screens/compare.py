@@ -11,7 +11,7 @@ from textual import work
 from textual.app import ComposeResult
 from textual.binding import Binding, BindingType
 from textual.containers import Vertical, VerticalScroll
-from textual.widgets import DataTable, Footer
+from textual.widgets import DataTable, Footer, Static
 
 from fastpeft.evaluate.compare import Comparison, compare
 from fastpeft.runs.store import RunFolder
@@ -66,6 +66,7 @@ class CompareScreen(RunsKeys):
         self.by_method = False
         self._tails: dict[str, RunTail] = {}
         self._comparison = Comparison(None, [], {})
+        self._drawn: object = None
 
     def compose(self) -> ComposeResult:
         yield Lines(id="title")
@@ -73,7 +74,7 @@ class CompareScreen(RunsKeys):
             yield LinePlot(id="overlay")
             yield CompareTable(id="lines", cursor_type="row", cell_padding=0, cursor_foreground_priority="renderable")
             with VerticalScroll(id="results", can_focus=True):
-                yield Lines(id="comparison")
+                yield Static(id="comparison")
         yield Footer(show_command_palette=False, compact=True)
 
     def on_mount(self) -> None:
@@ -145,7 +146,9 @@ class CompareScreen(RunsKeys):
         )
         self._draw_title()
         self._draw_legend()
-        self.query_one("#comparison", Lines).show(_comparison(self._comparison, self.size.width))
+        if self._drawn != (drawn := (self._comparison, self.size.width)):
+            self._drawn = drawn
+            self.query_one("#comparison", Static).update(_comparison(*drawn))
 
     def metrics(self) -> list[str]:
         """What some run has measured."""

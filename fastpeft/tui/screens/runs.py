@@ -74,9 +74,7 @@ class RunsScreen(RunsKeys):
         with Horizontal(id="preview"):
             yield Lines(id="facts")
             yield LinePlot("loss, sampled", axis="steps", id="spark")
-        yield Input(
-            id="filter", placeholder="words of a run's name, method, model, data or status", compact=True
-        )
+        yield Input(id="filter", placeholder="words of a run's name, method, model, data or status", compact=True)
         yield Footer(show_command_palette=False, compact=True)
 
     def on_mount(self) -> None:
