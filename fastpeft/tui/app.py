@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 from collections.abc import Iterable
 from pathlib import Path
 from typing import ClassVar
@@ -59,7 +60,8 @@ class FastpeftApp(App[None]):
     def on_mount(self) -> None:
         for theme in THEMES:
             self.register_theme(theme)
-        self.theme = THEMES[0].name
+        if "TEXTUAL_THEME" not in os.environ:
+            self.theme = THEMES[0].name
         self.push_screen(RunsScreen())
         self._watch()
         self._look_back()
