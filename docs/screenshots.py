@@ -20,7 +20,7 @@ SHOTS = {
     "tui-runs": ((100, 24), ["down"]),
     "tui-run": ((150, 44), ["down", "enter"]),
     "tui-importance": ((100, 24), ["down", "enter", "2", "j", "j", "l", "l"]),
-    "tui-compare": ((120, 40), ["c", "t"]),
+    "tui-compare": ((120, 40), ["c", "t", "x"]),
 }
 
 

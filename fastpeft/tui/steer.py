@@ -12,7 +12,7 @@ import stat
 import subprocess
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -87,7 +87,8 @@ class Launch:
         """Move the output into the run's folder once that is there. True when it lies there."""
         home = self.folder / OUTPUT
         if self.output != home and (self.folder / "run.yaml").exists():
-            self.output.replace(home)
+            with suppress(FileNotFoundError):  # another program moved it
+                self.output.replace(home)
             self.output = home
         return self.output == home
 
@@ -161,7 +162,8 @@ def left_behind(results_dir: Path) -> dict[str, str]:
         folders = [output.parent.parent / name, *output.parent.parent.glob(f"{name}-seed*")]
         home = next((folder for folder in folders if (folder / "run.yaml").exists()), None)
         if home is not None:
-            output.replace(home / OUTPUT)
+            with suppress(FileNotFoundError):
+                output.replace(home / OUTPUT)
         elif not _is_locked(output):
             failed[name] = read_end(output, 16_000)
             output.unlink(missing_ok=True)

@@ -98,6 +98,16 @@ def test_the_output_moves_into_the_runs_folder(tmp_path, monkeypatch):
     assert launch.text() == "one\ntwo"
 
 
+def test_two_programs_may_move_an_output(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "executable", "/bin/true")
+    launch = steer.start(Order(run="lora_mnli", name="a"), tmp_path)
+    wait_for(lambda: launch.exit_code is not None)
+    make_run(tmp_path, "a")
+    assert steer.left_behind(tmp_path) == {}
+    assert launch.settle()
+    assert launch.text() == ""
+
+
 def test_a_trainer_has_a_session_of_its_own(tmp_path, monkeypatch):
     program = tmp_path / "python"
     program.write_text("#!/bin/sh\nps -o sid= -p $$ 2>/dev/null || cut -d' ' -f6 /proc/$$/stat\n")
