@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import math
+import re
 
 from rich.text import Text
 
 MISSING = "-"
+_ESCAPE = re.compile(r"\x1b(\[[0-?]*[ -/]*[@-~]|\][^\x07\x1b]*(\x07|\x1b\\)?|[ -/]*[0-~])")
+"""What begins with ESC: a sequence with [, one with ] up to its end, a short one."""
 
 
 def duration(seconds: float | None) -> str:
@@ -38,12 +41,28 @@ def short(value: float | None, unit: str = "") -> str:
 
 
 def decimal(value: float | None, digits: int = 4) -> str:
-    """A loss or a metric; a value that is not finite is named."""
+    """A loss or a metric in seven characters, or six for one in 0..1: none is cut off to a smaller number."""
     if value is None:
         return MISSING
     if not math.isfinite(value):
         return "nan" if math.isnan(value) else "inf" if value > 0 else "-inf"
-    return f"{value:.{digits}f}" if 1e-3 <= abs(value) < 1e4 or value == 0 else f"{value:.2e}"
+    if value == 0 or 1e-3 <= abs(value) < 1e4:
+        before_point = len(f"{value:.0f}")
+        return f"{value:.{max(0, min(digits, 6 - before_point))}f}"
+    text = scientific(value)
+    return text if len(text) <= 7 else scientific(value, 0)
+
+
+def scientific(value: float, digits: int = 1) -> str:
+    """1.2e-6: without the zeros of Python's 1.2e-06."""
+    mantissa, _, power = f"{value:.{digits}e}".partition("e")
+    return f"{mantissa}e{int(power)}"
+
+
+def printable(text: str) -> str:
+    """Without what would steer the terminal, such as colours and titles, and what a \\r in it wrote over."""
+    lines = [_ESCAPE.sub("", line).rstrip("\r").rpartition("\r")[2].expandtabs(4) for line in text.split("\n")]
+    return "\n".join("".join(c if c.isprintable() else "�" for c in line) for line in lines)
 
 
 def amount(value: float, kind: str) -> str:
@@ -82,6 +101,6 @@ def sparkline(values: tuple[float, ...], width: int) -> str:
     means = []
     for i in range(num):
         part = values[len(values) * i // num : len(values) * (i + 1) // num]
-        means.append(sum(part) / len(part))
+        means.append(sum(value / 2 / len(part) for value in part))  # halves: the span of any two is finite
     low, span = min(means), max(means) - min(means)
     return "".join(_BLOCKS[round((mean - low) / span * 7) if span else 0] for mean in means)

@@ -13,6 +13,7 @@ import numpy as np
 import orjson
 
 from fastpeft.runs.events import Event, number
+from fastpeft.tui.format import printable
 from fastpeft.tui.series import Floats, StepTable
 
 _STEP = StepTable.READ[:-1]  # penalty_share is the one that a method may not have
@@ -79,7 +80,7 @@ def _events(lines: bytes, parsed: Parsed) -> list[Event]:
             return events
     except (ValueError, TypeError, KeyError):
         pass
-    found = [e for line in lines.splitlines() if (e := _event(line)) is not None]
+    found = [e for line in lines[:-1].split(b"\n") if (e := _event(line)) is not None]
     parsed.malformed += num_lines - len(found)
     return found
 
@@ -132,7 +133,7 @@ def _others(events: Iterable[Event], parsed: Parsed) -> None:
     for event in events:
         try:
             _other(event, parsed, values)
-        except (KeyError, TypeError, ValueError, AttributeError):
+        except (KeyError, TypeError, ValueError, AttributeError, OverflowError):
             parsed.malformed += 1
             parsed.num_events -= 1
     parsed.values = {key: np.array(rows).T for key, rows in values.items()}
@@ -148,6 +149,8 @@ def _other(event: Event, parsed: Parsed, values: dict[str, list[list[float]]]) -
     if kind not in _TEXTS and kind != "system":
         return
     at = [float(event["elapsed_s"]), float(event["step"])]
+    if not all(map(math.isfinite, at)):
+        raise ValueError("no place on the axes")
     text = _TEXTS[kind](event) if kind in _TEXTS else ""
     rows = []
     if kind == "system":
@@ -166,7 +169,7 @@ def _other(event: Event, parsed: Parsed, values: dict[str, list[list[float]]]) -
     for key, row in rows:
         values[key].append(row)
     if text:
-        parsed.notable.append(Notable(at[0], int(at[1]), kind, text))
+        parsed.notable.append(Notable(at[0], int(at[1]), kind, printable(text)))
 
 
 def _importance(event: Event) -> Importance:

@@ -75,7 +75,8 @@ class RunsIndex:
     def refresh(self) -> list[RunRow]:
         """Every run, oldest first. Reads only what changed; a folder that cannot be read is left out."""
         try:
-            names = sorted(entry.name for entry in os.scandir(self.results_dir) if entry.is_dir())
+            with os.scandir(self.results_dir) as entries:
+                names = sorted(entry.name for entry in entries if _may_be_run(entry))
         except OSError:
             names = []
         self._known = {name: self._known.get(name) or _Run(self.results_dir / name) for name in names}
@@ -89,6 +90,14 @@ def groups(rows: Iterable[RunRow]) -> dict[str, list[RunRow]]:
     for row in rows:
         found.setdefault(row.group or row.name, []).append(row)
     return found
+
+
+def _may_be_run(entry: os.DirEntry) -> bool:
+    """A folder that is not hidden (as one is that is being deleted), with a name that a terminal can show."""
+    try:
+        return entry.name.isprintable() and not entry.name.startswith(".") and entry.is_dir()
+    except OSError:  # a link that leads nowhere, or to where nobody may look
+        return False
 
 
 class _Run:

@@ -17,7 +17,7 @@ def show(results_dir: Path, order: Order | None = None) -> None:
         UserError: there is no terminal; the trainer cannot be started.
     """
     in_browser = "TEXTUAL_DRIVER" in os.environ  # textual serve
-    if not in_browser and not (sys.stdin.isatty() and sys.stdout.isatty()):
+    if not in_browser and not all(stream.isatty() for stream in (sys.stdin, sys.stdout, sys.stderr)):
         raise UserError("the terminal UI needs a terminal; `fastpeft runs ls` prints the runs anywhere")
     from fastpeft.tui.app import FastpeftApp
 

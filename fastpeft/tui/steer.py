@@ -19,6 +19,7 @@ from pathlib import Path
 from fastpeft.errors import UserError
 from fastpeft.runs.events import Event, parse_event
 from fastpeft.runs.store import RunFolder
+from fastpeft.tui.format import printable
 
 OUTPUT = "output.log"
 """In a run's folder: what a trainer that was started from here printed."""
@@ -106,7 +107,7 @@ def read_end(path: Path, last_bytes: int) -> str:
     try:
         with path.open("rb") as file:
             file.seek(max(0, path.stat().st_size - last_bytes))
-            return file.read().decode(errors="replace").strip()
+            return printable(file.read().decode(errors="replace").strip())
     except FileNotFoundError:
         return ""
 

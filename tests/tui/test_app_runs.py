@@ -365,6 +365,16 @@ def test_odd_runs_are_listed(tmp_path):
     drive(tmp_path, script)
 
 
+def test_a_name_in_a_message_is_no_markup(tmp_path):
+    make_run(tmp_path, "a [bold] run", usual(3))
+
+    async def script(app, pilot):
+        await pilot.press("T", "y")
+        await until_shown(pilot, "a [bold] run runs on h: stop it there")
+
+    drive(tmp_path, script, (120, 40))
+
+
 def test_two_hundred_runs_keep_the_cursor(tmp_path):
     for i in range(200):
         make_run(tmp_path, f"run{i:03}", None, status="done")

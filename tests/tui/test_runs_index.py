@@ -31,6 +31,16 @@ def test_no_folder_an_empty_one_and_strangers(tmp_path):
     assert RunsIndex(tmp_path / "figures").refresh() == []
 
 
+def test_links_in_a_circle_hidden_folders_and_names_that_no_terminal_shows_are_left_out(tmp_path):
+    make_run(tmp_path, "a", usual(3))
+    (tmp_path / "loop").symlink_to("loop")
+    (tmp_path / "broken").symlink_to("nowhere")
+    for name in (".deleted-b", "new\nline", "esc\x1b[31m", b"not-\xff-utf8".decode(errors="surrogateescape")):
+        make_run(tmp_path, name, usual(3))
+    make_run(tmp_path, "with space [bold]", usual(3))
+    assert {row.name for row in RunsIndex(tmp_path).refresh()} == {"a", "with space [bold]"}
+
+
 def test_a_running_run(tmp_path):
     events = [header(), *(step(i, loss=2.0 - i / 500) for i in range(500)), heartbeat(50.5, 500), evaluation(499, 0.7)]
     make_run(tmp_path, "a", events, model="m", dataset="d", stand_in=True, group="g", best={"value": 0.75, "step": 100})

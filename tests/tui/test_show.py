@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import sys
+from types import SimpleNamespace
+
 import pytest
 
+from fastpeft.errors import UserError
 from fastpeft.tui import show as show_module
 from fastpeft.tui.steer import Order
 
@@ -53,3 +57,13 @@ def test_the_trainer_gets_every_option(fastpeft_here, monkeypatch, tmp_path):
     assert shown[2][1] == Order(name="n", resume=True)
     fastpeft_here("tui", "elsewhere")
     assert [str(arg) for arg in shown[3]] == ["elsewhere"]
+
+
+@pytest.mark.parametrize("redirected", ["stdin", "stdout", "stderr"])
+def test_a_stream_that_is_no_terminal_is_refused(monkeypatch, tmp_path, redirected):
+    """The screen is drawn on stderr: redirected, there would be nothing to see."""
+    monkeypatch.delenv("TEXTUAL_DRIVER", raising=False)
+    for name in ("stdin", "stdout", "stderr"):
+        monkeypatch.setattr(sys, name, SimpleNamespace(isatty=lambda there=name != redirected: there))
+    with pytest.raises(UserError, match="needs a terminal"):
+        show_module.show(tmp_path)

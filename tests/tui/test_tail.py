@@ -105,6 +105,8 @@ def test_lines_that_are_no_events_are_counted_and_the_rest_is_read(log):
         b'{"type":"system","elapsed_s":1,"step":1,"util":{}}\n', b'{"type":"importance","elapsed_s":1,"step":1}\n',
         json.dumps(importance(0, [0.1])).encode() + b"\n", b'{"type":"step",' * 3 + b"\n",
         b'{"type":"run"}{"type":"run"}\n', b'{"type":"a"},{"type":"b"}\n', b'{"type":"step","step":[1\n', b"2]}\n",
+        b'{"type":"end","elapsed_s":"nan","step":1,"status":"done"}\n', b'{"type":"a"}\r{"type":"b"}\n',
+        b'{"type":"end","elapsed_s":1,"step":"inf","status":"done"}\n',
     ]  # fmt: skip
     good = [lines([step(i)]) for i in range(len(bad))]
     log.write_bytes(b"".join(part for pair in zip(good, bad) for part in pair) + lines([step(99)]))

@@ -117,6 +117,10 @@ class RunsKeys(Screen[None]):
 
     def deleted(self, name: str) -> None: ...
 
+    def notify(self, message: str, **options) -> None:
+        """Names and paths are no markup."""
+        super().notify(message, markup=False, **options)
+
     def action_open_folder(self) -> None:
         folder = self.folder()
         if folder is None:

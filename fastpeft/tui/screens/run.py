@@ -14,7 +14,7 @@ from textual.containers import Container, Vertical, VerticalScroll
 from textual.widgets import Footer, Static
 
 from fastpeft.tui import cells
-from fastpeft.tui.format import amount, bar, decimal, duration, short
+from fastpeft.tui.format import amount, bar, decimal, duration, printable, short
 from fastpeft.tui.runs import RunRow
 from fastpeft.tui.screens.base import RunsKeys
 from fastpeft.tui.tail import RunTail
@@ -136,7 +136,7 @@ class RunScreen(RunsKeys):
             text = f"# {path}: {error.strerror}"
         if self.is_mounted:
             theme = "ansi_dark" if self.app.current_theme.dark else "ansi_light"
-            self._yaml.update(Syntax(text, "yaml", theme=theme, background_color="default"))
+            self._yaml.update(Syntax(printable(text), "yaml", theme=theme, background_color="default"))
 
     def on_screen_resume(self) -> None:
         self.call_after_refresh(self.draw_again)

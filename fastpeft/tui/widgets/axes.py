@@ -7,6 +7,8 @@ from collections.abc import Sequence
 
 from textual_plot.axis_formatter import AxisFormatter, DurationFormatter
 
+from fastpeft.tui.format import scientific
+
 AXIS_NAMES = {"time": "time", "steps": "steps", "tokens": "tokens", "joules": "joules"}
 
 _UNITS = ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"))
@@ -20,8 +22,7 @@ def short(value: float) -> str:
         if abs(value) >= size * (10 if size == 1e3 else 1):
             return f"{value / size:.4g}{sign}"
     if value and abs(value) < 1e-3:
-        digits, _, power = f"{value:.1e}".partition("e")
-        return f"{digits}e{int(power)}"
+        return scientific(value)
     return f"{value:.4g}"
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+import numpy as np
 from rich.text import Text
 from textual.widgets import Static
 
@@ -31,7 +32,7 @@ class SystemPanel(Static):
             if found is None or last is None:
                 continue
             recent = found.y[-_RECENT:]
-            curve = sparkline(tuple(recent[recent == recent].tolist()), width)
+            curve = sparkline(tuple(recent[np.isfinite(recent)].tolist()), width)
             value = form.format(last)
             lines.append(Text.assemble((f"{label:<8}", "dim"), f"{value:>10}  ", (curve, "#56B4E9")))
         self.update(Text("\n").join(lines) if lines else Text("no heartbeat yet", style="dim"))
