@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import os
+import signal
+import threading
 from collections.abc import Iterable
 from pathlib import Path
 from typing import ClassVar
@@ -40,6 +42,9 @@ class FastpeftApp(App[None]):
     VERTICAL_BREAKPOINTS: ClassVar = [(0, "-short"), (34, "-tall"), (50, "-high")]
     BINDINGS: ClassVar[list[BindingType]] = [
         Binding("q", "quit", "Quit", id="app.quit"),
+        Binding(
+            "ctrl+z", "suspend_process", "Suspend", tooltip="To the shell; fg comes back", show=False, id="app.suspend"
+        ),
         Binding("question_mark,f1", "help", "Help", key_display="?", id="app.help"),
     ]
 
@@ -62,6 +67,8 @@ class FastpeftApp(App[None]):
             self.register_theme(theme)
         if "TEXTUAL_THEME" not in os.environ:
             self.theme = THEMES[0].name
+        if threading.current_thread() is threading.main_thread():  # else the terminal would stay as it is now
+            asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, self.exit, None, 128 + signal.SIGTERM)
         self.push_screen(RunsScreen())
         self._watch()
         self._look_back()

@@ -21,6 +21,8 @@ from fastpeft.tui.series import Series, StepTable, Table
 
 CHUNK_BYTES = 1 << 18
 """Read and parsed at a time: about 1 ms."""
+MAX_LINE_BYTES = 1 << 22
+"""A longer line is no event: zeros that a crash left, another file."""
 SAMPLED_FROM_BYTES = 32 << 20
 """A shorter log is read from its beginning at once."""
 NUM_SAMPLES = 1024
@@ -249,7 +251,7 @@ class RunTail:
             return False
         carry = state.carry + data + (sample.head if reaches else b"")
         cut = carry.rfind(b"\n") + 1
-        state.carry = carry[cut:]
+        state.carry = carry[cut:] if len(carry) - cut <= MAX_LINE_BYTES else b"\0"  # malformed, once it ends
         if cut:
             self._take(parse(carry[:cut]))
         fingerprint = place.fingerprint + data

@@ -231,6 +231,12 @@ async def _output(app, pilot):
     await until_shown(pilot, "Nothing is kept here")
 
 
+async def _suspend(app, pilot):
+    """Without a terminal there is no shell to go to; see test_end_to_end."""
+    await pilot.press("ctrl+z")
+    assert not app.is_exiting
+
+
 async def _quit(app, pilot):
     await pilot.press("q")
     assert app.is_exiting
@@ -252,6 +258,7 @@ FLOWS = {
     _delete: "run.delete",
     _folder: "run.folder",
     _output: "run.output",
+    _suspend: "app.suspend",
     _quit: "app.quit",
 }
 

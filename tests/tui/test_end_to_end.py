@@ -47,6 +47,10 @@ class Terminal:
     def screen(self) -> str:
         return self._tmux("capture-pane", "-p")
 
+    def modes(self) -> str:
+        """Whether the other screen is shown, and the mouse is reported."""
+        return self._tmux("display-message", "-p", "#{alternate_on} #{mouse_any_flag}").strip()
+
     def keys(self, *keys: str) -> None:
         for key in keys:
             self._tmux("send-keys", key)
@@ -146,3 +150,18 @@ def test_watching_killing_stopping_and_resuming(results, terminal):
     terminal.keys("q")
     wait_for(lambda: not terminal.is_open)
     assert is_alive(resumed)
+
+
+def test_sigterm_and_ctrl_z_give_the_terminal_back(tmp_path, terminal):
+    program = shlex.join([sys.executable, "-m", "fastpeft", "tui", str(tmp_path / "none")])
+    terminal.start("bash", "--norc", "-ic", f"{program}; read -p suspended; fg; echo ended $?; sleep 60")
+    terminal.shows("No runs")
+    terminal.keys("C-z")
+    terminal.shows("suspended")
+    terminal.keys("Enter")
+    terminal.shows("No runs")
+    shell = terminal.pid
+    children = Path(f"/proc/{shell}/task/{shell}/children").read_text().split()
+    os.kill(int(children[0]), signal.SIGTERM)
+    terminal.shows("ended 143")
+    assert terminal.modes() == "0 0"

@@ -117,6 +117,21 @@ def test_lines_that_are_no_events_are_counted_and_the_rest_is_read(log):
     assert alone == [1] * len(bad)
 
 
+def test_a_line_without_an_end_is_not_kept(log, monkeypatch):
+    monkeypatch.setattr(tail_module, "MAX_LINE_BYTES", 1000)
+    monkeypatch.setattr(tail_module, "CHUNK_BYTES", 300)
+    log.write_bytes(lines([step(0)]) + b"\0" * 5000)
+    tail = read_all(log)
+    assert len(tail._state.carry) <= 1000
+    assert tail.malformed == 0
+    with log.open("ab") as file:
+        file.write(b"\0" * 700 + b"\n" + lines([step(1)]))
+    while not tail.is_caught_up or tail.size < log.stat().st_size:
+        tail.poll()
+    assert tail.malformed == 1
+    assert tail.series["loss"].x("steps").tolist() == [0, 1]
+
+
 def test_unknown_events_and_unknown_fields_are_no_faults(log):
     log.write_bytes(lines([event("forecast", 1.0, 1, at=3), step(0, more=[1, {"a": 2}]), heartbeat(1.0, 1, fan=33.0)]))
     tail = read_all(log)
