@@ -116,22 +116,23 @@ def start(order: Order, results_dir: Path) -> Launch:
     """Start a trainer, or with `order.resume` one that continues.
 
     Raises:
-        UserError: the name is taken or cannot name a run; the results folder cannot be written.
+        UserError: the name is taken or cannot name a run; there is no run to continue; the results folder cannot be written.
     """
     results_dir = Path(results_dir).absolute()
     folder = RunFolder.at(results_dir, order.folder_name)
-    if order.resume:
-        output = folder.path / OUTPUT
-    else:
+    goes_on = order.resume and folder.config.is_file()
+    if order.resume and not goes_on and order.seeds is None:
+        raise SteerError(f"--resume: there is no run {folder.path}")
+    if not order.resume:
         folder.check_free()
-        output = results_dir / STARTING / f"{order.name}.log"
+    output = folder.path / OUTPUT if goes_on else results_dir / STARTING / f"{order.name}.log"
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
         file = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW, 0o644)
     except OSError as error:
         raise SteerError(f"{output} cannot be written: {error.strerror}") from None
     try:
-        if not order.resume:
+        if not goes_on:
             _take(file, order.name)
         process = subprocess.Popen(
             [sys.executable, "-m", "fastpeft", *order.arguments(results_dir)],

@@ -306,7 +306,9 @@ def test_the_form_checks_while_one_types(tmp_path):
         assert (order.run, order.budget, order.seeds, order.name) == ("iwlora_mnli", "10s", [1, 2], "a")
         assert order.overrides == ["adapter.rank=9", "regulariser.normalise=max"]
         await until_shown(pilot, "--seeds 1,2")
+        assert "▐ ▌ trial" in text_of(screen)
         screen.query_one("#trial", Checkbox).value = True
+        await until_shown(pilot, "▐X▌ trial")
         await until(pilot, lambda: screen.checked.order and screen.checked.order.mode == "trial")
         await pilot.press("f1")
         assert "Start" in text_of(app.screen)

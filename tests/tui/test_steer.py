@@ -223,6 +223,17 @@ def test_a_resume_writes_its_output_to_the_runs_folder(tmp_path, monkeypatch):
     assert launch.output == folder.path / steer.OUTPUT
 
 
+def test_a_resume_of_no_run_leaves_nothing_in_the_way(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "executable", "/bin/echo")
+    with pytest.raises(SteerError, match="there is no run"):
+        steer.start(Order(name="a", resume=True), tmp_path)
+    assert os.listdir(tmp_path) == []
+    launch = steer.start(Order(run="lora_mnli", name="a", resume=True, seeds=[0, 1]), tmp_path)
+    wait_for(lambda: launch.exit_code is not None)
+    assert "--resume" in launch.text()
+    assert os.listdir(tmp_path) == [steer.STARTING]
+
+
 # ---- deleting ------------------------------------------------------------------------------
 
 

@@ -42,6 +42,12 @@ class _Settings(Suggester):
         return await asyncio.to_thread(orders.complete, value)
 
 
+class Switch(Checkbox):
+    """The toolkit's shows the same X on and off, in other colours."""
+
+    BUTTON_INNER = property(lambda self: "X" if self.value else " ")
+
+
 class StartScreen(Screen[steer.Launch | None]):
     """Answers the trainer that was started, or None."""
 
@@ -70,8 +76,8 @@ class StartScreen(Screen[steer.Launch | None]):
                     yield Input(value, id=key, placeholder=placeholder, suggester=suggesters.get(key), compact=True)
                 yield Label("")
                 with Horizontal(id="switches"):
-                    yield Checkbox("trial: two steps through every code path", id="trial", compact=True)
-                    yield Checkbox("no stand-in", id="no_stand_in", compact=True)
+                    yield Switch("trial: two steps through every code path", id="trial", compact=True)
+                    yield Switch("no stand-in", id="no_stand_in", compact=True)
             with Horizontal(id="buttons"):
                 yield Button("Start (ctrl+s)", id="go", variant="primary", compact=True, disabled=True)
                 yield Button("Back (esc)", id="back", compact=True)
