@@ -218,12 +218,6 @@ class Series:
             y = y[~np.isnan(y)]
         return float(y[-1]) if len(y) else None
 
-    def recent(self, num: int = RATE_ROWS) -> float | None:
-        """The mean of the last `num` rows' finite values."""
-        y = self.y[-num:]
-        y = y[np.isfinite(y)]
-        return float(y.mean()) if len(y) else None
-
     def limits(self, axis: str) -> tuple[float, float] | None:
         """The least and the greatest x; None where there is none."""
         x = self.x(axis)

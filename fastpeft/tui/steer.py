@@ -116,7 +116,8 @@ def start(order: Order, results_dir: Path) -> Launch:
     """Start a trainer, or with `order.resume` one that continues.
 
     Raises:
-        UserError: the name is taken or cannot name a run; there is no run to continue; the results folder cannot be written.
+        UserError: the name is taken or cannot name a run; there is no run to continue; the results folder cannot be
+            written.
     """
     results_dir = Path(results_dir).absolute()
     folder = RunFolder.at(results_dir, order.folder_name)

@@ -69,7 +69,6 @@ class _State:
     end: dict[str, Any] | None = None
     malformed: int = 0
     num_events: int = 0
-    num_notable_dropped: int = 0
     carry: bytes = b""
     samples: list[_Sample] = field(default_factory=list)
     """By place."""
@@ -284,9 +283,7 @@ class RunTail:
         state.malformed += parsed.malformed
         state.num_events += parsed.num_events
         if parsed.notable:
-            kept = [*state.notable, *parsed.notable]
-            state.num_notable_dropped += max(0, len(kept) - MAX_NOTABLE)
-            state.notable = kept[-MAX_NOTABLE:]
+            state.notable = [*state.notable, *parsed.notable][-MAX_NOTABLE:]
         if parsed.importance:
             kept = [*state.importance, *parsed.importance]
             while len(kept) > MAX_IMPORTANCE:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-
 from textual.theme import Theme
 
 # Okabe and Ito, "Color Universal Design", 2008: without black, and yellow last (it is faint on white).
@@ -56,11 +54,6 @@ THEMES = (
         dark=False,
     ),
 )
-
-
-def no_color() -> bool:
-    """https://no-color.org: any value but an empty one."""
-    return bool(os.environ.get("NO_COLOR"))
 
 
 def curve_color(i: int) -> str:

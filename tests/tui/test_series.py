@@ -128,15 +128,14 @@ def test_an_axis_of_which_nothing_is_known_draws_nothing():
     assert series.limits("time") == (0.0, 2.0)
 
 
-def test_last_and_recent_pass_over_what_was_not_measured():
+def test_last_passes_over_what_was_not_measured():
     values = np.array([1.0, 2.0, np.nan])
     table = Table("elapsed_s", "step", "y")
     table.append(np.array([np.arange(3.0), np.arange(3.0), values]))
     assert Series(table, "y", StepTable(), nan_is_missing=True).last == 2.0
     assert math.isnan(Series(table, "y", StepTable()).last)
-    assert Series(table, "y", StepTable()).recent() == 1.5
     empty = Series(Table("elapsed_s", "step", "y"), "y", StepTable())
-    assert (empty.last, empty.recent(), empty.limits("time"), len(empty)) == (None, None, None, 0)
+    assert (empty.last, empty.limits("time"), len(empty)) == (None, None, 0)
 
 
 def test_nearest_is_the_nearest_row():

@@ -9,8 +9,6 @@ from textual_plot.axis_formatter import AxisFormatter, DurationFormatter
 
 from fastpeft.tui.format import scientific
 
-AXIS_NAMES = {"time": "time", "steps": "steps", "tokens": "tokens", "joules": "joules"}
-
 _UNITS = ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"))
 
 
