@@ -138,8 +138,11 @@ class _Run:
     def _read(self, config: tuple[int, ...], log_key: tuple[int, ...] | None) -> RunRow:
         row = RunRow(self._folder.path.name, self._folder.path, "", config[1] / 1e9)
         if log_key is not None:
-            with self._folder.events.open("rb") as file:
-                row = self._from_log(row, file.fileno(), log_key)
+            try:
+                with self._folder.events.open("rb") as file:
+                    row = self._from_log(row, file.fileno(), log_key)
+            except (PermissionError, IsADirectoryError):
+                pass  # result.json says something still
         return row if self._result is None else _with_result(row, self._result)
 
     def _from_log(self, row: RunRow, file: int, key: tuple[int, ...]) -> RunRow:

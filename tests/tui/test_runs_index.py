@@ -41,6 +41,13 @@ def test_links_in_a_circle_hidden_folders_and_names_that_no_terminal_shows_are_l
     assert {row.name for row in RunsIndex(tmp_path).refresh()} == {"a", "with space [bold]"}
 
 
+def test_a_log_that_may_not_be_read_hides_no_run(tmp_path):
+    folder = make_run(tmp_path, "a", None, status="done", steps=7)
+    folder.events.mkdir()
+    row = row_of(tmp_path)
+    assert (row.status, row.steps, row.last_loss) == ("done", 7, None)
+
+
 def test_a_running_run(tmp_path):
     events = [header(), *(step(i, loss=2.0 - i / 500) for i in range(500)), heartbeat(50.5, 500), evaluation(499, 0.7)]
     make_run(tmp_path, "a", events, model="m", dataset="d", stand_in=True, group="g", best={"value": 0.75, "step": 100})
