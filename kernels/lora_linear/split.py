@@ -19,7 +19,6 @@ import torch
 
 from fastpeft.kernels import dispatch
 
-
 NARROW = 8
 """Up to this rank a CPU's fp32 dY B takes two to four times as long as the same product with B^T stored by rows."""
 
