@@ -15,6 +15,7 @@ import orjson
 
 from fastpeft.runs.events import Event, number, parse_event
 from fastpeft.runs.store import DEAD_AFTER_S, Result, RunFolder
+from fastpeft.tui.format import printable
 from fastpeft.tui.parse import parse
 from fastpeft.tui.series import RATE_ROWS
 
@@ -204,9 +205,9 @@ def _with_header(row: RunRow, event: Event | None) -> RunRow:
         config, budget = event["config"], event["budget"]
         return replace(
             row,
-            method=str(config["method"]),
-            model=str(config["model"]["name"]),
-            dataset=str(config["dataset"]["name"]),
+            method=printable(str(config["method"])),
+            model=printable(str(config["model"]["name"])),
+            dataset=printable(str(config["dataset"]["name"])),
             seed=int(config["training"]["seed"]),
             stand_in=bool(event["stand_in"]),
             budget_kind=str(budget["kind"]),
@@ -270,9 +271,9 @@ def _with_result(row: RunRow, result: Result) -> RunRow:
     rate = result.tokens / result.elapsed_s if ended and result.elapsed_s > 0 else row.tokens_per_s
     return replace(
         row,
-        method=result.method,
-        model=result.model,
-        dataset=result.dataset,
+        method=printable(result.method),
+        model=printable(result.model),
+        dataset=printable(result.dataset),
         stand_in=result.stand_in,
         group=result.group,
         seed=result.seed,
@@ -284,7 +285,7 @@ def _with_result(row: RunRow, result: Result) -> RunRow:
         elapsed_s=result.elapsed_s if ended else row.elapsed_s,
         steps=result.steps if ended else row.steps,
         tokens=result.tokens or None,
-        metric_name=str(result.metric.get("name", "") or row.metric_name),
+        metric_name=printable(str(result.metric.get("name", "") or row.metric_name)),
         metric=metric if metric is not None and (ended or row.metric is None) else row.metric,
         best=_float(result.best.get("value")),
         tokens_per_s=rate,

@@ -65,7 +65,7 @@ def test_everything_of_a_run_can_be_seen(results, size):
             await pilot.press("right_square_bracket")
         assert seen == set(PLOTS)
         await pilot.press("2", "G", "l")
-        await until_shown(pilot, "+50.0% since the first (0.4)")
+        await until_shown(pilot, "first 0.4 (+50.0%)")
         await pilot.press("left_square_bracket")
         await until_shown(pilot, "snapshot 1 of 2")
         await pilot.press("right_square_bracket")

@@ -226,9 +226,9 @@ def test_the_numbers_under_the_cursor_and_how_they_moved():
     now = snapshot([0.2, 0.1, 0.3, 0.4], 9, sensitivity=np.array([1.5, 2, 3, 4]), ranks=np.array([8.0, 4, 2, 0]))
 
     async def act(heatmap, pilot):
-        assert heatmap.readout() == "0 q  weight 0.2  sensitivity 1.5  rank 8  +100.0% since the first (0.1)"
+        assert heatmap.readout() == "0 q  weight 0.2  sensitivity 1.5  rank 8  first 0.1 (+100.0%)"
         await pilot.press("l")
-        assert heatmap.readout() == "0 v  weight 0.1  sensitivity 2  rank 4  -50.0% since the first (0.2)"
+        assert heatmap.readout() == "0 v  weight 0.1  sensitivity 2  rank 4  first 0.2 (-50.0%)"
 
     found = importance_grid([first, now])
     assert (found.rows, found.columns) == (("0", "1"), ("q", "v"))

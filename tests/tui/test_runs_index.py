@@ -134,6 +134,16 @@ def test_a_run_without_a_result_is_described_by_its_log(tmp_path):
     assert (row.stand_in, row.seed, row.budget_limit) == (True, 7, 100.0)
 
 
+@pytest.mark.parametrize("result", [True, False])
+def test_no_name_of_a_model_or_dataset_steers_the_terminal(tmp_path, result):
+    odd = "\x1b[2Jmodel"
+    config = {"method": odd, "model": {"name": odd}, "dataset": {"name": odd}, "training": {"seed": 1}}
+    more = {"method": odd, "model": odd, "dataset": odd} if result else {}
+    make_run(tmp_path, "a", [header(config=config), step(0)], result=result, **more)
+    row = row_of(tmp_path)
+    assert {row.method, row.model, row.dataset} == {"model"}
+
+
 @pytest.mark.parametrize("log", [None, [], [header()]])
 def test_a_run_that_has_not_begun(tmp_path, log):
     make_run(tmp_path, "a", log)

@@ -315,7 +315,7 @@ class Heatmap(ScrollView, can_focus=True):
         said += [f"{name} {short(float(values[row, column]))}" for name, values in grid.more.items()]
         if grid.first is not None and math.isfinite(before := float(grid.first[row, column])):
             change = f"{(value - before) / abs(before):+.1%}" if before else f"{value - before:+.3g}"
-            said.append(f"{change} since the first ({short(before)})")
+            said.append(f"first {short(before)} ({change})")
         return "  ".join(said)
 
     def visible_cells(self) -> Region:
