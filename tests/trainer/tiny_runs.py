@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import signal
 import subprocess
 import sys
 import time
@@ -131,6 +132,11 @@ def assert_same_outcome(a: Result, b: Result) -> None:
 # ---- real processes --------------------------------------------------------------------------
 
 
+def _heed_ctrl_c() -> None:
+    """A shell's background job ignores SIGINT, and so would its children."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 class Child:
     """`python -m fastpeft ...`, running; its output goes to a file."""
 
@@ -138,7 +144,7 @@ class Child:
         self.log = log
         with log.open("wb") as file:
             command = [sys.executable, "-m", "fastpeft", *args]
-            self.process = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT)
+            self.process = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT, preexec_fn=_heed_ctrl_c)
 
     def wait_until(self, happened: Callable[[], bool], timeout_s: float = 90) -> None:
         """Poll until `happened`; fails if the process ends before."""
