@@ -124,6 +124,10 @@ def train(
     if several is not None:
         _train_seeds(config, several, results_dir, name, resume, not no_stand_in)
         return
+    _train_one(config, results_dir, name, resume, not no_stand_in)
+
+
+def _train_one(config: Any, results_dir: Path, name: str | None, resume: bool, allow_stand_in: bool) -> None:
     if name is not None and not resume:  # before torch is loaded, which takes seconds
         from fastpeft.runs.store import RunFolder
 
@@ -142,7 +146,7 @@ def train(
             results_dir=results_dir,
             name=name,
             resume=resume,
-            allow_stand_in=not no_stand_in,
+            allow_stand_in=allow_stand_in,
             reporter=reporter,
             stop=stop,
         )
