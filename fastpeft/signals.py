@@ -1,14 +1,43 @@
-"""What one training step measures. Tensors stay on the device: reading one waits for it."""
+"""What one training step measures, on the device and then on the host, and what a schedule answers."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from enum import StrEnum
 
+import numpy as np
 import torch
+
+
+class Need(StrEnum):
+    """What a schedule can ask a step to measure. What nobody asks for is not computed."""
+
+    LOSS = "loss"
+    """Loss and gradient norm, which every step has; asking brings them to the host."""
+    BLOCKS = "blocks"
+    """Sums over the parameters of each block, from the optimizer's own launch: Measured.blocks."""
+    SECANT = "secant"
+    """Measured.secant along the direction of the step before the last: its noise is not that of the change of the
+    gradient that it is multiplied with. One buffer and one pass over the adapter more."""
+    PLAIN_SECANT = "plain_secant"
+    """The same along the last step's direction."""
+    PRODUCT = "product"
+    """Measured.secant from an exact Hessian-vector product along the last step's direction, on some steps: another
+    forward and backward pass each time."""
+    TOKENS = "tokens"
+    """Fisher information and entropy of the labelled tokens, from the pass that computes the loss."""
+    PROMPT = "prompt"
+    """Fisher information of a sample of prompt tokens, on some steps."""
+    LENS = "lens"
+    """Entropy of a sample of the labelled tokens as read out behind the first adapted layer."""
+    ANSWER_GRADIENT = "answer_gradient"
+    """Gradients restricted to the labelled tokens: Measured.answer_grad_sq_K."""
 
 
 @dataclass
 class Signals:
+    """Of the step that is being taken. Tensors stay on the device: reading one waits for it."""
+
     loss: torch.Tensor
     """Mean task loss of the batch, a scalar; the penalty is not in it."""
     num_tokens: int
@@ -25,10 +54,83 @@ class Signals:
 
 
 @dataclass(frozen=True)
+class Blocks:
+    """The adapted matrices, in the model's order, and behind them the other trained parameters."""
+
+    names: tuple[str, ...]
+    """Of the K adapted matrices."""
+    layers: tuple[int, ...]
+    projections: tuple[str, ...]
+    """`q_proj`, `query`: what tells the matrices of a layer apart."""
+    num_elements: tuple[int, ...]
+    """Trained elements of each of the U units: the K matrices (A and B together), then each other parameter."""
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+
+@dataclass(frozen=True)
+class BlockSums:
+    """Sums over the elements of each of the U units, float64. `g` is the gradient before clipping, penalty included."""
+
+    grad_sq_U: np.ndarray
+    """g^2."""
+    mean_sq_U: np.ndarray
+    """Square of Adam's bias-corrected first moment."""
+    second_U: np.ndarray
+    """Adam's bias-corrected second moment, itself a mean of clipped g^2."""
+    descent_U: np.ndarray
+    """g u: u is the direction of the step before this one, theta <- theta - rate u, weight decay included. A step of
+    that size in u lowers this batch's loss by about rate times this."""
+
+
+@dataclass(frozen=True)
+class Secants:
+    """Curvature along a direction d, a change of the parameters, over the elements of each of the U units."""
+
+    change_U: np.ndarray
+    """d (g(theta + d) - g(theta)), that is d^T H d."""
+    square_U: np.ndarray
+    """d sqrt(v) d, v Adam's bias-corrected second moment: change over this is the curvature that Adam's step meets."""
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What a step measured, on the host. A schedule sees that of step t when it sets the rate of step t + 1: reading
+    it any sooner would wait for the device."""
+
+    step: int
+    """Number of the step, from 1."""
+    progress: float
+    """Share of the budget that was spent before it."""
+    elapsed_s: float
+    """On the budget's clock, when it was launched."""
+    lr: float
+    """Rate that it was taken with."""
+    num_tokens: int
+    loss: float
+    grad_norm: float
+    skipped: bool = False
+    """It changed nothing, because its loss or gradient was not finite: the other figures mean nothing then."""
+    blocks: BlockSums | None = None
+    secant: Secants | None = None
+    answer_fisher: float | None = None
+    """Mean of ||softmax(z) - onehot(y)||^2 over the labelled tokens (rows, for a classifier)."""
+    prompt_fisher: float | None = None
+    """The same over sampled prompt tokens; None on steps that sampled none, and where there is no prompt."""
+    entropy: float | None = None
+    """Mean entropy in nats of the predictions for the labelled tokens."""
+    lens_entropy: float | None = None
+    """The same read out behind the first adapted layer."""
+    answer_grad_sq_K: np.ndarray | None = None
+    """||dL/dB_k||^2 of the part of the gradient that comes from labelled tokens' rows."""
+
+
+@dataclass(frozen=True)
 class Rates:
     """What a schedule emits for one step."""
 
     lr: float
     """Learning rate of every parameter."""
-    multiplier_K: torch.Tensor | None = None
-    """A factor on `lr` of each adapted matrix, in the model's order, fp32; None: 1 everywhere."""
+    multiplier_K: np.ndarray | None = None
+    """A factor on `lr` of each adapted matrix, in the model's order, on the host; None: 1 everywhere."""

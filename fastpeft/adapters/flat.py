@@ -17,6 +17,7 @@ from torch import nn
 
 from fastpeft.kernels import FlatLayout, MatrixGroup
 from fastpeft.models.inject import LoraBlock
+from fastpeft.signals import Blocks
 
 
 @dataclass(frozen=True)
@@ -55,6 +56,12 @@ class FlatParameters:
         device = parameters[0].device
         self.layout = FlatLayout(groups, [p.numel() for p in extra], [p.numel() for p in head], device)
         """Where everything lies, for the kernels."""
+        self.blocks = Blocks(
+            names=tuple(block.name for block in blocks),
+            layers=tuple(block.layer for block in blocks),
+            projections=tuple(block.projection for block in blocks),
+            num_elements=tuple(sum(size for _, size in parts) for parts in self.layout.unit_parts()),
+        )
         self.num_factors, self.num_adapter = self.layout.num_factors, self.layout.num_adapter
         self.data = torch.empty(self.layout.num_total, dtype=torch.float32, device=device)
         self.grad = torch.zeros_like(self.data)

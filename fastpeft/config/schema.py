@@ -7,42 +7,21 @@ appears in `fastpeft runs schema`. Validation is in load.py.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
 
+from fastpeft.config.fields import (
+    STRICT_KEYS,
+    Fraction,
+    NonNegativeFloat,
+    NonNegativeInt,
+    Parsed,
+    PositiveFloat,
+    PositiveInt,
+    Range,
+)
+from fastpeft.config.schedules import ScheduleConfig
 from fastpeft.config.units import parse_budget, parse_interval
-
-
-@dataclass(frozen=True)
-class Range:
-    """Bounds of a number, told to pydantic without importing it here."""
-
-    gt: float | None = None
-    ge: float | None = None
-    lt: float | None = None
-    le: float | None = None
-
-    def __get_pydantic_core_schema__(self, source: Any, handler: Callable) -> dict:
-        return handler(source) | {k: v for k, v in vars(self).items() if v is not None}
-
-
-@dataclass(frozen=True)
-class Parsed:
-    """A text that `parse` must accept; the text itself is kept."""
-
-    parse: Callable[[str], Any]
-
-    def __get_pydantic_core_schema__(self, source: Any, handler: Callable) -> dict:
-        def check(value: Any) -> Any:
-            self.parse(str(value))
-            return value
-
-        return {
-            "type": "function-before",
-            "function": {"type": "no-info", "function": check},
-            "schema": handler(source),
-        }
 
 
 def check_run_id(text: str) -> None:
@@ -53,19 +32,9 @@ def check_run_id(text: str) -> None:
         )
 
 
-# Counts reach torch and NumPy as C integers.
-PositiveInt = Annotated[int, Range(ge=1, lt=2**31)]
-NonNegativeInt = Annotated[int, Range(ge=0, lt=2**31)]
-PositiveFloat = Annotated[float, Range(gt=0)]
-NonNegativeFloat = Annotated[float, Range(ge=0)]
-Fraction = Annotated[float, Range(ge=0, lt=1)]
-
-_STRICT_KEYS = {"extra": "forbid", "use_attribute_docstrings": True, "allow_inf_nan": False}
-
-
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
-    __pydantic_config__ = _STRICT_KEYS
+    __pydantic_config__ = STRICT_KEYS
 
     name: str
     """A local folder, or a Hugging Face model name. Code from a repository is never run."""
@@ -75,7 +44,7 @@ class ModelConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class AdapterConfig:
-    __pydantic_config__ = _STRICT_KEYS
+    __pydantic_config__ = STRICT_KEYS
 
     rank: Annotated[int, Range(ge=1, le=256)] = 8
     """Rank r of every update B A."""
@@ -92,7 +61,7 @@ class AdapterConfig:
 class RegulariserConfig:
     """The importance-weighted penalty of IW-LoRA."""
 
-    __pydantic_config__ = _STRICT_KEYS
+    __pydantic_config__ = STRICT_KEYS
 
     alpha: NonNegativeFloat = 1e-4
     """Strength of the penalty, added to the loss. 0 is plain LoRA."""
@@ -124,7 +93,7 @@ class RegulariserConfig:
 class AdaLoraConfig:
     """Ranks that are pruned while training (method adalora); adapter.rank is then not used."""
 
-    __pydantic_config__ = _STRICT_KEYS
+    __pydantic_config__ = STRICT_KEYS
 
     initial_rank: Annotated[int, Range(ge=1, le=256)] = 12
     """Rank of every matrix before pruning."""
@@ -147,22 +116,8 @@ class AdaLoraConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class ScheduleConfig:
-    __pydantic_config__ = _STRICT_KEYS
-
-    name: Literal["constant", "linear", "cosine", "wsd", "rex"] = "linear"
-    """Shape of the learning rate after the warm-up, over the share of the budget spent."""
-    warmup_steps: NonNegativeInt = 500
-    """Linear warm-up; capped at 6 % of the budget."""
-    final_ratio: Fraction = 0.0
-    """The rate at the end, as a share of the peak (linear, cosine, wsd)."""
-    decay_fraction: Annotated[float, Range(gt=0, le=1)] = 0.2
-    """wsd: the share of the budget over which the rate decays."""
-
-
-@dataclass(frozen=True, kw_only=True)
 class OptimizerConfig:
-    __pydantic_config__ = _STRICT_KEYS
+    __pydantic_config__ = STRICT_KEYS
 
     name: Literal["adamw"] = "adamw"
     beta1: Fraction = 0.9
@@ -180,7 +135,7 @@ class OptimizerConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class ColumnsConfig:
-    __pydantic_config__ = _STRICT_KEYS
+    __pydantic_config__ = STRICT_KEYS
 
     text: str | None = None
     """Column of the text, or of a pair's first text. Guessed from the usual names when absent."""
@@ -192,7 +147,7 @@ class ColumnsConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class DatasetConfig:
-    __pydantic_config__ = _STRICT_KEYS
+    __pydantic_config__ = STRICT_KEYS
 
     name: str = "local"
     """A task the package knows: `mnli`, `sst2`, `rte`, `embedded-nli`; a dataset of the hub,
@@ -224,7 +179,7 @@ class DatasetConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingConfig:
-    __pydantic_config__ = _STRICT_KEYS
+    __pydantic_config__ = STRICT_KEYS
 
     learning_rate: PositiveFloat = 2e-4
     """Peak learning rate."""
@@ -247,7 +202,7 @@ class TrainingConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluationConfig:
-    __pydantic_config__ = _STRICT_KEYS
+    __pydantic_config__ = STRICT_KEYS
 
     every: Annotated[str, Parsed(parse_interval)] = "20%"
     """`20%` of the budget, `500steps`, `60s`, `epoch`, or `end` for the final one only."""
@@ -259,7 +214,7 @@ class EvaluationConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class SearchParameter:
-    __pydantic_config__ = _STRICT_KEYS
+    __pydantic_config__ = STRICT_KEYS
 
     type: Literal["loguniform", "uniform", "int", "categorical"]
     low: float | None = None
@@ -278,7 +233,7 @@ class SearchParameter:
 
 @dataclass(frozen=True, kw_only=True)
 class OptunaConfig:
-    __pydantic_config__ = _STRICT_KEYS
+    __pydantic_config__ = STRICT_KEYS
 
     trials: PositiveInt = 30
     direction: Literal["maximize", "minimize"] = "maximize"
@@ -288,7 +243,7 @@ class OptunaConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class WandbConfig:
-    __pydantic_config__ = _STRICT_KEYS
+    __pydantic_config__ = STRICT_KEYS
 
     mode: Literal["auto", "online", "offline", "disabled"] = "auto"
     """auto: online where a key is present, else offline; always off in trial mode. WANDB_MODE and
@@ -302,7 +257,7 @@ class WandbConfig:
 class StandInConfig:
     """What a run uses, said loudly, when its model and data cannot be reached."""
 
-    __pydantic_config__ = _STRICT_KEYS
+    __pydantic_config__ = STRICT_KEYS
 
     model: str
     """Name of a small model shipped with the package."""
@@ -316,7 +271,7 @@ class StandInConfig:
 class RunConfig:
     """One run. `extends: NAME` in a file inherits another run's values."""
 
-    __pydantic_config__ = _STRICT_KEYS
+    __pydantic_config__ = STRICT_KEYS
 
     run_id: Annotated[str, Parsed(check_run_id)]
     """Name of the run's kind; the default for --name, followed by the time."""

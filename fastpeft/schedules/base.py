@@ -1,8 +1,8 @@
 """The interface of a learning-rate schedule, and the registry that finds one by its name.
 
 A schedule never asks how many steps there will be: it sees `progress`, the share of the budget that
-is spent, from 0 to 1. A new schedule is one module with one @register class, one dataclass in
-config/schema.py, and one row in the tests.
+is spent, from 0 to 1, and what the step before measured. It is host code: floats and NumPy. A new schedule
+is one module with one @register class, one dataclass in config/schedules.py, and one row in the tests.
 """
 
 from __future__ import annotations
@@ -11,8 +11,8 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import Any
 
-from fastpeft.config.schema import ScheduleConfig
-from fastpeft.signals import Rates, Signals
+from fastpeft.config.schedules import ScheduleConfig
+from fastpeft.signals import Blocks, Measured, Need, Rates
 
 WARMUP_CAP = 0.06
 """Most of the budget that the warm-up may take."""
@@ -30,29 +30,51 @@ def register(name: str) -> Callable[[type[Schedule]], type[Schedule]]:
     return add
 
 
-def make_schedule(config: ScheduleConfig, peak_lr: float) -> Schedule:
-    """The schedule that `config.name` names, from the start of a run."""
-    return _SCHEDULES[config.name](config, peak_lr)
+def make_schedule(config: ScheduleConfig, peak_lr: float, blocks: Blocks | None = None) -> Schedule:
+    """The schedule that `config.name` names, from the start of a run.
+
+    `blocks` are the model's; schedules that measure nothing do without them.
+    """
+    return _SCHEDULES[config.name](config, peak_lr, blocks)
 
 
 class Schedule(ABC):
     """Emits the learning rate of every step; `state` and `load_state` make a resume exact."""
 
-    def __init__(self, config: ScheduleConfig, peak_lr: float) -> None:
+    def __init__(self, config: ScheduleConfig, peak_lr: float, blocks: Blocks | None = None) -> None:
         self.config = config
         self.peak_lr = peak_lr
-        self.note: str | None = None
-        """Something the user should read; the loop logs it and sets it to None."""
+        self.blocks = blocks
+        self._events: list[tuple[str, dict[str, Any]]] = []
+
+    @property
+    def needs(self) -> frozenset[Need]:
+        """What every step has to measure for it."""
+        return frozenset()
 
     @abstractmethod
-    def rates(self, signals: Signals, progress: float) -> Rates:
-        """Rates of the step whose gradient has just been computed. `progress` is before the step."""
+    def rates(self, measured: Measured | None, progress: float) -> Rates:
+        """Rates of the step whose gradient has just been launched. Called once a step.
+
+        Args:
+            measured: the step before this one; None at the first step, and where `needs` is empty.
+            progress: share of the budget that was spent before this step.
+        """
 
     def state(self) -> dict[str, Any]:
-        """JSON values."""
+        """Everything that the next rates depend on, as JSON values (finite numbers; arrays as lists)."""
         return {}
 
     def load_state(self, state: dict[str, Any]) -> None: ...
+
+    def tell(self, type: str, **fields: Any) -> None:
+        """Queue an event for the run's log: `warning` with a message, `forecast`, or `schedule` with figures."""
+        self._events.append((type, fields))
+
+    def told(self) -> list[tuple[str, dict[str, Any]]]:
+        """The events queued since the last call."""
+        events, self._events = self._events, []
+        return events
 
 
 class Warmup:
@@ -72,3 +94,39 @@ class Warmup:
             return 1.0
         self.taken += 1
         return max(self.taken / self.num_steps, progress / WARMUP_CAP)
+
+    @property
+    def was_cut(self) -> bool:
+        return self.ended_at is not None and self.taken < self.num_steps
+
+    def state(self) -> dict[str, Any]:
+        return {"taken": self.taken, "ended_at": self.ended_at}
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        self.taken, self.ended_at = state["taken"], state["ended_at"]
+
+
+class WarmedSchedule(Schedule):
+    """A schedule that begins with a warm-up to the peak rate."""
+
+    def __init__(self, config: ScheduleConfig, peak_lr: float, blocks: Blocks | None = None) -> None:
+        super().__init__(config, peak_lr, blocks)
+        self.warmup = Warmup(config.warmup_steps)
+
+    def warmup_factor(self, progress: float) -> float:
+        """0 to 1 while warming up, then 1. Says it once when the budget cut the warm-up short."""
+        warming = self.warmup.ended_at is None
+        factor = self.warmup.factor(progress)
+        if warming and self.warmup.was_cut:
+            self.tell(
+                "warning",
+                message=f"the warm-up ended after {self.warmup.taken} of {self.config.warmup_steps} steps: "
+                f"it is capped at {WARMUP_CAP:.0%} of the budget",
+            )
+        return factor
+
+    def state(self) -> dict[str, Any]:
+        return self.warmup.state()
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        self.warmup.load_state(state)

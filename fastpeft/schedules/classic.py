@@ -8,40 +8,22 @@ from __future__ import annotations
 
 import math
 from abc import abstractmethod
-from typing import Any
 
-from fastpeft.config.schema import ScheduleConfig
-from fastpeft.schedules.base import WARMUP_CAP, Schedule, Warmup, register
-from fastpeft.signals import Rates, Signals
+from fastpeft.schedules.base import WarmedSchedule, register
+from fastpeft.signals import Measured, Rates
 
 
-class ClassicSchedule(Schedule):
-    def __init__(self, config: ScheduleConfig, peak_lr: float) -> None:
-        super().__init__(config, peak_lr)
-        self.warmup = Warmup(config.warmup_steps)
-
+class ClassicSchedule(WarmedSchedule):
     @abstractmethod
     def shape(self, q: float) -> float:
         """Share of the peak rate at progress q after the warm-up."""
 
-    def rates(self, signals: Signals, progress: float) -> Rates:
-        warming = self.warmup.ended_at is None
-        factor = self.warmup.factor(progress)
+    def rates(self, measured: Measured | None, progress: float) -> Rates:
+        factor = self.warmup_factor(progress)
         start = self.warmup.ended_at
         if start is None:
             return Rates(self.peak_lr * factor)
-        if warming and self.warmup.taken < self.config.warmup_steps:
-            self.note = (
-                f"the warm-up ended after {self.warmup.taken} of {self.config.warmup_steps} steps: "
-                f"it is capped at {WARMUP_CAP:.0%} of the budget"
-            )
         return Rates(self.peak_lr * self.shape((progress - start) / max(1e-9, 1 - start)))
-
-    def state(self) -> dict[str, Any]:
-        return {"taken": self.warmup.taken, "ended_at": self.warmup.ended_at}
-
-    def load_state(self, state: dict[str, Any]) -> None:
-        self.warmup.taken, self.warmup.ended_at = state["taken"], state["ended_at"]
 
     def _between(self, share: float) -> float:
         """From 1 at share 1 to final_ratio at share 0."""

@@ -167,9 +167,8 @@ class Loop:
         self._steps.note(clock, progress, rates, signals)
         clock.count_step(signals.num_tokens, time.perf_counter() - began)
         self.watch_meter()
-        if job.schedule.note:
-            self.warn(job.schedule.note)
-            job.schedule.note = None
+        for type, fields in job.schedule.told():
+            self.event(type, **fields)
 
     # ---- evaluation, saving ----------------------------------------------------------------
 

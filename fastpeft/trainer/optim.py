@@ -5,6 +5,7 @@ All of it happens on the device: neither the clip factor nor the guard is ever r
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 
 from fastpeft.adapters.flat import FlatParameters
@@ -53,11 +54,18 @@ class FlatAdamW:
             lr=rates.lr,
             norm=signals.grad_norm,
             loss=signals.loss,
-            multiplier_K=rates.multiplier_K,
+            multiplier_K=self._on_device(rates.multiplier_K),
             options=self._options,
         ).skipped
         if self.loss_scale is not None:
             self.adjust_scale(signals.skipped)
+
+    def _on_device(self, multiplier_K: np.ndarray | None) -> torch.Tensor | None:
+        if multiplier_K is None:
+            return None
+        host_K = torch.as_tensor(multiplier_K, dtype=torch.float32)
+        device = self._flat.data.device
+        return host_K.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else host_K
 
     def adjust_scale(self, skipped: torch.Tensor) -> None:
         """fp16: halve the scale where `skipped` is 1 (an overflow), double it after 2,000 steps of 0."""

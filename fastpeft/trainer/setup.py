@@ -72,7 +72,7 @@ def build_job(run: RunConfig) -> Job:
         run=run,
         task=task,
         adapter=adapter,
-        schedule=make_schedule(run.schedule, run.training.learning_rate),
+        schedule=make_schedule(run.schedule, run.training.learning_rate, adapter.flat.blocks),
         optimizer=FlatAdamW(adapter.flat, run.optimizer, dtype),
         batches=batches,
         validation=validation,

@@ -10,7 +10,7 @@ from torch import nn
 from fastpeft.adapters import Adapter
 from fastpeft.data import Batch
 from fastpeft.schedules import Schedule
-from fastpeft.signals import Rates, Signals
+from fastpeft.signals import Measured, Rates, Signals
 from fastpeft.trainer.optim import FlatAdamW
 
 
@@ -21,14 +21,16 @@ def train_step(
     batches: Iterable[Batch],
     num_rows: int,
     progress: float,
+    measured: Measured | None = None,
 ) -> tuple[Signals, Rates]:
     """Forward and backward over the micro-batches of one batch, then the update.
 
-    Nothing here waits for the device: what is measured stays there, in the Signals.
+    Nothing here waits for the device: what is measured stays there, in the Signals. The schedule sees `measured`, what
+    the step before this one did.
     """
     signals = forward_backward(adapter, batches, num_rows, optimizer.loss_scale)
     adapter.after_backward(signals, progress)
-    rates = schedule.rates(signals, progress)
+    rates = schedule.rates(measured, progress)
     optimizer.step(signals, rates)
     adapter.after_step(signals, rates, progress)
     return signals, rates

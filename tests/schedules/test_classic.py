@@ -8,18 +8,15 @@ import random
 import typing
 
 import pytest
-import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fastpeft.config.schema import ScheduleConfig
+from fastpeft.config.schedules import ScheduleConfig
 from fastpeft.schedules import make_schedule
 from fastpeft.schedules.base import WARMUP_CAP, Schedule
 from fastpeft.schedules.classic import ClassicSchedule
-from fastpeft.signals import Signals
 
 PEAK = 3e-4
-SIGNALS = Signals(loss=torch.zeros(()), num_tokens=1)
 FINAL, DECAY = 0.1, 0.25
 
 # A schedule is one row: its share of the peak at q = 0, 1/4, 1/2, 3/4, 7/8, 1 after the warm-up,
@@ -43,7 +40,7 @@ def make(name: str, warmup_steps: int = 0, final_ratio: float = FINAL) -> Schedu
 
 
 def trace(schedule: Schedule, progresses: list[float]) -> list[float]:
-    return [schedule.rates(SIGNALS, progress).lr for progress in progresses]
+    return [schedule.rates(None, progress).lr for progress in progresses]
 
 
 def steps(count: int) -> list[float]:
@@ -94,7 +91,7 @@ def test_warmup_is_linear_to_the_peak(name: str) -> None:
     rates = trace(schedule, steps(1000)[:21])
     assert rates[:20] == pytest.approx([PEAK * (i + 1) / 20 for i in range(20)])
     assert rates[20] == pytest.approx(PEAK)
-    assert schedule.note is None
+    assert not schedule.told()
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -102,14 +99,14 @@ def test_warmup_is_capped_at_six_percent_and_says_so(name: str) -> None:
     schedule = make(name, warmup_steps=500)
     rates = trace(schedule, steps(100)[:6])
     assert rates == pytest.approx([PEAK * max((i + 1) / 500, i / 6) for i in range(6)])
-    assert schedule.note is None
+    assert not schedule.told()
     assert trace(schedule, [0.06]) == pytest.approx([PEAK])
-    assert schedule.note is not None
-    assert "6 of 500" in schedule.note
-    assert "6%" in schedule.note
-    schedule.note = None
+    ((type, fields),) = schedule.told()
+    assert type == "warning"
+    assert "6 of 500" in fields["message"]
+    assert "6%" in fields["message"]
     trace(schedule, steps(100)[7:])
-    assert schedule.note is None
+    assert not schedule.told()
 
 
 @pytest.mark.parametrize("name", NAMES)

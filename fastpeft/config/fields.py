@@ -1,0 +1,48 @@
+"""Types of configuration fields: bounds and formats, told to pydantic without importing it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Annotated, Any
+
+
+@dataclass(frozen=True)
+class Range:
+    """Bounds of a number."""
+
+    gt: float | None = None
+    ge: float | None = None
+    lt: float | None = None
+    le: float | None = None
+
+    def __get_pydantic_core_schema__(self, source: Any, handler: Callable) -> dict:
+        return handler(source) | {k: v for k, v in vars(self).items() if v is not None}
+
+
+@dataclass(frozen=True)
+class Parsed:
+    """A text that `parse` must accept; the text itself is kept."""
+
+    parse: Callable[[str], Any]
+
+    def __get_pydantic_core_schema__(self, source: Any, handler: Callable) -> dict:
+        def check(value: Any) -> Any:
+            self.parse(str(value))
+            return value
+
+        return {
+            "type": "function-before",
+            "function": {"type": "no-info", "function": check},
+            "schema": handler(source),
+        }
+
+
+# Counts reach torch and NumPy as C integers.
+PositiveInt = Annotated[int, Range(ge=1, lt=2**31)]
+NonNegativeInt = Annotated[int, Range(ge=0, lt=2**31)]
+PositiveFloat = Annotated[float, Range(gt=0)]
+NonNegativeFloat = Annotated[float, Range(ge=0)]
+Fraction = Annotated[float, Range(ge=0, lt=1)]
+
+STRICT_KEYS = {"extra": "forbid", "use_attribute_docstrings": True, "allow_inf_nan": False}
