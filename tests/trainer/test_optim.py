@@ -25,8 +25,15 @@ class Model:
     def __init__(self, seed: int, config: OptimizerConfig, dtype: torch.dtype = torch.float32) -> None:
         self.generator = torch.Generator().manual_seed(seed)
         blocks = [
-            SimpleNamespace(lora_a=self.parameter(rank, num_in), lora_b=self.parameter(num_out, rank), scale=2.0)
-            for rank, num_in, num_out in SHAPES
+            SimpleNamespace(
+                name=f"layer.{i}.query",
+                layer=i,
+                projection="query",
+                lora_a=self.parameter(rank, num_in),
+                lora_b=self.parameter(num_out, rank),
+                scale=2.0,
+            )
+            for i, (rank, num_in, num_out) in enumerate(SHAPES)
         ]
         head = [self.parameter(*shape) for shape in HEAD_SHAPES]
         self.adapter = [p for block in blocks for p in (block.lora_a, block.lora_b)]
