@@ -31,6 +31,7 @@ from fastpeft.data.batches import collate, micro_batches
 from fastpeft.evaluate.score import score
 from fastpeft.models.backbone import load_backbone
 from fastpeft.models.inject import match_targets
+from fastpeft.objectives import classification_loss
 from fastpeft.runs.system import git_commit
 from fastpeft.trainer.setup import Job, build_job
 from fastpeft.trainer.step import forward_backward, train_step
@@ -79,12 +80,12 @@ def fastpeft_steps(job: Job, epochs: float) -> Iterator[torch.nn.Module]:
             for i in range(max(8, num_steps // 50)):
                 adapter.before_calibration_batch()
                 rows = job.batches.rows(i)
-                forward_backward(adapter, batches(rows), len(rows))
+                forward_backward(adapter, classification_loss, batches(rows), len(rows))
                 adapter.after_calibration_batch(1.0)
         adapter.finish_calibration()
     for step in range(num_steps):
         rows = job.batches.rows(step)
-        train_step(adapter, job.schedule, job.optimizer, batches(rows), len(rows), step / num_steps)
+        train_step(adapter, job.schedule, job.optimizer, job.objective.loss, batches(rows), len(rows), step / num_steps)
         yield adapter.model
 
 
@@ -119,7 +120,7 @@ class Row:
             self._score()
 
     def _score(self) -> None:
-        measured = score(self.model, self.job.validation, 16384, self.job.device)
+        measured = score(self.model, self.job.objective.validation, 16384, self.job.device)
         self.scores.append({"step": self.num_steps, "seconds": round(self.seconds, 1), "accuracy": measured.value})
         print(f"{self.name:14} step {self.num_steps:5} {self.seconds:7.1f} s  {measured.value:.4f}", flush=True)
 

@@ -31,6 +31,7 @@ import torch
 import fastpeft
 from fastpeft.data.batches import collate
 from fastpeft.evaluate.compare import GLUE_TASKS, glue_average, mean_of, metric_of
+from fastpeft.objectives import classification_loss
 from fastpeft.runs.events import number
 from fastpeft.runs.store import Result, RunFolder
 from fastpeft.runs.system import environment
@@ -81,7 +82,9 @@ def calibrate_once(job: Job) -> None:
         with job.adapter.calibrating():
             rows = job.batches.rows(0)
             job.adapter.before_calibration_batch()
-            forward_backward(job.adapter, [collate(job.batches.encoded, rows, job.device)], len(rows))
+            forward_backward(
+                job.adapter, classification_loss, [collate(job.batches.encoded, rows, job.device)], len(rows)
+            )
             job.adapter.after_calibration_batch(1.0)
         job.adapter.finish_calibration()
 
@@ -125,7 +128,9 @@ class Bench:
                 rows = job.batches.rows(i)
                 began = time.perf_counter()
                 batch = collate(job.batches.encoded, rows, job.device)
-                train_step(job.adapter, job.schedule, job.optimizer, [batch], len(rows), (i + 1) / 100)
+                train_step(
+                    job.adapter, job.schedule, job.optimizer, job.objective.loss, [batch], len(rows), (i + 1) / 100
+                )
                 seconds[method].append(time.perf_counter() - began)
         first = next(iter(seconds.values()))[1:]  # the first round warms up
         for method, values in seconds.items():

@@ -56,6 +56,7 @@ from fastpeft.data import Batch
 from fastpeft.errors import UserError
 from fastpeft.models.backbone import Backbone, choose_dtype, quiet_transformers
 from fastpeft.models.inject import match_targets
+from fastpeft.objectives import classification_loss
 from fastpeft.schedules import make_schedule
 from fastpeft.trainer.optim import FlatAdamW
 from fastpeft.trainer.step import forward_backward, train_step
@@ -156,7 +157,7 @@ class Rows:
 
         def step(index: int) -> None:
             batch = self.batches[index % len(self.batches)]
-            train_step(adapter, schedule, optimizer, [batch], len(batch.labels), PROGRESS)
+            train_step(adapter, schedule, optimizer, classification_loss, [batch], len(batch.labels), PROGRESS)
 
         return step
 
@@ -168,7 +169,7 @@ class Rows:
     def _calibrate(self, adapter: Adapter, index: int) -> None:
         batch = self.batches[index % len(self.batches)]
         adapter.before_calibration_batch()
-        forward_backward(adapter, [batch], len(batch.labels))
+        forward_backward(adapter, classification_loss, [batch], len(batch.labels))
         adapter.after_calibration_batch(1.0)
 
     def _peft(self, name: str) -> Step:

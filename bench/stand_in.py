@@ -24,6 +24,7 @@ from fastpeft.data.batches import collate, micro_batches
 from fastpeft.data.embedded import train_pairs, validation_pairs
 from fastpeft.evaluate.score import score
 from fastpeft.models.resolve import resolve
+from fastpeft.objectives import classification_loss
 from fastpeft.trainer.setup import Job, build_job
 from fastpeft.trainer.step import forward_backward
 
@@ -36,11 +37,11 @@ def train(job: Job, num_steps: int, head_only: bool) -> float:
         parts = (
             collate(job.batches.encoded, part, job.device) for part in micro_batches(job.batches.encoded, rows, 16384)
         )
-        signals = forward_backward(adapter, parts, len(rows))
+        signals = forward_backward(adapter, classification_loss, parts, len(rows))
         if head_only:
             adapter.flat.adapter_grad.zero_()  # B stays zero, so the encoder stays what it was
         job.optimizer.step(signals, job.schedule.rates(None, step / num_steps))
-    return score(adapter.model, job.validation, 16384, job.device).value
+    return score(adapter.model, job.objective.validation, 16384, job.device).value
 
 
 def word_baseline(texts: list[str], held_out: list[str]) -> float:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import StrEnum
 
 import numpy as np
@@ -51,6 +51,8 @@ class Signals:
     """Norm of the gradient of all trainable parameters, penalty included, before clipping."""
     skipped: torch.Tensor | None = None
     """1.0 if the step was not taken because its loss or gradient is not finite, else 0.0."""
+    statistics: dict[str, torch.Tensor] = field(default_factory=dict)
+    """Scalars that the loss measured on the way, by their names in Measured."""
 
 
 @dataclass(frozen=True)

@@ -27,6 +27,7 @@ LAYERS = [
     {"fastpeft.data"},
     {"fastpeft.models"},
     {"fastpeft.adapters", "fastpeft.schedules", "fastpeft.budget", "fastpeft.evaluate"},
+    {"fastpeft.objectives"},
     {"fastpeft.trainer"},
     {"fastpeft.evaluate.compare", "fastpeft.evaluate.figures", "fastpeft.export", "fastpeft.doctor"},
     {"fastpeft.evaluate.report"},

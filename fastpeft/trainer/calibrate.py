@@ -49,7 +49,11 @@ def calibrate(job: Job, micro_batches: MicroBatches, stop: Callable[[], bool], w
 def _pass(job: Job, micro_batches: MicroBatches, position: int, scale: torch.Tensor | None) -> Signals:
     rows = job.batches.rows(position)
     return micro_batches.fit(
-        lambda: forward_backward(job.adapter, micro_batches(rows), len(rows), scale), len(rows), "in calibration"
+        lambda: forward_backward(
+            job.adapter, job.objective.loss, micro_batches(rows), job.objective.num_items(rows), loss_scale=scale
+        ),
+        len(rows),
+        "in calibration",
     )
 
 

@@ -17,7 +17,6 @@ import torch
 from fastpeft.adapters import to_json
 from fastpeft.config import run_values
 from fastpeft.data.memory import OutOfMemory, TokenLimits
-from fastpeft.evaluate.score import score
 from fastpeft.runs.events import EventLog
 from fastpeft.runs.store import Result, RunFolder, read_json, recover_folder, replaced_folder, write_json
 from fastpeft.trainer.calibrate import calibrate
@@ -159,7 +158,13 @@ class Loop:
         rows = job.batches.rows(clock.steps)
         signals, rates = self._micro_batches.fit(
             lambda: train_step(
-                job.adapter, job.schedule, job.optimizer, self._micro_batches(rows), len(rows), progress
+                job.adapter,
+                job.schedule,
+                job.optimizer,
+                job.objective.loss,
+                self._micro_batches(rows),
+                job.objective.num_items(rows),
+                progress,
             ),
             len(rows),
             f"at step {clock.steps}",
@@ -191,9 +196,7 @@ class Loop:
             self.warn(job.limits.halve_evaluation(num_rows, width, f"in the evaluation at step {clock.steps}"))
             return job.limits.evaluation
 
-        measured = score(
-            job.adapter.model, job.validation, job.limits.evaluation, job.device, self.stop, shrink, job.task.f1_class
-        )
+        measured = job.objective.evaluate(job.adapter.model, job.limits, self.stop, shrink)
         if measured is None:
             return
         self._evaluated_at = clock.steps
@@ -201,7 +204,7 @@ class Loop:
         self.event(
             "eval",
             split="validation",
-            metric=job.task.metric,
+            metric=job.objective.metric,
             **value,
             loss=measured.loss,
             num=measured.num_rows,
@@ -210,7 +213,7 @@ class Loop:
         self._log_importance()
         evaluation_s = clock.elapsed_s - start_s
         evaluation_j = clock.meter.spent_since(start_j, evaluation_s)
-        self.result.metric = {"name": job.task.metric} | value
+        self.result.metric = {"name": job.objective.metric} | value
         if measured.value > self.result.best.get("value", -1.0):
             self.result.best = value | {"step": clock.steps}
             self._save_weights(best=self.result.best)

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from fastpeft.data import Batch
-from fastpeft.data.batches import collate, micro_batches
+from fastpeft.data.batches import micro_batches
 from fastpeft.data.memory import OutOfMemory, free_memory, is_out_of_memory
 from fastpeft.trainer.setup import Job
 
@@ -34,7 +34,7 @@ class MicroBatches:
         encoded = self._job.batches.encoded
         for part in micro_batches(encoded, rows, self._job.limits.training):
             self._in_flight = len(part), int(encoded.widths[part].max())
-            yield collate(encoded, part, self._job.device)
+            yield self._job.objective.collate(part, self._job.device)
         self._in_flight = None
 
     def fit(self, attempt: Callable[[], T], num_rows: int, where: str) -> T:

@@ -14,16 +14,14 @@ from fastpeft.adapters import Adapter, method_class
 from fastpeft.budget import BudgetClock, Due, EnergyMeter
 from fastpeft.budget.energy import WINDOW_S
 from fastpeft.config import Budget, ConfigError, RunConfig, parse_budget, parse_interval
-from fastpeft.data import Batches, ClassificationTask, Encoded, encode, load_task
-from fastpeft.data.batches import collate, evaluation_batches
+from fastpeft.data import Batches, ClassificationTask, load_task
 from fastpeft.data.memory import TokenLimits, free_memory, is_out_of_memory
 from fastpeft.errors import UserError
 from fastpeft.kernels import dispatch
 from fastpeft.models.backbone import choose_dtype, load_backbone
+from fastpeft.objectives import Classification, Objective
 from fastpeft.schedules import Schedule, make_schedule
 from fastpeft.trainer.optim import FlatAdamW
-
-_MEASURED_BATCHES = 4
 
 
 @dataclass
@@ -32,11 +30,11 @@ class Job:
 
     run: RunConfig
     task: ClassificationTask
+    objective: Objective
     adapter: Adapter
     schedule: Schedule
     optimizer: FlatAdamW
     batches: Batches
-    validation: Encoded
     clock: BudgetClock
     evaluation_due: Due
     limits: TokenLimits
@@ -60,28 +58,24 @@ def build_job(run: RunConfig) -> Job:
     backbone = load_backbone(run.model, task.label_names, dtype, device, trained=method.trains_backbone)
     adapter = method.build(run, backbone)
     adapter.model.train()
-    max_length = min(run.dataset.max_length, backbone.max_positions or run.dataset.max_length)
-    rows = task.validation.head(run.evaluation.max_examples)
-    train, validation = (
-        encode(examples, backbone.tokenizer, max_length, backbone.reads_segments) for examples in (task.train, rows)
-    )
-    batches = Batches(train, run.training.batch_size, run.training.seed)
+    objective = Classification(task, run, backbone, device)
+    batches = Batches(objective.train, run.training.batch_size, run.training.seed)
     meter = EnergyMeter.open(gpu_uuid(device))
     clock = BudgetClock(_budget(run, batches, meter), meter=meter)
     job = Job(
         run=run,
         task=task,
+        objective=objective,
         adapter=adapter,
         schedule=make_schedule(run.schedule, run.training.learning_rate, adapter.flat.blocks),
         optimizer=FlatAdamW(adapter.flat, run.optimizer, dtype),
         batches=batches,
-        validation=validation,
         clock=clock,
         evaluation_due=Due(parse_interval(run.evaluation.every), len(batches)),
         limits=TokenLimits(run.training.micro_batch_tokens, run.evaluation.batch_tokens),
         device=device,
         dtype=dtype,
-        notes=_notes(task, train, validation, max_length, run),
+        notes=_notes(task, run) + objective.notes,
     )
     job.notes += adapter.describe() + untuned(adapter, device, dtype)
     if clock.budget.kind in ("seconds", "joules"):
@@ -151,31 +145,18 @@ def _measure_final(job: Job) -> float:
 
 
 def _measure_evaluation(job: Job) -> float | None:
-    """From a few batches spread over all lengths. None: out of memory, and the batches are smaller now."""
-    groups = evaluation_batches(job.validation, job.limits.evaluation)
-    chosen = [groups[i * (len(groups) - 1) // max(1, _MEASURED_BATCHES - 1)] for i in range(_MEASURED_BATCHES)]
-
-    def area(rows) -> int:
-        return len(rows) * int(job.validation.lengths[rows].max())
-
+    """None: out of memory, and the batches are smaller now."""
     job.adapter.model.eval()
-    seconds = []
     try:
-        with torch.inference_mode():
-            for rows in [chosen[-1], *chosen]:  # the first is a warm-up
-                start = time.perf_counter()
-                batch = collate(job.validation, rows, job.device)
-                job.adapter.model(**batch.inputs).logits.sum().item()
-                seconds.append((time.perf_counter() - start) / area(rows))
+        return job.objective.time_evaluation(job.adapter.model, job.limits)
     except RuntimeError as error:
         if not is_out_of_memory(error):
             raise
-        width = int(job.validation.widths[rows].max())
-        job.notes.append(job.limits.halve_evaluation(len(rows), width, "while an evaluation was timed"))
+        size = job.objective.largest_evaluation_batch(job.limits)
+        job.notes.append(job.limits.halve_evaluation(*size, "while an evaluation was timed"))
         return None
     finally:
         job.adapter.model.train()
-    return sum(seconds[1:]) / _MEASURED_BATCHES * sum(map(area, groups))
 
 
 def untuned(adapter: Adapter, device: torch.device, dtype: torch.dtype) -> list[str]:
@@ -196,21 +177,10 @@ def untuned(adapter: Adapter, device: torch.device, dtype: torch.dtype) -> list[
     ]
 
 
-def _notes(task: ClassificationTask, train: Encoded, validation: Encoded, max_length: int, run: RunConfig) -> list[str]:
+def _notes(task: ClassificationTask, run: RunConfig) -> list[str]:
     notes = [task.describe(), *task.notes]
-    there = set(task.train.labels)
-    absent = [name for i, name in enumerate(task.label_names) if i not in there]
-    if absent:
-        notes.append(
-            f"no training row has the label {', '.join(absent)}: are dataset.name and dataset.labels those of the data?"
-        )
     for split, count in task.skipped_rows.items():
         notes.append(f"{count:,} malformed rows of the {split} split were skipped")
-    for split, encoded in (("training", train), ("validation", validation)):
-        if encoded.num_truncated:
-            notes.append(f"{encoded.num_truncated:,} {split} rows were cut to {max_length} tokens")
-    if max_length < run.dataset.max_length:
-        notes.append(f"dataset.max_length is {run.dataset.max_length}, but the model takes {max_length} tokens")
     if run.method != "iw_lora" and any(key.startswith("regulariser.") for key in run.overrides):
         notes.append(f"regulariser.* was set, but method {run.method} has no penalty: it is ignored")
     return notes

@@ -2,33 +2,39 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Collection, Iterable
 
 import torch
 from torch import nn
 
 from fastpeft.adapters import Adapter
 from fastpeft.data import Batch
+from fastpeft.objectives import BatchLoss
 from fastpeft.schedules import Schedule
-from fastpeft.signals import Measured, Rates, Signals
+from fastpeft.signals import Measured, Need, Rates, Signals
 from fastpeft.trainer.optim import FlatAdamW
+
+Loss = Callable[[nn.Module, Batch, int, Collection[Need]], BatchLoss]
+"""As Objective.loss."""
 
 
 def train_step(
     adapter: Adapter,
     schedule: Schedule,
     optimizer: FlatAdamW,
+    loss: Loss,
     batches: Iterable[Batch],
-    num_rows: int,
+    num_items: int,
     progress: float,
     measured: Measured | None = None,
+    needs: Collection[Need] = (),
 ) -> tuple[Signals, Rates]:
     """Forward and backward over the micro-batches of one batch, then the update.
 
     Nothing here waits for the device: what is measured stays there, in the Signals. The schedule sees `measured`, what
     the step before this one did.
     """
-    signals = forward_backward(adapter, batches, num_rows, optimizer.loss_scale)
+    signals = forward_backward(adapter, loss, batches, num_items, needs, optimizer.loss_scale)
     adapter.after_backward(signals, progress)
     rates = schedule.rates(measured, progress)
     optimizer.step(signals, rates)
@@ -38,20 +44,24 @@ def train_step(
 
 def forward_backward(
     adapter: Adapter,
+    loss: Loss,
     batches: Iterable[Batch],
-    num_rows: int,
+    num_items: int,
+    needs: Collection[Need] = (),
     loss_scale: torch.Tensor | None = None,
 ) -> Signals:
-    """Gradient of the mean loss over `num_rows` rows, unscaled, in the flat buffer."""
+    """Gradient of the mean loss over the `num_items` of all micro-batches, unscaled, in the flat buffer."""
     adapter.flat.grad.zero_()
     total = torch.zeros((), device=adapter.flat.data.device)
+    statistics: dict[str, torch.Tensor] = {}
     num_tokens = 0
     for batch in batches:
-        logits = adapter.model(**batch.inputs).logits.float()
-        loss = nn.functional.cross_entropy(logits, batch.labels, reduction="sum") / num_rows
-        (loss if loss_scale is None else loss * loss_scale).backward()
-        total += loss.detach()
+        part = loss(adapter.model, batch, num_items, needs)
+        (part.loss if loss_scale is None else part.loss * loss_scale).backward()
+        total += part.loss.detach()
+        for name, value in part.statistics.items():
+            statistics[name] = statistics[name] + value if name in statistics else value
         num_tokens += batch.num_tokens
     if loss_scale is not None:
         adapter.flat.grad.div_(loss_scale)
-    return Signals(loss=total, num_tokens=num_tokens)
+    return Signals(loss=total, num_tokens=num_tokens, statistics=statistics)

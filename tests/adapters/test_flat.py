@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from fastpeft.adapters.base import head_parameters
+from fastpeft.objectives import classification_loss
 from fastpeft.trainer.step import forward_backward
 
 
@@ -86,13 +87,13 @@ def test_gradients_accumulate_in_the_buffer(make_job):
     job = make_job("bert")
     flat = job.adapter.flat
     batches, num_rows = one_batch(job)
-    forward_backward(job.adapter, batches, num_rows)
+    forward_backward(job.adapter, classification_loss, batches, num_rows)
     once = flat.grad.clone()
     assert once[flat.num_adapter :].any()
     assert job.adapter.blocks[0].lora_b.grad.any()
-    forward_backward(job.adapter, batches, num_rows)
+    forward_backward(job.adapter, classification_loss, batches, num_rows)
     torch.testing.assert_close(flat.grad, once, rtol=1e-5, atol=1e-7)
-    forward_backward(job.adapter, batches * 2, 2 * num_rows)
+    forward_backward(job.adapter, classification_loss, batches * 2, 2 * num_rows)
     torch.testing.assert_close(flat.grad, once, rtol=1e-4, atol=1e-6)
     assert all(p.grad.untyped_storage().data_ptr() == flat.grad.data_ptr() for p in head_parameters(job.adapter.model))
 
@@ -114,7 +115,7 @@ def test_half_precision_models_train_in_fp32(make_job, precision):
     assert all(p.dtype == torch.float32 for p in job.adapter.model.parameters() if p.requires_grad)
     assert job.adapter.blocks[0].module.base_layer.weight.dtype == job.dtype != torch.float32
     batches, num_rows = one_batch(job)
-    forward_backward(job.adapter, batches, num_rows)
+    forward_backward(job.adapter, classification_loss, batches, num_rows)
     assert flat.grad.isfinite().all()
     assert all(block.lora_b.grad.any() for block in job.adapter.blocks)
 

@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 from tiny import FAMILIES
 
 from fastpeft.data.batches import collate
+from fastpeft.objectives import classification_loss
 from fastpeft.trainer import train
 from fastpeft.trainer.step import forward_backward, train_step
 
@@ -26,7 +27,7 @@ def first_batch(job):
 def test_gradients_are_autograds(make_job, family):
     job = make_job(family, **SETTINGS)
     batch, num_rows = first_batch(job)
-    forward_backward(job.adapter, [batch], num_rows)
+    forward_backward(job.adapter, classification_loss, [batch], num_rows)
     model = transformers.AutoModelForSequenceClassification.from_pretrained(job.run.model.name, num_labels=2)
     model.load_state_dict(job.adapter.model.state_dict())
     model.double().train()(**batch.inputs, labels=batch.labels).loss.backward()
@@ -48,7 +49,7 @@ def test_one_step_moves_every_weight_that_has_a_gradient(make_job, precision):
     for name, module in job.adapter.model.named_modules():
         if name.endswith("query_proj"):
             module.register_forward_hook(lambda module, args, out: computed.add(out.dtype))
-    train_step(job.adapter, job.schedule, job.optimizer, [batch], num_rows, 0.0)
+    train_step(job.adapter, job.schedule, job.optimizer, job.objective.loss, [batch], num_rows, 0.0)
     for name, parameter in job.adapter.model.named_parameters():
         assert torch.equal(parameter, before[name]) == (not parameter.grad.any()), name
     moved = [name for name, p in job.adapter.model.named_parameters() if not torch.equal(p, before[name])]
@@ -62,7 +63,7 @@ def test_transformers_loads_what_was_saved(make_job, tmp_path, family):
     job = make_job(family, **SETTINGS)
     batch, num_rows = first_batch(job)
     for i in range(3):
-        train_step(job.adapter, job.schedule, job.optimizer, [batch], num_rows, i / 3)
+        train_step(job.adapter, job.schedule, job.optimizer, job.objective.loss, [batch], num_rows, i / 3)
     job.adapter.save(tmp_path)
     model, info = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path, output_loading_info=True)
     assert not info["missing_keys"]

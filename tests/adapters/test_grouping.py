@@ -11,6 +11,7 @@ from tiny import FAMILIES
 from fastpeft.adapters import iw_lora
 from fastpeft.data.batches import collate
 from fastpeft.models import inject, layers, siblings
+from fastpeft.objectives import classification_loss
 from fastpeft.trainer.setup import Job
 from fastpeft.trainer.step import forward_backward, train_step
 
@@ -56,12 +57,14 @@ def batches(job: Job, position: int):
 
 def gradient(job: Job, position: int = 0, seed: int = 0) -> torch.Tensor:
     torch.manual_seed(seed)
-    forward_backward(job.adapter, *batches(job, position))
+    forward_backward(job.adapter, classification_loss, *batches(job, position))
     return job.adapter.flat.grad.clone()
 
 
 def take(job: Job, position: int) -> float:
-    return float(train_step(job.adapter, job.schedule, job.optimizer, *batches(job, position), 0.5)[0].loss)
+    return float(
+        train_step(job.adapter, job.schedule, job.optimizer, job.objective.loss, *batches(job, position), 0.5)[0].loss
+    )
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -146,7 +149,7 @@ def test_calibration_measures_the_same(make_job, make_single, grouped, estimator
         with job.adapter.calibrating():
             for position in range(2):
                 job.adapter.before_calibration_batch()
-                forward_backward(job.adapter, *batches(job, position))
+                forward_backward(job.adapter, classification_loss, *batches(job, position))
                 job.adapter.after_calibration_batch(1.0)
         job.adapter.finish_calibration()
         found.append(torch.tensor(job.adapter.importance().sensitivity))

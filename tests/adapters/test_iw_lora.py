@@ -17,6 +17,7 @@ from fastpeft.config import ConfigError, load_run
 from fastpeft.data.batches import collate, micro_batches
 from fastpeft.errors import UserError
 from fastpeft.models.backbone import load_backbone
+from fastpeft.objectives import classification_loss
 from fastpeft.signals import Rates, Signals
 from fastpeft.trainer.step import forward_backward, train_step
 
@@ -34,7 +35,7 @@ def calibrate(job, num_batches: int = 3, loss_scale: float = 1.0, same_batch: bo
         for position in range(num_batches):
             adapter.before_calibration_batch()
             batches, num_rows = batches_of(job, 0 if same_batch else position)
-            forward_backward(adapter, batches, num_rows, scale)
+            forward_backward(adapter, classification_loss, batches, num_rows, loss_scale=scale)
             adapter.after_calibration_batch(loss_scale)
     adapter.finish_calibration()
 
@@ -42,7 +43,7 @@ def calibrate(job, num_batches: int = 3, loss_scale: float = 1.0, same_batch: bo
 def interrupted_calibration(job) -> None:
     with job.adapter.calibrating():
         job.adapter.before_calibration_batch()
-        forward_backward(job.adapter, *batches_of(job, 5))
+        forward_backward(job.adapter, classification_loss, *batches_of(job, 5))
         job.adapter.after_calibration_batch(1.0)
         job.adapter.flat.data.add_(1)
         raise KeyboardInterrupt
@@ -149,7 +150,7 @@ def test_sketch_formula(make_job, rank):
     want = []
     with job.adapter.calibrating():
         job.adapter.before_calibration_batch()
-        forward_backward(job.adapter, batches, num_rows)
+        forward_backward(job.adapter, classification_loss, batches, num_rows)
         for block in job.adapter.blocks:
             variance = float(block.lora_a.detach().double().square().mean())
             want.append(float(block.lora_b.grad.double().norm()) / (block.scale * math.sqrt(variance * rank)))
@@ -185,7 +186,7 @@ def test_sketch_draws_a_anew(make_job, seed):
 def test_gradient_of_a_is_zero_at_the_start(make_job):
     """Why lora_a needs a warm-up rate: B = 0 makes dL/dA vanish identically."""
     job = make_job("deberta-v2")
-    forward_backward(job.adapter, *batches_of(job, 0))
+    forward_backward(job.adapter, classification_loss, *batches_of(job, 0))
     for block in job.adapter.blocks:
         assert not block.lora_a.grad.any()
         assert block.lora_b.grad.any()
@@ -331,7 +332,7 @@ def test_penalty_is_added_to_the_tasks_gradient(make_job, seed):
     job = make_job("bert", regulariser__alpha=0.3)
     calibrate(job)
     perturb(job, seed)
-    signals = forward_backward(job.adapter, *batches_of(job, 0))
+    signals = forward_backward(job.adapter, classification_loss, *batches_of(job, 0))
     task, loss = job.adapter.flat.grad.clone(), signals.loss.clone()
     _, gradient = explicit_penalty(job)
     job.adapter.after_backward(signals, 0.5)
@@ -428,7 +429,9 @@ def test_decoupled_takes_the_weights_from_before_the_step(make_job, seed):
 
 def take_steps(job, num_steps: int, progress: float = 0.0, start: int = 0):
     for position in range(start, start + num_steps):
-        yield train_step(job.adapter, job.schedule, job.optimizer, *batches_of(job, position), progress)[0]
+        yield train_step(
+            job.adapter, job.schedule, job.optimizer, job.objective.loss, *batches_of(job, position), progress
+        )[0]
 
 
 def sketch_of(job) -> list[float]:
@@ -446,7 +449,7 @@ def test_online_updates_the_weights(make_job, seed):
     calibrate(job)
     perturb(job, seed)
     before, version = job.adapter.importance(), job.adapter.importance_version
-    signals = forward_backward(job.adapter, *batches_of(job, 0))
+    signals = forward_backward(job.adapter, classification_loss, *batches_of(job, 0))
     measured = sketch_of(job)
     job.adapter.after_backward(signals, 0.5)
     after = job.adapter.importance()
@@ -497,7 +500,7 @@ def test_inline_is_the_mean_of_the_sketches(make_job):
     job = make_job("bert", regulariser__calibration="inline", regulariser__warmup_steps=8)
     measured = []
     for position in range(8):
-        signals = forward_backward(job.adapter, *batches_of(job, position))
+        signals = forward_backward(job.adapter, classification_loss, *batches_of(job, position))
         measured.append(sketch_of(job))
         job.adapter.after_backward(signals, 0.0)
     want = [sum(column) / 8 for column in zip(*measured)]

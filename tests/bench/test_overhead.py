@@ -52,7 +52,7 @@ def test_the_gradient_of_the_frozen_row_goes_as_deep_as_with_adapters(rows):
 
         for watched in [*targets, "deberta.embeddings"]:
             inner.get_submodule(watched).register_forward_hook(functools.partial(watch, module_name=watched))
-        overhead.forward_backward(adapter, [rows.batches[0]], 4)
+        overhead.forward_backward(adapter, overhead.classification_loss, [rows.batches[0]], 4)
     assert reached["frozen"] == reached["fastpeft_lora"] == set(targets)
 
 

@@ -29,6 +29,7 @@ import fastpeft.trainer
 from fastpeft.cli import EXIT_DIVERGED, app
 from fastpeft.config import run_values
 from fastpeft.data.batches import collate, micro_batches
+from fastpeft.objectives import classification_loss
 from fastpeft.runs.events import number
 from fastpeft.trainer import StopRequest, train
 from fastpeft.trainer.calibrate import MIN_CALIBRATION_BATCHES
@@ -83,7 +84,7 @@ def test_micro_batches_give_the_gradient_of_the_whole_batch(tmp_path: Path, seed
     def gradient(max_tokens: int) -> tuple[torch.Tensor, float, int, int]:
         parts = list(micro_batches(encoded, rows, max_tokens))
         batches = (collate(encoded, part, job.device) for part in parts)
-        signals = forward_backward(job.adapter, batches, len(rows))
+        signals = forward_backward(job.adapter, classification_loss, batches, len(rows))
         return job.adapter.flat.grad.clone(), float(signals.loss), signals.num_tokens, len(parts)
 
     whole, loss, num_tokens, num_parts = gradient(10**6)
