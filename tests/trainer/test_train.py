@@ -24,6 +24,7 @@ from tiny_runs import (
 
 from fastpeft.budget import energy
 from fastpeft.errors import UserError
+from fastpeft.objectives import classification as objective_module
 from fastpeft.trainer import StopRequest, train
 from fastpeft.trainer import calibrate as calibrate_module
 from fastpeft.trainer import loop as loop_module
@@ -199,7 +200,7 @@ def stopped_run(files: Path, phase: str, monkeypatch: pytest.MonkeyPatch | None 
 
         monkeypatch.setattr(calibrate_module, "forward_backward", third_asks)
     if monkeypatch is not None and phase in ("evaluation", "final evaluation"):
-        score = loop_module.score
+        score = objective_module.score
         at = {"evaluation": 2, "final evaluation": 3}[phase]
         calls = []
 
@@ -209,7 +210,7 @@ def stopped_run(files: Path, phase: str, monkeypatch: pytest.MonkeyPatch | None 
                 request()
             return score(*args, **kwargs)
 
-        monkeypatch.setattr(loop_module, "score", asks)
+        monkeypatch.setattr(objective_module, "score", asks)
     listener = Listener(on)
     run = tiny_run(files, budget=f"{TOTAL_STEPS}steps", regulariser={"warmup_steps": 6})
     result = train(run, results_dir=files, name="r", reporter=listener, stop=stop)
