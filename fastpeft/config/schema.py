@@ -32,6 +32,11 @@ def check_run_id(text: str) -> None:
         )
 
 
+def check_prompt(text: str) -> None:
+    if text.count("{question}") != 1:
+        raise ValueError(f"expected {{question}} once, where the question goes, got {text!r}")
+
+
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
     __pydantic_config__ = STRICT_KEYS
@@ -138,11 +143,12 @@ class ColumnsConfig:
     __pydantic_config__ = STRICT_KEYS
 
     text: str | None = None
-    """Column of the text, or of a pair's first text. Guessed from the usual names when absent."""
+    """Column of the text, of a pair's first text, or of the question. Guessed from the usual names when
+    absent."""
     text_pair: str | None = None
-    """Column of a pair's second text."""
+    """Column of a pair's second text, or of a question's second half."""
     label: str | None = None
-    """Column of the label."""
+    """Column of the label, or of the answer to a question."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -150,8 +156,11 @@ class DatasetConfig:
     __pydantic_config__ = STRICT_KEYS
 
     name: str = "local"
-    """A task the package knows: `mnli`, `sst2`, `rte`, `embedded-nli`; a dataset of the hub,
-    `owner/name`; or any name when `path` is given."""
+    """A task the package knows: `mnli`, `sst2`, `rte`, `gsm8k`, `embedded-nli`, `embedded-word-problems`;
+    a dataset of the hub, `owner/name`; or any name when `path` is given."""
+    task: Literal["auto", "classification", "word-problems"] = "auto"
+    """What the rows are. auto: word problems under the names `gsm8k` and `embedded-word-problems`, else
+    labelled texts."""
     config: str | None = None
     """Configuration of a hub dataset that has several."""
     revision: str = "main"
@@ -163,7 +172,7 @@ class DatasetConfig:
     used only when named here. Where there is none, `validation_fraction` of the rows is held out."""
     path: str | None = None
     """A file, or a folder that holds train.* and dev.* (validation.*, dev_matched.*) files in
-    jsonl, csv, tsv or parquet."""
+    jsonl, json, csv, tsv or parquet. Of word problems, train.* and test.*, the latter optional."""
     columns: ColumnsConfig = field(default_factory=ColumnsConfig)
     labels: list[str] | None = None
     """Label names in the order of their numbers; taken from the dataset's own class names, or from
@@ -174,7 +183,13 @@ class DatasetConfig:
     """Share of the training rows held out where there is no validation split: `path` is a single
     file, or a hub dataset has none."""
     max_length: Annotated[int, Range(ge=8, lt=2**31)] = 256
-    """Longest sequence in tokens; what is longer is cut, and counted."""
+    """Longest sequence in tokens. A longer text is cut, a longer word problem is left out of training;
+    both are counted."""
+    held_out: PositiveInt = 512
+    """Word problems: training rows that are held out, the same ones whatever the seed, to tune and to choose
+    the best weights on. The test split is scored once, at the end."""
+    prompt: Annotated[str, Parsed(check_prompt)] = "Question: {question}\nAnswer:"
+    """Word problems: what the model reads before it answers, with {question} in it once."""
 
 
 @dataclass(frozen=True, kw_only=True)

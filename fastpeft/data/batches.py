@@ -24,23 +24,22 @@ POOL_BATCHES = 64
 # Widths are rounded up to this: few distinct shapes, for which libraries build kernels only once.
 WIDTH_MULTIPLE = 8
 
+# The label of a position where nothing is to be predicted.
+IGNORE = -100
 
-@dataclass(frozen=True)
-class Encoded:
+
+@dataclass(frozen=True, kw_only=True)
+class TokenRows:
     """Tokenised rows, concatenated: row i is tokens offsets[i]:offsets[i + 1]."""
 
     tokens: np.ndarray
-    segments: np.ndarray | None
-    """Token type ids, for models that read them."""
     offsets: np.ndarray
-    labels: np.ndarray
-    num_truncated: int
     pad_token: int
     max_length: int
     """Longest row that the model takes."""
 
     def __len__(self) -> int:
-        return len(self.labels)
+        return len(self.offsets) - 1
 
     @property
     def lengths(self) -> np.ndarray:
@@ -52,13 +51,26 @@ class Encoded:
         return np.minimum(-(-self.lengths // WIDTH_MULTIPLE) * WIDTH_MULTIPLE, self.max_length)
 
 
+@dataclass(frozen=True, kw_only=True)
+class Encoded(TokenRows):
+    """Labelled texts."""
+
+    segments: np.ndarray | None
+    """Token type ids, for models that read them."""
+    labels: np.ndarray
+    num_truncated: int
+
+
 @dataclass(frozen=True)
 class Batch:
     """Model inputs (each N x L), labels (N), and how many of the N * L tokens are no padding."""
 
     inputs: dict[str, torch.Tensor]
     labels: torch.Tensor
+    """One a row; of word problems N x L, the token to predict at each position, or IGNORE."""
     num_tokens: int
+    rows: torch.Tensor | None = None
+    """Of word problems: the positions with a label, of the N * L flattened, int64."""
 
 
 def encode(examples: Examples, tokenizer: PreTrainedTokenizerBase, max_length: int, segments: bool) -> Encoded:
@@ -73,8 +85,8 @@ def encode(examples: Examples, tokenizer: PreTrainedTokenizerBase, max_length: i
         uncut = tokenizer([examples.text[i] for i in full], pair, verbose=False, **call)
         num_truncated = sum(len(ids) > max_length for ids in uncut["input_ids"])
     return Encoded(
-        tokens=_concatenate(rows["input_ids"], np.int32),
-        segments=_concatenate(rows["token_type_ids"], np.uint8) if segments else None,
+        tokens=concatenate(rows["input_ids"], np.int32),
+        segments=concatenate(rows["token_type_ids"], np.uint8) if segments else None,
         offsets=np.concatenate([[0], np.cumsum(lengths)]),
         labels=np.array(examples.labels, dtype=np.int64),
         num_truncated=num_truncated,
@@ -86,7 +98,7 @@ def encode(examples: Examples, tokenizer: PreTrainedTokenizerBase, max_length: i
 class Batches:
     """Training batches: `epoch(e)` lists the rows of each optimizer step of epoch e."""
 
-    def __init__(self, encoded: Encoded, batch_size: int, seed: int) -> None:
+    def __init__(self, encoded: TokenRows, batch_size: int, seed: int) -> None:
         self.encoded = encoded
         self.batch_size = batch_size
         self.seed = seed
@@ -118,7 +130,7 @@ class Batches:
         return [batches[i] for i in generator.permutation(len(batches))]
 
 
-def micro_batches(encoded: Encoded, rows: np.ndarray, max_tokens: int) -> Iterator[np.ndarray]:
+def micro_batches(encoded: TokenRows, rows: np.ndarray, max_tokens: int) -> Iterator[np.ndarray]:
     """Split `rows` so that each part, padded to its longest row, has at most `max_tokens` tokens.
 
     A single row over the limit is a part of its own.
@@ -132,7 +144,7 @@ def micro_batches(encoded: Encoded, rows: np.ndarray, max_tokens: int) -> Iterat
             start = end
 
 
-def evaluation_batches(encoded: Encoded, max_tokens: int) -> list[np.ndarray]:
+def evaluation_batches(encoded: TokenRows, max_tokens: int) -> list[np.ndarray]:
     """All rows by length, in batches of at most `max_tokens` padded tokens."""
     return list(micro_batches(encoded, np.arange(len(encoded)), max_tokens))
 
@@ -153,15 +165,16 @@ def collate(encoded: Encoded, rows: np.ndarray, device: torch.device) -> Batch:
     arrays = {"input_ids": tokens, "attention_mask": mask}
     if types is not None:
         arrays["token_type_ids"] = types
-
-    def move(array: np.ndarray) -> torch.Tensor:
-        tensor = torch.from_numpy(array)
-        return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
-
-    inputs = {name: move(array) for name, array in arrays.items()}
-    return Batch(inputs, move(encoded.labels[rows]), int(lengths.sum()))
+    inputs = {name: move(array, device) for name, array in arrays.items()}
+    return Batch(inputs, move(encoded.labels[rows], device), int(lengths.sum()))
 
 
-def _concatenate(rows: list[list[int]], dtype: type) -> np.ndarray:
+def move(array: np.ndarray, device: torch.device) -> torch.Tensor:
+    """To `device`, without waiting for it."""
+    tensor = torch.from_numpy(array)
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
+
+
+def concatenate(rows: list[list[int]], dtype: type) -> np.ndarray:
     total = sum(map(len, rows))
     return np.fromiter((token for row in rows for token in row), dtype=dtype, count=total)

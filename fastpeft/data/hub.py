@@ -1,9 +1,9 @@
-"""Classification data from the hub, through `datasets`, which runs no code of a repository."""
+"""Data from the hub, through `datasets`, which runs no code of a repository."""
 
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,13 +12,15 @@ from fastpeft import hub
 from fastpeft.config.schema import DatasetConfig
 from fastpeft.data.glue import GLUE, REPOSITORY
 from fastpeft.data.rows import Row, Split, build_task, choose_columns
-from fastpeft.data.task import EMBEDDED, ClassificationTask, DataError
+from fastpeft.data.task import EMBEDDED, EMBEDDED_WORD_PROBLEMS, GSM8K, ClassificationTask, DataError
 from fastpeft.errors import UnavailableError, UserError
 
 if TYPE_CHECKING:
-    from datasets import ClassLabel, Dataset, DatasetBuilder
+    from datasets import ClassLabel, Dataset, DatasetBuilder, DatasetDict
 
-_TRAIN = "train"
+GSM8K_REPOSITORY = "openai/gsm8k"
+
+_TRAIN, _TEST = "train", "test"
 _VALIDATION = ("validation", "dev", "valid", "val", "validation_matched", "eval")
 """`test` is none of them: the best weights are chosen on the validation split."""
 
@@ -34,6 +36,13 @@ class HubDataset:
         return f"{self.repository}/{self.config}" if self.config else self.repository
 
 
+@dataclass(frozen=True)
+class HubProblems:
+    name: str
+    train: Split
+    test: Split | None
+
+
 def hub_dataset(config: DatasetConfig) -> HubDataset:
     """Where on the hub a `dataset` section points. Raises UnavailableError for a name that cannot be on it."""
     if config.name in GLUE:
@@ -42,9 +51,11 @@ def hub_dataset(config: DatasetConfig) -> HubDataset:
                 f"dataset.config {config.config!r}: dataset.name {config.name} is one configuration already"
             )
         return HubDataset(REPOSITORY, config.name, config.revision)
+    if config.name == GSM8K:
+        return HubDataset(GSM8K_REPOSITORY, config.config or "main", config.revision)
     if config.name.count("/") == 1:
         return HubDataset(config.name, config.config, config.revision)
-    known = [EMBEDDED, *GLUE]
+    known = [*GLUE, GSM8K, EMBEDDED, EMBEDDED_WORD_PROBLEMS]
     close = difflib.get_close_matches(config.name, known, n=1)
     raise UnavailableError(
         f"dataset.name {config.name!r} is no task of this package ({', '.join(known)})"
@@ -66,8 +77,7 @@ def load_hub(config: DatasetConfig) -> ClassificationTask:
     """
     source = hub_dataset(config)
     known = GLUE.get(config.name)
-    builder = _cached_builder(source) or _download(source)
-    splits = builder.as_dataset()
+    splits = _read(source)
     train_name, validation_name = _choose_splits(config, source, list(splits), known.validation if known else None)
     train = splits[train_name]
     columns = choose_columns(f"dataset {source}", train.column_names, config.columns)
@@ -80,6 +90,28 @@ def load_hub(config: DatasetConfig) -> ClassificationTask:
     task_name = config.name if known else str(source)
     validation = split(validation_name) if validation_name else None
     return build_task(config, task_name, split(train_name), validation, labels or names)
+
+
+def load_hub_problems(config: DatasetConfig, columns: Callable[[str, list[str]], Sequence[str]]) -> HubProblems:
+    """The rows of the training split and of the split `test`, of the columns that `columns(source, have)` chooses.
+
+    Raises UnavailableError and DataError as load_hub does.
+    """
+    source = hub_dataset(config)
+    splits = _read(source)
+    train_name, _ = _choose_splits(config, source, list(splits), None)
+
+    def split(name: str) -> Split:
+        wanted = columns(f"{source} {name}", splits[name].column_names)
+        rows = splits[name].select_columns(list(wanted)).to_list()
+        return Split(f"{source} {name}", [Row(line, values) for line, values in enumerate(rows, 1)])
+
+    test = split(_TEST) if _TEST in splits and train_name != _TEST else None
+    return HubProblems(config.name if config.name == GSM8K else str(source), split(train_name), test)
+
+
+def _read(source: HubDataset) -> DatasetDict:
+    return (_cached_builder(source) or _download(source)).as_dataset()
 
 
 # ---- the cache -----------------------------------------------------------------------------

@@ -1,18 +1,21 @@
-"""Classification data from files: jsonl, csv, tsv and parquet."""
+"""Data from files: jsonl, json, csv, tsv and parquet."""
 
 from __future__ import annotations
 
 import csv
 import io
 import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from fastpeft.config.schema import DatasetConfig
 from fastpeft.data.rows import Row, Split, build_task
 from fastpeft.data.task import ClassificationTask, DataError
 
-SUFFIXES = (".jsonl", ".csv", ".tsv", ".parquet")
+SUFFIXES = (".jsonl", ".json", ".csv", ".tsv", ".parquet")
+_SPACE = re.compile(r"[ \t\r\n]*")
 _VALIDATION_NAMES = ("dev", "validation", "dev_matched", "validation_matched", "valid")
 
 
@@ -25,11 +28,11 @@ def load_local(config: DatasetConfig, labels: tuple[str, ...] | None = None) -> 
     assert config.path is not None
     train_path, validation_path = _find_splits(Path(config.path).expanduser())
     name = config.name if config.name != "local" else Path(config.path).resolve().name
-    validation = _read_split(validation_path) if validation_path is not None else None
-    return build_task(config, name, _read_split(train_path), validation, labels)
+    validation = read_split(validation_path) if validation_path is not None else None
+    return build_task(config, name, read_split(train_path), validation, labels)
 
 
-def _read_split(path: Path) -> Split:
+def read_split(path: Path) -> Split:
     return Split(str(path), list(read_rows(path)))
 
 
@@ -45,7 +48,9 @@ def read_rows(path: Path) -> Iterator[Row]:
     except UnicodeDecodeError as error:
         line = path.read_bytes()[: error.start].count(b"\n") + 1
         raise DataError(f"{path}:{line}: is not UTF-8 text") from None
-    if path.suffix == ".jsonl":
+    if path.suffix == ".json" and text.lstrip().startswith("["):
+        yield from _read_json(path, text)
+    elif path.suffix in (".jsonl", ".json"):
         yield from _read_jsonl(text)
     else:
         yield from _read_table(path, text)
@@ -60,10 +65,42 @@ def _read_jsonl(text: str) -> Iterator[Row]:
         except (ValueError, RecursionError) as error:
             yield Row(line, {}, f"is not valid JSON ({error})")
             continue
-        if isinstance(values, dict):
-            yield Row(line, values)
-        else:
-            yield Row(line, {}, f"expected a JSON object, got {type(values).__name__}")
+        yield _object_row(line, values)
+
+
+def _object_row(line: int, values: Any) -> Row:
+    if isinstance(values, dict):
+        return Row(line, values)
+    return Row(line, {}, f"expected a JSON object, got {type(values).__name__}")
+
+
+def _read_json(path: Path, text: str) -> Iterator[Row]:
+    """A list of objects. What is wrong inside one leaves no telling where the next begins, and stops the reading."""
+    decoder = json.JSONDecoder()
+    position, line = _skip_space(text, text.index("[") + 1), 1
+    start = 0
+    while not text.startswith("]", position):
+        try:
+            values, end = decoder.raw_decode(text, position)
+        except (ValueError, RecursionError) as error:
+            line += text.count("\n", start, getattr(error, "pos", position))
+            raise DataError(f"{path}:{line}: is not valid JSON ({getattr(error, 'msg', error)})") from None
+        line, start = line + text.count("\n", start, end), end
+        yield _object_row(line, values)
+        position = _skip_space(text, end)
+        if text.startswith(",", position):
+            position = _skip_space(text, position + 1)
+        elif not text.startswith("]", position):
+            line += text.count("\n", start, position)
+            raise DataError(f"{path}:{line}: is not valid JSON (expected ',' or ']' after an object)")
+    if text[position + 1 :].strip():
+        raise DataError(f"{path}: is not valid JSON (text after the list)")
+
+
+def _skip_space(text: str, position: int) -> int:
+    space = _SPACE.match(text, position)
+    assert space is not None
+    return space.end()
 
 
 def _read_table(path: Path, text: str) -> Iterator[Row]:
@@ -117,17 +154,42 @@ def _read_parquet(path: Path) -> Iterator[Row]:
 
 def _find_splits(path: Path) -> tuple[Path, Path | None]:
     """The training file, and the validation file of a folder."""
-    if path.is_file():
-        if path.suffix not in SUFFIXES:
-            raise DataError(f"dataset.path {path}: expected a file in {', '.join(SUFFIXES)}")
+    if is_data_file(path):
         return path, None
-    if not path.is_dir():
-        raise DataError(f"dataset.path {path}: there is no such file or folder")
     return _one_file(path, ("train",)), _one_file(path, _VALIDATION_NAMES)
 
 
+def find_train_and_test(path: Path) -> tuple[Path, Path | None, list[Path]]:
+    """The training file, a folder's test file if it has one, and its validation files, which word problems leave be."""
+    if is_data_file(path):
+        return path, None, []
+    test = _one_file(path, ("test",)) if _files(path, ("test",)) else None
+    return _one_file(path, ("train",)), test, _files(path, _VALIDATION_NAMES)
+
+
+def find_test(path: Path) -> Path:
+    """The file to score on: `path` itself, a folder's test file, or the only file in it."""
+    if is_data_file(path):
+        return path
+    only = sorted(p for p in path.iterdir() if p.suffix in SUFFIXES and p.is_file())
+    return only[0] if len(only) == 1 else _one_file(path, ("test",))
+
+
+def is_data_file(path: Path) -> bool:
+    """True for a file that can be read, False for a folder; raises DataError for anything else."""
+    if path.is_file() and path.suffix not in SUFFIXES:
+        raise DataError(f"dataset.path {path}: expected a file in {', '.join(SUFFIXES)}")
+    if not path.exists():
+        raise DataError(f"dataset.path {path}: there is no such file or folder")
+    return not path.is_dir()
+
+
+def _files(folder: Path, stems: tuple[str, ...]) -> list[Path]:
+    return [p for stem in stems for s in SUFFIXES if (p := folder / f"{stem}{s}").is_file()]
+
+
 def _one_file(folder: Path, stems: tuple[str, ...]) -> Path:
-    found = [p for stem in stems for s in SUFFIXES if (p := folder / f"{stem}{s}").is_file()]
+    found = _files(folder, stems)
     if len(found) == 1:
         return found[0]
     wanted = " or ".join(f"{stem}.*" for stem in stems)

@@ -58,7 +58,8 @@ def build_task(
     if not names and len(index.names) > max(MAX_INFERRED_LABELS, len(examples) // 10):
         raise DataError(
             f"{train.source}: the label column holds {len(index.names):,} different values in {len(examples):,} rows, "
-            f"such as {index.names[0]!r}: set dataset.columns.label, or name the labels in dataset.labels"
+            f"such as {index.names[0]!r}: set dataset.columns.label, or name the labels in dataset.labels; "
+            "for questions with a number as their answer set dataset.task=word-problems"
         )
     paired = examples.text_pair is not None
     if validation is None:
@@ -156,16 +157,23 @@ class _Reader:
     def _fault(self, values: dict[str, Any]) -> str | None:
         text_column, pair_column, label_column = self._columns
         for column in filter(None, (text_column, pair_column)):
-            if not isinstance(values.get(column), str):
-                return f"column {column!r} holds {values.get(column)!r}, expected text"
-            if not values[column].strip():
-                return f"column {column!r} is empty"
-            if not _is_unicode(values[column]):
-                return f"column {column!r} holds half of a surrogate pair, which is no character"
+            fault = text_fault(values, column)
+            if fault is not None:
+                return fault
         label = values.get(label_column)
         if isinstance(label, (dict, list)) or _label_text(label) in self._no_label:
             return f"column {label_column!r} holds {label!r}, which is no label"
         return None
+
+
+def text_fault(values: dict[str, Any], column: str) -> str | None:
+    """What is wrong with a row's text, None for a text that can be used."""
+    text = values.get(column)
+    if not isinstance(text, str):
+        return f"column {column!r} holds {text!r}, expected text"
+    if not text.strip():
+        return f"column {column!r} is empty"
+    return None if _is_unicode(text) else f"column {column!r} holds half of a surrogate pair, which is no character"
 
 
 def _label_text(value: Any) -> str | None:
@@ -189,11 +197,15 @@ def _kind(paired: bool) -> str:
     return "pairs of texts" if paired else "single texts"
 
 
-def _hold_out(examples: Examples, validation_fraction: float) -> tuple[Examples, Examples]:
-    """Hold rows out, the same ones whatever the training seed."""
-    order = list(range(len(examples)))
+def choose_held_out(num_rows: int, num_held_out: int) -> tuple[list[int], list[int]]:
+    """(rows to train on, rows held out), each in order; the same ones whatever the training seed."""
+    order = list(range(num_rows))
     random.Random(0).shuffle(order)
-    cut = max(1, round(len(order) * validation_fraction))
+    return sorted(order[num_held_out:]), sorted(order[:num_held_out])
+
+
+def _hold_out(examples: Examples, validation_fraction: float) -> tuple[Examples, Examples]:
+    kept, held_out = choose_held_out(len(examples), max(1, round(len(examples) * validation_fraction)))
 
     def pick(rows: list[int]) -> Examples:
         pair = examples.text_pair
@@ -203,4 +215,4 @@ def _hold_out(examples: Examples, validation_fraction: float) -> tuple[Examples,
             [examples.labels[i] for i in rows],
         )
 
-    return pick(sorted(order[cut:])), pick(sorted(order[:cut]))
+    return pick(kept), pick(held_out)

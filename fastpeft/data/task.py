@@ -7,10 +7,16 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+from fastpeft.config.schema import DatasetConfig
 from fastpeft.errors import UserError
 
 EMBEDDED = "embedded-nli"
-"""The generated task that the stand-ins train on."""
+"""The generated task that the encoders' stand-ins train on."""
+
+EMBEDDED_WORD_PROBLEMS = "embedded-word-problems"
+"""The generated task that the causal language models' stand-ins train on."""
+
+GSM8K = "gsm8k"
 
 
 class DataError(UserError):
@@ -63,6 +69,18 @@ class ClassificationTask:
         shares = Counter(self.train.labels)
         labels = ", ".join(f"{name} {shares[i] / len(self.train):.0%}" for i, name in enumerate(self.label_names))
         return f"{self.name}: {len(self.train):,} training rows ({labels}), {len(self.validation):,} validation rows"
+
+
+def is_generated(config: DatasetConfig) -> bool:
+    """Whether the task is made by the package, from no file."""
+    return config.path is None and config.name in (EMBEDDED, EMBEDDED_WORD_PROBLEMS)
+
+
+def is_word_problems(config: DatasetConfig) -> bool:
+    """Whether a `dataset` section names word problems, else labelled texts."""
+    if config.task == "auto":
+        return config.name in (GSM8K, EMBEDDED_WORD_PROBLEMS)
+    return config.task == "word-problems"
 
 
 class LabelIndex:

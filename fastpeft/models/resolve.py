@@ -11,7 +11,7 @@ from pathlib import Path
 from fastpeft import hub
 from fastpeft.config import RunConfig, apply_stand_in
 from fastpeft.data.hub import hub_dataset, is_cached
-from fastpeft.data.task import EMBEDDED, DataError
+from fastpeft.data.task import DataError, is_generated
 from fastpeft.errors import UnavailableError
 from fastpeft.models.embedded import PATHS
 from fastpeft.models.files import CONFIG, cached_model
@@ -37,7 +37,7 @@ def resolve(run: RunConfig, allow_stand_in: bool = True) -> Resolved:
     path = run.dataset.path
     if path is not None and not Path(path).expanduser().exists():
         raise DataError(f"dataset.path {path}: there is no such file or folder")
-    generated = path is None and run.dataset.name == EMBEDDED
+    generated = is_generated(run.dataset)
     source = None if generated or path is not None else hub_dataset(run.dataset)
     shipped = embedded_path(run.model.name) is not None
     if (shipped or generated) and not allow_stand_in:
