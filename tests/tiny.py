@@ -8,6 +8,7 @@ from typing import Any
 
 WORDS = "the a every some no dog cat bird ran slept saw big small good bad very not and is it film plot".split()  # noqa: SIM905
 FAMILIES = ("deberta-v2", "bert", "roberta", "distilbert")
+CAUSAL_FAMILIES = ("qwen3", "llama", "mistral", "gpt2")
 NUM_LAYERS = 2
 MAX_POSITIONS = 64
 
@@ -103,6 +104,40 @@ def causal_model(family: str = "llama", seed: int = 0, **settings: Any) -> Any:
         "initializer_range": 32**-0.5, "pad_token_id": 0,
     }  # fmt: skip
     return _from_config(transformers.AutoModelForCausalLM, family, seed, sizes | settings)
+
+
+def make_causal_lm(folder: Path, family: str = "qwen3", seed: int = 0, pad: bool = True, **settings: Any) -> Path:
+    """Write a causal language model with a character-level tokenizer into `folder`, as the hub's are; returns it.
+
+    Args:
+        family: one of CAUSAL_FAMILIES or another that causal_model takes. The head is tied in qwen3 and gpt2.
+        pad: whether the tokenizer has a padding token.
+        settings: further fields of the model's config.
+    """
+    vocab = save_character_tokenizer(folder, pad)
+    tokens = {"pad_token_id": vocab["<pad>"] if pad else None, "eos_token_id": vocab["</s>"], "bos_token_id": None}
+    defaults = {"vocab_size": -(-len(vocab) // 8) * 8, "tie_word_embeddings": family in ("qwen3", "gpt2"), **tokens}
+    if family == "gpt2":
+        defaults |= {"n_inner": 48, "resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
+    causal_model(family, seed, **defaults | settings).save_pretrained(folder)
+    return folder
+
+
+def save_character_tokenizer(folder: Path, pad: bool = True) -> dict[str, int]:
+    """One token a character of printable ASCII and the newline. Returns the vocabulary."""
+    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+
+    special = ["<pad>", "</s>", "<unk>"]
+    vocab = {token: i for i, token in enumerate([*special, "\n", *map(chr, range(32, 127))])}
+    tokenizer = Tokenizer(models.WordLevel(vocab, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
+    tokenizer.decoder = decoders.Fuse()
+    folder.mkdir(parents=True, exist_ok=True)
+    tokenizer.save(str(folder / "tokenizer.json"))
+    config = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "</s>", "unk_token": "<unk>"}
+    config |= {"pad_token": "<pad>"} if pad else {}
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    return vocab
 
 
 def classifier_model(family: str = "bert", seed: int = 0, **settings: Any) -> Any:

@@ -333,6 +333,11 @@ def _contradictions(run: RunConfig) -> Iterator[str]:
             yield "regulariser.calibration: inline takes the sketch; it does not go with estimator lora_a"
     if run.method == "adalora":
         yield from _adalora_contradictions(run.adalora)
+    if run.method == "full" and run.model.quantisation != "none":
+        yield (
+            f"model.quantisation: {run.model.quantisation} freezes the weights that method full trains; leave it out, "
+            "or take a method with an adapter"
+        )
     if run.method == "iw_lora" and regulariser.calibration == "inline" and run.schedule.warmup_steps == 0:
         yield "regulariser.calibration: inline measures during the rate's warm-up, but schedule.warmup_steps is 0"
     if run.dataset.labels is not None and len(set(run.dataset.labels)) < max(2, len(run.dataset.labels)):

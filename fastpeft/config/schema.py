@@ -45,6 +45,8 @@ class ModelConfig:
     """A local folder, or a Hugging Face model name. Code from a repository is never run."""
     revision: str = "main"
     """Branch, tag or commit of a hub model."""
+    quantisation: Literal["none", "nf4"] = "none"
+    """nf4 holds a causal language model's frozen weights in 4 bits; needs the package bitsandbytes."""
 
 
 @dataclass(frozen=True, kw_only=True)

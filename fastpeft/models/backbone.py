@@ -1,4 +1,4 @@
-"""Load a pretrained encoder with a classification head. No code from a repository is ever run."""
+"""Load a pretrained model: a classifier, or a causal language model. No code from a repository is ever run."""
 
 from __future__ import annotations
 
@@ -6,33 +6,47 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
 
 from fastpeft.config.schema import ModelConfig
-from fastpeft.errors import UnavailableError, first_line
+from fastpeft.errors import UnavailableError, UserError, first_line
 from fastpeft.models.files import fetch_model
+from fastpeft.models.lm_head import check_causal_lm
 from fastpeft.models.resolve import embedded_path
 
 _HEAD_NAMES = ("classifier", "score")
+_OTHER_TASKS = ("Classification", "MaskedLM", "QuestionAnswering", "MultipleChoice", "NextSentencePrediction")
+_LOCAL = {"local_files_only": True, "trust_remote_code": False}
 
 
 @dataclass
 class Backbone:
+    """A pretrained model, and what a trainer has to know of it."""
+
     model: nn.Module
-    """A transformers sequence classifier, in eval mode, head in fp32."""
+    """A transformers model in eval mode that asks for no gradient."""
     tokenizer: Any
+    """Has a padding token; a causal LM's without one pads with its end of sequence."""
     head: list[str]
-    """Top-level modules that are trained whole: the classifier and whatever has no pretrained weights."""
+    """Top-level modules that are trained whole, in fp32: a classifier's head and whatever has no pretrained weights.
+    Empty for a causal LM, whose head is pretrained."""
     reads_segments: bool
     """Whether the model has token type embeddings."""
     max_positions: int | None
     """Longest sequence that the model can take; None if unbounded."""
     dtype: torch.dtype
     """That the model computes in."""
+    kind: Literal["classifier", "causal_lm"] = "classifier"
+    eos_token_ids: tuple[int, ...] = ()
+    """A causal LM's ends of sequence: the tokenizer's first, then those of its generation config."""
+    head_is_frozen: bool = False
+    """A causal LM's head is the pretrained one for good, as linear_cross_entropy needs it. False where the whole model
+    is trained, and for classifiers."""
 
 
 def load_backbone(
@@ -48,32 +62,29 @@ def load_backbone(
 
     Raises:
         UnavailableError: a folder or repository that holds no usable model.
+        UserError: model.quantisation, which is for causal language models.
     """
     import transformers
 
-    local = embedded_path(config.name) or Path(config.name).expanduser()
-    from_hub = not local.is_dir()
-    folder = fetch_model(config.name, config.revision) if from_hub else local
-    common = {"local_files_only": True, "trust_remote_code": False}
+    if config.quantisation != "none":
+        raise UserError(
+            f"model.quantisation {config.quantisation}: is for causal language models, and this task trains a "
+            "classifier; leave it out"
+        )
     labels = dict(enumerate(label_names))
-    try:
-        with quiet_transformers():
-            tokenizer = transformers.AutoTokenizer.from_pretrained(folder, **common)
-            model, info = transformers.AutoModelForSequenceClassification.from_pretrained(
-                folder,
-                num_labels=len(labels),
-                id2label=labels,
-                label2id={label: i for i, label in labels.items()},
-                ignore_mismatched_sizes=True,
-                output_loading_info=True,
-                dtype=torch.float32,
-                **common,
-            )
-    except Exception as error:  # a damaged file: each library that reads one has its own classes
-        reason = first_line(error) or type(error).__name__
-        raise UnavailableError(f"model.name {config.name}: cannot be loaded as a classifier: {reason}") from error
-    if from_hub:
-        model.name_or_path = model.config._name_or_path = config.name  # what the adapter names as its base
+    with _loading(config, "a classifier") as folder:
+        tokenizer = transformers.AutoTokenizer.from_pretrained(folder, **_LOCAL)
+        model, info = transformers.AutoModelForSequenceClassification.from_pretrained(
+            folder,
+            num_labels=len(labels),
+            id2label=labels,
+            label2id={label: i for i, label in labels.items()},
+            ignore_mismatched_sizes=True,
+            output_loading_info=True,
+            dtype=torch.float32,
+            **_LOCAL,
+        )
+    _name_base(model, config)
     if tokenizer.pad_token_id is None:
         raise UnavailableError(f"model.name {config.name}: its tokenizer has no padding token")
     head = _head_modules(model, info, config.name)
@@ -91,6 +102,133 @@ def load_backbone(
         max_positions=positions if bounded else None,
         dtype=dtype,
     )
+
+
+def load_causal_lm(config: ModelConfig, dtype: torch.dtype, device: torch.device, trained: bool = False) -> Backbone:
+    """Load a causal language model with its pretrained head.
+
+    The weights are in `dtype`, but in fp32 if they are to be `trained`; what transformers keeps in fp32, rotary
+    frequencies among others, stays so. `model.quantisation` nf4 holds the layers inside the blocks in 4 bits and
+    computes in `dtype` (QLoRA, arXiv:2305.14314).
+
+    Raises:
+        UnavailableError: a folder or repository that holds no usable causal language model.
+        UserError: logits that are more than a linear map of the hidden states; nf4 without bitsandbytes.
+    """
+    import transformers
+
+    quantised = _nf4(dtype, device) if config.quantisation == "nf4" else {}
+    with _loading(config, "a causal language model") as folder:
+        settings = transformers.AutoConfig.from_pretrained(folder, **_LOCAL)
+        _check_config(settings, config.name)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(folder, **_LOCAL)
+        model, info = transformers.AutoModelForCausalLM.from_pretrained(
+            folder, output_loading_info=True, dtype=torch.float32 if trained else dtype, **quantised, **_LOCAL
+        )
+    lacking = sorted({*info["missing_keys"], *(key for key, *_ in info.get("mismatched_keys", ()))})
+    if lacking:
+        raise UnavailableError(
+            f"model.name {config.name}: is no whole causal language model: it lacks {len(lacking)} weights of "
+            f"{type(model).__name__}, such as {lacking[0]}"
+        )
+    _name_base(model, config)
+    model.requires_grad_(False)
+    if not quantised:
+        model.to(device)
+    model.eval()
+    eos_token_ids = _end_tokens(model, tokenizer, config.name)
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.convert_ids_to_tokens(eos_token_ids[0])
+    with quiet_transformers():
+        check_causal_lm(model, config.name)
+    return Backbone(
+        model=model,
+        tokenizer=tokenizer,
+        head=[],
+        reads_segments=False,
+        max_positions=getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None),
+        dtype=dtype,
+        kind="causal_lm",
+        eos_token_ids=eos_token_ids,
+        head_is_frozen=not trained,
+    )
+
+
+@contextmanager
+def _loading(config: ModelConfig, what: str) -> Iterator[Path]:
+    """The model's folder, fetched if need be; what fails within is an UnavailableError."""
+    local = embedded_path(config.name) or Path(config.name).expanduser()
+    folder = local if local.is_dir() else fetch_model(config.name, config.revision)
+    try:
+        with quiet_transformers():
+            yield folder
+    except UserError:
+        raise
+    except Exception as error:  # a damaged file: each library that reads one has its own classes
+        reason = first_line(error) or type(error).__name__
+        raise UnavailableError(f"model.name {config.name}: cannot be loaded as {what}: {reason}") from error
+
+
+def _name_base(model: nn.Module, config: ModelConfig) -> None:
+    """What the adapter names as its base: a hub model's name, and not its folder in the cache."""
+    if embedded_path(config.name) is None and not Path(config.name).expanduser().is_dir():
+        model.name_or_path = model.config._name_or_path = config.name
+
+
+def _check_config(settings: Any, name: str) -> None:
+    """Refuse, before any weight is read, what is no causal language model or is quantised already."""
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    stored = getattr(settings, "quantization_config", None)
+    if stored is not None:
+        method = stored.get("quant_method") if isinstance(stored, dict) else getattr(stored, "quant_method", None)
+        raise UnavailableError(
+            f"model.name {name}: its weights are quantised ({getattr(method, 'value', method)}). Take the unquantised "
+            "model of the same name; model.quantisation=nf4 holds it in 4 bits"
+        )
+    architecture = next(iter(getattr(settings, "architectures", None) or ()), "")
+    kind = architecture or settings.model_type
+    if (
+        settings.model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+        or getattr(settings, "is_encoder_decoder", False)
+        or architecture.endswith(_OTHER_TASKS)
+    ):
+        raise UnavailableError(
+            f"model.name {name}: is {kind}, and no causal language model as this task needs one, such as "
+            "Qwen3ForCausalLM or LlamaForCausalLM"
+        )
+
+
+def _nf4(dtype: torch.dtype, device: torch.device) -> dict[str, Any]:
+    """Arguments of from_pretrained."""
+    import transformers
+
+    if find_spec("bitsandbytes") is None:
+        raise UserError("model.quantisation nf4: needs the package bitsandbytes: pip install 'fastpeft[gpu]'")
+    settings = transformers.BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=dtype,
+    )
+    return {"quantization_config": settings, "device_map": {"": device}}
+
+
+def _end_tokens(model: nn.Module, tokenizer: Any, name: str) -> tuple[int, ...]:
+    listed = model.generation_config.eos_token_id
+    listed = listed if isinstance(listed, (list, tuple)) else [listed]
+    num_rows = model.get_input_embeddings().num_embeddings
+    if len(tokenizer) > num_rows:
+        raise UnavailableError(
+            f"model.name {name}: its tokenizer has {len(tokenizer):,} tokens, but the model only {num_rows:,}"
+        )
+    known = dict.fromkeys(i for i in (tokenizer.eos_token_id, *listed) if i is not None and i < num_rows)
+    if not known:
+        raise UnavailableError(
+            f"model.name {name}: neither its tokenizer nor its generation config names an end of sequence, so that no "
+            "answer would end"
+        )
+    return tuple(known)
 
 
 @contextmanager

@@ -13,13 +13,14 @@ from torch import nn
 from fastpeft.config.schema import AdaLoraConfig, AdapterConfig
 from fastpeft.errors import UserError
 from fastpeft.models.backbone import Backbone, quiet_transformers
-from fastpeft.models.layers import LoraLinear, SvdLinear, svd_scale
+from fastpeft.models.layers import LoraLinear, PeftSvdLinear, SvdLinear, fused_class, svd_scale
+from fastpeft.models.lm_head import output_embeddings
 from fastpeft.models.siblings import join_settled
 
 ADAPTER_NAME = "default"
 
 _QUERY_VALUE = r"q|query|q_proj|query_proj|q_lin|v|value|v_proj|value_proj|v_lin"
-_ATTENTION = _QUERY_VALUE + r"|k|key|k_proj|key_proj|k_lin|o_proj|out_lin"
+_ATTENTION = _QUERY_VALUE + r"|k|key|k_proj|key_proj|k_lin|o_proj|out_proj|out_lin|qkv_proj|query_key_value"
 _BLOCK = re.compile(r"\.(\d+)\.")
 
 
@@ -82,8 +83,10 @@ def inject_lora(
     """
     names = match_targets(backbone.model, backbone.head, config.target_modules)
     lora = peft.LoraConfig(r=config.rank, use_rslora=rank_stabilised, **_common(backbone, config, names))
-    lora._register_custom_module({nn.Linear: LoraLinear})
     model = _wrap(backbone, lora)
+    for name in names:
+        layer = _module(model, name)
+        layer.__class__ = fused_class(layer) or type(layer)
     _join(model)
     return model, [LoraBlock(n, _layer(n), projection_of(n), _module(model, n)) for n in names]
 
@@ -114,18 +117,19 @@ def inject_adalora(
     blocks = []
     for name in names:
         layer = _module(model, name)
-        layer.__class__ = SvdLinear  # AdaLoraModel has no place to register a layer of one's own
+        if type(layer) is PeftSvdLinear:  # over 4 bits it stays PEFT's
+            layer.__class__ = SvdLinear
         blocks.append(SvdBlock(name, _layer(name), projection_of(name), layer))
     return model, blocks
 
 
 def _common(backbone: Backbone, config: AdapterConfig, names: list[str]) -> dict[str, Any]:
     return {
-        "task_type": peft.TaskType.SEQ_CLS,
+        "task_type": peft.TaskType.CAUSAL_LM if backbone.kind == "causal_lm" else peft.TaskType.SEQ_CLS,
         "lora_alpha": config.alpha,
         "lora_dropout": config.dropout,
         "target_modules": _shortest(names, backbone.model),
-        "modules_to_save": list(backbone.head),
+        "modules_to_save": list(backbone.head) or None,
     }
 
 
@@ -146,21 +150,31 @@ def _module(model: nn.Module, name: str) -> Any:
 
 
 def match_targets(model: nn.Module, head: list[str], wanted: str | list[str]) -> list[str]:
-    """Names of the linear layers that `adapter.target_modules` means, in the model's order."""
+    """Names of the linear layers that `adapter.target_modules` means, in the model's order; never a language model's
+    head."""
+    head_of_lm = output_embeddings(model)
     linears = [
         name
         for name, module in model.named_modules()
-        if isinstance(module, nn.Linear) and not any(name == h or name.startswith(f"{h}.") for h in head)
+        if isinstance(module, nn.Linear)
+        and module is not head_of_lm
+        and not any(name == h or name.startswith(f"{h}.") for h in head)
     ]
     found = [name for name in linears if _matches(name, wanted)]
     if not found:
-        kinds = sorted({projection_of(name) for name in linears if _BLOCK.search(name)})
-        raise UserError(
-            f"adapter.target_modules {wanted!r} matches no linear layer of this model. Its linear layers end in "
-            f"{', '.join(kinds)}; or take qv, attention, all-linear, or a regular expression for whole names such "
-            f"as {linears[0]}"
-        )
+        raise UserError(f"adapter.target_modules {wanted!r} matches no linear layer of this model. {_there(linears)}")
     return found
+
+
+def _there(linears: list[str]) -> str:
+    """What could be adapted, in words."""
+    if not linears:
+        return "It has none but its head: GPT-2 and its kin have Conv1D layers, which are not adapted; take method full"
+    kinds = sorted({projection_of(name) for name in linears if _BLOCK.search(name)})
+    return (
+        f"Its linear layers end in {', '.join(kinds)}; or take qv, attention, all-linear, or a regular expression for "
+        f"whole names such as {linears[0]}"
+    )
 
 
 def _matches(name: str, wanted: str | list[str]) -> bool:
