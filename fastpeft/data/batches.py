@@ -135,11 +135,15 @@ def micro_batches(encoded: TokenRows, rows: np.ndarray, max_tokens: int) -> Iter
 
     A single row over the limit is a part of its own.
     """
-    rows = rows[np.argsort(encoded.lengths[rows], kind="stable")]
-    widths = encoded.widths[rows]
+    yield from split_by_width(rows, encoded.lengths, encoded.widths, max_tokens)
+
+
+def split_by_width(rows: np.ndarray, lengths: np.ndarray, widths: np.ndarray, max_tokens: int) -> Iterator[np.ndarray]:
+    """The same for rows of any kind, given the lengths and widths of all rows; the widths rise with the lengths."""
+    rows = rows[np.argsort(lengths[rows], kind="stable")]
     start = 0
     for end in range(1, len(rows) + 1):
-        if end == len(rows) or (end + 1 - start) * widths[end] > max_tokens:
+        if end == len(rows) or (end + 1 - start) * widths[rows[end]] > max_tokens:
             yield rows[start:end]
             start = end
 

@@ -61,11 +61,11 @@ class _Fused:
 
         What is asked here must not change between a forward pass and its repetition under gradient checkpointing.
         """
-        name = _active_adapter(self)
+        name = active_adapter(self)
         if name is None or not (type(x) is torch.Tensor and x.dtype in DTYPES):
             return None
         weight, bias = self.base_layer.weight, self.base_layer.bias
-        factors, dropout = self._factors(name), _dropout(self.lora_dropout[name])
+        factors, dropout = self.factors(name), _dropout(self.lora_dropout[name])
         if factors is None or dropout is None:
             return None
         if weight.requires_grad or (bias is not None and bias.requires_grad):
@@ -78,7 +78,7 @@ class _Fused:
         dtypes = self._dtypes(x, lora_a, dropout)
         return None if dtypes is None else Call(weight, bias, lora_a, lora_b, scale, dropout, *dtypes)
 
-    def _factors(self, name: str) -> tuple[torch.Tensor, torch.Tensor, float] | None:
+    def factors(self, name: str) -> tuple[torch.Tensor, torch.Tensor, float] | None:
         """A, B and s, where the update is s B A x and no more."""
         a, b = self.lora_A[name], self.lora_B[name]
         if not (is_bare(a, nn.Linear) and is_bare(b, nn.Linear)) or a.bias is not None or b.bias is not None:
@@ -115,7 +115,7 @@ class LoraLinear(_Fused, PeftLoraLinear):
 class SvdLinear(_Fused, PeftSvdLinear):
     """PEFT's AdaLoRA layer, W x + s B diag(E) A x."""
 
-    def _factors(self, name: str) -> tuple[torch.Tensor, torch.Tensor, float]:
+    def factors(self, name: str) -> tuple[torch.Tensor, torch.Tensor, float]:
         return self.lora_A[name] * self.lora_E[name], self.lora_B[name], svd_scale(self, name)
 
 
@@ -214,7 +214,7 @@ def _autocasts(x: torch.Tensor) -> bool:
     return torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)  # a meta tensor has none
 
 
-def _active_adapter(layer: Any) -> str | None:
+def active_adapter(layer: Any) -> str | None:
     """The one adapter that is added to the base layer's output; None where it is not exactly one."""
     if layer.disable_adapters or layer.merged:
         return None

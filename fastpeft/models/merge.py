@@ -1,0 +1,137 @@
+"""Adapted layers computed as the one matrix W + s B A for a while, as in decoding, and then exactly as they were.
+
+Shapes: O out, I in, R rank.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import psutil
+import torch
+from peft.tuners.lora import LoraLayer
+from torch import nn
+
+from fastpeft.data.memory import is_out_of_memory
+from fastpeft.kernels.lora_linear.op import DTYPES
+from fastpeft.models.layers import active_adapter, has_hooks, is_bare, is_fused
+
+_HOST = torch.device("cpu")
+_SHARE_OF_FREE = 0.5
+"""Of the memory that is free, for copies of weights; the rest is for the cache and the activations."""
+
+
+@dataclass
+class Merged:
+    """What `merged` has done."""
+
+    num_merged: int = 0
+    num_on_host: int = 0
+    """Of these, layers that are merged in place, their own weight waiting in CPU memory."""
+    kept: dict[str, str] = field(default_factory=dict)
+    """LoRA layers that are computed as ever: name and reason."""
+
+
+@contextmanager
+def merged(model: nn.Module) -> Iterator[Merged]:
+    """Within the `with` block each LoRA layer over a dense weight is an nn.Linear of W + s B A.
+
+    The sum is formed in fp32 and rounded once to W's dtype. The adapted layers, W and the factors are not touched: the
+    block's end, or an exception in it, puts the same modules back. Only where the device has no room for second
+    weights is W overwritten, after it was copied to CPU memory, and copied back at the end, bit for bit.
+
+    Layers over a base of 4 bits, disabled or already merged ones, those of several active adapters, of a LoRA variant
+    or with hooks are left as they are, and so are those that there is no memory for. `model` itself must not be one.
+    """
+    done, memory = Merged(), _Memory()
+    sharing = Counter(p.data_ptr() for _, p in model.named_parameters(remove_duplicate=False))
+    layers = [(path, module) for path, module in model.named_modules() if isinstance(module, LoraLayer)]
+    with ExitStack() as undo:
+        for path, layer in layers:
+            factors = _factors(layer)
+            if isinstance(factors, str):
+                done.kept[path] = factors
+                continue
+            weight = layer.base_layer.weight
+            on_host = not memory.fits(weight, weight.device)
+            if on_host and (sharing[weight.data_ptr()] > 1 or not memory.fits(weight, _HOST)):
+                done.kept[path] = "there is no memory for a second weight"
+                continue
+            try:
+                plain = _merge(layer.base_layer, factors, undo if on_host else None)
+            except RuntimeError as error:
+                if not is_out_of_memory(error):
+                    raise
+                done.kept[path] = "there was no memory to merge it"
+                continue
+            above, _, name = path.rpartition(".")
+            modules = model.get_submodule(above)._modules
+            undo.callback(modules.__setitem__, name, layer)
+            modules[name] = plain
+            done.num_merged += 1
+            done.num_on_host += on_host
+        yield done
+
+
+class _Memory:
+    """What copies of weights may take of each device."""
+
+    def __init__(self) -> None:
+        self._left: dict[torch.device, float] = {}
+
+    def fits(self, weight: torch.Tensor, device: torch.device) -> bool:
+        """Whether a copy of `weight` may be made there; then it is counted."""
+        left = self._left.setdefault(device, _SHARE_OF_FREE * free_bytes(device))
+        size = weight.numel() * weight.element_size()
+        if size > left:
+            return False
+        self._left[device] = left - size
+        return True
+
+
+def free_bytes(device: torch.device) -> int:
+    """That this process may still allocate."""
+    if device.type != "cuda":
+        return psutil.virtual_memory().available
+    reserved = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return torch.cuda.mem_get_info(device)[0] + reserved
+
+
+@torch.no_grad()
+def _merge(base: nn.Linear, factors: tuple[torch.Tensor, torch.Tensor, float], undo: ExitStack | None) -> nn.Linear:
+    """A layer of the merged weight. With `undo`, which is told how to restore it, that is in the place of `base`'s."""
+    lora_a, lora_b, scale = factors
+    weight = base.weight.data
+    wide = torch.promote_types(weight.dtype, torch.float32)
+    with torch.autocast(weight.device.type, enabled=False):
+        total = torch.addmm(weight.to(wide), lora_b.to(wide), lora_a.to(wide), alpha=scale)
+    if undo is None:
+        merged_weight = nn.Parameter(total.to(weight.dtype), requires_grad=False)
+    else:
+        original = torch.empty_like(weight, device=_HOST, pin_memory=weight.is_cuda).copy_(weight)
+        undo.callback(weight.copy_, original)
+        weight.copy_(total)
+        merged_weight = base.weight
+    plain = copy.copy(base)
+    plain._parameters = {**base._parameters, "weight": merged_weight}
+    return plain
+
+
+def _factors(layer: Any) -> tuple[torch.Tensor, torch.Tensor, float] | str:
+    """A (R x I), B (O x R) and s; or why the layer cannot be merged."""
+    base = layer.base_layer
+    if not is_bare(base, nn.Linear) or type(base.weight) is not nn.Parameter or base.weight.dtype not in DTYPES:
+        return f"the base layer is {type(base).__name__}, not a plain nn.Linear"
+    if not is_fused(layer):
+        return f"the layer is {type(layer).__name__}"
+    if has_hooks(layer) or getattr(layer, "probe", None) is not None:
+        return "the layer has hooks"
+    name = active_adapter(layer)
+    if name is None:
+        return "it has not one active adapter"
+    return layer.factors(name) or "its adapter is not plain LoRA"
