@@ -41,6 +41,11 @@ class Result:
     """{name, value} of the weights in adapter/; and {more: {name: value}} where a task has further metrics."""
     best: dict[str, Any] = field(default_factory=dict)
     """{value, step} of the weights in adapter_best/; and more, as in `metric`."""
+    test: dict[str, Any] = field(default_factory=dict)
+    """{name, value, num, more, weights, step} of the test split, scored once with the `best` or the `last` weights;
+    empty where there is none."""
+    auc: dict[str, Any] = field(default_factory=dict)
+    """{seconds, joules}: the metric's mean over the budget (`runs.curves`); joules None without a meter."""
     budget: dict[str, Any] = field(default_factory=dict)
     """{kind, limit, spent} in the kind's unit."""
     elapsed_s: float = 0.0
