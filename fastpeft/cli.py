@@ -330,6 +330,9 @@ def evaluate(
     runs: Annotated[
         list[str] | None, typer.Argument(metavar="[RUN]...", help="Runs or groups; all when absent.")
     ] = None,
+    target: Annotated[
+        float | None, typer.Option(help="Say when each run reached this metric, in 0..1.", show_default=False)
+    ] = None,
     results_dir: ResultsDir = Path("results"),
 ) -> None:
     """Figures and metrics of runs, and their comparison over seeds."""
@@ -338,7 +341,7 @@ def evaluate(
     from fastpeft.console import comparison_table
     from fastpeft.evaluate.report import report
 
-    comparison = report(runs or [], results_dir)
+    comparison = report(runs or [], results_dir, target)
     width = None if sys.stdout.isatty() else 250
     Console(highlight=False, width=width).print(comparison_table(comparison))
     print(f"\nwritten      {results_dir / 'comparison'}, and metrics.json and figures/ in each run's folder")

@@ -167,17 +167,32 @@ def group_table(results: list[Result]) -> Table:
 
 
 def comparison_table(comparison: Comparison) -> Table:
-    """`fastpeft evaluate`: a line a method and task, then the GLUE averages."""
-    table = Table(box=None, pad_edge=False)
+    """`fastpeft evaluate`: a line a method and task, then the GLUE averages. What no run has gets no column."""
+    rows, target = comparison.rows, comparison.target
     minus = f"minus {comparison.baseline}" if comparison.baseline else "difference"
-    for name in ("task", "method", "seeds", "metric", "best", minus, "time", "energy"):
+    columns: dict[str, list[object]] = {
+        "task": [row.task for row in rows],
+        "method": [row.label for row in rows],
+        "seeds": [row.metric.count for row in rows],
+        "metric": [row.metric for row in rows],
+        "best": [row.best for row in rows],
+        "test": [row.test for row in rows],
+        minus if comparison.by == "metric" else f"{minus} ({comparison.by})": [row.minus_baseline for row in rows],
+        "AUC": [row.auc.get("seconds") for row in rows],
+        "AUC over J": [row.auc.get("joules") for row in rows],
+        f"to {target}": [row.target for row in rows],
+        "time": [f"{row.seconds.value:.0f} s" for row in rows],
+        "energy": [f"{row.joules.value:,.0f} J" if row.joules else None for row in rows],
+    }
+    optional = ("test", "AUC", "AUC over J", f"to {target}")
+    columns = {name: cells for name, cells in columns.items() if name not in optional or any(cells)}
+    table = Table(box=None, pad_edge=False)
+    for name in columns:
         table.add_column(name)
-    for row in comparison.rows:
-        values = (row.metric, row.best or "-", row.minus_baseline or "-", f"{row.seconds.value:.0f} s")
-        energy = f"{row.joules.value:,.0f} J" if row.joules else "-"
-        table.add_row(row.task, row.label, str(row.metric.count), *map(str, values), energy)
+    for cells in zip(*columns.values()):
+        table.add_row(*("-" if cell is None else str(cell) for cell in cells))
     for label, mean in comparison.glue.items():
-        table.add_row("GLUE average", label, str(mean.count), str(mean), *["-"] * 4, style="bold")
+        table.add_row("GLUE average", label, str(mean.count), str(mean), *["-"] * (len(columns) - 4), style="bold")
     return table
 
 

@@ -1,4 +1,4 @@
-"""Several runs side by side: means over seeds with t-intervals, and the GLUE average. Reads result.json only."""
+"""Several runs side by side: means over seeds with t-intervals, and the GLUE average. Reads no file."""
 
 from __future__ import annotations
 
@@ -6,8 +6,9 @@ import math
 import statistics
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from fastpeft.config import Budget
 from fastpeft.runs.events import number
@@ -42,9 +43,41 @@ def mean_of(values: Sequence[float]) -> Mean:
 
 
 def metric_of(results: Iterable[Result], of: str = "metric") -> Mean | None:
-    """Mean `metric` (or `best`) of the runs that have one; None if none has."""
+    """Mean `metric` (or `best`, or `test`) of the runs that have one; None if none has."""
     found = [number(getattr(result, of)["value"]) for result in results if "value" in getattr(result, of)]
     return mean_of(found) if found else None
+
+
+@dataclass(frozen=True)
+class Curve:
+    """What one run's evaluations over time give: `runs.curves`."""
+
+    auc: dict[str, float | None] = field(default_factory=dict)
+    """{seconds, joules}; empty where it is not known."""
+    target: dict[str, float | None] = field(default_factory=dict)
+    """{seconds, joules} until the target was reached."""
+
+
+@dataclass(frozen=True)
+class Reached:
+    """How many runs came to the target metric, and what it took them."""
+
+    count: int
+    num_runs: int
+    seconds: Mean | None
+    """None unless every run reached it: the mean of those that did would flatter."""
+    joules: Mean | None
+
+    def __str__(self) -> str:
+        if self.seconds is None:
+            return f"{self.count} of {self.num_runs} runs" if self.count else "not reached"
+        parts = ((self.seconds, "s"), (self.joules, "J"))
+        return ", ".join(_rounded(mean, unit) for mean, unit in parts if mean is not None)
+
+
+def _rounded(mean: Mean, unit: str) -> str:
+    interval = "" if mean.count == 1 else f" ± {mean.half_width:,.1f}"
+    return f"{mean.value:,.1f}{interval} {unit}"
 
 
 def glue_average(results: Iterable[Result]) -> Mean | None:
@@ -74,10 +107,16 @@ class Row:
     metric: Mean
     best: Mean | None
     minus_baseline: Mean | None
-    """Difference from the baseline on the seeds that both have."""
+    """Difference of `Comparison.by` from the baseline's on the seeds that both have."""
     seconds: Mean
     joules: Mean | None
     runs: list[str]
+    test: Mean | None = None
+    """None unless every run has one."""
+    auc: dict[str, Mean] = field(default_factory=dict)
+    """Over `seconds` and over `joules`, for those that every run has."""
+    target: Reached | None = None
+    """Where a target was asked for."""
 
 
 @dataclass(frozen=True)
@@ -86,37 +125,76 @@ class Comparison:
     rows: list[Row]
     glue: dict[str, Mean]
     """Label -> GLUE average, for those that have all three tasks."""
+    by: str = "metric"
+    """What the differences are of: `test` where every run has a test score, else `best`, the best validation score,
+    where every run has that, else `metric`, that of the last weights."""
+    target: float | None = None
 
 
-def compare(results: list[Result]) -> Comparison:
-    """Group runs by what `labels_of` tells apart, and by task and model. The baseline is plain LoRA, where it is."""
+def compare(results: list[Result], curves: Sequence[Curve] | None = None, target: float | None = None) -> Comparison:
+    """Group runs by what `labels_of` tells apart, and by task and model. The baseline is plain LoRA, where it is.
+
+    Args:
+        curves: one a result; where absent the areas are those that result.json holds.
+        target: the metric that `curves` hold the way to, in 0..1.
+    """
     labels = labels_of(results)
-    groups: dict[tuple[str, str], list[Result]] = {}
-    for result, label in zip(results, labels):
+    groups: dict[tuple[str, str], list[tuple[Result, Curve]]] = {}
+    for result, label, curve in zip(results, labels, curves or [Curve(_auc(result.auc)) for result in results]):
         if "value" in result.metric:
-            groups.setdefault((label, _task(result)), []).append(result)
+            groups.setdefault((label, _task(result)), []).append((result, curve))
     baseline = "lora" if any(label == "lora" for label, _ in groups) else None
+    by = _by([run for members in groups.values() for run, _ in members])
     rows = []
-    for (label, task), runs in sorted(groups.items(), key=lambda item: item[0][::-1]):
-        metric = metric_of(runs)
-        assert metric is not None
-        joules = [run.energy_j for run in runs if run.energy_j is not None]
-        rows.append(
-            Row(
-                label=label,
-                task=task,
-                metric=metric,
-                best=metric_of(runs, "best"),
-                minus_baseline=_paired(runs, groups.get((baseline or "", task), [])) if label != baseline else None,
-                seconds=mean_of([run.elapsed_s for run in runs]),
-                joules=mean_of(joules) if len(joules) == len(runs) else None,
-                runs=[run.name for run in runs],
-            )
-        )
+    for (label, task), members in sorted(groups.items(), key=lambda item: item[0][::-1]):
+        runs, others = ([run for run, _ in some] for some in (members, groups.get((baseline or "", task), [])))
+        minus = _paired(runs, others, by) if label != baseline else None
+        rows.append(_row(label, task, runs, minus, [curve for _, curve in members], target))
     glue = {
         label: glue_average([r for r, own in zip(results, labels) if own == label]) for label in dict.fromkeys(labels)
     }
-    return Comparison(baseline, rows, {label: mean for label, mean in glue.items() if mean is not None})
+    found = {label: mean for label, mean in glue.items() if mean is not None}
+    return Comparison(baseline, rows, found, by, target)
+
+
+def _row(
+    label: str, task: str, runs: list[Result], minus: Mean | None, curves: list[Curve], target: float | None
+) -> Row:
+    metric = metric_of(runs)
+    assert metric is not None
+    areas = {unit: _all([curve.auc.get(unit) for curve in curves]) for unit in ("seconds", "joules")}
+    return Row(
+        label=label,
+        task=task,
+        metric=metric,
+        best=metric_of(runs, "best"),
+        minus_baseline=minus,
+        seconds=mean_of([run.elapsed_s for run in runs]),
+        joules=_all([run.energy_j for run in runs]),
+        runs=[run.name for run in runs],
+        test=metric_of(runs, "test") if all("value" in run.test for run in runs) else None,
+        auc={unit: mean for unit, mean in areas.items() if mean is not None},
+        target=None if target is None else _reached(curves),
+    )
+
+
+def _reached(curves: list[Curve]) -> Reached:
+    seconds, joules = ([curve.target.get(unit) for curve in curves] for unit in ("seconds", "joules"))
+    return Reached(sum(value is not None for value in seconds), len(curves), _all(seconds), _all(joules))
+
+
+def _all(values: list[float | None]) -> Mean | None:
+    """The mean; None unless every value is known."""
+    known = [value for value in values if value is not None]
+    return mean_of(known) if len(known) == len(values) else None
+
+
+def _by(results: list[Result]) -> str:
+    return next((of for of in ("test", "best") if all("value" in getattr(run, of) for run in results)), "metric")
+
+
+def _auc(saved: dict[str, Any]) -> dict[str, float | None]:
+    return {unit: number(saved[unit]) for unit in ("seconds", "joules") if saved.get(unit) is not None}
 
 
 def labels_of(results: list[Result]) -> list[str]:
@@ -145,7 +223,7 @@ def _budget(result: Result) -> str:
     return str(Budget(result.budget["kind"], result.budget["limit"])) if result.budget else "no budget"
 
 
-def _paired(runs: list[Result], others: list[Result]) -> Mean | None:
-    by_seed = {other.seed: number(other.metric["value"]) for other in others}
-    found = [number(run.metric["value"]) - by_seed[run.seed] for run in runs if run.seed in by_seed]
+def _paired(runs: list[Result], others: list[Result], by: str) -> Mean | None:
+    by_seed = {other.seed: number(getattr(other, by)["value"]) for other in others}
+    found = [number(getattr(run, by)["value"]) - by_seed[run.seed] for run in runs if run.seed in by_seed]
     return mean_of(found) if found else None

@@ -8,7 +8,7 @@ import random
 import pytest
 from scipy import stats
 
-from fastpeft.evaluate.compare import compare, glue_average, mean_of, metric_of
+from fastpeft.evaluate.compare import Curve, compare, glue_average, mean_of, metric_of
 from fastpeft.runs.store import Result
 
 
@@ -88,3 +88,49 @@ def test_stand_ins_are_named():
     runs = [result(0, "embedded-nli", 0.9, method="lora", stand_in=True, model="embedded/deberta-tiny")]
     (row,) = compare(runs).rows
     assert row.task == "embedded-nli, deberta-tiny (stand-in)"
+
+
+def test_differences_are_of_the_test_where_all_have_one_else_of_the_best_validation():
+    runs = [
+        result(seed, "gsm8k", value, method=method, best={"value": value + 0.1}, test={"name": "x", "value": value / 2})
+        for method, values in (("lora", (0.4, 0.5)), ("iw_lora", (0.6, 0.6)))
+        for seed, value in enumerate(values)
+    ]
+    found = compare(runs)
+    own = next(row for row in found.rows if row.label == "iw_lora")
+    assert (found.by, own.test.value, own.minus_baseline.value) == ("test", pytest.approx(0.3), pytest.approx(0.075))
+    runs[0].test = {}
+    found = compare(runs)
+    lora, own = (next(row for row in found.rows if row.label == label) for label in ("lora", "iw_lora"))
+    assert (found.by, lora.test, own.test.value) == ("best", None, pytest.approx(0.3))
+    assert own.minus_baseline.value == pytest.approx(0.15)
+    runs[0].best = {}
+    assert compare(runs).by == "metric"
+
+
+def test_areas_and_the_way_to_a_target_over_seeds():
+    runs = [result(seed, "gsm8k", 0.5, method="lora") for seed in range(3)]
+    runs.append(result(0, "gsm8k", 0.5, method="full"))
+    curves = [
+        Curve({"seconds": 0.3, "joules": 0.2}, {"seconds": 10.0, "joules": 100.0}),
+        Curve({"seconds": 0.5, "joules": 0.4}, {"seconds": 20.0, "joules": 300.0}),
+        Curve({"seconds": 0.4, "joules": None}, {"seconds": 30.0, "joules": None}),
+        Curve({"seconds": 0.1, "joules": None}, {"seconds": None, "joules": None}),
+    ]
+    found = compare(runs, curves, 0.5)
+    full, lora = found.rows
+    assert (found.target, set(lora.auc), lora.auc["seconds"].count) == (0.5, {"seconds"}, 3)
+    low, high = stats.t.interval(0.95, 2, loc=0.4, scale=stats.sem([0.3, 0.5, 0.4]))
+    assert lora.auc["seconds"].half_width == pytest.approx((high - low) / 2)
+    assert (lora.target.count, lora.target.seconds.value, lora.target.joules) == (3, 20.0, None)
+    assert str(lora.target) == "20.0 ± 24.8 s"
+    assert str(full.target) == "not reached"
+    curves[1] = Curve({}, {"seconds": None, "joules": None})
+    lora = compare(runs, curves, 0.5).rows[1]
+    assert (str(lora.target), lora.target.seconds, lora.auc) == ("2 of 3 runs", None, {})
+
+
+def test_without_curves_the_areas_are_those_of_the_results():
+    run = result(0, "gsm8k", 0.5, auc={"seconds": 0.25, "joules": None})
+    (row,) = compare([run]).rows
+    assert (row.auc["seconds"].value, "joules" in row.auc, row.target) == (0.25, False, None)
