@@ -113,6 +113,8 @@ def trial_run(run: RunConfig, num_seeds: int = 1) -> RunConfig:
         "budget": f"{2 * num_seeds}steps",
         "evaluation.every": "1steps",
         "evaluation.max_examples": 32,
+        "evaluation.max_test_examples": 32,
+        "evaluation.max_new_tokens": 16,
         "regulariser.warmup_steps": 2,
         "training.checkpoint_steps": 1,
         "wandb.mode": "disabled",

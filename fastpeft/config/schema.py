@@ -226,7 +226,21 @@ class EvaluationConfig:
     max_examples: NonNegativeInt = 0
     """Evaluate on the first this many validation rows; 0 takes all."""
     batch_tokens: PositiveInt = 16384
-    """Most padded tokens in one evaluation batch."""
+    """Most padded tokens in one evaluation batch; of word problems, with the answers' longest."""
+    max_test_examples: NonNegativeInt = 0
+    """Score the first this many rows of the test split, once, at the end; 0 takes all."""
+    max_new_tokens: PositiveInt = 256
+    """Word problems: longest answer in tokens; one without an end by then counts as it stands."""
+    calculator: bool = False
+    """Word problems: while decoding, compute the result of each calculator note `<<48/2=` as in arXiv:2110.14168."""
+    pass_at: NonNegativeInt = 0
+    """Word problems: also report pass@k of the test split for this k (arXiv:2107.03374); 0: not."""
+    num_samples: NonNegativeInt = 0
+    """Samples a problem for pass@k; at least k are drawn."""
+    temperature: PositiveFloat = 0.7
+    """Of those samples."""
+    top_p: Annotated[float, Range(gt=0, le=1)] = 0.95
+    """Of those samples: draw from the likeliest tokens that together have this probability."""
 
 
 @dataclass(frozen=True, kw_only=True)

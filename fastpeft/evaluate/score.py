@@ -17,12 +17,15 @@ from fastpeft.data.memory import free_memory, is_out_of_memory
 @dataclass(frozen=True)
 class Score:
     value: float
-    """Share of rows whose highest logit is the label, 0 to 1."""
+    """The task's metric, 0 to 1."""
     loss: float
     """Mean cross-entropy in nats."""
     num_rows: int
     more: dict[str, float] = field(default_factory=dict)
     """Further metrics, 0 to 1, by name."""
+    decode_s: float | None = None
+    """Seconds spent decoding, where answers are decoded; they are on the budget's clock."""
+    decode_tokens: int | None = None
 
 
 @torch.inference_mode()

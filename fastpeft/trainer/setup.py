@@ -14,12 +14,12 @@ from fastpeft.adapters import Adapter, method_class
 from fastpeft.budget import BudgetClock, Due, EnergyMeter
 from fastpeft.budget.energy import WINDOW_S
 from fastpeft.config import Budget, ConfigError, RunConfig, parse_budget, parse_interval
-from fastpeft.data import Batches, ClassificationTask, load_task
+from fastpeft.data import Batches, ClassificationTask, WordProblemTask, load_task
 from fastpeft.data.memory import TokenLimits, free_memory, is_out_of_memory
 from fastpeft.errors import UserError
 from fastpeft.kernels import dispatch
-from fastpeft.models.backbone import choose_dtype, load_backbone
-from fastpeft.objectives import Classification, Objective
+from fastpeft.models.backbone import Backbone, choose_dtype, load_backbone, load_causal_lm
+from fastpeft.objectives import Objective, make_objective
 from fastpeft.schedules import Schedule, make_schedule
 from fastpeft.trainer.optim import FlatAdamW
 
@@ -29,7 +29,7 @@ class Job:
     """One run, ready to train."""
 
     run: RunConfig
-    task: ClassificationTask
+    task: ClassificationTask | WordProblemTask
     objective: Objective
     adapter: Adapter
     schedule: Schedule
@@ -55,10 +55,10 @@ def build_job(run: RunConfig) -> Job:
     task = load_task(run.dataset)
     torch.manual_seed(run.training.seed)
     method = method_class(run.method)
-    backbone = load_backbone(run.model, task.label_names, dtype, device, trained=method.trains_backbone)
+    backbone = _load_backbone(run, task, dtype, device, method.trains_backbone)
     adapter = method.build(run, backbone)
     adapter.model.train()
-    objective = Classification(task, run, backbone, device)
+    objective = make_objective(task, run, backbone, device)
     batches = Batches(objective.train, run.training.batch_size, run.training.seed)
     meter = EnergyMeter.open(gpu_uuid(device))
     clock = BudgetClock(_budget(run, batches, meter), meter=meter)
@@ -81,6 +81,14 @@ def build_job(run: RunConfig) -> Job:
     if clock.budget.kind in ("seconds", "joules"):
         _expect_final(job)
     return job
+
+
+def _load_backbone(
+    run: RunConfig, task: ClassificationTask | WordProblemTask, dtype: torch.dtype, device: torch.device, trained: bool
+) -> Backbone:
+    if isinstance(task, WordProblemTask):
+        return load_causal_lm(run.model, dtype, device, trained)
+    return load_backbone(run.model, task.label_names, dtype, device, trained)
 
 
 def gpu_uuid(device: torch.device) -> str | None:
@@ -177,7 +185,7 @@ def untuned(adapter: Adapter, device: torch.device, dtype: torch.dtype) -> list[
     ]
 
 
-def _notes(task: ClassificationTask, run: RunConfig) -> list[str]:
+def _notes(task: ClassificationTask | WordProblemTask, run: RunConfig) -> list[str]:
     notes = [task.describe(), *task.notes]
     for split, count in task.skipped_rows.items():
         notes.append(f"{count:,} malformed rows of the {split} split were skipped")
