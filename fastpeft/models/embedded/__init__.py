@@ -1,5 +1,5 @@
-"""Small pretrained encoders that ship with the package, for when no hub can be reached."""
+"""Small pretrained models that ship with the package, for when no hub can be reached."""
 
 from pathlib import Path
 
-PATHS = {"deberta_tiny": Path(__file__).parent / "deberta_tiny"}
+PATHS = {name: Path(__file__).parent / name for name in ("deberta_tiny", "qwen3_tiny")}
