@@ -30,6 +30,9 @@ if TYPE_CHECKING:
 CHECK_EVERY = 8
 """Steps between two looks at which rows have ended: each look waits for the device."""
 
+_COMPACT_AT = 0.75
+"""Share of a batch's rows that are still decoded, below which the others are taken out: that copies the cache."""
+
 
 @dataclass(frozen=True)
 class DecodeOptions:
@@ -283,10 +286,10 @@ class _Batch:
         self._positions = self._positions[:, -1:] + 1
 
     def drop_ended(self) -> bool:
-        """Waits for the device. Goes on with the rows that are left where half have ended; False if all have."""
+        """Waits for the device. Goes on without the rows that have ended if they are many; False if all have."""
         alive = self.alive_B.tolist()
         kept = [i for i, is_alive in enumerate(alive) if is_alive]
-        if kept and 2 * len(kept) <= len(alive):
+        if kept and len(kept) <= _COMPACT_AT * len(alive):
             kept_B = torch.tensor(kept, device=self.device)
             self.cache.reorder_cache(kept_B)
             self.rows = [self.rows[i] for i in kept]
