@@ -25,8 +25,9 @@ class FullFineTune(Adapter):
             parts[any(name.startswith(f"{module}.") for module in backbone.head)].append(parameter)
         self.flat = FlatParameters([], head=parts[True], extra=parts[False])
         if backbone.dtype != torch.float32:
-            device_type = self.flat.data.device.type
-            self.model.forward = torch.autocast(device_type, backbone.dtype)(self.model.forward)
+            decoder = [self.model.get_decoder()] if backbone.kind == "causal_lm" else []  # hidden_states calls it
+            for module in (self.model, *decoder):  # each needs an autocast of its own: one cannot be entered twice
+                module.forward = torch.autocast(self.flat.data.device.type, backbone.dtype)(module.forward)
 
     @classmethod
     def build(cls, run: RunConfig, backbone: Backbone) -> Self:
@@ -34,7 +35,12 @@ class FullFineTune(Adapter):
 
     def save(self, folder: Path) -> None:
         """A folder that transformers loads: config, weights, tokenizer."""
-        state = {name: tensor.detach().clone() for name, tensor in self.model.state_dict().items()}
+        state, copies = {}, {}
+        for name, tensor in self.model.state_dict().items():
+            place = (tensor.data_ptr(), tensor.shape)
+            if place not in copies:  # tied weights stay one tensor, which is written once
+                copies[place] = tensor.detach().clone()
+            state[name] = copies[place]
         with quiet_transformers():
             self.model.save_pretrained(str(folder), state_dict=state)
         self._tokenizer.save_pretrained(str(folder))

@@ -24,6 +24,7 @@ from fastpeft.adapters.lora import Lora
 from fastpeft.config import RunConfig
 from fastpeft.errors import UserError
 from fastpeft.kernels import FrobeniusResult, gradient_norm, sketch_norm, weighted_frobenius
+from fastpeft.kernels.lora_linear.quantised import dequantised, is_quantised
 from fastpeft.models.backbone import Backbone
 from fastpeft.runs.store import write_json
 from fastpeft.signals import Rates, Signals
@@ -239,7 +240,8 @@ class _GradientProbe:
     def __call__(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         # The first layer's x needs no gradient: the anchor makes its output part of the graph.
         anchor = torch.zeros((), device=x.device, requires_grad=True)
-        return _ProbedLinear.apply(x.to(weight.dtype), anchor, (weight, bias, self._uses))
+        dtype = x.dtype if is_quantised(weight) else weight.dtype
+        return _ProbedLinear.apply(x.to(dtype), anchor, (weight, bias, self._uses))
 
     def discard(self) -> None:
         self._uses.clear()
@@ -256,12 +258,12 @@ class _GradientProbe:
 class _ProbedLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, anchor: torch.Tensor, frozen: tuple) -> torch.Tensor:
-        weight, bias, ctx.uses = frozen
-        ctx.save_for_backward(x, weight)
-        return torch.nn.functional.linear(x, weight, bias)
+        ctx.weight, bias, ctx.uses = frozen
+        ctx.save_for_backward(x)
+        return torch.nn.functional.linear(x, dequantised(ctx.weight, x.dtype), bias)
 
     @staticmethod
     def backward(ctx: Any, dy: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        x, weight = ctx.saved_tensors
+        (x,) = ctx.saved_tensors
         ctx.uses.append((x.detach(), dy))
-        return (dy @ weight if ctx.needs_input_grad[0] else None), None, None
+        return (dy @ dequantised(ctx.weight, dy.dtype) if ctx.needs_input_grad[0] else None), None, None

@@ -133,7 +133,11 @@ def load_causal_lm(config: ModelConfig, dtype: torch.dtype, device: torch.device
         )
     _name_base(model, config)
     model.requires_grad_(False)
-    if not quantised:
+    if quantised:
+        for module in model.modules():  # some CPUs would repack the weights to evaluate, and those pass no gradient
+            if hasattr(module, "support_avx512bf16_for_cpu"):
+                module.support_avx512bf16_for_cpu = False
+    else:
         model.to(device)
     model.eval()
     eos_token_ids = _end_tokens(model, tokenizer, config.name)

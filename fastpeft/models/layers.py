@@ -47,8 +47,12 @@ class _Fused:
 
     siblings: Siblings | None = None
     """The projections that may be computed together with this one."""
+    probe: Any = None
+    """While calibrating: called as probe(x, weight, bias) in place of the layer."""
 
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        if self.probe is not None:
+            return self.probe(x, self.base_layer.weight, self.base_layer.bias)
         call = None if args or kwargs else self.plain_call(x)
         if call is None:
             return super().forward(x, *args, **kwargs)
@@ -102,14 +106,6 @@ class _Fused:
 
 class LoraLinear(_Fused, PeftLoraLinear):
     """PEFT's LoRA layer over nn.Linear."""
-
-    probe: Any = None
-    """While calibrating: called as probe(x, weight, bias) in place of the layer."""
-
-    def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-        if self.probe is not None:
-            return self.probe(x, self.base_layer.weight, self.base_layer.bias)
-        return super().forward(x, *args, **kwargs)
 
 
 class SvdLinear(_Fused, PeftSvdLinear):
