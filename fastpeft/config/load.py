@@ -14,6 +14,7 @@ from typing import Any
 
 import yaml
 
+from fastpeft.config.contradictions import optimizer_contradictions
 from fastpeft.config.schema import AdaLoraConfig, DatasetConfig, RunConfig
 from fastpeft.errors import UserError
 
@@ -345,6 +346,7 @@ def _contradictions(run: RunConfig) -> Iterator[str]:
     if run.dataset.labels is not None and len(set(run.dataset.labels)) < max(2, len(run.dataset.labels)):
         yield f"dataset.labels: expected two or more different names, got {run.dataset.labels}"
     yield from _hub_contradictions(run.dataset)
+    yield from optimizer_contradictions(run)
     known = set(_leaf_keys(RunConfig))
     for key in run.optuna.space:
         if key not in known:

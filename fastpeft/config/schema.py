@@ -126,9 +126,13 @@ class AdaLoraConfig:
 class OptimizerConfig:
     __pydantic_config__ = STRICT_KEYS
 
-    name: Literal["adamw"] = "adamw"
+    name: Literal["adamw", "schedule_free"] = "adamw"
+    """adamw, or schedule_free: AdamW that trains at y, between the iterate z and its running average x. What is
+    evaluated, saved and exported is x; it needs no decay of the rate, so schedule.name has to be constant."""
     beta1: Fraction = 0.9
+    """Decay of the gradient's running mean, a step; for schedule_free the share of x in y, 0.1 or more."""
     beta2: Fraction = 0.999
+    """Decay of the squared gradient's running mean, a step."""
     eps: PositiveFloat = 1e-8
     weight_decay: NonNegativeFloat = 0.01
     """Decoupled weight decay of the adapter."""

@@ -196,7 +196,8 @@ class Loop:
             self.warn(job.limits.halve_evaluation(num_rows, width, f"in the evaluation at step {clock.steps}"))
             return job.limits.evaluation
 
-        measured = job.objective.evaluate(job.adapter.model, job.limits, self.stop, shrink)
+        with job.optimizer.averaged():
+            measured = job.objective.evaluate(job.adapter.model, job.limits, self.stop, shrink)
         if measured is None:
             return
         self._evaluated_at = clock.steps
@@ -225,8 +226,10 @@ class Loop:
     def _save_weights(self, best: dict[str, Any] | None = None) -> None:
         """The last weights, or those whose score `best` holds: it lies beside them, so that a kill cannot part them."""
         began = time.perf_counter()
-        with replaced_folder(self.folder.weights(self.job.adapter.saved_as, best is not None)) as temporary:
-            self.job.adapter.save(temporary)
+        adapter = self.job.adapter
+        with replaced_folder(self.folder.weights(adapter.saved_as, best is not None)) as temporary:
+            with self.job.optimizer.averaged():
+                adapter.save(temporary)
             if best is not None:
                 write_json(temporary / BEST, best)
         self._save_s = time.perf_counter() - began

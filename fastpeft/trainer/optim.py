@@ -1,62 +1,74 @@
-"""AdamW over the flat buffers, with clipping, the non-finite guard and fp16 loss scaling.
+"""Optimizers over the flat buffers, with clipping, the non-finite guard and fp16 loss scaling.
 
-All of it happens on the device: neither the clip factor nor the guard is ever read by the host.
+All of it happens on the device: no host waits for the clip factor or the guard. A new optimizer is one @register class
+here, its name in config/schema.py, and one row in the tests.
 """
 
 from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import numpy as np
 import torch
 
 from fastpeft.adapters.flat import FlatParameters
 from fastpeft.config.schema import OptimizerConfig
+from fastpeft.errors import UserError
 from fastpeft.kernels import AdamWOptions, adamw_step, weighted_frobenius
 from fastpeft.signals import Rates, Signals
 
 FIRST_LOSS_SCALE = 2.0**16
 SCALE_GROWTH_STEPS = 2000
 
+_OPTIMIZERS: dict[str, type[Optimizer]] = {}
 
-class FlatAdamW:
-    """AdamW (Loshchilov & Hutter, arXiv:1711.05101) on the adapter's and the head's parameters."""
+
+def register(name: str) -> Callable[[type[Optimizer]], type[Optimizer]]:
+    """Class decorator: makes an Optimizer available as `optimizer.name`."""
+
+    def add(cls: type[Optimizer]) -> type[Optimizer]:
+        _OPTIMIZERS[name] = cls
+        return cls
+
+    return add
+
+
+def make_optimizer(flat: FlatParameters, config: OptimizerConfig, dtype: torch.dtype) -> Optimizer:
+    """The optimizer that `config.name` names, at its first step.
+
+    Args:
+        flat: what is trained.
+        dtype: of the activations; only float16 is given a loss scale.
+
+    Raises:
+        UserError: it needs a package that is not installed.
+    """
+    return _OPTIMIZERS[config.name](flat, config, dtype)
+
+
+class Optimizer(ABC):
+    """Updates the flat parameters in place; `state` and `load_state` make a resume exact."""
 
     def __init__(self, flat: FlatParameters, config: OptimizerConfig, dtype: torch.dtype) -> None:
-        self._flat = flat
-        self._options = AdamWOptions(
-            beta1=config.beta1,
-            beta2=config.beta2,
-            eps=config.eps,
-            max_norm=config.max_grad_norm,
-            weight_decay=config.weight_decay,
-            head_weight_decay=config.head_weight_decay,
-            head_ratio=config.head_lr_ratio,
-        )
-        self._exp_avg, self._exp_avg_sq = torch.zeros_like(flat.data), torch.zeros_like(flat.data)
-        self._step = torch.zeros((), device=flat.data.device)
+        self._flat, self._config = flat, config
         device = flat.data.device
         self.loss_scale = None
+        """fp16: what the loss is multiplied by; the gradients in the flat buffer are divided by it again."""
         self._good_steps = torch.zeros((), device=device)
         if dtype == torch.float16:
             self.loss_scale = torch.tensor(FIRST_LOSS_SCALE, device=device)
 
     def step(self, signals: Signals, rates: Rates) -> None:
-        """Clip, guard, update. Sets signals.skipped, and signals.grad_norm unless the adapter has measured it."""
+        """Clip, guard, update. Sets signals.skipped, and signals.grad_norm unless the adapter has measured it.
+
+        A step whose loss or gradient is not finite changes no bit of parameters and state, and counts as none.
+        """
         flat = self._flat
         if signals.grad_norm is None:
             signals.grad_norm = weighted_frobenius(flat.data, flat.grad, flat.layout).norm
-        signals.skipped = adamw_step(
-            flat.data,
-            flat.grad,
-            self._exp_avg,
-            self._exp_avg_sq,
-            self._step,
-            flat.layout,
-            lr=rates.lr,
-            norm=signals.grad_norm,
-            loss=signals.loss,
-            multiplier_K=self._on_device(rates.multiplier_K),
-            options=self._options,
-        ).skipped
+        signals.skipped = self._update(signals, signals.grad_norm, rates)
         if self.loss_scale is not None:
             self.adjust_scale(signals.skipped)
 
@@ -76,17 +88,196 @@ class FlatAdamW:
         self.loss_scale = (self.loss_scale * (1 + grow) * (1 - 0.5 * skipped)).clamp(1.0, 2.0**24)
 
     def state(self) -> dict[str, torch.Tensor]:
-        """Moments and counters, by name."""
-        state = {"exp_avg": self._exp_avg, "exp_avg_sq": self._exp_avg_sq, "step": self._step}
+        """All that a resume needs besides the parameters, by name. What it holds may be the optimizer's own buffers."""
+        state = self._state()
         if self.loss_scale is not None:
             state["loss_scale"], state["good_steps"] = self.loss_scale, self._good_steps
         return state
 
     def load_state(self, state: dict[str, torch.Tensor]) -> None:
-        self._exp_avg.copy_(state["exp_avg"])
-        self._exp_avg_sq.copy_(state["exp_avg_sq"])
-        self._step.copy_(state["step"])
+        self._load_state(state)
         if self.loss_scale is not None:
             device = self._flat.data.device
             self.loss_scale = state["loss_scale"].to(device)
             self._good_steps = state["good_steps"].to(device)
+
+    @contextmanager
+    def averaged(self) -> Iterator[None]:
+        """Inside, the flat parameters are those to evaluate and to keep; afterwards they are what they were, bit for
+        bit. Not to be nested, and no step inside."""
+        yield
+
+    @abstractmethod
+    def _update(self, signals: Signals, norm: torch.Tensor, rates: Rates) -> torch.Tensor:
+        """Clip by `norm`, guard, update, and leave the clipped gradient in the flat buffer. Returns `skipped`: (),
+        1.0 where nothing was changed."""
+
+    @abstractmethod
+    def _state(self) -> dict[str, torch.Tensor]: ...
+
+    @abstractmethod
+    def _load_state(self, state: dict[str, torch.Tensor]) -> None: ...
+
+
+@register("adamw")
+class FlatAdamW(Optimizer):
+    """AdamW (Loshchilov & Hutter, arXiv:1711.05101) on the adapter's and the head's parameters, in one launch."""
+
+    def __init__(self, flat: FlatParameters, config: OptimizerConfig, dtype: torch.dtype) -> None:
+        super().__init__(flat, config, dtype)
+        self._options = AdamWOptions(
+            beta1=config.beta1,
+            beta2=config.beta2,
+            eps=config.eps,
+            max_norm=config.max_grad_norm,
+            weight_decay=config.weight_decay,
+            head_weight_decay=config.head_weight_decay,
+            head_ratio=config.head_lr_ratio,
+        )
+        self._exp_avg, self._exp_avg_sq = torch.zeros_like(flat.data), torch.zeros_like(flat.data)
+        self._step = torch.zeros((), device=flat.data.device)
+
+    def _update(self, signals: Signals, norm: torch.Tensor, rates: Rates) -> torch.Tensor:
+        flat = self._flat
+        return adamw_step(
+            flat.data,
+            flat.grad,
+            self._exp_avg,
+            self._exp_avg_sq,
+            self._step,
+            flat.layout,
+            lr=rates.lr,
+            norm=norm,
+            loss=signals.loss,
+            multiplier_K=self._on_device(rates.multiplier_K),
+            options=self._options,
+        ).skipped
+
+    def _state(self) -> dict[str, torch.Tensor]:
+        return {"exp_avg": self._exp_avg, "exp_avg_sq": self._exp_avg_sq, "step": self._step}
+
+    def _load_state(self, state: dict[str, torch.Tensor]) -> None:
+        self._exp_avg.copy_(state["exp_avg"])
+        self._exp_avg_sq.copy_(state["exp_avg_sq"])
+        self._step.copy_(state["step"])
+
+
+_COUNTERS = ("k", "weight_sum", "lr_max")
+
+
+@register("schedule_free")
+class ScheduleFreeAdamW(Optimizer):
+    """Schedule-free AdamW (Defazio et al., arXiv:2405.15682) on the adapter's and the head's parameters.
+
+    The package schedulefree computes it, with Adam's bias correction in the denominator. With the gradient g at
+    y = (1 - beta1) z + beta1 x, which is what the flat buffer holds:
+
+        z <- z - lr (g / (sqrt(v_hat) + eps) + decay y)
+        x <- (1 - c) x + c z,  c = m^2 / (sum of m^2 over the steps),  m: the highest lr so far
+
+    The warm-up is the schedule's: its small rates weigh little in x. `averaged` puts x in place of y.
+
+    The cost over the update: the guard keeps copies of y, z and v while the package works, which takes another three
+    times the parameters' memory for that while and reads and writes each buffer twice more. The package counts steps on
+    the host: whether a step was skipped is read as the next one is taken, when the device already has that one's passes
+    to work on.
+    """
+
+    def __init__(self, flat: FlatParameters, config: OptimizerConfig, dtype: torch.dtype) -> None:
+        super().__init__(flat, config, dtype)
+        data, cut = flat.data, flat.num_adapter
+        self._z, self._exp_avg_sq = torch.zeros_like(data), torch.zeros_like(data)
+        parts = (
+            (slice(0, cut), config.weight_decay, 1.0),
+            (slice(cut, len(data)), config.head_weight_decay, config.head_lr_ratio),
+        )
+        self._parts = [(part, ratio) for part, _, ratio in parts if part.start < part.stop]
+        groups = [{"params": [data[part]], "weight_decay": d} for part, d, _ in parts if part.start < part.stop]
+        betas = config.beta1, config.beta2
+        self._inner = _package().AdamWScheduleFree(groups, betas=betas, eps=config.eps, weight_lr_power=2.0)
+        self._inner.train()
+        for (part, _), group in zip(self._parts, self._inner.param_groups):
+            self._inner.state[group["params"][0]] |= {"z": self._z[part], "exp_avg_sq": self._exp_avg_sq[part]}
+        on_gpu = data.device.type == "cuda"
+        self._was_skipped = torch.zeros((), pin_memory=on_gpu)
+        self._fetched = torch.cuda.Event() if on_gpu else None
+        self._before: list[tuple] | None = None
+        """Counters before the last step, until it is known whether that was skipped."""
+
+    def _update(self, signals: Signals, norm: torch.Tensor, rates: Rates) -> torch.Tensor:
+        if rates.multiplier_K is not None:
+            raise ValueError("optimizer schedule_free takes no rates per matrix: use schedule.name constant, or adamw")
+        flat = self._flat
+        if self._num_steps() == 0:
+            self._z.copy_(flat.data)
+        good = norm.isfinite() & signals.loss.isfinite()
+        if self._config.max_grad_norm:
+            flat.grad.div_((norm / self._config.max_grad_norm).clamp_min(1.0))
+        grad = flat.grad.clone()  # the package overwrites it, and adapters read theirs after the step
+        for (part, ratio), group in zip(self._parts, self._inner.param_groups):
+            group["lr"] = rates.lr * ratio
+            group["params"][0].grad = grad[part]
+        buffers = flat.data, self._z, self._exp_avg_sq
+        kept = [buffer.clone() for buffer in buffers]
+        self._before = self._counters()
+        self._inner.step()
+        self._inner.zero_grad()
+        for buffer, old in zip(buffers, kept):
+            torch.where(good, buffer, old, out=buffer)
+        skipped = (~good).to(flat.data.dtype)
+        self._was_skipped.copy_(skipped, non_blocking=True)
+        if self._fetched is not None:
+            self._fetched.record()
+        return skipped
+
+    @contextmanager
+    def averaged(self) -> Iterator[None]:
+        if self._num_steps() == 0:
+            yield
+            return
+        kept = self._flat.data.clone()  # the way back by interpolation would round
+        self._inner.eval()
+        try:
+            yield
+        finally:
+            self._inner.train()
+            self._flat.data.copy_(kept)
+
+    def _counters(self) -> list[tuple]:
+        return [tuple(group[name] for name in _COUNTERS) for group in self._inner.param_groups]
+
+    def _set_counters(self, counters: list[tuple]) -> None:
+        for group, values in zip(self._inner.param_groups, counters):
+            group.update(zip(_COUNTERS, values))
+
+    def _num_steps(self) -> int:
+        """Steps that were taken; takes the last one back from the counters if it was skipped."""
+        if self._before is not None:
+            if self._fetched is not None:
+                self._fetched.synchronize()
+            if self._was_skipped:
+                self._set_counters(self._before)
+            self._before = None
+        return self._inner.param_groups[0]["k"]
+
+    def _state(self) -> dict[str, torch.Tensor]:
+        z = self._z if self._num_steps() else self._flat.data
+        counters = torch.tensor(self._counters(), dtype=torch.float64)
+        return {"z": z, "exp_avg_sq": self._exp_avg_sq, "counters": counters}
+
+    def _load_state(self, state: dict[str, torch.Tensor]) -> None:
+        self._before = None
+        self._z.copy_(state["z"])
+        self._exp_avg_sq.copy_(state["exp_avg_sq"])
+        self._set_counters([(int(k), *sums) for k, *sums in state["counters"].tolist()])
+
+
+def _package():
+    try:
+        import schedulefree
+    except ImportError:
+        raise UserError(
+            "optimizer.name: schedule_free needs the package schedulefree, which is not installed: "
+            "pip install schedulefree"
+        ) from None
+    return schedulefree

@@ -21,7 +21,7 @@ from fastpeft.kernels import dispatch
 from fastpeft.models.backbone import Backbone, choose_dtype, load_backbone, load_causal_lm
 from fastpeft.objectives import Objective, make_objective
 from fastpeft.schedules import Schedule, make_schedule
-from fastpeft.trainer.optim import FlatAdamW
+from fastpeft.trainer.optim import Optimizer, make_optimizer
 
 
 @dataclass
@@ -33,7 +33,7 @@ class Job:
     objective: Objective
     adapter: Adapter
     schedule: Schedule
-    optimizer: FlatAdamW
+    optimizer: Optimizer
     batches: Batches
     clock: BudgetClock
     evaluation_due: Due
@@ -68,7 +68,7 @@ def build_job(run: RunConfig) -> Job:
         objective=objective,
         adapter=adapter,
         schedule=make_schedule(run.schedule, run.training.learning_rate, adapter.flat.blocks),
-        optimizer=FlatAdamW(adapter.flat, run.optimizer, dtype),
+        optimizer=make_optimizer(adapter.flat, run.optimizer, dtype),
         batches=batches,
         clock=clock,
         evaluation_due=Due(parse_interval(run.evaluation.every), len(batches)),
@@ -147,7 +147,7 @@ def _measure_final(job: Job) -> float:
     while (evaluation_s := _measure_evaluation(job)) is None:
         free_memory()
     start = time.perf_counter()
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder, job.optimizer.averaged():
         job.adapter.save(Path(folder))
     return evaluation_s + 2 * (time.perf_counter() - start)
 

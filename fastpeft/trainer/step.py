@@ -12,7 +12,7 @@ from fastpeft.data import Batch
 from fastpeft.objectives import BatchLoss
 from fastpeft.schedules import Schedule
 from fastpeft.signals import Measured, Need, Rates, Signals
-from fastpeft.trainer.optim import FlatAdamW
+from fastpeft.trainer.optim import Optimizer
 
 Loss = Callable[[nn.Module, Batch, int, Collection[Need]], BatchLoss]
 """As Objective.loss."""
@@ -21,7 +21,7 @@ Loss = Callable[[nn.Module, Batch, int, Collection[Need]], BatchLoss]
 def train_step(
     adapter: Adapter,
     schedule: Schedule,
-    optimizer: FlatAdamW,
+    optimizer: Optimizer,
     loss: Loss,
     batches: Iterable[Batch],
     num_items: int,

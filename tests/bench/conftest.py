@@ -16,7 +16,7 @@ from tiny import _settings
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
-ABSENT = ("pydantic", "datasets", "textual", "optuna", "wandb", "pynvml", "pyarrow", "tensorboard")
+ABSENT = ("pydantic", "datasets", "textual", "optuna", "wandb", "pynvml", "pyarrow", "tensorboard", "schedulefree")
 _SITE = f"""
 import sys
 from importlib.machinery import PathFinder

@@ -30,7 +30,10 @@ def unsplit():
 
 def metaspace():
     """As Llama 2 and Mistral: a space before whatever is encoded, and single digits."""
-    parts = [pre_tokenizers.Metaspace(prepend_scheme="first", split=False), pre_tokenizers.Digits(individual_digits=True)]
+    parts = [
+        pre_tokenizers.Metaspace(prepend_scheme="first", split=False),
+        pre_tokenizers.Digits(individual_digits=True),
+    ]
     return trained(pre_tokenizers.Sequence(parts), decoders.Metaspace(prepend_scheme="first"), 90)
 
 

@@ -1,8 +1,10 @@
-"""FlatAdamW against torch.optim.AdamW on separate parameters."""
+"""What every optimizer keeps to, and FlatAdamW against torch.optim.AdamW on separate parameters."""
 
 from __future__ import annotations
 
+import dataclasses
 from types import SimpleNamespace
+from typing import get_args, get_type_hints
 
 import pytest
 import torch
@@ -12,7 +14,7 @@ from fastpeft.adapters.flat import FlatParameters
 from fastpeft.config.schema import OptimizerConfig
 from fastpeft.signals import Rates, Signals
 from fastpeft.trainer import optim
-from fastpeft.trainer.optim import FIRST_LOSS_SCALE, FlatAdamW
+from fastpeft.trainer.optim import FIRST_LOSS_SCALE, make_optimizer
 
 # Two matrices of one shape, one of another; a head of a weight and a bias.
 SHAPES = ((4, 10, 6), (4, 10, 6), (2, 7, 9))
@@ -39,7 +41,7 @@ class Model:
         self.adapter = [p for block in blocks for p in (block.lora_a, block.lora_b)]
         self.head = head
         self.flat = FlatParameters(blocks, head)
-        self.adamw = FlatAdamW(self.flat, config, dtype)
+        self.optimizer = make_optimizer(self.flat, config, dtype)
 
     def parameter(self, *shape: int) -> nn.Parameter:
         return nn.Parameter(torch.randn(shape, generator=self.generator))
@@ -57,15 +59,17 @@ class Model:
 
     def step(self, lr: float, loss: float = 0.7) -> Signals:
         signals = Signals(loss=torch.tensor(loss), num_tokens=1)
-        self.adamw.step(signals, Rates(lr))
+        self.optimizer.step(signals, Rates(lr))
         return signals
 
     def snapshot(self) -> dict[str, torch.Tensor]:
-        state = {name: tensor.clone() for name, tensor in self.adamw.state().items()}
+        state = {name: tensor.clone() for name, tensor in self.optimizer.state().items()}
         state.pop("loss_scale", None)
         state.pop("good_steps", None)
         return state | {"flat": self.flat.data.clone()}
 
+
+every_optimizer = pytest.mark.parametrize("name", get_args(get_type_hints(OptimizerConfig)["name"]))
 
 CONFIGS = {
     "defaults": OptimizerConfig(),
@@ -106,15 +110,17 @@ def test_equals_torch_adamw_on_separate_parameters(config: OptimizerConfig, seed
         assert (parameter.double() - expected).norm() < 2e-5 * moved + 1e-6 * expected.norm()
 
 
-def test_head_moves_by_its_ratio(seed: int) -> None:
-    config = OptimizerConfig(weight_decay=0.0, head_weight_decay=0.0, head_lr_ratio=3.0, max_grad_norm=0.0, eps=1e-12)
+@every_optimizer
+def test_head_moves_by_its_ratio(name: str, seed: int) -> None:
+    decays = {"weight_decay": 0.0, "head_weight_decay": 0.0}
+    config = OptimizerConfig(name=name, **decays, head_lr_ratio=3.0, max_grad_norm=0.0, eps=1e-12)
     model = Model(seed, config)
     before = model.flat.data.clone()
     model.set_gradients(1.0)
     model.step(1e-2)
     moved = (model.flat.data - before).abs()
     cut = model.flat.num_adapter
-    # The first step of Adam is lr * sign(gradient).
+    # The first step of Adam is lr * sign(gradient); schedule-free, y is x is z after it.
     torch.testing.assert_close(moved[:cut], torch.full_like(moved[:cut], 1e-2), rtol=1e-3, atol=0)
     torch.testing.assert_close(moved[cut:], torch.full_like(moved[cut:], 3e-2), rtol=1e-3, atol=0)
 
@@ -122,9 +128,10 @@ def test_head_moves_by_its_ratio(seed: int) -> None:
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
 @pytest.mark.parametrize("where", ["adapter", "head", "loss"])
 @pytest.mark.parametrize("first", [True, False])
-def test_what_is_not_finite_changes_no_bit(bad: float, where: str, first: bool, seed: int) -> None:
-    model = Model(seed, OptimizerConfig())
-    twin = Model(seed, OptimizerConfig())
+@every_optimizer
+def test_what_is_not_finite_changes_no_bit(name: str, bad: float, where: str, first: bool, seed: int) -> None:
+    model = Model(seed, OptimizerConfig(name=name))
+    twin = Model(seed, OptimizerConfig(name=name))
     if not first:
         for each in (model, twin):
             each.set_gradients(1.0)
@@ -138,30 +145,32 @@ def test_what_is_not_finite_changes_no_bit(bad: float, where: str, first: bool, 
     assert float(signals.skipped) == 1.0
     after = model.snapshot()
     assert before.keys() <= after.keys()  # the very first step makes the moments
-    for name, tensor in after.items():
-        assert torch.equal(tensor, before.get(name, torch.zeros_like(tensor))), name
+    for key, tensor in after.items():
+        assert torch.equal(tensor, before.get(key, torch.zeros_like(tensor))), key
     # The next good step is the one that a run without the bad one takes.
     model.generator.manual_seed(seed)
     twin.generator.manual_seed(seed)
     for each in (model, twin):
         each.set_gradients(1.0)
         assert float(each.step(1e-2).skipped) == 0.0
-    assert torch.equal(model.flat.data, twin.flat.data)
+    expected = twin.snapshot()
+    assert all(torch.equal(tensor, expected[key]) for key, tensor in model.snapshot().items())
     assert not torch.equal(model.flat.data, before["flat"])
 
 
+@every_optimizer
 def test_loss_scale_halves_after_an_overflow_and_doubles_after_good_steps(
-    seed: int, monkeypatch: pytest.MonkeyPatch
+    name: str, seed: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(optim, "SCALE_GROWTH_STEPS", 4)
-    model = Model(seed, OptimizerConfig(), torch.float16)
+    model = Model(seed, OptimizerConfig(name=name), torch.float16)
     scales = []
     for good in (True, True, False, True, True, True, True, True, True, True, True, False):
         model.set_gradients(1.0)
         if not good:
             model.head[0].grad[0, 0] = float("inf")
         model.step(1e-3)
-        scales.append(float(model.adamw.loss_scale) / FIRST_LOSS_SCALE)
+        scales.append(float(model.optimizer.loss_scale) / FIRST_LOSS_SCALE)
     assert scales == [1, 1, 0.5, 0.5, 0.5, 0.5, 1, 1, 1, 1, 2, 1]
 
 
@@ -171,26 +180,29 @@ def test_loss_scale_stays_within_bounds(seed: int, monkeypatch: pytest.MonkeyPat
     for _ in range(20):
         model.set_gradients(1.0)
         model.step(1e-3)
-    assert float(model.adamw.loss_scale) == 2.0**24
+    assert float(model.optimizer.loss_scale) == 2.0**24
     for _ in range(40):
         model.set_gradients(float("nan"))
         model.step(1e-3)
-    assert float(model.adamw.loss_scale) == 1.0
+    assert float(model.optimizer.loss_scale) == 1.0
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_only_fp16_is_scaled(dtype: torch.dtype) -> None:
-    assert Model(0, OptimizerConfig(), dtype).adamw.loss_scale is None
+    assert Model(0, OptimizerConfig(), dtype).optimizer.loss_scale is None
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
-@pytest.mark.parametrize("num_before", [0, 5])
-def test_state_round_trip_continues_bit_for_bit(dtype: torch.dtype, num_before: int, seed: int) -> None:
-    model, twin = (Model(seed, CONFIGS["two_groups"], dtype) for _ in range(2))
+@pytest.mark.parametrize("num_before", [0, 3, 5])
+@every_optimizer
+def test_state_round_trip_continues_bit_for_bit(name: str, dtype: torch.dtype, num_before: int, seed: int) -> None:
+    config = dataclasses.replace(CONFIGS["two_groups"], name=name)
+    model, twin = (Model(seed, config, dtype) for _ in range(2))
     for i in range(num_before):
-        model.set_gradients(1.0 if i != 2 else float("nan"))
+        model.set_gradients(1.0 if i != 2 else float("nan"))  # the last one of three
         model.step(1e-2)
-    twin.adamw.load_state({name: tensor.clone() for name, tensor in model.adamw.state().items()})
+    twin.step(1e-2, loss=float("nan"))  # what a load replaces
+    twin.optimizer.load_state({name: tensor.clone() for name, tensor in model.optimizer.state().items()})
     twin.flat.data.copy_(model.flat.data)
     twin.generator.set_state(model.generator.get_state())
     for _ in range(5):
@@ -198,6 +210,15 @@ def test_state_round_trip_continues_bit_for_bit(dtype: torch.dtype, num_before: 
             each.set_gradients(1.0)
             each.step(1e-2)
     assert torch.equal(model.flat.data, twin.flat.data)
-    ours, theirs = model.adamw.state(), twin.adamw.state()
+    ours, theirs = model.optimizer.state(), twin.optimizer.state()
     assert ours.keys() == theirs.keys()
-    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+    assert all(torch.equal(ours[key], theirs[key]) for key in ours)
+
+
+@every_optimizer
+def test_an_adapter_reads_the_clipped_gradient_after_the_step(name: str, seed: int) -> None:
+    model = Model(seed, OptimizerConfig(name=name, max_grad_norm=0.5))
+    model.set_gradients(1.0)
+    raw = model.flat.grad.double()
+    model.step(1e-2)
+    torch.testing.assert_close(model.flat.grad.double(), raw * (0.5 / raw.norm()), rtol=1e-5, atol=0)

@@ -43,10 +43,14 @@ def kill(child: Child, folder: Path, target: int, in_a_save: bool, rng: random.R
     assert child.end() == -signal.SIGKILL, f"it was not alive any more:\n{child.output()}"
 
 
-def kill_and_resume(files: Path, num_steps: int, saves: list[bool], rng: random.Random) -> None:
-    """Kill a run of `num_steps` once for each of `saves`, in a save or not, and compare with an unbroken one."""
+def kill_and_resume(files: Path, num_steps: int, saves: list[bool], rng: random.Random, **names: str) -> None:
+    """Kill a run of `num_steps` once for each of `saves`, in a save or not, and compare with an unbroken one.
+
+    `names`: of the run's sections, such as optimizer.
+    """
     path, seed = write_run(files), rng.randrange(1000)
     settings = [f"budget={num_steps}steps", "evaluation.every=20%", f"training.seed={seed}"]
+    settings += [f"{section}.name={name}" for section, name in names.items()]
     folder = files / "killed"
     places = ["--name", "killed", "--results-dir", str(files)]
     start = ["train", "--run", str(path), *places, *settings]
@@ -68,7 +72,8 @@ def kill_and_resume(files: Path, num_steps: int, saves: list[bool], rng: random.
         assert child.end(600) == 0, child.output()
         assert "resuming" in child.output()
 
-    run = tiny_run(files, budget=f"{num_steps}steps", evaluation={"every": "20%"}, training={"seed": seed})
+    sections = {section: {"name": name} for section, name in names.items()}
+    run = tiny_run(files, budget=f"{num_steps}steps", evaluation={"every": "20%"}, training={"seed": seed}, **sections)
     unbroken = train(run, results_dir=files, name="unbroken")
     result = RunFolder(folder).read_result()
     assert result is not None
@@ -91,6 +96,8 @@ def test_three_kills(tmp_path: Path, seed: int) -> None:
 
 
 @pytest.mark.soak
-def test_twenty_four_kills(tmp_path: Path, seed: int) -> None:
+@pytest.mark.parametrize("names", [{}, {"optimizer": "schedule_free", "schedule": "constant"}], ids=["adamw", "free"])
+def test_twenty_four_kills(names: dict[str, str], tmp_path: Path, seed: int) -> None:
     rng = random.Random(seed)
-    kill_and_resume(tmp_path, num_steps=150 * STEPS_PER_EPOCH, saves=[i % 3 != 0 for i in range(24)], rng=rng)
+    saves = [i % 3 != 0 for i in range(24)]
+    kill_and_resume(tmp_path, num_steps=150 * STEPS_PER_EPOCH, saves=saves, rng=rng, **names)
