@@ -8,6 +8,7 @@ buffers, so that a step updates all matrices in a few operations.
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any, Self
 
@@ -15,7 +16,7 @@ import peft
 import torch
 from safetensors.torch import save_file
 
-from fastpeft.adapters.base import Importance, head_parameters, register
+from fastpeft.adapters.base import NOT_SAVED, Importance, head_parameters, read_weights, register
 from fastpeft.adapters.flat import FlatParameters
 from fastpeft.adapters.lora import Lora
 from fastpeft.config import RunConfig
@@ -176,6 +177,20 @@ class AdaLora(Lora):
         save_file({name: t.detach().cpu().contiguous().clone() for name, t in state.items()}, folder / _WEIGHTS)
         self._plain_config(rank).save_pretrained(str(folder))
         self._save_native(folder / "adalora", live_KR)
+
+    def load(self, folder: Path) -> None:
+        """From PEFT's own form, which leaves the dead ranks out."""
+        stored = read_weights(folder / "adalora")
+        own = json.loads((folder / "adalora" / "adapter_config.json").read_text()).get("rank_pattern") or {}
+        self.flat.adapter.zero_()
+        for block in self.blocks:
+            live_R = torch.tensor(own.get(f"{block.name}.lora_E", [True] * block.lora_a.shape[0]))
+            live_R = live_R.to(block.lora_a.device)
+            a, b, e = (stored[f"base_model.model.{block.name}.lora_{k}"].to(block.lora_a) for k in "ABE")
+            block.lora_a.data[live_R], block.lora_b.data[:, live_R], block.lora_e.data[live_R] = a, b, e
+        for name, parameter in self.model.named_parameters():
+            if parameter.requires_grad and ".lora_" not in name:
+                parameter.data.copy_(stored[NOT_SAVED.sub("", name)])
 
     def _plain_config(self, rank: int) -> peft.LoraConfig:
         own = self._settings

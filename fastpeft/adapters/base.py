@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -10,14 +11,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file
 from torch import nn
 
 from fastpeft.adapters.flat import FlatParameters
 from fastpeft.config import RunConfig
 from fastpeft.models.backbone import Backbone
+from fastpeft.models.inject import ADAPTER_NAME
 from fastpeft.signals import Rates, Signals
 
 _METHODS: dict[str, type[Adapter]] = {}
+NOT_SAVED = re.compile(rf"\.modules_to_save|\.{ADAPTER_NAME}(?=\.|$)")
+"""Parts of a parameter's name in a PeftModel that its file does not have."""
 
 
 def register(name: str) -> Callable[[type[Adapter]], type[Adapter]]:
@@ -106,9 +111,24 @@ class Adapter(ABC):
     def save(self, folder: Path) -> None:
         """Write what was trained, in a form that PEFT or transformers loads, into an existing empty folder."""
 
+    def load(self, folder: Path) -> None:
+        """Take back the weights that `save` wrote into `folder`, into the same buffers, bit for bit."""
+        stored = read_weights(folder)
+        for name, parameter in self.model.named_parameters():
+            if parameter.requires_grad:
+                parameter.data.copy_(stored[NOT_SAVED.sub("", name)])
+
     def describe(self) -> list[str]:
         """Lines that tell the user what was matched and what is trained."""
         return []
+
+
+def read_weights(folder: Path) -> dict[str, torch.Tensor]:
+    """All tensors of the folder's safetensors files."""
+    stored: dict[str, torch.Tensor] = {}
+    for path in sorted(folder.glob("*.safetensors")):
+        stored |= load_file(path)
+    return stored
 
 
 def head_parameters(model: nn.Module) -> list[nn.Parameter]:

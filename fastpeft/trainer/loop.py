@@ -10,6 +10,7 @@ import os
 import socket
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -17,6 +18,8 @@ import torch
 from fastpeft.adapters import to_json
 from fastpeft.config import run_values
 from fastpeft.data.memory import OutOfMemory, TokenLimits
+from fastpeft.evaluate.score import Score
+from fastpeft.runs.curves import VALIDATION, Budgets, Evaluation, auc_of
 from fastpeft.runs.events import EventLog
 from fastpeft.runs.store import Result, RunFolder, read_json, recover_folder, replaced_folder, write_json
 from fastpeft.trainer.calibrate import calibrate
@@ -42,6 +45,7 @@ class Loop:
         self._evaluated_at = -1
         self._importance_logged = 0
         self._save_s = 0.0
+        self._curve: list[Evaluation] = []
 
     # ---- the run ---------------------------------------------------------------------------
 
@@ -129,6 +133,9 @@ class Loop:
                 self._save_weights()
                 return "stopped"
         self._save_weights()
+        if not diverged and self.job.objective.has_test and not self._score_test():
+            self._save_checkpoint()
+            return "stopped"
         return "diverged" if diverged else "done"
 
     # ---- calibration -----------------------------------------------------------------------
@@ -191,26 +198,13 @@ class Loop:
         self._steps.fetch()
         job, clock = self.job, self.job.clock
         start_s, start_j = clock.elapsed_s, clock.meter.estimate_j
-
-        def shrink(num_rows: int, width: int) -> int:
-            self.warn(job.limits.halve_evaluation(num_rows, width, f"in the evaluation at step {clock.steps}"))
-            return job.limits.evaluation
-
         with job.optimizer.averaged():
-            measured = job.objective.evaluate(job.adapter.model, job.limits, self.stop, shrink)
+            measured = job.objective.evaluate(job.adapter.model, job.limits, self.stop, self._shrink)
         if measured is None:
             return
         self._evaluated_at = clock.steps
-        value = {"value": measured.value} | ({"more": measured.more} if measured.more else {})
-        self.event(
-            "eval",
-            split="validation",
-            metric=job.objective.metric,
-            **value,
-            loss=measured.loss,
-            num=measured.num_rows,
-            energy_j=clock.meter.joules,
-        )
+        value = self._log_score(VALIDATION, measured)
+        self._curve.append(Evaluation(clock.steps, clock.elapsed_s, clock.meter.joules, measured.value))
         self._log_importance()
         evaluation_s = clock.elapsed_s - start_s
         evaluation_j = clock.meter.spent_since(start_j, evaluation_s)
@@ -218,10 +212,51 @@ class Loop:
         if measured.value > self.result.best.get("value", -1.0):
             self.result.best = value | {"step": clock.steps}
             self._save_weights(best=self.result.best)
-        clock.final_s = evaluation_s + 2 * self._save_s
-        clock.final_j = evaluation_j + 2 * self._save_s * clock.meter.power_w
+        clock.final_s = evaluation_s * (1 + job.objective.test_cost) + 2 * self._save_s
+        clock.final_j = evaluation_j * (1 + job.objective.test_cost) + 2 * self._save_s * clock.meter.power_w
         job.evaluation_due.done(clock)
         self._write_result()
+
+    def _score_test(self) -> bool:
+        """Score the test split, once, with the best weights. False if it was interrupted."""
+        job, best = self.job, self.result.best
+        is_last = best["step"] == self._evaluated_at
+        kept = job.adapter.flat.data.clone()
+        try:
+            if not is_last:
+                job.adapter.load(self.folder.weights(job.adapter.saved_as, best=True))
+            with job.optimizer.averaged() if is_last else nullcontext():
+                measured = job.objective.evaluate_test(job.adapter.model, job.limits, self.stop, self._shrink)
+        finally:
+            job.adapter.flat.data.copy_(kept)
+        if measured is None:
+            return False
+        value = self._log_score("test", measured)
+        which = {"weights": "best", "step": best["step"]}
+        self.result.test = {"name": job.objective.metric, "num": measured.num_rows} | value | which
+        self._write_result()
+        return True
+
+    def _shrink(self, num_rows: int, width: int) -> int:
+        limits = self.job.limits
+        self.warn(limits.halve_evaluation(num_rows, width, f"in the evaluation at step {self.job.clock.steps}"))
+        return limits.evaluation
+
+    def _log_score(self, split: str, measured: Score) -> dict[str, Any]:
+        """Returns what results hold of it."""
+        value = {"value": measured.value} | ({"more": measured.more} if measured.more else {})
+        costs = {"decode_s": measured.decode_s, "decode_tokens": measured.decode_tokens}
+        self.event(
+            "eval",
+            split=split,
+            metric=self.job.objective.metric,
+            **value,
+            **{name: cost for name, cost in costs.items() if cost is not None},
+            loss=measured.loss,
+            num=measured.num_rows,
+            energy_j=self.job.clock.meter.joules,
+        )
+        return value
 
     def _save_weights(self, best: dict[str, Any] | None = None) -> None:
         """The last weights, or those whose score `best` holds: it lies beside them, so that a kill cannot part them."""
@@ -244,6 +279,7 @@ class Loop:
         self.result.elapsed_s, self.result.tokens = clock.elapsed_s, clock.tokens
         self.result.steps = clock.steps
         self.result.energy_j, self.result.energy_method = clock.meter.joules, clock.meter.method
+        self.result.auc = auc_of(self._curve, Budgets.of(self.result.budget, clock.elapsed_s, clock.meter.joules))
         self.folder.write_result(self.result)
 
     def _save_checkpoint(self) -> None:
@@ -268,6 +304,7 @@ class Loop:
             "evaluated_at": self._evaluated_at,
             "metric": self.result.metric,
             "best": self.result.best,
+            "curve": self._curve,
             "dtype": str(job.dtype),
             "non_finite": [self._steps.num_non_finite, self._steps.num_skipped],
             "events_bytes": self._log.offset(),
@@ -296,6 +333,7 @@ class Loop:
         job.limits = TokenLimits(**values["limits"])
         job.evaluation_due.count = values["evaluations"]
         self._evaluated_at, self._checkpointed_at = values["evaluated_at"], values["steps"]
+        self._curve = [Evaluation(*one) for one in values["curve"]]
         kept = self.folder.weights(job.adapter.saved_as, best=True)
         recover_folder(kept)
         self.result.metric = values["metric"]

@@ -149,7 +149,7 @@ def _measure_final(job: Job) -> float:
     start = time.perf_counter()
     with tempfile.TemporaryDirectory() as folder, job.optimizer.averaged():
         job.adapter.save(Path(folder))
-    return evaluation_s + 2 * (time.perf_counter() - start)
+    return evaluation_s * (1 + job.objective.test_cost) + 2 * (time.perf_counter() - start)
 
 
 def _measure_evaluation(job: Job) -> float | None:
