@@ -92,8 +92,9 @@ class ConsoleReporter(AbstractContextManager):
 
     def _on_eval(self, event: Event) -> None:
         more = "".join(f", {name} {number(value):.4f}" for name, value in event.get("more", {}).items())
+        what = "test split, best weights," if event["split"] == "test" else "evaluation"
         self.say(
-            f"evaluation at step {event['step']:,}, {event['elapsed_s']:.0f} s: {event['metric']} "
+            f"{what} at step {event['step']:,}, {event['elapsed_s']:.0f} s: {event['metric']} "
             f"{number(event['value']):.4f}{more} on {event['num']:,} rows, loss {number(event['loss']):.4f}"
         )
 
@@ -139,6 +140,9 @@ def closing_table(result: Result) -> Table:
         result.metric.get("name", "metric"): _value(result.metric),
         **{name: f"{number(value):.4f}" for name, value in result.metric.get("more", {}).items()},
         "best": f"{_value(result.best)} at step {result.best['step']:,}" if result.best else "none",
+        "test": f"{_value(result.test)} on {result.test['num']:,} rows, best weights" if result.test else None,
+        **{f"test {name}": f"{number(value):.4f}" for name, value in result.test.get("more", {}).items()},
+        "mean over budget": f"{number(auc):.4f}" if (auc := result.auc.get("seconds")) is not None else None,
         "budget": _spent(budget) if budget else "none",
         "time": f"{result.elapsed_s:.1f} s, and {result.setup_s:.1f} s of set-up",
         "energy": None if result.energy_method == "none" else _energy(result),

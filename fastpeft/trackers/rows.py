@@ -13,7 +13,7 @@ from typing import Any
 
 from fastpeft.runs.events import Event, number
 
-_KINDS = ("step", "eval", "importance")
+_KINDS = ("step", "eval", "test", "importance", "schedule", "forecast")
 """In the order in which they come after one step."""
 _NO_MEASURES = {"type", "time_s", "elapsed_s", "step"}
 
@@ -47,8 +47,11 @@ class Rows:
             values = dict(_numbers(event, "train/")) | self._system
             self._system = {}
         elif kind == "eval":
-            values = dict(_numbers(event, "eval/"))
-            values[f"eval/{event['metric']}"] = values.pop("eval/value")
+            kind = "test" if event.get("split") == "test" else "eval"
+            values = dict(_numbers(event, f"{kind}/"))
+            values[f"{kind}/{event['metric']}"] = values.pop(f"{kind}/value")
+        elif kind in ("schedule", "forecast"):
+            values = dict(_numbers(event, f"{kind}/"))
         elif kind == "importance":
             values = {f"importance/{name}": number(w) for name, w in zip(event["names"], event["weights"])}
         order = len(_KINDS) * step + _KINDS.index(kind)

@@ -179,7 +179,10 @@ class Loop:
         self._steps.note(clock, progress, rates, signals)
         clock.count_step(signals.num_tokens, time.perf_counter() - began)
         self.watch_meter()
-        for type, fields in job.schedule.told():
+        told = job.schedule.told()
+        if told:
+            self._steps.fetch()  # the log stays in the steps' order
+        for type, fields in told:
             self.event(type, **fields)
 
     # ---- evaluation, saving ----------------------------------------------------------------
