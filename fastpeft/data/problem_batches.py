@@ -52,7 +52,8 @@ def encode_problems(
 ) -> EncodedProblems:
     """Tokenise prompts and answers by themselves, so that a prompt's tokens are those that decoding starts from.
 
-    Special tokens are those that the tokenizer puts before a text, and the end of text after the answer.
+    Special tokens are those that the tokenizer puts before a text, those written in the prompt, and the end of text
+    after the answer. In an answer their names are text, so that none ends it early.
 
     Args:
         max_length: most tokens of a row.
@@ -60,16 +61,19 @@ def encode_problems(
             prompt leaves no room for an answer.
 
     Raises:
-        UserError: a tokenizer without an end-of-text token; no row that fits.
+        UserError: a tokenizer without an end-of-text token; a prompt without tokens; no row that fits.
     """
     end = tokenizer.eos_token_id
     if end is None:
         raise UserError(f"model {tokenizer.name_or_path}: its tokenizer has no end-of-text token to end answers with")
     prompts = _prompts([fill_prompt(prompt_template, question) for question in problems.question], tokenizer)
-    answers = _token_lists([" " + answer for answer in problems.answer], tokenizer)
+    answers = _token_lists([" " + answer for answer in problems.answer], tokenizer, split_special_tokens=True)
     rows = [prompt + answer + [end] for prompt, answer in zip(prompts, answers)]
     lengths = np.array([len(row) for row in rows])
     prompt_lengths = np.array([len(prompt) for prompt in prompts])
+    if not prompt_lengths.all():
+        row = problems.name_row(int(prompt_lengths.argmin()))
+        raise UserError(f"{row}: no token of model {tokenizer.name_or_path} stands for anything in the prompt")
     if training:
         fits, named = lengths <= max_length, lengths
         if not fits.any():
@@ -125,8 +129,9 @@ def _prompts(texts: list[str], tokenizer: PreTrainedTokenizerBase) -> list[list[
     return [with_special[:start] + prompt for prompt in plain]
 
 
-def _token_lists(texts: list[str], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
-    return tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"]
+def _token_lists(texts: list[str], tokenizer: PreTrainedTokenizerBase, **options: bool) -> list[list[int]]:
+    plain = {"add_special_tokens": False, "return_attention_mask": False, "verbose": False}
+    return tokenizer(texts, **plain, **options)["input_ids"]
 
 
 def _notes(problems: Problems, unusable: np.ndarray, lengths: np.ndarray, what: str) -> tuple[str, ...]:

@@ -58,8 +58,7 @@ def build_task(
     if not names and len(index.names) > max(MAX_INFERRED_LABELS, len(examples) // 10):
         raise DataError(
             f"{train.source}: the label column holds {len(index.names):,} different values in {len(examples):,} rows, "
-            f"such as {index.names[0]!r}: set dataset.columns.label, or name the labels in dataset.labels; "
-            "for questions with a number as their answer set dataset.task=word-problems"
+            f"such as {index.names[0]!r}: set dataset.columns.label, or name the labels in dataset.labels"
         )
     paired = examples.text_pair is not None
     if validation is None:
@@ -98,8 +97,10 @@ def choose_columns(source: str, have: Sequence[str], config: ColumnsConfig) -> t
     label = config.label or next((name for name in _LABELS if name in have), None)
     for key, column in (("text", text), ("label", label)):
         if column is None:
+            problems = "; or are these word problems? Then set dataset.task=word-problems" if "question" in have else ""
             raise DataError(
                 f"{source}: which column is the {key}? Set dataset.columns.{key}; the columns are {', '.join(have)}"
+                f"{problems}"
             )
     assert text is not None
     assert label is not None
@@ -170,7 +171,7 @@ def text_fault(values: dict[str, Any], column: str) -> str | None:
     """What is wrong with a row's text, None for a text that can be used."""
     text = values.get(column)
     if not isinstance(text, str):
-        return f"column {column!r} holds {text!r}, expected text"
+        return f"column {column!r} holds {text!r:.80}, expected text"
     if not text.strip():
         return f"column {column!r} is empty"
     return None if _is_unicode(text) else f"column {column!r} holds half of a surrogate pair, which is no character"

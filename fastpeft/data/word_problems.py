@@ -97,22 +97,12 @@ def load_word_problems(config: DatasetConfig) -> WordProblemTask:
     for key in ("labels", "validation_split"):
         if getattr(config, key) is not None:
             raise DataError(f"dataset.{key}: {_NOT_OURS[key]}")
-    notes: list[str] = []
     if is_generated(config):
-        name, (train, test) = config.name, _generated()
+        name, train, test, notes = config.name, *_generated(), []
     elif config.path is None:
-        found = load_hub_problems(
-            config, lambda source, have: _shape_columns(_choose_shape(source, have, config.columns))
-        )
-        name = found.name
-        train, test = (
-            None if s is None else _read(s, config.columns, config.on_bad_row) for s in (found.train, found.test)
-        )
+        name, train, test, notes = _from_hub(config)
     else:
-        name = config.name if config.name != "local" else Path(config.path).resolve().name
-        train, test, unused = _load_files(config, Path(config.path).expanduser())
-        notes += [f"{path} is not read: {config.held_out:,} training problems are held out instead" for path in unused]
-    assert train is not None
+        name, train, test, notes = _from_files(config, Path(config.path))
     if test is None:
         notes.append(f"{name} has no test split: nothing is scored but the {config.held_out:,} problems held out")
     kept, held_out = _hold_out(name, train, config.held_out)
@@ -156,11 +146,24 @@ def _generated() -> tuple[Problems, Problems]:
     return train, test
 
 
-def _load_files(config: DatasetConfig, path: Path) -> tuple[Problems, Problems | None, list[Path]]:
-    train_path, test_path, unused = find_train_and_test(path)
+def _from_hub(config: DatasetConfig) -> tuple[str, Problems, Problems | None, list[str]]:
+    def columns(source: str, have: list[str]) -> list[str]:
+        question, answer = _choose_columns(source, have, config.columns)
+        return [*question, answer]
+
+    found = load_hub_problems(config, columns)
+    train = _read(found.train, config.columns, config.on_bad_row)
+    test = _read(found.test, config.columns, config.on_bad_row) if found.test else None
+    return found.name, train, test, []
+
+
+def _from_files(config: DatasetConfig, path: Path) -> tuple[str, Problems, Problems | None, list[str]]:
+    name = config.name if config.name != "local" else path.resolve().name
+    train_path, test_path, unused = find_train_and_test(path.expanduser())
     train = _read(read_split(train_path), config.columns, config.on_bad_row)
     test = _read(read_split(test_path), config.columns, config.on_bad_row) if test_path else None
-    return train, test, unused
+    instead = f"is not read: {config.held_out:,} training problems are held out instead"
+    return name, train, test, [f"{file} {instead}" for file in unused]
 
 
 def _hold_out(name: str, train: Problems, num_held_out: int) -> tuple[Problems, Problems]:
@@ -185,7 +188,7 @@ def _hold_out(name: str, train: Problems, num_held_out: int) -> tuple[Problems, 
 # ---- rows ----------------------------------------------------------------------------------
 
 
-def _choose_shape(source: str, have: Sequence[str], columns: ColumnsConfig) -> tuple[tuple[str, ...], str]:
+def _choose_columns(source: str, have: Sequence[str], columns: ColumnsConfig) -> tuple[tuple[str, ...], str]:
     """(question columns, answer column): as configured, else the first known shape."""
     for key in ("text", "text_pair", "label"):
         column = getattr(columns, key)
@@ -203,10 +206,6 @@ def _choose_shape(source: str, have: Sequence[str], columns: ColumnsConfig) -> t
     )
 
 
-def _shape_columns(shape: tuple[tuple[str, ...], str]) -> list[str]:
-    return [*shape[0], shape[1]]
-
-
 def _read(split: Split, columns: ColumnsConfig, on_bad_row: str) -> Problems:
     """Rows as problems. Bad ones are all looked for, so that the message, or the note, tells how many there are."""
     if not split.rows:
@@ -215,7 +214,7 @@ def _read(split: Split, columns: ColumnsConfig, on_bad_row: str) -> Problems:
     if not have:
         first = split.rows[0]
         raise DataError(f"{split.source}:{first.line}: {first.fault}, and so is every other row")
-    question_columns, answer_column = _choose_shape(split.source, have, columns)
+    question_columns, answer_column = _choose_columns(split.source, have, columns)
     worked = any(MARK in str(row.values.get(answer_column)) for row in split.rows)
     question, answer, where, faults = [], [], [], []
     for row in split.rows:
@@ -243,17 +242,14 @@ def _answer(value: Any, column: str, worked: bool) -> tuple[str, str | None]:
     if worked:
         fault = text_fault({column: value}, column)
         if fault is None and final_number(value) is None:
-            fault = f"column {column!r} has no {'number after its' if MARK in value else ''} {MARK}".replace("  ", " ")
+            missing = f"number after its {MARK}" if MARK in value else MARK
+            fault = f"column {column!r} has no {missing}"
         return ("", fault) if fault else (value.strip(), None)
-    if isinstance(value, list) and len(value) == 1:
-        value = value[0]
-    number = _plain_number(value)
-    if number is None:
-        return (
-            "",
-            f"column {column!r} holds {str(value)[:60]!r}, which is neither a worked answer with {MARK} nor a number",
-        )
-    return f"{MARK} {number_text(number)}", None
+    number = _plain_number(value[0] if isinstance(value, list) and len(value) == 1 else value)
+    text = "" if number is None else f"{MARK} {number_text(number)}"
+    if final_number(text) is None:
+        return "", f"column {column!r} holds {value!r:.80}, neither a number nor a worked answer with {MARK}"
+    return text, None
 
 
 def _plain_number(value: Any) -> Fraction | None:
@@ -267,4 +263,4 @@ def _plain_number(value: Any) -> Fraction | None:
     if number is None or number.denominator <= 10**12:
         return number
     simple = number.limit_denominator(1000)
-    return simple if abs(simple - number) * 10**15 <= max(1, abs(number)) else number
+    return simple if abs(simple - number) * 10**15 <= abs(number) else number

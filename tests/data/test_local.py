@@ -30,6 +30,9 @@ def write_rows(path: Path, rows: list[dict]) -> Path:
     if path.suffix == ".jsonl":
         return write_jsonl(path, rows)
     path.parent.mkdir(parents=True, exist_ok=True)
+    if path.suffix == ".json":
+        path.write_text(json.dumps(rows, indent=4), encoding="utf-8")
+        return path
     if path.suffix == ".parquet":
         import pyarrow
         import pyarrow.parquet
@@ -68,7 +71,7 @@ def error_of(path: Path, **fields) -> str:
 # ---- formats, columns, labels --------------------------------------------------------------
 
 
-@pytest.mark.parametrize("suffix", ["jsonl", "csv", "tsv", "parquet"])
+@pytest.mark.parametrize("suffix", ["jsonl", "json", "csv", "tsv", "parquet"])
 def test_formats_read_the_same(tmp_path, suffix):
     write_rows(tmp_path / f"train.{suffix}", single())
     write_rows(tmp_path / f"dev.{suffix}", single(ROWS[:2]))

@@ -169,7 +169,10 @@ def test_overridden_names_have_no_stand_in(overrides):
 def test_a_run_that_names_the_stand_in(model_folders):
     shipped = load_run("lora_mnli", {"model.name": "embedded/deberta-tiny", "dataset.name": "embedded-nli"})
     generated = load_run("lora_mnli", {"model.name": str(model_folders["bert"]), "dataset.name": "embedded-nli"})
-    for run in (shipped, generated):
+    problems = load_run(
+        "lora_mnli", {"model.name": str(model_folders["bert"]), "dataset.name": "embedded-word-problems"}
+    )
+    for run in (shipped, generated, problems):
         assert resolve(run) == Resolved(run, stand_in=True, reason="the run itself names it")
         assert "--no-stand-in" in refusal(run, allow_stand_in=False)
 
