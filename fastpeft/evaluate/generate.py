@@ -90,14 +90,14 @@ def decode(
     complete: Callable[[str], str | None] | None = None,
     tokenizer: PreTrainedTokenizerBase | None = None,
 ) -> Decoded | None:
-    """Continue every prompt; None if `stop`, which is asked every few steps, said so before the end.
+    """Continue every prompt; None if `stop`, asked before each batch and every few steps, said so before the end.
 
     Greedy answers are those of transformers' `generate(do_sample=False)` without any processing of the logits. Sample j
     of prompt i is drawn with numbers that depend on (seed, i, j) alone: batches change it no more than they change
     the logits, by rounding. Leaves the model's modes, config and weights as they were; draws no global random numbers.
 
     Args:
-        prompts: token numbers of each, at least one.
+        prompts: token numbers of each, at least one; with `max_new_tokens` more, they are to fit the model's context.
         eos_tokens: any of them ends an answer.
         max_tokens: most tokens of a batch, its prompts padded to the longest of them and `max_new_tokens` added.
         shrink: told the rows and the width of a batch that ran out of memory; returns a smaller `max_tokens`, and the
@@ -161,6 +161,8 @@ def _all_rows(
     answers: dict[int, Answer] = {}
     groups = deque(split_by_width(np.arange(len(lengths)), lengths, widths, max_tokens))
     while groups:
+        if decoder.stop():
+            raise _Stopped
         found = decoder.answers(groups[0], may_fail=shrink is not None)
         if found is None:
             assert shrink is not None
@@ -232,7 +234,10 @@ class _Decoder:
 
 
 class _Batch:
-    """Rows that are decoded side by side, fewer and fewer of them."""
+    """Rows that are decoded side by side, fewer and fewer of them.
+
+    Of transformers it needs a StaticCache whose layers count their columns themselves, and its reorder_cache.
+    """
 
     def __init__(
         self,

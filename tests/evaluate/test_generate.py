@@ -1,4 +1,4 @@
-"""Decoding: transformers' own answers token by token, the same ones however they are batched, and nothing left behind."""
+"""Decoding: transformers' own answers token by token, however they are batched, and nothing left behind."""
 
 from __future__ import annotations
 
@@ -306,7 +306,8 @@ def test_stop_ends_it():
     assert_unchanged(before, model)
     asked.clear()
     run(model, make_prompts(), stop=lambda: bool(asked.append(0)), eos_tokens=[])
-    assert len(asked) == (MOST - 1) // generate.CHECK_EVERY
+    assert len(asked) == 1 + (MOST - 1) // generate.CHECK_EVERY
+    assert run(model, make_prompts(), DecodeOptions(1), stop=lambda: True) is None
 
 
 def test_out_of_memory_goes_on_in_smaller_batches(monkeypatch):
@@ -352,7 +353,7 @@ def test_another_error_is_not_memory():
     ],
 )
 def test_options_that_mean_nothing(options):
-    with pytest.raises(ValueError, match="at least|same answer"):
+    with pytest.raises(ValueError, match=r"at least|same answer"):
         DecodeOptions(**{"max_new_tokens": 4} | options)
 
 

@@ -1,4 +1,4 @@
-"""Calculator notes: the right result is written in, by tokens that read as they should, and only where one is asked for."""
+"""Calculator notes: the result is written in, by tokens that read as they should, and only where it is asked for."""
 
 from __future__ import annotations
 
