@@ -18,9 +18,9 @@ import fastpeft.trainer
 from fastpeft.config import ConfigError, RunConfig
 from fastpeft.config.schema import OptimizerConfig
 from fastpeft.errors import UserError
+from fastpeft.objectives import classification as objective_module
 from fastpeft.signals import Rates, Signals
 from fastpeft.trainer import StopRequest, train
-from fastpeft.trainer import loop as loop_module
 from fastpeft.trainer.checkpoint import newest_checkpoint
 from fastpeft.trainer.setup import Job, build_job
 
@@ -210,13 +210,13 @@ def jobs(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Job]]:
 def test_what_is_evaluated_and_saved_is_the_average(
     tmp_path: Path, jobs: list[Job], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    evaluated, score = [], loop_module.score
+    evaluated, score = [], objective_module.score
 
     def watched(*args):
         evaluated.append(jobs[-1].adapter.flat.data.clone())
         return score(*args)
 
-    monkeypatch.setattr(loop_module, "score", watched)
+    monkeypatch.setattr(objective_module, "score", watched)
     run = free_run(tmp_path, budget="150steps", evaluation={"every": "25steps"}, method="lora")
     result = train(run, results_dir=tmp_path, name="r")
     job = jobs[0]
