@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from fastpeft._version import __version__
 from fastpeft.data import ClassificationTask
-from fastpeft.export.loading import base_name
+from fastpeft.export.loading import Task, base_name
 from fastpeft.export.plan import Plan
 from fastpeft.models.resolve import EMBEDDED_PREFIX
 from fastpeft.runs.events import number
@@ -21,40 +21,60 @@ STAND_IN_WARNING = (
 
 _LOAD_ADAPTER = """\
 from peft import PeftModel
-from transformers import AutoModelForSequenceClassification, AutoTokenizer
+from transformers import {imports}
 
 folder = "path/to/this/folder"
-base = AutoModelForSequenceClassification.from_pretrained(
-    {base},
-    id2label={id2label!r},
-    label2id={label2id!r},
-    ignore_mismatched_sizes=True,  # the head comes with the adapter
+base = {auto}.from_pretrained(
+    {base},{options}
 )
 model = PeftModel.from_pretrained(base, folder).eval()
 tokenizer = AutoTokenizer.from_pretrained(folder)
 """
 
 _LOAD_MERGED = """\
-from transformers import AutoModelForSequenceClassification, AutoTokenizer
+from transformers import {imports}
 
 folder = "path/to/this/folder"
-model = AutoModelForSequenceClassification.from_pretrained(folder).eval()
+model = {auto}.from_pretrained(folder).eval()
 tokenizer = AutoTokenizer.from_pretrained(folder)
 """
 
-_ASK = """\
+_CLASSES = """
+    id2label={id2label!r},
+    label2id={label2id!r},
+    ignore_mismatched_sizes=True,  # the head comes with the adapter"""
+
+_FOUR_BITS = """
+    quantization_config=BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype="bfloat16",
+    ),"""
+
+_CLASSIFY = """\
 batch = tokenizer({texts}, truncation=True, max_length={max_length}, return_tensors="pt")
 print(model.config.id2label[model(**batch).logits.argmax(-1).item()])
 """
 
+_GENERATE = """\
+question = "Ann has 3 apples and buys 2 more. How many apples does she have?"
+prompt = {prompt!r}.replace("{{question}}", question)
+batch = tokenizer(prompt, return_tensors="pt", return_token_type_ids=False).to(model.device)
+answer = model.generate(
+    **batch, max_new_tokens={max_new_tokens}, do_sample=False, eos_token_id={eos}, pad_token_id=tokenizer.pad_token_id
+)
+print(tokenizer.decode(answer[0, batch["input_ids"].shape[1] :], skip_special_tokens=True))
+"""
 
-def card_text(plan: Plan, exported: Exported, task: ClassificationTask) -> str:
-    """The whole file, front matter included."""
+
+def card_text(plan: Plan, exported: Exported, task: Task, eos_token_ids: tuple[int, ...] = ()) -> str:
+    """The whole file, front matter included. `eos_token_ids`: of a causal language model."""
     import yaml
 
     head: dict[str, Any] = {
         "library_name": "transformers" if plan.merge else "peft",
-        "pipeline_tag": "text-classification",
+        "pipeline_tag": "text-classification" if isinstance(task, ClassificationTask) else "text-generation",
         "tags": ["fastpeft", plan.run.method],
     }
     name, on_hub = base_name(plan.run.model)
@@ -63,9 +83,15 @@ def card_text(plan: Plan, exported: Exported, task: ClassificationTask) -> str:
     parts = [f"---\n{yaml.safe_dump(head, sort_keys=False)}---\n", f"# {plan.folder.path.name}\n"]
     if exported.stand_in:
         parts.append(f"**{STAND_IN_WARNING}.**\n")
-    parts += [_facts(plan, exported, task), "## Use\n", f"```python\n{_usage(plan, task, exported.max_length)}```\n"]
+    usage = _load(plan, task) + _ask(task, exported.max_length, eos_token_ids)
+    parts += [_facts(plan, exported, task), "## Use\n", f"```python\n{usage}```\n"]
     if not plan.merge:
         parts.append(_about_base(plan))
+    elif plan.run.model.quantisation != "none":
+        parts.append(
+            "The update is merged into the weights that the base model's 4 bits stand for, as it was trained on them, "
+            "and not into the base model's own.\n"
+        )
     if exported.trimmed is not None and not plan.merge:
         parts.append(
             "Matrices have ranks of their own (`rank_pattern` and `alpha_pattern`), and their scale lies in B: "
@@ -74,14 +100,16 @@ def card_text(plan: Plan, exported: Exported, task: ClassificationTask) -> str:
     return "\n".join(parts)
 
 
-def _facts(plan: Plan, exported: Exported, task: ClassificationTask) -> str:
-    run, metric = plan.run, plan.metric
+def _facts(plan: Plan, exported: Exported, task: Task) -> str:
+    run, metric, check = plan.run, plan.metric, exported.check
     num_rows = len(task.validation.head(run.evaluation.max_examples))
     kind = "a merged model" if plan.merge else "a PEFT adapter"
     rows = {
         "what": f"{kind}: the {plan.weights} weights of the run `{plan.folder.path.name}`",
-        "base model": f"`{run.model.name}`, revision `{run.model.revision}`",
-        "task": f"{task.name}, labels {', '.join(task.label_names)}",
+        "base model": f"`{run.model.name}`, revision `{run.model.revision}`{_HELD[run.model.quantisation]}",
+        "task": f"{task.name}, labels {', '.join(task.label_names)}"
+        if isinstance(task, ClassificationTask)
+        else f"{task.name}, word problems",
         "method": run.method if plan.full else f"{run.method}, rank {run.adapter.rank}, alpha {run.adapter.alpha:g}",
         "metric": f"{metric['name']} {number(metric['value']):.4f} on {num_rows:,} validation rows"
         if "value" in metric
@@ -96,8 +124,8 @@ def _facts(plan: Plan, exported: Exported, task: ClassificationTask) -> str:
             f"{exported.metric.name} {exported.metric.before:.4f} before, {exported.metric.after:.4f} after"
         )
     rows["checked"] = (
-        f"loaded again, its logits differ by at most {exported.check.difference:.1e} from the trained model's on "
-        f"{exported.check.num_rows} validation rows (fp32)"
+        f"loaded again, its logits differ by at most {check.difference:.1e} from the trained model's on "
+        f"{check.num_rows} {check.where} (fp32); the largest is the same on {check.num_same}"
     )
     rows["made by"] = f"fastpeft {__version__}; more in export.json"
     lines = [f"| {name} | {value.replace('|', '&#124;')} |" for name, value in rows.items()]
@@ -113,18 +141,33 @@ def _budget(plan: Plan) -> str:
     return f"{spent}; {result.steps:,} steps, {result.elapsed_s:,.0f} s; the run is {plan.status}"
 
 
-def _usage(plan: Plan, task: ClassificationTask, max_length: int) -> str:
-    labels = dict(enumerate(task.label_names))
+def _load(plan: Plan, task: Task) -> str:
+    is_classifier = isinstance(task, ClassificationTask)
+    auto = "AutoModelForSequenceClassification" if is_classifier else "AutoModelForCausalLM"
+    imports = f"{auto}, AutoTokenizer"
+    if plan.merge:
+        return _LOAD_MERGED.format(auto=auto, imports=imports)
     name, on_hub = base_name(plan.run.model)
     base = repr(name)
     if on_hub and plan.run.model.revision != "main":
         base += f", revision={plan.run.model.revision!r}"
-    load = _LOAD_MERGED
-    if not plan.merge:
-        inverse = {label: i for i, label in labels.items()}
-        load = _LOAD_ADAPTER.format(base=base, id2label=labels, label2id=inverse)
-    texts = '"one text"' if task.validation.text_pair is None else '"one text", "the other"'
-    return load + _ASK.format(texts=texts, max_length=max_length)
+    options = ""
+    if is_classifier:
+        labels = dict(enumerate(task.label_names))
+        options = _CLASSES.format(id2label=labels, label2id={label: i for i, label in labels.items()})
+    elif plan.run.model.quantisation == "nf4":
+        options, imports = _FOUR_BITS, f"{imports}, BitsAndBytesConfig"
+    return _LOAD_ADAPTER.format(auto=auto, imports=imports, base=base, options=options)
+
+
+def _ask(task: Task, max_length: int, eos_token_ids: tuple[int, ...]) -> str:
+    if isinstance(task, ClassificationTask):
+        texts = '"one text"' if task.validation.text_pair is None else '"one text", "the other"'
+        return _CLASSIFY.format(texts=texts, max_length=max_length)
+    return _GENERATE.format(prompt=task.prompt, max_new_tokens=max_length, eos=list(eos_token_ids))
+
+
+_HELD = {"none": "", "nf4": ", held in 4 bits (NF4) while training"}
 
 
 def _about_base(plan: Plan) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,18 +13,25 @@ import torch
 from torch import nn
 
 from fastpeft.config.schema import ModelConfig
-from fastpeft.data import Encoded
-from fastpeft.data.batches import collate
+from fastpeft.data import ClassificationTask, WordProblemTask
 from fastpeft.errors import first_line
 from fastpeft.export.plan import CheckError, ExportError
-from fastpeft.models.backbone import Backbone, load_backbone, quiet_transformers
+from fastpeft.kernels.lora_linear.quantised import dequantised, is_quantised
+from fastpeft.models.backbone import (
+    Backbone,
+    load_backbone,
+    load_causal_lm,
+    never_repack,
+    nf4_arguments,
+    quiet_transformers,
+)
 from fastpeft.models.layers import LoraLinear
 from fastpeft.models.resolve import embedded_path
 
+Task = ClassificationTask | WordProblemTask
+
 _TRAINED_SEED, _LOADED_SEED = 1, 2
 """A head that an export lacks is drawn anew: from different seeds, so that its answers differ."""
-
-_BATCH_ROWS = 16
 
 
 def base_name(config: ModelConfig) -> tuple[str, bool]:
@@ -35,9 +43,18 @@ def base_name(config: ModelConfig) -> tuple[str, bool]:
     return str((shipped or local).resolve()), False
 
 
-def load_base(config: ModelConfig, labels: tuple[str, ...], device: torch.device) -> Backbone:
+def load_base(config: ModelConfig, task: Task, device: torch.device) -> Backbone:
+    """In fp32. What training held in 4 bits comes as the plain weights that those stand for."""
     with _seeded(_TRAINED_SEED):
-        return load_backbone(config, labels, torch.float32, device)
+        if isinstance(task, ClassificationTask):
+            return load_backbone(config, task.label_names, torch.float32, device)
+        backbone = load_causal_lm(replace(config, quantisation="none"), torch.float32, device)
+        if config.quantisation != "none":
+            for name, module in load_causal_lm(config, torch.float32, device).model.named_modules():
+                weight = getattr(module, "weight", None)
+                if weight is not None and is_quantised(weight):
+                    backbone.model.get_submodule(name).weight.data.copy_(dequantised(weight, torch.float32))
+        return backbone
 
 
 def trained_model(backbone: Backbone, folder: Path) -> nn.Module:
@@ -59,7 +76,9 @@ def trained_model(backbone: Backbone, folder: Path) -> nn.Module:
     return model.eval()
 
 
-def load_exported(folder: Path, merged: bool, num_labels: int, device: torch.device) -> tuple[nn.Module, Any]:
+def load_exported(
+    folder: Path, merged: bool, config: ModelConfig, task: Task, device: torch.device
+) -> tuple[nn.Module, Any]:
     """Model and tokenizer as a user loads them, with transformers and PEFT alone.
 
     Raises:
@@ -67,52 +86,35 @@ def load_exported(folder: Path, merged: bool, num_labels: int, device: torch.dev
     """
     import transformers
 
+    is_classifier = isinstance(task, ClassificationTask)
+    auto = transformers.AutoModelForSequenceClassification if is_classifier else transformers.AutoModelForCausalLM
+    common: dict[str, Any] = {"trust_remote_code": False, "dtype": torch.float32}
     try:
         with quiet_transformers(), _seeded(_LOADED_SEED):
-            load = _load_merged if merged else _load_adapter
-            model = load(folder, num_labels)
             tokenizer = transformers.AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False)
+            if merged:
+                return auto.from_pretrained(str(folder), **common).to(device).eval(), tokenizer
+            if is_classifier:
+                common |= {"num_labels": len(task.label_names), "ignore_mismatched_sizes": True}
+            if config.quantisation != "none":
+                common |= nf4_arguments(torch.float32, device)
+            adapter = peft.PeftConfig.from_pretrained(str(folder))
+            revision = adapter.revision or "main"
+            base = auto.from_pretrained(adapter.base_model_name_or_path, revision=revision, **common)
+            model = peft.PeftModel.from_pretrained(base, str(folder))
     except Exception as error:  # whatever it is, a user would meet it too
         reason = f"{type(error).__name__}: {first_line(error)}"
         raise CheckError(f"what was exported cannot be loaded, so nothing was written: {reason}") from error
-    return model.to(device).eval(), tokenizer
-
-
-def _load_merged(folder: Path, num_labels: int) -> nn.Module:
-    import transformers
-
-    auto = transformers.AutoModelForSequenceClassification
-    return auto.from_pretrained(str(folder), trust_remote_code=False, dtype=torch.float32)
-
-
-def _load_adapter(folder: Path, num_labels: int) -> nn.Module:
-    import transformers
-
-    config = peft.PeftConfig.from_pretrained(str(folder))
-    base = transformers.AutoModelForSequenceClassification.from_pretrained(
-        config.base_model_name_or_path,
-        revision=config.revision or "main",
-        num_labels=num_labels,
-        ignore_mismatched_sizes=True,
-        trust_remote_code=False,
-        dtype=torch.float32,
-    )
-    return peft.PeftModel.from_pretrained(base, str(folder))
+    if config.quantisation == "none":
+        model.to(device)
+    never_repack(model)  # which would not be as exact as the comparison
+    return model.eval(), tokenizer
 
 
 def save_merged(model: nn.Module, folder: Path) -> None:
     """Add every update to its weight and save the whole model in fp32."""
     with quiet_transformers():
         model.merge_and_unload().save_pretrained(str(folder))
-
-
-@torch.inference_mode()
-def logits(model: nn.Module, encoded: Encoded, device: torch.device) -> torch.Tensor:
-    """N x labels, on the CPU, in the rows' order."""
-    import numpy as np
-
-    rows = np.array_split(np.arange(len(encoded)), -(-len(encoded) // _BATCH_ROWS))
-    return torch.cat([model(**collate(encoded, part, device).inputs).logits.float().cpu() for part in rows])
 
 
 @contextmanager

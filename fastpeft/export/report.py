@@ -36,7 +36,7 @@ def closing(plan: Plan, exported: Exported) -> Iterator[str]:
             f"({metric.after - metric.before:+.4f}) on {metric.num_rows:,} rows"
         )
         logged = number(plan.metric.get("value", metric.before))
-        if abs(logged - metric.before) > 1e-9:
+        if metric.name == plan.metric.get("name") and abs(logged - metric.before) > 1e-9:
             yield (
                 f"          the run logged {logged:.4f} for these weights: rounding, if it trained in bf16 or fp16; "
                 "else its base model or its data have changed"
@@ -44,8 +44,8 @@ def closing(plan: Plan, exported: Exported) -> Iterator[str]:
     loader = "transformers" if plan.merge else "PEFT"
     apart = f"{check.difference:.1e}" if check.difference else "0"
     yield (
-        f"checked   loaded in {loader}: largest difference of a logit {apart} on {check.num_rows} validation rows "
-        f"({check.tolerance:.0e} allowed)"
+        f"checked   loaded in {loader}: largest difference of a logit {apart} on {check.num_rows} {check.where} "
+        f"({check.tolerance:.0e} allowed), the largest one the same on {check.num_same}"
     )
     was = f" (adapter before: {exported.mb_before:.3f} MB)" if trimmed is not None or plan.merge else ""
     yield f"size      {exported.mb:.3f} MB{was}"

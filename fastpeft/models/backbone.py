@@ -117,7 +117,7 @@ def load_causal_lm(config: ModelConfig, dtype: torch.dtype, device: torch.device
     """
     import transformers
 
-    quantised = _nf4(dtype, device) if config.quantisation == "nf4" else {}
+    quantised = nf4_arguments(dtype, device) if config.quantisation == "nf4" else {}
     with _loading(config, "a causal language model") as folder:
         settings = transformers.AutoConfig.from_pretrained(folder, **_LOCAL)
         _check_config(settings, config.name)
@@ -134,9 +134,7 @@ def load_causal_lm(config: ModelConfig, dtype: torch.dtype, device: torch.device
     _name_base(model, config)
     model.requires_grad_(False)
     if quantised:
-        for module in model.modules():  # some CPUs would repack the weights to evaluate, and those pass no gradient
-            if hasattr(module, "support_avx512bf16_for_cpu"):
-                module.support_avx512bf16_for_cpu = False
+        never_repack(model)
     else:
         model.to(device)
     model.eval()
@@ -203,8 +201,8 @@ def _check_config(settings: Any, name: str) -> None:
         )
 
 
-def _nf4(dtype: torch.dtype, device: torch.device) -> dict[str, Any]:
-    """Arguments of from_pretrained."""
+def nf4_arguments(dtype: torch.dtype, device: torch.device) -> dict[str, Any]:
+    """Of from_pretrained: 4 bits with quantised constants, computing in `dtype`. UserError without bitsandbytes."""
     import transformers
 
     if find_spec("bitsandbytes") is None:
@@ -216,6 +214,13 @@ def _nf4(dtype: torch.dtype, device: torch.device) -> dict[str, Any]:
         bnb_4bit_compute_dtype=dtype,
     )
     return {"quantization_config": settings, "device_map": {"": device}}
+
+
+def never_repack(model: nn.Module) -> None:
+    """Some CPUs repack 4-bit weights at the first evaluation, and those compute in bf16 and pass no gradient."""
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
 
 
 def _end_tokens(model: nn.Module, tokenizer: Any, name: str) -> tuple[int, ...]:

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from fastpeft.data import Encoded
-from fastpeft.export.loading import logits
+from fastpeft.export.rows import logits
 from fastpeft.runs.store import RunFolder
 from fastpeft.trainer.setup import Job
 

@@ -24,9 +24,9 @@ from fastpeft.config import load_run, run_values, save_run
 from fastpeft.data import encode
 from fastpeft.errors import UnavailableError, UserError
 from fastpeft.export import loading, write
-from fastpeft.export.loading import logits
 from fastpeft.export.plan import make_plan
 from fastpeft.export.report import closing, opening
+from fastpeft.export.rows import logits
 from fastpeft.export.write import Exported, export
 from fastpeft.models.inject import ADAPTER_NAME
 from fastpeft.runs.store import RunFolder, read_json
