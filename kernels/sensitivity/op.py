@@ -60,6 +60,12 @@ def gradient_norm(x: Tensors, g: Tensors) -> torch.Tensor:
     return _split(uses)
 
 
+@torch.no_grad()
+def weight_gradient(x: torch.Tensor, g: torch.Tensor) -> torch.Tensor:
+    """G^T X: (O, I), in fp32 at least, from x (..., I) and g (..., O)."""
+    return _product(_as_matrix(g).t(), _as_matrix(x))
+
+
 def sketch_norm(db_norm: torch.Tensor, scale: float, variance: float, rank: int) -> torch.Tensor:
     """Estimate ||dL/dW||_F from ||dL/dB||_F, free in any LoRA backward.
 

@@ -11,7 +11,7 @@ import transformers
 from safetensors.torch import load_file
 from tiny import make_causal_lm
 
-from fastpeft.adapters import method_class
+from fastpeft.adapters import iw_lora, method_class
 from fastpeft.config import load_run
 from fastpeft.errors import UserError
 from fastpeft.kernels import linear_cross_entropy, logits_cross_entropy
@@ -234,6 +234,18 @@ def test_calibration_equals_autograd(folders, family, num_micro, seed):
     adapter, *_ = build(folders[family], "iw_lora")
     got = sensitivities(adapter, seed, num_micro)
     assert got == pytest.approx(exact_sensitivities(folders[family], adapter, seed), rel=1e-4)
+
+
+@pytest.mark.parametrize("num_micro", [1, 3])
+def test_calibration_that_would_hold_too_much_adds_up_as_it_goes(folders, num_micro, seed, monkeypatch):
+    monkeypatch.setattr(iw_lora, "HELD_BYTES", 0)
+    added = []
+    real = iw_lora.weight_gradient
+    monkeypatch.setattr(iw_lora, "weight_gradient", lambda x, g: added.append(x.shape) or real(x, g))
+    adapter, *_ = build(folders["qwen3"], "iw_lora")
+    got = sensitivities(adapter, seed, num_micro)
+    assert got == pytest.approx(exact_sensitivities(folders["qwen3"], adapter, seed), rel=1e-4)
+    assert len(added) >= len(adapter.blocks)
 
 
 # ---- 4 bits --------------------------------------------------------------------------------
