@@ -280,6 +280,8 @@ def test_4_bit_holds_the_blocks_only(four_bit):
     assert (state.quant_type, state.nested) == ("nf4", True)
     assert adapter.blocks[0].module.base_layer.compute_dtype == torch.bfloat16
     assert {type(block.module).__name__ for block in adapter.blocks} == {"LoraLinear4bit"}
+    x = torch.zeros(1, 64, dtype=torch.bfloat16)
+    assert all(block.module.plain_call(x) for block in adapter.blocks if block.module.in_features == 64)
     assert all(p.dtype == torch.float32 for name, p in adapter.model.named_parameters() if ".lora_" in name)
 
 
