@@ -31,7 +31,15 @@ def rows(labels: np.ndarray, guesses: np.ndarray) -> Encoded:
     lengths = 1 + np.arange(len(labels)) % 5
     tokens = np.repeat(guesses, lengths).astype(np.int32)
     offsets = np.concatenate([[0], np.cumsum(lengths)])
-    return Encoded(tokens, None, offsets, labels.astype(np.int64), 0, pad_token=0, max_length=8)
+    return Encoded(
+        tokens=tokens,
+        segments=None,
+        offsets=offsets,
+        labels=labels.astype(np.int64),
+        num_truncated=0,
+        pad_token=0,
+        max_length=8,
+    )
 
 
 @pytest.mark.parametrize(("num_labels", "positive"), [(2, 0), (2, 1), (3, 2)])
