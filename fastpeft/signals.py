@@ -66,6 +66,8 @@ class Blocks:
     """`q_proj`, `query`: what tells the matrices of a layer apart."""
     num_elements: tuple[int, ...]
     """Trained elements of each of the U units: the K matrices (A and B together), then each other parameter."""
+    num_b_elements: tuple[int, ...] = ()
+    """Elements of B of each of the K matrices."""
 
     def __len__(self) -> int:
         return len(self.names)

@@ -61,6 +61,7 @@ class FlatParameters:
             layers=tuple(block.layer for block in blocks),
             projections=tuple(block.projection for block in blocks),
             num_elements=tuple(sum(size for _, size in parts) for parts in self.layout.unit_parts()),
+            num_b_elements=tuple(block.lora_b.numel() for block in blocks),
         )
         self.num_factors, self.num_adapter = self.layout.num_factors, self.layout.num_adapter
         self.data = torch.empty(self.layout.num_total, dtype=torch.float32, device=device)

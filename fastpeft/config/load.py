@@ -341,6 +341,8 @@ def _contradictions(run: RunConfig) -> Iterator[str]:
             f"model.quantisation: {run.model.quantisation} freezes the weights that method full trains; leave it out, "
             "or take a method with an adapter"
         )
+    if run.schedule.name == "fot" and run.schedule.fot.calibrate and run.schedule.fot.alignment:
+        yield "schedule.fot.calibrate: it corrects the bound, which schedule.fot.alignment does without; switch one off"
     if run.method == "iw_lora" and regulariser.calibration == "inline" and run.schedule.warmup_steps == 0:
         yield "regulariser.calibration: inline measures during the rate's warm-up, but schedule.warmup_steps is 0"
     if run.dataset.labels is not None and len(set(run.dataset.labels)) < max(2, len(run.dataset.labels)):

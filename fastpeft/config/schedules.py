@@ -2,17 +2,42 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Annotated, Literal
 
 from fastpeft.config.fields import STRICT_KEYS, Fraction, NonNegativeInt, Range
 
 
 @dataclass(frozen=True, kw_only=True)
+class FotConfig:
+    """Forecast-On-Trajectory. training.learning_rate is where the rate begins; the rate stays within 1/100 and 30
+    times it. The defaults are the paper's."""
+
+    __pydantic_config__ = STRICT_KEYS
+
+    window: Annotated[int, Range(ge=1, lt=2**31)] | Literal["auto"] = 32
+    """Steps of a block: its mean loss is a point of the fit, its end a refit. auto: a 64th of the run, 4 to 32."""
+    floor: bool = False
+    """Fit an irreducible loss as well."""
+    gate: bool = True
+    """Scale the rate by what the answers' tokens still have to learn against the prompts'; not where there is no
+    prompt."""
+    block_scaling: bool = True
+    """A rate for each adapted matrix, by the gradient that comes from the answers' tokens."""
+    calibrate: bool = False
+    """Ours: divide the bound by how far the predicted descent is from the measured one."""
+    alignment: bool = False
+    """Ours: raise the rate while the last steps' directions still descend, lower it when they do not, and leave the
+    bound alone."""
+    anneal: Annotated[float, Range(ge=0, le=1)] = 0.0
+    """Ours: the share of the budget, at its end, over which the rate falls linearly to 0."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class ScheduleConfig:
     __pydantic_config__ = STRICT_KEYS
 
-    name: Literal["constant", "linear", "cosine", "wsd", "rex"] = "linear"
+    name: Literal["constant", "linear", "cosine", "wsd", "rex", "fot"] = "linear"
     """Shape of the learning rate after the warm-up, over the share of the budget spent."""
     warmup_steps: NonNegativeInt = 500
     """Linear warm-up; capped at 6 % of the budget."""
@@ -20,3 +45,4 @@ class ScheduleConfig:
     """The rate at the end, as a share of the peak (linear, cosine, wsd)."""
     decay_fraction: Annotated[float, Range(gt=0, le=1)] = 0.2
     """wsd: the share of the budget over which the rate decays."""
+    fot: FotConfig = field(default_factory=FotConfig)

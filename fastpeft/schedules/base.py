@@ -61,6 +61,9 @@ class Schedule(ABC):
             progress: share of the budget that was spent before this step.
         """
 
+    def finish(self, progress: float) -> None:
+        """Called once, after the last step of a run that came to its end: the time to `tell` how it went."""
+
     def state(self) -> dict[str, Any]:
         """Everything that the next rates depend on, as JSON values (finite numbers; arrays as lists)."""
         return {}

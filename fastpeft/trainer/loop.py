@@ -123,6 +123,8 @@ class Loop:
         )
 
     def _finish(self) -> str:
+        self.job.schedule.finish(self.job.clock.progress)
+        self._pass_on()
         diverged = self._steps.num_non_finite >= MAX_NON_FINITE
         if diverged:
             self.warn(f"{MAX_NON_FINITE} steps in a row were not finite: the run is ended")
@@ -179,7 +181,11 @@ class Loop:
         self._steps.note(clock, progress, rates, signals)
         clock.count_step(signals.num_tokens, time.perf_counter() - began)
         self.watch_meter()
-        told = job.schedule.told()
+        self._pass_on()
+
+    def _pass_on(self) -> None:
+        """Log what the schedule has to tell."""
+        told = self.job.schedule.told()
         if told:
             self._steps.fetch()  # the log stays in the steps' order
         for type, fields in told:

@@ -1,0 +1,350 @@
+"""FoT, Forecast-On-Trajectory: as large a step as this step's share of the loss that is left to gain allows.
+
+A power law through the loss so far says what the loss can still fall by before the budget ends. The rate then is the
+one at which the predicted descent of a step is that fall over the steps that are left. The phase gate and the rates of
+single matrices look at where the gradient comes from: the answers' tokens, or the prompts'.
+
+Shape suffixes: K adapted matrices, U units (the K matrices, then other parameters).
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from fastpeft.config.schedules import ScheduleConfig
+from fastpeft.schedules.base import WarmedSchedule, register
+from fastpeft.schedules.forecast import Divergences, Forecaster
+from fastpeft.signals import Blocks, BlockSums, Measured, Need, Rates
+
+GROWTH, FALL = 1.1, 0.9
+"""The most that the rate changes by at a refit; the fall is bounded with `calibrate` only."""
+LEAST, MOST = 1 / 100, 30.0
+"""Rails of the stored rate, as multiples of the first."""
+NOTHING_LEFT = 1e-9
+"""A forecast fall of the loss that is none."""
+ALIGNMENT_STEPS, ALIGNMENT_GROWTH = 16, 1.5
+KEEP = 0.98
+"""Decay of running means, a step."""
+PROMPT_KEEP = KEEP**16
+"""Of the prompts' Fisher information, which comes every 16 steps."""
+MULTIPLIER_RANGE = 1 / 4, 4.0
+
+
+@dataclass(frozen=True)
+class Statistics:
+    """Of one step, over all N trained parameters. Loss units: nats; theta stands for a parameter's unit."""
+
+    grad_sq: float
+    """g2 = sum g^2 / N, before clipping: nats^2 / theta^2."""
+    root_second: float
+    """lambda = sqrt(sum v / N), v Adam's bias-corrected second moment, after clipping: nats / theta."""
+    second_spread: float
+    """sigma2: standard deviation over the tensors of their mean v: nats^2 / theta^2. It is the paper's that it is added
+    to lambda, whose unit differs."""
+
+    @property
+    def descent(self) -> float:
+        """Predicted fall of the loss per unit of rate: g2 / (2 (sigma2 + lambda))."""
+        return self.grad_sq / (2 * (self.second_spread + self.root_second))
+
+
+def statistics(sums: BlockSums, num_elements_U: np.ndarray) -> Statistics | None:
+    """All statistics of the bound from a step's sums; a tensor is a unit of Blocks. None if one is not finite, or if
+    there is no gradient to divide by."""
+    num = float(num_elements_U.sum())
+    mean_U = sums.second_U / num_elements_U
+    centred_U = mean_U - mean_U.mean()
+    spread = math.sqrt(float(centred_U @ centred_U) / len(mean_U))
+    found = Statistics(float(sums.grad_sq_U.sum()) / num, math.sqrt(float(sums.second_U.sum()) / num), spread)
+    good = found.grad_sq > 0 and found.root_second + found.second_spread > 0
+    return found if good and math.isfinite(found.descent) else None
+
+
+class RunningMean:
+    """Exponential mean, corrected for its start; None before the first value."""
+
+    def __init__(self, keep: float) -> None:
+        self.keep = keep
+        self._sum, self._weight = 0.0, 0.0
+
+    def add(self, value: float) -> None:
+        self._sum = self.keep * self._sum + (1 - self.keep) * value
+        self._weight = self.keep * self._weight + (1 - self.keep)
+
+    @property
+    def value(self) -> float | None:
+        return self._sum / self._weight if self._weight else None
+
+    def state(self) -> list[float]:
+        return [self._sum, self._weight]
+
+    def load_state(self, state: list[float]) -> None:
+        self._sum, self._weight = state
+
+
+class PhaseGate:
+    """h: 1.5 while the answers' tokens are surer than the prompts', 0.7 while less sure; 1 where there is no prompt."""
+
+    def __init__(self) -> None:
+        self.answer, self.prompt = RunningMean(KEEP), RunningMean(PROMPT_KEEP)
+        self.factor = 1.0
+
+    def add(self, measured: Measured) -> None:
+        for mean, value in ((self.answer, measured.answer_fisher), (self.prompt, measured.prompt_fisher)):
+            if value is not None and math.isfinite(value):
+                mean.add(value)
+
+    def decide(self) -> None:
+        answer, prompt = self.answer.value, self.prompt.value
+        if answer is None or not prompt:
+            return
+        ratio = answer / prompt
+        self.factor = 1.5 if ratio < 0.7 else 0.7 if ratio > 1.3 else 1.0
+
+    def state(self) -> dict[str, Any]:
+        return {"answer": self.answer.state(), "prompt": self.prompt.state(), "factor": self.factor}
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        self.answer.load_state(state["answer"])
+        self.prompt.load_state(state["prompt"])
+        self.factor = state["factor"]
+
+
+class BlockScales:
+    """sqrt(mean of lambda / lambda_k), lambda_k the running RMS over the elements of B_k of its gradient, the answers'
+    part only.
+
+    The smaller a matrix's gradient, the larger its rate: so says the paper's formula, and its prose the opposite.
+    """
+
+    def __init__(self, blocks: Blocks) -> None:
+        if len(blocks.num_b_elements) != len(blocks):
+            raise ValueError(f"fot: {len(blocks)} matrices, but {len(blocks.num_b_elements)} sizes of B")
+        self._num_K = np.array(blocks.num_b_elements, dtype=np.float64)
+        self._sq_K: np.ndarray | None = None
+        self.multiplier_K: np.ndarray | None = None
+
+    def add(self, grad_sq_K: np.ndarray | None) -> None:
+        if grad_sq_K is None or not len(grad_sq_K) or not np.isfinite(grad_sq_K).all():
+            return
+        # Every matrix has seen as many values: the correction for the start would cancel below.
+        self._sq_K = grad_sq_K.astype(np.float64) if self._sq_K is None else self._sq_K
+        self._sq_K = KEEP * self._sq_K + (1 - KEEP) * grad_sq_K
+
+    def decide(self) -> None:
+        if self._sq_K is None:
+            return
+        rms_K = np.sqrt(self._sq_K / self._num_K)
+        least, most = MULTIPLIER_RANGE
+        floor = max(float(rms_K.mean()), 1e-300) / most**2  # where the clip begins: no gradient is no division by 0
+        self.multiplier_K = np.clip(np.sqrt(rms_K.mean() / np.maximum(rms_K, floor)), least, most)
+
+    def state(self) -> dict[str, Any]:
+        arrays = {"sq": self._sq_K, "multiplier": self.multiplier_K}
+        return {name: None if array is None else array.tolist() for name, array in arrays.items()}
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        arrays = (None if state[name] is None else np.array(state[name]) for name in ("sq", "multiplier"))
+        self._sq_K, self.multiplier_K = arrays
+
+
+@register("fot")
+class Fot(WarmedSchedule):
+    """The rate that begins at `peak_lr` and then follows the forecast; see the module."""
+
+    def __init__(self, config: ScheduleConfig, peak_lr: float, blocks: Blocks | None = None) -> None:
+        super().__init__(config, peak_lr, blocks)
+        self.options = config.fot
+        window = None if self.options.window == "auto" else self.options.window
+        self.forecaster = Forecaster(window, self.options.floor)
+        self.divergences = Divergences()
+        self.gate = PhaseGate()
+        self.scales = BlockScales(blocks) if self.options.block_scaling and blocks is not None else None
+        self._num_elements_U = np.array(blocks.num_elements if blocks is not None else (), dtype=np.float64)
+        self.descent = RunningMean(KEEP)
+        """D: measured fall of the loss per unit of rate, along the last direction, at the step's end."""
+        self.lr = peak_lr
+        self.at_bound = False
+        self._lr_before: float | None = None
+        self._predicted, self._num_predicted = 0.0, 0
+        self._spent = [0.0, 0.0]
+        self._counts = dict.fromkeys(("steps", "at_bound", "at_rail", "skipped", "held"), 0)
+
+    @property
+    def needs(self) -> frozenset[Need]:
+        needs = {Need.LOSS, Need.BLOCKS}
+        if self.options.gate:
+            needs |= {Need.TOKENS, Need.PROMPT}
+        if self.options.block_scaling:
+            needs.add(Need.ANSWER_GRADIENT)
+        return frozenset(needs)
+
+    def rates(self, measured: Measured | None, progress: float) -> Rates:
+        warm = self.warmup_factor(progress)
+        if measured is not None:
+            self._watch(measured, progress)
+        anneal = self.options.anneal
+        falling = min(1.0, max(0.0, 1 - progress) / anneal) if anneal else 1.0
+        return Rates(self.lr * warm * falling * self.gate.factor, self.scales.multiplier_K if self.scales else None)
+
+    # ---- what a step has measured ------------------------------------------------------------
+
+    def _watch(self, measured: Measured, progress: float) -> None:
+        loss = math.nan if measured.skipped else measured.loss
+        self._counts["steps"] += 1
+        self._counts["at_bound"] += self.at_bound
+        self._counts["at_rail"] += self.at_rail
+        self.divergences.add(loss)
+        if measured.skipped:
+            self._counts["skipped"] += 1
+        else:
+            self._add_sums(measured)
+            if self.options.gate:
+                self.gate.add(measured)
+            if self.scales is not None:
+                self.scales.add(measured.answer_grad_sq_K)
+        self._lr_before = measured.lr
+        ended = self.forecaster.add(measured.step, measured.progress, progress, loss)
+        if self.options.alignment and measured.step % ALIGNMENT_STEPS == 0:
+            self._align(progress)
+        if ended:
+            self._refit(progress)
+
+    def _add_sums(self, measured: Measured) -> None:
+        found = None if measured.blocks is None else statistics(measured.blocks, self._num_elements_U)
+        descent = math.nan if found is None else self._measured_descent(measured.blocks)
+        if found is None or not math.isfinite(descent):
+            self._counts["skipped"] += 1
+            return
+        self._predicted, self._num_predicted = self._predicted + found.descent, self._num_predicted + 1
+        if self._lr_before is None:  # no step led here
+            return
+        self.descent.add(descent)
+        self._spent[0] += self._lr_before * (self.descent.value or 0.0)
+        self._spent[1] += self._lr_before * found.descent
+
+    def _measured_descent(self, sums: BlockSums) -> float:
+        """<g(t + 1), u_t> over all trained parameters, u_t in units of the emitted rate."""
+        descent_U = sums.descent_U
+        multiplier_K = self.scales.multiplier_K if self.scales else None
+        if multiplier_K is None:
+            return float(descent_U.sum())
+        num = len(multiplier_K)
+        return float(descent_U[:num] @ multiplier_K + descent_U[num:].sum())
+
+    # ---- the rate ----------------------------------------------------------------------------
+
+    @property
+    def at_rail(self) -> bool:
+        return self.lr in (LEAST * self.peak_lr, MOST * self.peak_lr)
+
+    def _set(self, lr: float) -> None:
+        self.lr = min(max(lr, LEAST * self.peak_lr), MOST * self.peak_lr)
+
+    def _align(self, progress: float) -> None:
+        """Up while <g(t + 1), u_t> is positive, down when it is not: the bound is not asked."""
+        annealing = self.options.anneal > 0 and progress >= 1 - self.options.anneal
+        if self.warmup.ended_at is None or annealing or self.descent.value is None:
+            return
+        self._set(self.lr * (ALIGNMENT_GROWTH if self.descent.value > 0 else FALL))
+
+    def _refit(self, progress: float) -> None:
+        """At the end of a block."""
+        if self.forecaster.ready:
+            self.gate.decide()
+            if self.scales is not None:
+                self.scales.decide()
+            bound = None if self.options.alignment else self._move()
+            self.tell("forecast", **self.forecaster.forecast(), progress=progress)
+            self.tell("schedule", **self._figures(bound))
+        self._predicted, self._num_predicted = 0.0, 0
+        self._spent = [0.0, 0.0]
+
+    def _move(self) -> float | None:
+        """lr <- min(1.1 lr, bound). Returns the bound; None if there is none."""
+        self.at_bound = False
+        left, horizon = self.forecaster.improvable(), self.forecaster.horizon
+        if not left > NOTHING_LEFT:
+            self._counts["held"] += 1
+            return None
+        descent = self.descent.value if self.options.calibrate else self._predicted_descent()
+        if descent is None:
+            self._counts["skipped"] += 1
+            return None
+        if descent <= 0:  # only a measured one: it says that the last steps were too long
+            self._set(self.lr * FALL)
+            return None
+        bound = left / max(1.0, horizon - self.forecaster.now) / descent
+        self.at_bound = bound <= GROWTH * self.lr
+        least = FALL * self.lr if self.options.calibrate else 0.0
+        self._set(max(least, min(GROWTH * self.lr, bound)))
+        return bound
+
+    def _predicted_descent(self) -> float | None:
+        return self._predicted / self._num_predicted if self._num_predicted else None
+
+    def _figures(self, bound: float | None) -> dict[str, Any]:
+        law, (measured, predicted) = self.forecaster.law, self._spent
+        assert law is not None
+        return {
+            "rate": self.lr,
+            "bound": bound,
+            "at_bound": self.at_bound,
+            "at_rail": self.at_rail,
+            "improvable": self.forecaster.improvable(),
+            "predicted_descent": self._predicted_descent(),
+            "descent": self.descent.value,
+            "kappa": measured / predicted if predicted > 0 else None,
+            "gate": self.gate.factor,
+            "exponent": law.exponent,
+            "offset": law.offset,
+            "log_scale": law.log_scale,
+            "floor": law.floor,
+        }
+
+    def finish(self, progress: float) -> None:
+        counts = self._counts
+        steps = max(1, counts["steps"])
+        self.tell(
+            "schedule",
+            finished_at=progress,
+            forecast_error=self.forecaster.errors(),
+            anneal=self.options.anneal,
+            at_bound_share=counts["at_bound"] / steps,
+            at_rail_share=counts["at_rail"] / steps,
+            divergences=self.divergences.count,
+            skipped_statistics=counts["skipped"],
+            held_refits=counts["held"],
+        )
+
+    # ---- resume ------------------------------------------------------------------------------
+
+    def state(self) -> dict[str, Any]:
+        return {
+            "warmup": super().state(),
+            "forecaster": self.forecaster.state(),
+            "divergences": self.divergences.state(),
+            "gate": self.gate.state(),
+            "scales": None if self.scales is None else self.scales.state(),
+            "descent": self.descent.state(),
+            "lr": self.lr,
+            "at_bound": self.at_bound,
+            "block": [self._lr_before, self._predicted, self._num_predicted, list(self._spent)],
+            "counts": dict(self._counts),
+        }
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        super().load_state(state["warmup"])
+        self.forecaster.load_state(state["forecaster"])
+        self.divergences.load_state(state["divergences"])
+        self.gate.load_state(state["gate"])
+        if self.scales is not None:
+            self.scales.load_state(state["scales"])
+        self.descent.load_state(state["descent"])
+        self.lr, self.at_bound = state["lr"], state["at_bound"]
+        self._lr_before, self._predicted, self._num_predicted, spent = state["block"]
+        self._spent, self._counts = list(spent), dict(state["counts"])

@@ -1,0 +1,173 @@
+"""The power law f(t) = c + a (t + b)^-alpha of a loss curve: its fit in log space, and the band of a forecast.
+
+Shape suffixes: N points, P parameters (log a, b, alpha, and c where there is a floor).
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+
+MIN_EXPONENT, MAX_EXPONENT = 1e-3, 2.0
+MIN_LOSS = 1e-8
+"""Losses below it count as this much: the fit takes logarithms."""
+DAMPING = 1e-3
+MAX_TRIES = 8
+MAX_ITERATIONS = 20
+CONVERGED = 1e-6
+FIRST_FLOORS = (0.0, 0.5, 0.8, 0.95)
+"""Floors that the first fit begins from, as shares of the least loss."""
+MAX_FLOOR = 0.999
+BAND_Z = 1.6449
+"""Of the normal distribution: 90 % lie within."""
+
+
+@dataclass(frozen=True)
+class PowerLaw:
+    """f(t) = floor + exp(log_scale) (t + offset)^-exponent."""
+
+    log_scale: float
+    offset: float
+    """In steps."""
+    exponent: float
+    floor: float = 0.0
+
+    def __call__(self, t: float) -> float:
+        return self.floor + math.exp(self.log_scale - self.exponent * math.log(t + self.offset))
+
+
+def fit_power_law(
+    t_N: np.ndarray, loss_N: np.ndarray, now: float, start: PowerLaw | None = None, with_floor: bool = False
+) -> PowerLaw | None:
+    """Least squares between log f and log loss by damped Gauss-Newton, projected on the bounds.
+
+    Bounds: MIN_EXPONENT <= alpha <= MAX_EXPONENT, 0 <= b <= now, 0 <= c <= MAX_FLOOR of the least loss. The damping is
+    mu diag(J^T J); mu rises tenfold from DAMPING until the cost falls, and after MAX_TRIES the fit is kept as it is.
+
+    Args:
+        t_N: steps at which the losses lie, >= 1. Points whose loss is not finite are left out.
+        now: number of the last step.
+        start: the fit before this one; without it, the line in (log t, log loss) is where the fit begins.
+
+    Returns:
+        None if fewer points are left than the law has parameters.
+    """
+    good_N = np.isfinite(loss_N)
+    t_N, loss_N = t_N[good_N], np.maximum(loss_N[good_N], MIN_LOSS)
+    if len(t_N) < 3 + with_floor:
+        return None
+    top = np.array([math.inf, now, MAX_EXPONENT, MAX_FLOOR * loss_N.min() if with_floor else 0.0])
+    if start is not None:
+        starts = [np.array([start.log_scale, start.offset, start.exponent, start.floor])]
+    else:
+        starts = [_line(t_N, loss_N, share * loss_N.min()) for share in (FIRST_FLOORS if with_floor else (0.0,))]
+    fits = [_gauss_newton(_project(theta_P, top), t_N, np.log(loss_N), top) for theta_P in starts]
+    cost, theta_P = min(fits, key=lambda fit: fit[0])
+    return PowerLaw(*theta_P.tolist()) if math.isfinite(cost) else None
+
+
+def forecast_band(law: PowerLaw, t_N: np.ndarray, loss_N: np.ndarray, now: float, at: float) -> tuple[float, float]:
+    """90 % prediction interval, in log space, of a point like those of `loss_N` at step `at`.
+
+    Its variance is s^2 (1 + j^T (J^T J)^-1 j): s^2 the residual variance of the fit, j the gradient of log f(at).
+    Parameters at a bound count as known. It knows of no change in the rate between now and then.
+    """
+    good_N = np.isfinite(loss_N)
+    t_N, loss_N = t_N[good_N], np.maximum(loss_N[good_N], MIN_LOSS)
+    theta_P = np.array([law.log_scale, law.offset, law.exponent, law.floor])
+    top = np.array([math.inf, now, MAX_EXPONENT, MAX_FLOOR * loss_N.min() if law.floor else 0.0])
+    free_P = (theta_P > _BOTTOM) & (theta_P < top)
+    fitted_N, jacobian_NP = _model(theta_P, t_N)
+    freedom = max(1, len(t_N) - int(free_P.sum()))
+    variance = float(np.square(np.log(loss_N) - fitted_N).sum()) / freedom
+    centre, slope_1P = _model(theta_P, np.array([at]))
+    # The normal equations in units of each column's length: b counts steps, alpha does not.
+    length_P = np.linalg.norm(jacobian_NP[:, free_P], axis=0)
+    scaled_NP = jacobian_NP[:, free_P] / length_P
+    slope_P = slope_1P[0, free_P] / length_P
+    spread = float(slope_P @ np.linalg.pinv(scaled_NP.T @ scaled_NP, hermitian=True) @ slope_P)
+    quantile = BAND_Z + (BAND_Z**3 + BAND_Z) / (4 * freedom)  # Student's t, to first order
+    width = min(quantile * math.sqrt(variance * (1 + max(0.0, spread))), 50.0)  # of a log: exp stays finite
+    return math.exp(centre[0] - width), math.exp(centre[0] + width)
+
+
+_BOTTOM = np.array([-math.inf, 0.0, MIN_EXPONENT, 0.0])
+
+
+def _project(theta_P: np.ndarray, top: np.ndarray) -> np.ndarray:
+    return np.minimum(np.maximum(theta_P, _BOTTOM), top)
+
+
+def _line(t_N: np.ndarray, loss_N: np.ndarray, floor: float) -> np.ndarray:
+    """Parameters of the straight line through (log t, log(loss - floor)), b = 0, its slope inside the bounds."""
+    x_N, y_N = np.log(t_N), np.log(loss_N - floor)
+    centred_N = x_N - x_N.mean()
+    slope = float(centred_N @ y_N) / max(float(centred_N @ centred_N), 1e-12)
+    exponent = min(max(-slope, MIN_EXPONENT), MAX_EXPONENT)
+    return np.array([float(y_N.mean() + exponent * x_N.mean()), 0.0, exponent, floor])
+
+
+def _model(theta_P: np.ndarray, t_N: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """log f and its derivatives by the four parameters."""
+    log_scale, offset, exponent, floor = theta_P
+    shifted_N = t_N + offset
+    log_N = np.log(shifted_N)
+    power_N = log_scale - exponent * log_N
+    jacobian_NP = np.empty((len(t_N), 4))
+    if floor == 0.0:
+        fitted_N, share_N = power_N, 1.0
+        jacobian_NP[:, 3] = np.exp(np.minimum(-power_N, 50.0))
+    else:
+        fitted_N = np.logaddexp(math.log(floor), power_N)
+        share_N = np.exp(power_N - fitted_N)
+        jacobian_NP[:, 3] = np.exp(-fitted_N)
+    jacobian_NP[:, 0] = share_N
+    jacobian_NP[:, 1] = -exponent / shifted_N * share_N
+    jacobian_NP[:, 2] = -log_N * share_N
+    return fitted_N, jacobian_NP
+
+
+def _gauss_newton(
+    theta_P: np.ndarray, t_N: np.ndarray, log_loss_N: np.ndarray, top: np.ndarray
+) -> tuple[float, np.ndarray]:
+    """(half the squared residual, parameters) of the best point found."""
+    fitted_N, jacobian_NP = _model(theta_P, t_N)
+    residual_N = log_loss_N - fitted_N
+    cost = 0.5 * float(residual_N @ residual_N)
+    for _ in range(MAX_ITERATIONS):
+        descent_P = jacobian_NP.T @ residual_N
+        # A parameter at a bound that descent pushes against is none: its step would only spoil those of the others.
+        free_P = ~((theta_P <= _BOTTOM) & (descent_P <= 0) | (theta_P >= top) & (descent_P >= 0))
+        free_P[3] &= top[3] > 0
+        better = _damped_step(theta_P, free_P, jacobian_NP, descent_P, cost, t_N, log_loss_N, top)
+        if better is None:
+            break
+        before = cost
+        theta_P, cost, residual_N, jacobian_NP = better
+        if before - cost <= CONVERGED * before:
+            break
+    return cost, theta_P
+
+
+def _damped_step(theta_P, free_P, jacobian_NP, descent_P, cost, t_N, log_loss_N, top):
+    """The first step, of ever more damping, that lowers the cost: what it leads to, or None."""
+    own_NP = jacobian_NP[:, free_P]
+    normal_PP = own_NP.T @ own_NP
+    diagonal_P = np.diag(normal_PP)
+    damping = DAMPING
+    for _ in range(MAX_TRIES):
+        trial_P = theta_P.copy()
+        try:
+            trial_P[free_P] += np.linalg.solve(normal_PP + np.diag(damping * diagonal_P), descent_P[free_P])
+        except np.linalg.LinAlgError:
+            return None
+        trial_P = _project(trial_P, top)
+        fitted_N, trial_jacobian_NP = _model(trial_P, t_N)
+        residual_N = log_loss_N - fitted_N
+        trial_cost = 0.5 * float(residual_N @ residual_N)
+        if trial_cost < cost:
+            return trial_P, trial_cost, residual_N, trial_jacobian_NP
+        damping *= 10
+    return None
