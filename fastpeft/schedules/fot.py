@@ -136,12 +136,12 @@ class BlockScales:
         self._sq_K = KEEP * self._sq_K + (1 - KEEP) * grad_sq_K
 
     def decide(self) -> None:
-        if self._sq_K is None:
+        if self._sq_K is None or not self._sq_K.any():
             return
         rms_K = np.sqrt(self._sq_K / self._num_K)
         least, most = MULTIPLIER_RANGE
-        floor = max(float(rms_K.mean()), 1e-300) / most**2  # where the clip begins: no gradient is no division by 0
-        self.multiplier_K = np.clip(np.sqrt(rms_K.mean() / np.maximum(rms_K, floor)), least, most)
+        nonzero_K = np.maximum(rms_K, rms_K.mean() / most**2)  # below it the result is clipped anyway
+        self.multiplier_K = np.clip(np.sqrt(rms_K.mean() / nonzero_K), least, most)
 
     def state(self) -> dict[str, Any]:
         arrays = {"sq": self._sq_K, "multiplier": self.multiplier_K}
