@@ -158,6 +158,7 @@ def test_a_name_of_nothing_is_refused(name, tmp_path, monkeypatch):
             "inline takes the sketch",
         ),
         ({"method": "iw_lora", "regulariser.calibration": "inline", "schedule.warmup_steps": 0}, "warm-up"),
+        ({"schedule.name": "fot", "schedule.fot.calibrate": True, "schedule.fot.alignment": True}, "switch one off"),
         ({"optuna.space": {"training.sed": {"type": "int", "low": 1, "high": 2}}}, "did you mean training.seed?"),
         ({"stand_in.overrides": {"training.sed": 1}}, "did you mean training.seed?"),
         ({"optuna.space": {"training.seed": {"type": "int", "low": 2, "high": 1}}}, "low must be under high"),

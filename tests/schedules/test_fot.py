@@ -13,8 +13,8 @@ import pytest
 
 from fastpeft.config.schedules import FotConfig, ScheduleConfig
 from fastpeft.schedules import make_schedule
-from fastpeft.schedules.fot import Fot, statistics
 from fastpeft.schedules.forecast import Divergences, Forecaster
+from fastpeft.schedules.fot import Fot, statistics
 from fastpeft.signals import Blocks, BlockSums, Measured, Need
 
 LR = 1e-3

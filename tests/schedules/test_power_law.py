@@ -19,7 +19,7 @@ from fastpeft.schedules.power_law import (
 
 W, NUM_BLOCKS = 32, 150
 T = W * NUM_BLOCKS
-t_N = np.arange(NUM_BLOCKS) * W + (W + 1) / 2
+TIMES = np.arange(NUM_BLOCKS) * W + (W + 1) / 2
 
 
 def losses(law: PowerLaw, noise: float = 0.0, rng: np.random.Generator | None = None) -> np.ndarray:
@@ -40,7 +40,7 @@ def fit_along(loss_N: np.ndarray, until: int, every: int = 5, with_floor: bool =
     law = None
     for num in range(10, until + 1):
         if num % every == 0 or num == until:
-            law = fit_power_law(t_N[:num], loss_N[:num], num * W, law, with_floor)
+            law = fit_power_law(TIMES[:num], loss_N[:num], num * W, law, with_floor)
     assert law is not None
     return law
 
@@ -51,7 +51,7 @@ def cost(law: PowerLaw, times: np.ndarray, loss_N: np.ndarray) -> float:
 
 @pytest.mark.parametrize("true", [PowerLaw(1.0, 0.0, 0.5), PowerLaw(0.3, 120.0, 0.25), PowerLaw(5.0, 900.0, 0.9)])
 def test_the_parameters_of_a_curve_without_noise_are_found(true: PowerLaw) -> None:
-    exact_N = np.array([true(t) for t in t_N])
+    exact_N = np.array([true(t) for t in TIMES])
     law = fit_along(exact_N, NUM_BLOCKS, every=1)
     assert law(T) == pytest.approx(true(T), rel=1e-4)
     assert law.exponent == pytest.approx(true.exponent, rel=0.01)
@@ -81,14 +81,14 @@ def test_no_refit_breaks_and_none_is_worse_than_the_straight_line(seed: int) -> 
         loss_N = losses(some_law(rng), 0.3, rng)
         law = None
         for num in range(10, NUM_BLOCKS, 7):
-            law = fit_power_law(t_N[:num], loss_N[:num], num * W, law)
+            law = fit_power_law(TIMES[:num], loss_N[:num], num * W, law)
             assert law is not None
             assert MIN_EXPONENT <= law.exponent <= MAX_EXPONENT
             assert 0 <= law.offset <= num * W
-            slope, level = np.polyfit(np.log(t_N[:num]), np.log(loss_N[:num]), 1)
+            slope, level = np.polyfit(np.log(TIMES[:num]), np.log(loss_N[:num]), 1)
             line = PowerLaw(level, 0.0, -slope)
             if MIN_EXPONENT <= -slope <= MAX_EXPONENT:
-                assert cost(law, t_N[:num], loss_N[:num]) <= cost(line, t_N[:num], loss_N[:num]) * (1 + 1e-9)
+                assert cost(law, TIMES[:num], loss_N[:num]) <= cost(line, TIMES[:num], loss_N[:num]) * (1 + 1e-9)
 
 
 @pytest.mark.parametrize(
@@ -100,19 +100,19 @@ def test_no_refit_breaks_and_none_is_worse_than_the_straight_line(seed: int) -> 
 def test_odd_curves_stay_inside_the_bounds(curve: np.ndarray, with_floor: bool) -> None:
     law = None
     for num in range(10, 41):
-        law = fit_power_law(t_N[:num], curve[:num], num * W, law, with_floor)
+        law = fit_power_law(TIMES[:num], curve[:num], num * W, law, with_floor)
         assert law is not None
         assert MIN_EXPONENT <= law.exponent <= MAX_EXPONENT
         assert 0 <= law.floor <= max(curve[:num].min(), 1e-8)
         assert 0 <= law(T) <= law(num * W)
-        low, high = forecast_band(law, t_N[:num], curve[:num], num * W, T)
+        low, high = forecast_band(law, TIMES[:num], curve[:num], num * W, T)
         assert 0 <= low <= law(T) * (1 + 1e-9)
         assert law(T) * (1 - 1e-9) <= high < math.inf
 
 
 def test_a_flat_or_rising_curve_is_forecast_flat() -> None:
     for curve in (np.full(40, 0.7), np.linspace(0.5, 3.0, 40)):
-        law = fit_power_law(t_N[:40], curve, 40 * W)
+        law = fit_power_law(TIMES[:40], curve, 40 * W)
         assert law is not None
         assert law.exponent == MIN_EXPONENT
         assert law(40 * W) == pytest.approx(np.exp(np.log(curve).mean()), rel=2e-3)
@@ -123,9 +123,9 @@ def test_blocks_that_are_not_finite_are_left_out() -> None:
     broken_N = loss_N.copy()
     broken_N[[3, 20, 77]] = math.nan, math.inf, math.nan
     keep_N = np.isfinite(broken_N)
-    assert fit_power_law(t_N, broken_N, T) == fit_power_law(t_N[keep_N], loss_N[keep_N], T)
-    assert fit_power_law(t_N[:9], np.full(9, math.nan), 9 * W) is None
-    assert fit_power_law(t_N[:3], loss_N[:3], 3 * W, with_floor=True) is None
+    assert fit_power_law(TIMES, broken_N, T) == fit_power_law(TIMES[keep_N], loss_N[keep_N], T)
+    assert fit_power_law(TIMES[:9], np.full(9, math.nan), 9 * W) is None
+    assert fit_power_law(TIMES[:3], loss_N[:3], 3 * W, with_floor=True) is None
 
 
 def test_a_floor_is_found_and_without_it_more_seems_left_to_gain(seed: int) -> None:
@@ -150,7 +150,7 @@ def test_the_band_holds_nine_blocks_of_ten(seed: int) -> None:
         loss_N = losses(true, 0.1, rng)
         half = NUM_BLOCKS // 2
         law = fit_along(loss_N, half, every=25)
-        low, high = forecast_band(law, t_N[:half], loss_N[:half], half * W, T)
+        low, high = forecast_band(law, TIMES[:half], loss_N[:half], half * W, T)
         assert low < law(T) < high
         inside.append(low <= loss_N[-1] <= high)
     assert 0.8 <= np.mean(inside) <= 0.97, np.mean(inside)
@@ -158,7 +158,7 @@ def test_the_band_holds_nine_blocks_of_ten(seed: int) -> None:
 
 @given(values=st.lists(st.floats(0, 1e6), min_size=5, max_size=60), with_floor=st.booleans())
 def test_any_losses_give_a_law_inside_the_bounds(values: list[float], with_floor: bool) -> None:
-    times, now = t_N[: len(values)], len(values) * W
+    times, now = TIMES[: len(values)], len(values) * W
     law = fit_power_law(times, np.array(values), now, with_floor=with_floor)
     assert law is not None
     assert all(map(math.isfinite, (law.log_scale, law.offset, law.exponent, law.floor)))

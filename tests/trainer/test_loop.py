@@ -57,6 +57,15 @@ def test_accuracy_rises_and_both_adapters_load_in_peft(method: str, tmp_path: Pa
         assert peft_accuracy(tmp_path, folder / adapter) == pytest.approx(value, abs=1e-9)
 
 
+def test_a_schedule_is_told_of_the_end_once_and_what_it_says_is_logged(tmp_path: Path) -> None:
+    train(tiny_run(tmp_path, method="lora", schedule={"name": "fot"}, budget="3steps"), results_dir=tmp_path, name="r")
+    events = strict_events(tmp_path / "r")
+    (said,) = [e for e in events if e["type"] == "schedule"]
+    assert said["finished_at"] == 1.0
+    assert said["step"] == 3
+    assert events.index(said) < [e["type"] for e in events].index("eval")
+
+
 def peft_accuracy(files: Path, adapter: Path) -> float:
     """With transformers and PEFT alone."""
     rows = [json.loads(line) for line in (files / "pairs" / "dev.jsonl").read_text().splitlines()]
