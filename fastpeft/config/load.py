@@ -15,6 +15,7 @@ from typing import Any
 import yaml
 
 from fastpeft.config.contradictions import optimizer_contradictions
+from fastpeft.config.schedules import FotConfig
 from fastpeft.config.schema import AdaLoraConfig, DatasetConfig, RunConfig
 from fastpeft.errors import UserError
 
@@ -323,6 +324,14 @@ def _adalora_contradictions(adalora: AdaLoraConfig) -> Iterator[str]:
         yield "adalora.initial_fraction and .final_fraction: no virtual step is left between them to prune at"
 
 
+def _fot_contradictions(fot: FotConfig) -> Iterator[str]:
+    if fot.calibrate and fot.alignment:
+        yield "schedule.fot.calibrate: it corrects the bound, which schedule.fot.alignment does without; switch one off"
+    for key, on in (("settle", fot.settle), ("overshoot", fot.overshoot > 0)):
+        if on and not fot.alignment:
+            yield f"schedule.fot.{key}: it refines schedule.fot.alignment, which is off"
+
+
 def _contradictions(run: RunConfig) -> Iterator[str]:
     """What no single field can see."""
     regulariser = run.regulariser
@@ -341,8 +350,8 @@ def _contradictions(run: RunConfig) -> Iterator[str]:
             f"model.quantisation: {run.model.quantisation} freezes the weights that method full trains; leave it out, "
             "or take a method with an adapter"
         )
-    if run.schedule.name == "fot" and run.schedule.fot.calibrate and run.schedule.fot.alignment:
-        yield "schedule.fot.calibrate: it corrects the bound, which schedule.fot.alignment does without; switch one off"
+    if run.schedule.name == "fot":
+        yield from _fot_contradictions(run.schedule.fot)
     if run.method == "iw_lora" and regulariser.calibration == "inline" and run.schedule.warmup_steps == 0:
         yield "regulariser.calibration: inline measures during the rate's warm-up, but schedule.warmup_steps is 0"
     if run.dataset.labels is not None and len(set(run.dataset.labels)) < max(2, len(run.dataset.labels)):

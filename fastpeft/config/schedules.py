@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Annotated, Literal
 
-from fastpeft.config.fields import STRICT_KEYS, Fraction, NonNegativeInt, Range
+from fastpeft.config.fields import STRICT_KEYS, Fraction, NonNegativeFloat, NonNegativeInt, Range
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,6 +29,12 @@ class FotConfig:
     alignment: bool = False
     """Ours: raise the rate while the last steps' directions still descend, lower it when they do not, and leave the
     bound alone."""
+    settle: bool = False
+    """Ours, with alignment: one factor up and down, and up only where the latest steps agree with the running mean, so
+    that the rate does not run past where it ends."""
+    overshoot: NonNegativeFloat = 0.0
+    """Ours, with alignment: let a step go past the lowest point of its direction, by the share x / (x + 2) of the way
+    there. 0 is the greedy step, which is too short for a rate that is annealed later where there is little noise."""
     anneal: Annotated[float, Range(ge=0, le=1)] = 0.0
     """Ours: the share of the budget, at its end, over which the rate falls linearly to 0."""
 

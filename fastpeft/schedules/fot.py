@@ -169,6 +169,8 @@ class Fot(WarmedSchedule):
         """D: measured fall of the loss per unit of rate, along the last direction, at the step's end."""
         self.lr = peak_lr
         self.at_bound = False
+        self._recent = [0.0, 0]
+        """Sum and number of the values of `descent` since the rate was last aligned."""
         self._lr_before: float | None = None
         self._predicted, self._num_predicted = 0.0, 0
         self._spent = [0.0, 0.0]
@@ -224,6 +226,7 @@ class Fot(WarmedSchedule):
         if self._lr_before is None:  # no step led here
             return
         self.descent.add(descent)
+        self._recent = [self._recent[0] + descent, self._recent[1] + 1]
         self._spent[0] += self._lr_before * (self.descent.value or 0.0)
         self._spent[1] += self._lr_before * found.descent
 
@@ -246,11 +249,25 @@ class Fot(WarmedSchedule):
         self.lr = min(max(lr, LEAST * self.peak_lr), MOST * self.peak_lr)
 
     def _align(self, progress: float) -> None:
-        """Up while <g(t + 1), u_t> is positive, down when it is not: the bound is not asked."""
+        """Up while D = <g(t + 1), u_t> is positive, down when it is not: the bound is not asked.
+
+        A step of rate lr lowers the loss by s = lr D + lr^2 u^T H u / 2, and D = 0 is the lowest point along u. The
+        forecast knows s, so that `overshoot` x can set the target D = -x s / lr: a step then is longer by the share
+        x / (x + 2) than the way to the lowest point; were it twice as long, nothing would fall any more.
+        """
+        (total, num), self._recent = self._recent, [0.0, 0]
         annealing = self.options.anneal > 0 and progress >= 1 - self.options.anneal
         if self.warmup.ended_at is None or annealing or self.descent.value is None:
             return
-        self._set(self.lr * (ALIGNMENT_GROWTH if self.descent.value > 0 else FALL))
+        target = 0.0
+        if self.options.overshoot and self.forecaster.law is not None:
+            fall = self.forecaster.law.fall(self.forecaster.now)
+            target = -self.options.overshoot * fall / (self.lr * self.gate.factor)
+        rises = self.descent.value > target
+        if self.options.settle:
+            rises &= num > 0 and total / num > target
+        fall_by = 1 / ALIGNMENT_GROWTH if self.options.settle else FALL
+        self._set(self.lr * (ALIGNMENT_GROWTH if rises else fall_by))
 
     def _refit(self, progress: float) -> None:
         """At the end of a block."""
@@ -333,6 +350,7 @@ class Fot(WarmedSchedule):
             "descent": self.descent.state(),
             "lr": self.lr,
             "at_bound": self.at_bound,
+            "recent": list(self._recent),
             "block": [self._lr_before, self._predicted, self._num_predicted, list(self._spent)],
             "counts": dict(self._counts),
         }
@@ -346,5 +364,6 @@ class Fot(WarmedSchedule):
             self.scales.load_state(state["scales"])
         self.descent.load_state(state["descent"])
         self.lr, self.at_bound = state["lr"], state["at_bound"]
+        self._recent = list(state["recent"])
         self._lr_before, self._predicted, self._num_predicted, spent = state["block"]
         self._spent, self._counts = list(spent), dict(state["counts"])

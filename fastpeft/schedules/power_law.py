@@ -37,6 +37,10 @@ class PowerLaw:
     def __call__(self, t: float) -> float:
         return self.floor + math.exp(self.log_scale - self.exponent * math.log(t + self.offset))
 
+    def fall(self, t: float) -> float:
+        """-f'(t), what the loss falls by in a step."""
+        return self.exponent * (self(t) - self.floor) / (t + self.offset)
+
 
 def fit_power_law(
     t_N: np.ndarray, loss_N: np.ndarray, now: float, start: PowerLaw | None = None, with_floor: bool = False
