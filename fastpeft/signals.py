@@ -68,6 +68,8 @@ class Blocks:
     """Trained elements of each of the U units: the K matrices (A and B together), then each other parameter."""
     num_b_elements: tuple[int, ...] = ()
     """Elements of B of each of the K matrices."""
+    rate_ratios: tuple[float, ...] = ()
+    """Rate of each unit over `Rates.lr`, multipliers apart; empty: 1 everywhere."""
 
     def __len__(self) -> int:
         return len(self.names)
@@ -138,3 +140,6 @@ class Rates:
     """Learning rate of every parameter."""
     multiplier_K: np.ndarray | None = None
     """A factor on `lr` of each adapted matrix, in the model's order, on the host; None: 1 everywhere."""
+    token_tilt: float | None = None
+    """kappa: a labelled token's loss is weighted by clip(1 + kappa z, 1/4, 4), z its standardised entropy, and the
+    weights of a batch have mean 1. None: all are 1."""

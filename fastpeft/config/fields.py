@@ -38,6 +38,17 @@ class Parsed:
         }
 
 
+class OrOff:
+    """A choice of words with `off` among them, which YAML reads as false."""
+
+    def __get_pydantic_core_schema__(self, source: Any, handler: Callable) -> dict:
+        return {
+            "type": "function-before",
+            "function": {"type": "no-info", "function": lambda value: "off" if value is False else value},
+            "schema": handler(source),
+        }
+
+
 # Counts reach torch and NumPy as C integers.
 PositiveInt = Annotated[int, Range(ge=1, lt=2**31)]
 NonNegativeInt = Annotated[int, Range(ge=0, lt=2**31)]

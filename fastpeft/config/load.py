@@ -354,6 +354,8 @@ def _contradictions(run: RunConfig) -> Iterator[str]:
         yield from _fot_contradictions(run.schedule.fot)
     if run.method == "iw_lora" and regulariser.calibration == "inline" and run.schedule.warmup_steps == 0:
         yield "regulariser.calibration: inline measures during the rate's warm-up, but schedule.warmup_steps is 0"
+    if run.schedule.name == "graff":
+        yield from run.schedule.graff.contradictions()
     if run.dataset.labels is not None and len(set(run.dataset.labels)) < max(2, len(run.dataset.labels)):
         yield f"dataset.labels: expected two or more different names, got {run.dataset.labels}"
     yield from _hub_contradictions(run.dataset)

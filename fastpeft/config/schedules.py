@@ -2,10 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Annotated, Literal
 
-from fastpeft.config.fields import STRICT_KEYS, Fraction, NonNegativeFloat, NonNegativeInt, Range
+from fastpeft.config.fields import (
+    STRICT_KEYS,
+    Fraction,
+    NonNegativeFloat,
+    NonNegativeInt,
+    OrOff,
+    PositiveFloat,
+    Range,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,10 +49,54 @@ class FotConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class GraffConfig:
+    """GRAFF: the rate of every block from a small recurrent graph network that learns beside the model."""
+
+    __pydantic_config__ = STRICT_KEYS
+
+    outer_learning_rate: PositiveFloat = 1e-3
+    """Adam's rate for the planner's weights."""
+    outer_max_norm: PositiveFloat = 1.0
+    """Clip the planner's gradient to this norm."""
+    layers: Annotated[int, Range(ge=1, le=4)] = 1
+    """Rounds of messages between the blocks, a step."""
+    trace_decay: Fraction = 0.0
+    """Weight of a step's effect on the loss two steps later; 0, the paper's, sees the next step's loss alone."""
+    anneal: Annotated[float, Range(ge=0, le=1)] = 0.0
+    """Multiply the rate by a linear decay to zero over this last fraction of the budget."""
+    guard: Annotated[Literal["lagged", "paper", "off"], OrOff()] = "lagged"
+    """Keep rate x curvature under 1.9. paper: the curvature shares its noise with the step; lagged: it does not."""
+    curvature: Literal["secant", "hvp"] = "secant"
+    """hvp: from an exact Hessian-vector product on some steps, another forward and backward pass each time."""
+    graph: bool = True
+    """off: no messages between blocks."""
+    budget_feature: bool = True
+    """off: the planner does not see the budget that is left."""
+    online: bool = True
+    """off: the planner does not learn during the run."""
+    token_weights: bool = False
+    """Weight the labelled tokens' losses by their entropy, as a warm start has learnt it."""
+    warm_start: str | None = None
+    """A planner's weights, safetensors; `shipped`: those of the package. Without one it begins as a constant rate."""
+
+    def contradictions(self) -> Iterator[str]:
+        """What no single field can see."""
+        if self.guard == "paper" and self.curvature == "hvp":
+            yield "schedule.graff.curvature: hvp takes the secant's place, but guard: paper asks for the plain secant"
+        if self.trace_decay and (self.guard == "paper" or self.curvature == "hvp"):
+            yield "schedule.graff.trace_decay: needs the lagged secant; set guard: lagged or off, and curvature: secant"
+        if self.token_weights and self.warm_start is None:
+            yield (
+                "schedule.graff.token_weights: the tilt cannot be learnt during a run, which would take a second "
+                "backward pass a step; give schedule.graff.warm_start a planner that has one, or set it to off"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
 class ScheduleConfig:
     __pydantic_config__ = STRICT_KEYS
 
-    name: Literal["constant", "linear", "cosine", "wsd", "rex", "fot"] = "linear"
+    name: Literal["constant", "linear", "cosine", "wsd", "rex", "fot", "graff"] = "linear"
     """Shape of the learning rate after the warm-up, over the share of the budget spent."""
     warmup_steps: NonNegativeInt = 500
     """Linear warm-up; capped at 6 % of the budget."""
@@ -52,3 +105,4 @@ class ScheduleConfig:
     decay_fraction: Annotated[float, Range(gt=0, le=1)] = 0.2
     """wsd: the share of the budget over which the rate decays."""
     fot: FotConfig = field(default_factory=FotConfig)
+    graff: GraffConfig = field(default_factory=GraffConfig)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import tempfile
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -21,6 +21,7 @@ from fastpeft.kernels import dispatch
 from fastpeft.models.backbone import Backbone, choose_dtype, load_backbone, load_causal_lm
 from fastpeft.objectives import Objective, make_objective
 from fastpeft.schedules import Schedule, make_schedule
+from fastpeft.signals import Blocks
 from fastpeft.trainer.optim import Optimizer, make_optimizer
 
 
@@ -67,7 +68,7 @@ def build_job(run: RunConfig) -> Job:
         task=task,
         objective=objective,
         adapter=adapter,
-        schedule=make_schedule(run.schedule, run.training.learning_rate, adapter.flat.blocks),
+        schedule=make_schedule(run.schedule, run.training.learning_rate, _blocks(adapter, run)),
         optimizer=make_optimizer(adapter.flat, run.optimizer, dtype),
         batches=batches,
         clock=clock,
@@ -89,6 +90,14 @@ def _load_backbone(
     if isinstance(task, WordProblemTask):
         return load_causal_lm(run.model, dtype, device, trained)
     return load_backbone(run.model, task.label_names, dtype, device, trained)
+
+
+def _blocks(adapter: Adapter, run: RunConfig) -> Blocks:
+    """The adapter's, with the rates that the optimizer gives to the units that are no adapted matrices."""
+    layout = adapter.flat.layout
+    is_head = [place >= layout.num_adapter for place, _ in layout.others]
+    others = tuple(run.optimizer.head_lr_ratio if head else 1.0 for head in is_head)
+    return replace(adapter.flat.blocks, rate_ratios=(1.0,) * layout.num_matrices + others)
 
 
 def gpu_uuid(device: torch.device) -> str | None:

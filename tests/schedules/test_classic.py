@@ -15,8 +15,10 @@ from fastpeft.config.schedules import ScheduleConfig
 from fastpeft.schedules import make_schedule
 from fastpeft.schedules.base import WARMUP_CAP, Schedule
 from fastpeft.schedules.classic import ClassicSchedule
+from fastpeft.signals import Blocks
 
 PEAK = 3e-4
+BLOCKS = Blocks(names=("a",), layers=(0,), projections=("q",), num_elements=(1,))
 FINAL, DECAY = 0.1, 0.25
 
 # A schedule is one row: its share of the peak at q = 0, 1/4, 1/2, 3/4, 7/8, 1 after the warm-up,
@@ -36,7 +38,7 @@ NAMES = tuple(SHARES)
 
 def make(name: str, warmup_steps: int = 0, final_ratio: float = FINAL) -> Schedule:
     config = ScheduleConfig(name=name, warmup_steps=warmup_steps, final_ratio=final_ratio, decay_fraction=DECAY)
-    return make_schedule(config, PEAK)
+    return make_schedule(config, PEAK, BLOCKS)
 
 
 def trace(schedule: Schedule, progresses: list[float]) -> list[float]:
