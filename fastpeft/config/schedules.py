@@ -68,6 +68,12 @@ class GraffConfig:
     """Keep rate x curvature under 1.9. paper: the curvature shares its noise with the step; lagged: it does not."""
     curvature: Literal["secant", "hvp"] = "secant"
     """hvp: from an exact Hessian-vector product on some steps, another forward and backward pass each time."""
+    curvature_decay: Fraction = 0.95
+    """Of the running secants. Closer to 1 the guard meets less noise, and sees a change later."""
+    multipliers: Literal["free", "centred"] = "free"
+    """centred: their geometric mean is 1, so that what all blocks share is the rate's alone."""
+    regret: Literal["elapsed", "step"] = "elapsed"
+    """What the planner lowers: elapsed, the next loss over the seconds so far; step, the next loss."""
     graph: bool = True
     """off: no messages between blocks."""
     budget_feature: bool = True

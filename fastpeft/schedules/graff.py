@@ -32,10 +32,9 @@ LR_MIN, LR_MAX = 1e-6, 1e-2
 STABLE = 1.9
 """Most that rate times curvature may be."""
 SLEW = 0.01
-"""Most that log eta moves in a step; the guard alone may lower it faster."""
+"""Most that log eta moves in a step."""
 MIN_ELAPSED_S = 1.0
 LOG_STEPS = 32
-CURVATURE_DECAY = 0.95
 LARGEST = 1e6
 """A feature beyond it counts as not finite."""
 
@@ -102,7 +101,7 @@ class Graff(WarmedSchedule):
         self._weights_P = self._first_weights()
         self._adam = Adam(planner.NUM_WEIGHTS, self.graff.outer_learning_rate, self.graff.outer_max_norm)
         self._h_KD = np.zeros((len(blocks), STATE))
-        self._curvature = RunningCurvature(0.0 if self.graff.curvature == "hvp" else CURVATURE_DECAY)
+        self._curvature = RunningCurvature(0.0 if self.graff.curvature == "hvp" else self.graff.curvature_decay)
         self._scaled = {"curvature": Standardiser(), "entropy": Standardiser()}
         self._pending: list[Emission] = []
         self._step = 0
@@ -145,7 +144,7 @@ class Graff(WarmedSchedule):
             if measured is not None:
                 self._learn(measured)
             features_KF = self._features(measured, progress)
-            tape = Tape(self._weights_P, self._adjacency_KK, self._h_KD, features_KF, self.graff.layers)
+            tape = self._tape(self._weights_P, self._h_KD, features_KF)
         upper = self._upper(tape)
         if self.graff.online:
             self._project(tape, upper)
@@ -157,6 +156,10 @@ class Graff(WarmedSchedule):
         self._report(tape)
         tilt = tape.kappa if self.graff.token_weights else None
         return Rates(lr, tape.multiplier_K, tilt)
+
+    def _tape(self, weights_P: np.ndarray, h_KD: np.ndarray, features_KF: np.ndarray) -> Tape:
+        centred = self.graff.multipliers == "centred"
+        return Tape(weights_P, self._adjacency_KK, h_KD, features_KF, self.graff.layers, centred)
 
     def _features(self, measured: Measured | None, progress: float) -> np.ndarray:
         """(K, F) curvature, entropy, remaining budget. What has not been measured is its running mean, which is 0."""
@@ -198,13 +201,19 @@ class Graff(WarmedSchedule):
         tape.use(weights_P)
 
     def _next_log_eta(self, tape: Tape, upper: float) -> float:
+        """What the weights give, kept inside rail and guard, and no further from the last one than SLEW.
+
+        The curvature is noisy: were the guard not held to SLEW, each of its peaks would take off in a step what takes
+        a hundred to come back.
+        """
         row_D = planner.views(self._weights_P)["decoder.weight"][ETA]
         wanted = float(row_D @ tape.mean_D) + math.log(self.peak_lr)
+        wanted = max(min(wanted, upper), math.log(LR_MIN))
         if self._log_eta is not None:
             wanted = min(max(wanted, self._log_eta - SLEW), self._log_eta + SLEW)
-        if wanted > upper:
+        if wanted >= upper:
             self._num_guarded += 1
-        return max(min(wanted, upper), math.log(LR_MIN))
+        return wanted
 
     # ---- learning --------------------------------------------------------------------------
 
@@ -221,7 +230,8 @@ class Graff(WarmedSchedule):
         self._pending = [e for e in self._pending if e.step >= measured.step - (self.graff.trace_decay > 0)]
         if gradient_P is None:
             return
-        gradient_P = gradient_P / max(measured.elapsed_s, MIN_ELAPSED_S)
+        if self.graff.regret == "elapsed":
+            gradient_P = gradient_P / max(measured.elapsed_s, MIN_ELAPSED_S)
         norm = float(np.linalg.norm(gradient_P))
         if not math.isfinite(norm):
             self._num_dropped += 1
@@ -311,6 +321,6 @@ class Graff(WarmedSchedule):
     def _emission(self, values: dict[str, Any]) -> Emission:
         """From a checkpoint; its forward pass is made again."""
         weights_P, h_KD, features_KF = (np.array(values[name]) for name in ("weights", "h", "features"))
-        tape = Tape(weights_P, self._adjacency_KK, h_KD, features_KF, self.graff.layers)
+        tape = self._tape(weights_P, h_KD, features_KF)
         descent = values["descent"]
         return Emission(values["step"], values["lr"], tape, None if descent is None else np.array(descent))

@@ -36,6 +36,8 @@ SHAPES = {
     "decoder.weight": (3, STATE),
 }
 NUM_WEIGHTS = sum(math.prod(shape) for shape in SHAPES.values())
+MIN_MULTIPLIER = 1e-6
+"""Floor of a multiplier before it is centred."""
 MIN_SQUARE = 0.01
 """Floor of ||h||^2 in a projection."""
 SHIPPED = Path(__file__).with_name("planner.safetensors")
@@ -82,6 +84,7 @@ def adjacency(blocks: Blocks) -> np.ndarray:
 class _Pass:
     """What one round of messages leaves for its derivative."""
 
+    h_KD: np.ndarray
     z_KD: np.ndarray
     mean_KD: np.ndarray
     message_KM: np.ndarray
@@ -104,38 +107,43 @@ class Tape:
         h_KD: np.ndarray,
         features_KF: np.ndarray,
         layers: int = 1,
+        centred: bool = False,
     ) -> None:
         """
         Args:
             adjacency_KK: None: no graph, each block is its own only neighbour.
             h_KD: the states that the step before left.
             layers: rounds of messages.
+            centred: divide the multipliers by their geometric mean.
         """
         self.weights_P, self.adjacency_KK = weights_P, adjacency_KK
-        self.h_KD, self.features_KF, self.layers = h_KD, features_KF, layers
+        self.h_KD, self.features_KF, self.centred = h_KD, features_KF, centred
         w = self._w = views(weights_P)
         self._passes: list[_Pass] = []
-        z_KD = h_KD + features_KF @ w["feature.weight"].T + w["feature.bias"]
+        self._input_KD = features_KF @ w["feature.weight"].T + w["feature.bias"]
         for _ in range(layers):
-            z_KD = self._pass(z_KD)
-        self.out_KD = z_KD
-        self.mean_D = z_KD.mean(0)
-        self.multiplier_K = 2 * _sigmoid(z_KD @ w["decoder.weight"][MULTIPLIER])
+            h_KD = self._pass(h_KD)
+        self.out_KD = h_KD
+        self.mean_D = h_KD.mean(0)
+        self._raw_K = self.multiplier_K = 2 * _sigmoid(h_KD @ w["decoder.weight"][MULTIPLIER])
+        if centred:
+            log_K = np.log(np.maximum(self._raw_K, MIN_MULTIPLIER))
+            self.multiplier_K = np.exp(log_K - log_K.mean())
         self.kappa = math.tanh(w["decoder.weight"][TILT] @ self.mean_D)
 
-    def _pass(self, z_KD: np.ndarray) -> np.ndarray:
-        """One round of messages and one GRUCell."""
-        w = self._w
+    def _pass(self, h_KD: np.ndarray) -> np.ndarray:
+        """One round of messages, between states that the features are added to, and one GRUCell."""
+        w, z_KD = self._w, h_KD + self._input_KD
         mean_KD = z_KD if self.adjacency_KK is None else self.adjacency_KK @ z_KD
         message_KM = z_KD @ w["message.own"].T + mean_KD @ w["message.neighbours"].T + w["message.bias"]
         in_KG = message_KM @ w["gru.weight_ih"].T + w["gru.bias_ih"]
-        hidden_KG = z_KD @ w["gru.weight_hh"].T + w["gru.bias_hh"]
+        hidden_KG = h_KD @ w["gru.weight_hh"].T + w["gru.bias_hh"]
         gates_KG = _sigmoid(in_KG[:, : 2 * STATE] + hidden_KG[:, : 2 * STATE])
         reset_KD, update_KD = gates_KG[:, :STATE], gates_KG[:, STATE:]
         hidden_new_KD = hidden_KG[:, 2 * STATE :]
         new_KD = np.tanh(in_KG[:, 2 * STATE :] + reset_KD * hidden_new_KD)
-        self._passes.append(_Pass(z_KD, mean_KD, message_KM, reset_KD, update_KD, new_KD, hidden_new_KD))
-        return new_KD + update_KD * (z_KD - new_KD)
+        self._passes.append(_Pass(h_KD, z_KD, mean_KD, message_KM, reset_KD, update_KD, new_KD, hidden_new_KD))
+        return new_KD + update_KD * (h_KD - new_KD)
 
     def use(self, weights_P: np.ndarray) -> None:
         """Of the weights that the rate was set with, where a projection has moved its row of the decoder since."""
@@ -149,22 +157,22 @@ class Tape:
         w, out_P = self._w, np.zeros(NUM_WEIGHTS)
         d = views(out_P)
         decoder = w["decoder.weight"]
-        d_logit_K = d_log_m_K * (1 - self.multiplier_K / 2)
+        if self.centred:
+            d_log_m_K = d_log_m_K - d_log_m_K.mean()
+        d_logit_K = d_log_m_K * (1 - self._raw_K / 2)
         d["decoder.weight"][ETA] = d_log_eta * self.mean_D
         d["decoder.weight"][MULTIPLIER] = d_logit_K @ self.out_KD
         d_KD = np.multiply.outer(d_logit_K, decoder[MULTIPLIER]) + decoder[ETA] * (d_log_eta / len(self.out_KD))
         for saved in reversed(self._passes):
             d_KD = self._pass_gradient(saved, d_KD, d)
-        d["feature.weight"][:] = d_KD.T @ self.features_KF
-        d["feature.bias"][:] = d_KD.sum(0)
         return out_P
 
     def _pass_gradient(self, saved: _Pass, d_KD: np.ndarray, d: dict[str, np.ndarray]) -> np.ndarray:
-        """Adds to the weights' derivatives `d`; returns that by the pass's z."""
+        """Adds to the weights' derivatives `d`; returns that by the states which came in."""
         w = self._w
         d_new_KD = d_KD * (1 - saved.update_KD) * (1 - saved.new_KD**2)
         d_reset_KD = d_new_KD * saved.hidden_new_KD * saved.reset_KD * (1 - saved.reset_KD)
-        d_update_KD = d_KD * (saved.z_KD - saved.new_KD) * saved.update_KD * (1 - saved.update_KD)
+        d_update_KD = d_KD * (saved.h_KD - saved.new_KD) * saved.update_KD * (1 - saved.update_KD)
         d_in_KG = np.concatenate([d_reset_KD, d_update_KD, d_new_KD], axis=1)
         d_hidden_KG = np.concatenate([d_reset_KD, d_update_KD, d_new_KD * saved.reset_KD], axis=1)
         d_message_KM = d_in_KG @ w["gru.weight_ih"]
@@ -173,12 +181,15 @@ class Tape:
             d_mean_KD = self.adjacency_KK.T @ d_mean_KD
         d["gru.weight_ih"] += d_in_KG.T @ saved.message_KM
         d["gru.bias_ih"] += d_in_KG.sum(0)
-        d["gru.weight_hh"] += d_hidden_KG.T @ saved.z_KD
+        d["gru.weight_hh"] += d_hidden_KG.T @ saved.h_KD
         d["gru.bias_hh"] += d_hidden_KG.sum(0)
         d["message.own"] += d_message_KM.T @ saved.z_KD
         d["message.neighbours"] += d_message_KM.T @ saved.mean_KD
         d["message.bias"] += d_message_KM.sum(0)
-        return d_KD * saved.update_KD + d_hidden_KG @ w["gru.weight_hh"] + d_message_KM @ w["message.own"] + d_mean_KD
+        d_z_KD = d_message_KM @ w["message.own"] + d_mean_KD
+        d["feature.weight"] += d_z_KD.T @ self.features_KF
+        d["feature.bias"] += d_z_KD.sum(0)
+        return d_KD * saved.update_KD + d_hidden_KG @ w["gru.weight_hh"] + d_z_KD
 
 
 def _sigmoid(x: np.ndarray) -> np.ndarray:

@@ -60,9 +60,9 @@ class Task:
 
     def __post_init__(self) -> None:
         draw = torch.Generator().manual_seed(1000 + self.seed)
-        hidden = 64
-        self._in = torch.randn(hidden, self.width, generator=draw) * 1.5 * self.width**-0.5
-        self._out = torch.randn(hidden, generator=draw) * hidden**-0.5
+        hidden = 8
+        self._in = torch.randn(hidden, self.width, generator=draw) * 2 * self.width**-0.5
+        self._out = torch.randn(hidden, generator=draw) * 2 * hidden**-0.5
 
     def rows(self, step: int, num_rows: int | None = None) -> tuple[torch.Tensor, torch.Tensor]:
         draw = torch.Generator().manual_seed(self.seed * 1_000_003 + step)
@@ -79,7 +79,7 @@ class Loop:
     rows: Callable[[int], tuple[torch.Tensor, torch.Tensor]]
     options: AdamWOptions = field(default_factory=lambda: AdamWOptions(max_norm=1.0))
     needs: frozenset[Need] = frozenset({Need.BLOCKS, Need.SECANT})
-    step_s: float = 0.2
+    step_s: float = 0.003
     num_taken: int = 0
 
     def __post_init__(self) -> None:

@@ -26,34 +26,37 @@ def random_weights(random: np.random.Generator) -> np.ndarray:
 def torch_planner(weights, edges_KK, h_KD, features_KF, layers):
     """(log eta - log eta_ref, log multipliers, kappa, states) with one message per edge and torch's own GRUCell."""
     w, cell = planner.views(weights), torch.nn.GRUCell(planner.MESSAGE, STATE).double()
-    z_KD = h_KD + features_KF @ w["feature.weight"].T + w["feature.bias"]
     for _ in range(layers):
+        z_KD = h_KD + features_KF @ w["feature.weight"].T + w["feature.bias"]
         linear = torch.cat([w["message.own"], w["message.neighbours"]], dim=1)
         incoming = []
         for i in range(len(z_KD)):
             ends = [torch.cat([z_KD[i], z_KD[j]]) for j in range(len(z_KD)) if edges_KK[i, j]]
             incoming.append(torch.stack([linear @ both + w["message.bias"] for both in ends]).mean(0))
         parameters = {name: w[f"gru.{name}"] for name, _ in cell.named_parameters()}
-        z_KD = torch.func.functional_call(cell, parameters, (torch.stack(incoming), z_KD))
+        h_KD = torch.func.functional_call(cell, parameters, (torch.stack(incoming), h_KD))
     eta_D, multiplier_D, tilt_D = w["decoder.weight"]
-    m_K = 2 * torch.sigmoid(z_KD @ multiplier_D)
-    return eta_D @ z_KD.mean(0), m_K.log(), torch.tanh(tilt_D @ z_KD.mean(0)), z_KD
+    m_K = 2 * torch.sigmoid(h_KD @ multiplier_D)
+    return eta_D @ h_KD.mean(0), m_K.log(), torch.tanh(tilt_D @ h_KD.mean(0)), h_KD
 
 
 @pytest.mark.parametrize("graph", [True, False])
 @pytest.mark.parametrize("layers", [1, 2])
-def test_forward_and_derivative_are_torchs(graph, layers, seed):
+@pytest.mark.parametrize("centred", [False, True])
+def test_forward_and_derivative_are_torchs(graph, layers, centred, seed):
     random = np.random.default_rng(seed)
     weights_P, h_KD = random_weights(random), random.normal(size=(len(BLOCKS), STATE))
     features_KF = random.normal(size=(len(BLOCKS), NUM_FEATURES))
     adjacency_KK = planner.adjacency(BLOCKS) if graph else None
     edges_KK = adjacency_KK > 0 if graph else np.eye(len(BLOCKS)) > 0
-    tape = Tape(weights_P, adjacency_KK, h_KD, features_KF, layers)
+    tape = Tape(weights_P, adjacency_KK, h_KD, features_KF, layers, centred)
 
     weights = torch.tensor(weights_P, requires_grad=True)
     log_eta, log_m_K, kappa, out_KD = torch_planner(
         weights, edges_KK, torch.tensor(h_KD), torch.tensor(features_KF), layers
     )
+    if centred:
+        log_m_K = log_m_K - log_m_K.mean()
     decoder = planner.views(weights_P)["decoder.weight"]
     np.testing.assert_allclose(tape.out_KD, out_KD.detach(), rtol=1e-10, atol=1e-12)
     np.testing.assert_allclose(np.log(tape.multiplier_K), log_m_K.detach(), rtol=1e-10, atol=1e-12)
