@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import PurePath
 from typing import Any
 
@@ -82,6 +82,8 @@ def best_of(row: RunRow) -> float | None:
     return row.metric if row.best is None else row.best
 
 
+_NARROWED = {"name": 17, "budget": 9}
+_TEST = Column("test", "test", (6, 6, 6), lambda r, w: Text(decimal(r.test)), _by("test"), True)
 COLUMNS = (
     Column("status", "status", (10, 10, 10), lambda r, w: status_badge(r.status), lambda r: r.status),
     Column("name", "run", (21, 28, 36), lambda r, w: Text(shortened(r.name, w)), lambda r: r.name),
@@ -95,13 +97,26 @@ COLUMNS = (
     Column("curve", "loss curve", (12, 10, 24), lambda r, w: Text(sparkline(r.sparkline, w), style="#56B4E9")),
     Column("where", "model, data", (34, 34, 44), _where, model_and_data),
 )  # fmt: skip
-SORTS = ("created", *(column.key for column in COLUMNS if column.sort is not None))
 
 
-def cells(row: RunRow, size: int, indent: str = "") -> list[Text]:
+def columns_of(rows: Iterable[RunRow]) -> tuple[Column, ...]:
+    """The test score has one, behind the best, where some run has a test score; a narrow terminal gives it the room of
+    others."""
+    if all(row.test is None for row in rows):
+        return COLUMNS
+    found = [replace(c, width=(_NARROWED.get(c.key, c.width[0]), *c.width[1:])) for c in COLUMNS]
+    found.insert([c.key for c in found].index("best") + 1, _TEST)
+    return tuple(found)
+
+
+def sorts(columns: Iterable[Column]) -> list[str]:
+    return ["created", *(column.key for column in columns if column.sort is not None)]
+
+
+def cells(row: RunRow, columns: Iterable[Column], size: int, indent: str = "") -> list[Text]:
     """One a column. `size`: 0 narrow, 1 medium, 2 wide."""
     out = []
-    for column in COLUMNS:
+    for column in columns:
         width = column.width[size]
         cell = column.cell(row, width - len(indent) if column.key == "name" else width)
         if column.key == "name" and indent:
@@ -110,20 +125,22 @@ def cells(row: RunRow, size: int, indent: str = "") -> list[Text]:
     return out
 
 
-def group_cells(group: Group, size: int) -> list[Text]:
-    """Done of all, the mean of the best values, the sum of the joules."""
+def group_cells(group: Group, columns: Iterable[Column], size: int) -> list[Text]:
+    """Done of all, the mean of the best values and of the tests, the sum of the joules."""
     rows, sign = group.rows, "▸" if group.folded else "▾"
     bests = [best for row in rows if (best := best_of(row)) is not None]
+    tests = [row.test for row in rows if row.test is not None]
     energies = [row.energy_j for row in rows if row.energy_j is not None]
     shares = [row.progress or 0.0 for row in rows]
     texts = {
         "status": f"{sum(row.status == 'done' for row in rows)}/{len(rows)} done",
         "best": decimal(sum(bests) / len(bests)) if bests else MISSING,
+        "test": decimal(sum(tests) / len(tests)) if len(tests) == len(rows) else MISSING,
         "energy": short(sum(energies), "J") if len(energies) == len(rows) else MISSING,
         "method": rows[0].method,
     }
     out = []
-    for column in COLUMNS:
+    for column in columns:
         width = column.width[size]
         if column.key == "name":
             cell = Text(f"{sign} {shortened(group.name, width - 2)}")
@@ -148,7 +165,7 @@ def _aligned(cell: Text, width: int, right: bool) -> Text:
 def ordered(rows: Iterable[RunRow], by: str, descending: bool) -> list[RunRow]:
     if by == "created":
         return sorted(rows, key=lambda row: (row.created_s, row.name), reverse=descending)
-    key = next(column.sort for column in COLUMNS if column.key == by)
+    key = next(column.sort for column in (*COLUMNS, _TEST) if column.key == by)
     assert key is not None
     return sorted(rows, key=lambda row: (key(row), row.created_s), reverse=descending)
 

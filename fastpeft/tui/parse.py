@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import orjson
 
+from fastpeft.runs.curves import VALIDATION, is_validation
 from fastpeft.runs.events import Event, number
 from fastpeft.tui.format import printable
 from fastpeft.tui.series import Floats, StepTable
@@ -32,17 +33,38 @@ class Notable(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Importance:
-    """One importance event. `sensitivity` and `ranks` are None where the method has none."""
+class Blocks:
+    """Matrices of a model, and when something of each was logged."""
 
     elapsed_s: float
     step: int
     names: tuple[str, ...]
     layer: tuple[int, ...]
     projection: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Importance(Blocks):
+    """One importance event. `sensitivity` and `ranks` are None where the method has none."""
+
     weights: Floats
     sensitivity: Floats | None = None
     ranks: Floats | None = None
+
+
+@dataclass(frozen=True)
+class Rates(Blocks):
+    """One rates event: what a schedule multiplies each block's learning rate by."""
+
+    multipliers: Floats
+
+
+class SplitScore(NamedTuple):
+    """An evaluation of another split than the validation split, which is scored once."""
+
+    split: str
+    metric: str
+    value: float
 
 
 @dataclass
@@ -51,9 +73,11 @@ class Parsed:
 
     steps_CN: Floats = field(default_factory=lambda: np.empty((len(StepTable.READ), 0)))
     values: dict[str, Floats] = field(default_factory=dict)
-    """Of evaluations (elapsed_s, step, value, energy_j) and heartbeats (elapsed_s, step, value), by series."""
+    """By series: elapsed_s, step, value, and of some more, as COLUMNS has them."""
     notable: list[Notable] = field(default_factory=list)
     importance: list[Importance] = field(default_factory=list)
+    rates: list[Rates] = field(default_factory=list)
+    tests: list[SplitScore] = field(default_factory=list)
     header: Event | None = None
     end: Event | None = None
     malformed: int = 0
@@ -140,51 +164,105 @@ def _others(events: Iterable[Event], parsed: Parsed) -> None:
 
 
 _COMMON = {"type", "time_s", "elapsed_s", "step"}
+FORECAST = "forecast"
+MAX_FIGURES = 16
+"""Of one schedule event."""
+
+
+def columns_of(series: str) -> tuple[str, ...]:
+    """Of the table that holds a series which is not of steps."""
+    more = {FORECAST: ("at", "horizon", "low", "high", "progress"), "eval": ("energy_j",)}
+    return ("elapsed_s", "step", "y", *more.get(series.partition("/")[0], ()))
 
 
 def _other(event: Event, parsed: Parsed, values: dict[str, list[list[float]]]) -> None:
     kind = event["type"]
     if not isinstance(kind, str):
         raise TypeError("no type")
-    if kind not in _TEXTS and kind != "system":
+    if kind not in _TEXTS and kind not in _ROWS and kind != "rates":
         return
     at = [float(event["elapsed_s"]), float(event["step"])]
     if not all(map(math.isfinite, at)):
         raise ValueError("no place on the axes")
     text = _TEXTS[kind](event) if kind in _TEXTS else ""
-    rows = []
-    if kind == "system":
-        figures = {k: v for k, v in event.items() if k not in _COMMON and v is not None}
-        rows = [(f"system/{key}", [*at, number(value)]) for key, value in figures.items()]
-    elif kind == "eval":
-        measured = {event["metric"]: event["value"]} | (event.get("more") or {}) | {"loss": event["loss"]}
-        energy_j = _float(event.get("energy_j"))
-        rows = [(f"eval/{key}", [*at, number(value), energy_j]) for key, value in measured.items()]
+    rows = _ROWS[kind](event) if kind in _ROWS else {}
+    if kind == "eval" and not is_validation(event):
+        split, metric = printable(str(event["split"])), printable(str(event["metric"]))
+        parsed.tests.append(SplitScore(split, metric, number(event["value"])))
+        rows = {}
     elif kind == "importance":
         parsed.importance.append(_importance(event))
+    elif kind == "rates":
+        parsed.rates.append(_rates(event))
     elif kind == "run":
         parsed.header, parsed.end = event, None
     elif kind == "end":
         parsed.end = event
-    for key, row in rows:
-        values[key].append(row)
+    for key, row in rows.items():
+        values[key].append([*at, *row])
     if text:
         parsed.notable.append(Notable(at[0], int(at[1]), kind, printable(text)))
 
 
-def _importance(event: Event) -> Importance:
-    def column(key: str) -> Floats | None:
-        return None if event.get(key) is None else np.array([number(v) for v in event[key]])
+def _system_rows(event: Event) -> dict[str, list[float]]:
+    return {f"system/{k}": [number(v)] for k, v in event.items() if k not in _COMMON and v is not None}
 
-    weights = column("weights")
+
+def _measured(event: Event) -> dict[str, Any]:
+    """An evaluation's numbers by name."""
+    loss = {} if event.get("loss") is None else {"loss": event["loss"]}
+    return {event["metric"]: event["value"]} | (event.get("more") or {}) | loss
+
+
+def _eval_rows(event: Event) -> dict[str, list[float]]:
+    energy_j = _float(event.get("energy_j"))
+    return {f"eval/{key}": [number(value), energy_j] for key, value in _measured(event).items()}
+
+
+def _forecast_rows(event: Event) -> dict[str, list[float]]:
+    """Without a band its edges are nan; without the step that it was made at, it was made at the event's."""
+    at = number(event["step"] if event.get("at") is None else event["at"])
+    more = [math.nan if event.get(key) is None else number(event[key]) for key in ("low", "high", "progress")]
+    return {FORECAST: [number(event["value"]), at, number(event["horizon"]), *more]}
+
+
+def _schedule_rows(event: Event) -> dict[str, list[float]]:
+    figures = list(event["figures"].items())[:MAX_FIGURES]
+    return {f"schedule/{printable(str(name))}": [number(value)] for name, value in figures if value is not None}
+
+
+_ROWS = {"system": _system_rows, "eval": _eval_rows, FORECAST: _forecast_rows, "schedule": _schedule_rows}
+
+
+def _blocks(event: Event) -> tuple[float, int, tuple[str, ...], tuple[int, ...], tuple[str, ...]]:
     names, layer = tuple(event["names"]), tuple(int(i) for i in event["layer"])
     projection = tuple(event["projection"])
-    columns = (column("sensitivity"), column("ranks"))
-    if not all(len(c) == len(names) for c in (layer, projection, weights, *columns) if c is not None):
+    if not len(names) == len(layer) == len(projection):
         raise ValueError("columns of several lengths")
+    return float(event["elapsed_s"]), int(event["step"]), names, layer, projection
+
+
+def _column(event: Event, key: str) -> Floats | None:
+    """A number a block."""
+    if event.get(key) is None:
+        return None
+    if len(event[key]) != len(event["names"]):
+        raise ValueError("columns of several lengths")
+    return np.array([number(v) for v in event[key]])
+
+
+def _importance(event: Event) -> Importance:
+    weights, *more = (_column(event, key) for key in ("weights", "sensitivity", "ranks"))
     if weights is None:
         raise KeyError("weights")
-    return Importance(float(event["elapsed_s"]), int(event["step"]), names, layer, projection, weights, *columns)
+    return Importance(*_blocks(event), weights, *more)
+
+
+def _rates(event: Event) -> Rates:
+    multipliers = _column(event, "multipliers")
+    if multipliers is None:
+        raise KeyError("multipliers")
+    return Rates(*_blocks(event), multipliers)
 
 
 def _run_text(event: Event) -> str:
@@ -193,8 +271,9 @@ def _run_text(event: Event) -> str:
 
 
 def _eval_text(event: Event) -> str:
-    more = {event["metric"]: event["value"]} | (event.get("more") or {}) | {"loss": event["loss"]}
-    return ", ".join(f"{key} {number(value):.4f}" for key, value in more.items()) + f" on {event['num']:,} rows"
+    split = event.get("split", VALIDATION)
+    figures = ", ".join(f"{key} {number(value):.4f}" for key, value in _measured(event).items())
+    return f"{figures} on {event['num']:,} rows" + ("" if split == VALIDATION else f" of the {split} split")
 
 
 def _end_text(event: Event) -> str:

@@ -58,6 +58,8 @@ class RunRow:
     metric: float | None = None
     """0..1, of the last evaluation."""
     best: float | None = None
+    test: float | None = None
+    """Of the test split, scored once."""
     tokens_per_s: float | None = None
     """Over the last 32 steps while it runs, else over the run."""
     energy_j: float | None = None
@@ -288,6 +290,7 @@ def _with_result(row: RunRow, result: Result) -> RunRow:
         metric_name=printable(str(result.metric.get("name", "") or row.metric_name)),
         metric=metric if metric is not None and (ended or row.metric is None) else row.metric,
         best=_float(result.best.get("value")),
+        test=_float(result.test.get("value")),
         tokens_per_s=rate,
         energy_j=result.energy_j if result.energy_j is not None and (ended or row.energy_j is None) else row.energy_j,
         energy_method=result.energy_method,

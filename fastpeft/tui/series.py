@@ -210,6 +210,10 @@ class Series:
     def y(self) -> Floats:
         return self._table.take(self._column)[0]
 
+    def columns(self, *names: str) -> list[Floats]:
+        """Of its table, of one state."""
+        return self._table.take(*names)
+
     @property
     def last(self) -> float | None:
         """The newest value that was measured, finite or not; None while there is none."""
@@ -223,6 +227,23 @@ class Series:
         x = self.x(axis)
         ends = x[[0, -1]] if len(x) and np.isfinite(x[[0, -1]]).all() and x[0] <= x[-1] else x[np.isfinite(x)]
         return (float(ends.min()), float(ends.max())) if len(ends) else None
+
+    def at_step(self, axis: str, step: float) -> float | None:
+        """Where `step` lies on an axis: of a later one than the last, at the mean rate since half of the steps. None
+        where that is not known."""
+        own = {"time": "elapsed_s", "steps": "step", "tokens": "tokens", "joules": "energy_j"}[axis]
+        step_N, x_N = self._steps.take("step", own)
+        num = len(step_N)
+        if not num or not np.isfinite(step):
+            return None
+        if step <= step_N[-1]:
+            x = x_N[np.searchsorted(step_N, step)]
+        elif step_N[-1] > step_N[num // 2]:
+            rate = (x_N[-1] - x_N[num // 2]) / (step_N[-1] - step_N[num // 2])
+            x = x_N[-1] + rate * (step - step_N[-1])
+        else:
+            return None
+        return float(x) if np.isfinite(x) else None
 
     def decimated(self, axis: str, low: float, high: float, buckets: int) -> tuple[Floats, Floats]:
         """At most two points a bucket of [low, high], and a neighbour on either side."""

@@ -12,11 +12,11 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 
-from fastpeft.tui.parse import Importance, Notable, Parsed, parse
+from fastpeft.tui.parse import Blocks, Importance, Notable, Parsed, Rates, SplitScore, columns_of, parse
 from fastpeft.tui.series import Series, StepTable, Table
 
 CHUNK_BYTES = 1 << 18
@@ -28,11 +28,14 @@ SAMPLED_FROM_BYTES = 32 << 20
 NUM_SAMPLES = 1024
 SAMPLE_BYTES = 1 << 14
 MAX_NOTABLE = 10_000
-MAX_IMPORTANCE = 256
+MAX_SNAPSHOTS = 256
+"""Of the importances, and of the rates."""
 _FINGERPRINT_BYTES = 256
 
 STEP_SERIES = ("loss", "penalty", "penalty_share", "grad_norm", "lr", "tokens", "tokens_per_s", "energy_j", "power_w")
+_MAY_BE_MISSING = ("system/", "schedule/")
 _ALWAYS_MEASURED = {"loss", "penalty", "grad_norm", "lr", "tokens"}
+_Snapshot = TypeVar("_Snapshot", bound=Blocks)
 
 
 class _Place(NamedTuple):
@@ -65,6 +68,8 @@ class _State:
     seen: set[str] = field(default_factory=set)
     notable: list[Notable] = field(default_factory=list)
     importance: list[Importance] = field(default_factory=list)
+    rates: list[Rates] = field(default_factory=list)
+    tests: list[SplitScore] = field(default_factory=list)
     header: dict[str, Any] | None = None
     end: dict[str, Any] | None = None
     malformed: int = 0
@@ -101,7 +106,8 @@ class RunTail:
 
     @property
     def series(self) -> dict[str, Series]:
-        """STEP_SERIES, eval/<metric>, eval/loss, system/<figure>: those of which something was measured."""
+        """STEP_SERIES; eval/<metric> and eval/loss of the validation split; system/<figure>, schedule/<figure> and
+        forecast: those of which something was measured."""
         return self._state.series
 
     @property
@@ -116,6 +122,19 @@ class RunTail:
         """Snapshots in order: the first, the last, and evenly thinned ones between."""
         state = self._state
         return [*state.importance, *(i for s in state.samples for i in s.parsed.importance)]
+
+    @property
+    def rates(self) -> list[Rates]:
+        """As `importance`."""
+        state = self._state
+        return [*state.rates, *(r for s in state.samples for r in s.parsed.rates)]
+
+    @property
+    def tests(self) -> list[SplitScore]:
+        """The last score of each split but the validation split, in order."""
+        state = self._state
+        found = [*state.tests, *(t for s in state.samples for t in s.parsed.tests)]
+        return list({test.split: test for test in found}.values())
 
     @property
     def header(self) -> dict[str, Any] | None:
@@ -285,10 +304,11 @@ class RunTail:
         if parsed.notable:
             state.notable = [*state.notable, *parsed.notable][-MAX_NOTABLE:]
         if parsed.importance:
-            kept = [*state.importance, *parsed.importance]
-            while len(kept) > MAX_IMPORTANCE:
-                kept = [*kept[:-1:2], kept[-1]]
-            state.importance = kept
+            state.importance = _thinned([*state.importance, *parsed.importance])
+        if parsed.rates:
+            state.rates = _thinned([*state.rates, *parsed.rates])
+        if parsed.tests:
+            state.tests = [*state.tests, *parsed.tests][-MAX_SNAPSHOTS:]
         if parsed.header is not None:
             state.header, state.end = parsed.header, None
         state.end = parsed.end or state.end
@@ -296,8 +316,7 @@ class RunTail:
     def _table(self, key: str) -> Table:
         tables = self._state.tables
         if key not in tables:
-            columns = ("elapsed_s", "step", "y", "energy_j") if key.startswith("eval/") else ("elapsed_s", "step", "y")
-            tables[key] = Table(*columns)
+            tables[key] = Table(*columns_of(key))
         return tables[key]
 
     def _name_series(self, parsed: Parsed) -> None:
@@ -309,7 +328,7 @@ class RunTail:
                 new[key] = Series(state.steps, key, state.steps, key not in _ALWAYS_MEASURED)
         for key in parsed.values:
             if key not in state.series:
-                new[key] = Series(self._table(key), "y", state.steps, key.startswith("system/"))
+                new[key] = Series(self._table(key), "y", state.steps, key.startswith(_MAY_BE_MISSING))
         if new:
             state.series = {**state.series, **new}
 
@@ -320,6 +339,13 @@ class RunTail:
             return True
         column = "energy_j" if key == "power_w" else key
         return bool(np.isfinite(parsed.steps_CN[StepTable.READ.index(column)]).any())
+
+
+def _thinned(snapshots: list[_Snapshot]) -> list[_Snapshot]:
+    """The first, the last, and evenly thinned ones between."""
+    while len(snapshots) > MAX_SNAPSHOTS:
+        snapshots = [*snapshots[:-1:2], snapshots[-1]]
+    return snapshots
 
 
 def _places(size: int) -> Iterator[int]:

@@ -23,6 +23,11 @@ _CIVIDIS = (
     (0, 34, 78), (18, 53, 112), (59, 73, 108), (87, 93, 109), (112, 113, 115),
     (138, 134, 120), (165, 156, 116), (195, 179, 105), (225, 204, 85), (254, 232, 56),
 )  # fmt: skip
+# RdBu (Brewer 2003) from blue to red, which red-green blind people tell apart as well.
+_DIVERGING = (
+    (33, 102, 172), (67, 147, 195), (146, 197, 222), (209, 229, 240), (247, 247, 247),
+    (253, 219, 199), (244, 165, 130), (214, 96, 77), (178, 24, 43),
+)  # fmt: skip
 SHADES = " ░▒▓█"
 """A value's share of the scale where there is no colour."""
 
@@ -62,9 +67,18 @@ def curve_color(i: int) -> str:
 
 def scale_color(share: float) -> tuple[int, int, int]:
     """Red, green, blue of a share of the scale in 0..1."""
-    at = min(max(share, 0.0), 1.0) * (len(_CIVIDIS) - 1)
-    i = min(int(at), len(_CIVIDIS) - 2)
-    return tuple(round(a + (b - a) * (at - i)) for a, b in zip(_CIVIDIS[i], _CIVIDIS[i + 1]))
+    return _between(_CIVIDIS, share)
+
+
+def ratio_color(share: float) -> tuple[int, int, int]:
+    """Of a scale with a middle: blue below it, red above."""
+    return _between(_DIVERGING, share)
+
+
+def _between(stops: tuple[tuple[int, int, int], ...], share: float) -> tuple[int, int, int]:
+    at = min(max(share, 0.0), 1.0) * (len(stops) - 1)
+    i = min(int(at), len(stops) - 2)
+    return tuple(round(a + (b - a) * (at - i)) for a, b in zip(stops[i], stops[i + 1]))
 
 
 def shade(share: float) -> str:

@@ -10,9 +10,9 @@ import pytest
 from textual.app import App
 from textual.pilot import Pilot
 
-from fastpeft.tui.parse import Importance
-from fastpeft.tui.theme import CURVES, SHADES, THEMES, curve_color, scale_color, shade
-from fastpeft.tui.widgets.heatmap import Grid, Heatmap, abbreviated, importance_grid, share
+from fastpeft.tui.parse import Importance, Rates
+from fastpeft.tui.theme import CURVES, SHADES, THEMES, curve_color, ratio_color, scale_color, shade
+from fastpeft.tui.widgets.heatmap import LEAST_RATIO, Grid, Heatmap, abbreviated, importance_grid, rates_grid, share
 
 SIZES = [(80, 24), (120, 40), (200, 60)]
 PROJECTIONS = ("query_proj", "key_proj", "value_proj", "attention.output.dense", "intermediate.dense", "output.dense")
@@ -255,6 +255,51 @@ def test_a_first_snapshot_of_other_matrices_is_no_measure():
     assert importance_grid([other, snapshot([1, 2, 3, 4])]).first is None
     with pytest.raises(IndexError):
         importance_grid([])
+
+
+# ---- factors -------------------------------------------------------------------------------
+
+
+def factors(values, step=0) -> Rates:
+    return Rates(1.0, step, ("a", "b", "c", "d"), (0, 0, 1, 1), ("q", "v", "q", "v"), np.array(values, dtype=float))
+
+
+def test_factors_lie_on_a_log_scale_around_1():
+    async def act(heatmap, pilot):
+        assert heatmap._limits() == (0.25, pytest.approx(4.0))
+        shares = [heatmap._share(value, heatmap._limits()) for value in (0.25, 0.5, 1.0, 2.0, 4.0, 0.0, 9.0)]
+        assert shares == pytest.approx([0.0, 0.25, 0.5, 0.75, 1.0, 0.0, 1.292481])
+        assert "multiplier 0.25" in screen(pilot.app)[-2]
+        assert "4 (log)" in screen(pilot.app)[-2]
+        blue, red = (tuple(map(round, ratio_color(part))) for part in (0.0, 1.0))
+        cells = pilot.app.screen._compositor.render_strips()[1:3]
+        colors = [s.style.bgcolor.triplet for strip in cells for s in strip if s.style and s.style.bgcolor]
+        assert blue in colors
+        assert ratio_color(0.5) in colors
+        assert red not in colors, "nothing is as far above 1"
+        assert heatmap.readout() == "0 q  multiplier 0.25  first 0.5 (-50.0%)"
+
+    found = rates_grid([factors([0.5, 1, 1, 2]), factors([0.25, 1, 1, 2], 9)])
+    assert (found.is_ratio, found.values.tolist()) == (True, [[0.25, 1.0], [1.0, 2.0]])
+    drive(found, act)
+
+
+@pytest.mark.parametrize("values", [[1, 1, 1, 1], [1.01, 1, 1, 0.99], [0, 0, np.nan, np.inf]])
+def test_next_to_nothing_looks_like_it(values):
+    async def act(heatmap, pilot):
+        assert heatmap._limits() == pytest.approx((1 / LEAST_RATIO, LEAST_RATIO))
+        assert 0.4 < heatmap._share(1.01, heatmap._limits()) < 0.6
+
+    drive(rates_grid([factors(values)]), act)
+
+
+def test_the_scale_of_factors_is_blue_below_and_red_above_and_light_in_the_middle():
+    for part in np.linspace(0, 0.4, 9):
+        red, _, blue = ratio_color(part)
+        assert blue > red
+        red, _, blue = ratio_color(1 - part)
+        assert red > blue
+    assert min(ratio_color(0.5)) > 240
 
 
 # ---- names and colours ---------------------------------------------------------------------

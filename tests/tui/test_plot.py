@@ -180,6 +180,39 @@ def test_a_band_lies_behind_the_curve():
     drive(PlotApp(ramp(), bands=[Band(x, x - 50.0, x + 50.0)]), act)
 
 
+def test_a_band_far_ahead_and_far_off_leaves_the_curve_legible():
+    far = Band(np.array([90.0, 1e6]), np.full(2, -1e9), np.full(2, 1e9), label="soon", level=np.full(2, 50.0))
+
+    async def act(plot, pilot):
+        assert plot._shown_x == (0.0, 125.0)
+        assert plot._shown_y[1] - plot._shown_y[0] < 4 * 100
+        assert "╌ soon" in readout(plot.app)
+        assert "◆" not in "".join(cells(plot))
+        await pilot.press("y")
+        await pilot.pause()
+        assert math.isfinite(plot._shown_y[0])
+        plot.show(plot.curves, [Band(np.array([90.0, 110.0]), *(np.full(2, np.nan),) * 2, level=np.full(2, 50.0))])
+        await pilot.pause()
+        text = "".join(cells(plot))
+        assert ("◆" in text, "░" in text) == (True, False)
+        assert plot._shown_x == (0.0, 110.0)
+        plot.show(plot.curves, [Band(np.array([90.0, 110.0]), *(np.full(2, -9.0),) * 2, level=np.full(2, -9.0))])
+        await pilot.pause()
+        assert "◆" not in "".join(cells(plot)), "a log scale has no place for it"
+
+    drive(PlotApp(ramp(), bands=[far]), act)
+
+
+def test_a_band_alone_fills_the_plot():
+    band = Band(np.array([0.0, 10.0]), np.zeros(2), np.ones(2), level=np.full(2, 0.5))
+
+    async def act(plot, pilot):
+        assert plot._shown_x == (0.0, 10.0)
+        assert plot._shown_y == (-0.05, 1.05)
+
+    drive(PlotApp(bands=[band]), act)
+
+
 def test_more_curves_have_colours_of_their_own_and_dashes_without_colour(monkeypatch):
     curves = [Curve(f"c{i}", Series.of(np.arange(100.0), np.full(100, float(i)))) for i in range(4)]
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 from pilots import drive, until
-from tui_logs import evaluation, header, heartbeat, importance, make_run, step
+from tui_logs import evaluation, header, heartbeat, importance, make_run, planned, step
 
 from fastpeft.tui.screens.compare import CompareScreen
 from fastpeft.tui.screens.run import RunScreen
@@ -50,6 +50,33 @@ def results(tmp_path, monkeypatch):
     return Path("results")
 
 
+@pytest.fixture
+def planned_results(tmp_path, monkeypatch):
+    """A run with a schedule that forecasts and moves blocks apart, in the middle of it, and one that ended."""
+    monkeypatch.chdir(tmp_path)
+    for i, (name, num, test) in enumerate((("ended", 200, {"name": "exact_match", "value": 0.584}), ("half", 120, {}))):
+        folder = make_run(
+            Path("results"),
+            name,
+            planned(num),
+            status="done",
+            method="lora",
+            model="embedded/qwen3-tiny",
+            dataset="embedded-problems",
+            stand_in=True,
+            metric={"name": "exact_match", "value": 0.003 * num},
+            best={"value": 0.003 * num, "step": num},
+            test=test,
+            budget={"kind": "seconds", "limit": 20.0, "spent": num / 10},
+            elapsed_s=num / 10,
+            tokens=500 * num,
+            steps=num,
+            energy_j=20.0 * num,
+        )
+        os.utime(folder.config, (1_790_000_000 + i, 1_790_000_000 + i))
+    return Path("results")
+
+
 async def _nothing(app, pilot): ...
 
 
@@ -70,6 +97,22 @@ async def _compare(app, pilot):
     await until(pilot, lambda: len(app.screen.query_one("#overlay").curves) == 2)
 
 
+async def _forecast(app, pilot):
+    await _run(app, pilot)
+    await until(pilot, lambda: app.screen.query_one("#plot_loss").bands)
+
+
+async def _multipliers(app, pilot):
+    await _run(app, pilot)
+    await pilot.press("2", "j")
+
+
+async def _panel(app, pilot):
+    await pilot.press("j")
+    await _run(app, pilot)
+    await pilot.press("3")
+
+
 SNAPSHOTS = {
     "runs_80x24": (_nothing, (80, 24)),
     "run_80x24": (_run, (80, 24)),
@@ -77,11 +120,25 @@ SNAPSHOTS = {
     "compare_120x40": (_compare, (120, 40)),
     "run_120x40": (_run, (120, 40)),
 }
+PLANNED = {
+    "runs_test_80x24": (_nothing, (80, 24)),
+    "forecast_80x24": (_forecast, (80, 24)),
+    "multipliers_80x24": (_multipliers, (80, 24)),
+    "schedule_80x24": (_panel, (80, 24)),
+}
 
 
 @pytest.mark.parametrize("name", SNAPSHOTS)
 def test_the_screen_looks_as_it_did(results, name):
-    script, size = SNAPSHOTS[name]
+    compare(results, name, *SNAPSHOTS[name])
+
+
+@pytest.mark.parametrize("name", PLANNED)
+def test_a_schedules_screens_look_as_they_did(planned_results, name):
+    compare(planned_results, name, *PLANNED[name])
+
+
+def compare(results, name, script, size):
     taken = []
 
     async def shoot(app, pilot):

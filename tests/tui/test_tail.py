@@ -133,7 +133,7 @@ def test_a_line_without_an_end_is_not_kept(log, monkeypatch):
 
 
 def test_unknown_events_and_unknown_fields_are_no_faults(log):
-    log.write_bytes(lines([event("forecast", 1.0, 1, at=3), step(0, more=[1, {"a": 2}]), heartbeat(1.0, 1, fan=33.0)]))
+    log.write_bytes(lines([event("omen", 1.0, 1, at=3), step(0, more=[1, {"a": 2}]), heartbeat(1.0, 1, fan=33.0)]))
     tail = read_all(log)
     assert (tail.malformed, tail.num_events) == (0, 3)
     assert tail.series["system/fan"].last == 33.0
@@ -154,7 +154,7 @@ def test_importance_is_kept_thinned_and_with_its_ends(log):
     events = [importance(i, [0.1 * i] * 4, ranks=[1, 2, 3, 4]) for i in range(2000)]
     log.write_bytes(lines(events))
     found = read_all(log).importance
-    assert len(found) <= tail_module.MAX_IMPORTANCE
+    assert len(found) <= tail_module.MAX_SNAPSHOTS
     assert (found[0].step, found[-1].step) == (0, 1999)
     assert [i.step for i in found] == sorted({i.step for i in found})
     assert found[-1].ranks.tolist() == [1, 2, 3, 4]

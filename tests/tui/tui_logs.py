@@ -69,6 +69,43 @@ def importance(i: int, weights: Iterable[float], layers: int = 2, **fields: Any)
     return event("importance", i * STEP_S, i, **values | fields)
 
 
+def forecast(i: int, value: float, horizon: float, **fields: Any) -> Event:
+    values = {"at": i, "horizon": horizon, "value": value, "low": 0.9 * value, "high": 1.1 * value}
+    return event("forecast", (i + 1) * STEP_S, i, **values | {"progress": (i + 1) / horizon} | fields)
+
+
+def rates(i: int, multipliers: Iterable[float], layers: int = 2, **fields: Any) -> Event:
+    blocks = importance(i, [0.0], layers)
+    where = {key: blocks[key] for key in ("names", "layer", "projection")}
+    return event("rates", i * STEP_S, i, **where | {"multipliers": list(multipliers)} | fields)
+
+
+def figures(i: int, **values: Any) -> Event:
+    return event("schedule", (i + 1) * STEP_S, i, figures=values)
+
+
+def planned(num_steps: int, horizon: int = 200) -> list[Event]:
+    """A run whose schedule forecasts each 10 steps that it ends at a loss of 0.5, first too high, and moves blocks
+    apart; with its test at the end, if it gets there."""
+    events = [header(budget={"kind": "seconds", "limit": horizon * STEP_S})]
+    for i in range(num_steps):
+        share = (i + 1) / horizon
+        events.append(step(i, loss=0.5 + 0.6 * (1 - share) ** 2 + 0.02 * (i * 7919 % 13 - 6) / 6, progress=share))
+        if i % 10 == 9:
+            far = 1 - share
+            value = 0.5 * (1 + 0.2 * far)
+            events.append(forecast(i, value, horizon, low=value - 0.2 * far, high=value + 0.2 * far))
+            events.append(figures(i, at_bound=share / 2, at_rail=0.0, divergences=1))
+            events.append(rates(i, [2.0**-share, 1.0, 2.0 ** (share / 2), 2.0**share]))
+        if i % 50 == 49:
+            more = {"no_answer": 0.1 * (1 - share), "pass@4": 0.6 * share + 0.1, "decode_s": 3.0}
+            events.append(evaluation(i, value=0.6 * share, metric="exact_match", more=more))
+    if num_steps < horizon:
+        return events
+    test = evaluation(num_steps - 1, value=0.584, metric="exact_match", split="test", num=1319)
+    return [*events, test, event("end", num_steps * STEP_S, num_steps, status="done")]
+
+
 def lines(events: Iterable[Event]) -> bytes:
     return b"".join(json.dumps(finite(e), separators=(",", ":")).encode() + b"\n" for e in events)
 

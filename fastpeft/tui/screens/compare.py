@@ -28,7 +28,18 @@ DRAW_EVERY_S = 0.25
 MAX_RUNS = 24
 SMOOTHING = 0.9
 """At first: several curves of single steps hide each other."""
-_FIRST = ("loss", "eval/accuracy", "eval/loss", "lr", "tokens_per_s", "energy_j", "power_w", "penalty", "grad_norm")
+_FIRST = (
+    "loss",
+    "eval/accuracy",
+    "eval/exact_match",
+    "eval/loss",
+    "lr",
+    "tokens_per_s",
+    "energy_j",
+    "power_w",
+    "penalty",
+    "grad_norm",
+)
 _COLUMNS = (("", 3), ("run", 26), ("status", 10), ("now", 8), ("best", 7), ("time", 7), ("energy", 8), ("seed", 6))
 _PARTS = Binding.Group("Parts", compact=True)
 
@@ -242,19 +253,34 @@ def column_index(table: DataTable, key: object) -> int:
 
 def _comparison(comparison: Comparison, width: int) -> Table | Text:
     """Means over seeds with 95 % t-intervals, and differences from the baseline paired by seed."""
-    if not comparison.rows:
+    rows = comparison.rows
+    if not rows:
         return Text("no result with a metric yet", style="dim")
-    table = Table(box=None, pad_edge=False)
     minus = f"minus {comparison.baseline}" if comparison.baseline else "difference"
-    for name in ("method", "seeds", "metric", "best", minus, "time", "energy", "task"):
+    scores = {"metric": [row.metric for row in rows], "best": [row.best for row in rows]}
+    scores |= {"test": [row.test for row in rows]} if any(row.test for row in rows) else {}
+    if width < 110:  # only what is compared
+        scores = {comparison.by: scores[comparison.by]}
+    else:
+        minus += f" ({comparison.by})"
+    columns = {
+        "method": [row.label for row in rows],
+        "seeds": [row.metric.count for row in rows],
+        **scores,
+        minus: [row.minus_baseline for row in rows],
+        "AUC": [row.auc.get("seconds") for row in rows],
+        "time": [duration(row.seconds.value) for row in rows],
+        "energy": [short(row.joules.value, "J") if row.joules else None for row in rows],
+        "task": [row.task for row in rows],
+    }
+    if width < 110 or not any(columns["AUC"]):
+        del columns["AUC"]
+    table = Table(box=None, pad_edge=False)
+    for name in columns:
         table.add_column(name, header_style="dim", no_wrap=name not in ("method", "task"))
-    for row in comparison.rows:
-        values = (str(row.metric), str(row.best or "-"), str(row.minus_baseline or "-"))
-        energy = short(row.joules.value, "J") if row.joules else "-"
-        seconds = duration(row.seconds.value)
-        table.add_row(row.label, str(row.metric.count), *values, seconds, energy, row.task)
+    for values in zip(*columns.values()):
+        table.add_row(*("-" if value is None else str(value) for value in values))
     for label, mean in comparison.glue.items():
-        table.add_row(label, str(mean.count), str(mean), *["-"] * 4, "GLUE average", style="bold")
-    if width < 110:
-        table.columns.pop(3)  # the best, which may have been at another step
+        left = ["-"] * (len(columns) - 4)
+        table.add_row(label, str(mean.count), str(mean), *left, "GLUE average", style="bold")
     return table

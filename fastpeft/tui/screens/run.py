@@ -13,15 +13,16 @@ from textual.binding import Binding, BindingType
 from textual.containers import Container, Vertical, VerticalScroll
 from textual.widgets import Footer, Static
 
-from fastpeft.tui import cells
+from fastpeft.tui import cells, forecast
 from fastpeft.tui.format import amount, bar, decimal, duration, printable, short
+from fastpeft.tui.parse import MAX_FIGURES
 from fastpeft.tui.runs import RunRow
 from fastpeft.tui.screens.base import RunsKeys
 from fastpeft.tui.tail import RunTail
 from fastpeft.tui.theme import STATUS, curve_color
 from fastpeft.tui.widgets.events import EventLog
-from fastpeft.tui.widgets.heatmap import Grid, Heatmap, importance_grid
-from fastpeft.tui.widgets.plot import Curve, LinePlot
+from fastpeft.tui.widgets.heatmap import Grid, Heatmap, importance_grid, rates_grid
+from fastpeft.tui.widgets.plot import Band, Curve, LinePlot
 from fastpeft.tui.widgets.system import SystemPanel
 from fastpeft.tui.widgets.text import Lines
 
@@ -36,8 +37,15 @@ PLOTS = {
     "power": ("power", ("power_w", "system/power_w")),
     "speed": ("tokens a second", ("tokens_per_s",)),
     "grad": ("gradient", ("grad_norm",)),
+    "decode": ("decoding", ("eval/decode_s",)),
 }
-"""What is drawn: title and series. Those of which nothing was measured are left out."""
+"""What is drawn: title and series. Those of which nothing was measured are left out. After these, each figure of the
+schedule."""
+MAX_PLOTS = 8
+"""Shown at once."""
+_NO_SHARES = ("eval/loss", "eval/decode_s")
+MAPS = {"importance": importance_grid, "multipliers": rates_grid}
+"""What a heatmap shows of each matrix: importances, or the factors on its learning rate."""
 LABELS = {
     "eval/loss": "validation",
     "system/power_w": "device",
@@ -46,6 +54,7 @@ LABELS = {
     "tokens_per_s": "tok/s",
     "energy_j": "J",
     "power_w": "W",
+    "eval/decode_s": "s an evaluation",
 }
 _PANES = Binding.Group("Panes", compact=True)
 
@@ -58,6 +67,8 @@ class RunScreen(RunsKeys):
         Binding("4", "pane('config')", "Config", group=_PANES, id="run.config"),
         Binding("left_square_bracket", "step(-1)", "Plot before", key_display="[", show=False, id="run.before"),
         Binding("right_square_bracket", "step(1)", "Next", key_display="]", tooltip="Next plot", id="run.next"),
+        Binding("m", "map", "Matrices", tooltip="Importances, or factors on the rate", show=False, id="run.map"),
+        Binding("f", "forecast", "Forecast", tooltip="Show or hide the forecast", show=False, id="run.forecast"),
         Binding("z", "zoom", "Maximise", tooltip="The part in focus alone, and back", show=False, id="run.zoom"),
         Binding("c", "compare", "Compare", tooltip="Compare it with the marked runs", show=False, id="run.compare"),
         Binding("escape", "back", "Back", show=False, id="run.back"),
@@ -70,6 +81,9 @@ class RunScreen(RunsKeys):
         self.plot = "loss"
         """The one that is shown where there is room for one only."""
         self.snapshot = -1
+        self.map = "importance"
+        self.with_forecast = True
+        self._plots: dict[str, LinePlot] = {}
         self._tail: RunTail | None = None
         self._drawn_importance: object = None
         self._yaml = Static(id="yaml")
@@ -79,11 +93,13 @@ class RunScreen(RunsKeys):
         with Container(id="panes"):
             with Container(id="curves"):
                 for key, (title, _) in PLOTS.items():
-                    yield LinePlot(title, id=f"plot_{key}")
+                    self._plots[key] = LinePlot(title, id=f"plot_{key}")
+                    yield self._plots[key]
             with Vertical(id="importance"):
                 yield Heatmap("importance", id="heatmap")
             with Vertical(id="events"):
                 yield SystemPanel(id="system")
+                yield Lines(id="schedule")
                 yield EventLog(id="log")
             with VerticalScroll(id="config", can_focus=True):
                 yield self._yaml
@@ -91,7 +107,6 @@ class RunScreen(RunsKeys):
 
     def on_mount(self) -> None:
         self._tail = self.app.tail(self.run)
-        self.query_one("#importance").border_title = "importance"
         self.query_one("#events").border_title = "machine and events"
         self.action_pane("curves")
         self._read_config()
@@ -153,63 +168,109 @@ class RunScreen(RunsKeys):
         self._draw_plots(tail)
         self._draw_importance(tail)
         self.query_one(SystemPanel).show(tail.series)
+        self._draw_schedule(tail)
         self.query_one(EventLog).show(tail.notable)
 
     def _draw_title(self) -> None:
         self.query_one("#title", Lines).show(_title(self.row, self.run, self._tail, self.size.width))
 
+    def _draw_schedule(self, tail: RunTail) -> None:
+        panel, text = self.query_one("#schedule", Lines), forecast.summary(tail)
+        panel.display = bool(text)
+        panel.show(text)
+
     def _draw_plots(self, tail: RunTail) -> None:
-        shown = self.shown_plots()
-        for key in PLOTS:
-            plot = self.query_one(f"#plot_{key}", LinePlot)
+        self._add_plots(tail)
+        there, shown = self.measured_plots(), self.shown_plots()
+        for key, plot in self._plots.items():
             plot.display = key in shown
-            if plot.display:
-                plot.show(self._curves(key))
+            if plot.display and plot.is_mounted:
+                left = len(there) - len(shown) if key == shown[-1] and len(shown) > 1 else 0
+                more = [f"{left} more: ]"] if left else []
+                plot.show(self._curves(key), self._bands(key, plot.axis), [*self._notes(key), *more])
         self.query_one("#curves").set_class(len(shown) > 1, "-several")
-        self.query_one("#curves").set_class(len(shown) > 4, "-many")
+
+    def _add_plots(self, tail: RunTail) -> None:
+        """One for each figure of the schedule that has none yet."""
+        figures = [name for name in tail.series if name.startswith("schedule/") and name not in self._plots]
+        for name in figures[: len(PLOTS) + MAX_FIGURES - len(self._plots)]:
+            title = name.removeprefix("schedule/").replace("_", " ")
+            axis = self._plots["loss"].axis
+            self._plots[name] = plot = LinePlot(title, axis=axis, id=f"plot_{len(self._plots)}")
+            plot.display = False
+            self.query_one("#curves").mount(plot)
+            self.call_after_refresh(self.draw_again)
 
     def measured_plots(self) -> list[str]:
         """Those with something to draw; the loss in any case."""
-        return [key for key in PLOTS if key == "loss" or self._curves(key)]
+        return [key for key in self._plots if key == "loss" or self._curves(key)]
 
     def shown_plots(self) -> list[str]:
+        """The one that was chosen, and in a roomy terminal those around it."""
         there = self.measured_plots()
+        at = there.index(self.plot) if self.plot in there else 0
         if not self.is_roomy:
-            return [self.plot if self.plot in there else there[0]]
-        return there
+            return there[at : at + 1]
+        first = max(0, min(at - MAX_PLOTS + 1, len(there) - MAX_PLOTS))
+        return there[first : first + MAX_PLOTS]
 
     def _curves(self, key: str) -> list[Curve]:
         assert self._tail is not None
         series = self._tail.series
-        names = PLOTS[key][1]
+        names = PLOTS[key][1] if key in PLOTS else (key,)
         if key == "metric":
-            names = tuple(name for name in series if name.startswith("eval/") and name != "eval/loss")
+            names = tuple(name for name in series if name.startswith("eval/") and name not in _NO_SHARES)
         if key == "penalty" and "penalty" in series and not series["penalty"].y.any():
             return []
         if "power_w" in series and key == "power":
             names = ("power_w",)
-        first = list(PLOTS).index(key) if len(names) == 1 else 0
-        labels = [LABELS.get(name, name.removeprefix("eval/")) for name in names]
+        first = list(self._plots).index(key) if len(names) == 1 else 0
+        labels = [LABELS.get(name, name.rpartition("/")[2].replace("_", " ")) for name in names]
         return [
             Curve(label, series[name], curve_color(first + i))
             for i, (label, name) in enumerate(zip(labels, names))
             if name in series
         ]
 
+    def _bands(self, key: str, axis: str) -> list[Band]:
+        """The newest forecast, in the plot of the loss."""
+        if key != "loss" or not self.with_forecast:
+            return []
+        assert self._tail is not None
+        newest, loss = forecast.newest(self._tail), self._tail.series.get("loss")
+        band = forecast.band(newest, loss, axis) if newest and loss else None
+        return [band] if band else []
+
+    def _notes(self, key: str) -> list[str]:
+        """What was scored once stands beside the curve of the validation split."""
+        assert self._tail is not None
+        return [f"{t.split} {decimal(t.value)}" for t in self._tail.tests] if key == "metric" else []
+
+    def _snapshots(self) -> dict[str, list]:
+        """Of the maps that the log has any of; importances first."""
+        assert self._tail is not None
+        found = {"importance": self._tail.importance, "multipliers": self._tail.rates}
+        return {name: snapshots for name, snapshots in found.items() if snapshots}
+
     def _draw_importance(self, tail: RunTail) -> None:
-        snapshots = tail.importance
+        there = self._snapshots()
+        if self.map not in there:
+            self.map, self.snapshot = next(iter(there), "importance"), -1
+        snapshots = there.get(self.map, [])
         at = len(snapshots) - 1 if self.snapshot < 0 else min(self.snapshot, len(snapshots) - 1)
-        drawn = (tail.generation, len(snapshots), at, self.size)
+        drawn = (tail.generation, self.map, len(there), len(snapshots), at, self.size)
         if drawn == self._drawn_importance:
             return
         self._drawn_importance = drawn
         pane, heatmap = self.query_one("#importance"), self.query_one(Heatmap)
+        others = [f", m: {name}" for name in there if name != self.map]
+        pane.border_title = {"multipliers": "factors on the learning rate"}.get(self.map, self.map) + "".join(others)
         if not snapshots:
             heatmap.show(Grid((), (), heatmap.grid.values[:0, :0]))
             pane.border_subtitle = "this method measures none" if tail.is_caught_up and tail.series else ""
             return
-        grid = importance_grid(snapshots, at)
-        heatmap.show(grid)
+        grid = MAPS[self.map](snapshots, at)
+        heatmap.show(grid, self.map)
         if self.is_wide:
             self.query_one("#panes").styles.grid_rows = f"{min(len(grid.rows) + 6, self.size.height // 2)} 1fr"
         when = f"step {snapshots[at].step:,}, {duration(snapshots[at].elapsed_s)}"
@@ -222,27 +283,39 @@ class RunScreen(RunsKeys):
         self.pane = pane
         for name in ("curves", "importance", "events", "config"):
             self.set_class(name == pane, f"-{name}")
-        focus = {"curves": f"#plot_{self.shown_plots()[0]}", "importance": "#heatmap", "events": "#log"}
+        focus = {"curves": f"#{self._plots[self.shown_plots()[0]].id}", "importance": "#heatmap", "events": "#log"}
         self.query_one(focus.get(pane, "#config")).focus()
         self.draw()
 
     def action_step(self, by: int) -> None:
-        """In the curves the plot, in the importances the snapshot."""
+        """In the curves the plot, in a heatmap the snapshot."""
         assert self._tail is not None
         if self.focused is not None and self.focused.id == "heatmap":
-            num = len(self._tail.importance)
+            num = len(self._snapshots().get(self.map, []))
             at = num - 1 if self.snapshot < 0 else self.snapshot
             self.snapshot = max(0, min(at + by, num - 1))
             if self.snapshot == num - 1:
                 self.snapshot = -1  # follow the newest
             self._draw_importance(self._tail)
             return
-        there = self.measured_plots() if not self.is_roomy else self.shown_plots()
-        focused = (self.focused.id or "").removeprefix("plot_") if self.focused else ""
-        now = focused if focused in there else self.plot
+        there = self.measured_plots()
+        now = next((key for key in there if self._plots[key] is self.focused), self.plot)
         self.plot = there[(there.index(now) + by) % len(there)] if now in there else there[0]
         self._draw_plots(self._tail)
-        self.query_one(f"#plot_{self.plot}").focus()
+        self._plots[self.plot].focus()
+
+    def action_map(self) -> None:
+        assert self._tail is not None
+        there = [*self._snapshots()]
+        if len(there) < 2:
+            self.app.bell()
+            return
+        self.map, self.snapshot = there[(there.index(self.map) + 1) % len(there)], -1
+        self._draw_importance(self._tail)
+
+    def action_forecast(self) -> None:
+        self.with_forecast = not self.with_forecast
+        self.draw()
 
     def action_zoom(self) -> None:
         if self.maximized is not None:
@@ -264,8 +337,9 @@ class RunScreen(RunsKeys):
 
     def on_line_plot_axis_changed(self, event: LinePlot.AxisChanged) -> None:
         """All plots against the same axis."""
-        for plot in self.query(LinePlot):
+        for plot in self._plots.values():
             plot.axis = event.axis
+        self.draw()  # a forecast's place is another one
 
 
 def _title(row: RunRow | None, run: str, tail: RunTail | None, width: int) -> Text:
@@ -292,6 +366,8 @@ def _title(row: RunRow | None, run: str, tail: RunTail | None, width: int) -> Te
     if row.metric is not None:
         last = "" if width < 110 else f"{row.metric_name} {decimal(row.metric)}, "
         facts.append(f"{last}best {decimal(cells.best_of(row))}")
+    if row.test is not None:
+        facts.append(f"test {decimal(row.test)}")
     facts.append(f"{short(row.tokens_per_s)} tok/s")
     if row.energy_j is not None:
         facts.append(short(row.energy_j, "J"))

@@ -65,7 +65,9 @@ class RunsScreen(RunsKeys):
         self.folded: set[str] = set()
         self._lines: dict[str, RunRow | cells.Group] = {}
         self._cells: dict[str, list[Text]] = {}
-        self._drawn_size = -1
+        self._columns = cells.COLUMNS
+        self._breadth = 0
+        self._drawn: object = None
 
     def compose(self) -> ComposeResult:
         yield Lines(id="title")
@@ -99,11 +101,13 @@ class RunsScreen(RunsKeys):
         return cells.grouped(found, self.folded) if self.group else list(found)
 
     def draw(self) -> None:
-        size = 2 if self.size.width >= 170 else 1 if self.size.width >= 110 else 0
+        self._breadth = 2 if self.size.width >= 170 else 1 if self.size.width >= 110 else 0
+        self._columns = cells.columns_of(self.app.rows)
+        if self.sort_by not in cells.sorts(self._columns):
+            self.sort_by = "created"
         lines = self.lines()
         self._lines = {line.key if isinstance(line, cells.Group) else line.name: line for line in lines}
-        drawn = {key: self._row(key, line, size) for key, line in self._lines.items()}
-        self._fill(drawn, size)
+        self._fill({key: self._row(line) for key, line in self._lines.items()})
         has_runs = bool(self.app.rows)
         self.query_one(RunsTable).display = has_runs
         empty = self.query_one("#empty", Lines)
@@ -113,23 +117,25 @@ class RunsScreen(RunsKeys):
         self._draw_title(len(lines))
         self._draw_preview()
 
-    def _row(self, key: str, line: RunRow | cells.Group, size: int) -> list[Text]:
+    def _row(self, line: RunRow | cells.Group) -> list[Text]:
         if isinstance(line, cells.Group):
             marked = all(row.name in self.app.marked for row in line.rows)
-            return [_mark(marked), *cells.group_cells(line, size)]
+            return [_mark(marked), *cells.group_cells(line, self._columns, self._breadth)]
         indent = "  " if self.group and line.group is not None else ""
-        return [_mark(line.name in self.app.marked), *cells.cells(line, size, indent)]
+        return [_mark(line.name in self.app.marked), *cells.cells(line, self._columns, self._breadth, indent)]
 
-    def _fill(self, drawn: dict[str, list[Text]], size: int) -> None:
+    def _fill(self, drawn: dict[str, list[Text]]) -> None:
         """Change the cells that changed; where other lines are shown, or in another order, all of them."""
         table = self.query_one(RunsTable)
         header = self._header()
-        if size != self._drawn_size or not table.columns:
-            self._drawn_size = size
+        layout = (self._breadth, [column.key for column in self._columns])
+        if layout != self._drawn or not table.columns:
+            self._drawn = layout
             table.clear(columns=True)
             self._cells = {}
-            for key, label, width in zip(("mark", *(c.key for c in cells.COLUMNS)), header, _widths(size)):
-                table.add_column(label, key=key, width=width)
+            table.add_column(header[0], key="mark", width=2)
+            for column, label in zip(self._columns, header[1:]):
+                table.add_column(label, key=column.key, width=column.width[self._breadth] + 1)  # and a space
         for column, label in zip(table.ordered_columns, header):
             column.label = label
         if list(drawn) == list(self._cells):
@@ -151,10 +157,10 @@ class RunsScreen(RunsKeys):
 
     def _header(self) -> list[Text]:
         out = [Text("")]
-        for column in cells.COLUMNS:
+        for column in self._columns:
             arrow = ("▼" if self.descending else "▲") if column.key == self.sort_by else ""
             label = f"{arrow}{column.label}" if column.right else f"{column.label}{arrow}"
-            width = column.width[max(self._drawn_size, 0)]
+            width = column.width[self._breadth]
             out.append(Text(label.rjust(width) if column.right else label, style="bold" if arrow else ""))
         return out
 
@@ -212,7 +218,7 @@ class RunsScreen(RunsKeys):
         key = event.column_key.value
         if key == self.sort_by:
             self.action_invert()
-        elif key in cells.SORTS:
+        elif key in cells.sorts(self._columns):
             self.sort_by = key
             self.draw()
 
@@ -275,7 +281,8 @@ class RunsScreen(RunsKeys):
         self.query_one(RunsTable).focus()
 
     def action_sort(self, by: int) -> None:
-        self.sort_by = cells.SORTS[(cells.SORTS.index(self.sort_by) + by) % len(cells.SORTS)]
+        there = cells.sorts(self._columns)
+        self.sort_by = there[(there.index(self.sort_by) + by) % len(there)]
         self.draw()
 
     def action_invert(self) -> None:
@@ -295,11 +302,6 @@ def _mark(marked: bool) -> Text:
     return Text("▌" if marked else " ", style="#E69F00")
 
 
-def _widths(size: int) -> list[int]:
-    """With a space between columns."""
-    return [2, *(column.width[size] + 1 for column in cells.COLUMNS)]
-
-
 def _budget(row: RunRow) -> str:
     if row.budget_limit is None:
         return "-"
@@ -313,6 +315,7 @@ def _strip(row: RunRow, width: int) -> Text:
     if row.stand_in:
         first.append_text(cells.stand_in_badge())
     second = Text.assemble(
+        "" if row.test is None else f"test {decimal(row.test)}  ",
         f"{short(row.tokens_per_s)} tok/s  {short(row.energy_j, 'J')}  {_budget(row)}  ",
         (sparkline(row.sparkline, 24), "#56B4E9"),
     )
@@ -326,16 +329,17 @@ def _facts(row: RunRow) -> Text:
     if row.stand_in:
         out.append("  ").append_text(cells.stand_in_badge())
     seed = "" if row.seed is None else f", seed {row.seed}"
+    test = "" if row.test is None else f", test {decimal(row.test)}"
     facts = {
         "method": f"{row.method}{seed}",
         "model": row.model,
         "data": row.dataset,
         "budget": _budget(row) + ("" if row.eta_s is None else f", {duration(row.eta_s)} left"),
-        row.metric_name or "metric": f"{decimal(row.metric)}, best {decimal(cells.best_of(row))}",
+        row.metric_name or "metric": f"{decimal(row.metric)}, best {decimal(cells.best_of(row))}{test}",
         "loss": decimal(row.last_loss),
         "speed": f"{short(row.tokens_per_s)} tok/s, {row.steps or 0:,} steps in {duration(row.elapsed_s)}",
         "energy": f"{short(row.energy_j, 'J')} ({row.energy_method})",
     }
     for key, value in facts.items():
-        out.append(f"\n{key:<10}", style="dim").append(value)
+        out.append(f"\n{key + ' ':<10}", style="dim").append(value)
     return out

@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 MARGIN_LEFT = 9
 _BAND = "░"
 _CURSOR = "│"
+_END = "◆"
+_LEVEL_DASH = (4, 4)
 _BRAILLE = [chr(BLANK + dots) for dots in range(256)]
 
 
@@ -44,6 +46,8 @@ class Shade:
     low: Floats
     high: Floats
     color: str
+    level: Floats | None = None
+    """A line within it, which ends in a sign."""
 
 
 @dataclass(frozen=True)
@@ -144,7 +148,10 @@ class PlotCanvas(PlotWidget, can_focus=False, inherit_bindings=False):
         for shade in scene.shades:
             self._draw_shade(canvas, shade)
         self._draw_cursor(canvas, scene.cursor_x)
-        self._draw_lines(canvas, scene.lines)
+        levels = [Line(s.x, s.level, s.color, _LEVEL_DASH) for s in scene.shades if s.level is not None]
+        self._draw_lines(canvas, [*levels, *scene.lines])
+        for level in levels:
+            self._draw_end(canvas, level)
         for marks in scene.marks:
             self._draw_marks(canvas, marks)
 
@@ -181,6 +188,12 @@ class PlotCanvas(PlotWidget, can_focus=False, inherit_bindings=False):
                 continue
             for row in range(max(int(top), 0), min(math.ceil(bottom), self._scale_rectangle.height)):
                 canvas.set_pixel(column + 1, row + 1, _BAND, shade.color)
+
+    def _draw_end(self, canvas: Canvas, line: Line) -> None:
+        column = self._column(float(line.x[-1]))
+        row = self._cells(line.x[-1:], line.y[-1:])[1][0]
+        if column is not None and 0 <= row < self._scale_rectangle.height:
+            canvas.set_pixel(column + 1, int(row) + 1, _END, line.color)
 
     def _draw_cursor(self, canvas: Canvas, at: float | None) -> None:
         column = self._column(at)

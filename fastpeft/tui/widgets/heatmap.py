@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import ClassVar
 
 import numpy as np
@@ -18,9 +18,9 @@ from textual.reactive import reactive
 from textual.scroll_view import ScrollView
 from textual.strip import Strip
 
-from fastpeft.tui.parse import Importance
+from fastpeft.tui.parse import Blocks, Importance, Rates
 from fastpeft.tui.series import Floats
-from fastpeft.tui.theme import scale_color, shade
+from fastpeft.tui.theme import ratio_color, scale_color, shade
 from fastpeft.tui.widgets.axes import short
 
 # R rows, C columns
@@ -28,6 +28,8 @@ from fastpeft.tui.widgets.axes import short
 MAX_CELL = 12
 MIN_CELL = 4
 """A narrower screen scrolls sideways."""
+LEAST_RATIO = 1.1
+"""A scale of factors reaches at least from 1 / this to this, so that next to nothing looks like it."""
 _NUMBERS_FROM = 7
 """Cells this wide show their numbers."""
 _HEAD_LINES = 1
@@ -48,6 +50,8 @@ class Grid:
     """Earlier values, for the change since."""
     names: dict[tuple[int, int], str] = field(default_factory=dict)
     """Full names by row and column."""
+    is_ratio: bool = False
+    """Values are factors: the scale is logarithmic, 1 in its middle."""
 
 
 def importance_grid(snapshots: Sequence[Importance], at: int = -1) -> Grid:
@@ -57,30 +61,42 @@ def importance_grid(snapshots: Sequence[Importance], at: int = -1) -> Grid:
         IndexError: there is no such snapshot.
     """
     snapshot, first = snapshots[at], snapshots[0]
-    rows = sorted(set(snapshot.layer))
+    grid = _grid(snapshot, first, snapshot.weights, first.weights)
+    more = {"sensitivity": snapshot.sensitivity, "rank": snapshot.ranks}
+    more = {name: _spread(snapshot, values)[2] for name, values in more.items() if values is not None}
+    return replace(grid, value_name="weight", more=more)
+
+
+def rates_grid(snapshots: Sequence[Rates], at: int = -1) -> Grid:
+    """As `importance_grid`, of the factors on the learning rate."""
+    snapshot, first = snapshots[at], snapshots[0]
+    grid = _grid(snapshot, first, snapshot.multipliers, first.multipliers)
+    return replace(grid, value_name="multiplier", is_ratio=True)
+
+
+def _grid(snapshot: Blocks, first: Blocks, values: Floats, first_values: Floats) -> Grid:
+    rows, columns, values_RC, keys = _spread(snapshot, values)
+    return Grid(
+        rows=rows,
+        columns=columns,
+        values=values_RC,
+        first=_spread(first, first_values)[2] if first.names == snapshot.names and first is not snapshot else None,
+        names=dict(zip(keys, snapshot.names)),
+    )
+
+
+def _spread(blocks: Blocks, values: Floats) -> tuple[tuple[str, ...], tuple[str, ...], Floats, list[tuple[int, int]]]:
+    """Names of the rows and of the columns, the values there, and each block's row and column."""
+    rows = sorted(set(blocks.layer))
     keys, columns = [], {}
     seen: dict[tuple[int, str], int] = {}
-    for layer, projection in zip(snapshot.layer, snapshot.projection):
+    for layer, projection in zip(blocks.layer, blocks.projection):
         seen[layer, projection] = again = seen.get((layer, projection), 0) + 1
         column = projection if again == 1 else f"{projection}#{again}"
         keys.append((rows.index(layer), columns.setdefault(column, len(columns))))
-
-    def spread(values: Floats | None) -> Floats:
-        out_RC = np.full((len(rows), len(columns)), np.nan)
-        if values is not None:
-            out_RC[tuple(np.array(keys).reshape(-1, 2).T)] = values
-        return out_RC
-
-    more = {"sensitivity": snapshot.sensitivity, "rank": snapshot.ranks}
-    return Grid(
-        rows=tuple(str(layer) for layer in rows),
-        columns=tuple(columns),
-        values=spread(snapshot.weights),
-        value_name="weight",
-        more={name: spread(values) for name, values in more.items() if values is not None},
-        first=spread(first.weights) if first.names == snapshot.names and first is not snapshot else None,
-        names=dict(zip(keys, snapshot.names)),
-    )
+    out_RC = np.full((len(rows), len(columns)), np.nan)
+    out_RC[tuple(np.array(keys).reshape(-1, 2).T)] = values
+    return tuple(str(layer) for layer in rows), tuple(columns), out_RC, keys
 
 
 def abbreviated(names: Sequence[str], width: int) -> list[str]:
@@ -236,7 +252,18 @@ class Heatmap(ScrollView, can_focus=True):
 
     def _limits(self) -> tuple[float, float]:
         finite = self.grid.values[np.isfinite(self.grid.values)]
+        if self.grid.is_ratio:
+            farthest = np.exp(np.abs(np.log(finite[finite > 0])).max(initial=math.log(LEAST_RATIO)))
+            return 1 / float(farthest), float(farthest)
         return (float(finite.min()), float(finite.max())) if len(finite) else (0.0, 0.0)
+
+    def _share(self, value: float, limits: tuple[float, float]) -> float:
+        if not self.grid.is_ratio:
+            return share(value, limits)
+        return share(math.log(value), tuple(map(math.log, limits))) if value > 0 else 0.0
+
+    def _color(self, part: float) -> tuple[int, int, int]:
+        return ratio_color(part) if self.grid.is_ratio else scale_color(part)
 
     def _columns(self) -> range:
         return range(self._left, min(self._left + self.num_columns_shown, len(self.grid.columns)))
@@ -269,8 +296,8 @@ class Heatmap(ScrollView, can_focus=True):
         elif math.isinf(value):
             text, style = ("+inf" if value > 0 else "-inf").center(width), base + Style(bold=True)
         else:
-            part = share(value, limits)
-            color = scale_color(part)
+            part = self._share(value, limits)
+            color = self._color(part)
             number = short(value) if width >= _NUMBERS_FROM else ""
             if self.app.no_color:
                 text = f"{shade(part) * (width - len(number) - 1)}{number}".ljust(width)
@@ -292,8 +319,8 @@ class Heatmap(ScrollView, can_focus=True):
             if self.app.no_color:
                 segments.append(Segment(shade(part), base))
             else:
-                segments.append(Segment(" ", Style(bgcolor="rgb({},{},{})".format(*scale_color(part)))))
-        segments.append(Segment(f" {short(high)}", base))
+                segments.append(Segment(" ", Style(bgcolor="rgb({},{},{})".format(*self._color(part)))))
+        segments.append(Segment(f" {short(high)}" + (" (log)" if self.grid.is_ratio else ""), base))
         for what, first, shown, num in (
             ("rows", self._top, self.num_rows_shown, len(self.grid.rows)),
             ("columns", self._left, self.num_columns_shown, len(self.grid.columns)),

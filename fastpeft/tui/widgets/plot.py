@@ -25,6 +25,8 @@ from fastpeft.tui.widgets.raster import DASHES
 SMOOTHING = (0.0, 0.6, 0.9, 0.97, 0.99)
 """Weights of the average that `s` goes through."""
 ZOOM = 1.5
+AHEAD = 0.25
+_LEVEL_SIGN = "╌"
 _LINE_SIGNS = ("━", "╍", "┅", "┉")
 
 
@@ -38,12 +40,20 @@ class Curve:
 
 @dataclass(frozen=True)
 class Band:
-    """An area from `low` to `high`, as of a forecast; x in the unit of the plot's axis, rising."""
+    """An area from `low` to `high`, as of a forecast; x in the unit of the plot's axis, rising.
+
+    It widens what is shown at first by no more than AHEAD of the curves' range to the right and by their height up and
+    down, so that they stay legible; the rest of it is there to pan to.
+    """
 
     x: Floats
     low: Floats
     high: Floats
+    """Nan where there is no area."""
     color: str = "#999999"
+    label: str = ""
+    level: Floats | None = None
+    """A line within the area."""
 
 
 class LinePlot(Widget, can_focus=True):
@@ -106,6 +116,7 @@ class LinePlot(Widget, can_focus=True):
         self.set_reactive(LinePlot.log, log)
         self.curves: tuple[Curve, ...] = ()
         self.bands: tuple[Band, ...] = ()
+        self.notes: tuple[str, ...] = ()
         self.view_x: tuple[float, float] | None = None
         """The range that is zoomed to; None: all there is."""
         self.view_y: tuple[float, float] | None = None
@@ -128,9 +139,9 @@ class LinePlot(Widget, can_focus=True):
 
     # ---- what is shown ---------------------------------------------------------------------
 
-    def show(self, curves: Sequence[Curve], bands: Sequence[Band] = ()) -> None:
-        """Draw these from now on."""
-        self.curves, self.bands = tuple(curves), tuple(bands)
+    def show(self, curves: Sequence[Curve], bands: Sequence[Band] = (), notes: Sequence[str] = ()) -> None:
+        """Draw these from now on. `notes` stand behind the curves' values."""
+        self.curves, self.bands, self.notes = tuple(curves), tuple(bands), tuple(notes)
         self.redraw()
 
     def redraw(self) -> None:
@@ -166,10 +177,12 @@ class LinePlot(Widget, can_focus=True):
 
     def _all_x(self) -> tuple[float, float]:
         limits = [found for c in self.curves if (found := c.series.limits(self.axis)) is not None]
-        limits += [(float(b.x[0]), float(b.x[-1])) for b in self.bands if len(b.x)]
-        if not limits:
+        ahead = [(float(b.x[0]), float(b.x[-1])) for b in self.bands if len(b.x)]
+        if not limits + ahead:
             return 0.0, 1.0
-        low, high = min(found[0] for found in limits), max(found[1] for found in limits)
+        low, high = min(found[0] for found in limits or ahead), max(found[1] for found in limits or ahead)
+        if limits and ahead:
+            high = max(high, min(high + AHEAD * (high - low), max(found[1] for found in ahead)))
         return (low, high) if high > low else (low - 0.5, low + 0.5)
 
     def _scaled(self, y: Floats) -> Floats:
@@ -181,15 +194,18 @@ class LinePlot(Widget, can_focus=True):
             positive = high > 0
             least = float(high[positive].min()) / 10 if positive.any() else 1.0
             low, high = np.log10(np.maximum(low, least)), np.log10(np.maximum(high, least))
-        return Shade(band.x, low, high, band.color)
+        level = None if band.level is None or (self.log and (band.level <= 0).any()) else band.level
+        level = level if level is None else self._scaled(level)
+        return Shade(band.x, low, high, band.color, level)
 
     def _needed_y(self, windows: list[Window], bands: list[Shade]) -> tuple[float, float]:
         low_x, high_x = self._shown_x
-        shown = [self._scaled(w.y[(w.x >= low_x) & (w.x <= high_x)]) for w in windows]
-        for band in bands:
-            inside = (band.x >= low_x) & (band.x <= high_x)
-            shown += [band.low[inside], band.high[inside]]
-        values = np.concatenate([y[np.isfinite(y)] for y in shown] or [np.empty(0)])
+        values = _finite([self._scaled(w.y[(w.x >= low_x) & (w.x <= high_x)]) for w in windows])
+        edges = _finite([edge for band in bands for edge in _edges(band, low_x, high_x)])
+        if len(values) and len(edges):
+            room = (values.max() - values.min()) or np.inf
+            edges = np.clip(edges, values.min() - room, values.max() + room)
+        values = np.concatenate([values, edges])
         if not len(values):
             return (-1.0, 0.0) if self.log else (0.0, 1.0)
         low, high = float(values.min()), float(values.max())
@@ -209,6 +225,11 @@ class LinePlot(Widget, can_focus=True):
             sign = _LINE_SIGNS[i % len(_LINE_SIGNS)] if self.app.no_color else _LINE_SIGNS[0]
             text.append(f"{sign} {curve.label} ", color)
             text.append(f"{self._value(curve, at)}  ")
+        for band in self.bands:
+            if band.label:
+                text.append(f"{_LEVEL_SIGN} {band.label}  ", band.color)
+        for note in self.notes:
+            text.append(f"{note}  ")
         text.append(f"· {self.axis}", "dim")
         for said in self._flags():
             text.append(f" · {said}", "dim")
@@ -328,6 +349,18 @@ class LinePlot(Widget, can_focus=True):
         """The place at shares of the width, and of the height from below."""
         (low_x, high_x), (low_y, high_y) = self._shown_x, self._shown_y
         return low_x + x * (high_x - low_x), low_y + y * (high_y - low_y)
+
+
+def _edges(band: Shade, low_x: float, high_x: float) -> list[Floats]:
+    """Where the band enters the range and where it leaves it, and what lies between."""
+    if not len(band.x) or band.x[0] > high_x or band.x[-1] < low_x:
+        return []
+    x = np.concatenate([np.clip(band.x[[0, -1]], low_x, high_x), band.x[(band.x >= low_x) & (band.x <= high_x)]])
+    return [np.interp(x, band.x, edge) for edge in (band.low, band.high, band.level) if edge is not None]
+
+
+def _finite(parts: list[Floats]) -> Floats:
+    return np.concatenate([part[np.isfinite(part)] for part in parts] or [np.empty(0)])
 
 
 def _zoomed(shown: tuple[float, float], center: float, direction: int) -> tuple[float, float]:
