@@ -14,21 +14,19 @@ from typing import Any
 
 import yaml
 
-from fastpeft.config.contradictions import optimizer_contradictions
-from fastpeft.config.schedules import FotConfig
-from fastpeft.config.schema import AdaLoraConfig, DatasetConfig, RunConfig
+from fastpeft.config.contradictions import HUB_KEYS, contradictions
+from fastpeft.config.schema import RunConfig
 from fastpeft.errors import UserError
 
 PRESETS = Path(__file__).parent / "presets"
 
 # Setting one of these means that the file's stand-in no longer stands for what was asked.
-_HUB_KEYS = ("config", "revision", "train_split", "validation_split")
 _STAND_IN_KEYS = (
     "model.name",
     "model.revision",
     "dataset.name",
     "dataset.path",
-    *(f"dataset.{key}" for key in _HUB_KEYS),
+    *(f"dataset.{key}" for key in HUB_KEYS),
 )
 
 
@@ -79,7 +77,7 @@ def run_from_values(values: dict[str, Any], source: str) -> RunConfig:
         run = _adapter().validate_python(values)
     except ValidationError as error:
         raise ConfigError(source, [_explain(e, values) for e in error.errors()]) from None
-    problems = list(_contradictions(run))
+    problems = [*contradictions(run), *_unknown_keys(run)]
     if problems:
         raise ConfigError(source, problems)
     return run
@@ -93,7 +91,7 @@ def apply_stand_in(run: RunConfig) -> RunConfig:
         if key not in run.overrides:
             _set(values, key, value)
     values["model"] = {"name": run.stand_in.model}
-    values["dataset"] = {k: v for k, v in values["dataset"].items() if k not in _HUB_KEYS}
+    values["dataset"] = {k: v for k, v in values["dataset"].items() if k not in HUB_KEYS}
     values["dataset"] |= {"name": run.stand_in.dataset, "path": None}
     values["stand_in"] = None
     return run_from_values(values, f"{run.run_id} (stand_in)")
@@ -311,55 +309,8 @@ def _explain(error: Mapping[str, Any], values: dict[str, Any]) -> str:
     return f"{key}: expected {message}, got {got!r}{quotes}"
 
 
-def _adalora_contradictions(adalora: AdaLoraConfig) -> Iterator[str]:
-    if adalora.initial_rank <= adalora.target_rank:
-        yield (
-            f"adalora.initial_rank: {adalora.initial_rank} leaves nothing to prune; it has to be over "
-            f"adalora.target_rank, {adalora.target_rank}"
-        )
-    total = adalora.virtual_steps
-    if round(adalora.final_fraction * total) == 0:
-        yield "adalora.final_fraction: it is under one virtual step, so that the last pruning could come too late"
-    if round(adalora.initial_fraction * total) >= total - round(adalora.final_fraction * total):
-        yield "adalora.initial_fraction and .final_fraction: no virtual step is left between them to prune at"
-
-
-def _fot_contradictions(fot: FotConfig) -> Iterator[str]:
-    if fot.calibrate and fot.alignment:
-        yield "schedule.fot.calibrate: it corrects the bound, which schedule.fot.alignment does without; switch one off"
-    for key, on in (("settle", fot.settle), ("overshoot", fot.overshoot > 0)):
-        if on and not fot.alignment:
-            yield f"schedule.fot.{key}: it refines schedule.fot.alignment, which is off"
-
-
-def _contradictions(run: RunConfig) -> Iterator[str]:
-    """What no single field can see."""
-    regulariser = run.regulariser
-    if run.method == "iw_lora" and regulariser.estimator == "lora_a":
-        if regulariser.warmup_learning_rate <= 0:
-            yield (
-                "regulariser.estimator: lora_a needs regulariser.warmup_learning_rate > 0: while B is "
-                "zero the gradient of A is identically zero, so every importance would be 0 / 0"
-            )
-        if regulariser.calibration == "inline":
-            yield "regulariser.calibration: inline takes the sketch; it does not go with estimator lora_a"
-    if run.method == "adalora":
-        yield from _adalora_contradictions(run.adalora)
-    if run.method == "full" and run.model.quantisation != "none":
-        yield (
-            f"model.quantisation: {run.model.quantisation} freezes the weights that method full trains; leave it out, "
-            "or take a method with an adapter"
-        )
-    if run.schedule.name == "fot":
-        yield from _fot_contradictions(run.schedule.fot)
-    if run.method == "iw_lora" and regulariser.calibration == "inline" and run.schedule.warmup_steps == 0:
-        yield "regulariser.calibration: inline measures during the rate's warm-up, but schedule.warmup_steps is 0"
-    if run.schedule.name == "graff":
-        yield from run.schedule.graff.contradictions()
-    if run.dataset.labels is not None and len(set(run.dataset.labels)) < max(2, len(run.dataset.labels)):
-        yield f"dataset.labels: expected two or more different names, got {run.dataset.labels}"
-    yield from _hub_contradictions(run.dataset)
-    yield from optimizer_contradictions(run)
+def _unknown_keys(run: RunConfig) -> Iterator[str]:
+    """Dotted keys of other sections that name nothing."""
     known = set(_leaf_keys(RunConfig))
     for key in run.optuna.space:
         if key not in known:
@@ -368,16 +319,6 @@ def _contradictions(run: RunConfig) -> Iterator[str]:
         for key in run.stand_in.overrides:
             if key not in known:
                 yield f"stand_in.overrides.{key}: unknown key{_nearest(key, sorted(known))}"
-
-
-def _hub_contradictions(dataset: DatasetConfig) -> Iterator[str]:
-    """Keys of hub datasets, on what is none."""
-    unset = DatasetConfig()
-    given = [key for key in _HUB_KEYS if getattr(dataset, key) != getattr(unset, key)]
-    if given and dataset.path is not None:
-        yield f"dataset.{given[0]}: is for datasets of the hub, but dataset.path is set"
-    if dataset.validation_split is not None and dataset.validation_split == (dataset.train_split or "train"):
-        yield f"dataset.validation_split: {dataset.validation_split!r} is the split that is trained on"
 
 
 def _section_type(annotation: Any) -> type | None:

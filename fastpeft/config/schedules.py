@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Annotated, Literal
 
@@ -84,18 +83,6 @@ class GraffConfig:
     """Weight the labelled tokens' losses by their entropy, as a warm start has learnt it."""
     warm_start: str | None = None
     """A planner's weights, safetensors; `shipped`: those of the package. Without one it begins as a constant rate."""
-
-    def contradictions(self) -> Iterator[str]:
-        """What no single field can see."""
-        if self.guard == "paper" and self.curvature == "hvp":
-            yield "schedule.graff.curvature: hvp takes the secant's place, but guard: paper asks for the plain secant"
-        if self.trace_decay and (self.guard == "paper" or self.curvature == "hvp"):
-            yield "schedule.graff.trace_decay: needs the lagged secant; set guard: lagged or off, and curvature: secant"
-        if self.token_weights and self.warm_start is None:
-            yield (
-                "schedule.graff.token_weights: the tilt cannot be learnt during a run, which would take a second "
-                "backward pass a step; give schedule.graff.warm_start a planner that has one, or set it to off"
-            )
 
 
 @dataclass(frozen=True, kw_only=True)

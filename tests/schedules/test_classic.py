@@ -18,7 +18,7 @@ from fastpeft.schedules.classic import ClassicSchedule
 from fastpeft.signals import Blocks
 
 PEAK = 3e-4
-BLOCKS = Blocks(names=("a",), layers=(0,), projections=("q",), num_elements=(1,))
+BLOCKS = Blocks(names=("a",), layers=(0,), projections=("q",), num_elements=(2,), num_b_elements=(1,))
 FINAL, DECAY = 0.1, 0.25
 
 # A schedule is one row: its share of the peak at q = 0, 1/4, 1/2, 3/4, 7/8, 1 after the warm-up,
