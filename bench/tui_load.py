@@ -40,6 +40,7 @@ from textual.app import App, ComposeResult
 from textual.widgets import Static
 
 from fastpeft.runs.system import git_commit
+from fastpeft.tui import forecast
 from fastpeft.tui.runs import RunsIndex
 from fastpeft.tui.tail import RunTail
 from fastpeft.tui.widgets.plot import Curve, LinePlot
@@ -47,6 +48,14 @@ from fastpeft.tui.widgets.plot import Curve, LinePlot
 STEPS_PER_S = 10
 DAY_S = 24 * 3600
 SIZES = {"160x48": (160, 48), "80x24": (80, 24)}
+NUM_MATRICES = 24
+MATRICES = json.dumps(
+    {
+        "names": [f"model.layers.{i // 4}.self_attn.{'qkvo'[i % 4]}_proj" for i in range(NUM_MATRICES)],
+        "layer": [i // 4 for i in range(NUM_MATRICES)],
+        "projection": [f"{'qkvo'[i % 4]}_proj" for i in range(NUM_MATRICES)],
+    }
+)[1:-1]
 GOALS = {
     "open.whole_range_s": 1.0,
     "redraw.160x48.plain_ms": 80.0,
@@ -73,12 +82,20 @@ def step_line(rng: random.Random, i: int) -> bytes:
 
 
 def log_lines(rng: random.Random, first: int, num: int) -> Iterator[bytes]:
-    """Steps, a heartbeat every 2 s of them, an evaluation and a checkpoint every 5,000."""
+    """Steps, a heartbeat every 2 s of them, every 32 a schedule's forecast, figures and factors on the rates of 24
+    matrices, an evaluation and a checkpoint every 5,000."""
     for i in range(first, first + num):
         yield step_line(rng, i)
         common = f'"time_s":{1.79e9 + i / STEPS_PER_S:.3f},"elapsed_s":{i / STEPS_PER_S},"step":{i}'
         if i % 20 == 0:
             yield f'{{"type":"system",{common},"util":90.5,"memory_mb":700.1,"power_w":200.0,"temp_c":60}}\n'.encode()
+        if i % 32 == 31:
+            value = 0.4 + 0.1 * rng.random()
+            band = f'"value":{value},"low":{value - 0.05},"high":{value + 0.05},"progress":{min(1.0, i / 1e6)}'
+            yield f'{{"type":"forecast",{common},"at":{i},"horizon":1e6,{band}}}\n'.encode()
+            yield f'{{"type":"schedule",{common},"figures":{{"at_bound":{rng.random():.4f},"at_rail":0.0}}}}\n'.encode()
+            factors = ",".join(f"{2 ** rng.uniform(-2, 2):.4f}" for _ in range(NUM_MATRICES))
+            yield f'{{"type":"rates",{common},{MATRICES},"multipliers":[{factors}]}}\n'.encode()
         if i % 5000 == 0:
             yield f'{{"type":"checkpoint",{common}}}\n'.encode()
             more = f'"metric":"accuracy","value":{rng.random():.4f},"loss":0.9,"num":2000,"energy_j":{20.0 * i}'
@@ -111,7 +128,10 @@ class Bench(App):
         await asyncio.wait_for(self.displayed.wait(), 30)
 
     def show(self, tail: RunTail) -> None:
-        self.query_one(LinePlot).show([Curve(k, tail.series[k]) for k in ("loss", "grad_norm") if k in tail.series])
+        newest, loss = forecast.newest(tail), tail.series.get("loss")
+        band = forecast.band(newest, loss, "time") if newest and loss else None
+        curves = [Curve(k, tail.series[k]) for k in ("loss", "grad_norm") if k in tail.series]
+        self.query_one(LinePlot).show(curves, [band] if band else [])
 
 
 async def measure_open(log: Path) -> dict[str, float]:

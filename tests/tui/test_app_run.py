@@ -227,9 +227,9 @@ def test_runs_are_compared(seeds):
             await pilot.press("x")
             assert plot.axis == axis
         await pilot.press("m")
-        assert screen.metric == "eval/accuracy"
+        assert (screen.metric, plot.smoothing) == ("eval/accuracy", 0.0)
         await pilot.press("m", "M", "M")
-        assert screen.metric == "loss"
+        assert (screen.metric, plot.smoothing) == ("loss", 0.9)
         await pilot.press("t")
         assert len({curve.color for curve in plot.curves}) == 2
         table = screen.query_one(CompareTable)

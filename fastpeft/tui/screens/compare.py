@@ -75,6 +75,8 @@ class CompareScreen(RunsKeys):
         self.metric = "loss"
         self.hidden: set[str] = set()
         self.by_method = False
+        self._smoothing = {False: SMOOTHING, True: 0.0}
+        """Of the quantities measured at each step, and of those at evaluations."""
         self._tails: dict[str, RunTail] = {}
         self._comparison = Comparison(None, [], {})
         self._drawn: object = None
@@ -216,8 +218,10 @@ class CompareScreen(RunsKeys):
     # ---- keys ------------------------------------------------------------------------------
 
     def action_metric(self, by: int) -> None:
-        there = self.metrics()
+        there, plot = self.metrics(), self.query_one("#overlay", LinePlot)
+        self._smoothing[self.metric.startswith("eval/")] = plot.smoothing
         self.metric = there[(there.index(self.metric) + by) % len(there)] if self.metric in there else there[0]
+        plot.smoothing = self._smoothing[self.metric.startswith("eval/")]
         self.draw()
 
     def action_hide(self) -> None:
@@ -263,6 +267,8 @@ def _comparison(comparison: Comparison, width: int) -> Table | Text:
         scores = {comparison.by: scores[comparison.by]}
     else:
         minus += f" ({comparison.by})"
+    if width < 170 and comparison.by == "test":
+        scores.pop("metric", None)
     columns = {
         "method": [row.label for row in rows],
         "seeds": [row.metric.count for row in rows],
