@@ -121,7 +121,7 @@ class StartScreen(Screen[steer.Launch | None]):
     @property
     def is_there(self) -> bool:
         """Not closed while something was checked."""
-        return bool(self.query("#run")) and bool(self.query("#go"))
+        return any(screen is self for screen in self.app.screen_stack)
 
     def _show(self, checked: orders.Checked) -> None:
         self.checked = checked
