@@ -10,6 +10,7 @@ from fastpeft._version import __version__
 if TYPE_CHECKING:
     from fastpeft.models.accelerate import accelerate
     from fastpeft.runs.store import Result
+    from fastpeft.schedules.budget_lr import BudgetLR
     from fastpeft.trainer import train
 
 # In a checkout that is not installed the kernels lie beside this folder, not inside it.
@@ -17,7 +18,7 @@ _checkout = Path(__file__).resolve().parent.parent
 if not (Path(__file__).parent / "kernels").is_dir() and (_checkout / "pyproject.toml").is_file():
     __path__.append(str(_checkout))
 
-__all__ = ["Result", "__version__", "accelerate", "load_run", "train"]
+__all__ = ["BudgetLR", "Result", "__version__", "accelerate", "load_run", "train"]
 
 
 def load_run(name_or_path: str | Path, **overrides: Any):
@@ -36,6 +37,10 @@ def __getattr__(name: str) -> Any:
         from fastpeft.models.accelerate import accelerate
 
         return accelerate
+    if name == "BudgetLR":
+        from fastpeft.schedules.budget_lr import BudgetLR
+
+        return BudgetLR
     if name == "train":
         from fastpeft.trainer import train
 

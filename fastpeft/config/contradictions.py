@@ -10,6 +10,8 @@ from fastpeft.config.schema import AdaLoraConfig, DatasetConfig, RegulariserConf
 HUB_KEYS = ("config", "revision", "train_split", "validation_split")
 """Of the section dataset: what only a dataset of the hub has."""
 MIN_BETA1 = 0.1
+READS_MEAN = ("snac", "bacon")
+"""Schedules that tell signal from noise by Adam's running mean of the gradient."""
 MAX_FP32 = 1e30
 """What is surely fp32, however schedule-free AdamW multiplies it."""
 
@@ -32,6 +34,11 @@ def contradictions(run: RunConfig) -> Iterator[str]:
     if run.dataset.labels is not None and len(set(run.dataset.labels)) < max(2, len(run.dataset.labels)):
         yield f"dataset.labels: expected two or more different names, got {run.dataset.labels}"
     yield from _hub(run.dataset)
+    if run.schedule.name in READS_MEAN and run.optimizer.beta1 == 0:
+        yield (
+            f"optimizer.beta1: schedule {run.schedule.name} tells signal from noise by the running mean of the "
+            "gradient, and with 0 there is none; expected more than 0"
+        )
     yield from _schedule_free(run)
 
 

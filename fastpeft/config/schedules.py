@@ -15,6 +15,8 @@ from fastpeft.config.fields import (
     Range,
 )
 
+AtLeastOne = Annotated[float, Range(ge=1, le=100)]
+
 
 @dataclass(frozen=True, kw_only=True)
 class FotConfig:
@@ -86,16 +88,92 @@ class GraffConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class SalelrConfig:
+    """SALeLR: a rate for each adapted matrix by its gradient's running norm, over the linear schedule."""
+
+    __pydantic_config__ = STRICT_KEYS
+
+    exponent: Annotated[float, Range(ge=0, le=1)] = 0.5
+    """Of a matrix's norm over the mean of all: its factor on the rate."""
+    most: AtLeastOne = 4.0
+    """The factor stays within 1/most and most."""
+    decay: Fraction = 0.95
+    """Of the running norms, a step."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class BatsConfig:
+    """BATS: the linear schedule, scaled by the Fisher information of the last batch's labelled tokens."""
+
+    __pydantic_config__ = STRICT_KEYS
+
+    exponent: Annotated[float, Range(ge=0, le=1)] = 0.5
+    """Of the last batch's information over the running mean: the factor on the rate."""
+    most: AtLeastOne = 2.0
+    """The factor stays within 1/most and most."""
+    decay: Fraction = 0.95
+    """Of the running mean, a step."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReactorConfig:
+    """REACTOR: a policy that changes the rate every few steps, and learns from the loss by REINFORCE."""
+
+    __pydantic_config__ = STRICT_KEYS
+
+    window: Annotated[int, Range(ge=2, lt=2**31)] = 8
+    """Steps from one change of the rate to the next."""
+    sigma: PositiveFloat = 0.1
+    """Standard deviation of a change of the rate's logarithm: how far the policy tries."""
+    policy_learning_rate: PositiveFloat = 0.1
+    """Of the policy's weights, for a reward one standard deviation over the baseline."""
+    baseline_decay: Fraction = 0.9
+    """Of the rewards' running mean and variance, and of the state's, a window."""
+    most: AtLeastOne = 10.0
+    """The rate stays within 1/most and most times training.learning_rate."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SnacConfig:
+    """SNAC: the rate times the share of the gradient's square that is signal and not noise."""
+
+    __pydantic_config__ = STRICT_KEYS
+
+    floor: Annotated[float, Range(gt=0, le=1)] = 0.01
+    """The share is never taken for less."""
+    decay: Fraction = 0.95
+    """Of the running means that the share is the ratio of, a step."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class BaconConfig(SnacConfig):
+    """BACON: SNAC's share, times what the curvature and the budget leave, and a rate for each adapted matrix."""
+
+    curvature_decay: Fraction = 0.95
+    """Of the running curvatures, a step."""
+    most: AtLeastOne = 4.0
+    """A matrix's factor on the rate stays within 1/most and most."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class ScheduleConfig:
     __pydantic_config__ = STRICT_KEYS
 
-    name: Literal["constant", "linear", "cosine", "wsd", "rex", "fot", "graff"] = "linear"
+    name: Literal[
+        "constant", "linear", "cosine", "wsd", "rex",
+        "salelr", "bats", "reactor", "snac", "bacon", "fot", "graff",
+    ] = "linear"  # fmt: skip
     """Shape of the learning rate after the warm-up, over the share of the budget spent."""
     warmup_steps: NonNegativeInt = 500
     """Linear warm-up; capped at 6 % of the budget."""
     final_ratio: Fraction = 0.0
-    """The rate at the end, as a share of the peak (linear, cosine, wsd)."""
+    """The rate at the end, as a share of the peak (linear, cosine, wsd, salelr, bats)."""
     decay_fraction: Annotated[float, Range(gt=0, le=1)] = 0.2
     """wsd: the share of the budget over which the rate decays."""
+    salelr: SalelrConfig = field(default_factory=SalelrConfig)
+    bats: BatsConfig = field(default_factory=BatsConfig)
+    reactor: ReactorConfig = field(default_factory=ReactorConfig)
+    snac: SnacConfig = field(default_factory=SnacConfig)
+    bacon: BaconConfig = field(default_factory=BaconConfig)
     fot: FotConfig = field(default_factory=FotConfig)
     graff: GraffConfig = field(default_factory=GraffConfig)

@@ -12,10 +12,14 @@ from collections.abc import Callable
 from typing import Any
 
 from fastpeft.config.schedules import ScheduleConfig
+from fastpeft.kernels import AdamWOptions
 from fastpeft.signals import Blocks, Measured, Need, Rates
 
 WARMUP_CAP = 0.06
 """Most of the budget that the warm-up may take."""
+
+ADAM = AdamWOptions()
+"""What takes the steps unless a schedule is told otherwise."""
 
 _SCHEDULES: dict[str, type[Schedule]] = {}
 
@@ -30,21 +34,44 @@ def register(name: str) -> Callable[[type[Schedule]], type[Schedule]]:
     return add
 
 
-def make_schedule(config: ScheduleConfig, peak_lr: float, blocks: Blocks | None = None) -> Schedule:
+def make_schedule(
+    config: ScheduleConfig,
+    peak_lr: float,
+    blocks: Blocks | None = None,
+    *,
+    adam: AdamWOptions = ADAM,
+    seed: int = 0,
+) -> Schedule:
     """The schedule that `config.name` names, from the start of a run.
 
-    `blocks` are the model's; schedules that measure nothing do without them.
+    Args:
+        blocks: the model's; schedules that measure nothing do without them.
+        adam: what takes the steps; schedules that read its moments have to know how they were made.
+        seed: of a schedule that draws at random.
+
+    Raises:
+        UserError: settings or a model that the schedule cannot work with.
     """
-    return _SCHEDULES[config.name](config, peak_lr, blocks)
+    return _SCHEDULES[config.name](config, peak_lr, blocks, adam=adam, seed=seed)
 
 
 class Schedule(ABC):
     """Emits the learning rate of every step; `state` and `load_state` make a resume exact."""
 
-    def __init__(self, config: ScheduleConfig, peak_lr: float, blocks: Blocks | None = None) -> None:
+    def __init__(
+        self,
+        config: ScheduleConfig,
+        peak_lr: float,
+        blocks: Blocks | None = None,
+        *,
+        adam: AdamWOptions = ADAM,
+        seed: int = 0,
+    ) -> None:
         self.config = config
         self.peak_lr = peak_lr
         self.blocks = blocks
+        self.adam = adam
+        self.seed = seed
         self._events: list[tuple[str, dict[str, Any]]] = []
 
     @property
@@ -112,8 +139,8 @@ class Warmup:
 class WarmedSchedule(Schedule):
     """A schedule that begins with a warm-up to the peak rate."""
 
-    def __init__(self, config: ScheduleConfig, peak_lr: float, blocks: Blocks | None = None) -> None:
-        super().__init__(config, peak_lr, blocks)
+    def __init__(self, config: ScheduleConfig, peak_lr: float, blocks: Blocks | None = None, **more: Any) -> None:
+        super().__init__(config, peak_lr, blocks, **more)
         self.warmup = Warmup(config.warmup_steps)
 
     def warmup_factor(self, progress: float) -> float:

@@ -119,21 +119,25 @@ class Optimizer(ABC):
     def _load_state(self, state: dict[str, torch.Tensor]) -> None: ...
 
 
+def adamw_options(config: OptimizerConfig) -> AdamWOptions:
+    return AdamWOptions(
+        beta1=config.beta1,
+        beta2=config.beta2,
+        eps=config.eps,
+        max_norm=config.max_grad_norm,
+        weight_decay=config.weight_decay,
+        head_weight_decay=config.head_weight_decay,
+        head_ratio=config.head_lr_ratio,
+    )
+
+
 @register("adamw")
 class FlatAdamW(Optimizer):
     """AdamW (Loshchilov & Hutter, arXiv:1711.05101) on the adapter's and the head's parameters, in one launch."""
 
     def __init__(self, flat: FlatParameters, config: OptimizerConfig, dtype: torch.dtype) -> None:
         super().__init__(flat, config, dtype)
-        self._options = AdamWOptions(
-            beta1=config.beta1,
-            beta2=config.beta2,
-            eps=config.eps,
-            max_norm=config.max_grad_norm,
-            weight_decay=config.weight_decay,
-            head_weight_decay=config.head_weight_decay,
-            head_ratio=config.head_lr_ratio,
-        )
+        self._options = adamw_options(config)
         self._exp_avg, self._exp_avg_sq = torch.zeros_like(flat.data), torch.zeros_like(flat.data)
         self._step = torch.zeros((), device=flat.data.device)
 

@@ -22,7 +22,7 @@ from fastpeft.models.backbone import Backbone, choose_dtype, load_backbone, load
 from fastpeft.objectives import Objective, make_objective
 from fastpeft.schedules import Schedule, make_schedule
 from fastpeft.signals import Blocks
-from fastpeft.trainer.optim import Optimizer, make_optimizer
+from fastpeft.trainer.optim import Optimizer, adamw_options, make_optimizer
 
 
 @dataclass
@@ -68,7 +68,13 @@ def build_job(run: RunConfig) -> Job:
         task=task,
         objective=objective,
         adapter=adapter,
-        schedule=make_schedule(run.schedule, run.training.learning_rate, _blocks(adapter, run)),
+        schedule=make_schedule(
+            run.schedule,
+            run.training.learning_rate,
+            _blocks(adapter, run),
+            adam=adamw_options(run.optimizer),
+            seed=run.training.seed,
+        ),
         optimizer=make_optimizer(adapter.flat, run.optimizer, dtype),
         batches=batches,
         clock=clock,

@@ -1,0 +1,95 @@
+"""BACON, a rate from the gradient's noise, the loss's curvature and the budget, none of which it remembers for long.
+
+This project's reading of a schedule that its papers only name: lr = lr_max x SNAC's share of signal
+x 1 / (1 + lambda / lambda_ref) x the budget that is left, and lr_k = lr clip(sqrt(lambda_bar / lambda_k), 1/4, 4).
+lambda is the running curvature of all parameters in the units of Adam's step (one over the rate at which it turns
+unstable, but for a factor of 2), lambda_ref its value at the end of the warm-up, lambda_k that of adapted matrix k and
+lambda_bar their mean. Negative curvature counts as none: factors 1 and 4. Until lambda_ref is known, lambda counts as
+equal to it.
+
+Shape suffixes: K adapted matrices, U units.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+
+from fastpeft.config.schedules import ScheduleConfig
+from fastpeft.schedules.base import WarmedSchedule, register
+from fastpeft.schedules.curvature import RunningCurvature
+from fastpeft.schedules.snac import SignalShare
+from fastpeft.signals import Blocks, Measured, Need, Rates
+
+
+@register("bacon")
+class Bacon(WarmedSchedule):
+    def __init__(self, config: ScheduleConfig, peak_lr: float, blocks: Blocks | None = None, **more: Any) -> None:
+        super().__init__(config, peak_lr, blocks, **more)
+        self.share = SignalShare(self.adam, config.bacon)
+        self.curvature = RunningCurvature(config.bacon.curvature_decay)
+        self.reference: float | None = None
+        """lambda_ref."""
+
+    @property
+    def needs(self) -> frozenset[Need]:
+        return frozenset({Need.BLOCKS, Need.SECANT})
+
+    def rates(self, measured: Measured | None, progress: float) -> Rates:
+        if measured is not None and not measured.skipped:
+            if measured.blocks is not None:
+                self.share.update(measured.blocks)
+            if measured.secant is not None:
+                self.curvature.update(measured.secant)
+        warm = self.warmup_factor(progress)
+        left = min(max(1 - progress, 0.0), 1.0)
+        lr = self.peak_lr * warm * self.share.value * self._flatness() * left
+        return Rates(lr, self._multipliers())
+
+    @property
+    def _is_settled(self) -> bool:
+        """The running curvature has seen as many readings as it remembers."""
+        return self.curvature.num_readings * (1 - self.curvature.decay) >= 1 - 1e-9
+
+    def _flatness(self) -> float:
+        """1 / (1 + lambda / lambda_ref)."""
+        overall = self.curvature.overall()
+        if overall is None or not math.isfinite(overall):
+            return 0.5
+        if self.reference is None and self.warmup.ended_at is not None and self._is_settled and overall > 0:
+            self.reference = overall
+        if self.reference is None:
+            return 0.5
+        return 1 / (1 + max(overall, 0.0) / self.reference)
+
+    def _multipliers(self) -> np.ndarray | None:
+        """None where no matrix has a positive curvature."""
+        curvature_U = self.curvature.per_unit()
+        if curvature_U is None or not self._is_settled or not self.blocks:
+            return None
+        curvature_K = np.maximum(curvature_U[: len(self.blocks)], 0)
+        known_K = np.isfinite(curvature_K)
+        mean = float(curvature_K[known_K].mean()) if known_K.any() else 0.0
+        if not 0 < mean < math.inf:
+            return None
+        most = self.config.bacon.most
+        least = mean / most**2
+        if least == 0:
+            return None
+        flat_K = np.where(known_K, np.maximum(curvature_K, least), mean)
+        return np.clip(np.sqrt(mean / flat_K), 1 / most, most)
+
+    def state(self) -> dict[str, Any]:
+        return super().state() | {
+            "share": self.share.state(),
+            "curvature": self.curvature.state(),
+            "reference": self.reference,
+        }
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        super().load_state(state)
+        self.share.load_state(state["share"])
+        self.curvature.load_state(state["curvature"])
+        self.reference = state["reference"]

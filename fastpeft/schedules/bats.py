@@ -1,0 +1,52 @@
+"""BATS, a budget-aware token scheduler.
+
+This project's reading of a schedule that its papers only name: the rate of `linear` times
+clip((D_t / D_run)^(1/2), 1/2, 2), where D_t is the mean Fisher information of the labelled tokens of the last batch,
+mean ||softmax(z) - onehot(y)||^2, and D_run its running mean over the batches before. The last batch is known only
+after its backward pass, so that it scales the next step.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from fastpeft.config.schedules import ScheduleConfig
+from fastpeft.schedules.base import register
+from fastpeft.schedules.classic import Linear
+from fastpeft.schedules.running import LARGEST, RunningMean, clipped
+from fastpeft.signals import Blocks, Measured, Need, Rates
+
+
+@register("bats")
+class Bats(Linear):
+    def __init__(self, config: ScheduleConfig, peak_lr: float, blocks: Blocks | None = None, **more: Any) -> None:
+        super().__init__(config, peak_lr, blocks, **more)
+        self._running = RunningMean(config.bats.decay)
+
+    @property
+    def needs(self) -> frozenset[Need]:
+        return frozenset({Need.TOKENS})
+
+    def rates(self, measured: Measured | None, progress: float) -> Rates:
+        factor = 1.0
+        if measured is not None and not measured.skipped and measured.answer_fisher is not None:
+            factor = self._factor(measured.answer_fisher)
+        return Rates(super().rates(measured, progress).lr * factor)
+
+    def _factor(self, fisher: float) -> float:
+        """Takes the batch into the running mean. 1 where the ratio is not defined."""
+        if not 0 <= fisher <= LARGEST:
+            return 1.0
+        before = self._running.value
+        self._running.update(fisher)
+        options = self.config.bats
+        if before is None or before <= 0:
+            return 1.0
+        return clipped((fisher / float(before)) ** options.exponent, options.most)
+
+    def state(self) -> dict[str, Any]:
+        return super().state() | {"fisher": self._running.state()}
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        super().load_state(state)
+        self._running.load_state(state["fisher"])

@@ -1,0 +1,125 @@
+"""The schedules that measure nothing, as a torch LRScheduler for loops that are not ours."""
+
+from __future__ import annotations
+
+import time
+import warnings
+from typing import Any
+
+import torch
+from pydantic import TypeAdapter, ValidationError
+from torch.optim.lr_scheduler import LRScheduler
+
+from fastpeft.config.schedules import ScheduleConfig
+from fastpeft.errors import UserError
+from fastpeft.schedules.base import make_schedule
+from fastpeft.signals import Blocks
+
+_PEAK = 2.0**-10
+"""A power of two: dividing by it rounds nothing."""
+_PLACEHOLDER = Blocks(names=("any",), layers=(0,), projections=("any",), num_elements=(1,))
+
+
+class BudgetLR(LRScheduler):
+    """Learning rates over a budget in steps or in wall-clock seconds; call `step()` once an optimizer step.
+
+    Each parameter group's own rate is its peak. The rates are those of fastpeft's trainer at the same progress; at the
+    end of the budget they are at their end, and stay there. A clock starts when this is made; a resume goes on with the
+    seconds that `state_dict` has.
+    """
+
+    def __init__(
+        self,
+        optimizer: torch.optim.Optimizer,
+        name: str = "linear",
+        *,
+        total_steps: int | None = None,
+        budget_s: float | None = None,
+        warmup_steps: int = 0,
+        **settings: Any,
+    ) -> None:
+        """
+        Args:
+            name: one of constant, linear, cosine, wsd, rex.
+            total_steps: optimizer steps; either this or `budget_s`.
+            budget_s: seconds of wall clock.
+            warmup_steps: linear warm-up, capped at 6 % of the budget.
+            settings: other keys of the section `schedule`, such as final_ratio and decay_fraction.
+
+        Raises:
+            UserError: a ValueError: unknown names or settings; no budget, or two; a schedule that needs measurements.
+        """
+        if (total_steps is None) == (budget_s is None):
+            raise UserError("BudgetLR: give either total_steps or budget_s")
+        budget = total_steps if budget_s is None else budget_s
+        if not budget or not 0 < budget < float("inf"):
+            raise UserError(f"BudgetLR: expected a budget of more than 0, got {budget!r}")
+        # Not `total_steps`: under that name accelerate takes it for OneCycleLR's and stops stepping.
+        self._budget, self._in_seconds = budget, budget_s is not None
+        self._schedule = make_schedule(_config(name, warmup_steps, settings), _PEAK, _PLACEHOLDER)
+        if needs := sorted(self._schedule.needs):
+            raise UserError(
+                f"BudgetLR: schedule {name} needs measurements that only fastpeft's trainer takes: "
+                f"{', '.join(needs)}. Use fastpeft train, or one that needs none: constant, linear, cosine, wsd, rex"
+            )
+        self._factor = 1.0
+        self._elapsed_before_s, self._started_s = 0.0, time.perf_counter()
+        super().__init__(optimizer)
+
+    @property
+    def elapsed_s(self) -> float:
+        return self._elapsed_before_s + time.perf_counter() - self._started_s
+
+    @property
+    def progress(self) -> float:
+        """Share of the budget that is spent."""
+        return min(1.0, (self.elapsed_s if self._in_seconds else self.last_epoch) / self._budget)
+
+    def step(self, epoch: int | None = None) -> None:
+        if epoch is not None:
+            raise UserError("BudgetLR: it counts its steps itself; call step() without an epoch")
+        super().step()
+
+    def get_lr(self) -> list[float | torch.Tensor]:
+        if self._get_lr_called_within_step:
+            self._factor = self._schedule.rates(None, self.progress).lr / _PEAK
+            for _, fields in self._schedule.told():
+                warnings.warn(f"BudgetLR: {fields['message']}", stacklevel=4)
+        return [base_lr * self._factor for base_lr in self.base_lrs]
+
+    def state_dict(self) -> dict[str, Any]:
+        """Plain values, which torch.load reads with weights_only."""
+        return {
+            "name": self._schedule.config.name,
+            "schedule": self._schedule.state(),
+            "elapsed_s": self.elapsed_s,
+            "factor": self._factor,
+            "base_lrs": self.base_lrs,
+            "last_epoch": self.last_epoch,
+            "_step_count": self._step_count,
+            "_last_lr": self._last_lr,
+        }
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """The optimizer's rates are in its own state.
+
+        Raises:
+            UserError: the state of another schedule.
+        """
+        mine = self._schedule.config.name
+        if state_dict.get("name") != mine:
+            raise UserError(f"BudgetLR: this is {mine}, and the state is of {state_dict.get('name')}")
+        self._schedule.load_state(state_dict["schedule"])
+        self._elapsed_before_s, self._started_s = state_dict["elapsed_s"], time.perf_counter()
+        self._factor = state_dict["factor"]
+        for name in ("base_lrs", "last_epoch", "_step_count", "_last_lr"):
+            setattr(self, name, state_dict[name])
+
+
+def _config(name: str, warmup_steps: int, settings: dict[str, Any]) -> ScheduleConfig:
+    values = settings | {"name": name, "warmup_steps": warmup_steps}
+    try:
+        return TypeAdapter(ScheduleConfig).validate_python(values)
+    except ValidationError as error:
+        wrong = [f"{'.'.join(map(str, e['loc']))}: {e['msg']}, got {e['input']!r}" for e in error.errors()]
+        raise UserError(f"BudgetLR: {'; '.join(wrong)}") from None

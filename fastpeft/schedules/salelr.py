@@ -1,0 +1,63 @@
+"""SALeLR, a sensitivity-aware rate for each adapted matrix.
+
+This project's reading of a schedule that its papers only name: lr_k = lr clip((s_k / mean s)^(1/2), 1/4, 4), where
+s_k is the running norm of the gradient of matrix k (A and B together) and lr is that of `linear`, so that the two
+differ in the factors alone.
+
+Shape suffixes: K adapted matrices.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from fastpeft.config.schedules import ScheduleConfig
+from fastpeft.errors import UserError
+from fastpeft.schedules.base import register
+from fastpeft.schedules.classic import Linear
+from fastpeft.schedules.running import RunningMean
+from fastpeft.signals import Blocks, Measured, Need, Rates
+
+
+@register("salelr")
+class Salelr(Linear):
+    def __init__(self, config: ScheduleConfig, peak_lr: float, blocks: Blocks | None = None, **more: Any) -> None:
+        """
+        Raises:
+            UserError: no adapted matrix to scale.
+        """
+        super().__init__(config, peak_lr, blocks, **more)
+        if blocks is None or len(blocks) == 0:
+            raise UserError("schedule.name: salelr scales the rates of adapted matrices, and there are none here")
+        self._num_matrices = len(blocks)
+        self._norm_K = RunningMean(config.salelr.decay)
+
+    @property
+    def needs(self) -> frozenset[Need]:
+        return frozenset({Need.BLOCKS})
+
+    def rates(self, measured: Measured | None, progress: float) -> Rates:
+        if measured is not None and not measured.skipped and measured.blocks is not None:
+            with np.errstate(invalid="ignore"):
+                self._norm_K.update(np.sqrt(measured.blocks.grad_sq_U[: self._num_matrices]))
+        return Rates(super().rates(measured, progress).lr, self._multipliers())
+
+    def _multipliers(self) -> np.ndarray | None:
+        norm_K = self._norm_K.value
+        if norm_K is None or not (known_K := norm_K >= 0).any():
+            return None
+        mean = norm_K[known_K].mean()
+        if mean == 0:
+            return None
+        options = self.config.salelr
+        share_K = np.where(known_K, norm_K / mean, 1.0)
+        return np.clip(share_K**options.exponent, 1 / options.most, options.most)
+
+    def state(self) -> dict[str, Any]:
+        return super().state() | {"norm": self._norm_K.state()}
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        super().load_state(state)
+        self._norm_K.load_state(state["norm"])
