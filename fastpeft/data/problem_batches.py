@@ -49,6 +49,7 @@ def encode_problems(
     max_length: int,
     *,
     training: bool = True,
+    max_prompt: int | None = None,
 ) -> EncodedProblems:
     """Tokenise prompts and answers by themselves, so that a prompt's tokens are those that decoding starts from.
 
@@ -59,6 +60,7 @@ def encode_problems(
         max_length: most tokens of a row.
         training: leave out what is longer; else keep every row, cut to max_length. A row is then unusable only if its
             prompt leaves no room for an answer.
+        max_prompt: longest prompt that does, where that is less than max_length - 1; not for training.
 
     Raises:
         UserError: a tokenizer without an end-of-text token; a prompt without tokens; no row that fits.
@@ -83,8 +85,11 @@ def encode_problems(
             )
         kept, what = np.flatnonzero(fits), "training problems are longer than {} tokens and left out"
     else:
-        fits, named = prompt_lengths < max_length, prompt_lengths
+        longest = max_length - 1 if max_prompt is None else min(max_prompt, max_length - 1)
+        fits, named = prompt_lengths <= longest, prompt_lengths
         kept, what = np.arange(len(rows)), "prompts leave no room for an answer in {} tokens and count as wrong"
+        if longest < max_length - 1:
+            what = f"prompts of over {longest} tokens leave no room for evaluation.max_new_tokens and count as wrong"
     unusable = np.flatnonzero(~fits)
     lengths = np.minimum(lengths[kept], max_length)
     return EncodedProblems(

@@ -154,12 +154,23 @@ def _evaluating(model: nn.Module) -> Iterator[None]:
             module.training = training
 
 
+def batches_of(lengths: np.ndarray, max_new_tokens: int, max_tokens: int) -> list[np.ndarray]:
+    """Which prompts, of these lengths, `decode` puts side by side."""
+    widths = cache_columns(lengths, max_new_tokens)
+    return list(split_by_width(np.arange(len(lengths)), lengths, widths, max_tokens))
+
+
+def cache_columns(lengths: Any, max_new_tokens: int) -> Any:
+    """Of the cache for prompts of these lengths; of kernels' favourite sizes."""
+    return _round_up(lengths) + _round_up(max_new_tokens)
+
+
 def _all_rows(
     decoder: _Decoder, lengths: np.ndarray, max_tokens: int, shrink: Callable[[int, int], int] | None
 ) -> list[Answer]:
-    widths = decoder.widths(lengths)
+    widths = cache_columns(lengths, decoder.options.max_new_tokens)
     answers: dict[int, Answer] = {}
-    groups = deque(split_by_width(np.arange(len(lengths)), lengths, widths, max_tokens))
+    groups = deque(batches_of(lengths, decoder.options.max_new_tokens, max_tokens))
     while groups:
         if decoder.stop():
             raise _Stopped
@@ -186,10 +197,6 @@ class _Decoder:
     stop: Callable[[], bool]
     complete: Callable[[str], str | None] | None
     tokenizer: Any
-
-    def widths(self, lengths: np.ndarray) -> np.ndarray:
-        """Columns of the cache for prompts of these lengths; of kernels' favourite sizes."""
-        return _round_up(lengths) + _round_up(self.options.max_new_tokens)
 
     def answers(self, rows: np.ndarray, may_fail: bool) -> list[Answer] | None:
         """None if the memory did not suffice and it `may_fail`."""
@@ -251,7 +258,7 @@ class _Batch:
 
         lengths = np.array([len(prompt) for prompt in prompts])
         width = int(_round_up(lengths.max()))
-        columns = width + int(_round_up(most))
+        columns = int(cache_columns(width, most))
         ids_BW = np.full((len(prompts), width), pad_token, dtype=np.int64)
         for ids_W, prompt in zip(ids_BW, prompts):
             ids_W[width - len(prompt) :] = prompt

@@ -15,20 +15,34 @@ from fastpeft.models.lm_head import bare_model
 
 
 class FirstLayer:
-    """Keeps what the first adapted layer of a causal LM gives, for one forward pass at a time."""
+    """The first layer of a causal LM with a LoRA factor in it, else the first of all; and the norm before the head.
 
-    def __init__(self) -> None:
+    Raises:
+        UserError: a decoder that is no list of layers with a norm behind it.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        decoder = bare_model(model).get_decoder()
+        layers = next((child for child in decoder.children() if isinstance(child, nn.ModuleList)), None)
+        norms = [child for child in decoder.children() if "norm" in type(child).__name__.lower()]
+        if layers is None or not norms:
+            raise UserError(
+                f"the schedule reads the entropy behind the first layer, and {type(decoder).__name__} has no list of "
+                "layers with a norm behind it; choose another schedule"
+            )
+        adapted = (layer for layer in layers if any(".lora_" in name for name, _ in layer.named_parameters()))
+        self.layer, self.norm = next(adapted, layers[0]), norms[-1]
         self._hidden: torch.Tensor | None = None
-        self._norm: nn.Module | None = None
 
     @contextmanager
-    def watching(self, model: nn.Module) -> Iterator[None]:
-        layer, self._norm = _first_layer_and_norm(bare_model(model).get_decoder())
+    def watching(self) -> Iterator[None]:
+        """Around a forward pass: keeps what the layer gives, detached."""
+        self._hidden = None
 
         def keep(module: nn.Module, args: Any, output: Any) -> None:
             self._hidden = (output[0] if isinstance(output, tuple) else output).detach()
 
-        hook = layer.register_forward_hook(keep)
+        hook = self.layer.register_forward_hook(keep)
         try:
             yield
         finally:
@@ -38,19 +52,5 @@ class FirstLayer:
     def read(self, rows: torch.Tensor) -> torch.Tensor:
         """(len(rows), D) for rows of the flattened tokens of the pass that was watched; forgets the pass."""
         assert self._hidden is not None
-        assert self._norm is not None
         hidden, self._hidden = self._hidden.flatten(0, 1)[rows], None
-        return self._norm(hidden)
-
-
-def _first_layer_and_norm(decoder: nn.Module) -> tuple[nn.Module, nn.Module]:
-    """The first layer with a LoRA factor (else the first of all), and the norm before the head."""
-    layers = next((child for child in decoder.children() if isinstance(child, nn.ModuleList)), None)
-    norms = [child for child in decoder.children() if "norm" in type(child).__name__.lower()]
-    if layers is None or not norms:
-        raise UserError(
-            f"the schedule reads the entropy behind the first layer, and {type(decoder).__name__} has no list of "
-            "layers with a norm behind it; choose another schedule"
-        )
-    adapted = [layer for layer in layers if any(".lora_" in name for name, _ in layer.named_parameters())]
-    return (adapted or list(layers))[0], norms[-1]
+        return self.norm(hidden)

@@ -5,6 +5,8 @@ Shapes: N rows of a micro-batch, L tokens of a row, D hidden, P sampled prompt t
 
 from __future__ import annotations
 
+import math
+import time
 from collections.abc import Callable, Collection
 from contextlib import AbstractContextManager, nullcontext
 
@@ -18,7 +20,15 @@ from fastpeft.data import Batch, Problems, WordProblemTask, encode_problems
 from fastpeft.data.batches import IGNORE, evaluation_batches
 from fastpeft.data.memory import TokenLimits
 from fastpeft.data.problem_batches import EncodedProblems, collate_problems
-from fastpeft.evaluate.problems import Decoding, ProblemSet, Sampling, expected_decode_s, score_problems
+from fastpeft.errors import UserError
+from fastpeft.evaluate.problems import (
+    Decoding,
+    ProblemSet,
+    Sampling,
+    expected_decode_s,
+    largest_batch,
+    score_problems,
+)
 from fastpeft.evaluate.score import Score
 from fastpeft.kernels import linear_cross_entropy, logits_cross_entropy
 from fastpeft.kernels.linear_cross_entropy.op import CrossEntropy
@@ -37,12 +47,13 @@ class WordProblems(Objective):
         self.metric, self._device = task.metric, device
         self._template, self._tokenizer = task.prompt, backbone.tokenizer
         self._max_length = min(run.dataset.max_length, backbone.max_positions or run.dataset.max_length)
+        self._plain = decoding_of(run.evaluation, backbone)
+        self._sampled = decoding_of(run.evaluation, backbone, sampling_of(run))
+        self._max_prompt = longest_prompt(run, backbone)
         self.train: EncodedProblems = encode_problems(task.train, backbone.tokenizer, task.prompt, self._max_length)
         self._validation = self.problem_set(task.validation.head(run.evaluation.max_examples))
         self.validation: EncodedProblems = self._validation.encoded
         self._test = task.test and self.problem_set(task.test.head(run.evaluation.max_test_examples))
-        self._plain = decoding_of(run.evaluation, backbone)
-        self._sampled = decoding_of(run.evaluation, backbone, sampling_of(run))
         self.has_test = self._test is not None
         if self._test is not None:
             samples = 1 + (self._sampled.sampling.num_samples if self._sampled.sampling else 0)
@@ -53,10 +64,23 @@ class WordProblems(Objective):
                 f"dataset.max_length is {run.dataset.max_length}, but the model takes {self._max_length} tokens"
             )
         self._dtype, self._frozen_head = backbone.dtype, backbone.head_is_frozen
-        self._first_layer = FirstLayer()
+        self._first_layer: FirstLayer | None = None
 
     def problem_set(self, problems: Problems) -> ProblemSet:
-        encoded = encode_problems(problems, self._tokenizer, self._template, self._max_length, training=False)
+        """Problems to score on.
+
+        Raises:
+            UserError: no prompt leaves room for an answer.
+        """
+        encoded = encode_problems(
+            problems, self._tokenizer, self._template, self._max_length, training=False, max_prompt=self._max_prompt
+        )
+        if len(encoded.unusable) == len(encoded):
+            raise UserError(
+                f"evaluation.max_new_tokens, dataset.max_length: none of {len(encoded):,} prompts of {problems.source} "
+                f"leaves room for an answer; the shortest has {encoded.prompt_lengths.min()} tokens, and there is room "
+                f"for {min(self._max_prompt, self._max_length - 1)}"
+            )
         return ProblemSet(problems, encoded)
 
     def num_items(self, rows: np.ndarray) -> int:
@@ -69,10 +93,10 @@ class WordProblems(Objective):
         """Rows are padded on their right, so that the decoder needs no mask."""
         assert batch.rows is not None
         share = len(batch.rows) / num_items
-        lens = self._first_layer.watching(model) if Need.LENS in needs else nullcontext()
-        with self._autocast(), lens:
+        lens = self._lens(model) if Need.LENS in needs else None
+        with self._autocast(), lens.watching() if lens else nullcontext():
             hidden_NLD, weight, bias = hidden_states(model, batch.inputs["input_ids"])
-        lens_MD = self._first_layer.read(_spread(batch.rows, LENS_TOKENS)) if Need.LENS in needs else None
+        lens_MD = lens.read(_spread(batch.rows, LENS_TOKENS)) if lens else None
         found = self._cross_entropy(
             hidden_NLD, weight, bias, batch, num_items, statistics=Need.TOKENS in needs, lens_hidden=lens_MD
         )
@@ -100,11 +124,11 @@ class WordProblems(Objective):
 
     def time_evaluation(self, model: nn.Module, limits: TokenLimits) -> float:
         """As if no answer ended by itself: an untrained model's may not."""
-        return expected_decode_s(model, self._validation, self._plain, limits.evaluation)
+        decode_s = expected_decode_s(model, self._validation, self._plain, limits.evaluation)
+        return decode_s + self._expected_loss_s(model, limits)
 
     def largest_evaluation_batch(self, limits: TokenLimits) -> tuple[int, int]:
-        width = int(self.validation.prompt_lengths.max()) + self._plain.max_new_tokens
-        return max(1, limits.evaluation // width), width
+        return largest_batch(self._validation, self._plain, limits.evaluation)
 
     def _score(
         self,
@@ -115,30 +139,48 @@ class WordProblems(Objective):
         stop: Callable[[], bool],
         shrink: Shrink | None,
     ) -> Score | None:
-        loss = self._mean_loss(model, problem_set.encoded, limits.evaluation, stop)
+        loss = self._mean_loss(model, problem_set.encoded, limits, stop)
         if loss is None:
             return None
         return score_problems(model, problem_set, decoding, limits.evaluation, stop, shrink, loss)
 
-    @torch.no_grad()
     def _mean_loss(
-        self, model: nn.Module, encoded: EncodedProblems, max_tokens: int, stop: Callable[[], bool]
+        self, model: nn.Module, encoded: EncodedProblems, limits: TokenLimits, stop: Callable[[], bool]
     ) -> float | None:
-        """Nats a token of the worked answers, as far as they fit."""
-        training = model.training
+        """Nats a token of the worked answers, as far as they fit; NaN where none does."""
+        training, total = model.training, torch.zeros((), dtype=torch.float64, device=self._device)
         model.eval()
-        total, count = torch.zeros((), dtype=torch.float64, device=self._device), int(encoded.num_labelled.sum())
         try:
-            for rows in evaluation_batches(encoded, max_tokens):
+            for rows in _loss_batches(encoded, limits):
                 if stop():
                     return None
-                batch = collate_problems(encoded, rows, self._device)
-                with self._autocast():
-                    hidden_NLD, weight, bias = hidden_states(model, batch.inputs["input_ids"])
-                total += self._cross_entropy(hidden_NLD, weight, bias, batch, count).loss
+                total += self._loss_sum(model, encoded, rows)
         finally:
             model.train(training)
-        return float(total)
+        count = int(encoded.num_labelled.sum())
+        return float(total) / count if count else math.nan
+
+    @torch.no_grad()
+    def _loss_sum(self, model: nn.Module, encoded: EncodedProblems, rows: np.ndarray) -> torch.Tensor:
+        batch = collate_problems(encoded, rows, self._device)
+        with self._autocast():
+            hidden_NLD, weight, bias = hidden_states(model, batch.inputs["input_ids"])
+        return self._cross_entropy(hidden_NLD, weight, bias, batch, num_items=1).loss
+
+    def _expected_loss_s(self, model: nn.Module, limits: TokenLimits) -> float:
+        """Of `_mean_loss`, from its largest batch."""
+        encoded, groups = self.validation, _loss_batches(self.validation, limits)
+        areas = [len(rows) * int(encoded.widths[rows].max()) for rows in groups]
+        largest = groups[int(np.argmax(areas))]
+        self._loss_sum(model, encoded, largest).item()  # the first pass builds kernels and buffers
+        start = time.perf_counter()
+        self._loss_sum(model, encoded, largest).item()
+        return (time.perf_counter() - start) * sum(areas) / max(areas)
+
+    def _lens(self, model: nn.Module) -> FirstLayer:
+        if self._first_layer is None:
+            self._first_layer = FirstLayer(model)
+        return self._first_layer
 
     def _autocast(self) -> AbstractContextManager:
         """A model that is trained whole keeps its weights in fp32."""
@@ -173,6 +215,24 @@ def decoding_of(config: EvaluationConfig, backbone: Backbone, sampling: Sampling
     return Decoding(backbone.tokenizer, backbone.eos_token_ids, config.max_new_tokens, config.calculator, sampling)
 
 
+def longest_prompt(run: RunConfig, backbone: Backbone) -> int:
+    """In tokens, so that the model's context has room for an answer of evaluation.max_new_tokens.
+
+    Raises:
+        UserError: it has none even for a prompt of one token.
+    """
+    if backbone.max_positions is None:
+        return run.dataset.max_length
+    longest = backbone.max_positions - run.evaluation.max_new_tokens
+    if longest < 1:
+        raise UserError(
+            f"evaluation.max_new_tokens: model {run.model.name} takes {backbone.max_positions:,} tokens, prompt and "
+            f"answer together, so that {run.evaluation.max_new_tokens:,} new ones leave no room for a prompt. Set it "
+            "lower"
+        )
+    return longest
+
+
 def sampling_of(run: RunConfig) -> Sampling | None:
     config = run.evaluation
     if not config.pass_at:
@@ -190,7 +250,7 @@ def _prompt_fisher(
     num_rows, width = batch.labels.shape
     ids_NL = batch.inputs["input_ids"]
     lengths_N = (batch.labels != IGNORE).float().argmax(1)  # the prompt's last position, which is labelled
-    each = max(1, PROMPT_TOKENS // num_rows)
+    each = max(1, min(PROMPT_TOKENS // num_rows, width))
     places = (torch.arange(each, device=ids_NL.device) + 0.5) / each
     columns = (places * lengths_N[:, None]).long()
     rows_P = (columns + width * torch.arange(num_rows, device=ids_NL.device)[:, None]).flatten()
@@ -206,6 +266,11 @@ def _statistics(
     with torch.no_grad():
         detached = None if bias is None else bias.detach().to(hidden.dtype)
         return linear_cross_entropy(hidden, weight.detach().to(hidden.dtype), labels, detached, statistics=True)
+
+
+def _loss_batches(encoded: EncodedProblems, limits: TokenLimits) -> list[np.ndarray]:
+    """What fits with gradients fits without."""
+    return evaluation_batches(encoded, min(limits.training, limits.evaluation))
 
 
 def _spread(rows: torch.Tensor, most: int) -> torch.Tensor:

@@ -123,7 +123,7 @@ def test_batches_keep_to_the_limit(monkeypatch):
     real = generate._Decoder.answers
 
     def noted(self, rows, may_fail):
-        sizes.append((len(rows), int(self.widths(np.array([len(self.prompts[row]) for row in rows])).max())))
+        sizes.append((len(rows), int(generate.cache_columns(max(len(self.prompts[row]) for row in rows), MOST))))
         return real(self, rows, may_fail)
 
     monkeypatch.setattr(generate._Decoder, "answers", noted)
