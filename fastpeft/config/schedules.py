@@ -75,6 +75,9 @@ class GraffConfig:
     """centred: their geometric mean is 1, so that what all blocks share is the rate's alone."""
     regret: Literal["elapsed", "step"] = "elapsed"
     """What the planner lowers: elapsed, the next loss over the seconds so far; step, the next loss."""
+    caution: NonNegativeFloat = 1.0
+    """Weight of steps whose effect asks for a lower rate. The next loss alone asks for too low a one, which less than
+    1 makes up for; 1 is the paper's."""
     graph: bool = True
     """off: no messages between blocks."""
     budget_feature: bool = True

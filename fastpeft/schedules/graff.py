@@ -152,7 +152,7 @@ class Graff(WarmedSchedule):
         factor = self.warmup_factor(progress) * self._annealed(progress)
         lr = min(max(math.exp(self._log_eta) * factor, LR_MIN), LR_MAX)
         if self.graff.online:
-            self._pending.append(Emission(self._step, lr, tape))
+            self._pending = [*self._pending[-2:], Emission(self._step, lr, tape)]
         self._report(tape)
         tilt = tape.kappa if self.graff.token_weights else None
         return Rates(lr, tape.multiplier_K, tilt)
@@ -255,6 +255,8 @@ class Graff(WarmedSchedule):
             else:
                 continue
             by_log_rate_U = -weight * self._rates_of(emission) * emission.descent_U
+            if by_log_rate_U.sum() > 0:
+                by_log_rate_U *= self.graff.caution
             num_blocks = len(self._h_KD)
             gradient_P = emission.tape.gradient(float(by_log_rate_U.sum()), by_log_rate_U[:num_blocks])
             total_P = gradient_P if total_P is None else total_P + gradient_P

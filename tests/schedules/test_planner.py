@@ -12,6 +12,7 @@ from closed_loop import blocks_of
 from safetensors.numpy import save_file
 
 from fastpeft.errors import UserError
+from fastpeft.kernels.adamw.reference import AdamWOptions, adamw
 from fastpeft.schedules import planner
 from fastpeft.schedules.planner import NUM_FEATURES, NUM_WEIGHTS, STATE, Adam, Tape
 from fastpeft.signals import Blocks
@@ -92,21 +93,20 @@ def test_edges():
 
 
 @pytest.mark.parametrize("max_norm", [0.5, 1e9])
-def test_adam_is_torchs(max_norm, seed):
+def test_adam_is_the_optimizers_with_a_clipped_gradient(max_norm, seed):
     random = np.random.default_rng(seed)
-    weights = random.normal(size=20)
-    theirs = torch.nn.Parameter(torch.tensor(weights))
-    optimizer, adam = torch.optim.Adam([theirs], lr=0.01), Adam(20, 0.01, max_norm)
-    for _ in range(30):
+    weights, adam = random.normal(size=20), Adam(20, 0.01, max_norm)
+    theirs, first, second = torch.tensor(weights), torch.zeros(20).double(), torch.zeros(20).double()
+    for step in range(1, 30):
         gradient = random.normal(size=20)
-        theirs.grad = torch.tensor(gradient)
-        torch.nn.utils.clip_grad_norm_([theirs], max_norm)
-        optimizer.step()
+        clipped = torch.tensor(gradient * min(1.0, max_norm / np.linalg.norm(gradient)))
+        count, rate, decay = torch.tensor(float(step)), torch.tensor(0.01, dtype=torch.float64), torch.tensor(0.0)
+        theirs, first, second = adamw(theirs, clipped, first, second, count, rate, decay, AdamWOptions())
         before = weights.copy()
         after = adam.step(weights, gradient)
         np.testing.assert_array_equal(weights, before)
         weights = after
-    np.testing.assert_allclose(weights, theirs.detach(), rtol=1e-6)  # torch's clipping adds 1e-6 to the norm
+    np.testing.assert_allclose(weights, theirs, rtol=1e-9)
 
 
 def test_weights_survive_their_file(tmp_path, seed):

@@ -1,0 +1,131 @@
+"""GRAFF's guard and rails: the projection, the limit on the rate, and whatever else may be measured.
+
+Shape suffixes: K blocks, U units.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+
+import numpy as np
+import pytest
+from graff_inputs import PEAK, U, curved, make, reading, trace, weights_file
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
+
+from fastpeft.schedules import planner
+from fastpeft.schedules.graff import LOG_STEPS, LR_MAX, LR_MIN, SLEW, STABLE
+from fastpeft.signals import BlockSums, Measured, Secants
+
+rows = hnp.arrays(np.float64, planner.STATE, elements=st.floats(-5, 5))
+
+
+@given(row_D=rows, mean_D=rows, low=st.floats(-9, 9), width=st.floats(0, 9))
+def test_projection_holds_its_constraint_and_moves_no_further_than_it_must(row_D, mean_D, low, width):
+    square, high = float(mean_D @ mean_D), low + width
+    new_D = planner.project(row_D, mean_D, low, high)
+    old, new = float(row_D @ mean_D), float(new_D @ mean_D)
+    if square >= planner.MIN_SQUARE:
+        assert low - 1e-6 <= new <= high + 1e-6
+        distance = max(low - old, old - high, 0.0) / math.sqrt(square)
+        assert np.linalg.norm(new_D - row_D) == pytest.approx(distance, abs=1e-9)
+    else:  # part of the way, and never past it
+        assert min(max(old, low), high) == pytest.approx(np.clip(new, min(old, low), max(old, high)), abs=9)
+        assert max(low - new, new - high, 0.0) <= max(low - old, old - high, 0.0) + 1e-9
+    if low <= old <= high:
+        np.testing.assert_array_equal(new_D, row_D)
+
+
+@pytest.mark.parametrize("guard", ["lagged", "paper"])
+def test_guard_keeps_rate_times_curvature_under_the_limit_after_every_update(guard, seed, tmp_path):
+    random = np.random.default_rng(seed)
+    schedule = make(guard=guard, warm_start=weights_file(tmp_path, seed), outer_learning_rate=0.02)
+    trace(schedule, [None])
+    active, last_lr = 0, PEAK
+    for step in range(1, 80):
+        rates = schedule.rates(curved(step, random.uniform(0, 4000, size=U)), 0.0)
+        limit = STABLE / schedule.curvature_max(rates.multiplier_K)
+        schedule.save_planner(tmp_path / "now")
+        row_D = planner.views(planner.load_weights(tmp_path / "now"))["decoder.weight"][0]
+        mean_D = np.array(schedule.state()["h"]).mean(0)
+        log_eta = row_D @ mean_D + math.log(PEAK)
+        assert mean_D @ mean_D >= planner.MIN_SQUARE
+        assert log_eta <= math.log(limit) + 1e-6
+        active += log_eta >= math.log(limit) - 1e-6
+        # What is emitted holds it too, or falls as fast as it may.
+        assert rates.lr <= max(limit * (1 + 1e-6), last_lr * math.exp(-SLEW) * (1 + 1e-9)) or step == 1
+        last_lr = rates.lr
+    assert active > 10  # the descent asks for more all the time
+
+
+def test_guard_heeds_multipliers_and_no_negative_curvature(seed):
+    schedule = make()
+    trace(schedule, [None, curved(1, np.array([5.0, 2.0, -900.0, 1.0, 70.0, 70.0]))])
+    assert schedule.curvature_max(np.array([1.0, 4.0, 1.0, 1.0])) == pytest.approx(8.0)
+    flat = make()
+    rates = trace(flat, [None, *(curved(step, np.full(U, -1e9)) for step in range(1, 50))])
+    assert rates[-1][0] > rates[0][0]
+
+
+def test_without_a_guard_the_rate_goes_past_the_limit(seed):
+    rates = trace(make(guard="off"), [None, *(curved(step, np.full(U, 1e4)) for step in range(1, 100))])
+    assert rates[-1][0] * 1e4 > 2 * STABLE
+
+
+@pytest.mark.parametrize("descent", [1.0, -1.0])
+def test_log_eta_moves_slowly_and_does_not_wind_up_at_a_rail(descent, tmp_path, seed):
+    rail = LR_MAX if descent > 0 else LR_MIN
+    peak_lr = rail / 2 if descent > 0 else 2 * rail
+    schedule = make(peak_lr=peak_lr, guard="off", outer_learning_rate=0.05, warm_start=weights_file(tmp_path, seed))
+    flat = np.zeros(U)
+    there = trace(schedule, [None, *(curved(step, flat, descent) for step in range(1, 300))])
+    back = trace(schedule, [curved(step, flat, -descent) for step in range(300, 400)])
+    lr = np.array([row[0] for row in there + back])
+    assert np.abs(np.diff(np.log(lr))).max() <= SLEW * (1 + 1e-9)
+    assert lr[299] == pytest.approx(rail)
+    assert abs(math.log(lr[-1] / rail)) > 0.5  # it left the rail soon after the turn
+
+
+anything = st.floats(allow_nan=True, allow_infinity=True)
+sums = hnp.arrays(np.float64, U, elements=anything)
+
+
+@st.composite
+def garbage(draw) -> list[Measured | None]:
+    readings: list[Measured | None] = [None]
+    for step in range(1, draw(st.integers(2, 12))):
+        blocks = BlockSums(*(draw(sums) for _ in range(4))) if draw(st.booleans()) else None
+        secant = Secants(draw(sums), draw(sums)) if draw(st.booleans()) else None
+        measured = Measured(
+            step=step, progress=0.1, elapsed_s=draw(anything), lr=draw(anything), num_tokens=1, loss=draw(anything),
+            grad_norm=draw(anything), skipped=draw(st.booleans()), blocks=blocks, secant=secant,
+            lens_entropy=draw(st.none() | anything),
+        )  # fmt: skip
+        readings.append(draw(st.sampled_from([measured, measured, None])))
+    return readings
+
+
+@settings(max_examples=20, deadline=None)
+@given(readings=garbage(), guard=st.sampled_from(["lagged", "off"]), trace_decay=st.sampled_from([0.0, 0.5]))
+def test_rates_stay_inside_the_rails_whatever_is_measured(readings, guard, trace_decay):
+    schedule = make(guard=guard, trace_decay=trace_decay, anneal=0.5)
+    for row in trace(schedule, readings):
+        assert LR_MIN <= row[0] <= LR_MAX  # false for NaN
+        assert all(0 <= m <= 2 for m in row[1:])
+    json.dumps(schedule.state(), allow_nan=False)
+
+
+def test_features_that_are_not_finite_are_replaced_and_counted(seed):
+    random, schedule = np.random.default_rng(seed), make()
+    readings = [None, *(reading(random, step) for step in range(1, LOG_STEPS))]
+    readings[5] = dataclasses.replace(readings[5], lens_entropy=math.nan)
+    readings[6] = dataclasses.replace(readings[6], lens_entropy=None)  # none where there is none: no fault
+    readings[9] = dataclasses.replace(readings[9], blocks=BlockSums(*np.full((4, U), np.nan)))
+    trace(schedule, readings)
+    ((type, fields),) = schedule.told()
+    assert type == "schedule"
+    assert fields["replaced_features"] == 1
+    assert fields["dropped_hypergradients"] == 1
