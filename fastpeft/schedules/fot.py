@@ -156,8 +156,8 @@ class BlockScales:
 class Fot(WarmedSchedule):
     """The rate that begins at `peak_lr` and then follows the forecast; see the module."""
 
-    def __init__(self, config: ScheduleConfig, peak_lr: float, blocks: Blocks | None = None) -> None:
-        super().__init__(config, peak_lr, blocks)
+    def __init__(self, config: ScheduleConfig, peak_lr: float, blocks: Blocks | None = None, **more: Any) -> None:
+        super().__init__(config, peak_lr, blocks, **more)
         self.options = config.fot
         window = None if self.options.window == "auto" else self.options.window
         self.forecaster = Forecaster(window, self.options.floor)

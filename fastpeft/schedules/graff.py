@@ -84,12 +84,12 @@ class Emission:
 
 @register("graff")
 class Graff(WarmedSchedule):
-    def __init__(self, config: ScheduleConfig, peak_lr: float, blocks: Blocks | None = None) -> None:
+    def __init__(self, config: ScheduleConfig, peak_lr: float, blocks: Blocks | None = None, **more: Any) -> None:
         """
         Raises:
             UserError: no adapted matrix to plan for; a peak rate outside the rails; a warm start that is none.
         """
-        super().__init__(config, peak_lr, blocks)
+        super().__init__(config, peak_lr, blocks, **more)
         if blocks is None or len(blocks) == 0:
             raise UserError("schedule.name: graff plans rates for adapted matrices, and there are none here")
         if not LR_MIN <= peak_lr <= LR_MAX:
