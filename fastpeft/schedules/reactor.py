@@ -45,8 +45,8 @@ class Standardised:
         distance = np.where(good & known, values - before, 0.0)
         self._mean.update(np.where(good, values, np.nan))
         self._variance.update(np.where(good & known, distance**2, np.nan))
-        spread = np.sqrt(np.nan_to_num(self._variance.value))
-        return np.clip(distance / np.maximum(spread, 1e-12), -MOST_DEVIATIONS, MOST_DEVIATIONS)
+        spread = np.maximum(np.sqrt(np.nan_to_num(self._variance.value)), 1e-9 * np.abs(before) + 1e-300)
+        return np.clip(distance / spread, -MOST_DEVIATIONS, MOST_DEVIATIONS)
 
     @property
     def mean(self) -> np.ndarray | None:
@@ -202,7 +202,7 @@ class Reactor(WarmedSchedule):
             "window": [astuple(step) for step in self._window],
             "loss_before": self._loss_before,
             "change": self._change,
-            "rewards": self._rewards,
+            "rewards": list(self._rewards),
         }
 
     def load_state(self, state: dict[str, Any]) -> None:

@@ -23,6 +23,8 @@ from __future__ import annotations
 import math
 from typing import Any
 
+import numpy as np
+
 from fastpeft.config.schedules import ScheduleConfig, SnacConfig
 from fastpeft.errors import UserError
 from fastpeft.kernels import AdamWOptions
@@ -50,7 +52,8 @@ class SignalShare:
         """Take in a step that was taken."""
         beta = self.adam.beta1
         self.num_steps += 1
-        square, mean_sq = float(sums.grad_sq_U.sum()), float(sums.mean_sq_U.sum())
+        with np.errstate(invalid="ignore", over="ignore"):
+            square, mean_sq = float(sums.grad_sq_U.sum()), float(sums.mean_sq_U.sum())
         if not (0 <= square <= LARGEST and 0 <= mean_sq <= LARGEST):
             return
         if self.adam.max_norm:
