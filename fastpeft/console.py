@@ -17,6 +17,7 @@ from rich.progress import BarColumn, Progress, TextColumn
 from rich.table import Table
 
 from fastpeft.evaluate.compare import Comparison, metric_of
+from fastpeft.evaluate.sets import SetScore, difference
 from fastpeft.runs.events import Event, number
 from fastpeft.runs.store import Result, RunFolder
 
@@ -197,6 +198,27 @@ def comparison_table(comparison: Comparison) -> Table:
         table.add_row(*("-" if cell is None else str(cell) for cell in cells))
     for label, mean in comparison.glue.items():
         table.add_row("GLUE average", label, str(mean.count), str(mean), *["-"] * (len(columns) - 4), style="bold")
+    return table
+
+
+def sets_table(scores: list[SetScore]) -> Table:
+    """`fastpeft evaluate RUN --on`: a line a set. Shares that no set has get no column."""
+    names = list(dict.fromkeys(name for score in scores for name in score.more))
+    table = Table(box=None, pad_edge=False)
+    for name in ("set", "problems", "exact match", "95 % interval", *(name.replace("_", " ") for name in names)):
+        table.add_column(name)
+    if len(scores) > 1:
+        table.add_column(f"minus {escape(scores[0].name)}")
+    for score in scores:
+        low, high = score.interval
+        shares = (f"{score.more[name]:.4f}" if name in score.more else "-" for name in names)
+        row = [escape(score.name), f"{score.num:,}", f"{score.exact_match:.4f}", f"{low:.4f} to {high:.4f}", *shares]
+        if score is not scores[0]:
+            apart, down, up = difference(score, scores[0])
+            row.append(f"{apart:+.4f} ({down:+.4f} to {up:+.4f})")
+        elif len(scores) > 1:
+            row.append("-")
+        table.add_row(*row)
     return table
 
 

@@ -30,7 +30,7 @@ LAYERS = [
     {"fastpeft.objectives"},
     {"fastpeft.trainer"},
     {"fastpeft.evaluate.compare", "fastpeft.evaluate.figures", "fastpeft.export", "fastpeft.doctor"},
-    {"fastpeft.evaluate.report"},
+    {"fastpeft.evaluate.report", "fastpeft.evaluate.sets"},
     {"fastpeft.sweep", "fastpeft.tui", "fastpeft.console"},
     {"fastpeft.cli"},
     {"fastpeft.__main__", "fastpeft"},  # the public face: nothing below may import it

@@ -45,43 +45,24 @@ PROMPT_TOKENS, LENS_TOKENS = 1024, 256
 class WordProblems(Objective):
     def __init__(self, task: WordProblemTask, run: RunConfig, backbone: Backbone, device: torch.device) -> None:
         self.metric, self._device = task.metric, device
-        self._template, self._tokenizer = task.prompt, backbone.tokenizer
-        self._max_length = min(run.dataset.max_length, backbone.max_positions or run.dataset.max_length)
+        max_length = _max_length(run, backbone)
         self._plain = decoding_of(run.evaluation, backbone)
         self._sampled = decoding_of(run.evaluation, backbone, sampling_of(run))
-        self._max_prompt = longest_prompt(run, backbone)
-        self.train: EncodedProblems = encode_problems(task.train, backbone.tokenizer, task.prompt, self._max_length)
-        self._validation = self.problem_set(task.validation.head(run.evaluation.max_examples))
+        self.train: EncodedProblems = encode_problems(task.train, backbone.tokenizer, task.prompt, max_length)
+        self._validation = make_problem_set(task.validation.head(run.evaluation.max_examples), run, backbone)
         self.validation: EncodedProblems = self._validation.encoded
-        self._test = task.test and self.problem_set(task.test.head(run.evaluation.max_test_examples))
+        self._test = task.test and make_problem_set(task.test.head(run.evaluation.max_test_examples), run, backbone)
         self.has_test = self._test is not None
         if self._test is not None:
             samples = 1 + (self._sampled.sampling.num_samples if self._sampled.sampling else 0)
             self.test_cost = samples * len(self._test) / len(self._validation)
         self.notes = [*self.train.notes, *self.validation.notes, *(self._test.encoded.notes if self._test else ())]
-        if self._max_length < run.dataset.max_length:
+        if max_length < run.dataset.max_length:
             self.notes.append(
-                f"dataset.max_length is {run.dataset.max_length}, but the model takes {self._max_length} tokens"
+                f"dataset.max_length is {run.dataset.max_length}, but the model takes {max_length} tokens"
             )
         self._dtype, self._frozen_head = backbone.dtype, backbone.head_is_frozen
         self._first_layer: FirstLayer | None = None
-
-    def problem_set(self, problems: Problems) -> ProblemSet:
-        """Problems to score on.
-
-        Raises:
-            UserError: no prompt leaves room for an answer.
-        """
-        encoded = encode_problems(
-            problems, self._tokenizer, self._template, self._max_length, training=False, max_prompt=self._max_prompt
-        )
-        if len(encoded.unusable) == len(encoded):
-            raise UserError(
-                f"evaluation.max_new_tokens, dataset.max_length: none of {len(encoded):,} prompts of {problems.source} "
-                f"leaves room for an answer; the shortest has {encoded.prompt_lengths.min()} tokens, and there is room "
-                f"for {min(self._max_prompt, self._max_length - 1)}"
-            )
-        return ProblemSet(problems, encoded)
 
     def num_items(self, rows: np.ndarray) -> int:
         return int(self.train.num_labelled[rows].sum())
@@ -211,11 +192,34 @@ class WordProblems(Objective):
         return found._replace(lens_entropy=_statistics(lens_hidden, weight, bias, labels[: len(lens_hidden)]).entropy)
 
 
+def make_problem_set(problems: Problems, run: RunConfig, backbone: Backbone) -> ProblemSet:
+    """Problems for a model to be scored on.
+
+    Raises:
+        UserError: no prompt leaves room for an answer.
+    """
+    max_length, max_prompt = _max_length(run, backbone), _max_prompt(run, backbone)
+    encoded = encode_problems(
+        problems, backbone.tokenizer, run.dataset.prompt, max_length, training=False, max_prompt=max_prompt
+    )
+    if len(encoded.unusable) == len(encoded):
+        raise UserError(
+            f"evaluation.max_new_tokens, dataset.max_length: none of {len(encoded):,} prompts of {problems.source} "
+            f"leaves room for an answer; the shortest has {encoded.prompt_lengths.min()} tokens, and there is room "
+            f"for {min(max_prompt, max_length - 1)}"
+        )
+    return ProblemSet(problems, encoded)
+
+
 def decoding_of(config: EvaluationConfig, backbone: Backbone, sampling: Sampling | None = None) -> Decoding:
     return Decoding(backbone.tokenizer, backbone.eos_token_ids, config.max_new_tokens, config.calculator, sampling)
 
 
-def longest_prompt(run: RunConfig, backbone: Backbone) -> int:
+def _max_length(run: RunConfig, backbone: Backbone) -> int:
+    return min(run.dataset.max_length, backbone.max_positions or run.dataset.max_length)
+
+
+def _max_prompt(run: RunConfig, backbone: Backbone) -> int:
     """In tokens, so that the model's context has room for an answer of evaluation.max_new_tokens.
 
     Raises:
