@@ -53,6 +53,8 @@ class Signals:
     """1.0 if the step was not taken because its loss or gradient is not finite, else 0.0."""
     statistics: dict[str, torch.Tensor] = field(default_factory=dict)
     """Scalars that the loss measured on the way, by their names in Measured."""
+    sums: torch.Tensor | None = None
+    """(U, 4), of the optimizer's update where they were asked for: as kernels' AdamWResult.sums."""
 
 
 @dataclass(frozen=True)

@@ -99,6 +99,9 @@ class FlatLayout:
         self._make_slices(device)
         self.index_K = [torch.tensor(group.indices, device=device) for group in groups]
         """The indices of each group."""
+        placed = sorted(range(self.num_matrices), key=lambda i: indices[i])
+        self._unit_order = torch.tensor([*placed, *range(self.num_matrices, self.num_units)], device=device)
+        """Place of each unit where the matrices come group by group."""
         self.scale_K = torch.tensor([g.scale for g, _, _ in self._place], dtype=torch.float32, device=device)
         self.num_in_K = torch.tensor([g.num_in for g, _, _ in self._place], dtype=torch.float32, device=device)
         self.tickets = torch.zeros(2 + self.num_units, dtype=torch.int32, device=device)
@@ -158,13 +161,16 @@ class FlatLayout:
 
     def unit_sums(self, flat: torch.Tensor) -> torch.Tensor:
         """Sum over each unit's elements of a flat tensor: (num_units,). A few operations a group of matrices."""
-        out = flat.new_empty(self.num_units)
-        for group, index_K in zip(self.groups, self.index_K):
-            out[index_K] = group.stack_a(flat).sum((1, 2)) + group.stack_b(flat).sum((1, 2))
+        sums = [group.stack_a(flat).sum((1, 2)) + group.stack_b(flat).sum((1, 2)) for group in self.groups]
         if self.others:
             parts = flat[self.num_factors :].split([size for _, size in self.others])
-            out[self.num_matrices :] = torch.stack([part.sum() for part in parts])
-        return out
+            sums.append(torch.stack([part.sum() for part in parts]))
+        return torch.cat(sums)[self._unit_order]
+
+    def b_squares(self, flat: torch.Tensor) -> torch.Tensor:
+        """Sum of the squares of each matrix's B: (K,), in the model's order."""
+        sums = [group.stack_b(flat).square().sum((1, 2)) for group in self.groups]
+        return torch.cat(sums)[self._unit_order[: self.num_matrices]] if sums else flat.new_empty(0)
 
     def spread(self, value_K: torch.Tensor, fill: float) -> torch.Tensor:
         """A value of each matrix at all of its elements, `fill` at all others: (num_total,)."""

@@ -15,11 +15,30 @@ from peft.tuners.adalora import SVDLinear as PeftSvdLinear
 from peft.tuners.lora import Linear as PeftLoraLinear
 from torch import nn
 
-from fastpeft.kernels import lora_linear
+from fastpeft.kernels import LoraMeasures, lora_linear
 from fastpeft.kernels.lora_linear.op import DTYPES, LARGEST_RANK
 
 if TYPE_CHECKING:
     from fastpeft.models.siblings import Siblings
+
+
+class RowMask:
+    """Which rows of their input the layers that share it measure their gradients over."""
+
+    def __init__(self) -> None:
+        self.mask_T: torch.Tensor | None = None
+        """None: nothing is measured now."""
+
+    def fits(self, x: torch.Tensor) -> bool:
+        return self.mask_T is not None and self.mask_T.numel() == x.shape[:-1].numel()
+
+
+class Watch:
+    """Has a layer measure ||dL/dB||^2 in backward: `measures.db_square_masked` over `rows`, `db_square` over all."""
+
+    def __init__(self, rows: RowMask) -> None:
+        self.rows = rows
+        self.measures = LoraMeasures(grams=False)
 
 
 class Call(NamedTuple):
@@ -29,6 +48,7 @@ class Call(NamedTuple):
     bias: torch.Tensor | None
     lora_a: torch.Tensor
     lora_b: torch.Tensor
+    watch: Watch | None
     scale: float
     dropout: float
     x_dtype: torch.dtype
@@ -38,7 +58,11 @@ class Call(NamedTuple):
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         bias = None if self.bias is None else self.bias.to(self.x_dtype)
         x = x.to(self.x_dtype)
-        y = lora_linear(x, self.weight, bias, self.lora_a, self.lora_b, self.scale, dropout=self.dropout)
+        mask, measures = (None, None) if self.watch is None else (self.watch.rows.mask_T, self.watch.measures)
+        y = lora_linear(
+            x, self.weight, bias, self.lora_a, self.lora_b, self.scale, dropout=self.dropout, row_mask=mask,
+            measures=measures,
+        )  # fmt: skip
         return y.to(self.y_dtype)
 
 
@@ -49,6 +73,7 @@ class _Fused:
     """The projections that may be computed together with this one."""
     probe: Any = None
     """While calibrating: called as probe(x, weight, bias) in place of the layer."""
+    watch: Watch | None = None
 
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         if self.probe is not None:
@@ -80,7 +105,8 @@ class _Fused:
         if _transforms_active():
             return None
         dtypes = self._dtypes(x, lora_a, dropout)
-        return None if dtypes is None else Call(weight, bias, lora_a, lora_b, scale, dropout, *dtypes)
+        watch = self.watch if self.watch is not None and self.watch.rows.fits(x) else None
+        return None if dtypes is None else Call(weight, bias, lora_a, lora_b, watch, scale, dropout, *dtypes)
 
     def factors(self, name: str) -> tuple[torch.Tensor, torch.Tensor, float] | None:
         """A, B and s, where the update is s B A x and no more."""

@@ -1,5 +1,8 @@
 """A logit lens on the first adapted layer (nostalgebraist 2020; Belrose et al., arXiv:2303.08112): its hidden states,
-normalised as the model normalises its last ones, so that the model's own head reads them."""
+as the model's own head takes them.
+
+Shapes: N rows, L tokens of a row, D hidden, C classes.
+"""
 
 from __future__ import annotations
 
@@ -11,36 +14,40 @@ import torch
 from torch import nn
 
 from fastpeft.errors import UserError
-from fastpeft.models.lm_head import bare_model
+from fastpeft.models.lm_head import bare_model, output_embeddings
+
+MOST_ROWS = 256
+"""Of a classifier's rows in a micro-batch, at most so many are read."""
 
 
 class FirstLayer:
-    """The first layer of a causal LM with a LoRA factor in it, else the first of all; and the norm before the head.
+    """The first layer of a causal LM or a classifier with a LoRA factor in it, else the first of all.
 
     Raises:
-        UserError: a decoder that is no list of layers with a norm behind it.
+        UserError: a model that is no list of layers with a norm and a head, or with a classifier, behind it.
     """
 
     def __init__(self, model: nn.Module) -> None:
-        decoder = bare_model(model).get_decoder()
-        layers = next((child for child in decoder.children() if isinstance(child, nn.ModuleList)), None)
-        norms = [child for child in decoder.children() if "norm" in type(child).__name__.lower()]
-        if layers is None or not norms:
+        self._model = bare_model(model)
+        layers = next((module for module in self._model.modules() if isinstance(module, nn.ModuleList)), None)
+        self.norm = _norm(self._model)
+        if not layers or (self.norm is None and not _reads_classes(self._model)):
             raise UserError(
-                f"the schedule reads the entropy behind the first layer, and {type(decoder).__name__} has no list of "
-                "layers with a norm behind it; choose another schedule"
+                f"the schedule reads the entropy behind the first layer, and {type(self._model).__name__} has no list "
+                "of layers with a norm and a head, or with a classifier such as BERT's, behind it; choose another "
+                "schedule"
             )
         adapted = (layer for layer in layers if any(".lora_" in name for name, _ in layer.named_parameters()))
-        self.layer, self.norm = next(adapted, layers[0]), norms[-1]
-        self._hidden: torch.Tensor | None = None
+        self.layer = next(adapted, layers[0])
+        self._hidden_NLD: torch.Tensor | None = None
 
     @contextmanager
     def watching(self) -> Iterator[None]:
         """Around a forward pass: keeps what the layer gives, detached."""
-        self._hidden = None
+        self._hidden_NLD = None
 
         def keep(module: nn.Module, args: Any, output: Any) -> None:
-            self._hidden = (output[0] if isinstance(output, tuple) else output).detach()
+            self._hidden_NLD = (output[0] if isinstance(output, tuple) else output).detach()
 
         hook = self.layer.register_forward_hook(keep)
         try:
@@ -50,7 +57,55 @@ class FirstLayer:
 
     @torch.no_grad()
     def read(self, rows: torch.Tensor) -> torch.Tensor:
-        """(len(rows), D) for rows of the flattened tokens of the pass that was watched; forgets the pass."""
-        assert self._hidden is not None
-        hidden, self._hidden = self._hidden.flatten(0, 1)[rows], None
-        return self.norm(hidden)
+        """(len(rows), D), normalised as a causal LM's head takes it, for rows of the flattened tokens of the pass that
+        was watched; forgets the pass."""
+        assert self.norm is not None
+        return self.norm(self._take().flatten(0, 1)[rows])
+
+    @torch.no_grad()
+    def read_classes(self) -> torch.Tensor:
+        """(at most MOST_ROWS, C) logits in fp32 of rows evenly spaced over the pass that was watched; forgets it.
+
+        Without dropout, so that no random number is drawn.
+        """
+        model, hidden_NLD = self._model, self._take()
+        hidden_NLD = hidden_NLD[:: -(-len(hidden_NLD) // MOST_ROWS)]
+        parts = [part for part in (_pooler(model), getattr(model, "pre_classifier", None), model.classifier) if part]
+        modes = [(module, module.training) for part in parts for module in part.modules()]
+        x = hidden_NLD.to(next(parts[0].parameters()).dtype)
+        try:
+            for part in parts:
+                part.eval()
+            if _pooler(model) is not None:
+                x = parts[0](x)
+            elif len(parts) == 2:
+                x = parts[0](x[:, 0]).relu()  # DistilBERT's head
+            return model.classifier(x).float()  # RoBERTa's takes the first token itself
+        finally:
+            for module, training in modes:
+                module.training = training
+
+    def _take(self) -> torch.Tensor:
+        assert self._hidden_NLD is not None
+        hidden_NLD, self._hidden_NLD = self._hidden_NLD, None
+        return hidden_NLD
+
+
+def _norm(model: nn.Module) -> nn.Module | None:
+    """The norm before a causal LM's head."""
+    if output_embeddings(model) is None:
+        return None
+    norms = [child for child in model.get_decoder().children() if "norm" in type(child).__name__.lower()]
+    return norms[-1] if norms else None
+
+
+def _reads_classes(model: nn.Module) -> bool:
+    if getattr(model, "classifier", None) is None:
+        return False
+    pooled = _pooler(model) is not None or getattr(model, "pre_classifier", None) is not None
+    return pooled or getattr(model, "base_model_prefix", None) == "roberta"
+
+
+def _pooler(model: nn.Module) -> nn.Module | None:
+    """Of DeBERTa the classifier's, of BERT the encoder's; RoBERTa's and DistilBERT's heads do without."""
+    return getattr(model, "pooler", None) or getattr(model.base_model, "pooler", None)

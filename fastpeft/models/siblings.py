@@ -17,7 +17,7 @@ from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from fastpeft.kernels import lora_linear_grouped
-from fastpeft.models.layers import Call, SvdLinear, is_fused
+from fastpeft.models.layers import Call, RowMask, SvdLinear, is_fused
 
 _LESSONS = 3
 """So many runs of the parent are looked at; one whose calls vary is left alone after that."""
@@ -130,9 +130,10 @@ def _compute_group(run: _Run, names: list[str], x: torch.Tensor, call: Call) -> 
     """y of the first of `names`; those of the others wait."""
     others = [run.parent._modules.get(name) for name in names[1:]]
     calls = [call, *(layer.plain_call(x) if is_fused(layer) else None for layer in others)]
-    alike = all(c is not None and c[-3:] == call[-3:] for c in calls)
+    alike = all(c is not None and c[-3:] == call[-3:] and _rows(c) is _rows(call) for c in calls)
     if not alike or any(tensor.is_inference() for c in calls for tensor in _tensors(c)):
         return call(x)
+    rows = _rows(call)
     ys = lora_linear_grouped(
         x.to(call.x_dtype),
         [c.weight for c in calls],
@@ -141,10 +142,17 @@ def _compute_group(run: _Run, names: list[str], x: torch.Tensor, call: Call) -> 
         [c.lora_b for c in calls],
         [c.scale for c in calls],
         dropout=call.dropout,
+        row_mask=None if rows is None else rows.mask_T,
+        measures=None if rows is None else [c.watch.measures for c in calls],
     )
     y, *rest = (y.to(call.y_dtype) for y in ys)
     run.waiting = [_Result(n, r, _basis(x, c), (x, c)) for n, c, r in zip(names[1:], calls[1:], rest)]
     return y
+
+
+def _rows(call: Call) -> RowMask | None:
+    """That the layer measures its gradient over."""
+    return None if call.watch is None else call.watch.rows
 
 
 def _basis(x: torch.Tensor, call: Call) -> tuple:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Collection
+from contextlib import nullcontext
 
 import numpy as np
 import torch
@@ -16,6 +17,7 @@ from fastpeft.data.memory import TokenLimits
 from fastpeft.evaluate.score import Score, score
 from fastpeft.kernels import logits_cross_entropy
 from fastpeft.models.backbone import Backbone
+from fastpeft.models.lens import FirstLayer
 from fastpeft.objectives.base import BatchLoss, Objective, Shrink
 from fastpeft.signals import Need
 
@@ -70,13 +72,21 @@ class Classification(Objective):
 
 def classification_loss(model: nn.Module, batch: Batch, num_items: int, needs: Collection[Need] = ()) -> BatchLoss:
     """Cross entropy of the model's logits, N x labels, in fp32."""
-    logits = model(**batch.inputs).logits.float()
+    first_layer = FirstLayer(model) if Need.LENS in needs else None
+    with nullcontext() if first_layer is None else first_layer.watching():
+        logits = model(**batch.inputs).logits.float()
+    statistics = {}
+    if first_layer is not None:
+        probabilities = first_layer.read_classes().softmax(1)
+        share = len(batch.labels) / num_items
+        statistics["lens_entropy"] = torch.special.entr(probabilities).sum(1).mean() * share
     if Need.TOKENS not in needs:
-        return BatchLoss(nn.functional.cross_entropy(logits, batch.labels, reduction="sum") / num_items)
+        loss = nn.functional.cross_entropy(logits, batch.labels, reduction="sum") / num_items
+        return BatchLoss(loss, statistics)
     found = logits_cross_entropy(logits, batch.labels, num_items=num_items, statistics=True)
     assert found.fisher is not None
     assert found.entropy is not None
-    statistics = {"answer_fisher": found.fisher.sum() / num_items, "entropy": found.entropy.sum() / num_items}
+    statistics |= {"answer_fisher": found.fisher.sum() / num_items, "entropy": found.entropy.sum() / num_items}
     return BatchLoss(found.loss, statistics)
 
 

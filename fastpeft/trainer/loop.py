@@ -22,14 +22,18 @@ from fastpeft.evaluate.score import Score
 from fastpeft.runs.curves import VALIDATION, Budgets, Evaluation, auc_of
 from fastpeft.runs.events import EventLog
 from fastpeft.runs.store import Result, RunFolder, read_json, recover_folder, replaced_folder, write_json
+from fastpeft.signals import Rates
 from fastpeft.trainer.calibrate import calibrate
 from fastpeft.trainer.checkpoint import Checkpoint, rng_state, save_checkpoint, set_rng_state
 from fastpeft.trainer.measure import StepLog
 from fastpeft.trainer.memory import MicroBatches
+from fastpeft.trainer.probes import Probes
 from fastpeft.trainer.setup import Job
 from fastpeft.trainer.step import train_step
 
 MAX_NON_FINITE = 20
+RATES_STEPS = 32
+"""Steps between two events of the rates of each matrix."""
 BEST = "best.json"
 
 
@@ -41,9 +45,12 @@ class Loop:
         self._log = log
         self._steps = StepLog(log, job.device)
         self._micro_batches = MicroBatches(job, self.warn)
+        self._probes = Probes(job.schedule.needs, job.adapter, job.optimizer)
         self._checkpointed_at = 0
         self._evaluated_at = -1
         self._importance_logged = 0
+        self._rates_logged_at = -RATES_STEPS
+        self._schedule_finished = False
         self._save_s = 0.0
         self._curve: list[Evaluation] = []
 
@@ -123,8 +130,10 @@ class Loop:
         )
 
     def _finish(self) -> str:
-        self.job.schedule.finish(self.job.clock.progress)
-        self._pass_on()
+        if not self._schedule_finished:
+            self._schedule_finished = True
+            self.job.schedule.finish(self.job.clock.progress)
+            self._pass_on()
         diverged = self._steps.num_non_finite >= MAX_NON_FINITE
         if diverged:
             self.warn(f"{MAX_NON_FINITE} steps in a row were not finite: the run is ended")
@@ -165,6 +174,7 @@ class Loop:
         job, clock = self.job, self.job.clock
         began, progress = time.perf_counter(), clock.progress
         rows = job.batches.rows(clock.steps)
+        self._probes.begin(clock.steps + 1, progress, clock.elapsed_s)
         signals, rates = self._micro_batches.fit(
             lambda: train_step(
                 job.adapter,
@@ -174,14 +184,26 @@ class Loop:
                 self._micro_batches(rows),
                 job.objective.num_items(rows),
                 progress,
+                self._probes,
             ),
             len(rows),
             f"at step {clock.steps}",
         )
         self._steps.note(clock, progress, rates, signals)
+        self._log_rates(rates)
         clock.count_step(signals.num_tokens, time.perf_counter() - began)
         self.watch_meter()
         self._pass_on()
+
+    def _log_rates(self, rates: Rates) -> None:
+        """Now and then, where matrices have rates of their own."""
+        clock, blocks = self.job.clock, self.job.adapter.flat.blocks
+        if rates.multiplier_K is None or clock.steps - self._rates_logged_at < RATES_STEPS:
+            return
+        self._rates_logged_at = clock.steps
+        self._steps.fetch()  # the log stays in the steps' order
+        names = {"names": blocks.names, "layer": blocks.layers, "projection": blocks.projections}
+        self.event("rates", **names, multipliers=[float(m) for m in rates.multiplier_K])
 
     def _pass_on(self) -> None:
         """Log what the schedule has to tell."""
@@ -299,6 +321,8 @@ class Loop:
         tensors = {"flat": job.adapter.flat.data} | rng_tensors
         tensors |= {f"optimizer.{k}": v for k, v in job.optimizer.state().items()}
         tensors |= {f"adapter.{k}": v for k, v in job.adapter.state().items()}
+        probe_tensors, probe_values = self._probes.state()
+        tensors |= {f"probes.{k}": v for k, v in probe_tensors.items()}
         values = {
             "steps": clock.steps,
             "elapsed_s": clock.elapsed_s,
@@ -309,6 +333,9 @@ class Loop:
             "energy": clock.meter.state(),
             "limits": dataclasses.asdict(job.limits),
             "schedule": job.schedule.state(),
+            "schedule_finished": self._schedule_finished,
+            "probes": probe_values,
+            "rates_logged_at": self._rates_logged_at,
             "evaluations": job.evaluation_due.count,
             "evaluated_at": self._evaluated_at,
             "metric": self.result.metric,
@@ -334,6 +361,8 @@ class Loop:
         job.optimizer.load_state(part("optimizer."))
         job.adapter.load_state(part("adapter."))
         job.schedule.load_state(values["schedule"])
+        self._probes.load_state(part("probes."), values["probes"])
+        self._schedule_finished, self._rates_logged_at = values["schedule_finished"], values["rates_logged_at"]
         clock.steps, clock.tokens = values["steps"], values["tokens"]
         clock.seconds_per_token = values["seconds_per_token"]
         clock.final_s, clock.final_j = values["final_s"], values["final_j"]

@@ -7,8 +7,9 @@ in the penalty or the optimizer, smaller parts would not help, and an error ther
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import TypeVar
 
 import numpy as np
@@ -23,14 +24,18 @@ T = TypeVar("T")
 
 
 class MicroBatches:
-    """Splits batches for `job`. Called with the rows of a batch it yields its micro-batches."""
+    """Splits batches for `job`. Called with the rows of a batch it gives its micro-batches, which may be iterated more
+    than once."""
 
     def __init__(self, job: Job, warn: Callable[[str], None]) -> None:
         self._job, self._warn = job, warn
         self._in_flight: tuple[int, int] | None = None
         """Rows and width of the micro-batch that the model works on."""
 
-    def __call__(self, rows: np.ndarray) -> Iterator[Batch]:
+    def __call__(self, rows: np.ndarray) -> Iterable[Batch]:
+        return _Passes(self, rows)
+
+    def split(self, rows: np.ndarray) -> Iterator[Batch]:
         encoded = self._job.batches.encoded
         for part in micro_batches(encoded, rows, self._job.limits.training):
             self._in_flight = len(part), int(encoded.widths[part].max())
@@ -45,7 +50,7 @@ class MicroBatches:
         """
         job = self._job
         while True:
-            generators = _generator_states(job.device)
+            generators = generator_states(job.device)
             try:
                 return attempt()
             except RuntimeError as error:
@@ -55,9 +60,18 @@ class MicroBatches:
             job.adapter.discard_pass()
             job.adapter.flat.grad.zero_()
             free_memory()
-            _set_generator_states(job.device, generators)
+            set_generator_states(job.device, generators)
             told = job.limits.halve_training(*too_large, where)
             self._warn(f"{told}; the batch of {num_rows} rows stays")
+
+
+@dataclass(frozen=True)
+class _Passes:
+    owner: MicroBatches
+    rows: np.ndarray
+
+    def __iter__(self) -> Iterator[Batch]:
+        return self.owner.split(self.rows)
 
 
 @contextmanager
@@ -73,12 +87,12 @@ def out_of_memory_is_told() -> Iterator[None]:
     raise OutOfMemory("outside of the passes over a micro-batch", cause)
 
 
-def _generator_states(device: torch.device) -> list[torch.Tensor]:
+def generator_states(device: torch.device) -> list[torch.Tensor]:
     """Of the generators that dropout draws from; the host keeps them, so nothing waits."""
     return [torch.get_rng_state()] + ([torch.cuda.get_rng_state(device)] if device.type == "cuda" else [])
 
 
-def _set_generator_states(device: torch.device, states: list[torch.Tensor]) -> None:
+def set_generator_states(device: torch.device, states: list[torch.Tensor]) -> None:
     torch.set_rng_state(states[0])
     if device.type == "cuda":
         torch.cuda.set_rng_state(states[1], device)

@@ -17,6 +17,7 @@ from fastpeft.adapters.flat import FlatParameters
 from fastpeft.config.schema import OptimizerConfig
 from fastpeft.errors import UserError
 from fastpeft.kernels import AdamWOptions, adamw_step, weighted_frobenius
+from fastpeft.kernels.adamw.reference import bias_correction
 from fastpeft.signals import Rates, Signals
 
 FIRST_LOSS_SCALE = 2.0**16
@@ -52,7 +53,7 @@ class Optimizer(ABC):
     """Updates the flat parameters in place; `state` and `load_state` make a resume exact."""
 
     def __init__(self, flat: FlatParameters, config: OptimizerConfig, dtype: torch.dtype) -> None:
-        self._flat, self._config = flat, config
+        self._flat, self._config, self.dtype = flat, config, dtype
         device = flat.data.device
         self.loss_scale = None
         """fp16: what the loss is multiplied by; the gradients in the flat buffer are divided by it again."""
@@ -60,15 +61,18 @@ class Optimizer(ABC):
         if dtype == torch.float16:
             self.loss_scale = torch.tensor(FIRST_LOSS_SCALE, device=device)
 
-    def step(self, signals: Signals, rates: Rates) -> None:
+    def step(self, signals: Signals, rates: Rates, reduces: bool = False) -> None:
         """Clip, guard, update. Sets signals.skipped, and signals.grad_norm unless the adapter has measured it.
 
         A step whose loss or gradient is not finite changes no bit of parameters and state, and counts as none.
+
+        Args:
+            reduces: also set signals.sums.
         """
         flat = self._flat
         if signals.grad_norm is None:
             signals.grad_norm = weighted_frobenius(flat.data, flat.grad, flat.layout).norm
-        signals.skipped = self._update(signals, signals.grad_norm, rates)
+        signals.skipped = self._update(signals, signals.grad_norm, rates, reduces)
         if self.loss_scale is not None:
             self.adjust_scale(signals.skipped)
 
@@ -78,6 +82,30 @@ class Optimizer(ABC):
         host_K = torch.as_tensor(multiplier_K, dtype=torch.float32)
         device = self._flat.data.device
         return host_K.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else host_K
+
+    def shrink(self, rates: Rates) -> np.ndarray:
+        """What a step of these rates multiplies each unit's parameters by before it moves them: 1 - rate decay."""
+        layout, config = self._flat.layout, self._config
+        rate_U = np.full(layout.num_units, rates.lr)
+        if rates.multiplier_K is not None:
+            rate_U[: layout.num_matrices] *= rates.multiplier_K
+        decay_U = np.full(layout.num_units, config.weight_decay)
+        head_U = [False] * layout.num_matrices + [start >= layout.num_adapter for start, _ in layout.others]
+        rate_U[head_U] *= config.head_lr_ratio
+        decay_U[head_U] = config.head_weight_decay
+        return 1 - rate_U * decay_U
+
+    def clip_divisor(self, norm: torch.Tensor) -> torch.Tensor:
+        """What a step divides a gradient of this norm by."""
+        most = self._config.max_grad_norm
+        return (norm / most).clamp_min(1.0) if most else torch.ones_like(norm)
+
+    def second_moment(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """The running mean of g^2 over the flat buffer, not to be changed, and (), what to divide it by.
+
+        None may have been taken yet: the divisor is 0 then.
+        """
+        raise ValueError(f"optimizer {self._config.name} has no second moment to measure curvature with: use adamw")
 
     def adjust_scale(self, skipped: torch.Tensor) -> None:
         """fp16: halve the scale where `skipped` is 1 (an overflow), double it after 2,000 steps of 0."""
@@ -108,7 +136,7 @@ class Optimizer(ABC):
         yield
 
     @abstractmethod
-    def _update(self, signals: Signals, norm: torch.Tensor, rates: Rates) -> torch.Tensor:
+    def _update(self, signals: Signals, norm: torch.Tensor, rates: Rates, reduces: bool) -> torch.Tensor:
         """Clip by `norm`, guard, update, and leave the clipped gradient in the flat buffer. Returns `skipped`: (),
         1.0 where nothing was changed."""
 
@@ -141,9 +169,9 @@ class FlatAdamW(Optimizer):
         self._exp_avg, self._exp_avg_sq = torch.zeros_like(flat.data), torch.zeros_like(flat.data)
         self._step = torch.zeros((), device=flat.data.device)
 
-    def _update(self, signals: Signals, norm: torch.Tensor, rates: Rates) -> torch.Tensor:
+    def _update(self, signals: Signals, norm: torch.Tensor, rates: Rates, reduces: bool) -> torch.Tensor:
         flat = self._flat
-        return adamw_step(
+        found = adamw_step(
             flat.data,
             flat.grad,
             self._exp_avg,
@@ -155,7 +183,13 @@ class FlatAdamW(Optimizer):
             loss=signals.loss,
             multiplier_K=self._on_device(rates.multiplier_K),
             options=self._options,
-        ).skipped
+            reduces=reduces,
+        )
+        signals.sums = found.sums
+        return found.skipped
+
+    def second_moment(self) -> tuple[torch.Tensor, torch.Tensor]:
+        return self._exp_avg_sq, bias_correction(self._step, self._options.beta2)
 
     def _state(self) -> dict[str, torch.Tensor]:
         return {"exp_avg": self._exp_avg, "exp_avg_sq": self._exp_avg_sq, "step": self._step}
@@ -207,15 +241,15 @@ class ScheduleFreeAdamW(Optimizer):
         self._before: list[tuple] | None = None
         """Counters before the last step, until it is known whether that was skipped."""
 
-    def _update(self, signals: Signals, norm: torch.Tensor, rates: Rates) -> torch.Tensor:
-        if rates.multiplier_K is not None:
+    def _update(self, signals: Signals, norm: torch.Tensor, rates: Rates, reduces: bool) -> torch.Tensor:
+        if rates.multiplier_K is not None or reduces:
             raise ValueError("optimizer schedule_free takes no rates per matrix: use schedule.name constant, or adamw")
         flat = self._flat
         if self._num_steps() == 0:
             self._z.copy_(flat.data)
         good = norm.isfinite() & signals.loss.isfinite()
         if self._config.max_grad_norm:
-            flat.grad.div_((norm / self._config.max_grad_norm).clamp_min(1.0))
+            flat.grad.div_(self.clip_divisor(norm))
         grad = flat.grad.clone()  # the package overwrites it, and adapters read theirs after the step
         for (part, ratio), group in zip(self._parts, self._inner.param_groups):
             group["lr"] = rates.lr * ratio

@@ -11,8 +11,9 @@ from fastpeft.adapters import Adapter
 from fastpeft.data import Batch
 from fastpeft.objectives import BatchLoss
 from fastpeft.schedules import Schedule
-from fastpeft.signals import Measured, Need, Rates, Signals
+from fastpeft.signals import Need, Rates, Signals
 from fastpeft.trainer.optim import Optimizer
+from fastpeft.trainer.probes import IDLE, Probes
 
 Loss = Callable[[nn.Module, Batch, int, Collection[Need]], BatchLoss]
 """As Objective.loss."""
@@ -26,19 +27,22 @@ def train_step(
     batches: Iterable[Batch],
     num_items: int,
     progress: float,
-    measured: Measured | None = None,
-    needs: Collection[Need] = (),
+    probes: Probes = IDLE,
 ) -> tuple[Signals, Rates]:
     """Forward and backward over the micro-batches of one batch, then the update.
 
-    Nothing here waits for the device: what is measured stays there, in the Signals. The schedule sees `measured`, what
-    the step before this one did.
+    Nothing here waits for what this step measures: that stays on the device, in the Signals, and `probes` tell the
+    schedule of the step before this one. Where they take a product, `batches` are iterated more than once.
     """
-    signals = forward_backward(adapter, loss, batches, num_items, needs, optimizer.loss_scale)
+    scale = optimizer.loss_scale
+    probes.before_passes(lambda: forward_backward(adapter, loss, batches, num_items, loss_scale=scale))
+    signals = forward_backward(adapter, loss, batches, num_items, loss_scale=scale, probes=probes)
     adapter.after_backward(signals, progress)
-    rates = schedule.rates(measured, progress)
-    optimizer.step(signals, rates)
+    rates = schedule.rates(probes.measured(), progress)
+    probes.before_update()
+    optimizer.step(signals, rates, probes.reduces)
     adapter.after_step(signals, rates, progress)
+    probes.after_step(signals, rates)
     return signals, rates
 
 
@@ -47,8 +51,8 @@ def forward_backward(
     loss: Loss,
     batches: Iterable[Batch],
     num_items: int,
-    needs: Collection[Need] = (),
     loss_scale: torch.Tensor | None = None,
+    probes: Probes = IDLE,
 ) -> Signals:
     """Gradient of the mean loss over the `num_items` of all micro-batches, unscaled, in the flat buffer."""
     adapter.flat.grad.zero_()
@@ -56,12 +60,15 @@ def forward_backward(
     statistics: dict[str, torch.Tensor] = {}
     num_tokens = 0
     for batch in batches:
-        part = loss(adapter.model, batch, num_items, needs)
+        probes.before_pass(batch)
+        part = loss(adapter.model, batch, num_items, probes.needs)
         (part.loss if loss_scale is None else part.loss * loss_scale).backward()
+        probes.after_pass()
         total += part.loss.detach()
         for name, value in part.statistics.items():
             statistics[name] = statistics[name] + value if name in statistics else value
         num_tokens += batch.num_tokens
     if loss_scale is not None:
         adapter.flat.grad.div_(loss_scale)
+    probes.after_passes(loss_scale)
     return Signals(loss=total, num_tokens=num_tokens, statistics=statistics)

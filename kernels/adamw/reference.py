@@ -48,9 +48,15 @@ def corrected(
     exp_avg: torch.Tensor, exp_avg_sq: torch.Tensor, step: torch.Tensor, options: AdamWOptions
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Bias-corrected moments after `step` steps; zeros after none."""
-    count = step.double().clamp_min(1)
-    first, second = (-torch.expm1(count * torch.log(count.new_tensor(b))) for b in (options.beta1, options.beta2))
-    return exp_avg / first.to(exp_avg.dtype), exp_avg_sq / second.to(exp_avg.dtype)
+    count = step.clamp_min(1)
+    first, second = (bias_correction(count, beta).to(exp_avg.dtype) for beta in (options.beta1, options.beta2))
+    return exp_avg / first, exp_avg_sq / second
+
+
+def bias_correction(step: torch.Tensor, beta: float) -> torch.Tensor:
+    """1 - beta^step, in fp64: fp32 would lose 1e-4 of it where beta is 0.999 and the count small."""
+    count = step.double()
+    return -torch.expm1(count * torch.log(count.new_tensor(beta)))
 
 
 def direction(

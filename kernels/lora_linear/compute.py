@@ -25,6 +25,8 @@ class LoraMeasures:
     All are at least fp32 (fp64 where the factors are) and carry no gradient.
     """
 
+    grams: bool = True
+    """Asks for the Gram matrices."""
     gram_a: torch.Tensor | None = None
     """A A^T, (R, R), after forward."""
     gram_b: torch.Tensor | None = None
@@ -86,19 +88,20 @@ def forward(
     ys, products = [], []
     for i, (part, choice, (a, b)) in enumerate(zip(call.parts, choices, factors)):
         weight = dequantised(part.weight, x_TI.dtype)
+        wants_grams = part.measures is not None and part.measures.grams
         s = shared[i] if shared else None
         if s is None and not inline[i]:
             s = _product(x_TI, a, part, call.dropout, choice)
         if choice.form == "split":
             y = split.forward(x_TI, weight, part.bias, s, b)
-            grams = split.grams(*stored[i]) if part.measures else None
+            grams = split.grams(*stored[i]) if wants_grams else None
         else:
             y, s, grams = _fused().matmul(
                 x_TI, weight, part.bias, a, b, s, part.scale, choice.config,
-                forward=True, grams=stored[i] if part.measures else None,
+                forward=True, grams=stored[i] if wants_grams else None,
             )  # fmt: skip
         if part.measures:
-            part.measures.gram_a, part.measures.gram_b = grams
+            part.measures.gram_a, part.measures.gram_b = grams or (None, None)
             part.measures.db_square = part.measures.db_square_masked = None
         ys.append(y)
         products.append(s)

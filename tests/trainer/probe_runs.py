@@ -1,0 +1,127 @@
+"""A schedule that reads everything that can be measured, and runs small enough to be trained with it."""
+
+from __future__ import annotations
+
+import json
+import random
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import yaml
+from tiny import make_causal_lm
+
+from fastpeft.config import RunConfig, load_run
+from fastpeft.config.schedules import ScheduleConfig
+from fastpeft.schedules import Schedule, base
+from fastpeft.signals import Blocks, Measured, Need, Rates
+
+CURVATURE = (Need.SECANT, Need.PLAIN_SECANT, Need.PRODUCT)
+STAND_IN = "rex"
+"""The schedule whose name the tests' own take."""
+
+
+def all_but(*kinds: Need) -> frozenset[Need]:
+    return frozenset(Need) - set(kinds)
+
+
+def needs_with(curvature: Need) -> frozenset[Need]:
+    """Everything, with one kind of curvature."""
+    return all_but(*CURVATURE) | {curvature}
+
+
+class Recorder(Schedule):
+    """Keeps what it is given; its rates go up and down, and each matrix has its own."""
+
+    wanted: frozenset[Need] = frozenset()
+
+    def __init__(self, config: ScheduleConfig, peak_lr: float, blocks: Blocks | None = None) -> None:
+        super().__init__(config, peak_lr, blocks)
+        self.seen: list[Measured | None] = []
+        self.emitted: list[Rates] = []
+
+    @property
+    def needs(self) -> frozenset[Need]:
+        return self.wanted
+
+    def rates(self, measured: Measured | None, progress: float) -> Rates:
+        self.seen.append(measured)
+        self.emitted.append(self.next_rates(measured))
+        return self.emitted[-1]
+
+    def next_rates(self, measured: Measured | None) -> Rates:
+        step = len(self.seen)
+        multiplier_K = 1 + 0.5 * np.sin(step + np.arange(len(self.blocks)))
+        return Rates(self.peak_lr * (1 + 0.3 * np.cos(step)), multiplier_K)
+
+
+class ReadsAll(Recorder):
+    """Every figure that it reads moves the rates, so that a figure that is not the same gives other weights."""
+
+    def __init__(self, config: ScheduleConfig, peak_lr: float, blocks: Blocks | None = None) -> None:
+        super().__init__(config, peak_lr, blocks)
+        self.mixed = 0.0
+        self.found: set[str] = set()
+
+    def next_rates(self, measured: Measured | None) -> Rates:
+        for name, values in figures(measured).items():
+            self.found.add(name)
+            # In [-1, 1], and no two figures weigh the same.
+            self.mixed = 0.9 * self.mixed + 0.1 * float(np.sin(np.log1p(np.abs(values)).sum() + len(name)))
+        multiplier_K = 1 + 0.2 * np.sin(self.mixed * np.arange(1, 1 + len(self.blocks)))
+        return Rates(self.peak_lr * (1 + 0.5 * self.mixed), multiplier_K)
+
+    def state(self) -> dict[str, Any]:
+        return {"mixed": self.mixed, "found": sorted(self.found)}
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        self.mixed, self.found = state["mixed"], set(state["found"])
+
+
+def figures(measured: Measured | None) -> dict[str, np.ndarray]:
+    """Every number in it that a resumed run can repeat: all but the clock's."""
+    if measured is None:
+        return {}
+    values = {k: v for k, v in vars(measured).items() if k not in ("blocks", "secant", "elapsed_s")}
+    for part in (measured.blocks, measured.secant):
+        values |= {} if part is None else vars(part)
+    return {name: np.atleast_1d(np.asarray(v, dtype=float)) for name, v in values.items() if v is not None}
+
+
+def put_in(monkeypatch: pytest.MonkeyPatch, kind: type[Schedule], wanted: frozenset[Need]) -> None:
+    """Runs of `schedule.name=rex` train with a `kind` that needs `wanted`."""
+    monkeypatch.setattr(kind, "wanted", wanted)
+    monkeypatch.setitem(base._SCHEDULES, STAND_IN, kind)
+
+
+def problem_run(folder: Path, **settings: Any) -> RunConfig:
+    """Sums of two numbers for a random Qwen3, all of whose linear layers are adapted. `settings` as in load_run."""
+    path = folder / "problems.yaml"
+    if not path.is_file():
+        make_causal_lm(folder / "lm")
+        rng = random.Random(0)
+        (folder / "sums").mkdir()
+        rows = []
+        for _ in range(64):
+            a, b = rng.randrange(100), rng.randrange(10 ** rng.randrange(1, 4))
+            rows.append({"question": f"{a}+{b}=", "answer": f"{a + b} #### {a + b}"})
+        (folder / "sums" / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        values = {
+            "run_id": "problems",
+            "method": "lora",
+            "model": {"name": str(folder / "lm")},
+            "adapter": {"target_modules": "all-linear", "rank": 4},
+            "schedule": {"name": STAND_IN, "warmup_steps": 0},
+            "dataset": {
+                "task": "word-problems", "path": str(folder / "sums"), "held_out": 8, "prompt": "{question}",
+                "max_length": 48,
+            },
+            "training": {
+                "learning_rate": 1e-2, "batch_size": 8, "checkpoint_steps": 100, "precision": "fp32", "threads": 1,
+            },
+            "evaluation": {"every": "end", "max_new_tokens": 4},
+            "budget": "21steps",
+        }  # fmt: skip
+        path.write_text(yaml.safe_dump(values))
+    return load_run(path, settings)

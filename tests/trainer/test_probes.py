@@ -1,0 +1,350 @@
+"""What reaches schedules: right, a step late, free where nobody asks, and the same after a resume."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from probe_runs import CURVATURE, STAND_IN, ReadsAll, Recorder, all_but, figures, needs_with, problem_run, put_in
+from tiny_runs import assert_same_outcome, assert_same_weights, strict_events, tiny_run, weights
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from fastpeft.config import RunConfig
+from fastpeft.data.batches import micro_batches
+from fastpeft.schedules import Schedule
+from fastpeft.signals import Measured, Need, Signals
+from fastpeft.trainer import StopRequest, train
+from fastpeft.trainer.probes import Probes, Transfer
+from fastpeft.trainer.setup import build_job
+from fastpeft.trainer.step import forward_backward, train_step
+
+PRODUCT_STEP = 17
+"""The first step with an exact product."""
+
+
+def pairs_run(folder: Path, **settings: Any) -> RunConfig:
+    """The encoder's run, with weight decay and a faster head; `settings` as in tiny_run."""
+    optimizer = {"weight_decay": 0.3, "head_weight_decay": 0.7, "head_lr_ratio": 3.0, "max_grad_norm": 0.5}
+    values = {"method": "lora", "schedule": {"name": STAND_IN, "warmup_steps": 0}, "optimizer": optimizer}
+    return tiny_run(folder, **(values | settings))
+
+
+class Steps:
+    """Takes a job's steps one by one, and keeps what they went through, in fp64."""
+
+    def __init__(self, run: RunConfig, bad: tuple[int, ...] = ()) -> None:
+        """`bad`: numbers of steps whose loss is not finite."""
+        self.job = build_job(run)
+        self.probes = Probes(self.job.schedule.needs, self.job.adapter, self.job.optimizer)
+        self.bad = bad
+        self.thetas: list[torch.Tensor] = []
+        """Before each step, and after the last."""
+        self.grads: list[torch.Tensor] = []
+        self.moments: list[tuple[torch.Tensor, torch.Tensor]] = []
+        """Bias-corrected, after each step."""
+        self.measured: list[Measured] = []
+        self.signals: list[Signals] = []
+
+    def batches(self, number: int, max_tokens: int | None = None) -> tuple[list, int]:
+        job, rows = self.job, self.job.batches.rows(number - 1)
+        parts = micro_batches(job.batches.encoded, rows, max_tokens or job.limits.training)
+        return [job.objective.collate(part, job.device) for part in parts], job.objective.num_items(rows)
+
+    def take(self, count: int, max_tokens: int | None = None) -> Steps:
+        for number in range(len(self.grads) + 1, len(self.grads) + count + 1):
+            self.step(number, max_tokens)
+        return self
+
+    def step(self, number: int, max_tokens: int | None) -> None:
+        job, flat = self.job, self.job.adapter.flat
+        self.thetas.append(flat.data.double())
+        original = job.optimizer.step
+
+        def watched(*args: Any) -> None:
+            self.grads.append(flat.grad.double())
+            original(*args)
+
+        def loss(*args: Any) -> Any:
+            found = job.objective.loss(*args)
+            if number in self.bad:
+                found.loss = found.loss * float("nan")
+            return found
+
+        job.optimizer.step = watched
+        self.probes.begin(number, number / 100, float(number))
+        step = job.adapter, job.schedule, job.optimizer, loss, *self.batches(number, max_tokens), number / 100
+        self.signals.append(train_step(*step, self.probes)[0])
+        del job.optimizer.step
+        state = job.optimizer.state()
+        count, config = float(state["step"]), job.run.optimizer
+        self.moments.append(
+            tuple(
+                state[name].double() / (1 - beta ** max(count, 1))
+                for name, beta in (("exp_avg", config.beta1), ("exp_avg_sq", config.beta2))
+            )
+        )
+
+    def finish(self) -> Steps:
+        """The last step's figures too."""
+        self.thetas.append(self.job.adapter.flat.data.double())
+        self.measured = [m for m in (*self.job.schedule.seen, self.probes.measured()) if m is not None]
+        return self
+
+    # ---- by the number of a step, from 1 ----
+
+    def change(self, number: int) -> torch.Tensor:
+        return self.thetas[number] - self.thetas[number - 1]
+
+    def grad(self, number: int) -> torch.Tensor:
+        return self.grads[number - 1]
+
+    def sums(self, flat: torch.Tensor) -> np.ndarray:
+        return self.job.adapter.flat.layout.unit_sums(flat).numpy()
+
+    def rate(self, number: int) -> np.ndarray:
+        """Of each unit."""
+        layout, rates = self.job.adapter.flat.layout, self.job.schedule.emitted[number - 1]
+        rate_U = np.full(layout.num_units, rates.lr)
+        rate_U[: layout.num_matrices] *= rates.multiplier_K
+        for unit, (start, _) in enumerate(layout.others, start=layout.num_matrices):
+            rate_U[unit] *= self.job.run.optimizer.head_lr_ratio if start >= layout.num_adapter else 1.0
+        return rate_U
+
+
+def assert_near(got: np.ndarray, want: np.ndarray, scale: np.ndarray | float, rtol: float = 1e-5) -> None:
+    """Within rtol of `scale`, of which cancellation may leave little."""
+    assert got.dtype == np.float64
+    assert got.shape == want.shape
+    assert np.abs(want).max() > 0
+    assert (np.abs(got - want) <= rtol * (np.abs(want) + scale) + 1e-30).all()
+
+
+# ---- figures -----------------------------------------------------------------------------------
+
+
+def test_scalars_come_a_step_late_and_as_they_were(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    put_in(monkeypatch, Recorder, frozenset({Need.LOSS}))
+    run = Steps(pairs_run(tmp_path)).take(4).finish()
+    assert run.job.schedule.seen[0] is None
+    assert [m.step for m in run.job.schedule.seen[1:]] == [1, 2, 3]
+    for number, (measured, signals) in enumerate(zip(run.measured, run.signals), start=1):
+        assert measured.loss == float(signals.loss)
+        assert measured.grad_norm == float(signals.grad_norm)
+        assert measured.num_tokens == signals.num_tokens
+        assert (measured.step, measured.progress, measured.elapsed_s) == (number, number / 100, number)
+        assert measured.lr == run.job.schedule.emitted[number - 1].lr
+        assert not measured.skipped
+        optional = (measured.blocks, measured.secant, measured.answer_fisher, measured.lens_entropy, measured.entropy)
+        assert optional == (None,) * 5
+        assert measured.answer_grad_sq_K is None
+
+
+@pytest.mark.parametrize("method", ["lora", "adalora", "full"])
+def test_blocks_equal_sums_over_parameters(method: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With clipping, decays, a faster head and a rate for each matrix; AdaLoRA's masks act after the step."""
+    put_in(monkeypatch, Recorder, frozenset({Need.BLOCKS}))
+    run = Steps(pairs_run(tmp_path, method=method)).take(5).finish()
+    clipped = [float(s.grad_norm) > run.job.run.optimizer.max_grad_norm for s in run.signals]
+    assert any(clipped)
+    assert not run.measured[0].blocks.descent_U.any()
+    for number, measured in enumerate(run.measured, start=1):
+        blocks, (mean, second) = measured.blocks, run.moments[number - 1]
+        assert_near(blocks.grad_sq_U, run.sums(run.grad(number).square()), 0)
+        assert_near(blocks.mean_sq_U, run.sums(mean.square()), 0)
+        assert_near(blocks.second_U, run.sums(second), 0)
+        if number > 1:
+            direction, rate_U = -run.change(number - 1), run.rate(number - 1)
+            scale = run.sums((run.grad(number) * direction).abs()) / rate_U
+            assert_near(blocks.descent_U, run.sums(run.grad(number) * direction) / rate_U, scale, 1e-4)
+
+
+@pytest.mark.parametrize("kind", [Need.SECANT, Need.PLAIN_SECANT])
+def test_secants_equal_those_of_stored_gradients(kind: Need, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """dg along the change of one step before, and of the last; None until these steps have been taken."""
+    put_in(monkeypatch, Recorder, frozenset({kind}))
+    run = Steps(pairs_run(tmp_path)).take(7).finish()
+    first = 3 if kind == Need.SECANT else 2
+    assert [m.secant is not None for m in run.measured] == [number >= first for number in range(1, 8)]
+    for number in range(first, 8):
+        last = run.change(number - 1)
+        along = run.change(number - 2) if kind == Need.SECANT else last
+        root = run.moments[number - 2][1].sqrt()
+        scale = run.sums(((run.grad(number).abs() + run.grad(number - 1).abs()) * along).abs())
+        found = run.measured[number - 1].secant
+        assert_near(found.change_U, run.sums((run.grad(number) - run.grad(number - 1)) * along), scale)
+        assert_near(found.square_U, run.sums(last * root * along), run.sums((last * root * along).abs()))
+
+
+@pytest.mark.parametrize("kind", CURVATURE)
+def test_a_skipped_step_says_so_and_spoils_no_other(
+    kind: Need, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    put_in(monkeypatch, Recorder, frozenset({Need.BLOCKS, Need.ANSWER_GRADIENT, kind}))
+    bad = PRODUCT_STEP - 1 if kind == Need.PRODUCT else 5
+    run = Steps(pairs_run(tmp_path), bad=(bad,)).take(bad + 4).finish()
+    assert [m.step for m in run.measured if m.skipped] == [bad]
+    skipped = run.measured[bad - 1]
+    assert (skipped.blocks, skipped.secant, skipped.answer_grad_sq_K) == (None, None, None)
+    assert torch.equal(run.thetas[bad - 1], run.thetas[bad])
+    after = run.measured[bad].blocks  # its u is that of the last step that was taken, with that step's rate
+    direction = -run.change(bad - 1)
+    want = run.sums(run.grad(bad + 1) * direction) / run.rate(bad - 1)
+    assert_near(after.descent_U, want, np.abs(want).max(), 1e-4)
+    missing = {Need.SECANT: [5, 6, 7], Need.PLAIN_SECANT: [5, 6]}.get(kind, list(range(2, bad + 4 + 1)))
+    assert [m.step for m in run.measured[2:] if m.secant is None] == [n for n in missing if n > 2]
+    for measured in run.measured:
+        finite = [np.isfinite(v).all() for v in figures(measured).values()]
+        assert all(finite) or measured.skipped
+
+
+# ---- what it costs -------------------------------------------------------------------------
+
+
+class Operations(TorchDispatchMode):
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.names.append(str(func))
+        return func(*args, **(kwargs or {}))
+
+
+def test_a_schedule_that_needs_nothing_costs_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not an operation more than the bare step, and nothing is sent."""
+    monkeypatch.setattr(Transfer, "launch", None)
+    job = build_job(tiny_run(tmp_path, method="lora", schedule={"name": "linear"}))
+    adapter, rows = job.adapter, job.batches.rows(0)
+    batch = job.objective.collate(rows, job.device)
+    probes = Probes(job.schedule.needs, adapter, job.optimizer)
+
+    def bare() -> None:
+        signals = forward_backward(adapter, job.objective.loss, [batch], len(rows))
+        adapter.after_backward(signals, 0.5)
+        rates = job.schedule.rates(None, 0.5)
+        job.optimizer.step(signals, rates)
+        adapter.after_step(signals, rates, 0.5)
+
+    def whole() -> None:
+        probes.begin(1, 0.5, 1.0)
+        train_step(adapter, job.schedule, job.optimizer, job.objective.loss, [batch], len(rows), 0.5, probes)
+
+    counted = []
+    for step in (bare, whole):
+        with Operations() as operations:
+            step()
+        counted.append(operations.names)
+    assert len(counted[0]) > 100
+    assert counted[0] == counted[1]
+    assert probes.state() == ({}, {})
+    assert probes.measured() is None
+    assert all(block.module.watch is None for block in adapter.blocks)
+
+
+def test_prompt_tokens_are_looked_at_every_sixteen_steps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    put_in(monkeypatch, Recorder, all_but(*CURVATURE))
+    run = Steps(problem_run(tmp_path)).take(18).finish()
+    assert [m.step for m in run.measured if m.prompt_fisher is not None] == [1, 17]
+    assert all(m.lens_entropy is not None and m.entropy is not None for m in run.measured)
+
+
+# ---- whole runs ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", CURVATURE)
+@pytest.mark.parametrize("task", ["pairs", "problems"])
+def test_a_resumed_run_measures_and_trains_the_same_bits(
+    task: str, kind: Need, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Stopped between a step and the reading of its figures, one step before an exact product."""
+    put_in(monkeypatch, ReadsAll, needs_with(kind))
+    if task == "pairs":
+        run = pairs_run(tmp_path, budget="21steps", evaluation={"every": "end"}, training={"checkpoint_steps": 16})
+    else:
+        run = problem_run(tmp_path)
+    unbroken = train(run, results_dir=tmp_path, name="unbroken")
+    assert unbroken.status == "done"
+    stop = StopAfter(16)
+    monkeypatch.setattr(Probes, "after_step", stop.counting(Probes.after_step))
+    train(run, results_dir=tmp_path, name="r", stop=stop)
+    monkeypatch.undo()
+    put_in(monkeypatch, ReadsAll, needs_with(kind))
+    schedules: list[Schedule] = []
+    monkeypatch.setattr(ReadsAll, "finish", lambda self, progress: schedules.append(self))
+    result = train(None, results_dir=tmp_path, name="r", resume=True)
+    assert_same_outcome(result, unbroken)
+    assert_same_weights(weights(tmp_path / "r"), weights(tmp_path / "unbroken"))
+    rates = [[e["lr"] for e in strict_events(tmp_path / n) if e["type"] == "step"] for n in ("r", "unbroken")]
+    assert rates[0] == rates[1]
+    assert len(set(rates[0])) == len(rates[0])
+    (schedule,) = schedules
+    wanted = {"loss", "grad_norm", "change_U", "square_U", "descent_U", "answer_fisher", "entropy", "lens_entropy"}
+    wanted |= {"answer_grad_sq_K"} | ({"prompt_fisher"} if task == "problems" else set())
+    assert wanted <= schedule.found
+
+
+class StopAfter(StopRequest):
+    """Asks to stop once so many steps have been taken."""
+
+    def __init__(self, count: int) -> None:
+        super().__init__()
+        self.left = count
+
+    def __call__(self) -> bool:
+        return self.left <= 0
+
+    def counting(self, original: Any) -> Any:
+        def counted(*args: Any) -> None:
+            original(*args)
+            self.left -= 1
+
+        return counted
+
+
+def test_rates_are_logged_now_and_then_in_the_steps_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    put_in(monkeypatch, Recorder, frozenset({Need.LOSS}))
+    train(pairs_run(tmp_path, budget="40steps"), results_dir=tmp_path, name="r")
+    events = strict_events(tmp_path / "r")
+    found = [e for e in events if e["type"] == "rates"]
+    assert [e["step"] for e in found] == [0, 32]
+    job = build_job(pairs_run(tmp_path))
+    blocks = job.adapter.flat.blocks
+    for event in found:
+        assert event["names"] == list(blocks.names)
+        assert event["layer"] == list(blocks.layers)
+        assert event["projection"] == list(blocks.projections)
+        want = 1 + 0.5 * np.sin(event["step"] + 1 + np.arange(len(blocks)))
+        assert event["multipliers"] == pytest.approx(want.tolist())
+    numbers = [e["step"] for e in events if e["type"] in ("step", "rates")]
+    assert numbers == sorted(numbers)
+    assert {e["lr"] for e in events if e["type"] == "step"} <= {
+        1e-2 * (1 + 0.3 * np.cos(number)) for number in range(1, 41)
+    }
+
+
+def test_a_schedule_hears_of_the_end_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """After the last step and before the final evaluation, though that one is interrupted and begins again."""
+
+    class Tells(Recorder):
+        def finish(self, progress: float) -> None:
+            self.tell("schedule", finished_at=progress)
+
+    put_in(monkeypatch, Tells, frozenset())
+    run = pairs_run(tmp_path, budget="3steps", evaluation={"every": "end"})
+    stop = StopAfter(1)
+    original = Tells.finish
+
+    def then_stops(self: Tells, progress: float) -> None:
+        original(self, progress)
+        stop.left = 0
+
+    monkeypatch.setattr(Tells, "finish", then_stops)
+    assert train(run, results_dir=tmp_path, name="r", stop=stop).status == "stopped"
+    assert train(None, results_dir=tmp_path, name="r", resume=True).status == "done"
+    events = strict_events(tmp_path / "r")
+    (said,) = [e for e in events if e["type"] == "schedule"]
+    assert (said["finished_at"], said["step"]) == (1.0, 3)
+    assert events.index(said) < [e["type"] for e in events].index("eval")
