@@ -73,8 +73,8 @@ class Product:
 
     lora_linear has no second derivative. So the gradients at theta + e d and theta - e d, of the same batch with the
     same dropout, are taken along d, and their difference over 2 e is d^T H d up to a term in e^2 and up to the
-    gradients' rounding over e. e makes the shift a share of ||theta||. H is that of the task loss, without the adapter's
-    penalty.
+    gradients' rounding over e. e makes the shift a share of ||theta||. H is that of the task loss, without the
+    adapter's penalty.
 
     It takes two more forward and backward passes every PRODUCT_EVERY steps, and two buffers of the parameters' size.
     """

@@ -77,5 +77,5 @@ def test_leaves_no_hook_and_no_states_behind_even_after_an_error() -> None:
 def test_a_decoder_of_another_shape_is_refused() -> None:
     model = causal_model("llama")
     model.model.norm = nn.Identity()
-    with pytest.raises(UserError, match="LlamaModel has no list of layers with a norm behind it; choose another"):
+    with pytest.raises(UserError, match="LlamaForCausalLM has no list of layers with a norm and a head"):
         FirstLayer(model)

@@ -220,8 +220,8 @@ def test_lens_entropy_is_that_behind_the_first_adapted_layer(
     with torch.no_grad():
         states = core(**batch.inputs, output_hidden_states=True).hidden_states
         logits = core.lm_head(core.model.norm(states[layer + 1])).double()
-    rows = batch.rows if most == 256 else batch.rows[[round(i) for i in np.floor(np.linspace(0, num_items - 1, 5))]]
         other = core.lm_head(core.model.norm(states[2 - layer])).double()
+    rows = batch.rows if most == 256 else batch.rows[[round(i) for i in np.floor(np.linspace(0, num_items - 1, 5))]]
     wanted, elsewhere = (mean(entropy(some.flatten(0, 1)[row]) for row in rows) for some in (logits, other))
     assert float(found["lens_entropy"]) == pytest.approx(wanted, rel=1e-5)
     assert elsewhere != pytest.approx(wanted, rel=5e-5)  # another layer gives another number

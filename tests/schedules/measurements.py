@@ -22,6 +22,7 @@ BLOCKS = Blocks(
     layers=tuple(i // 2 for i in range(K)),
     projections=("q", "v") * (K // 2),
     num_elements=(64,) * K + (32, 4),
+    num_b_elements=(32,) * K,
 )
 
 # The fields of Measured that a need fills; what has no need is filled always.
