@@ -15,7 +15,6 @@ import torch
 from bench.interleave import INTERVAL_ROUNDS, Times, host_timer, interleave
 from fastpeft.config import RunConfig, with_values
 from fastpeft.errors import UnavailableError, UserError
-from fastpeft.evaluate.figures import smooth
 from fastpeft.runs.events import Event, EventLog, finite, number
 from fastpeft.runs.store import Result, RunFolder
 from fastpeft.trainer import train
@@ -23,7 +22,7 @@ from fastpeft.trainer.loop import Loop
 from fastpeft.trainer.setup import build_job
 
 FIRST_STEPS = 16
-DIVERGED_FACTOR, DIVERGED_STEPS = 2.0, 50
+WINDOW_STEPS, DIVERGED_FACTOR, DIVERGED_STEPS = 20, 2.0, 50
 WARM_ROUNDS = 3
 _TOLD = ("schedule", "forecast")
 
@@ -86,14 +85,17 @@ def measure_run(run: RunConfig) -> dict[str, Any]:
 
 
 def diverged(losses: Sequence[float], status: str = "done") -> bool:
-    """The run ended so, its last loss is not finite, or its smoothed loss (`evaluate.figures.smooth`) was above
-    DIVERGED_FACTOR times its running minimum for DIVERGED_STEPS steps in a row."""
+    """The run ended so, its last loss is not finite, or the mean of WINDOW_STEPS losses was above DIVERGED_FACTOR times
+    its running minimum for DIVERGED_STEPS steps in a row."""
     if status == "diverged" or (losses and not math.isfinite(losses[-1])):
         return True
-    lowest, above = math.inf, 0
-    for loss in smooth(list(losses)):
-        lowest = min(lowest, loss)
-        above = above + 1 if loss > DIVERGED_FACTOR * lowest else 0
+    finite_losses = [loss for loss in losses if math.isfinite(loss)]
+    if len(finite_losses) < WINDOW_STEPS:
+        return False
+    means = np.convolve(finite_losses, np.full(WINDOW_STEPS, 1 / WINDOW_STEPS), "valid")
+    above = 0
+    for is_above in means > DIVERGED_FACTOR * np.minimum.accumulate(means):
+        above = above + 1 if is_above else 0
         if above >= DIVERGED_STEPS:
             return True
     return False
