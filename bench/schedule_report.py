@@ -14,6 +14,7 @@ BASELINE = "linear"
 MEASURES = {"metric": True, "loss": False, "test": True, "test_loss": False}
 """What is compared, and whether more of it is better."""
 BETTER, WORSE, SAME, UNKNOWN = "better", "worse", "no difference", "one seed"
+UNQUIET = 1.1
 Run = dict[str, Any]
 
 
@@ -57,6 +58,7 @@ def row_of(schedule: str, runs: Sequence[Run]) -> dict[str, Any]:
     joules = [run["energy_j"] for run in own]
     row |= {
         "steps": sum(run["steps"] for run in own) / len(own),
+        "steps_range": [min(run["steps"] for run in own), max(run["steps"] for run in own)],
         "diverged": sum(run["diverged"] for run in own),
         "overshoot": max(over),
         "energy_j": None if None in joules else sum(map(number, joules)) / len(joules),
@@ -182,7 +184,9 @@ def _show_costs(report: dict[str, Any]) -> None:
     print_table(f"{report['title']}: costs", columns, lines)
     control = report["overhead"].get("constant")
     if control:
-        print(f"constant against itself, {control['rounds']} rounds, is how far noise alone goes.")
+        print(
+            f"steps by {control['clock']}; constant's over its own, {control['rounds']} rounds, is how far noise goes."
+        )
     if not any(row["energy_j"] for row in report["rows"]):
         print("joules: no energy meter could be read here.")
 
@@ -192,6 +196,18 @@ def _ratio(cost: dict[str, Any] | None, key: str) -> list[str | None]:
         return [None, None]
     low, high = cost[f"{key}_low"], cost[f"{key}_high"]
     return [f"{cost[key]:.4f}", None if low is None else f"{low:.4f} to {high:.4f}"]
+
+
+def _unquiet(rows: Sequence[dict[str, Any]]) -> str | None:
+    """Where the same schedule took other numbers of steps in the same budget, the machine's load is in the figures."""
+    worst = max(rows, key=lambda row: row["steps_range"][1] / max(1, row["steps_range"][0]))
+    low, high = worst["steps_range"]
+    if worst["diverged"] or high <= UNQUIET * low:
+        return None
+    return (
+        f"the machine was not quiet: {worst['schedule']} took {low} steps in one run and {high} in another. A budget in "
+        "steps leaves that out"
+    )
 
 
 def conclusions(report: dict[str, Any]) -> list[str]:
@@ -215,6 +231,8 @@ def conclusions(report: dict[str, Any]) -> list[str]:
         lines.append(
             f"{count} intervals at 95 % a measure: by chance alone {0.05 * count:.1f} of them would leave out 0."
         )
+    if (unquiet := _unquiet(report["rows"])) is not None:
+        lines.append(unquiet)
     lines.append(
         "same initial weights and data order: "
         + ("yes, by the first step's loss and gradient norm and the first batches" if not report["unlike"] else "NO")

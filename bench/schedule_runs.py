@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 import tempfile
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from bench.interleave import INTERVAL_ROUNDS, Times, host_timer, interleave
+from bench.interleave import INTERVAL_ROUNDS, Measure, Times, host_timer, interleave
 from fastpeft.config import RunConfig, with_values
 from fastpeft.errors import UnavailableError, UserError
 from fastpeft.runs.events import Event, EventLog, finite, number
@@ -146,7 +147,8 @@ class _Steps:
 
 def step_cost(base: RunConfig, other: RunConfig, rounds: int, calls: int = 1) -> dict[str, Any]:
     """Of `other`'s step over `base`'s: the same batches at the same progress, in turns (bench.interleave), one life of
-    the schedule, from the warm-up to the end, in `rounds` rounds of two turns of `calls` steps.
+    the schedule, from the warm-up to the end, in `rounds` rounds of two turns of `calls` steps. On a GPU by the wall
+    clock; on a CPU by the process's CPU time, in which the machine's other work is not.
 
     Returns:
         `ratio`: the median of a round's ratios. `mean_ratio`: all seconds over all seconds, in which what happens only
@@ -158,7 +160,8 @@ def step_cost(base: RunConfig, other: RunConfig, rounds: int, calls: int = 1) ->
     with tempfile.TemporaryDirectory() as folder, _threads(base):
         steps = {name: _Steps(run, Path(folder) / name) for name, run in runs.items()}
         device = steps["base"].loop.job.device
-        times = interleave(steps, 1, WARM_ROUNDS + rounds, lambda: False, host_timer(device, calls))
+        measure = host_timer(device, calls) if device.type == "cuda" else _cpu_timer(calls)
+        times = interleave(steps, 1, WARM_ROUNDS + rounds, lambda: False, measure)
         for each in steps.values():
             each.close()
     times = Times(times.rounds[WARM_ROUNDS:])
@@ -166,7 +169,19 @@ def step_cost(base: RunConfig, other: RunConfig, rounds: int, calls: int = 1) ->
     mean, mean_low, mean_high = ratio_of_sums(times, "other", "base")
     figures = {"ratio": ratio, "ratio_low": low, "ratio_high": high}
     figures |= {"mean_ratio": mean, "mean_ratio_low": mean_low, "mean_ratio_high": mean_high}
-    return figures | {"rounds": rounds, "steps": 2 * calls * rounds, "base_step_ms": 1e3 * times.median_s("base")}
+    clock = "wall" if device.type == "cuda" else "CPU time"
+    counts = {"rounds": rounds, "steps": 2 * calls * rounds}
+    return figures | counts | {"clock": clock, "base_step_ms": 1e3 * times.median_s("base")}
+
+
+def _cpu_timer(calls: int) -> Measure:
+    def measure(run: Callable[[], object]) -> float:
+        began = time.process_time()
+        for _ in range(calls):
+            run()
+        return (time.process_time() - began) / calls
+
+    return measure
 
 
 def ratio_of_sums(times: Times, name: str, base: str) -> tuple[float, float | None, float | None]:

@@ -137,7 +137,7 @@ LINEAR = [0.60 + x for x in NOISE]
 def made_report(runs: list[dict[str, Any]]) -> dict[str, Any]:
     names = list(dict.fromkeys(run["schedule"] for run in runs))
     trials = [{"rate": 1e-3, "score": 1.5}, {"rate": 3e-3, "score": "diverged"}]
-    cost = {"ratio": 1.01, "mean_ratio": 1.02, "rounds": 9}
+    cost = {"ratio": 1.01, "mean_ratio": 1.02, "rounds": 9, "clock": "wall"}
     cost |= {f"{of}_{end}": 1.0 for of in ("ratio", "mean_ratio") for end in ("low", "high")}
     return {
         "title": "tiny",
@@ -194,6 +194,13 @@ def test_the_worst_overshoot_and_the_joules():
     assert row["energy_j"] == 100.5
     runs[1]["energy_j"] = None
     assert row_of("linear", runs)["energy_j"] is None
+
+
+def test_a_machine_that_was_not_quiet_is_told():
+    runs = made_runs({"linear": LINEAR, "wsd": LINEAR})
+    assert not [line for line in conclusions(made_report(runs)) if "not quiet" in line]
+    next(run for run in runs if run["schedule"] == "wsd")["steps"] = 80
+    assert any("wsd took 80 steps in one run and 100 in another" in line for line in conclusions(made_report(runs)))
 
 
 @pytest.mark.parametrize(
