@@ -63,7 +63,12 @@ def row_of(schedule: str, runs: Sequence[Run]) -> dict[str, Any]:
         "overshoot": max(over),
         "energy_j": None if None in joules else sum(map(number, joules)) / len(joules),
     }
+    row["is_baseline"] = schedule != BASELINE and _outcomes(own) == _outcomes(base)
     return finite(row)
+
+
+def _outcomes(runs: Sequence[Run]) -> dict[int, tuple[Any, ...]]:
+    return {run["seed"]: (run["rate"], *(run[measure] for measure in MEASURES)) for run in runs}
 
 
 def _mean(mean: Mean) -> dict[str, Any]:
@@ -205,8 +210,8 @@ def _unquiet(rows: Sequence[dict[str, Any]]) -> str | None:
     if worst["diverged"] or high <= UNQUIET * low:
         return None
     return (
-        f"the machine was not quiet: {worst['schedule']} took {low} steps in one run and {high} in another. A budget in "
-        "steps leaves that out"
+        f"the machine was not quiet: {worst['schedule']} took {low} steps in one run and {high} in another. "
+        "A budget in steps leaves that out"
     )
 
 
@@ -226,6 +231,10 @@ def conclusions(report: dict[str, Any]) -> list[str]:
     for row in others:
         if "metric" not in row:
             lines.append(f"{row['schedule']}: no run of it has a {report['metric']}")
+        if row["is_baseline"]:
+            lines.append(
+                f"{row['schedule']}: every run of it ended as {BASELINE}'s did, to the bit. Did it do anything?"
+            )
     count = len(others)
     if count > 1:
         lines.append(

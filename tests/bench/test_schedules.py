@@ -196,6 +196,12 @@ def test_the_worst_overshoot_and_the_joules():
     assert row_of("linear", runs)["energy_j"] is None
 
 
+def test_a_schedule_that_does_nothing_is_told():
+    runs = made_runs({"linear": LINEAR, "bats": LINEAR, "wsd": LINEAR}, {"wsd": 1.0001})
+    said = [line for line in conclusions(made_report(runs)) if "to the bit" in line]
+    assert said == ["bats: every run of it ended as linear's did, to the bit. Did it do anything?"]
+
+
 def test_a_machine_that_was_not_quiet_is_told():
     runs = made_runs({"linear": LINEAR, "wsd": LINEAR})
     assert not [line for line in conclusions(made_report(runs)) if "not quiet" in line]
