@@ -77,7 +77,10 @@ class Bench:
     def _begin(self) -> dict[str, Any]:
         args = self.args
         settings = {key: getattr(args, key) for key in SETTINGS}
-        if args.resume and (earlier := read_json(args.json)) is not None:
+        if args.resume and args.json.exists():
+            earlier = read_json(args.json)
+            if earlier is None:
+                raise UserError(f"--resume: {args.json} is no JSON file of this bench")
             other = [key for key in SETTINGS if earlier.get("settings", {}).get(key) != settings[key]]
             if other:
                 raise UserError(f"--resume: {args.json} was measured with another {', '.join(other)}")

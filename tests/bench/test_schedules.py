@@ -307,6 +307,9 @@ def test_the_whole_in_miniature_and_a_resume_runs_only_what_is_missing(local, tm
     assert "--resume goes on from it" in capsys.readouterr().err
     assert bench(monkeypatch, *local, *QUICK, "--json", out, "--resume", "--budget", "5steps") == 2
     assert "was measured with another budget, search_budget" in capsys.readouterr().err
+    out.write_text("spoilt")
+    assert bench(monkeypatch, *local, *QUICK, "--json", out, "--resume") == 2
+    assert out.read_text() == "spoilt"
 
 
 def test_one_seed_gives_every_schedule_the_same_weights_and_the_same_batches(local):
