@@ -36,8 +36,8 @@ class Recorder(Schedule):
 
     wanted: frozenset[Need] = frozenset()
 
-    def __init__(self, config: ScheduleConfig, peak_lr: float, blocks: Blocks | None = None) -> None:
-        super().__init__(config, peak_lr, blocks)
+    def __init__(self, config: ScheduleConfig, peak_lr: float, blocks: Blocks | None = None, **more: Any) -> None:
+        super().__init__(config, peak_lr, blocks, **more)
         self.seen: list[Measured | None] = []
         self.emitted: list[Rates] = []
 
@@ -59,8 +59,8 @@ class Recorder(Schedule):
 class ReadsAll(Recorder):
     """Every figure that it reads moves the rates, so that a figure that is not the same gives other weights."""
 
-    def __init__(self, config: ScheduleConfig, peak_lr: float, blocks: Blocks | None = None) -> None:
-        super().__init__(config, peak_lr, blocks)
+    def __init__(self, config: ScheduleConfig, peak_lr: float, blocks: Blocks | None = None, **more: Any) -> None:
+        super().__init__(config, peak_lr, blocks, **more)
         self.mixed = 0.0
         self.found: set[str] = set()
 
