@@ -11,7 +11,7 @@ from fastpeft.data.embedded_problems_grammar import FRAMES, NOUNS, Nouns
 
 NUM_TRAIN_PROBLEMS, NUM_TEST_PROBLEMS = 8_000, 1_000
 MAX_STEPS, MAX_SENTENCES = 3, 4
-MAX_FACTOR, MAX_START, MAX_CHANGE, MAX_TOTAL = 12, 60, 40, 150
+MAX_FACTOR, MAX_START, MAX_CHANGE, MAX_TOTAL = 12, 60, 30, 99
 """Largest factor, divisor and quotient; largest first amount, change of it, and number anywhere."""
 ASIDE_SHARE = 0.25
 """Problems short enough for it that also tell a number which the answer does not need."""
@@ -45,7 +45,7 @@ class _Problem:
 
     def work_out(self, left: int, operation: str, right: int, line: str) -> int:
         value = {"+": left + right, "-": left - right, "*": left * right, "/": left // (right or 1)}[operation]
-        is_small = operation in "+-" or max(value if operation == "/" else left, right) <= MAX_FACTOR
+        is_small = right <= MAX_CHANGE if operation in "+-" else max(min(left, value), right) <= MAX_FACTOR
         if not (is_small and 2 <= value <= MAX_TOTAL) or (operation == "/" and value * right != left):
             raise _Unfit
         note = f"{left} {operation} {right} = <<{left}{operation}{right}={value}>>{value}"

@@ -55,8 +55,8 @@ _STATED = {"+": _SUMS, "-": _DIFFERENCES, "*": _PRODUCTS, "/": _QUOTIENTS}
 _VERBS = {"gain": "gain", "lose": "lose", "pack": "pack", "split": "split", "trade": "price", "give": "give",
           "fill": "ask pack", "own": "ask", "earn": "ask price", "take": "ask split"}  # fmt: skip
 _FRAME_KINDS = [kind for kind in KINDS if not kind.startswith("ask")]
-_EQUATION_SHARE, _STATED_SHARE, _FRAME_SHARE = 0.45, 0.3, 0.1
-_MAX_CHAIN = 4
+_EQUATION_SHARE, _STATED_SHARE, _FRAME_SHARE = 0.6, 0.22, 0.08
+_MAX_STATEMENTS, _MAX_EQUATIONS = 4, 6
 
 
 def _equation(rng: Random, a: int | None = None) -> tuple[int, str, int, int]:
@@ -64,7 +64,7 @@ def _equation(rng: Random, a: int | None = None) -> tuple[int, str, int, int]:
     while True:
         operation = rng.choice("+-+-*/")
         first = a if a is not None else rng.randint(2, MAX_FACTOR if operation == "*" else MAX_TOTAL)
-        second = rng.randint(2, MAX_FACTOR if operation in "*/" else MAX_TOTAL)
+        second = rng.randint(2, MAX_FACTOR if operation in "*/" else MAX_CHANGE)
         if operation == "/" and a is None:
             first = second * rng.randint(2, MAX_FACTOR)
         if (operation == "*" and first > MAX_FACTOR) or (operation == "/" and first % second):
@@ -79,10 +79,10 @@ def _equation(rng: Random, a: int | None = None) -> tuple[int, str, int, int]:
 def _equations(rng: Random) -> str:
     """A chain: each equation begins with the last one's result, where that has a next step."""
     parts, value = [], None
-    for _ in range(rng.randint(1, _MAX_CHAIN)):
+    for _ in range(rng.randint(1, _MAX_EQUATIONS)):
         a, operation, b, value = _equation(rng, value)
         spaced, tight = f"{a} {operation} {b} = {value}", f"{a}{operation}{b}={value}"
-        parts.append(rng.choice((spaced, tight, f"{a} {operation} {b} = {tight}")))
+        parts.append(rng.choice((tight, tight, spaced, f"{a} {operation} {b} = {tight}")))
     return rng.choice((", ", "\n", "; ")).join(parts)
 
 
@@ -109,5 +109,5 @@ def raw_text(num_texts: int, seed: int) -> Iterator[str]:
     rng = Random(seed)
     for _ in range(num_texts):
         is_equations = rng.random() < _EQUATION_SHARE
-        statements = (_statement(rng) for _ in range(rng.randint(1, _MAX_CHAIN)))
+        statements = (_statement(rng) for _ in range(rng.randint(1, _MAX_STATEMENTS)))
         yield _equations(rng) if is_equations else rng.choice((" ", " ", "\n")).join(statements)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from fastpeft.config.schedules import ScheduleConfig
@@ -90,6 +91,9 @@ class Schedule(ABC):
 
     def finish(self, progress: float) -> None:
         """Called once, after the last step of a run that came to its end: the time to `tell` how it went."""
+
+    def save(self, folder: Path) -> None:
+        """Called after `finish`: leave in the run's folder what later runs can begin with."""
 
     def state(self) -> dict[str, Any]:
         """Everything that the next rates depend on, as JSON values (finite numbers; arrays as lists)."""

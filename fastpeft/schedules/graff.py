@@ -132,9 +132,9 @@ class Graff(WarmedSchedule):
             return frozenset(needs | {Need.PRODUCT})
         return frozenset(needs | {Need.PLAIN_SECANT if graff.guard == "paper" else Need.SECANT})
 
-    def save_planner(self, path: str | Path) -> None:
-        """Write the planner's weights, for `warm_start`."""
-        planner.save_weights(path, self._weights_P)
+    def save(self, folder: Path) -> None:
+        """The planner's weights, planner.safetensors, for another run's `warm_start`."""
+        planner.save_weights(folder / planner.SHIPPED.name, self._weights_P)
 
     # ---- one step --------------------------------------------------------------------------
 

@@ -133,6 +133,7 @@ class Loop:
         if not self._schedule_finished:
             self._schedule_finished = True
             self.job.schedule.finish(self.job.clock.progress)
+            self.job.schedule.save(self.folder.path)
             self._pass_on()
         diverged = self._steps.num_non_finite >= MAX_NON_FINITE
         if diverged:

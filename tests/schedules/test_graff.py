@@ -164,8 +164,8 @@ def test_a_planner_that_trains_changes_its_weights_and_a_frozen_one_does_not(see
         random, schedule = np.random.default_rng(seed), make(online=online, guard="off")
         readings = [None, *(reading(random, step) for step in range(1, 40))]
         rates = trace(schedule, readings)
-        schedule.save_planner(tmp_path / "after")
-        after = planner.load_weights(tmp_path / "after")
+        schedule.save(tmp_path)
+        after = planner.load_weights(tmp_path / planner.SHIPPED.name)
         changed = after != planner.initial_weights()
         assert changed.mean() > 0.9 if online else not changed.any()
         assert all(row == pytest.approx([PEAK] + [1] * K) for row in rates) is not online
@@ -282,8 +282,8 @@ def test_a_warm_start_sets_the_rates_and_keeps_learning(seed, tmp_path):
     first = schedule.rates(None, 0.0)
     assert first.lr != pytest.approx(PEAK, rel=1e-3)
     assert np.ptp(first.multiplier_K) > 0 or np.abs(first.multiplier_K - 1).min() > 1e-3
-    schedule.save_planner(tmp_path / "same")
-    again = make(warm_start=str(tmp_path / "same"))
+    schedule.save(tmp_path)
+    again = make(warm_start=str(tmp_path / planner.SHIPPED.name))
     assert again.rates(None, 0.0).lr == pytest.approx(first.lr, rel=1e-3)
 
 

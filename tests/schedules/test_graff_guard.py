@@ -48,8 +48,8 @@ def test_guard_keeps_rate_times_curvature_under_the_limit_after_every_update(gua
     for step in range(1, 80):
         rates = schedule.rates(curved(step, random.uniform(0, 4000, size=U)), 0.0)
         limit = STABLE / schedule.curvature_max(rates.multiplier_K)
-        schedule.save_planner(tmp_path / "now")
-        row_D = planner.views(planner.load_weights(tmp_path / "now"))["decoder.weight"][0]
+        schedule.save(tmp_path)
+        row_D = planner.views(planner.load_weights(tmp_path / planner.SHIPPED.name))["decoder.weight"][0]
         mean_D = np.array(schedule.state()["h"]).mean(0)
         log_eta = row_D @ mean_D + math.log(PEAK)
         assert mean_D @ mean_D >= planner.MIN_SQUARE

@@ -90,21 +90,22 @@ def rows(tokenizer: Tokenizer, num_rows: int, length: int, seed: int) -> Tensor:
 
 
 def pretrain(model: Qwen3ForCausalLM, ids_NT: Tensor, options: argparse.Namespace) -> None:
-    # N rows, B rows of one batch, T tokens
-    decayed = [p for p in model.parameters() if p.ndim > 1]
-    others = [p for p in model.parameters() if p.ndim <= 1]
-    optimizer = torch.optim.AdamW(
-        [{"params": decayed, "weight_decay": 0.05}, {"params": others, "weight_decay": 0.0}],
-        lr=options.lr,
-        betas=(0.9, 0.98),
-    )
+    # N rows, B rows of one batch, T tokens, V vocabulary
+    # Tokens that the text never shows are no candidates: pushing them all down would make their embeddings one.
+    unseen_V = torch.bincount(ids_NT.flatten(), minlength=model.config.vocab_size) == 0
+    decayed = [p for p in model.model.layers.parameters() if p.ndim > 1]
+    others = [p for p in model.parameters() if all(p is not q for q in decayed)]
+    groups = [{"params": decayed, "weight_decay": 0.05}, {"params": others, "weight_decay": 0.0}]
+    optimizer = torch.optim.AdamW(groups, lr=options.lr, betas=(0.9, 0.98))
     scheduler = get_cosine_schedule_with_warmup(optimizer, options.steps // 20, options.steps)
     started_s, mean = time.perf_counter(), 0.0
     model.train()
     for step, ids_BT in enumerate(ids_NT.split(options.batch_size), 1):
         ids_BT = ids_BT.long()
         with torch.autocast("cpu", torch.bfloat16):
-            loss = model(input_ids=ids_BT, labels=ids_BT).loss
+            logits_BTV = model(input_ids=ids_BT).logits[:, :-1].float()
+        logits_BTV = logits_BTV.masked_fill(unseen_V, -torch.inf)
+        loss = torch.nn.functional.cross_entropy(logits_BTV.flatten(0, 1), ids_BT[:, 1:].flatten())
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
@@ -119,8 +120,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=PATHS["qwen3_tiny"])
     parser.add_argument("--steps", type=int, default=3000)
-    parser.add_argument("--batch-size", type=int, default=32)
-    parser.add_argument("--length", type=int, default=192)
+    parser.add_argument("--batch-size", type=int, default=16)
+    parser.add_argument("--length", type=int, default=160)
     parser.add_argument("--lr", type=float, default=2e-3)
     parser.add_argument("--hidden-size", type=int, default=128)
     parser.add_argument("--num-layers", type=int, default=4)
