@@ -135,11 +135,12 @@ def _expect_final(job: Job) -> None:
         final = clock.final_j = clock.final_s * _measure_power(job)
         cost = f"cost about {final:.0f} J"
     if final > clock.budget.limit / 2:
+        limits = ["evaluation.max_examples"] + job.objective.has_test * ["evaluation.max_test_examples"]
         raise ConfigError(
             f"budget {job.run.budget}",
             [
                 f"the final evaluation and save alone would {cost}, more than half of it; give a larger budget, or "
-                "set evaluation.max_examples"
+                f"set {' and '.join(limits)}"
             ],
         )
 
