@@ -247,7 +247,9 @@ def _parse_overrides(texts: list[str]) -> dict[str, Any]:
             problems.append(f"{text!r}: an override is written key=value, such as training.learning_rate=1e-4")
             continue
         try:
-            out[key.strip()] = _parse(value)
+            # A prompt is text as it stands: its colons and braces are no YAML. In quotes, escapes are read.
+            plain = key.strip() == "dataset.prompt" and value[:1] not in ("'", '"')
+            out[key.strip()] = value if plain else _parse(value)
         except ValueError as error:
             problems.append(f"{key}: the value is {error}")
     if problems:

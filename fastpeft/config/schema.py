@@ -34,7 +34,7 @@ def check_run_id(text: str) -> None:
 
 def check_prompt(text: str) -> None:
     if text.count("{question}") != 1:
-        raise ValueError(f"expected {{question}} once, where the question goes, got {text!r}")
+        raise ValueError(f"expected {{question}} once, where the question goes, got {text!r}; in YAML quote it")
 
 
 @dataclass(frozen=True, kw_only=True)

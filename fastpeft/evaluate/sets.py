@@ -135,6 +135,9 @@ def score_sets(plan: SetPlan, say: Callable[[str], None]) -> list[SetScore]:
         torch.set_num_threads(run.training.threads)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dtype, method = choose_dtype(run.training.precision, device), method_class(run.method)
+    result = plan.folder.read_result()
+    if result is not None and result.stand_in:
+        say(f"STAND-IN: these are numbers of {run.model.name}, trained on {result.dataset}")
     say(f"loading {run.model.name} with {plan.weights}")
     backbone = load_causal_lm(run.model, dtype, device, method.trains_backbone)
     adapter = method.build(run, backbone)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterator
 from contextlib import AbstractContextManager, nullcontext
 
 import numpy as np
@@ -61,6 +61,7 @@ class WordProblems(Objective):
             self.notes.append(
                 f"dataset.max_length is {run.dataset.max_length}, but the model takes {max_length} tokens"
             )
+        self.notes += _sampling_notes(run.evaluation, self.has_test)
         self._dtype, self._frozen_head = backbone.dtype, backbone.head_is_frozen
         self._first_layer: FirstLayer | None = None
 
@@ -244,6 +245,17 @@ def sampling_of(run: RunConfig) -> Sampling | None:
     return Sampling(
         config.pass_at, max(config.num_samples, config.pass_at), config.temperature, config.top_p, run.training.seed
     )
+
+
+def _sampling_notes(config: EvaluationConfig, has_test: bool) -> Iterator[str]:
+    """Settings that do nothing, or less than they say."""
+    if config.num_samples and not config.pass_at:
+        yield "evaluation.num_samples was set, but evaluation.pass_at is 0: no answer is sampled"
+    if config.pass_at and not has_test:
+        yield "evaluation.pass_at was set, but there is no test split: no answer is sampled"
+    if 0 < config.num_samples < config.pass_at:
+        k = config.pass_at
+        yield f"evaluation.num_samples is {config.num_samples}, but pass@{k} needs {k} samples: so many are drawn"
 
 
 @torch.no_grad()

@@ -11,6 +11,7 @@ import pytest
 import torch
 from problem_runs import problem_run, write_run
 
+from fastpeft.config import ConfigError, load_run
 from fastpeft.data.batches import IGNORE, micro_batches
 from fastpeft.data.memory import TokenLimits
 from fastpeft.errors import UserError
@@ -373,3 +374,47 @@ def test_a_long_context_bounds_nothing(tmp_path: Path) -> None:
     job = build(tmp_path, evaluation={"max_new_tokens": 2000})
     assert isinstance(job.objective, WordProblems)
     assert not len(job.objective.validation.unusable)
+
+
+@pytest.mark.parametrize(
+    ("settings", "test_file", "told"),
+    [
+        ({"num_samples": 8}, True, "evaluation.num_samples was set, but evaluation.pass_at is 0: no answer is sampled"),
+        (
+            {"pass_at": 3, "num_samples": 2},
+            True,
+            "evaluation.num_samples is 2, but pass@3 needs 3 samples: so many are drawn",
+        ),
+        ({"pass_at": 3}, False, "evaluation.pass_at was set, but there is no test split: no answer is sampled"),
+        ({"pass_at": 3, "num_samples": 3}, True, None),
+    ],
+)
+def test_sampling_settings_that_do_nothing_are_pointed_out(
+    settings: dict, test_file: bool, told: str | None, tmp_path: Path
+) -> None:
+    write_run(tmp_path)
+    if not test_file:
+        (tmp_path / "problems" / "test.jsonl").unlink()
+    notes = [note for note in build(tmp_path, evaluation=settings).notes if "sample" in note]
+    assert notes == ([told] if told else [])
+
+
+@pytest.mark.parametrize(
+    ("text", "prompt"),
+    [
+        ("{question}", "{question}"),
+        ("Q: {question} A:", "Q: {question} A:"),
+        ('"Q: {question}\\nA:"', "Q: {question}\nA:"),
+        ("'{question}:'", "{question}:"),
+    ],
+)
+def test_a_prompt_on_the_command_line_is_text(text: str, prompt: str) -> None:
+    assert load_run("linear_gsm8k", [f"dataset.prompt={text}"]).dataset.prompt == prompt
+
+
+@pytest.mark.parametrize("text", ["Q: {q}", "{question} {question}", '"no question"'])
+def test_a_prompt_without_one_question_is_refused(text: str) -> None:
+    with pytest.raises(
+        ConfigError, match=r"dataset\.prompt: expected \{question\} once, where the question goes, got "
+    ):
+        load_run("linear_gsm8k", [f"dataset.prompt={text}"])
