@@ -6,6 +6,7 @@ calibrate -> [ evaluate when due, checkpoint when due, one step ] until nothing 
 from __future__ import annotations
 
 import dataclasses
+import math
 import os
 import socket
 import time
@@ -20,7 +21,7 @@ from fastpeft.config import run_values
 from fastpeft.data.memory import OutOfMemory, TokenLimits
 from fastpeft.evaluate.score import Score
 from fastpeft.runs.curves import VALIDATION, Budgets, Evaluation, auc_of
-from fastpeft.runs.events import EventLog
+from fastpeft.runs.events import EventLog, number
 from fastpeft.runs.store import Result, RunFolder, read_json, recover_folder, replaced_folder, write_json
 from fastpeft.signals import Rates
 from fastpeft.trainer.calibrate import calibrate
@@ -52,6 +53,8 @@ class Loop:
         self._rates_logged_at = -RATES_STEPS
         self._schedule_finished = False
         self._save_s = 0.0
+        self._last_evaluation = 0.0, 0.0
+        """Seconds and joules."""
         self._curve: list[Evaluation] = []
 
     # ---- the run ---------------------------------------------------------------------------
@@ -241,13 +244,23 @@ class Loop:
         evaluation_s = clock.elapsed_s - start_s
         evaluation_j = clock.meter.spent_since(start_j, evaluation_s)
         self.result.metric = {"name": job.objective.metric} | value
-        if measured.value > self.result.best.get("value", -1.0):
-            self.result.best = value | {"step": clock.steps}
+        if self._is_best(measured):
+            self.result.best = value | {"step": clock.steps, "loss": measured.loss}
             self._save_weights(best=self.result.best)
-        clock.final_s = evaluation_s * (1 + job.objective.test_cost) + 2 * self._save_s
-        clock.final_j = evaluation_j * (1 + job.objective.test_cost) + 2 * self._save_s * clock.meter.power_w
+        # The larger of the last two: what decoding costs goes up and down with how many answers end.
+        longest_s, longest_j = map(max, zip(self._last_evaluation, (evaluation_s, evaluation_j)))
+        self._last_evaluation = evaluation_s, evaluation_j
+        clock.final_s = longest_s * (1 + job.objective.test_cost) + 2 * self._save_s
+        clock.final_j = longest_j * (1 + job.objective.test_cost) + 2 * self._save_s * clock.meter.power_w
         job.evaluation_due.done(clock)
         self._write_result()
+
+    def _is_best(self, measured: Score) -> bool:
+        """Of two with one score that of the lower loss is better."""
+        best = self.result.best
+        if not best or measured.value != best["value"]:
+            return measured.value > best.get("value", -1.0)
+        return measured.loss < number(best.get("loss", math.inf))
 
     def _score_test(self) -> bool:
         """Score the test split, once, with the best weights. False if it was interrupted."""
@@ -342,6 +355,7 @@ class Loop:
             "metric": self.result.metric,
             "best": self.result.best,
             "curve": self._curve,
+            "last_evaluation": self._last_evaluation,
             "dtype": str(job.dtype),
             "non_finite": [self._steps.num_non_finite, self._steps.num_skipped],
             "events_bytes": self._log.offset(),
@@ -372,6 +386,7 @@ class Loop:
         job.limits = TokenLimits(**values["limits"])
         job.evaluation_due.count = values["evaluations"]
         self._evaluated_at, self._checkpointed_at = values["evaluated_at"], values["steps"]
+        self._last_evaluation = tuple(values["last_evaluation"])
         self._curve = [Evaluation(*one) for one in values["curve"]]
         kept = self.folder.weights(job.adapter.saved_as, best=True)
         recover_folder(kept)
