@@ -1,8 +1,9 @@
-"""Every shipped preset is valid and trains two steps on its stand-in."""
+"""Every shipped preset is valid, and one of each kind trains two steps on its stand-in; `make soak` trains them all."""
 
 from __future__ import annotations
 
 import json
+import typing
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -10,9 +11,23 @@ import pytest
 
 from fastpeft.config import load_run, preset_names, trial_run
 from fastpeft.config.load import PRESETS
+from fastpeft.config.schedules import ScheduleConfig
 from fastpeft.trainer import train
 
 FILES = sorted(PRESETS.rglob("*.yaml"))
+CLASSIC = ("constant", "linear", "cosine", "wsd", "rex")
+
+
+def kind(path: Path) -> tuple[str, ...]:
+    """Method, schedule, optimizer and stand-in, the schedules that measure nothing being one: presets that share them
+    differ in what two steps do not show."""
+    run = load_run(path.stem)
+    schedule = "classic" if run.schedule.name in CLASSIC else run.schedule.name
+    return run.method, schedule, run.optimizer.name, run.stand_in.dataset
+
+
+# Of each kind the preset with the shortest name, and of those the first.
+CHOSEN = {kind(path): path for path in sorted(FILES, key=lambda p: (len(p.stem), p.stem), reverse=True)}
 
 
 def test_every_file_has_a_name_that_loads() -> None:
@@ -21,10 +36,31 @@ def test_every_file_has_a_name_that_loads() -> None:
     assert {f"{method}_{task}" for method in methods for task in tasks} <= set(preset_names())
     for path in FILES:
         assert load_run(path.stem).run_id == path.stem
+        assert trial_run(load_run(path.stem)).run_id == path.stem
 
 
-@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
+@pytest.mark.parametrize("task", ["gsm8k", "mnli"])
+def test_every_schedule_has_a_preset_for_each_task_of_the_same_model_and_data(task: str) -> None:
+    base = load_run({"gsm8k": "linear_gsm8k", "mnli": "lora_mnli"}[task])
+    for name in typing.get_args(typing.get_type_hints(ScheduleConfig)["name"]):
+        run = load_run(f"{name}_{task}")
+        assert run.schedule.name == name
+        for same in ("method", "model", "dataset", "adapter", "budget", "evaluation"):
+            assert getattr(run, same) == getattr(base, same), same
+
+
+@pytest.mark.parametrize("path", sorted(CHOSEN.values()), ids=lambda path: path.stem)
 def test_trial_on_the_stand_in(path: Path, tmp_path: Path) -> None:
+    check_trial(path, tmp_path)
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("path", sorted(set(FILES) - set(CHOSEN.values())), ids=lambda path: path.stem)
+def test_trial_of_every_other_on_the_stand_in(path: Path, tmp_path: Path) -> None:
+    check_trial(path, tmp_path)
+
+
+def check_trial(path: Path, tmp_path: Path) -> None:
     result = train(trial_run(load_run(path.stem)), results_dir=tmp_path, name="r")
     assert (result.status, result.steps, result.stand_in) == ("done", 2, True)
     assert result.run_id == path.stem

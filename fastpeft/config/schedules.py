@@ -126,11 +126,11 @@ class ReactorConfig:
 
     window: Annotated[int, Range(ge=2, lt=2**31)] = 8
     """Steps from one change of the rate to the next."""
-    sigma: PositiveFloat = 0.1
+    sigma: PositiveFloat = 0.05
     """Standard deviation of a change of the rate's logarithm: how far the policy tries."""
-    policy_learning_rate: PositiveFloat = 0.1
+    policy_learning_rate: PositiveFloat = 0.03
     """Of the policy's weights, for a reward one standard deviation over the baseline."""
-    baseline_decay: Fraction = 0.9
+    baseline_decay: Fraction = 0.8
     """Of the rewards' running mean and variance, and of the state's, a window."""
     most: AtLeastOne = 10.0
     """The rate stays within 1/most and most times training.learning_rate."""
