@@ -35,7 +35,6 @@ def check_sane(schedule: Schedule, measured: Measured | None, progress: float) -
         assert rates.multiplier_K.shape == (K,)
         assert np.isfinite(rates.multiplier_K).all(), (rates, measured)
         assert (rates.multiplier_K >= 0).all()
-    json.dumps(schedule.state(), allow_nan=False)
 
 
 def test_the_names_of_the_schema_are_those_that_are_registered() -> None:
@@ -45,8 +44,9 @@ def test_the_names_of_the_schema_are_those_that_are_registered() -> None:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_a_resume_is_exact_wherever_it_stops(name: str, seed: int) -> None:
-    """A relay of schedules, each of which takes one step and hands its state on, gives the rates of one."""
-    run = run_of(260, seed, skips=(2, 40, 41, 133))
+    """A relay of schedules, each of which takes a few steps and hands its state on, gives the rates of one."""
+    rng = np.random.default_rng(seed)
+    run = run_of(420, seed, skips=(2, 40, 41, 133))
     schedule = make(name)
     whole = rates_of(schedule, run)
     relay, told = make(name), []
@@ -55,7 +55,8 @@ def test_a_resume_is_exact_wherever_it_stops(name: str, seed: int) -> None:
         assert rates.lr == whole[i].lr, i
         assert np.array_equal(table([rates]), table([whole[i]])), i
         told += relay.told()
-        relay = through_json(relay, name)
+        if i < 12 or rng.random() < 0.15:
+            relay = through_json(relay, name)
     assert told == schedule.told()
     assert relay.state() == schedule.state()
 
@@ -74,7 +75,7 @@ def test_a_state_is_not_changed_by_the_steps_after_it(name: str) -> None:
 @pytest.mark.parametrize("name", NAMES)
 def test_what_it_declares_is_all_that_it_reads(name: str, seed: int) -> None:
     schedule = make(name)
-    run = run_of(300, seed, skips=(17, 90))
+    run = run_of(480, seed, skips=(17, 90))
     bare = [only(measured, schedule.needs) for measured in run]
     want, got = rates_of(make(name), run), rates_of(schedule, bare)
     assert np.array_equal(table(got), table(want))
@@ -84,7 +85,7 @@ def test_what_it_declares_is_all_that_it_reads(name: str, seed: int) -> None:
 @pytest.mark.parametrize("name", [name for name in NAMES if make(name).needs])
 def test_whatever_it_declares_it_reads(name: str, seed: int) -> None:
     """Without one of the needs the trace is another one."""
-    needs, run = make(name).needs, run_of(300, seed)
+    needs, run = make(name).needs, run_of(480, seed)
     want = table(rates_of(make(name), run))
     for need in needs:
         bare = [only(measured, needs - {need}) for measured in run]
@@ -96,6 +97,7 @@ def test_a_run_keeps_the_rails(name: str, seed: int) -> None:
     run, schedule = run_of(400, seed, skips=(1, 2, 3, 200)), make(name)
     for before, measured in zip([None, *run], run):
         check_sane(schedule, before, measured.progress)
+    json.dumps(schedule.state(), allow_nan=False)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -112,7 +114,7 @@ def test_garbage_comes_to_nothing(name: str, seed: int) -> None:
 
     for step, good in enumerate(run_of(num_steps, seed), 1):
         bad = replace(
-            good, lr=draw(), loss=draw(), grad_norm=draw(), elapsed_s=draw(), skipped=bool(rng.integers(2)),
+            good, loss=draw(), grad_norm=draw(), elapsed_s=draw(), skipped=bool(rng.integers(2)),
             blocks=BlockSums(*(draws(U) for _ in range(4))), secant=Secants(draws(U), draws(U)),
             answer_fisher=draw(), prompt_fisher=draw(), entropy=draw(), lens_entropy=draw(),
             answer_grad_sq_K=draws(K),
@@ -120,8 +122,11 @@ def test_garbage_comes_to_nothing(name: str, seed: int) -> None:
         some = replace(good, **{field: getattr(bad, field) for field in vars(bad) if rng.random() < 0.3})
         measured = (bad, good, some, None)[int(rng.integers(4))]
         check_sane(schedule, measured, min(1.0, step / num_steps))
+        if step % 10 == 0:
+            json.dumps(schedule.state(), allow_nan=False)
     for value in GARBAGE:
         check_sane(schedule, replace(spoilt(good, value), skipped=False), 1.0)
+        json.dumps(schedule.state(), allow_nan=False)
 
 
 @pytest.mark.parametrize("name", NAMES)
