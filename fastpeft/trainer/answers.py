@@ -73,7 +73,7 @@ class AnswerGradient:
 
 
 def _not_measured(name: str, layer: torch.nn.Module) -> str:
-    reason = (never_plain(layer) if is_fused(layer) else None) or "PEFT computes it"
+    reason = "PEFT computes it, as where a base layer has hooks" if is_fused(layer) else never_plain(layer)
     return (
         f"the schedule reads the gradient of the labelled tokens, which the layer {name} cannot tell: {reason}. Choose "
         "another schedule"

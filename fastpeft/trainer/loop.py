@@ -28,7 +28,6 @@ from fastpeft.trainer.calibrate import calibrate
 from fastpeft.trainer.checkpoint import Checkpoint, rng_state, save_checkpoint, set_rng_state
 from fastpeft.trainer.measure import StepLog
 from fastpeft.trainer.memory import MicroBatches
-from fastpeft.trainer.probes import Probes
 from fastpeft.trainer.setup import Job
 from fastpeft.trainer.step import train_step
 
@@ -46,7 +45,6 @@ class Loop:
         self._log = log
         self._steps = StepLog(log, job.device)
         self._micro_batches = MicroBatches(job, self.warn)
-        self._probes = Probes(job.schedule.needs, job.adapter, job.optimizer)
         self._checkpointed_at = 0
         self._evaluated_at = -1
         self._importance_logged = 0
@@ -178,7 +176,7 @@ class Loop:
         job, clock = self.job, self.job.clock
         began, progress = time.perf_counter(), clock.progress
         rows = job.batches.rows(clock.steps)
-        self._probes.begin(clock.steps + 1, progress, clock.elapsed_s)
+        job.probes.begin(clock.steps + 1, progress, clock.elapsed_s)
         signals, rates = self._micro_batches.fit(
             lambda: train_step(
                 job.adapter,
@@ -188,7 +186,7 @@ class Loop:
                 self._micro_batches(rows),
                 job.objective.num_items(rows),
                 progress,
-                self._probes,
+                job.probes,
             ),
             len(rows),
             f"at step {clock.steps}",
@@ -335,7 +333,7 @@ class Loop:
         tensors = {"flat": job.adapter.flat.data} | rng_tensors
         tensors |= {f"optimizer.{k}": v for k, v in job.optimizer.state().items()}
         tensors |= {f"adapter.{k}": v for k, v in job.adapter.state().items()}
-        probe_tensors, probe_values = self._probes.state()
+        probe_tensors, probe_values = job.probes.state()
         tensors |= {f"probes.{k}": v for k, v in probe_tensors.items()}
         values = {
             "steps": clock.steps,
@@ -376,7 +374,7 @@ class Loop:
         job.optimizer.load_state(part("optimizer."))
         job.adapter.load_state(part("adapter."))
         job.schedule.load_state(values["schedule"])
-        self._probes.load_state(part("probes."), values["probes"])
+        job.probes.load_state(part("probes."), values["probes"])
         self._schedule_finished, self._rates_logged_at = values["schedule_finished"], values["rates_logged_at"]
         clock.steps, clock.tokens = values["steps"], values["tokens"]
         clock.seconds_per_token = values["seconds_per_token"]

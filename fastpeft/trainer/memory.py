@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
 import torch
@@ -18,7 +18,9 @@ import torch
 from fastpeft.data import Batch
 from fastpeft.data.batches import micro_batches
 from fastpeft.data.memory import OutOfMemory, free_memory, is_out_of_memory
-from fastpeft.trainer.setup import Job
+
+if TYPE_CHECKING:
+    from fastpeft.trainer.setup import Job
 
 T = TypeVar("T")
 

@@ -19,6 +19,7 @@ import torch
 
 from fastpeft.adapters import Adapter
 from fastpeft.data import Batch
+from fastpeft.models.lens import FirstLayer
 from fastpeft.signals import BlockSums, Measured, Need, Rates, Secants, Signals
 from fastpeft.trainer.answers import AnswerGradient
 from fastpeft.trainer.curvature import Product, Secant
@@ -42,6 +43,7 @@ class Probes:
 
         Raises:
             ValueError: an optimizer that cannot measure it; two kinds of curvature at once.
+            UserError: a model that cannot.
         """
         self._wanted = frozenset(needs)
         self._step = 0
@@ -53,8 +55,10 @@ class Probes:
         assert optimizer is not None
         if len(self._wanted & _CURVATURE) > 1:
             raise ValueError(f"a schedule takes one kind of curvature, not {', '.join(self._wanted & _CURVATURE)}")
+        if Need.LENS in self._wanted:
+            FirstLayer(adapter.model)  # refuses what it cannot read
         flat = adapter.flat
-        self._optimizer, self._device = optimizer, flat.data.device
+        self._optimizer = optimizer
         if Need.ANSWER_GRADIENT in self._wanted:
             self._answers = AnswerGradient(adapter)
         if self._wanted & {Need.SECANT, Need.PLAIN_SECANT}:

@@ -23,6 +23,7 @@ from fastpeft.objectives import Objective, make_objective
 from fastpeft.schedules import Schedule, make_schedule
 from fastpeft.signals import Blocks
 from fastpeft.trainer.optim import Optimizer, adamw_options, make_optimizer
+from fastpeft.trainer.probes import Probes
 
 
 @dataclass
@@ -35,6 +36,7 @@ class Job:
     adapter: Adapter
     schedule: Schedule
     optimizer: Optimizer
+    probes: Probes
     batches: Batches
     clock: BudgetClock
     evaluation_due: Due
@@ -63,19 +65,22 @@ def build_job(run: RunConfig) -> Job:
     batches = Batches(objective.train, run.training.batch_size, run.training.seed)
     meter = EnergyMeter.open(gpu_uuid(device))
     clock = BudgetClock(_budget(run, batches, meter), meter=meter)
+    schedule = make_schedule(
+        run.schedule,
+        run.training.learning_rate,
+        _blocks(adapter, run),
+        adam=adamw_options(run.optimizer),
+        seed=run.training.seed,
+    )
+    optimizer = make_optimizer(adapter.flat, run.optimizer, dtype)
     job = Job(
         run=run,
         task=task,
         objective=objective,
         adapter=adapter,
-        schedule=make_schedule(
-            run.schedule,
-            run.training.learning_rate,
-            _blocks(adapter, run),
-            adam=adamw_options(run.optimizer),
-            seed=run.training.seed,
-        ),
-        optimizer=make_optimizer(adapter.flat, run.optimizer, dtype),
+        schedule=schedule,
+        optimizer=optimizer,
+        probes=Probes(schedule.needs, adapter, optimizer),
         batches=batches,
         clock=clock,
         evaluation_due=Due(parse_interval(run.evaluation.every), len(batches)),

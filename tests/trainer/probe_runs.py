@@ -9,15 +9,22 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 import yaml
 from tiny import make_causal_lm
+from tiny_runs import tiny_run
 
 from fastpeft.config import RunConfig, load_run
 from fastpeft.config.schedules import ScheduleConfig
+from fastpeft.data.batches import micro_batches
 from fastpeft.schedules import Schedule, base
-from fastpeft.signals import Blocks, Measured, Need, Rates
+from fastpeft.signals import Blocks, Measured, Need, Rates, Signals
+from fastpeft.trainer.setup import build_job
+from fastpeft.trainer.step import train_step
 
 CURVATURE = (Need.SECANT, Need.PLAIN_SECANT, Need.PRODUCT)
+PRODUCT_STEP = 17
+"""The first step with an exact product."""
 STAND_IN = "rex"
 """The schedule whose name the tests' own take."""
 
@@ -125,3 +132,100 @@ def problem_run(folder: Path, **settings: Any) -> RunConfig:
         }  # fmt: skip
         path.write_text(yaml.safe_dump(values))
     return load_run(path, settings)
+
+
+def pairs_run(folder: Path, **settings: Any) -> RunConfig:
+    """The encoder's run, with weight decay and a faster head; `settings` as in tiny_run."""
+    optimizer = {"weight_decay": 0.3, "head_weight_decay": 0.7, "head_lr_ratio": 3.0, "max_grad_norm": 0.5}
+    values = {"method": "lora", "schedule": {"name": STAND_IN, "warmup_steps": 0}, "optimizer": optimizer}
+    return tiny_run(folder, **(values | settings))
+
+
+class Steps:
+    """Takes a job's steps one by one, and keeps what they went through, in fp64."""
+
+    def __init__(self, run: RunConfig, bad: tuple[int, ...] = ()) -> None:
+        """`bad`: numbers of steps whose loss is not finite."""
+        self.job = build_job(run)
+        self.probes = self.job.probes
+        self.bad = bad
+        self.thetas: list[torch.Tensor] = []
+        """Before each step, and after the last."""
+        self.grads: list[torch.Tensor] = []
+        self.moments: list[tuple[torch.Tensor, torch.Tensor]] = []
+        """Bias-corrected, after each step."""
+        self.measured: list[Measured] = []
+        self.signals: list[Signals] = []
+
+    def batches(self, number: int, max_tokens: int | None = None) -> tuple[list, int]:
+        job, rows = self.job, self.job.batches.rows(number - 1)
+        parts = micro_batches(job.batches.encoded, rows, max_tokens or job.limits.training)
+        return [job.objective.collate(part, job.device) for part in parts], job.objective.num_items(rows)
+
+    def take(self, count: int, max_tokens: int | None = None) -> Steps:
+        for number in range(len(self.grads) + 1, len(self.grads) + count + 1):
+            self.step(number, max_tokens)
+        return self
+
+    def step(self, number: int, max_tokens: int | None) -> None:
+        job, flat = self.job, self.job.adapter.flat
+        self.thetas.append(flat.data.double())
+        original = job.optimizer.step
+
+        def watched(*args: Any) -> None:
+            self.grads.append(flat.grad.double())
+            original(*args)
+
+        def loss(*args: Any) -> Any:
+            found = job.objective.loss(*args)
+            if number in self.bad:
+                found.loss = found.loss * float("nan")
+            return found
+
+        job.optimizer.step = watched
+        self.probes.begin(number, number / 100, float(number))
+        step = job.adapter, job.schedule, job.optimizer, loss, *self.batches(number, max_tokens), number / 100
+        self.signals.append(train_step(*step, self.probes)[0])
+        del job.optimizer.step
+        state = job.optimizer.state()
+        count, config = float(state["step"]), job.run.optimizer
+        self.moments.append(
+            tuple(
+                state[name].double() / (1 - beta ** max(count, 1))
+                for name, beta in (("exp_avg", config.beta1), ("exp_avg_sq", config.beta2))
+            )
+        )
+
+    def finish(self) -> Steps:
+        """The last step's figures too."""
+        self.thetas.append(self.job.adapter.flat.data.double())
+        self.measured = [m for m in (*self.job.schedule.seen, self.probes.measured()) if m is not None]
+        return self
+
+    # ---- by the number of a step, from 1 ----
+
+    def change(self, number: int) -> torch.Tensor:
+        return self.thetas[number] - self.thetas[number - 1]
+
+    def grad(self, number: int) -> torch.Tensor:
+        return self.grads[number - 1]
+
+    def sums(self, flat: torch.Tensor) -> np.ndarray:
+        return self.job.adapter.flat.layout.unit_sums(flat).numpy()
+
+    def rate(self, number: int) -> np.ndarray:
+        """Of each unit."""
+        layout, rates = self.job.adapter.flat.layout, self.job.schedule.emitted[number - 1]
+        rate_U = np.full(layout.num_units, rates.lr)
+        rate_U[: layout.num_matrices] *= rates.multiplier_K
+        for unit, (start, _) in enumerate(layout.others, start=layout.num_matrices):
+            rate_U[unit] *= self.job.run.optimizer.head_lr_ratio if start >= layout.num_adapter else 1.0
+        return rate_U
+
+
+def assert_near(got: np.ndarray, want: np.ndarray, scale: np.ndarray | float, rtol: float = 1e-5) -> None:
+    """Within rtol of `scale`, of which cancellation may leave little."""
+    assert got.dtype == np.float64
+    assert got.shape == want.shape
+    assert np.abs(want).max() > 0
+    assert (np.abs(got - want) <= rtol * (np.abs(want) + scale) + 1e-30).all()
