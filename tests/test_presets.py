@@ -23,7 +23,7 @@ def kind(path: Path) -> tuple[str, ...]:
     differ in what two steps do not show."""
     run = load_run(path.stem)
     schedule = "classic" if run.schedule.name in CLASSIC else run.schedule.name
-    return run.method, schedule, run.optimizer.name, run.stand_in.dataset
+    return run.method, schedule, run.optimizer.name, run.stand_in.dataset if run.stand_in else run.dataset.name
 
 
 # Of each kind the preset with the shortest name, and of those the first.

@@ -17,7 +17,7 @@ from fastpeft.signals import Blocks
 
 _PEAK = 2.0**-10
 """A power of two: dividing by it rounds nothing."""
-_PLACEHOLDER = Blocks(names=("any",), layers=(0,), projections=("any",), num_elements=(1,))
+_PLACEHOLDER = Blocks(names=("any",), layers=(0,), projections=("any",), num_elements=(2,), num_b_elements=(1,))
 
 
 class BudgetLR(LRScheduler):

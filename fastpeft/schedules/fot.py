@@ -56,12 +56,14 @@ def statistics(sums: BlockSums, num_elements_U: np.ndarray) -> Statistics | None
     """All statistics of the bound from a step's sums; a tensor is a unit of Blocks. None if one is not finite, or if
     there is no gradient to divide by."""
     num = float(num_elements_U.sum())
-    mean_U = sums.second_U / num_elements_U
-    centred_U = mean_U - mean_U.mean()
-    spread = math.sqrt(float(centred_U @ centred_U) / len(mean_U))
-    found = Statistics(float(sums.grad_sq_U.sum()) / num, math.sqrt(float(sums.second_U.sum()) / num), spread)
-    good = found.grad_sq > 0 and found.root_second + found.second_spread > 0
-    return found if good and math.isfinite(found.descent) else None
+    with np.errstate(all="ignore"):  # what is not finite comes out as None
+        mean_U = sums.second_U / num_elements_U
+        grad_sq, second = float(sums.grad_sq_U.sum()) / num, float(sums.second_U.sum()) / num
+        spread = float(np.std(mean_U))
+    if not (grad_sq > 0 and second >= 0 and second + spread > 0):
+        return None
+    found = Statistics(grad_sq, math.sqrt(second), spread)
+    return found if math.isfinite(found.descent) else None
 
 
 class RunningMean:
@@ -129,7 +131,7 @@ class BlockScales:
         self.multiplier_K: np.ndarray | None = None
 
     def add(self, grad_sq_K: np.ndarray | None) -> None:
-        if grad_sq_K is None or not len(grad_sq_K) or not np.isfinite(grad_sq_K).all():
+        if grad_sq_K is None or not len(grad_sq_K) or not ((grad_sq_K >= 0) & (grad_sq_K < np.inf)).all():
             return
         # Every matrix has seen as many values: the correction for the start would cancel below.
         self._sq_K = grad_sq_K.astype(np.float64) if self._sq_K is None else self._sq_K
