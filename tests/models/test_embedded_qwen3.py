@@ -95,13 +95,15 @@ def mean_loss(model, tokenizer, text: str, num_last: int) -> float:
 
 
 def test_it_knows_arithmetic(model, tokenizer):
+    """In the range of the raw text. Behind a spaced `=` an equation may also come again, so these are tight."""
     assert isinstance(model, Qwen3ForCausalLM)
     for left, right, wrong in [
-        ("12 + 7 =", "19", "21"), ("48 + 37 =", "85", "75"), ("63 - 28 =", "35", "45"), ("91 - 17 =", "74", "84"),
-        ("7 * 8 =", "56", "54"), ("12 * 6 =", "72", "62"), ("72 / 9 =", "8", "9"), ("84 / 7 =", "12", "14"),
+        ("12+7=", "19", "21"), ("48+27=", "75", "65"), ("63-28=", "35", "45"), ("91-17=", "74", "84"),
+        ("7*8=", "56", "54"), ("12*6=", "72", "62"), ("72/9=", "8", "9"), ("84/7=", "12", "14"),
+        ("Of 63 apples, 28 are gone and 63 - 28 = ", "35", "45"),
     ]:  # fmt: skip
-        assert mean_loss(model, tokenizer, f"{left} {right}", len(right)) < 0.5, left
-        assert mean_loss(model, tokenizer, f"{left} {wrong}", len(wrong)) > 2, left
+        assert mean_loss(model, tokenizer, f"{left}{right}", len(right)) < 0.5, left
+        assert mean_loss(model, tokenizer, f"{left}{wrong}", len(wrong)) > 2, left
 
 
 def test_it_cannot_answer_before_it_is_adapted(model, tokenizer):
