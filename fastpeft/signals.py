@@ -18,12 +18,13 @@ class Need(StrEnum):
     """Sums over the parameters of each block, from the optimizer's own launch: Measured.blocks."""
     SECANT = "secant"
     """Measured.secant along the direction of the step before the last: its noise is not that of the change of the
-    gradient that it is multiplied with. One buffer and one pass over the adapter more."""
+    gradient that it is multiplied with. One buffer and one pass over the adapter more. A schedule asks for at most one
+    of the three kinds."""
     PLAIN_SECANT = "plain_secant"
     """The same along the last step's direction."""
     PRODUCT = "product"
-    """Measured.secant from an exact Hessian-vector product along the last step's direction, on some steps: another
-    forward and backward pass each time."""
+    """Measured.secant from a Hessian-vector product along the last step's direction, on some steps: two more forward
+    and backward passes each time, and two buffers."""
     TOKENS = "tokens"
     """Fisher information and entropy of the labelled tokens, from the pass that computes the loss."""
     PROMPT = "prompt"
@@ -31,7 +32,7 @@ class Need(StrEnum):
     LENS = "lens"
     """Entropy of a sample of the labelled tokens as read out behind the first adapted layer."""
     ANSWER_GRADIENT = "answer_gradient"
-    """Gradients restricted to the labelled tokens: Measured.answer_grad_sq_K."""
+    """Gradients restricted to the labelled tokens, on some steps: Measured.answer_grad_sq_K."""
 
 
 @dataclass
@@ -94,12 +95,15 @@ class BlockSums:
 
 @dataclass(frozen=True)
 class Secants:
-    """Curvature along a direction d, a change of the parameters, over the elements of each of the U units."""
+    """Curvature over the elements of each of the U units. d is the last change of the parameters, the step before this
+    one's; d' is d too, but for Need.SECANT it is the change before."""
 
     change_U: np.ndarray
-    """d (g(theta + d) - g(theta)), that is d^T H d."""
+    """d' (g(theta) - g(theta - d)), that is d'^T H d where the batches are alike; for Need.PRODUCT d^T H d of this
+    step's batch."""
     square_U: np.ndarray
-    """d sqrt(v) d, v Adam's bias-corrected second moment: change over this is the curvature that Adam's step meets."""
+    """d' sqrt(v) d, v Adam's bias-corrected second moment as it was when d was taken. Over several steps the mean
+    change over the mean of this is the curvature that Adam's step meets."""
 
 
 @dataclass(frozen=True)
@@ -131,7 +135,9 @@ class Measured:
     lens_entropy: float | None = None
     """The same read out behind the first adapted layer."""
     answer_grad_sq_K: np.ndarray | None = None
-    """||dL/dB_k||^2 of the part of the gradient that comes from labelled tokens' rows."""
+    """||dL/dB_k||^2 of the part of the gradient that comes from labelled tokens' rows, without the penalty; None on
+    steps that did not measure it. For a classifier that is the whole gradient. Of a batch of several micro-batches it
+    is an estimate: see trainer/answers.py."""
 
 
 @dataclass(frozen=True)

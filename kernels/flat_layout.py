@@ -9,9 +9,11 @@ Shape suffixes: K matrices, I in, O out, R rank.
 
 from __future__ import annotations
 
+from bisect import bisect
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 
 NORM_SLICE = 32768
@@ -102,6 +104,11 @@ class FlatLayout:
         placed = sorted(range(self.num_matrices), key=lambda i: indices[i])
         self._unit_order = torch.tensor([*placed, *range(self.num_matrices, self.num_units)], device=device)
         """Place of each unit where the matrices come group by group."""
+        self.in_head_U = np.array([False] * self.num_matrices + [at >= self.num_adapter for at, _ in self.others])
+        self._starts_P = np.array(sorted(at for own in self.unit_parts() for at, _ in own))
+        places = [[bisect(self._starts_P, at) - 1 for at, _ in own] for own in self.unit_parts()]
+        self._first_U = np.array([own[0] for own in places])
+        self._second_K = np.array([own[1] for own in places[: self.num_matrices]], dtype=np.int64)
         self.scale_K = torch.tensor([g.scale for g, _, _ in self._place], dtype=torch.float32, device=device)
         self.num_in_K = torch.tensor([g.num_in for g, _, _ in self._place], dtype=torch.float32, device=device)
         self.tickets = torch.zeros(2 + self.num_units, dtype=torch.int32, device=device)
@@ -160,7 +167,12 @@ class FlatLayout:
         return matrices + [[part] for part in self.others]
 
     def unit_sums(self, flat: torch.Tensor) -> torch.Tensor:
-        """Sum over each unit's elements of a flat tensor: (num_units,). A few operations a group of matrices."""
+        """Sum over each unit's elements of a flat tensor: (num_units,). On a GPU a few operations a group."""
+        if flat.device.type == "cpu":  # each operation more would cost as much as what it reads
+            sum_P = np.add.reduceat(flat.numpy(), self._starts_P)
+            sum_U = sum_P[self._first_U]
+            sum_U[: self.num_matrices] += sum_P[self._second_K]
+            return torch.from_numpy(sum_U)
         sums = [group.stack_a(flat).sum((1, 2)) + group.stack_b(flat).sum((1, 2)) for group in self.groups]
         if self.others:
             parts = flat[self.num_factors :].split([size for _, size in self.others])
@@ -168,9 +180,13 @@ class FlatLayout:
         return torch.cat(sums)[self._unit_order]
 
     def b_squares(self, flat: torch.Tensor) -> torch.Tensor:
-        """Sum of the squares of each matrix's B: (K,), in the model's order."""
-        sums = [group.stack_b(flat).square().sum((1, 2)) for group in self.groups]
-        return torch.cat(sums)[self._unit_order[: self.num_matrices]] if sums else flat.new_empty(0)
+        """Sum of the squares of each matrix's B: (num_matrices,)."""
+        if not self.groups:
+            return flat.new_empty(0)
+        if flat.device.type == "cpu":
+            return torch.from_numpy(np.add.reduceat(flat.square().numpy(), self._starts_P)[self._second_K])
+        norms = [torch.linalg.vector_norm(group.stack_b(flat), dim=(1, 2)) for group in self.groups]
+        return torch.cat(norms)[self._unit_order[: self.num_matrices]].square()
 
     def spread(self, value_K: torch.Tensor, fill: float) -> torch.Tensor:
         """A value of each matrix at all of its elements, `fill` at all others: (num_total,)."""

@@ -30,8 +30,8 @@ class FirstLayer:
     def __init__(self, model: nn.Module) -> None:
         self._model = bare_model(model)
         layers = next((module for module in self._model.modules() if isinstance(module, nn.ModuleList)), None)
-        self.norm = _norm(self._model)
-        if not layers or (self.norm is None and not _reads_classes(self._model)):
+        self.norm, self._class_head = _norm(self._model), _class_head(self._model)
+        if not layers or (self.norm is None and not self._class_head):
             raise UserError(
                 f"the schedule reads the entropy behind the first layer, and {type(self._model).__name__} has no list "
                 "of layers with a norm and a head, or with a classifier such as BERT's, behind it; choose another "
@@ -68,22 +68,21 @@ class FirstLayer:
 
         Without dropout, so that no random number is drawn.
         """
-        model, hidden_NLD = self._model, self._take()
-        hidden_NLD = hidden_NLD[:: -(-len(hidden_NLD) // MOST_ROWS)]
-        parts = [part for part in (_pooler(model), getattr(model, "pre_classifier", None), model.classifier) if part]
-        modes = [(module, module.training) for part in parts for module in part.modules()]
-        x = hidden_NLD.to(next(parts[0].parameters()).dtype)
+        hidden_NLD = self._take()
+        x = hidden_NLD[:: -(-len(hidden_NLD) // MOST_ROWS)]
+        training = [module for part in self._class_head for module in part.modules() if module.training]
+        for module in training:
+            module.training = False
         try:
-            for part in parts:
-                part.eval()
-            if _pooler(model) is not None:
-                x = parts[0](x)
-            elif len(parts) == 2:
-                x = parts[0](x[:, 0]).relu()  # DistilBERT's head
-            return model.classifier(x).float()  # RoBERTa's takes the first token itself
+            *before, classifier = self._class_head
+            for part in before:
+                x = x.to(next(part.parameters()).dtype)
+                # DistilBERT's is a linear map of the first token; poolers, like RoBERTa's classifier, choose it.
+                x = part(x) if part is _pooler(self._model) else part(x[:, 0]).relu()
+            return classifier(x.to(next(classifier.parameters()).dtype)).float()
         finally:
-            for module, training in modes:
-                module.training = training
+            for module in training:
+                module.training = True
 
     def _take(self) -> torch.Tensor:
         assert self._hidden_NLD is not None
@@ -99,11 +98,13 @@ def _norm(model: nn.Module) -> nn.Module | None:
     return norms[-1] if norms else None
 
 
-def _reads_classes(model: nn.Module) -> bool:
-    if getattr(model, "classifier", None) is None:
-        return False
-    pooled = _pooler(model) is not None or getattr(model, "pre_classifier", None) is not None
-    return pooled or getattr(model, "base_model_prefix", None) == "roberta"
+def _class_head(model: nn.Module) -> list[nn.Module]:
+    """What a classifier's last hidden states go through; nothing where that is not known."""
+    classifier = getattr(model, "classifier", None)
+    before = _pooler(model) or getattr(model, "pre_classifier", None)
+    if classifier is None or (before is None and getattr(model, "base_model_prefix", None) != "roberta"):
+        return []
+    return [classifier] if before is None else [before, classifier]
 
 
 def _pooler(model: nn.Module) -> nn.Module | None:

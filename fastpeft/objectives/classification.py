@@ -15,7 +15,6 @@ from fastpeft.data import Batch, ClassificationTask, Encoded, encode
 from fastpeft.data.batches import collate, evaluation_batches
 from fastpeft.data.memory import TokenLimits
 from fastpeft.evaluate.score import Score, score
-from fastpeft.kernels import logits_cross_entropy
 from fastpeft.models.backbone import Backbone
 from fastpeft.models.lens import FirstLayer
 from fastpeft.objectives.base import BatchLoss, Objective, Shrink
@@ -32,6 +31,7 @@ class Classification(Objective):
         self.train, self.validation = (
             encode(examples, backbone.tokenizer, max_length, backbone.reads_segments) for examples in (task.train, rows)
         )
+        self._first_layer: FirstLayer | None = None
         self.notes = list(_notes(task, self.train, self.validation, max_length, run))
 
     def num_items(self, rows: np.ndarray) -> int:
@@ -41,7 +41,9 @@ class Classification(Objective):
         return collate(self.train, rows, device)
 
     def loss(self, model: nn.Module, batch: Batch, num_items: int, needs: Collection[Need] = ()) -> BatchLoss:
-        return classification_loss(model, batch, num_items, needs)
+        if Need.LENS in needs and self._first_layer is None:
+            self._first_layer = FirstLayer(model)
+        return classification_loss(model, batch, num_items, needs, self._first_layer if Need.LENS in needs else None)
 
     def evaluate(
         self, model: nn.Module, limits: TokenLimits, stop: Callable[[], bool], shrink: Shrink | None
@@ -70,24 +72,37 @@ class Classification(Objective):
         return len(rows), int(self.validation.widths[rows].max())
 
 
-def classification_loss(model: nn.Module, batch: Batch, num_items: int, needs: Collection[Need] = ()) -> BatchLoss:
-    """Cross entropy of the model's logits, N x labels, in fp32."""
-    first_layer = FirstLayer(model) if Need.LENS in needs else None
+def classification_loss(
+    model: nn.Module,
+    batch: Batch,
+    num_items: int,
+    needs: Collection[Need] = (),
+    first_layer: FirstLayer | None = None,
+) -> BatchLoss:
+    """Cross entropy of the model's logits, N x labels, in fp32. `first_layer` may be kept from pass to pass."""
+    if first_layer is None and Need.LENS in needs:
+        first_layer = FirstLayer(model)
     with nullcontext() if first_layer is None else first_layer.watching():
         logits = model(**batch.inputs).logits.float()
-    statistics = {}
+    loss = nn.functional.cross_entropy(logits, batch.labels, reduction="sum") / num_items
+    return BatchLoss(loss, _statistics(logits.detach(), batch.labels, num_items, needs, first_layer))
+
+
+@torch.no_grad()
+def _statistics(
+    logits: torch.Tensor, labels: torch.Tensor, num_items: int, needs: Collection[Need], first_layer: FirstLayer | None
+) -> dict[str, torch.Tensor]:
+    """The loss is the same to the bit whatever of them is wanted."""
+    found = {}
+    if Need.TOKENS in needs:
+        probability = logits.softmax(1)
+        found["entropy"] = torch.special.entr(probability).sum() / num_items
+        error = probability.scatter_(1, labels[:, None], -1, reduce="add")
+        found["answer_fisher"] = error.square_().sum() / num_items
     if first_layer is not None:
-        probabilities = first_layer.read_classes().softmax(1)
-        share = len(batch.labels) / num_items
-        statistics["lens_entropy"] = torch.special.entr(probabilities).sum(1).mean() * share
-    if Need.TOKENS not in needs:
-        loss = nn.functional.cross_entropy(logits, batch.labels, reduction="sum") / num_items
-        return BatchLoss(loss, statistics)
-    found = logits_cross_entropy(logits, batch.labels, num_items=num_items, statistics=True)
-    assert found.fisher is not None
-    assert found.entropy is not None
-    statistics |= {"answer_fisher": found.fisher.sum() / num_items, "entropy": found.entropy.sum() / num_items}
-    return BatchLoss(found.loss, statistics)
+        lens = torch.special.entr(first_layer.read_classes().softmax(1)).sum(1)
+        found["lens_entropy"] = lens.mean() * (len(labels) / num_items)
+    return found
 
 
 def _notes(task: ClassificationTask, train: Encoded, validation: Encoded, max_length: int, run: RunConfig):

@@ -57,6 +57,9 @@ class Optimizer(ABC):
         device = flat.data.device
         self.loss_scale = None
         """fp16: what the loss is multiplied by; the gradients in the flat buffer are divided by it again."""
+        head_decay = config.head_lr_ratio * config.head_weight_decay
+        self._decay_U = np.where(flat.layout.in_head_U, head_decay, config.weight_decay)
+        """Of each unit, in units of Rates.lr."""
         self._good_steps = torch.zeros((), device=device)
         if dtype == torch.float16:
             self.loss_scale = torch.tensor(FIRST_LOSS_SCALE, device=device)
@@ -84,16 +87,11 @@ class Optimizer(ABC):
         return host_K.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else host_K
 
     def shrink(self, rates: Rates) -> np.ndarray:
-        """What a step of these rates multiplies each unit's parameters by before it moves them: 1 - rate decay."""
-        layout, config = self._flat.layout, self._config
-        rate_U = np.full(layout.num_units, rates.lr)
+        """(U,): what a step multiplies each unit's parameters by before it moves them, 1 - rate decay."""
+        rate_U = rates.lr * self._decay_U
         if rates.multiplier_K is not None:
-            rate_U[: layout.num_matrices] *= rates.multiplier_K
-        decay_U = np.full(layout.num_units, config.weight_decay)
-        head_U = [False] * layout.num_matrices + [start >= layout.num_adapter for start, _ in layout.others]
-        rate_U[head_U] *= config.head_lr_ratio
-        decay_U[head_U] = config.head_weight_decay
-        return 1 - rate_U * decay_U
+            rate_U[: self._flat.layout.num_matrices] *= rates.multiplier_K
+        return 1 - rate_U
 
     def clip_divisor(self, norm: torch.Tensor) -> torch.Tensor:
         """What a step divides a gradient of this norm by."""

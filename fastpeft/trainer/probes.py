@@ -25,8 +25,10 @@ from fastpeft.trainer.answers import AnswerGradient
 from fastpeft.trainer.curvature import Product, Secant
 from fastpeft.trainer.optim import Optimizer
 
-PROMPT_EVERY = 16
-"""Steps from one look at prompt tokens to the next."""
+SAMPLE_EVERY = 16
+"""Steps from one look at prompt tokens to the next, and from one measuring of the labelled tokens' gradient: the one
+takes part of them through the head, the other as many products more as B's gradients."""
+_SAMPLED = frozenset({Need.PROMPT, Need.ANSWER_GRADIENT})
 _CURVATURE = frozenset({Need.SECANT, Need.PLAIN_SECANT, Need.PRODUCT})
 _STATISTICS = ("answer_fisher", "prompt_fisher", "entropy", "lens_entropy")
 
@@ -76,10 +78,8 @@ class Probes:
 
     @property
     def needs(self) -> frozenset[Need]:
-        """What the loss has to measure in this step."""
-        if Need.PROMPT in self._wanted and self._step % PROMPT_EVERY != 1:
-            return self._wanted - {Need.PROMPT}
-        return self._wanted
+        """What this step measures."""
+        return self._wanted if self._step % SAMPLE_EVERY == 1 else self._wanted - _SAMPLED
 
     @property
     def reduces(self) -> bool:
@@ -97,7 +97,7 @@ class Probes:
             self._answers.start()
 
     def before_pass(self, batch: Batch) -> None:
-        if self._answers is not None:
+        if self._answers is not None and Need.ANSWER_GRADIENT in self.needs:
             self._answers.before_pass(batch)
 
     def after_pass(self) -> None:
@@ -106,7 +106,7 @@ class Probes:
 
     def after_passes(self, loss_scale: torch.Tensor | None) -> None:
         """The gradient of the loss, and of nothing else, is in the flat buffer."""
-        if self._answers is not None:
+        if self._answers is not None and Need.ANSWER_GRADIENT in self.needs:
             self._found["answer_grad_sq"] = self._answers.squares(loss_scale)
 
     def measured(self) -> Measured | None:
@@ -171,7 +171,7 @@ class Probes:
         )
         if "launched" in values:
             found = {k: v.numpy() for k, v in _unprefixed("found.", tensors).items()}
-            self._pending = _Pending(values["launched"], tensors["shrink"].numpy(), Transfer.done(found))
+            self._pending = _Pending(values["launched"], tensors["shrink"].numpy(), Transfer(found))
         if self._secant is not None:
             self._secant.load_state(_unprefixed("secant.", tensors))
         if self._product is not None:
@@ -186,37 +186,30 @@ IDLE = Probes()
 
 
 class Transfer:
-    """Tensors on their way to the host, all in one copy that nothing waits for until `wait`."""
+    """Figures on their way to the host: from a GPU all in one copy, which nothing waits for until `wait`."""
 
-    def __init__(self, sizes: dict[str, torch.Size], host: torch.Tensor, arrived: torch.cuda.Event | None) -> None:
-        self._sizes, self._host, self._arrived = sizes, host, arrived
-        self._values: dict[str, np.ndarray] | None = None
-
-    @classmethod
-    @torch.no_grad()
-    def launch(cls, tensors: dict[str, torch.Tensor]) -> Transfer:
-        packed = torch.cat([tensor.detach().reshape(-1) for tensor in tensors.values()])
-        arrived = None
-        if packed.is_cuda:
-            host = torch.empty(packed.shape, dtype=packed.dtype, pin_memory=True)
-            host.copy_(packed, non_blocking=True)
-            arrived = torch.cuda.Event()
-            arrived.record()
-            packed = host
-        return cls({name: tensor.shape for name, tensor in tensors.items()}, packed, arrived)
-
-    @classmethod
-    def done(cls, values: dict[str, np.ndarray]) -> Transfer:
-        """One that was waited for before."""
-        self = cls({}, torch.empty(0), None)
+    def __init__(self, values: dict[str, np.ndarray] | None = None) -> None:
+        """`values`: what has arrived already."""
         self._values = values
+
+    @classmethod
+    def launch(cls, tensors: dict[str, torch.Tensor]) -> Transfer:
+        tensors = {name: tensor.detach() for name, tensor in tensors.items()}
+        if not next(iter(tensors.values())).is_cuda:
+            return cls({name: tensor.to(torch.float64, copy=True).numpy() for name, tensor in tensors.items()})
+        self = cls()
+        packed = torch.cat([tensor.reshape(-1) for tensor in tensors.values()])
+        self._sizes = {name: tensor.shape for name, tensor in tensors.items()}
+        self._host = torch.empty(packed.shape, dtype=packed.dtype, pin_memory=True)
+        self._host.copy_(packed, non_blocking=True)
+        self._arrived = torch.cuda.Event()
+        self._arrived.record()
         return self
 
     def wait(self) -> dict[str, np.ndarray]:
         """By their names, in float64."""
         if self._values is None:
-            if self._arrived is not None:
-                self._arrived.synchronize()
+            self._arrived.synchronize()
             parts = self._host.double().split([size.numel() for size in self._sizes.values()])
             self._values = {name: part.view(size).numpy() for (name, size), part in zip(self._sizes.items(), parts)}
         return self._values
@@ -262,7 +255,7 @@ class _Reader:
         )
 
     def _blocks(self, sums_U4: np.ndarray) -> BlockSums:
-        grad_sq_U, mean_sq_U, second_U, dots_U = sums_U4.T.copy()
+        grad_sq_U, mean_sq_U, second_U, dots_U = sums_U4.T
         return BlockSums(grad_sq_U, mean_sq_U, second_U, dots_U / self.shrink_U)
 
     def _secant(self, found: dict[str, np.ndarray]) -> Secants | None:

@@ -76,17 +76,14 @@ def adamw_step(
     divisor = clip if loss_scale is None else clip * loss_scale
     sums = None
     if reduces:
-        raw = grad if loss_scale is None else grad / loss_scale
-        decay = _spread(layout, data, options.weight_decay, options.head_weight_decay)
-        dots = raw * reference.direction(data, exp_avg, exp_avg_sq, step, decay, options)
-        sums = [layout.unit_sums(raw.square()), layout.unit_sums(dots)]
+        sums = _sums_before(buffers, layout, loss_scale, options)
     if multiplier_K is None and data.dtype == torch.float32:
         _step_fused(buffers, layout, lr, divisor, skipped, options)
     else:
         _step_plainly(buffers, layout, lr, divisor, good, multiplier_K, options)
     if sums is not None:
-        mean, mean_sq = reference.corrected(exp_avg, exp_avg_sq, step, options)
-        sums[1:1] = [layout.unit_sums(mean.square()), layout.unit_sums(mean_sq)]
+        bias1, bias2 = _bias_corrections(step, options)
+        sums[1:1] = [layout.unit_sums(exp_avg.square()) / bias1**2, layout.unit_sums(exp_avg_sq) / bias2]
     return AdamWResult(skipped, None if sums is None else torch.stack(sums, dim=1))
 
 
@@ -152,6 +149,30 @@ def _step_fused(
             eps=options.eps,
             maximize=False,
         )
+
+
+def _sums_before(
+    buffers: Buffers, layout: FlatLayout, loss_scale: torch.Tensor | None, options: AdamWOptions
+) -> list[torch.Tensor]:
+    """Of g^2 and of g u (1 - rate decay), as reference.direction gives it, in few operations over whole buffers."""
+    data, grad, exp_avg, exp_avg_sq, step = buffers
+    raw = grad if loss_scale is None else grad / loss_scale
+    bias1, bias2 = _bias_corrections(step, options)
+    root = math.sqrt(bias2)
+    work = exp_avg_sq.sqrt().add_(options.eps * root)
+    torch.div(exp_avg, work, out=work)
+    cut = layout.num_adapter
+    for part, decay in ((slice(cut), options.weight_decay), (slice(cut, None), options.head_weight_decay)):
+        if decay:
+            work[part].add_(data[part], alpha=decay * bias1 / root)
+    dots = layout.unit_sums(work.mul_(raw)) * (root / bias1 if step > 0 else 0.0)
+    return [layout.unit_sums(torch.mul(raw, raw, out=work)), dots]
+
+
+def _bias_corrections(step: torch.Tensor, options: AdamWOptions) -> tuple[float, float]:
+    """1 - beta^step of both, after no step those after one. Read on the host: this is not a GPU's path."""
+    count = max(float(step), 1.0)
+    return 1 - options.beta1**count, 1 - options.beta2**count
 
 
 def _step_plainly(

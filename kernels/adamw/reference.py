@@ -55,8 +55,7 @@ def corrected(
 
 def bias_correction(step: torch.Tensor, beta: float) -> torch.Tensor:
     """1 - beta^step, in fp64: fp32 would lose 1e-4 of it where beta is 0.999 and the count small."""
-    count = step.double()
-    return -torch.expm1(count * torch.log(count.new_tensor(beta)))
+    return 1 - beta ** step.double()
 
 
 def direction(

@@ -62,6 +62,7 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Steps:
 
 
 def squares(run: Steps, batches: list[Batch], num_items: int, scale: torch.Tensor | None = None) -> torch.Tensor:
+    run.probes.begin(17, 0.0, 0.0)
     run.probes.before_passes(lambda: None)
     loss = run.job.objective.loss
     forward_backward(run.job.adapter, loss, batches, num_items, loss_scale=scale, probes=run.probes)
@@ -110,11 +111,11 @@ def test_a_classifiers_rows_are_all_labelled(
     max_tokens: int | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     put_in(monkeypatch, Recorder, NEEDS)
-    run = Steps(pairs_run(tmp_path)).take(2, max_tokens).finish()
-    assert len(run.batches(2, max_tokens)[0]) == (1 if max_tokens is None else 2)
+    run = Steps(pairs_run(tmp_path)).take(17, max_tokens).finish()
+    assert (len(run.batches(17, max_tokens)[0]) == 1) == (max_tokens is None)
     flat = run.job.adapter.flat
-    want = flat.layout.b_squares(run.grad(2))
-    assert run.measured[1].answer_grad_sq_K == pytest.approx(want.numpy(), rel=1e-5)
+    want = flat.layout.b_squares(run.grad(17))
+    assert run.measured[16].answer_grad_sq_K == pytest.approx(want.numpy(), rel=1e-5)
     for group in flat.groups:
         for k, b_OR in zip(group.index_K.tolist(), group.grad_b_KOR):
             assert flat.layout.b_squares(flat.grad)[k] == pytest.approx(float(b_OR.square().sum()))

@@ -154,10 +154,11 @@ def test_a_schedule_that_needs_nothing_costs_nothing(tmp_path: Path, monkeypatch
     assert all(block.module.watch is None for block in adapter.blocks)
 
 
-def test_prompt_tokens_are_looked_at_every_sixteen_steps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_is_dear_is_measured_every_sixteen_steps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     put_in(monkeypatch, Recorder, all_but(*CURVATURE))
     run = Steps(problem_run(tmp_path)).take(18).finish()
     assert [m.step for m in run.measured if m.prompt_fisher is not None] == [1, 17]
+    assert [m.step for m in run.measured if m.answer_grad_sq_K is not None] == [1, 17]
     assert all(m.lens_entropy is not None and m.entropy is not None for m in run.measured)
 
 
