@@ -18,6 +18,7 @@ from fastpeft.errors import UserError
 from fastpeft.objectives import WordProblems
 from fastpeft.objectives import word_problems as module
 from fastpeft.signals import Need
+from fastpeft.trainer.probes import Probes
 from fastpeft.trainer.setup import Job, build_job
 from fastpeft.trainer.step import forward_backward
 
@@ -100,12 +101,12 @@ def test_micro_batches_add_up_to_the_batch(method: str, tmp_path: Path, seed: in
     job = build(tmp_path, seed, method=method, training={"batch_size": 12})
     rows, encoded = job.batches.rows(0), job.batches.encoded
     assert len(set(encoded.num_labelled[rows].tolist())) > 1  # uneven numbers of labels
-    needs = (Need.TOKENS,)
+    probes = Probes(frozenset({Need.TOKENS}), job.adapter, job.optimizer)
 
     def whole(max_tokens: int):
         parts = list(micro_batches(encoded, rows, max_tokens))
         batches = (job.objective.collate(part, job.device) for part in parts)
-        found = forward_backward(job.adapter, job.objective.loss, batches, job.objective.num_items(rows), needs)
+        found = forward_backward(job.adapter, job.objective.loss, batches, job.objective.num_items(rows), probes=probes)
         statistics = {name: float(value) for name, value in found.statistics.items()}
         return len(parts), float(found.loss), job.adapter.flat.grad.clone(), statistics
 
