@@ -325,6 +325,15 @@ def test_the_shipped_planner_is_loaded_or_its_absence_said(monkeypatch, tmp_path
     )
 
 
+def test_the_planner_that_ships_has_learnt_something_and_plans():
+    shipped = planner.load_weights(planner.SHIPPED)
+    assert np.isfinite(shipped).all()
+    assert (shipped != planner.initial_weights()).mean() > 0.9
+    rates = make(warm_start="shipped").rates(None, 0.0)
+    assert 0.1 * PEAK < rates.lr < 10 * PEAK
+    assert rates.multiplier_K.shape == (K,)
+
+
 def config(**options):
     values = run_values(load_run("lora_mnli"))
     values["schedule"] |= {"name": "graff", "graff": options}
