@@ -228,6 +228,9 @@ class Graff(WarmedSchedule):
             return
         gradient_P = self._hypergradient(measured)
         self._pending = [e for e in self._pending if e.step >= measured.step - (self.graff.trace_decay > 0)]
+        for emission in self._pending:
+            if emission.descent_U is not None and not np.isfinite(emission.descent_U).all():
+                emission.descent_U = None
         if gradient_P is None:
             return
         if self.graff.regret == "elapsed":

@@ -88,8 +88,14 @@ class StartScreen(Screen[steer.Launch | None]):
 
     def on_mount(self) -> None:
         self.query_one("#run").focus()
-        self.query_one("#presets", Static).update(Text("presets  " + "  ".join(preset_names()), style="dim"))
+        self._list_presets()
         self._check()
+
+    def _list_presets(self) -> None:
+        """Those that what is typed could become; none once it is one."""
+        typed = self.query_one("#run", Input).value
+        names = [] if typed in preset_names() else [name for name in preset_names() if typed in name]
+        self.query_one("#presets", Static).update(Text("presets  " + "  ".join(names) if names else "", style="dim"))
 
     def draft(self) -> orders.Draft:
         texts = {key: self.query_one(f"#{key}", Input).value for key in FIELDS}
@@ -97,6 +103,7 @@ class StartScreen(Screen[steer.Launch | None]):
         return orders.Draft(**texts, **switches)
 
     def on_input_changed(self) -> None:
+        self._list_presets()
         self._check()
 
     def on_checkbox_changed(self) -> None:
