@@ -168,11 +168,14 @@ class FlatLayout:
 
     def unit_sums(self, flat: torch.Tensor) -> torch.Tensor:
         """Sum over each unit's elements of a flat tensor: (num_units,). On a GPU a few operations a group."""
-        if flat.device.type == "cpu":  # each operation more would cost as much as what it reads
-            sum_P = np.add.reduceat(flat.numpy(), self._starts_P)
-            sum_U = sum_P[self._first_U]
-            sum_U[: self.num_matrices] += sum_P[self._second_K]
-            return torch.from_numpy(sum_U)
+        if flat.device.type != "cpu":
+            return self._sums_by_group(flat)
+        sum_P = np.add.reduceat(flat.numpy(), self._starts_P)  # so many operations would cost more than what they read
+        sum_U = sum_P[self._first_U]
+        sum_U[: self.num_matrices] += sum_P[self._second_K]
+        return torch.from_numpy(sum_U)
+
+    def _sums_by_group(self, flat: torch.Tensor) -> torch.Tensor:
         sums = [group.stack_a(flat).sum((1, 2)) + group.stack_b(flat).sum((1, 2)) for group in self.groups]
         if self.others:
             parts = flat[self.num_factors :].split([size for _, size in self.others])
@@ -183,8 +186,6 @@ class FlatLayout:
         """Sum of the squares of each matrix's B: (num_matrices,)."""
         if not self.groups:
             return flat.new_empty(0)
-        if flat.device.type == "cpu":
-            return torch.from_numpy(np.add.reduceat(flat.square().numpy(), self._starts_P)[self._second_K])
         norms = [torch.linalg.vector_norm(group.stack_b(flat), dim=(1, 2)) for group in self.groups]
         return torch.cat(norms)[self._unit_order[: self.num_matrices]].square()
 

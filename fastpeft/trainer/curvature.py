@@ -23,8 +23,8 @@ PRODUCT_EVERY = 16
 class Secant:
     """Sums for Need.SECANT, along the change before the last, and Need.PLAIN_SECANT, along the last.
 
-    SECANT keeps two buffers of the parameters' size and reads, a step, the parameters twice, the gradient twice, the
-    second moment once and the buffers six times; PLAIN_SECANT keeps one buffer.
+    SECANT keeps two buffers of the parameters' size, and a step makes three sums of products over them, a copy and a
+    difference; PLAIN_SECANT keeps one buffer and does the same.
     """
 
     def __init__(self, flat: FlatParameters, optimizer: Optimizer, lagged: bool) -> None:
@@ -73,13 +73,14 @@ class Product:
 
     lora_linear has no second derivative. So the gradients at theta + e d and theta - e d, of the same batch with the
     same dropout, are taken along d, and their difference over 2 e is d^T H d up to a term in e^2 and up to the
-    gradients' rounding over e. e makes the shift a share of ||theta||. H is that of the task loss, without the
-    adapter's penalty.
+    gradients' rounding over e. ||e d|| is a share of ||theta||, chosen on the stand-ins: twice and half of it moved the
+    sum over all units by 0.5 % at most in fp32, where tests hold every unit to a thousandth of autograd's product; in
+    bf16 the sum was within 5 % of fp32's. H is that of the task loss, without the adapter's penalty.
 
     It takes two more forward and backward passes every PRODUCT_EVERY steps, and two buffers of the parameters' size.
     """
 
-    SHIFT_FP32, SHIFT_16_BITS = 5e-3, 2e-2
+    SHIFT_FP32, SHIFT_16_BITS = 2e-3, 5e-3
 
     def __init__(self, flat: FlatParameters, optimizer: Optimizer) -> None:
         optimizer.second_moment()  # refuses
@@ -100,7 +101,7 @@ class Product:
             return {}
         flat, change = self._flat, self._change
         kept, device = flat.data.clone(), flat.data.device
-        factor = self._shift * kept.norm() / change.norm().clamp_min(torch.finfo(change.dtype).tiny)
+        factor = self._shift * kept.norm() / change.norm().clamp_min(1e-12)
         generators = generator_states(device)
         sums = []
         try:

@@ -161,9 +161,10 @@ def _sums_before(
     root = math.sqrt(bias2)
     work = exp_avg_sq.sqrt().add_(options.eps * root)
     torch.div(exp_avg, work, out=work)
-    cut = layout.num_adapter
-    for part, decay in ((slice(cut), options.weight_decay), (slice(cut, None), options.head_weight_decay)):
-        if decay:
+    decays = options.weight_decay, options.head_weight_decay
+    cut = layout.num_total if decays[0] == decays[1] else layout.num_adapter
+    for part, decay in zip((slice(cut), slice(cut, None)), decays):
+        if decay and part.start != layout.num_total:
             work[part].add_(data[part], alpha=decay * bias1 / root)
     dots = layout.unit_sums(work.mul_(raw)) * (root / bias1 if step > 0 else 0.0)
     return [layout.unit_sums(torch.mul(raw, raw, out=work)), dots]

@@ -255,3 +255,19 @@ def test_triton_with_every_option(seed, triton_device, poisoned, options, multip
     layout = make_layout((8 if aligned else 5,), triton_device, shapes, (64,), (32, 3))
     assert layout.aligned == aligned
     follow(seed, layout, options, triton_device, torch.float32, 2e-5, multiplies, True)
+
+
+@pytest.mark.parametrize("extra", [(), (7, 40)])
+@pytest.mark.parametrize("head", [(), (33, 3)])
+@pytest.mark.parametrize("adapted", [True, False])
+def test_sums_over_units_on_either_device_are_those_of_their_parts(seed, adapted, head, extra):
+    """The model's order is not that of the buffers."""
+    if not adapted and not extra + head:
+        pytest.skip("no parameter at all")
+    layout = make_layout((4, 8), extra=extra, head=head) if adapted else FlatLayout([], extra, head)
+    flat = Random(seed, torch.float64)(layout.num_total)
+    want = torch.stack([sum(flat[at : at + size].sum() for at, size in parts) for parts in layout.unit_parts()])
+    for sums in (layout.unit_sums(flat), layout._sums_by_group(flat)):
+        torch.testing.assert_close(sums, want)
+    squares = [flat[at : at + size].square().sum() for _, (at, size) in layout.unit_parts()[: layout.num_matrices]]
+    torch.testing.assert_close(layout.b_squares(flat), torch.stack(squares) if squares else flat[:0])

@@ -143,6 +143,14 @@ def test_a_layer_that_peft_computes_is_named(run: Steps) -> None:
         squares(run, [batch], num_items)
 
 
+def test_adalora_measures_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    put_in(monkeypatch, Recorder, NEEDS)
+    run = Steps(problem_run(tmp_path, method="adalora")).take(17).finish()
+    whole_K = run.job.adapter.flat.layout.b_squares(run.grad(17)).numpy()
+    assert (run.measured[16].answer_grad_sq_K > 0.01 * whole_K).all()
+    assert (run.measured[16].answer_grad_sq_K < 100 * whole_K).all()
+
+
 def test_whole_models_have_no_adapted_matrices(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     put_in(monkeypatch, Recorder, NEEDS)
     run = Steps(problem_run(tmp_path, method="full")).take(1).finish()

@@ -154,6 +154,39 @@ def test_a_schedule_that_needs_nothing_costs_nothing(tmp_path: Path, monkeypatch
     assert all(block.module.watch is None for block in adapter.blocks)
 
 
+def test_a_step_is_read_after_the_next_ones_passes_and_before_its_update(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """So that a GPU has work while the host waits."""
+    put_in(monkeypatch, Recorder, frozenset({Need.BLOCKS}))
+    run, order = Steps(pairs_run(tmp_path)), []
+
+    def told(name: str, original: Any) -> Any:
+        return lambda *args: order.append(name) or original(*args)
+
+    monkeypatch.setattr(Transfer, "wait", told("read", Transfer.wait))
+    monkeypatch.setattr(torch.Tensor, "backward", told("backward", torch.Tensor.backward))
+    monkeypatch.setattr(run.job.schedule, "rates", told("rates", run.job.schedule.rates))
+    monkeypatch.setattr(Probes, "before_update", told("update", Probes.before_update))
+    run.take(3)
+    assert order == ["backward", "rates", "update", *["backward", "read", "rates", "update"] * 2]
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_from_a_gpu_all_figures_come_in_one_copy_that_waits_for_nothing() -> None:
+    tensors = {"a": torch.tensor(2.5), "b": torch.arange(6.0).view(2, 3), "c": torch.tensor([1e-9], dtype=torch.double)}
+    on_device = {name: tensor.cuda() for name, tensor in tensors.items()}
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        transfer = Transfer.launch(on_device)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    for _ in range(2):
+        for name, found in transfer.wait().items():
+            assert found.dtype == np.float64
+            np.testing.assert_array_equal(found, tensors[name].numpy())
+
+
 def test_what_is_dear_is_measured_every_sixteen_steps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     put_in(monkeypatch, Recorder, all_but(*CURVATURE))
     run = Steps(problem_run(tmp_path)).take(18).finish()
