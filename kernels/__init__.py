@@ -15,6 +15,7 @@ _PUBLIC = {
     "AdamWOptions": "adamw.reference",
     "FlatLayout": "flat_layout",
     "FrobeniusResult": "frobenius.op",
+    "GradientMeasures": "lora_linear.compute",
     "LoraMeasures": "lora_linear.compute",
     "MatrixGroup": "flat_layout",
     "adamw_step": "adamw.op",

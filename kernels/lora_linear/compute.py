@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from types import ModuleType
+from typing import ClassVar
 
 import torch
 
@@ -25,8 +26,7 @@ class LoraMeasures:
     All are at least fp32 (fp64 where the factors are) and carry no gradient.
     """
 
-    grams: bool = True
-    """Asks for the Gram matrices."""
+    wants_grams: ClassVar[bool] = True
     gram_a: torch.Tensor | None = None
     """A A^T, (R, R), after forward."""
     gram_b: torch.Tensor | None = None
@@ -35,6 +35,12 @@ class LoraMeasures:
     """||dL/dB||_F^2, a scalar tensor, after backward; None where lora_b needs no gradient."""
     db_square_masked: torch.Tensor | None = None
     """The same of the gradient that the rows of `row_mask` alone give; None without a mask."""
+
+
+class GradientMeasures(LoraMeasures):
+    """Without the Gram matrices, so that forward does nothing for it."""
+
+    wants_grams = False
 
 
 @dataclass(frozen=True)
@@ -88,7 +94,7 @@ def forward(
     ys, products = [], []
     for i, (part, choice, (a, b)) in enumerate(zip(call.parts, choices, factors)):
         weight = dequantised(part.weight, x_TI.dtype)
-        wants_grams = part.measures is not None and part.measures.grams
+        wants_grams = part.measures is not None and part.measures.wants_grams
         s = shared[i] if shared else None
         if s is None and not inline[i]:
             s = _product(x_TI, a, part, call.dropout, choice)
