@@ -88,7 +88,7 @@ def unlike(runs: Sequence[Run]) -> list[str]:
     Compared are the first step's loss and gradient norm and the first steps' token counts. On a CPU they are equal to
     the bit; on a GPU up to the order of its sums.
     """
-    loose = any(run["device"] != "cpu" for run in runs) or len({run["session"] for run in runs}) > 1
+    loose = any(run["device"] != "cpu" for run in runs) or len({run["part"] for run in runs}) > 1
     bounds = {"loss": 1e-3 if loose else 0.0, "grad_norm": 1e-2 if loose else 0.0}
     first: dict[int, Run] = {}
     for run in runs:

@@ -71,7 +71,7 @@ class Bench:
     ) -> None:
         self.args, self.runs, self.constant, self.pool = args, runs, constant, pool
         self.report = self._begin()
-        self.report["sessions"].append(about(choose_device(None)))
+        self.report["parts"].append(about(choose_device(None)))
         self.by_key = {_key(run): run for run in self.report["runs"]}
 
     def _begin(self) -> dict[str, Any]:
@@ -85,7 +85,7 @@ class Bench:
             if other:
                 raise UserError(f"--resume: {args.json} was measured with another {', '.join(other)}")
             return earlier
-        return {"settings": settings, "sessions": [], "runs": [], "overhead": {}}
+        return {"settings": settings, "parts": [], "runs": [], "overhead": {}}
 
     def run(self) -> dict[str, Any]:
         args = self.args
@@ -138,7 +138,7 @@ class Bench:
         for cell, measured in self._measured(left):
             phase, name, seed, rate, budget = cell
             run = {"phase": phase, "schedule": name, "seed": seed, "rate": rate, "asked": budget}
-            run |= measured | {"session": len(self.report["sessions"]) - 1}
+            run |= measured | {"part": len(self.report["parts"]) - 1}
             self.by_key[_key(run)] = run
             self.report["runs"].append(run)
             self._save()

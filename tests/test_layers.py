@@ -32,6 +32,7 @@ LAYERS = [
     {"fastpeft.evaluate.compare", "fastpeft.evaluate.figures", "fastpeft.export", "fastpeft.doctor"},
     {"fastpeft.evaluate.report", "fastpeft.evaluate.sets"},
     {"fastpeft.sweep", "fastpeft.tui", "fastpeft.console"},
+    {"fastpeft.cli_runs"},
     {"fastpeft.cli"},
     {"fastpeft.__main__", "fastpeft"},  # the public face: nothing below may import it
 ]
@@ -39,6 +40,7 @@ LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 
 WITHOUT_TORCH = {
     "fastpeft", "fastpeft._version", "fastpeft.errors", "fastpeft.config", "fastpeft.runs", "fastpeft.cli",
+    "fastpeft.cli_runs",
     "fastpeft.console", "fastpeft.tui", "fastpeft.trackers", "fastpeft.hub",
 }  # fmt: skip
 TORCH = {"torch", "triton", "transformers", "peft", "datasets", "accelerate", "safetensors", "tokenizers", "numpy"}

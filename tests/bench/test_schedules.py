@@ -116,7 +116,7 @@ def made_run(schedule: str, seed: int, metric: float | None, loss: float | None 
     run = {
         "schedule": schedule, "seed": seed, "rate": 1e-3, "status": "done", "diverged": False, "metric": metric,
         "metric_name": "exact_match", "loss": loss, "test": None, "test_loss": None, "steps": 100, "energy_j": None,
-        "budget": {"kind": "seconds", "limit": 30.0, "spent": 30.0}, "device": "cpu", "session": 0,
+        "budget": {"kind": "seconds", "limit": 30.0, "spent": 30.0}, "device": "cpu", "part": 0,
         "start": {"loss": 4.0 + seed, "grad_norm": 2.0 + seed, "tokens": [100 + seed, 7]},
     }  # fmt: skip
     return run | more
@@ -295,10 +295,10 @@ def test_the_whole_in_miniature_and_a_resume_runs_only_what_is_missing(local, tm
     assert sorted((run.training.seed, run.training.learning_rate, run.run_id) for run in taken) == sorted(
         (run["seed"], run["rate"], f"{run['schedule']}_gsm8k") for run in gone
     )
-    assert len(again["sessions"]) == 2
+    assert len(again["parts"]) == 2
     assert again["tuned"] == whole["tuned"]  # the same seed at the same rate gives the same bits
     assert again["overhead"].keys() == names
-    drop = {"elapsed_s", "setup_s", "session", "told", "budget"}
+    drop = {"elapsed_s", "setup_s", "part", "told", "budget"}
     assert {json.dumps({k: v for k, v in run.items() if k not in drop}) for run in again["runs"]} == {
         json.dumps({k: v for k, v in run.items() if k not in drop}) for run in whole["runs"]
     }
