@@ -13,7 +13,7 @@ from collections.abc import Callable
 import torch
 
 from fastpeft.adapters.flat import FlatParameters
-from fastpeft.trainer.memory import generator_states, set_generator_states
+from fastpeft.trainer.generators import generator_states, set_generator_states
 from fastpeft.trainer.optim import Optimizer
 
 PRODUCT_EVERY = 16

@@ -13,11 +13,11 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
-import torch
 
 from fastpeft.data import Batch
 from fastpeft.data.batches import micro_batches
 from fastpeft.data.memory import OutOfMemory, free_memory, is_out_of_memory
+from fastpeft.trainer.generators import generator_states, set_generator_states
 
 if TYPE_CHECKING:
     from fastpeft.trainer.setup import Job
@@ -87,14 +87,3 @@ def out_of_memory_is_told() -> Iterator[None]:
             raise
         cause = str(error).splitlines()[0].rstrip(".")
     raise OutOfMemory("outside of the passes over a micro-batch", cause)
-
-
-def generator_states(device: torch.device) -> list[torch.Tensor]:
-    """Of the generators that dropout draws from; the host keeps them, so nothing waits."""
-    return [torch.get_rng_state()] + ([torch.cuda.get_rng_state(device)] if device.type == "cuda" else [])
-
-
-def set_generator_states(device: torch.device, states: list[torch.Tensor]) -> None:
-    torch.set_rng_state(states[0])
-    if device.type == "cuda":
-        torch.cuda.set_rng_state(states[1], device)
