@@ -16,6 +16,7 @@ os.environ["WANDB_MODE"] = "disabled"  # tests/trackers switches it on
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
 import contextlib
+import importlib
 import json
 import random
 import secrets
@@ -30,10 +31,14 @@ import pytest
 import torch
 
 if not torch.cuda.is_available():
-    # Triton decides when it is imported whether its own library is interpreted, and torch._dynamo imports it early.
+    # Triton decides when it is imported whether its own library is interpreted, and torch._dynamo imports it early. Of
+    # a kernel it decides when the module is imported, whichever test comes first.
     with pytest.MonkeyPatch.context() as patch, contextlib.suppress(ImportError):
         patch.setenv("TRITON_INTERPRET", "1")
         import triton.language  # noqa: F401
+
+        for path in sorted((Path(__file__).resolve().parent.parent / "kernels").glob("*/kernel.py")):
+            importlib.import_module(f"fastpeft.kernels.{path.parent.name}.kernel")
 
 if TYPE_CHECKING:
     from wandb_server import WandbServer
