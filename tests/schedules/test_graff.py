@@ -355,6 +355,7 @@ def test_off_without_quotes_is_a_word():
         ({"trace_decay": 0.5, "guard": "paper"}, "trace_decay: needs the lagged secant"),
         ({"trace_decay": 0.5, "curvature": "hvp"}, "trace_decay: needs the lagged secant"),
         ({"token_weights": True}, "token_weights: the tilt cannot be learnt during a run"),
+        ({"token_weights": True, "warm_start": "shipped"}, "the trainer weights no tokens by it"),
         ({"layers": 0}, "layers"),
         ({"anneal": 1.5}, "anneal"),
         ({"guard": "laged"}, "did you mean lagged"),
