@@ -50,7 +50,7 @@ def _check_rows(name: str, rows: torch.Tensor, hidden: torch.Tensor) -> None:
             f"{name}: rows is {rows.dtype} {tuple(rows.shape)} on {rows.device}; expected int64 (L,) on {hidden.device}"
         )
     num_tokens = hidden.shape[:-1].numel()
-    if not rows.is_cuda and len(rows):
+    if rows.is_cpu and len(rows):
         low, high = int(rows.min()), int(rows.max())
         if low < 0 or high >= num_tokens:
             raise ValueError(f"{name}: rows has {low if low < 0 else high}; expected 0 to {num_tokens - 1}")

@@ -90,7 +90,7 @@ def linear_cross_entropy(
     check_head(options, hidden, weight, bias, rows, lens_hidden, chunk_rows)
     check_labels(options, "hidden", hidden, labels, token_weights)
     labels_T = labels.reshape(-1)
-    if not hidden.is_cuda:
+    if hidden.is_cpu:
         check_classes(options, labels_T, len(weight))
         if rows is None and bool((labels_T == ignore_index).any()):
             rows = (labels_T != ignore_index).nonzero()[:, 0]
@@ -135,7 +135,7 @@ def logits_cross_entropy(
     options = Options("logits_cross_entropy", ignore_index, label_smoothing, reduction, num_items, statistics)
     check_labels(options, "logits", logits, labels, token_weights)
     labels_T = labels.reshape(-1)
-    if not logits.is_cuda:
+    if logits.is_cpu:
         check_classes(options, labels_T, logits.shape[-1])
     weights_T = None if token_weights is None else token_weights.reshape(-1).contiguous()
     wants_gradient = torch.is_grad_enabled() and logits.requires_grad

@@ -124,7 +124,7 @@ def _pytorch(
         g_LV.scatter_add_(1, labels_L1, torch.full_like(label_log_p_L1, smoothing))
     if weights_C is not None:
         g_LV.mul_(weights_C[:num_labelled, None])
-    if g_LV.is_cuda or bool(ignored_L.any()):
+    if not g_LV.is_cpu or bool(ignored_L.any()):
         g_LV.masked_fill_(ignored_L[:, None], 0)
     if not in_place:
         gradient_CV.copy_(p_CV)
