@@ -85,7 +85,7 @@ def train(
     ] = None,
     mode: Annotated[str, typer.Option(help="full, or trial: two steps through every code path.")] = "full",
     results_dir: ResultsDir = Path("results"),
-    name: Annotated[str | None, typer.Option(help="The run's folder; RUN-YYYYmmdd-HHMMSS when absent.")] = None,
+    name: Annotated[str | None, typer.Option(help="The run's folder; RUN-YYYYmmdd-HHMMSScc when absent.")] = None,
     seed: Annotated[int | None, typer.Option(help="Same as training.seed=N.")] = None,
     seeds: Annotated[
         str | None, typer.Option(help="0,1,2: one run a seed, one after another, which share the budget.")

@@ -45,6 +45,9 @@ class FotConfig:
     overshoot: NonNegativeFloat = 0.0
     """Ours, with alignment: let a step go past the lowest point of its direction, by the share x / (x + 2) of the way
     there. 0 is the greedy step, which is too short for a rate that is annealed later where there is little noise."""
+    confidence: NonNegativeFloat = 0.0
+    """Ours, with alignment: change the rate only once the measured descent is so many standard errors away from where
+    it is to be, and then in either direction by one factor. Gradients are mostly noise: without it, so is the rate."""
     anneal: Annotated[float, Range(ge=0, le=1)] = 0.0
     """Ours: the share of the budget, at its end, over which the rate falls linearly to 0."""
 

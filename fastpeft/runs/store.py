@@ -157,8 +157,9 @@ class RunFolder:
 
 
 def default_name(run_id: str) -> str:
-    """RUN-YYYYmmdd-HHMMSS."""
-    return f"{run_id}-{time.strftime('%Y%m%d-%H%M%S')}"
+    """RUN-YYYYmmdd-HHMMSScc, with hundredths of a second: a shell's loop starts several runs in one."""
+    now = time.time()
+    return f"{run_id}-{time.strftime('%Y%m%d-%H%M%S', time.localtime(now))}{int(now * 100) % 100:02d}"
 
 
 def list_runs(results_dir: Path) -> Iterator[RunFolder]:

@@ -88,6 +88,37 @@ class RunningMean:
         self._sum, self._weight = state
 
 
+class Evidence:
+    """Mean and standard error of a noisy figure whose mean drifts; older readings fade."""
+
+    KEEP = 0.995
+
+    def __init__(self) -> None:
+        self._sums = [0.0, 0.0, 0.0, 0.0]
+        """Of w, w^2, w x and w x^2, w the weight of a reading x."""
+
+    def add(self, value: float) -> None:
+        fades = self.KEEP, self.KEEP**2, self.KEEP, self.KEEP
+        new = 1.0, 1.0, value, value**2
+        self._sums = [fade * kept + more for fade, kept, more in zip(fades, self._sums, new)]
+
+    def errors_from(self, target: float) -> float:
+        """(mean - target) in standard errors; 0 for fewer than two readings."""
+        weight, squares, total, total_sq = self._sums
+        count = weight**2 / squares if squares else 0.0
+        if count < 2:
+            return 0.0
+        mean = total / weight
+        variance = max(0.0, total_sq / weight - mean**2) * count / (count - 1)
+        return (mean - target) / math.sqrt(variance / count) if variance else math.copysign(math.inf, mean - target)
+
+    def state(self) -> list[float]:
+        return list(self._sums)
+
+    def load_state(self, state: list[float]) -> None:
+        self._sums = list(state)
+
+
 class PhaseGate:
     """h: 1.5 while the answers' tokens are surer than the prompts', 0.7 while less sure; 1 where there is no prompt."""
 
@@ -173,6 +204,8 @@ class Fot(WarmedSchedule):
         self.at_bound = False
         self._recent = [0.0, 0]
         """Sum and number of the values of `descent` since the rate was last aligned."""
+        self.evidence = Evidence()
+        """Of the same values, since the rate was last changed."""
         self._lr_before: float | None = None
         self._predicted, self._num_predicted = 0.0, 0
         self._spent = [0.0, 0.0]
@@ -229,6 +262,7 @@ class Fot(WarmedSchedule):
             return
         self.descent.add(descent)
         self._recent = [self._recent[0] + descent, self._recent[1] + 1]
+        self.evidence.add(descent)
         self._spent[0] += self._lr_before * (self.descent.value or 0.0)
         self._spent[1] += self._lr_before * found.descent
 
@@ -265,6 +299,12 @@ class Fot(WarmedSchedule):
         if self.options.overshoot and self.forecaster.law is not None:
             fall = self.forecaster.law.fall(self.forecaster.now)
             target = -self.options.overshoot * fall / (self.lr * self.gate.factor)
+        if self.options.confidence:
+            errors = self.evidence.errors_from(target)
+            if abs(errors) >= self.options.confidence:
+                self._set(self.lr * (ALIGNMENT_GROWTH if errors > 0 else 1 / ALIGNMENT_GROWTH))
+                self.evidence = Evidence()
+            return
         rises = self.descent.value > target
         if self.options.settle:
             rises &= num > 0 and total / num > target
@@ -353,6 +393,7 @@ class Fot(WarmedSchedule):
             "lr": self.lr,
             "at_bound": self.at_bound,
             "recent": list(self._recent),
+            "evidence": self.evidence.state(),
             "block": [self._lr_before, self._predicted, self._num_predicted, list(self._spent)],
             "counts": dict(self._counts),
         }
@@ -367,5 +408,6 @@ class Fot(WarmedSchedule):
         self.descent.load_state(state["descent"])
         self.lr, self.at_bound = state["lr"], state["at_bound"]
         self._recent = list(state["recent"])
+        self.evidence.load_state(state["evidence"])
         self._lr_before, self._predicted, self._num_predicted, spent = state["block"]
         self._spent, self._counts = list(spent), dict(state["counts"])

@@ -56,7 +56,7 @@ def train(
     Args:
         run: from fastpeft.load_run; None with `resume` takes the one stored in the folder.
         results_dir: parent of the run's folder.
-        name: the folder's name; RUN-YYYYmmdd-HHMMSS when absent.
+        name: the folder's name; RUN-YYYYmmdd-HHMMSScc when absent.
         resume: continue the run `name` from its newest valid checkpoint.
         allow_stand_in: use the run's stand-in model and data where its own cannot be reached.
         reporter: is told of every event.

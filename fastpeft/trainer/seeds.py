@@ -26,7 +26,7 @@ def train_seeds(
     """Train `run` once for each seed, in the folders `<name>-seed<N>`, each with an equal share of the budget.
 
     Args:
-        name: of the group; RUN-YYYYmmdd-HHMMSS when absent.
+        name: of the group; RUN-YYYYmmdd-HHMMSScc when absent.
         resume: of the group `name`, skip the seeds that are done, continue one that is not, start the others.
         stop: ends the seed that is being trained; the ones behind it are not started.
         on_start: is told each seed and its folder's name.

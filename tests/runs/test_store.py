@@ -89,7 +89,7 @@ def test_random_names_never_leave_the_results_folder(tmp_path, seed):
 
 
 def test_the_default_name_is_the_run_and_the_time():
-    assert re.fullmatch(r"lora_mnli-\d{8}-\d{6}", default_name("lora_mnli"))
+    assert re.fullmatch(r"lora_mnli-\d{8}-\d{8}", default_name("lora_mnli"))
     assert RunFolder.at(Path("results"), default_name("x" * 100))
 
 
