@@ -77,8 +77,11 @@ def adamw_step(
     sums = None
     if reduces:
         sums = _sums_before(buffers, layout, loss_scale, options)
-    if multiplier_K is None and data.dtype == torch.float32:
+    if data.dtype == torch.float32:
+        before = None if multiplier_K is None else data.clone()
         _step_fused(buffers, layout, lr, divisor, skipped, options)
+        if multiplier_K is not None:  # an update is proportional to its rate
+            torch.lerp(before, data, layout.spread(multiplier_K, fill=1.0), out=data)
     else:
         _step_plainly(buffers, layout, lr, divisor, good, multiplier_K, options)
     if sums is not None:
