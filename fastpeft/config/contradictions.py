@@ -71,7 +71,7 @@ def _adalora(adalora: AdaLoraConfig) -> Iterator[str]:
 def _fot(fot: FotConfig) -> Iterator[str]:
     if fot.calibrate and fot.alignment:
         yield "schedule.fot.calibrate: it corrects the bound, which schedule.fot.alignment does without; switch one off"
-    for key, on in (("settle", fot.settle), ("overshoot", fot.overshoot > 0)):
+    for key, on in (("confidence", fot.confidence), ("overshoot", fot.overshoot)):
         if on and not fot.alignment:
             yield f"schedule.fot.{key}: it refines schedule.fot.alignment, which is off"
 

@@ -39,9 +39,6 @@ class FotConfig:
     alignment: bool = False
     """Ours: raise the rate while the last steps' directions still descend, lower it when they do not, and leave the
     bound alone."""
-    settle: bool = False
-    """Ours, with alignment: one factor up and down, and up only where the latest steps agree with the running mean, so
-    that the rate does not run past where it ends. It wants an overshoot, of about 2: greedy steps come out short."""
     overshoot: NonNegativeFloat = 0.0
     """Ours, with alignment: let a step go past the lowest point of its direction, by the share x / (x + 2) of the way
     there. 0 is the greedy step, which is too short for a rate that is annealed later where there is little noise."""

@@ -202,10 +202,8 @@ class Fot(WarmedSchedule):
         """D: measured fall of the loss per unit of rate, along the last direction, at the step's end."""
         self.lr = peak_lr
         self.at_bound = False
-        self._recent = [0.0, 0]
-        """Sum and number of the values of `descent` since the rate was last aligned."""
         self.evidence = Evidence()
-        """Of the same values, since the rate was last changed."""
+        """The values of `descent` since the rate was last changed."""
         self._lr_before: float | None = None
         self._predicted, self._num_predicted = 0.0, 0
         self._spent = [0.0, 0.0]
@@ -261,7 +259,6 @@ class Fot(WarmedSchedule):
         if self._lr_before is None:  # no step led here
             return
         self.descent.add(descent)
-        self._recent = [self._recent[0] + descent, self._recent[1] + 1]
         self.evidence.add(descent)
         self._spent[0] += self._lr_before * (self.descent.value or 0.0)
         self._spent[1] += self._lr_before * found.descent
@@ -291,7 +288,6 @@ class Fot(WarmedSchedule):
         forecast knows s, so that `overshoot` x can set the target D = -x s / lr: a step then is longer by the share
         x / (x + 2) than the way to the lowest point; were it twice as long, nothing would fall any more.
         """
-        (total, num), self._recent = self._recent, [0.0, 0]
         annealing = self.options.anneal > 0 and progress >= 1 - self.options.anneal
         if self.warmup.ended_at is None or annealing or self.descent.value is None:
             return
@@ -305,11 +301,7 @@ class Fot(WarmedSchedule):
                 self._set(self.lr * (ALIGNMENT_GROWTH if errors > 0 else 1 / ALIGNMENT_GROWTH))
                 self.evidence = Evidence()
             return
-        rises = self.descent.value > target
-        if self.options.settle:
-            rises &= num > 0 and total / num > target
-        fall_by = 1 / ALIGNMENT_GROWTH if self.options.settle else FALL
-        self._set(self.lr * (ALIGNMENT_GROWTH if rises else fall_by))
+        self._set(self.lr * (ALIGNMENT_GROWTH if self.descent.value > target else FALL))
 
     def _refit(self, progress: float) -> None:
         """At the end of a block."""
@@ -392,7 +384,6 @@ class Fot(WarmedSchedule):
             "descent": self.descent.state(),
             "lr": self.lr,
             "at_bound": self.at_bound,
-            "recent": list(self._recent),
             "evidence": self.evidence.state(),
             "block": [self._lr_before, self._predicted, self._num_predicted, list(self._spent)],
             "counts": dict(self._counts),
@@ -407,7 +398,6 @@ class Fot(WarmedSchedule):
             self.scales.load_state(state["scales"])
         self.descent.load_state(state["descent"])
         self.lr, self.at_bound = state["lr"], state["at_bound"]
-        self._recent = list(state["recent"])
         self.evidence.load_state(state["evidence"])
         self._lr_before, self._predicted, self._num_predicted, spent = state["block"]
         self._spent, self._counts = list(spent), dict(state["counts"])

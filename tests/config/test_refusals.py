@@ -159,7 +159,7 @@ def test_a_name_of_nothing_is_refused(name, tmp_path, monkeypatch):
         ),
         ({"method": "iw_lora", "regulariser.calibration": "inline", "schedule.warmup_steps": 0}, "warm-up"),
         ({"schedule.name": "fot", "schedule.fot.calibrate": True, "schedule.fot.alignment": True}, "switch one off"),
-        ({"schedule.name": "fot", "schedule.fot.settle": True}, "alignment, which is off"),
+        ({"schedule.name": "fot", "schedule.fot.confidence": 2.0}, "alignment, which is off"),
         ({"schedule.name": "fot", "schedule.fot.overshoot": 1.0}, "alignment, which is off"),
         ({"schedule.name": "snac", "optimizer.beta1": 0}, "optimizer.beta1: schedule snac tells signal from noise"),
         ({"optuna.space": {"training.sed": {"type": "int", "low": 1, "high": 2}}}, "did you mean training.seed?"),

@@ -6,6 +6,7 @@ import json
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -14,7 +15,7 @@ import pytest
 from fastpeft.config.schedules import FotConfig, ScheduleConfig
 from fastpeft.schedules import make_schedule
 from fastpeft.schedules.forecast import Divergences, Forecaster
-from fastpeft.schedules.fot import Fot, statistics
+from fastpeft.schedules.fot import Evidence, Fot, statistics
 from fastpeft.signals import Blocks, BlockSums, Measured, Need
 
 LR = 1e-3
@@ -186,14 +187,41 @@ def test_aligned_the_rate_moves_every_16_steps(descent: float, factor: float) ->
     assert rates[47] == pytest.approx(LR * factor**3)
 
 
-def test_settling_goes_down_as_fast_as_up_and_needs_the_latest_steps_to_agree() -> None:
-    def turning(number: int, total: int, lr: float) -> Measured:
-        """Descends for 32 steps, then climbs a little: the running mean stays positive for long."""
-        return step(number, total, lr, blocks=sums(descent=1.0 if number <= 32 else -0.1))
+@pytest.mark.parametrize(("mean", "moves"), [(0.0, 0), (1.0, 1), (-1.0, -1)])
+def test_confident_the_rate_moves_by_evidence_alone(mean: float, moves: int, seed: int) -> None:
+    """Of a descent in noise of standard deviation 4: z of 16 steps is 1, of 100 steps 2.5."""
+    noise = np.random.default_rng(seed).standard_normal(4000) * 4
 
-    settled, plain = (list(follow(make(alignment=True, settle=on), 64, 400, turning)) for on in (True, False))
-    assert [settled[i] for i in (31, 47, 63)] == pytest.approx([LR * 1.5**2, LR * 1.5, LR])
-    assert [plain[i] for i in (31, 47, 63)] == pytest.approx([LR * 1.5**2, LR * 1.5**3, LR * 1.5**4])
+    def noisy(number: int, total: int, lr: float) -> Measured:
+        return step(number, total, lr, blocks=sums(descent=mean + noise[number]))
+
+    def changes(confidence: float) -> list[float]:
+        rates = list(follow(make(alignment=True, confidence=confidence), 640, 10_000, noisy))
+        return [math.log(b / a, 1.5) for a, b in pairwise(rates) if a != b]
+
+    confident, rash = changes(3.5), changes(0.0)
+    assert [round(change) for change in confident] == pytest.approx(confident)
+    if moves == 0:
+        assert len(confident) <= 2 < len(rash)  # 3 in 10,000 are beyond 3.5 errors; it looks 40 times
+    else:
+        assert set(map(round, confident)) == {moves}
+        assert 1 <= len(confident) <= 10
+
+
+def test_evidence_is_the_mean_over_its_standard_error(seed: int) -> None:
+    values = np.random.default_rng(seed).standard_normal(1000) + 0.1
+    evidence = Evidence()
+    assert evidence.errors_from(0.0) == 0.0
+    for value in values:
+        evidence.add(value)
+    weights = Evidence.KEEP ** np.arange(999, -1, -1)
+    weights /= weights.sum()
+    mean, count = weights @ values, 1 / (weights @ weights)
+    variance = weights @ (values - mean) ** 2 * count / (count - 1)
+    assert evidence.errors_from(0.3) == pytest.approx((mean - 0.3) / math.sqrt(variance / count))
+    again = Evidence()
+    again.load_state(evidence.state())
+    assert again.errors_from(0.0) == evidence.errors_from(0.0)
 
 
 @pytest.mark.parametrize(("overshoot", "share"), [(1.0, 1 / 3), (2.0, 1 / 2), (4.0, 2 / 3)])
@@ -208,10 +236,10 @@ def test_overshooting_finds_the_rate_that_it_promises(overshoot: float, share: f
         slope = LR * curvature / (1 + share)
         return step(number, total, lr, blocks=sums(descent=slope - lr * curvature))
 
-    schedule = make(alignment=True, settle=True, overshoot=overshoot, lr=LR / 8)
+    schedule = make(alignment=True, confidence=1.0, overshoot=overshoot, lr=LR / 8)
     rates = list(follow(schedule, 800, 4000, parabola))
     assert math.log(np.exp(np.log(rates[-160:]).mean()) / LR) == pytest.approx(0, abs=0.25)
-    greedy = make(alignment=True, settle=True, lr=LR / 8)
+    greedy = make(alignment=True, confidence=1.0, lr=LR / 8)
     rates = list(follow(greedy, 800, 4000, parabola))
     assert math.log(np.exp(np.log(rates[-160:]).mean()) / LR * (1 + share)) == pytest.approx(0, abs=0.25)
 
@@ -375,7 +403,7 @@ def test_divergences_are_counted_once_each() -> None:
     [
         {"gate": True, "block_scaling": True},
         {"calibrate": True, "anneal": 0.3, "floor": True, "block_scaling": True},
-        {"alignment": True, "settle": True, "overshoot": 2.0, "window": "auto", "gate": True},
+        {"alignment": True, "confidence": 1.5, "overshoot": 2.0, "window": "auto", "gate": True},
     ],
     ids=["paper", "calibrated", "aligned"],
 )
@@ -443,7 +471,7 @@ def test_aligned_and_annealed_it_needs_no_tuned_rate() -> None:
         return float(np.mean([train_quadratic(config, lr, steps, seed) for seed in range(2)]))
 
     linear = ScheduleConfig(name="linear", warmup_steps=50)
-    ours = {"alignment": True, "settle": True, "overshoot": 1.0, "anneal": 0.8, "window": "auto"}
+    ours = {"alignment": True, "confidence": 2.5, "overshoot": 2.0, "anneal": 0.7, "window": "auto"}
     fot = ScheduleConfig(name="fot", warmup_steps=50, fot=FotConfig(gate=False, block_scaling=False, **ours))
     plain = {lr: mean_loss(linear, lr) for lr in (*rates, 1.6e-2)}
     adapted = {lr: mean_loss(fot, lr) for lr in rates}
