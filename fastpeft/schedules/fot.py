@@ -29,8 +29,8 @@ NOTHING_LEFT = 1e-9
 ALIGNMENT_STEPS, ALIGNMENT_GROWTH = 16, 1.5
 KEEP = 0.98
 """Decay of running means, a step."""
-PROMPT_KEEP = KEEP**16
-"""Of the prompts' Fisher information, which comes every 16 steps."""
+SAMPLED_KEEP = KEEP**16
+"""Of what is measured every 16 steps: the prompts' Fisher information, the gradient of the answers' tokens."""
 MULTIPLIER_RANGE = 1 / 4, 4.0
 
 
@@ -98,8 +98,11 @@ class Evidence:
         """Of w, w^2, w x and w x^2, w the weight of a reading x."""
 
     def add(self, value: float) -> None:
+        """One whose square overflows is left out."""
+        new = 1.0, 1.0, value, value * value
+        if not math.isfinite(new[3]):
+            return
         fades = self.KEEP, self.KEEP**2, self.KEEP, self.KEEP
-        new = 1.0, 1.0, value, value**2
         self._sums = [fade * kept + more for fade, kept, more in zip(fades, self._sums, new)]
 
     def errors_from(self, target: float) -> float:
@@ -123,7 +126,7 @@ class PhaseGate:
     """h: 1.5 while the answers' tokens are surer than the prompts', 0.7 while less sure; 1 where there is no prompt."""
 
     def __init__(self) -> None:
-        self.answer, self.prompt = RunningMean(KEEP), RunningMean(PROMPT_KEEP)
+        self.answer, self.prompt = RunningMean(KEEP), RunningMean(SAMPLED_KEEP)
         self.factor = 1.0
 
     def add(self, measured: Measured) -> None:
@@ -166,7 +169,7 @@ class BlockScales:
             return
         # Every matrix has seen as many values: the correction for the start would cancel below.
         self._sq_K = grad_sq_K.astype(np.float64) if self._sq_K is None else self._sq_K
-        self._sq_K = KEEP * self._sq_K + (1 - KEEP) * grad_sq_K
+        self._sq_K = SAMPLED_KEEP * self._sq_K + (1 - SAMPLED_KEEP) * grad_sq_K
 
     def decide(self) -> None:
         if self._sq_K is None or not self._sq_K.any():
