@@ -19,6 +19,7 @@ from fastpeft.config.schedules import ScheduleConfig
 from fastpeft.data.batches import micro_batches
 from fastpeft.schedules import Schedule, base
 from fastpeft.signals import Blocks, Measured, Need, Rates, Signals
+from fastpeft.trainer import StopRequest
 from fastpeft.trainer.setup import build_job
 from fastpeft.trainer.step import train_step
 
@@ -229,3 +230,21 @@ def assert_near(got: np.ndarray, want: np.ndarray, scale: np.ndarray | float, rt
     assert got.shape == want.shape
     assert np.abs(want).max() > 0
     assert (np.abs(got - want) <= rtol * (np.abs(want) + scale) + 1e-30).all()
+
+
+class StopAfter(StopRequest):
+    """Asks to stop once so many steps have been taken."""
+
+    def __init__(self, count: int) -> None:
+        super().__init__()
+        self.left = count
+
+    def __call__(self) -> bool:
+        return self.left <= 0
+
+    def counting(self, original: Any) -> Any:
+        def counted(*args: Any) -> None:
+            original(*args)
+            self.left -= 1
+
+        return counted

@@ -14,6 +14,7 @@ from probe_runs import (
     ReadsAll,
     Recorder,
     Steps,
+    StopAfter,
     all_but,
     assert_near,
     figures,
@@ -27,7 +28,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastpeft.schedules import Schedule
 from fastpeft.signals import Need
-from fastpeft.trainer import StopRequest, train
+from fastpeft.trainer import train
 from fastpeft.trainer.probes import Probes, Transfer
 from fastpeft.trainer.setup import build_job
 from fastpeft.trainer.step import forward_backward, train_step
@@ -235,24 +236,6 @@ def test_a_resumed_run_measures_and_trains_the_same_bits(
     wanted = {"loss", "grad_norm", "change_U", "square_U", "descent_U", "answer_fisher", "entropy", "lens_entropy"}
     wanted |= {"answer_grad_sq_K"} | ({"prompt_fisher"} if task == "problems" else set())
     assert wanted <= schedule.found
-
-
-class StopAfter(StopRequest):
-    """Asks to stop once so many steps have been taken."""
-
-    def __init__(self, count: int) -> None:
-        super().__init__()
-        self.left = count
-
-    def __call__(self) -> bool:
-        return self.left <= 0
-
-    def counting(self, original: Any) -> Any:
-        def counted(*args: Any) -> None:
-            original(*args)
-            self.left -= 1
-
-        return counted
 
 
 def test_rates_are_logged_now_and_then_in_the_steps_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
