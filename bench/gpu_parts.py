@@ -33,6 +33,7 @@ from fastpeft.kernels import (
     gradient_norm,
     linear_cross_entropy,
     lora_linear,
+    secant_sums,
     tune,
     weighted_frobenius,
 )
@@ -42,6 +43,7 @@ from fastpeft.kernels.frobenius.reference import weighted_frobenius as frobenius
 from fastpeft.kernels.launch import LAUNCHES
 from fastpeft.kernels.lora_linear import configs
 from fastpeft.kernels.lora_linear.reference import lora_linear_reference
+from fastpeft.kernels.secant.reference import secant_sums as secant_reference
 
 BOUNDS = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 2e-2}
 """Relative L2 distance from float64."""
@@ -93,7 +95,7 @@ def operations(device: torch.device, dtype: torch.dtype, small: bool) -> Iterato
 
 
 def flat_operations(device: torch.device, small: bool) -> Iterator[tuple[str, Run, Outputs]]:
-    """The penalty and the optimizer's step, whose buffers are fp32."""
+    """The penalty, the optimizer's step and the secants' sums, whose buffers are fp32."""
     generator = torch.Generator(device).manual_seed(2)
     rank, width, count = (4, 24, 2) if small else (8, 768, 24)
     layout = FlatLayout([MatrixGroup(tuple(range(count)), rank, width, 2 * width, 2.0, 0)], head=[77], device=device)
@@ -120,6 +122,16 @@ def flat_operations(device: torch.device, small: bool) -> Iterator[tuple[str, Ru
     after = adamw(wide[0], clipped, wide[2], wide[3], step + 1, *rates, options)
     yield "weighted_frobenius", penalty, [wide[1] + gradient, value_K.sum()]
     yield "adamw_step", step_once, [after[0] - wide[0], *after[1:]]
+    divisor = torch.tensor(0.25, dtype=torch.float64, device=device)
+    older = torch.randn(layout.num_total, generator=generator, device=device)
+
+    def secants() -> Outputs:
+        previous, before = buffers[2].clone(), older.clone()
+        sums = secant_sums(buffers[0], buffers[1], previous, before, buffers[3], divisor, layout)
+        return [*sums, before]
+
+    sums = secant_reference(*wide[:3], older.double(), wide[3], divisor, layout)
+    yield "secant_sums", secants, [*sums, wide[0] - wide[2]]
 
 
 def head_operations(device: torch.device, dtype: torch.dtype, small: bool) -> Iterator[tuple[str, Run, Outputs]]:

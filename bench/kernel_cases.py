@@ -25,6 +25,7 @@ from fastpeft.kernels import (
     gradient_norm,
     linear_cross_entropy,
     lora_linear,
+    secant_sums,
     tune,
     weighted_frobenius,
 )
@@ -200,7 +201,7 @@ def flat_layout(setting: Setting, rank: int) -> FlatLayout:
 
 
 def flat(setting: Setting) -> Iterator[Case]:
-    """The penalty of a whole model with its gradient, and the optimizer's step."""
+    """The penalty of a whole model with its gradient, the optimizer's step, and the sums for its curvature."""
     for rank in (8, 64):
         layout = flat_layout(setting, rank)
         data, grad, mean, mean_sq = (setting.random(layout.num_total, dtype=torch.float32) for _ in range(4))
@@ -232,6 +233,20 @@ def flat(setting: Setting) -> Iterator[Case]:
             "clip, fused AdamW, one flat tensor": clipped_adamw([nn.Parameter(data.clone())]),
         }
         yield Case("adamw_step", shape, "fastpeft", rivals, "clip, fused AdamW", 0, 32 * layout.num_total)
+        buffers = (data, grad, data.clone(), mean.clone(), mean_sq)
+        rivals = {
+            "fastpeft": partial(secant_sums, *buffers, norm, layout),
+            "a sum at a time": partial(plain_secants, *buffers, layout),
+        }
+        yield Case("secant_sums", shape, "fastpeft", rivals, "a sum at a time", 0, 28 * layout.num_total)
+
+
+def plain_secants(data, grad, previous, older, second, layout: FlatLayout) -> list[torch.Tensor]:
+    last = data - previous
+    products = grad * last, grad * older, second.sqrt() * last * older
+    older.copy_(last)
+    previous.copy_(data)
+    return [layout.unit_sums(product) for product in products]
 
 
 def loop_penalty(factors: list[tuple[torch.Tensor, torch.Tensor]]) -> torch.Tensor:

@@ -18,6 +18,7 @@ _PUBLIC = {
     "GradientMeasures": "lora_linear.compute",
     "LoraMeasures": "lora_linear.compute",
     "MatrixGroup": "flat_layout",
+    "SecantSums": "secant.op",
     "adamw_step": "adamw.op",
     "dropout_mask": "lora_linear.dropout",
     "gradient_norm": "sensitivity.op",
@@ -25,6 +26,7 @@ _PUBLIC = {
     "logits_cross_entropy": "linear_cross_entropy.op",
     "lora_linear": "lora_linear.op",
     "lora_linear_grouped": "lora_linear.op",
+    "secant_sums": "secant.op",
     "sketch_norm": "sensitivity.op",
     "weighted_frobenius": "frobenius.op",
 }

@@ -13,6 +13,7 @@ from collections.abc import Callable
 import torch
 
 from fastpeft.adapters.flat import FlatParameters
+from fastpeft.kernels import secant_sums
 from fastpeft.trainer.generators import generator_states, set_generator_states
 from fastpeft.trainer.optim import Optimizer
 
@@ -21,51 +22,63 @@ PRODUCT_EVERY = 16
 
 
 class Secant:
-    """Sums for Need.SECANT, along the change before the last, and Need.PLAIN_SECANT, along the last.
+    """Sums for Need.SECANT, along the change before the last: one pass over two buffers of the parameters' size."""
 
-    SECANT keeps two buffers of the parameters' size, and a step makes three sums of products over them, a copy and a
-    difference; PLAIN_SECANT keeps one buffer and does the same.
-    """
-
-    def __init__(self, flat: FlatParameters, optimizer: Optimizer, lagged: bool) -> None:
+    def __init__(self, flat: FlatParameters, optimizer: Optimizer) -> None:
         optimizer.second_moment()  # refuses
-        self._flat, self._optimizer, self._lagged = flat, optimizer, lagged
-        self._last = torch.zeros_like(flat.data)
-        """d_{t-1} as step t begins; while it is updated the parameters before, then d_t."""
-        self._before = torch.zeros_like(flat.data) if lagged else None
+        self._flat, self._optimizer = flat, optimizer
+        self._previous = flat.data.clone()
+        """The parameters as they were before the last update."""
+        self._older = torch.zeros_like(flat.data)
         """d_{t-2} as step t begins."""
 
     def before_update(self) -> dict[str, torch.Tensor]:
         """g_t lies in the buffer, v_{t-1} in the optimizer, and theta has not moved since d_{t-1}."""
-        flat, layout = self._flat, self._flat.layout
-        other = self._last if self._before is None else self._before
-        found = {
-            "along": layout.unit_sums(flat.grad * self._last),
-            "square": weighted_sums(self._flat, self._optimizer, self._last, other),
-        }
-        if self._before is None:
-            self._last.copy_(flat.data)
-            return found
-        found["along_before"] = layout.unit_sums(flat.grad * self._before)
-        self._before.copy_(flat.data)
-        self._before, self._last = self._last, self._before
-        return found
+        flat = self._flat
+        found = secant_sums(
+            flat.data, flat.grad, self._previous, self._older, *self._optimizer.second_moment(), flat.layout
+        )
+        return {"along": found.along_U, "along_before": found.along_before_U, "square": found.square_U}
+
+    def after_step(self, grad_norm: torch.Tensor) -> dict[str, torch.Tensor]:
+        """The next step's pass takes d_t from the parameters."""
+        return {}
+
+    def state(self) -> dict[str, torch.Tensor]:
+        return {"previous": self._previous, "older": self._older}
+
+    def load_state(self, state: dict[str, torch.Tensor]) -> None:
+        self._previous.copy_(state["previous"])
+        self._older.copy_(state["older"])
+
+
+class PlainSecant:
+    """Sums for Need.PLAIN_SECANT, along the last change. It keeps one buffer of the parameters' size."""
+
+    def __init__(self, flat: FlatParameters, optimizer: Optimizer) -> None:
+        optimizer.second_moment()  # refuses
+        self._flat, self._optimizer = flat, optimizer
+        self._last = torch.zeros_like(flat.data)
+        """d_{t-1} as step t begins; while it is updated the parameters before, then d_t."""
+
+    def before_update(self) -> dict[str, torch.Tensor]:
+        """As Secant.before_update."""
+        along = self._flat.layout.unit_sums(self._flat.grad * self._last)
+        square = weighted_sums(self._flat, self._optimizer, self._last, self._last)
+        self._last.copy_(self._flat.data)
+        return {"along": along, "square": square}
 
     def after_step(self, grad_norm: torch.Tensor) -> dict[str, torch.Tensor]:
         """theta has moved by d_t; the gradient is clipped."""
         torch.sub(self._flat.data, self._last, out=self._last)
-        if self._before is not None:
-            return {}
         clipped = self._flat.layout.unit_sums(self._flat.grad * self._last)
         return {"along_after": clipped * self._optimizer.clip_divisor(grad_norm)}
 
     def state(self) -> dict[str, torch.Tensor]:
-        return {"last": self._last} | ({} if self._before is None else {"before": self._before})
+        return {"last": self._last}
 
     def load_state(self, state: dict[str, torch.Tensor]) -> None:
         self._last.copy_(state["last"])
-        if self._before is not None:
-            self._before.copy_(state["before"])
 
 
 class Product:

@@ -22,7 +22,7 @@ from fastpeft.data import Batch
 from fastpeft.models.lens import FirstLayer
 from fastpeft.signals import BlockSums, Measured, Need, Rates, Secants, Signals
 from fastpeft.trainer.answers import AnswerGradient
-from fastpeft.trainer.curvature import Product, Secant
+from fastpeft.trainer.curvature import PlainSecant, Product, Secant
 from fastpeft.trainer.optim import Optimizer
 
 SAMPLE_EVERY = 16
@@ -63,8 +63,10 @@ class Probes:
         self._optimizer = optimizer
         if Need.ANSWER_GRADIENT in self._wanted:
             self._answers = AnswerGradient(adapter)
-        if self._wanted & {Need.SECANT, Need.PLAIN_SECANT}:
-            self._secant = Secant(flat, optimizer, lagged=Need.SECANT in self._wanted)
+        if Need.SECANT in self._wanted:
+            self._secant = Secant(flat, optimizer)
+        if Need.PLAIN_SECANT in self._wanted:
+            self._secant = PlainSecant(flat, optimizer)
         if Need.PRODUCT in self._wanted:
             self._product = Product(flat, optimizer)
         self._reader = _Reader(np.ones(flat.layout.num_units))

@@ -3,6 +3,8 @@
 import triton
 import triton.language as tl
 
+from fastpeft.kernels.unit_sums import sum_unit
+
 
 @triton.jit
 def _bias(count, log_beta):
@@ -120,7 +122,7 @@ def adamw_kernel(
         variance += tl.sum(variance4)
         dot += tl.sum(dot4)
     if REDUCES:
-        _sum_unit(
+        sum_unit(
             square, mean, variance, dot, program, unit, units_ptr, partials_ptr, sums_ptr, tickets_ptr + 2, BLOCK_ROWS
         )
     if program == 0:
@@ -130,27 +132,3 @@ def adamw_kernel(
     if tl.atomic_add(tickets_ptr + 1, 1, sem="acq_rel") == num_slices - 1:
         tl.store(tickets_ptr + 1, 0)
         tl.store(step_ptr, tl.where(good, step + 1, step))
-
-
-@triton.jit
-def _sum_unit(
-    square, mean, variance, dot, program, unit, units_ptr, partials_ptr, sums_ptr, tickets_ptr,
-    BLOCK_ROWS: tl.constexpr,
-):  # fmt: skip
-    """Keep one slice's sums; the last slice of its unit adds up them all, in their order."""
-    row_ptr = partials_ptr + program * 4
-    tl.store(row_ptr, square)
-    tl.store(row_ptr + 1, mean)
-    tl.store(row_ptr + 2, variance)
-    tl.store(row_ptr + 3, dot)
-    first, num = tl.load(units_ptr + unit * 2), tl.load(units_ptr + unit * 2 + 1).to(tl.int32)
-    tl.debug_barrier()
-    if tl.atomic_add(tickets_ptr + unit, 1, sem="acq_rel") == num - 1:
-        tl.store(tickets_ptr + unit, 0)
-        rows, columns = tl.arange(0, BLOCK_ROWS), tl.arange(0, 4)
-        total = tl.zeros((BLOCK_ROWS, 4), tl.float32)
-        for at in range(0, num, BLOCK_ROWS):  # past the first-level cache: other programs wrote them
-            places = (first + at + rows)[:, None] * 4 + columns[None, :]
-            inside = (at + rows < num)[:, None] & (columns < 4)[None, :]
-            total += tl.load(partials_ptr + places, mask=inside, other=0.0, cache_modifier=".cg")
-        tl.store(sums_ptr + unit * 4 + columns, tl.sum(total, 0))

@@ -1,0 +1,25 @@
+"""The sums that curvature is read from: the specification."""
+
+from __future__ import annotations
+
+import torch
+
+from fastpeft.kernels.flat_layout import FlatLayout
+
+
+def secant_sums(
+    data: torch.Tensor,
+    grad: torch.Tensor,
+    previous: torch.Tensor,
+    older: torch.Tensor,
+    second: torch.Tensor,
+    divisor: torch.Tensor,
+    layout: FlatLayout,
+) -> list[torch.Tensor]:
+    """(U,) each: <g, d>, <g, d'> and <d sqrt(v), d'>, d = data - previous, d' = older, v = second / divisor."""
+    last = data - previous
+    products = grad * last, grad * older, last * (second / divisor).sqrt() * older
+    return [
+        torch.stack([sum(product[at : at + size].sum() for at, size in parts) for parts in layout.unit_parts()])
+        for product in products
+    ]
