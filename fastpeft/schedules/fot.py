@@ -10,7 +10,6 @@ Shape suffixes: K adapted matrices, U units (the K matrices, then other paramete
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -18,6 +17,8 @@ import numpy as np
 from fastpeft.config.schedules import ScheduleConfig
 from fastpeft.schedules.base import WarmedSchedule, register
 from fastpeft.schedules.forecast import Divergences, Forecaster
+from fastpeft.schedules.fot_signals import KEEP, BlockScales, Evidence, PhaseGate, statistics
+from fastpeft.schedules.running import RunningMean
 from fastpeft.signals import Blocks, BlockSums, Measured, Need, Rates
 
 GROWTH, FALL = 1.1, 0.9
@@ -27,165 +28,6 @@ LEAST, MOST = 1 / 100, 30.0
 NOTHING_LEFT = 1e-9
 """A forecast fall of the loss that is none."""
 ALIGNMENT_STEPS, ALIGNMENT_GROWTH = 16, 1.5
-KEEP = 0.98
-"""Decay of running means, a step."""
-SAMPLED_KEEP = KEEP**16
-"""Of what is measured every 16 steps: the prompts' Fisher information, the gradient of the answers' tokens."""
-MULTIPLIER_RANGE = 1 / 4, 4.0
-
-
-@dataclass(frozen=True)
-class Statistics:
-    """Of one step, over all N trained parameters. Loss units: nats; theta stands for a parameter's unit."""
-
-    grad_sq: float
-    """g2 = sum g^2 / N, before clipping: nats^2 / theta^2."""
-    root_second: float
-    """lambda = sqrt(sum v / N), v Adam's bias-corrected second moment, after clipping: nats / theta."""
-    second_spread: float
-    """sigma2: standard deviation over the tensors of their mean v: nats^2 / theta^2. It is the paper's that it is added
-    to lambda, whose unit differs."""
-
-    @property
-    def descent(self) -> float:
-        """Predicted fall of the loss per unit of rate: g2 / (2 (sigma2 + lambda))."""
-        return self.grad_sq / (2 * (self.second_spread + self.root_second))
-
-
-def statistics(sums: BlockSums, num_elements_U: np.ndarray) -> Statistics | None:
-    """All statistics of the bound from a step's sums; a tensor is a unit of Blocks. None if one is not finite, or if
-    there is no gradient to divide by."""
-    num = float(num_elements_U.sum())
-    with np.errstate(all="ignore"):  # what is not finite comes out as None
-        mean_U = sums.second_U / num_elements_U
-        grad_sq, second = float(sums.grad_sq_U.sum()) / num, float(sums.second_U.sum()) / num
-        spread = float(np.std(mean_U))
-    if not (grad_sq > 0 and second >= 0 and second + spread > 0):
-        return None
-    found = Statistics(grad_sq, math.sqrt(second), spread)
-    return found if math.isfinite(found.descent) else None
-
-
-class RunningMean:
-    """Exponential mean, corrected for its start; None before the first value."""
-
-    def __init__(self, keep: float) -> None:
-        self.keep = keep
-        self._sum, self._weight = 0.0, 0.0
-
-    def add(self, value: float) -> None:
-        self._sum = self.keep * self._sum + (1 - self.keep) * value
-        self._weight = self.keep * self._weight + (1 - self.keep)
-
-    @property
-    def value(self) -> float | None:
-        return self._sum / self._weight if self._weight else None
-
-    def state(self) -> list[float]:
-        return [self._sum, self._weight]
-
-    def load_state(self, state: list[float]) -> None:
-        self._sum, self._weight = state
-
-
-class Evidence:
-    """Mean and standard error of a noisy figure whose mean drifts; older readings fade."""
-
-    KEEP = 0.995
-
-    def __init__(self) -> None:
-        self._sums = [0.0, 0.0, 0.0, 0.0]
-        """Of w, w^2, w x and w x^2, w the weight of a reading x."""
-
-    def add(self, value: float) -> None:
-        """One whose square overflows is left out."""
-        new = 1.0, 1.0, value, value * value
-        if not math.isfinite(new[3]):
-            return
-        fades = self.KEEP, self.KEEP**2, self.KEEP, self.KEEP
-        self._sums = [fade * kept + more for fade, kept, more in zip(fades, self._sums, new)]
-
-    def errors_from(self, target: float) -> float:
-        """(mean - target) in standard errors; 0 for fewer than two readings."""
-        weight, squares, total, total_sq = self._sums
-        count = weight**2 / squares if squares else 0.0
-        if count < 2:
-            return 0.0
-        mean = total / weight
-        variance = max(0.0, total_sq / weight - mean**2) * count / (count - 1)
-        return (mean - target) / math.sqrt(variance / count) if variance else math.copysign(math.inf, mean - target)
-
-    def state(self) -> list[float]:
-        return list(self._sums)
-
-    def load_state(self, state: list[float]) -> None:
-        self._sums = list(state)
-
-
-class PhaseGate:
-    """h: 1.5 while the answers' tokens are surer than the prompts', 0.7 while less sure; 1 where there is no prompt."""
-
-    def __init__(self) -> None:
-        self.answer, self.prompt = RunningMean(KEEP), RunningMean(SAMPLED_KEEP)
-        self.factor = 1.0
-
-    def add(self, measured: Measured) -> None:
-        for mean, value in ((self.answer, measured.answer_fisher), (self.prompt, measured.prompt_fisher)):
-            if value is not None and math.isfinite(value):
-                mean.add(value)
-
-    def decide(self) -> None:
-        answer, prompt = self.answer.value, self.prompt.value
-        if answer is None or not prompt:
-            return
-        ratio = answer / prompt
-        self.factor = 1.5 if ratio < 0.7 else 0.7 if ratio > 1.3 else 1.0
-
-    def state(self) -> dict[str, Any]:
-        return {"answer": self.answer.state(), "prompt": self.prompt.state(), "factor": self.factor}
-
-    def load_state(self, state: dict[str, Any]) -> None:
-        self.answer.load_state(state["answer"])
-        self.prompt.load_state(state["prompt"])
-        self.factor = state["factor"]
-
-
-class BlockScales:
-    """sqrt(mean of lambda / lambda_k), lambda_k the running RMS over the elements of B_k of its gradient, the answers'
-    part only.
-
-    The smaller a matrix's gradient, the larger its rate: so says the paper's formula, and its prose the opposite.
-    """
-
-    def __init__(self, blocks: Blocks) -> None:
-        if len(blocks.num_b_elements) != len(blocks):
-            raise ValueError(f"fot: {len(blocks)} matrices, but {len(blocks.num_b_elements)} sizes of B")
-        self._num_K = np.array(blocks.num_b_elements, dtype=np.float64)
-        self._sq_K: np.ndarray | None = None
-        self.multiplier_K: np.ndarray | None = None
-
-    def add(self, grad_sq_K: np.ndarray | None) -> None:
-        if grad_sq_K is None or not len(grad_sq_K) or not ((grad_sq_K >= 0) & (grad_sq_K < np.inf)).all():
-            return
-        # Every matrix has seen as many values: the correction for the start would cancel below.
-        self._sq_K = grad_sq_K.astype(np.float64) if self._sq_K is None else self._sq_K
-        self._sq_K = SAMPLED_KEEP * self._sq_K + (1 - SAMPLED_KEEP) * grad_sq_K
-
-    def decide(self) -> None:
-        if self._sq_K is None or not self._sq_K.any():
-            return
-        rms_K = np.sqrt(self._sq_K / self._num_K)
-        least, most = MULTIPLIER_RANGE
-        nonzero_K = np.maximum(rms_K, rms_K.mean() / most**2)  # below it the result is clipped anyway
-        self.multiplier_K = np.clip(np.sqrt(rms_K.mean() / nonzero_K), least, most)
-
-    def state(self) -> dict[str, Any]:
-        arrays = {"sq": self._sq_K, "multiplier": self.multiplier_K}
-        return {name: None if array is None else array.tolist() for name, array in arrays.items()}
-
-    def load_state(self, state: dict[str, Any]) -> None:
-        arrays = (None if state[name] is None else np.array(state[name]) for name in ("sq", "multiplier"))
-        self._sq_K, self.multiplier_K = arrays
 
 
 @register("fot")
@@ -201,12 +43,11 @@ class Fot(WarmedSchedule):
         self.gate = PhaseGate()
         self.scales = BlockScales(blocks) if self.options.block_scaling and blocks is not None else None
         self._num_elements_U = np.array(blocks.num_elements if blocks is not None else (), dtype=np.float64)
-        self.descent = RunningMean(KEEP)
-        """D: measured fall of the loss per unit of rate, along the last direction, at the step's end."""
+        self._descent = RunningMean(KEEP)
         self.lr = peak_lr
         self.at_bound = False
         self.evidence = Evidence()
-        """The values of `descent` since the rate was last changed."""
+        """The readings of `descent` since the rate was last changed."""
         self._lr_before: float | None = None
         self._predicted, self._num_predicted = 0.0, 0
         self._spent = [0.0, 0.0]
@@ -261,9 +102,10 @@ class Fot(WarmedSchedule):
         self._predicted, self._num_predicted = self._predicted + found.descent, self._num_predicted + 1
         if self._lr_before is None:  # no step led here
             return
-        self.descent.add(descent)
-        self.evidence.add(descent)
-        self._spent[0] += self._lr_before * (self.descent.value or 0.0)
+        self._descent.update(descent)
+        if self.warmup.ended_at is not None:  # until then each step has a rate of its own
+            self.evidence.add(descent)
+        self._spent[0] += self._lr_before * (self.descent or 0.0)
         self._spent[1] += self._lr_before * found.descent
 
     def _measured_descent(self, sums: BlockSums) -> float:
@@ -276,6 +118,12 @@ class Fot(WarmedSchedule):
         return float(descent_U[:num] @ multiplier_K + descent_U[num:].sum())
 
     # ---- the rate ----------------------------------------------------------------------------
+
+    @property
+    def descent(self) -> float | None:
+        """D: measured fall of the loss per unit of rate, along the last direction, at the step's end."""
+        value = self._descent.value
+        return None if value is None or np.isnan(value) else float(value)
 
     @property
     def at_rail(self) -> bool:
@@ -292,7 +140,7 @@ class Fot(WarmedSchedule):
         x / (x + 2) than the way to the lowest point; were it twice as long, nothing would fall any more.
         """
         annealing = self.options.anneal > 0 and progress >= 1 - self.options.anneal
-        if self.warmup.ended_at is None or annealing or self.descent.value is None:
+        if self.warmup.ended_at is None or annealing or self.descent is None:
             return
         target = 0.0
         if self.options.overshoot and self.forecaster.law is not None:
@@ -304,7 +152,7 @@ class Fot(WarmedSchedule):
                 self._set(self.lr * (ALIGNMENT_GROWTH if errors > 0 else 1 / ALIGNMENT_GROWTH))
                 self.evidence = Evidence()
             return
-        self._set(self.lr * (ALIGNMENT_GROWTH if self.descent.value > target else FALL))
+        self._set(self.lr * (ALIGNMENT_GROWTH if self.descent > target else FALL))
 
     def _refit(self, progress: float) -> None:
         """At the end of a block."""
@@ -325,7 +173,7 @@ class Fot(WarmedSchedule):
         if not left > NOTHING_LEFT:
             self._counts["held"] += 1
             return None
-        descent = self.descent.value if self.options.calibrate else self._predicted_descent()
+        descent = self.descent if self.options.calibrate else self._predicted_descent()
         if descent is None:
             self._counts["skipped"] += 1
             return None
@@ -351,7 +199,7 @@ class Fot(WarmedSchedule):
             "at_rail": self.at_rail,
             "improvable": self.forecaster.improvable(),
             "predicted_descent": self._predicted_descent(),
-            "descent": self.descent.value,
+            "descent": self.descent,
             "kappa": measured / predicted if predicted > 0 else None,
             "gate": self.gate.factor,
             "exponent": law.exponent,
@@ -384,7 +232,7 @@ class Fot(WarmedSchedule):
             "divergences": self.divergences.state(),
             "gate": self.gate.state(),
             "scales": None if self.scales is None else self.scales.state(),
-            "descent": self.descent.state(),
+            "descent": self._descent.state(),
             "lr": self.lr,
             "at_bound": self.at_bound,
             "evidence": self.evidence.state(),
@@ -399,7 +247,7 @@ class Fot(WarmedSchedule):
         self.gate.load_state(state["gate"])
         if self.scales is not None:
             self.scales.load_state(state["scales"])
-        self.descent.load_state(state["descent"])
+        self._descent.load_state(state["descent"])
         self.lr, self.at_bound = state["lr"], state["at_bound"]
         self.evidence.load_state(state["evidence"])
         self._lr_before, self._predicted, self._num_predicted, spent = state["block"]

@@ -15,7 +15,8 @@ import pytest
 from fastpeft.config.schedules import FotConfig, ScheduleConfig
 from fastpeft.schedules import make_schedule
 from fastpeft.schedules.forecast import Divergences, Forecaster
-from fastpeft.schedules.fot import Evidence, Fot, statistics
+from fastpeft.schedules.fot import Fot
+from fastpeft.schedules.fot_signals import Evidence, statistics
 from fastpeft.signals import Blocks, BlockSums, Measured, Need
 
 LR = 1e-3
@@ -206,6 +207,17 @@ def test_confident_the_rate_moves_by_evidence_alone(mean: float, moves: int, see
     else:
         assert set(map(round, confident)) == {moves}
         assert 1 <= len(confident) <= 10
+
+
+def test_steps_of_the_warm_up_are_no_evidence() -> None:
+    """Their rates are lower, and descend more."""
+
+    def descends_at_first(number: int, total: int, lr: float) -> Measured:
+        return step(number, total, lr, blocks=sums(descent=(5.0 if number <= 20 else 0.0) + (-1) ** number))
+
+    rates = list(follow(make(alignment=True, confidence=2.5, warmup_steps=20), 200, 400, descends_at_first))
+    assert set(rates[20:]) == {LR}
+    assert len(set(follow(make(alignment=True, confidence=2.5, warmup_steps=0), 200, 400, descends_at_first))) > 1
 
 
 def test_evidence_is_the_mean_over_its_standard_error(seed: int) -> None:
