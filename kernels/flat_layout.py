@@ -167,12 +167,14 @@ class FlatLayout:
         return matrices + [[part] for part in self.others]
 
     def unit_sums(self, flat: torch.Tensor) -> torch.Tensor:
-        """Sum over each unit's elements of a flat tensor: (num_units,). On a GPU a few operations a group."""
+        """Sum over each unit's elements of flat tensors (..., num_total): (..., num_units). On a GPU a few operations a
+        group and tensor."""
         if flat.device.type != "cpu":
-            return self._sums_by_group(flat)
-        sum_P = np.add.reduceat(flat.numpy(), self._starts_P)  # so many operations would cost more than what they read
-        sum_U = sum_P[self._first_U]
-        sum_U[: self.num_matrices] += sum_P[self._second_K]
+            rows = [self._sums_by_group(row) for row in flat.reshape(-1, self.num_total)]
+            return torch.stack(rows).view(*flat.shape[:-1], -1)
+        sum_P = np.add.reduceat(flat.numpy(), self._starts_P, axis=-1)  # an operation each would cost more than reading
+        sum_U = sum_P[..., self._first_U]
+        sum_U[..., : self.num_matrices] += sum_P[..., self._second_K]
         return torch.from_numpy(sum_U)
 
     def _sums_by_group(self, flat: torch.Tensor) -> torch.Tensor:

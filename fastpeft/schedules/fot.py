@@ -18,7 +18,7 @@ from fastpeft.config.schedules import ScheduleConfig
 from fastpeft.schedules.base import WarmedSchedule, register
 from fastpeft.schedules.forecast import Divergences, Forecaster
 from fastpeft.schedules.fot_signals import KEEP, BlockScales, Evidence, PhaseGate, statistics
-from fastpeft.schedules.running import RunningMean
+from fastpeft.schedules.running import RunningFloat
 from fastpeft.signals import Blocks, BlockSums, Measured, Need, Rates
 
 GROWTH, FALL = 1.1, 0.9
@@ -43,7 +43,8 @@ class Fot(WarmedSchedule):
         self.gate = PhaseGate()
         self.scales = BlockScales(blocks) if self.options.block_scaling and blocks is not None else None
         self._num_elements_U = np.array(blocks.num_elements if blocks is not None else (), dtype=np.float64)
-        self._descent = RunningMean(KEEP)
+        self.descent = RunningFloat(KEEP)
+        """D: measured fall of the loss per unit of rate, along the last direction, at the step's end."""
         self.lr = peak_lr
         self.at_bound = False
         self.evidence = Evidence()
@@ -102,10 +103,10 @@ class Fot(WarmedSchedule):
         self._predicted, self._num_predicted = self._predicted + found.descent, self._num_predicted + 1
         if self._lr_before is None:  # no step led here
             return
-        self._descent.update(descent)
+        self.descent.update(descent)
         if self.warmup.ended_at is not None:  # until then each step has a rate of its own
             self.evidence.add(descent)
-        self._spent[0] += self._lr_before * (self.descent or 0.0)
+        self._spent[0] += self._lr_before * (self.descent.value or 0.0)
         self._spent[1] += self._lr_before * found.descent
 
     def _measured_descent(self, sums: BlockSums) -> float:
@@ -118,12 +119,6 @@ class Fot(WarmedSchedule):
         return float(descent_U[:num] @ multiplier_K + descent_U[num:].sum())
 
     # ---- the rate ----------------------------------------------------------------------------
-
-    @property
-    def descent(self) -> float | None:
-        """D: measured fall of the loss per unit of rate, along the last direction, at the step's end."""
-        value = self._descent.value
-        return None if value is None or np.isnan(value) else float(value)
 
     @property
     def at_rail(self) -> bool:
@@ -140,7 +135,7 @@ class Fot(WarmedSchedule):
         x / (x + 2) than the way to the lowest point; were it twice as long, nothing would fall any more.
         """
         annealing = self.options.anneal > 0 and progress >= 1 - self.options.anneal
-        if self.warmup.ended_at is None or annealing or self.descent is None:
+        if self.warmup.ended_at is None or annealing or self.descent.value is None:
             return
         target = 0.0
         if self.options.overshoot and self.forecaster.law is not None:
@@ -152,7 +147,7 @@ class Fot(WarmedSchedule):
                 self._set(self.lr * (ALIGNMENT_GROWTH if errors > 0 else 1 / ALIGNMENT_GROWTH))
                 self.evidence = Evidence()
             return
-        self._set(self.lr * (ALIGNMENT_GROWTH if self.descent > target else FALL))
+        self._set(self.lr * (ALIGNMENT_GROWTH if self.descent.value > target else FALL))
 
     def _refit(self, progress: float) -> None:
         """At the end of a block."""
@@ -173,7 +168,7 @@ class Fot(WarmedSchedule):
         if not left > NOTHING_LEFT:
             self._counts["held"] += 1
             return None
-        descent = self.descent if self.options.calibrate else self._predicted_descent()
+        descent = self.descent.value if self.options.calibrate else self._predicted_descent()
         if descent is None:
             self._counts["skipped"] += 1
             return None
@@ -199,7 +194,7 @@ class Fot(WarmedSchedule):
             "at_rail": self.at_rail,
             "improvable": self.forecaster.improvable(),
             "predicted_descent": self._predicted_descent(),
-            "descent": self.descent,
+            "descent": self.descent.value,
             "kappa": measured / predicted if predicted > 0 else None,
             "gate": self.gate.factor,
             "exponent": law.exponent,
@@ -232,7 +227,7 @@ class Fot(WarmedSchedule):
             "divergences": self.divergences.state(),
             "gate": self.gate.state(),
             "scales": None if self.scales is None else self.scales.state(),
-            "descent": self._descent.state(),
+            "descent": self.descent.state(),
             "lr": self.lr,
             "at_bound": self.at_bound,
             "evidence": self.evidence.state(),
@@ -247,7 +242,7 @@ class Fot(WarmedSchedule):
         self.gate.load_state(state["gate"])
         if self.scales is not None:
             self.scales.load_state(state["scales"])
-        self._descent.load_state(state["descent"])
+        self.descent.load_state(state["descent"])
         self.lr, self.at_bound = state["lr"], state["at_bound"]
         self.evidence.load_state(state["evidence"])
         self._lr_before, self._predicted, self._num_predicted, spent = state["block"]

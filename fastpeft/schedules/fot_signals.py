@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from fastpeft.schedules.running import RunningMean
+from fastpeft.schedules.running import RunningFloat
 from fastpeft.signals import Blocks, BlockSums, Measured
 
 KEEP = 0.98
@@ -46,7 +46,8 @@ def statistics(sums: BlockSums, num_elements_U: np.ndarray) -> Statistics | None
     with np.errstate(all="ignore"):  # what is not finite comes out as None
         mean_U = sums.second_U / num_elements_U
         grad_sq, second = float(sums.grad_sq_U.sum()) / num, float(sums.second_U.sum()) / num
-        spread = float(np.std(mean_U))
+        apart_U = mean_U - float(mean_U.sum()) / len(mean_U)
+        spread = math.sqrt(float(apart_U @ apart_U) / len(mean_U))
     if not (grad_sq > 0 and second >= 0 and second + spread > 0):
         return None
     found = Statistics(grad_sq, math.sqrt(second), spread)
@@ -91,12 +92,12 @@ class PhaseGate:
     """h: 1.5 while the answers' tokens are surer than the prompts', 0.7 while less sure; 1 where there is no prompt."""
 
     def __init__(self) -> None:
-        self.answer, self.prompt = RunningMean(KEEP), RunningMean(SAMPLED_KEEP)
+        self.answer, self.prompt = RunningFloat(KEEP), RunningFloat(SAMPLED_KEEP)
         self.factor = 1.0
 
     def add(self, measured: Measured) -> None:
         for mean, value in ((self.answer, measured.answer_fisher), (self.prompt, measured.prompt_fisher)):
-            if value is not None and math.isfinite(value):
+            if value is not None:
                 mean.update(value)
 
     def decide(self) -> None:

@@ -194,11 +194,13 @@ class Graff(WarmedSchedule):
 
     def _project(self, tape: Tape, upper: float) -> None:
         """Bring the log eta that the weights give for these states inside [rail, upper]."""
-        weights_P, log_ref = self._weights_P.copy(), math.log(self.peak_lr)
-        row_D = planner.views(weights_P)["decoder.weight"][ETA]
-        row_D[:] = planner.project(row_D, tape.mean_D, math.log(LR_MIN) - log_ref, upper - log_ref)
-        self._weights_P = weights_P
-        tape.use(weights_P)
+        log_ref = math.log(self.peak_lr)
+        row_D = planner.decoder_row(self._weights_P, ETA)
+        moved_D = planner.project(row_D, tape.mean_D, math.log(LR_MIN) - log_ref, upper - log_ref)
+        if moved_D is not row_D:
+            self._weights_P = self._weights_P.copy()  # emissions before this one were made with the old ones
+            planner.decoder_row(self._weights_P, ETA)[:] = moved_D
+            tape.use(self._weights_P)
 
     def _next_log_eta(self, tape: Tape, upper: float) -> float:
         """What the weights give, kept inside rail and guard, and no further from the last one than SLEW.
@@ -206,7 +208,7 @@ class Graff(WarmedSchedule):
         The curvature is noisy: were the guard not held to SLEW, each of its peaks would take off in a step what takes
         a hundred to come back.
         """
-        row_D = planner.views(self._weights_P)["decoder.weight"][ETA]
+        row_D = planner.decoder_row(self._weights_P, ETA)
         wanted = float(row_D @ tape.mean_D) + math.log(self.peak_lr)
         wanted = max(min(wanted, upper), math.log(LR_MIN))
         if self._log_eta is not None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +36,10 @@ SHAPES = {
     "gru.bias_hh": (3 * STATE,),
     "decoder.weight": (3, STATE),
 }
-NUM_WEIGHTS = sum(math.prod(shape) for shape in SHAPES.values())
+_ENDS = list(accumulate(math.prod(shape) for shape in SHAPES.values()))
+NUM_WEIGHTS = _ENDS[-1]
+_PLACES = [(name, slice(end - math.prod(shape), end), shape) for (name, shape), end in zip(SHAPES.items(), _ENDS)]
+_DECODER = next(place for name, place, _ in _PLACES if name == "decoder.weight")
 MIN_MULTIPLIER = 1e-6
 """Floor of a multiplier before it is centred."""
 MIN_SQUARE = 0.01
@@ -46,12 +50,13 @@ SHIPPED = Path(__file__).with_name("planner.safetensors")
 
 def views(weights_P: np.ndarray) -> dict[str, np.ndarray]:
     """The tensors that lie in a vector of all weights."""
-    found, start = {}, 0
-    for name, shape in SHAPES.items():
-        end = start + math.prod(shape)
-        found[name] = weights_P[start:end].reshape(shape)
-        start = end
-    return found
+    return {name: weights_P[place].reshape(shape) for name, place, shape in _PLACES}
+
+
+def decoder_row(weights_P: np.ndarray, row: int) -> np.ndarray:
+    """(D,) view of the decoder's row ETA, MULTIPLIER or TILT."""
+    start = _DECODER.start + row * STATE
+    return weights_P[start : start + STATE]
 
 
 def initial_weights(seed: int = 0) -> np.ndarray:

@@ -74,9 +74,9 @@ def adamw_step(
     skipped = (~good).to(data.dtype)
     clip = (norm / options.max_norm).clamp_min(1.0) if options.max_norm else torch.ones_like(norm)
     divisor = clip if loss_scale is None else clip * loss_scale
-    sums = None
-    if reduces:
-        sums = _sums_before(buffers, layout, loss_scale, options)
+    terms = data.new_empty(NUM_SUMS, layout.num_total) if reduces else None
+    if terms is not None:
+        _write_terms(terms, buffers, loss_scale, options, layout)
     if data.dtype == torch.float32:
         before = None if multiplier_K is None else data.clone()
         _step_fused(buffers, layout, lr, divisor, skipped, options)
@@ -84,10 +84,15 @@ def adamw_step(
             torch.lerp(before, data, layout.spread(multiplier_K, fill=1.0), out=data)
     else:
         _step_plainly(buffers, layout, lr, divisor, good, multiplier_K, options)
-    if sums is not None:
-        bias1, bias2 = _bias_corrections(step, options)
-        sums[1:1] = [layout.unit_sums(exp_avg.square()) / bias1**2, layout.unit_sums(exp_avg_sq) / bias2]
-    return AdamWResult(skipped, None if sums is None else torch.stack(sums, dim=1))
+    if terms is None:
+        return AdamWResult(skipped, None)
+    torch.mul(exp_avg, exp_avg, out=terms[1])
+    terms[2].copy_(exp_avg_sq)
+    sums_4U = layout.unit_sums(terms)  # at once: on a CPU a call costs what it reads
+    bias1, bias2 = _bias_corrections(step, options)
+    sums_4U[1] /= bias1**2
+    sums_4U[2] /= bias2
+    return AdamWResult(skipped, sums_4U.t())
 
 
 def _check(buffers, layout, lr, norm, loss, loss_scale, multiplier_K) -> None:
@@ -154,23 +159,31 @@ def _step_fused(
         )
 
 
-def _sums_before(
-    buffers: Buffers, layout: FlatLayout, loss_scale: torch.Tensor | None, options: AdamWOptions
-) -> list[torch.Tensor]:
-    """Of g^2 and of g u (1 - rate decay), as reference.direction gives it, in few operations over whole buffers."""
+def _write_terms(
+    terms: torch.Tensor,
+    buffers: Buffers,
+    loss_scale: torch.Tensor | None,
+    options: AdamWOptions,
+    layout: FlatLayout,
+) -> None:
+    """What is known before the step: g^2, and g u (1 - rate decay) as reference.direction gives it."""
     data, grad, exp_avg, exp_avg_sq, step = buffers
     raw = grad if loss_scale is None else grad / loss_scale
+    torch.mul(raw, raw, out=terms[0])
+    dots = terms[3]
+    if step == 0:
+        dots.zero_()
+        return
     bias1, bias2 = _bias_corrections(step, options)
     root = math.sqrt(bias2)
-    work = exp_avg_sq.sqrt().add_(options.eps * root)
-    torch.div(exp_avg, work, out=work)
+    torch.sqrt(exp_avg_sq, out=dots).add_(options.eps * root)
+    torch.div(exp_avg, dots, out=dots)
     decays = options.weight_decay, options.head_weight_decay
     cut = layout.num_total if decays[0] == decays[1] else layout.num_adapter
     for part, decay in zip((slice(cut), slice(cut, None)), decays):
         if decay and part.start != layout.num_total:
-            work[part].add_(data[part], alpha=decay * bias1 / root)
-    dots = layout.unit_sums(work.mul_(raw)) * (root / bias1 if step > 0 else 0.0)
-    return [layout.unit_sums(torch.mul(raw, raw, out=work)), dots]
+            dots[part].add_(data[part], alpha=decay * bias1 / root)
+    dots.mul_(raw).mul_(root / bias1)
 
 
 def _bias_corrections(step: torch.Tensor, options: AdamWOptions) -> tuple[float, float]:
