@@ -25,7 +25,6 @@ from fastpeft.trainer.setup import build_job
 FIRST_STEPS = 16
 WINDOW_STEPS, DIVERGED_FACTOR, DIVERGED_STEPS = 20, 2.0, 50
 WARM_ROUNDS = 3
-_TOLD = ("schedule", "forecast")
 
 
 class _Watcher:
@@ -118,10 +117,9 @@ def _start(steps: list[Event]) -> dict[str, Any]:
 
 
 def _told(watcher: _Watcher) -> list[Event]:
-    """The schedule's warnings, each once, its forecasts, and the last of its figures."""
+    """The schedule's warnings, each once, and the last of its figures: FoT's are how far off its forecasts were."""
     warnings = {event["message"]: event for event in watcher.of("warning")}
-    forecasts, figures = (watcher.of(type) for type in ("forecast", "schedule"))
-    kept = [*warnings.values(), *forecasts[:: max(1, len(forecasts) // 20)], *figures[-1:]]
+    kept = [*warnings.values(), *watcher.of("schedule")[-1:]]
     return [{key: value for key, value in event.items() if key != "time_s"} for event in kept]
 
 
