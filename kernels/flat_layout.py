@@ -109,11 +109,16 @@ class FlatLayout:
         places = [[bisect(self._starts_P, at) - 1 for at, _ in own] for own in self.unit_parts()]
         self._first_U = np.array([own[0] for own in places])
         self._second_K = np.array([own[1] for own in places[: self.num_matrices]], dtype=np.int64)
+        self._unit_P = np.empty(len(self._starts_P), dtype=np.int64)
+        for unit, own in enumerate(places):
+            self._unit_P[own] = unit
+        self._sizes_P = np.diff(self._starts_P, append=self.num_total)
         self.scale_K = torch.tensor([g.scale for g, _, _ in self._place], dtype=torch.float32, device=device)
         self.num_in_K = torch.tensor([g.num_in for g, _, _ in self._place], dtype=torch.float32, device=device)
         self.tickets = torch.zeros(2 + self.num_units, dtype=torch.int32, device=device)
         """How many programs of a running launch are done: of the penalty's, of a step's, of each unit's."""
         self.device = self.tickets.device
+        self._workspace: torch.Tensor | None = None
 
     def _places(self) -> list[tuple[MatrixGroup, int, int]]:
         """(group, place of A, place of B) of each matrix, in the model's order."""
@@ -166,6 +171,14 @@ class FlatLayout:
         matrices = [[(a, g.rank * g.num_in), (b, g.rank * g.num_out)] for g, a, b in self._place]
         return matrices + [[part] for part in self.others]
 
+    def workspace(self, rows: int, like: torch.Tensor) -> torch.Tensor:
+        """(rows, num_total) in the dtype of `like`, uninitialised. The same memory at each call: fresh pages cost a
+        CPU more than what is computed in them."""
+        kept = self._workspace
+        if kept is None or len(kept) < rows or kept.dtype != like.dtype:
+            kept = self._workspace = like.new_empty(rows, self.num_total)
+        return kept[:rows]
+
     def unit_sums(self, flat: torch.Tensor) -> torch.Tensor:
         """Sum over each unit's elements of flat tensors (..., num_total): (..., num_units). On a GPU a few operations a
         group and tensor."""
@@ -193,6 +206,10 @@ class FlatLayout:
 
     def spread(self, value_K: torch.Tensor, fill: float) -> torch.Tensor:
         """A value of each matrix at all of its elements, `fill` at all others: (num_total,)."""
+        if value_K.is_cpu:
+            value_U = np.full(self.num_units, fill, dtype=value_K.numpy().dtype)
+            value_U[: self.num_matrices] = value_K.numpy()
+            return torch.from_numpy(np.repeat(value_U[self._unit_P], self._sizes_P))
         out = value_K.new_full((self.num_total,), fill)
         for group, index_K in zip(self.groups, self.index_K):
             own_K = value_K[index_K][:, None, None]

@@ -27,11 +27,14 @@ class RunningCurvature:
         self.decay = decay
         self.num_readings = 0
         self._mean_2U: np.ndarray | None = None
+        self._per_unit_U: np.ndarray | None = None
+        """Of the readings so far, once it was asked for."""
 
     def update(self, secants: Secants) -> None:
         """Take a reading in. One that is not finite is left out, unit by unit."""
         new_2U = np.array([secants.change_U, secants.square_U], dtype=np.float64)
         self.num_readings += 1
+        self._per_unit_U = None
         if self._mean_2U is None:
             self._mean_2U = np.zeros_like(new_2U)
         finite_U = np.isfinite(new_2U).all(0)
@@ -40,11 +43,12 @@ class RunningCurvature:
 
     def per_unit(self) -> np.ndarray | None:
         """(U,) lambda, NaN where its denominator is not positive; None before the first reading."""
-        if self._mean_2U is None:
-            return None
-        change_U, square_U = self._mean_2U
-        with np.errstate(over="ignore"):
-            return np.divide(change_U, square_U, out=np.full_like(change_U, np.nan), where=square_U > 0)
+        if self._per_unit_U is None and self._mean_2U is not None:
+            change_U, square_U = self._mean_2U
+            with np.errstate(over="ignore"):
+                unknown_U = np.full_like(change_U, np.nan)
+                self._per_unit_U = np.divide(change_U, square_U, out=unknown_U, where=square_U > 0)
+        return self._per_unit_U
 
     def overall(self) -> float | None:
         """The same of all units together; None before the first reading, and where it is not defined."""
@@ -60,5 +64,5 @@ class RunningCurvature:
         }
 
     def load_state(self, state: dict[str, Any]) -> None:
-        self.num_readings = state["num_readings"]
+        self.num_readings, self._per_unit_U = state["num_readings"], None
         self._mean_2U = None if state["mean"] is None else np.array(state["mean"], dtype=np.float64)

@@ -58,9 +58,11 @@ class Standardiser:
             self.num_readings += 1
             share = max(1 / self.num_readings, 1 / self.WINDOW)
             kept = values[good]
-            change = float(kept.mean()) - self._mean
+            mean = float(kept.sum()) / len(kept)
+            change, apart = mean - self._mean, kept - mean
             self._mean += share * change
-            self._variance = (1 - share) * (self._variance + share * change**2) + share * float(kept.var())
+            variance = float(apart @ apart) / len(kept)
+            self._variance = (1 - share) * (self._variance + share * change**2) + share * variance
         scale = math.sqrt(self._variance) + 1e-8
         return np.clip((np.where(good, values, self._mean) - self._mean) / scale, -10, 10)
 

@@ -74,25 +74,25 @@ def adamw_step(
     skipped = (~good).to(data.dtype)
     clip = (norm / options.max_norm).clamp_min(1.0) if options.max_norm else torch.ones_like(norm)
     divisor = clip if loss_scale is None else clip * loss_scale
-    terms = data.new_empty(NUM_SUMS, layout.num_total) if reduces else None
-    if terms is not None:
+    work = layout.workspace(4, data) if reduces or multiplier_K is not None else data[None, :0]
+    terms, before = work[:3], work[-1]
+    if reduces:
         _write_terms(terms, buffers, loss_scale, options, layout)
     if data.dtype == torch.float32:
-        before = None if multiplier_K is None else data.clone()
+        if multiplier_K is not None:
+            before.copy_(data)
         _step_fused(buffers, layout, lr, divisor, skipped, options)
         if multiplier_K is not None:  # an update is proportional to its rate
             torch.lerp(before, data, layout.spread(multiplier_K, fill=1.0), out=data)
     else:
         _step_plainly(buffers, layout, lr, divisor, good, multiplier_K, options)
-    if terms is None:
+    if not reduces:
         return AdamWResult(skipped, None)
-    torch.mul(exp_avg, exp_avg, out=terms[1])
-    terms[2].copy_(exp_avg_sq)
-    sums_4U = layout.unit_sums(terms)  # at once: on a CPU a call costs what it reads
+    torch.mul(exp_avg, exp_avg, out=terms[2])
+    square_U, dot_U, mean_U = layout.unit_sums(terms)  # at once: on a CPU a call costs what it reads
     bias1, bias2 = _bias_corrections(step, options)
-    sums_4U[1] /= bias1**2
-    sums_4U[2] /= bias2
-    return AdamWResult(skipped, sums_4U.t())
+    sums = torch.stack([square_U, mean_U / bias1**2, layout.unit_sums(exp_avg_sq) / bias2, dot_U], dim=1)
+    return AdamWResult(skipped, sums)
 
 
 def _check(buffers, layout, lr, norm, loss, loss_scale, multiplier_K) -> None:
@@ -170,7 +170,7 @@ def _write_terms(
     data, grad, exp_avg, exp_avg_sq, step = buffers
     raw = grad if loss_scale is None else grad / loss_scale
     torch.mul(raw, raw, out=terms[0])
-    dots = terms[3]
+    dots = terms[1]
     if step == 0:
         dots.zero_()
         return

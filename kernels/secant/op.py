@@ -57,15 +57,21 @@ def secant_sums(
         )
     if runs_triton(data):
         return _launch(data, grad, previous, older, second, divisor, layout)
+    terms = layout.workspace(3, data)
+    along, before, square = terms
+    torch.mul(grad, older, out=before)
     # On one thread NumPy's root is faster than torch's.
-    work = torch.from_numpy(np.sqrt(second.numpy())) if data.is_cpu else second.sqrt()
-    work.mul_(older)
-    along_before_U = layout.unit_sums(older.mul_(grad))
+    if data.is_cpu:
+        np.sqrt(second.numpy(), out=square.numpy())
+    else:
+        torch.sqrt(second, out=square)
+    square.mul_(older)
     last = torch.sub(data, previous, out=older)
-    square_U = layout.unit_sums(work.mul_(last)) / divisor.sqrt().to(data.dtype)
-    along_U = layout.unit_sums(torch.mul(grad, last, out=work))
+    square.mul_(last)
+    torch.mul(grad, last, out=along)
     previous.copy_(data)
-    return SecantSums(along_U, along_before_U, square_U)
+    along_U, before_U, square_U = layout.unit_sums(terms)  # at once: on a CPU a call costs what it reads
+    return SecantSums(along_U, before_U, square_U / divisor.sqrt().to(data.dtype))
 
 
 def _launch(data, grad, previous, older, second, divisor, layout) -> SecantSums:
