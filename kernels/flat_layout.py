@@ -118,7 +118,6 @@ class FlatLayout:
         self.tickets = torch.zeros(2 + self.num_units, dtype=torch.int32, device=device)
         """How many programs of a running launch are done: of the penalty's, of a step's, of each unit's."""
         self.device = self.tickets.device
-        self._workspace: torch.Tensor | None = None
 
     def _places(self) -> list[tuple[MatrixGroup, int, int]]:
         """(group, place of A, place of B) of each matrix, in the model's order."""
@@ -170,14 +169,6 @@ class FlatLayout:
         """(place, elements) of each unit's parameters."""
         matrices = [[(a, g.rank * g.num_in), (b, g.rank * g.num_out)] for g, a, b in self._place]
         return matrices + [[part] for part in self.others]
-
-    def workspace(self, rows: int, like: torch.Tensor) -> torch.Tensor:
-        """(rows, num_total) in the dtype of `like`, uninitialised. The same memory at each call: fresh pages cost a
-        CPU more than what is computed in them."""
-        kept = self._workspace
-        if kept is None or len(kept) < rows or kept.dtype != like.dtype:
-            kept = self._workspace = like.new_empty(rows, self.num_total)
-        return kept[:rows]
 
     def unit_sums(self, flat: torch.Tensor) -> torch.Tensor:
         """Sum over each unit's elements of flat tensors (..., num_total): (..., num_units). On a GPU a few operations a

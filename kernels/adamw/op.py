@@ -74,19 +74,17 @@ def adamw_step(
     skipped = (~good).to(data.dtype)
     clip = (norm / options.max_norm).clamp_min(1.0) if options.max_norm else torch.ones_like(norm)
     divisor = clip if loss_scale is None else clip * loss_scale
-    work = layout.workspace(4, data) if reduces or multiplier_K is not None else data[None, :0]
-    terms, before = work[:3], work[-1]
-    if reduces:
+    terms = data.new_empty(3, layout.num_total) if reduces else None
+    if terms is not None:
         _write_terms(terms, buffers, loss_scale, options, layout)
     if data.dtype == torch.float32:
-        if multiplier_K is not None:
-            before.copy_(data)
+        before = None if multiplier_K is None else data.clone()
         _step_fused(buffers, layout, lr, divisor, skipped, options)
         if multiplier_K is not None:  # an update is proportional to its rate
             torch.lerp(before, data, layout.spread(multiplier_K, fill=1.0), out=data)
     else:
         _step_plainly(buffers, layout, lr, divisor, good, multiplier_K, options)
-    if not reduces:
+    if terms is None:
         return AdamWResult(skipped, None)
     torch.mul(exp_avg, exp_avg, out=terms[2])
     square_U, dot_U, mean_U = layout.unit_sums(terms)  # at once: on a CPU a call costs what it reads

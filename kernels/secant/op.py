@@ -57,7 +57,7 @@ def secant_sums(
         )
     if runs_triton(data):
         return _launch(data, grad, previous, older, second, divisor, layout)
-    terms = layout.workspace(3, data)
+    terms = data.new_empty(3, layout.num_total)
     along, before, square = terms
     torch.mul(grad, older, out=before)
     # On one thread NumPy's root is faster than torch's.
