@@ -93,7 +93,7 @@ def log_lines(rng: random.Random, first: int, num: int) -> Iterator[bytes]:
             value = 0.4 + 0.1 * rng.random()
             band = f'"value":{value},"low":{value - 0.05},"high":{value + 0.05},"progress":{min(1.0, i / 1e6)}'
             yield f'{{"type":"forecast",{common},"at":{i},"horizon":1e6,{band}}}\n'.encode()
-            yield f'{{"type":"schedule",{common},"figures":{{"at_bound":{rng.random():.4f},"at_rail":0.0}}}}\n'.encode()
+            yield f'{{"type":"schedule",{common},"at_bound":{rng.random():.4f},"at_rail":0.0}}\n'.encode()
             factors = ",".join(f"{2 ** rng.uniform(-2, 2):.4f}" for _ in range(NUM_MATRICES))
             yield f'{{"type":"rates",{common},{MATRICES},"multipliers":[{factors}]}}\n'.encode()
         if i % 5000 == 0:

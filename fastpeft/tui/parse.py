@@ -227,8 +227,14 @@ def _forecast_rows(event: Event) -> dict[str, list[float]]:
 
 
 def _schedule_rows(event: Event) -> dict[str, list[float]]:
-    figures = list(event["figures"].items())[:MAX_FIGURES]
-    return {f"schedule/{printable(str(name))}": [number(value)] for name, value in figures if value is not None}
+    """Whatever it says, by its own names; of a group of figures each under the group's, of a list the mean."""
+    figures: dict[str, Any] = {}
+    for name, value in event.items():
+        group = {f"{name} {key}": each for key, each in value.items()} if isinstance(value, dict) else {name: value}
+        figures |= group if name not in _COMMON else {}
+    lists = {name: value if isinstance(value, list) else [value] for name, value in figures.items()}
+    known = [(name, list(map(number, values))) for name, values in lists.items() if values and None not in values]
+    return {f"schedule/{printable(name)}": [sum(values) / len(values)] for name, values in known[:MAX_FIGURES]}
 
 
 _ROWS = {"system": _system_rows, "eval": _eval_rows, FORECAST: _forecast_rows, "schedule": _schedule_rows}

@@ -13,6 +13,7 @@ from fastpeft.schedules.base import _SCHEDULES
 from fastpeft.trainer import train
 from fastpeft.trainer.loop import Loop
 from fastpeft.trainer.probes import Probes
+from fastpeft.tui.parse import parse
 
 OPTIONS: dict[str, dict[str, Any]] = {
     "fot": {"window": 1, "calibrate": True, "floor": True},  # a forecast from the tenth step on
@@ -21,6 +22,8 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "reactor": {"window": 4},
 }
 STEPS = 40
+TELL = {"fot", "graff", "reactor"}
+"""Those that say something of themselves."""
 
 
 @pytest.mark.parametrize("name", sorted({*_SCHEDULES, *OPTIONS}))
@@ -45,5 +48,8 @@ def test_a_resume_goes_on_to_the_bit(name: str, tmp_path: Path, monkeypatch: pyt
         told = [[[e.get(key) for key in keys] for e in of if e["type"] == type] for of in events]
         assert told[0] == told[1], type
     assert len([e for e in events[0] if e["type"] == "step"]) == STEPS
+    log = parse((tmp_path / "r" / "events.jsonl").read_bytes())
+    assert log.malformed == 0
+    assert any(key.startswith("schedule/") for key in log.values) == (kind in TELL)
     if kind == "fot":
         assert len([e for e in events[0] if e["type"] == "forecast"]) >= STEPS - 12

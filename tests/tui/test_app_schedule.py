@@ -81,6 +81,20 @@ def test_another_split_is_no_part_of_the_curve(log):
     assert tail.series["eval/accuracy"].y.tolist() == [0.3], "an old log's"
 
 
+def test_a_group_of_figures_is_read_and_a_yes_or_no_is_a_number(log):
+    said = {
+        "at_bound": True,
+        "forecast_error": {"25%": 0.1, "50%": None, "75%": 0.3},
+        "gone": None,
+        "rewards": [1.0, 2.0],
+    }
+    tail = read(log, [figures(0, **said)])
+    found = {name: s.last for name, s in tail.series.items() if name.startswith("schedule/")}
+    assert found.pop("schedule/rewards") == 1.5
+    assert found == {"schedule/at_bound": 1, "schedule/forecast_error 25%": 0.1, "schedule/forecast_error 75%": 0.3}
+    assert tail.malformed == 0
+
+
 @pytest.mark.parametrize(
     "bad",
     [
@@ -88,8 +102,8 @@ def test_another_split_is_no_part_of_the_curve(log):
         event("forecast", 1.0, 1, value="much", horizon=10),
         event("rates", 1.0, 1, names=["a"], layer=[0], projection=["q"]),
         rates(1, [1.0, 1.0]),
-        event("schedule", 1.0, 1, figures=[1]),
-        event("schedule", 1.0, 1, figures={"a": "b"}),
+        event("schedule", 1.0, 1, a=["b"]),
+        event("schedule", 1.0, 1, a={"b": "c"}),
         event("eval", 1.0, 1, split="test", metric="accuracy"),
     ],
 )

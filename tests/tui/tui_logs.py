@@ -81,7 +81,7 @@ def rates(i: int, multipliers: Iterable[float], layers: int = 2, **fields: Any) 
 
 
 def figures(i: int, **values: Any) -> Event:
-    return event("schedule", (i + 1) * STEP_S, i, figures=values)
+    return event("schedule", (i + 1) * STEP_S, i, **values)
 
 
 def planned(num_steps: int, horizon: int = 200) -> list[Event]:
