@@ -39,6 +39,8 @@ class Forecaster:
         self._sum, self._num_good, self._num = 0.0, 0, 0
         self._points: list[list[float]] = []
         self._made: dict[str, float] = {}
+        self._ended_at = 0.0
+        """Progress at the end of the last block."""
 
     def add(self, step: int, began: float, progress: float, loss: float) -> bool:
         """Count a step. True when it ends a block: `law` and `horizon` are new then.
@@ -69,11 +71,12 @@ class Forecaster:
         self._sum, self._num_good, self._num = 0.0, 0, 0
         self.num_blocks += 1
         self._look_ahead(progress)
+        before, self._ended_at = self._ended_at, progress
         if len(self._points) < MIN_BLOCKS:
             return
         self.law = fit_power_law(*self._arrays(), self.now, self.law, self.with_floor) or self.law
         for mark in MARKS:
-            if progress >= mark and str(mark) not in self._made and self.ready:
+            if before < mark <= progress and self.ready:
                 self._made[str(mark)] = self.law(self.horizon)
 
     def _look_ahead(self, progress: float) -> None:
@@ -122,6 +125,7 @@ class Forecaster:
             "block": [self._sum, self._num_good, self._num],
             "points": [list(point) for point in self._points],
             "made": dict(self._made),
+            "ended_at": self._ended_at,
         }
 
     def load_state(self, state: dict[str, Any]) -> None:
@@ -130,7 +134,7 @@ class Forecaster:
         self.num_blocks, self._start = state["num_blocks"], state["start"]
         self._sum, self._num_good, self._num = state["block"]
         self._points = [list(point) for point in state["points"]]
-        self._made = dict(state["made"])
+        self._made, self._ended_at = dict(state["made"]), state["ended_at"]
 
 
 class Divergences:

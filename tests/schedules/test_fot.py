@@ -398,6 +398,16 @@ def test_forecasts_are_told_at_every_refit_and_their_errors_at_the_end() -> None
     assert end["divergences"] == end["skipped_statistics"] == 0
 
 
+def test_a_mark_that_passed_before_the_first_forecast_has_none() -> None:
+    schedule = make()
+    list(follow(schedule, 80, 80))  # the first of them at step 40
+    schedule.finish(1.0)
+    error = figures(schedule)[-1]["forecast_error"]
+    assert error["25%"] is None
+    assert error["50%"] is not None
+    assert error["75%"] not in (None, error["50%"])
+
+
 def test_divergences_are_counted_once_each() -> None:
     counter = Divergences()
     curve = [1.0] * 100 + [3.0] * 80 + [1.0] * 100 + [3.0] * 20 + [1.0] * 60 + [math.nan] * 5 + [1.0, math.inf]
