@@ -303,11 +303,12 @@ def test_q_quits_from_a_question_too(results):
 def test_the_mouse_sorts_and_opens(results):
     async def script(app, pilot):
         table = app.screen.query_one(DataTable)
+        await until(pilot, lambda: table.row_count and table.virtual_size.height > table.row_count)  # it is laid out
         await pilot.click(table, offset=(15, 0))
-        assert app.screen.sort_by == "name"
+        await until(pilot, lambda: app.screen.sort_by == "name")
         first = names(app)
         await pilot.click(table, offset=(15, 0))
-        assert names(app) != first
+        await until(pilot, lambda: names(app) != first)
         await pilot.click(table, offset=(15, 1))
         await pilot.click(table, offset=(15, 1))
         await until(pilot, lambda: isinstance(app.screen, RunScreen) or app.screen.folded)
