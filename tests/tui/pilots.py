@@ -17,12 +17,13 @@ Script = Callable[[FastpeftApp, Pilot], Awaitable[None]]
 
 
 def drive(results: Path, script: Script, size: tuple[int, int] = (80, 24), **options) -> FastpeftApp:
-    """Run `script(app, pilot)` once the list of runs was read."""
+    """Run `script(app, pilot)` once the list of runs was read, and what came of it is drawn."""
 
     async def main() -> FastpeftApp:
         app = FastpeftApp(results, **options)
         async with app.run_test(size=size, notifications=True) as pilot:
             await until(pilot, lambda: app.num_reads > 0)
+            await pilot.pause()
             await script(app, pilot)
         return app
 
