@@ -28,12 +28,12 @@ import transformers
 
 import fastpeft
 from fastpeft.data.batches import collate, micro_batches
-from fastpeft.evaluate.score import score
 from fastpeft.models.backbone import load_backbone
 from fastpeft.models.inject import match_targets
-from fastpeft.objectives import classification_loss
 from fastpeft.runs.system import git_commit
-from fastpeft.trainer.setup import Job, build_job
+from fastpeft.tasks import classification_loss
+from fastpeft.tasks.sequence_classification.scoring import score
+from fastpeft.trainer.build import Job, build_job
 from fastpeft.trainer.step import forward_backward, train_step
 
 TURN_S = 10.0

@@ -37,13 +37,13 @@ from fastpeft.kernels import (
     tune,
     weighted_frobenius,
 )
-from fastpeft.kernels.adamw.reference import adamw
 from fastpeft.kernels.dispatch import Choice
-from fastpeft.kernels.frobenius.reference import weighted_frobenius as frobenius_reference
 from fastpeft.kernels.launch import LAUNCHES
-from fastpeft.kernels.lora_linear import configs
-from fastpeft.kernels.lora_linear.reference import lora_linear_reference
-from fastpeft.kernels.secant.reference import secant_sums as secant_reference
+from fastpeft.kernels.ops.adamw.reference import adamw
+from fastpeft.kernels.ops.frobenius.reference import weighted_frobenius as frobenius_reference
+from fastpeft.kernels.ops.lora_linear import configs
+from fastpeft.kernels.ops.lora_linear.reference import lora_linear_reference
+from fastpeft.kernels.ops.secant.reference import secant_sums as secant_reference
 
 BOUNDS = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 2e-2}
 """Relative L2 distance from float64."""

@@ -30,7 +30,7 @@ from fastpeft.kernels import (
     weighted_frobenius,
 )
 from fastpeft.kernels.dispatch import Choice
-from fastpeft.kernels.lora_linear import configs
+from fastpeft.kernels.ops.lora_linear import configs
 
 
 @dataclass

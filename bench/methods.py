@@ -29,13 +29,13 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 import torch
 
 import fastpeft
+from fastpeft.compare.comparison import GLUE_TASKS, glue_average, mean_of, metric_of
 from fastpeft.data.batches import collate
-from fastpeft.evaluate.compare import GLUE_TASKS, glue_average, mean_of, metric_of
-from fastpeft.objectives import classification_loss
 from fastpeft.runs.events import number
 from fastpeft.runs.store import Result, RunFolder
 from fastpeft.runs.system import environment
-from fastpeft.trainer.setup import Job, build_job
+from fastpeft.tasks import classification_loss
+from fastpeft.trainer.build import Job, build_job
 from fastpeft.trainer.step import forward_backward, train_step
 
 METHODS = {

@@ -52,12 +52,12 @@ from fastpeft.adapters import Adapter, method_class
 from fastpeft.adapters.flat import FlatParameters
 from fastpeft.config import RunConfig
 from fastpeft.config.schema import AdapterConfig, ModelConfig, RegulariserConfig
-from fastpeft.data import Batch
+from fastpeft.data.batches import Batch
 from fastpeft.errors import UserError
 from fastpeft.models.backbone import Backbone, choose_dtype, quiet_transformers
 from fastpeft.models.inject import match_targets
-from fastpeft.objectives import classification_loss
 from fastpeft.schedules import make_schedule
+from fastpeft.tasks import classification_loss
 from fastpeft.trainer.optim import FlatAdamW
 from fastpeft.trainer.step import forward_backward, train_step
 

@@ -32,12 +32,12 @@ from fastpeft.adapters.lora import Lora
 from fastpeft.config import RunConfig, load_run
 from fastpeft.data.batches import IGNORE, Batch
 from fastpeft.models.backbone import Backbone
-from fastpeft.objectives.word_problems import WordProblems
 from fastpeft.schedules import make_schedule
 from fastpeft.signals import Blocks, BlockSums, Measured, Need, Secants
-from fastpeft.trainer.answers import AnswerGradient
+from fastpeft.tasks.math_word_problems.task import WordProblems
 from fastpeft.trainer.optim import adamw_options
-from fastpeft.trainer.probes import SAMPLE_EVERY
+from fastpeft.trainer.probes.answer_gradient import AnswerGradient
+from fastpeft.trainer.probes.hooks import SAMPLE_EVERY
 
 QWEN3 = {
     "vocab_size": 151936,

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from bench.report import print_table
-from fastpeft.evaluate.compare import Mean, mean_of
+from fastpeft.compare.comparison import Mean, mean_of
 from fastpeft.runs.events import finite, number
 
 BASELINE = "linear"

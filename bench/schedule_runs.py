@@ -19,8 +19,8 @@ from fastpeft.errors import UnavailableError, UserError
 from fastpeft.runs.events import Event, EventLog, finite, number
 from fastpeft.runs.store import Result, RunFolder
 from fastpeft.trainer import train
+from fastpeft.trainer.build import build_job
 from fastpeft.trainer.loop import Loop
-from fastpeft.trainer.setup import build_job
 
 FIRST_STEPS = 16
 WINDOW_STEPS, DIVERGED_FACTOR, DIVERGED_STEPS = 20, 2.0, 50

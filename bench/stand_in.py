@@ -21,11 +21,11 @@ from sklearn.pipeline import make_pipeline
 
 import fastpeft
 from fastpeft.data.batches import collate, micro_batches
-from fastpeft.data.embedded import train_pairs, validation_pairs
-from fastpeft.evaluate.score import score
-from fastpeft.models.resolve import resolve
-from fastpeft.objectives import classification_loss
-from fastpeft.trainer.setup import Job, build_job
+from fastpeft.standins.sentence_pairs import train_pairs, validation_pairs
+from fastpeft.tasks import classification_loss
+from fastpeft.tasks.sequence_classification.scoring import score
+from fastpeft.trainer.build import Job, build_job
+from fastpeft.trainer.resolve import resolve
 from fastpeft.trainer.step import forward_backward
 
 

@@ -40,8 +40,8 @@ from textual.app import App, ComposeResult
 from textual.widgets import Static
 
 from fastpeft.runs.system import git_commit
-from fastpeft.tui import forecast
-from fastpeft.tui.runs import RunsIndex
+from fastpeft.tui import forecast_band as forecast
+from fastpeft.tui.runs_index import RunsIndex
 from fastpeft.tui.tail import RunTail
 from fastpeft.tui.widgets.plot import Curve, LinePlot
 

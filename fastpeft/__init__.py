@@ -13,11 +13,6 @@ if TYPE_CHECKING:
     from fastpeft.schedules.budget_lr import BudgetLR
     from fastpeft.trainer import train
 
-# In a checkout that is not installed the kernels lie beside this folder, not inside it.
-_checkout = Path(__file__).resolve().parent.parent
-if not (Path(__file__).parent / "kernels").is_dir() and (_checkout / "pyproject.toml").is_file():
-    __path__.append(str(_checkout))
-
 __all__ = ["BudgetLR", "Result", "__version__", "accelerate", "load_run", "train"]
 
 

@@ -37,11 +37,13 @@ if not torch.cuda.is_available():
         patch.setenv("TRITON_INTERPRET", "1")
         import triton.language  # noqa: F401
 
-        for path in sorted((Path(__file__).resolve().parent.parent / "kernels").glob("*/kernel.py")):
-            importlib.import_module(f"fastpeft.kernels.{path.parent.name}.kernel")
+        for path in sorted(
+            (Path(__file__).resolve().parent.parent / "fastpeft" / "kernels" / "ops").glob("*/kernel.py")
+        ):
+            importlib.import_module(f"fastpeft.kernels.ops.{path.parent.name}.kernel")
 
 if TYPE_CHECKING:
-    from wandb_server import WandbServer
+    from tests.support.wandb_server import WandbServer
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -95,7 +97,7 @@ class Outcome(NamedTuple):
 @pytest.fixture
 def fastpeft_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> Callable[..., Outcome]:
     """Call the entry point in this process, in an empty folder."""
-    from fastpeft import cli
+    from fastpeft.cli import app as cli
 
     monkeypatch.chdir(tmp_path)
 
@@ -114,7 +116,7 @@ def fastpeft_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> Ca
 @pytest.fixture
 def online_wandb(monkeypatch: pytest.MonkeyPatch) -> Iterator[WandbServer]:
     """W&B is on, and its service is a server on loopback."""
-    from wandb_server import wandb_server
+    from tests.support.wandb_server import wandb_server
 
     with wandb_server() as server:
         for name, value in server.environment().items():
@@ -126,7 +128,7 @@ def online_wandb(monkeypatch: pytest.MonkeyPatch) -> Iterator[WandbServer]:
 @pytest.fixture
 def fake_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """A hub on loopback that this process asks, with a cache of the test's own."""
-    from fake_hub import FakeHub, point_at
+    from tests.support.fake_hub import FakeHub, point_at
 
     with FakeHub().serve() as hub:
         point_at(hub, tmp_path / "hf_home", monkeypatch)

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 import fastpeft
-from fastpeft import cli
+from fastpeft.cli import app as cli
 from fastpeft.config import load_run, preset_names
 from fastpeft.runs.store import Result, RunFolder
 
@@ -213,14 +213,14 @@ def test_ctrl_c_while_torch_is_loaded_ends_it_without_a_traceback(more, tmp_path
 
 
 def test_sigterm_ends_an_export_as_an_exception_does(fastpeft_here, monkeypatch):
-    from fastpeft.export import plan, report, write
+    from fastpeft.export import plan, summary, write
 
     def killed(*args):
         os.kill(os.getpid(), signal.SIGTERM)
         pytest.fail("it goes on")
 
     monkeypatch.setattr(plan, "make_plan", lambda *args, **options: None)
-    monkeypatch.setattr(report, "opening", lambda plan: [])
+    monkeypatch.setattr(summary, "opening", lambda plan: [])
     monkeypatch.setattr(write, "export", killed)
     before = signal.getsignal(signal.SIGTERM)
     assert fastpeft_here("export", "r") == (143, "", "")

@@ -10,12 +10,12 @@ import sys
 from pathlib import Path
 
 import pytest
-from fake_hub import FakeHub
-from hub_files import GLUE, MODEL, deberta_files, glue_files
 
 from fastpeft.config import load_run, trial_run
 from fastpeft.models.files import cached_model
 from fastpeft.trainer import train
+from tests.support.fake_hub import FakeHub
+from tests.support.hub_files import GLUE, MODEL, deberta_files, glue_files
 
 SETTINGS = ("training.precision=fp32", "training.threads=1", "dataset.max_length=32")
 

@@ -27,12 +27,12 @@ LAYERS = [
     {"fastpeft.data"},
     {"fastpeft.models"},
     {"fastpeft.adapters", "fastpeft.schedules", "fastpeft.budget", "fastpeft.evaluate"},
-    {"fastpeft.objectives"},
+    {"fastpeft.tasks"},
     {"fastpeft.trainer"},
-    {"fastpeft.evaluate.compare", "fastpeft.evaluate.figures", "fastpeft.export", "fastpeft.doctor"},
-    {"fastpeft.evaluate.report", "fastpeft.evaluate.sets"},
-    {"fastpeft.sweep", "fastpeft.tui", "fastpeft.console"},
-    {"fastpeft.cli_runs"},
+    {"fastpeft.compare.comparison", "fastpeft.compare.figures", "fastpeft.export", "fastpeft.doctor"},
+    {"fastpeft.compare.report", "fastpeft.compare.problem_sets"},
+    {"fastpeft.sweep", "fastpeft.tui", "fastpeft.cli.console"},
+    {"fastpeft.cli.runs_commands"},
     {"fastpeft.cli"},
     {"fastpeft.__main__", "fastpeft"},  # the public face: nothing below may import it
 ]
@@ -40,8 +40,8 @@ LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 
 WITHOUT_TORCH = {
     "fastpeft", "fastpeft._version", "fastpeft.errors", "fastpeft.config", "fastpeft.runs", "fastpeft.cli",
-    "fastpeft.cli_runs",
-    "fastpeft.console", "fastpeft.tui", "fastpeft.trackers", "fastpeft.hub",
+    "fastpeft.cli.runs_commands",
+    "fastpeft.cli.console", "fastpeft.tui", "fastpeft.trackers", "fastpeft.hub",
 }  # fmt: skip
 TORCH = {"torch", "triton", "transformers", "peft", "datasets", "accelerate", "safetensors", "tokenizers", "numpy"}
 
@@ -112,9 +112,9 @@ def test_imports_point_down():
         ("fastpeft.runs.x", "from fastpeft import load_run"),
         ("fastpeft.runs.x", "import fastpeft"),
         ("fastpeft.models.x", "from fastpeft import trainer"),
-        ("fastpeft.schedules.x", "from fastpeft.adapters.base import Adapter"),
-        ("fastpeft.evaluate.score", "from fastpeft.evaluate import compare"),
-        ("fastpeft.trainer.x", "if True:\n    from fastpeft.console import closing_table"),
+        ("fastpeft.schedules.x", "from fastpeft.adapters.adapter import Adapter"),
+        ("fastpeft.tasks.sequence_classification.scoring", "from fastpeft.evaluate import compare"),
+        ("fastpeft.trainer.x", "if True:\n    from fastpeft.cli.console import closing_table"),
     ],
 )
 def test_an_import_that_points_up_is_found(name, line, tmp_path):
@@ -158,7 +158,7 @@ def test_the_checker_sees_every_way_to_import(tmp_path):
     found = [name for name, _ in imports("fastpeft.config.x", path)]
     assert sorted(found) == ["a.b", "fastpeft.config.d", "fastpeft.e.f", "g.h", "g.i"]
     assert entry("fastpeft.runs.store.Result") == "fastpeft.runs"
-    assert entry("fastpeft.evaluate.compare.table") == "fastpeft.evaluate.compare"
+    assert entry("fastpeft.compare.comparison.table") == "fastpeft.compare.comparison"
     assert entry("fastpeft") == "fastpeft"
 
 
@@ -200,7 +200,7 @@ def test_transformers_is_imported_from_the_repository_root():
         "BertModel(BertConfig(**tiny))\n"
         "from transformers.utils import is_kernels_available\n"
         "import fastpeft.kernels\n"
-        "print(is_kernels_available(), callable(fastpeft.kernels.lora_linear))\n"
+        "print(is_kernels_available(), callable(fastpeft.kernels.ops.lora_linear))\n"
     )
     done = run_python(code, cwd=ROOT)
     assert done.returncode == 0, done.stderr
@@ -222,7 +222,7 @@ def test_a_checkout_that_is_not_installed_finds_its_kernels(tmp_path):
     code = (
         "import sys; sys.path.insert(0, sys.argv[1])\n"
         "sys.meta_path = [f for f in sys.meta_path if 'editable' not in str(f).lower()]\n"
-        "import fastpeft, fastpeft.kernels, fastpeft.kernels.frobenius.reference as reference\n"
+        "import fastpeft, fastpeft.kernels, fastpeft.kernels.ops.frobenius.reference as reference\n"
         "from fastpeft.kernels import weighted_frobenius\n"
         "print(fastpeft.__file__, fastpeft.kernels.__file__, reference.__file__, sep='\\n')\n"
         "print(callable(weighted_frobenius))\n"
@@ -252,7 +252,7 @@ def test_public_kernels_are_functions_before_and_after_their_folders_are_importe
 
 def test_a_fresh_process_gets_the_function_though_its_folder_came_first():
     code = (
-        "import fastpeft.kernels.lora_linear.op, fastpeft.kernels as k\n"
+        "import fastpeft.kernels.ops.lora_linear.op, fastpeft.kernels as k\n"
         "from fastpeft.kernels import lora_linear\n"
         "print(callable(lora_linear), callable(k.lora_linear))"
     )

@@ -16,7 +16,7 @@ import peft
 import torch
 from safetensors.torch import save_file
 
-from fastpeft.adapters.base import NOT_SAVED, Importance, head_parameters, read_weights, register
+from fastpeft.adapters.adapter import NOT_SAVED, Importance, head_parameters, read_weights, register
 from fastpeft.adapters.flat import FlatParameters
 from fastpeft.adapters.lora import Lora
 from fastpeft.config import RunConfig

@@ -7,7 +7,7 @@ from typing import Self
 
 import torch
 
-from fastpeft.adapters.base import Adapter, register
+from fastpeft.adapters.adapter import Adapter, register
 from fastpeft.adapters.flat import FlatParameters
 from fastpeft.config import RunConfig
 from fastpeft.models.backbone import Backbone, quiet_transformers

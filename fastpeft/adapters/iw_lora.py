@@ -19,13 +19,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from fastpeft.adapters.base import Importance, register, to_json
+from fastpeft.adapters.adapter import Importance, register, to_json
 from fastpeft.adapters.lora import Lora
 from fastpeft.config import RunConfig
 from fastpeft.errors import UserError
 from fastpeft.kernels import FrobeniusResult, gradient_norm, sketch_norm, weighted_frobenius
-from fastpeft.kernels.lora_linear.quantised import dequantised, is_quantised
-from fastpeft.kernels.sensitivity.op import weight_gradient
+from fastpeft.kernels.ops.lora_linear.quantised import dequantised, is_quantised
+from fastpeft.kernels.ops.sensitivity.op import weight_gradient
 from fastpeft.models.backbone import Backbone
 from fastpeft.runs.store import write_json
 from fastpeft.signals import Rates, Signals

@@ -6,7 +6,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Self
 
-from fastpeft.adapters.base import Adapter, head_parameters, register
+from fastpeft.adapters.adapter import Adapter, head_parameters, register
 from fastpeft.adapters.flat import FlatParameters
 from fastpeft.config import RunConfig
 from fastpeft.models.backbone import Backbone

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from fastpeft.adapters.base import register
+from fastpeft.adapters.adapter import register
 from fastpeft.adapters.lora import Lora
 
 

@@ -278,7 +278,7 @@ def energy() -> list[Finding]:
     import torch
 
     from fastpeft.budget.energy import EnergyMeter
-    from fastpeft.trainer.setup import gpu_uuid
+    from fastpeft.trainer.build import gpu_uuid
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     meter = EnergyMeter.open(gpu_uuid(device))

@@ -5,11 +5,11 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from fastpeft._version import __version__
-from fastpeft.data import ClassificationTask
+from fastpeft.data.task import ClassificationTask
 from fastpeft.export.loading import Task, base_name
 from fastpeft.export.plan import Plan
-from fastpeft.models.resolve import EMBEDDED_PREFIX
 from fastpeft.runs.events import number
+from fastpeft.standins import EMBEDDED_PREFIX
 
 if TYPE_CHECKING:
     from fastpeft.export.write import Exported
@@ -177,7 +177,7 @@ def _about_base(plan: Plan) -> str:
     if plan.run.model.name.startswith(EMBEDDED_PREFIX):
         return (
             "The base model is not in this folder: it ships with fastpeft, and the path above is that of the machine "
-            "that wrote this. Elsewhere it is `fastpeft.models.embedded.PATHS`; or export with --merge, which needs "
+            "that wrote this. Elsewhere it is `fastpeft.standins.PATHS`; or export with --merge, which needs "
             "no base.\n"
         )
     return (

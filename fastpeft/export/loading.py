@@ -13,10 +13,10 @@ import torch
 from torch import nn
 
 from fastpeft.config.schema import ModelConfig
-from fastpeft.data import ClassificationTask, WordProblemTask
+from fastpeft.data.task import ClassificationTask
 from fastpeft.errors import first_line
 from fastpeft.export.plan import CheckError, ExportError
-from fastpeft.kernels.lora_linear.quantised import dequantised, is_quantised
+from fastpeft.kernels.ops.lora_linear.quantised import dequantised, is_quantised
 from fastpeft.models.backbone import (
     Backbone,
     load_backbone,
@@ -26,7 +26,8 @@ from fastpeft.models.backbone import (
     quiet_transformers,
 )
 from fastpeft.models.layers import LoraLinear
-from fastpeft.models.resolve import embedded_path
+from fastpeft.standins import embedded_path
+from fastpeft.tasks.math_word_problems.reading import WordProblemTask
 
 Task = ClassificationTask | WordProblemTask
 

@@ -19,16 +19,17 @@ from torch import nn
 
 from fastpeft._version import __version__
 from fastpeft.config.schema import ModelConfig
-from fastpeft.data import ClassificationTask, load_task
-from fastpeft.data.memory import free_memory, is_out_of_memory
+from fastpeft.data.task import ClassificationTask
+from fastpeft.device_memory import free_memory, is_out_of_memory
 from fastpeft.export.card import card_text
+from fastpeft.export.check_rows import Rows, make_rows
 from fastpeft.export.loading import Task, base_name, load_base, load_exported, save_merged, trained_model
 from fastpeft.export.plan import CheckError, ExportError, Plan
-from fastpeft.export.rows import Rows, make_rows
 from fastpeft.export.trim import Trimmed, trim_model, trimmed_config
 from fastpeft.models.backbone import Backbone
-from fastpeft.models.resolve import resolve
 from fastpeft.runs.store import read_json, write_json
+from fastpeft.tasks import load_task
+from fastpeft.trainer.resolve import resolve
 
 TOLERANCE, TOLERANCE_4_BIT = 1e-4, 1e-3
 """Largest difference of a logit, times the largest logit where that is over 1. Sound exports: about 1e-6; a base in 4

@@ -9,8 +9,8 @@ from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from fastpeft.errors import UserError
+from fastpeft.models.fused_projections import join
 from fastpeft.models.layers import fused_class, is_fused, never_plain
-from fastpeft.models.siblings import join
 
 
 class Accelerated:

@@ -17,7 +17,7 @@ from fastpeft.config.schema import ModelConfig
 from fastpeft.errors import UnavailableError, UserError, first_line
 from fastpeft.models.files import fetch_model
 from fastpeft.models.lm_head import check_causal_lm
-from fastpeft.models.resolve import embedded_path
+from fastpeft.standins import embedded_path
 
 _HEAD_NAMES = ("classifier", "score")
 _OTHER_TASKS = ("Classification", "MaskedLM", "QuestionAnswering", "MultipleChoice", "NextSentencePrediction")

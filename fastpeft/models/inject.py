@@ -13,9 +13,9 @@ from torch import nn
 from fastpeft.config.schema import AdaLoraConfig, AdapterConfig
 from fastpeft.errors import UserError
 from fastpeft.models.backbone import Backbone, quiet_transformers
+from fastpeft.models.fused_projections import join_settled
 from fastpeft.models.layers import LoraLinear, PeftSvdLinear, SvdLinear, fused_class, svd_scale
 from fastpeft.models.lm_head import output_embeddings
-from fastpeft.models.siblings import join_settled
 
 ADAPTER_NAME = "default"
 

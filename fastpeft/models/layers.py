@@ -16,10 +16,10 @@ from peft.tuners.lora import Linear as PeftLoraLinear
 from torch import nn
 
 from fastpeft.kernels import GradientMeasures, lora_linear
-from fastpeft.kernels.lora_linear.op import DTYPES, LARGEST_RANK
+from fastpeft.kernels.ops.lora_linear.op import DTYPES, LARGEST_RANK
 
 if TYPE_CHECKING:
-    from fastpeft.models.siblings import Siblings
+    from fastpeft.models.fused_projections import Siblings
 
 
 class RowMask:

@@ -17,8 +17,8 @@ import torch
 from peft.tuners.lora import LoraLayer
 from torch import nn
 
-from fastpeft.data.memory import is_out_of_memory
-from fastpeft.kernels.lora_linear.op import DTYPES
+from fastpeft.device_memory import is_out_of_memory
+from fastpeft.kernels.ops.lora_linear.op import DTYPES
 from fastpeft.models.layers import active_adapter, has_hooks, is_bare, is_fused
 
 _HOST = torch.device("cpu")

@@ -18,8 +18,8 @@ from typing import Any
 import numpy as np
 
 from fastpeft.config.schedules import ScheduleConfig
-from fastpeft.schedules.base import WarmedSchedule, register
-from fastpeft.schedules.curvature import RunningCurvature
+from fastpeft.schedules.running_curvature import RunningCurvature
+from fastpeft.schedules.schedule import WarmedSchedule, register
 from fastpeft.schedules.snac import SignalShare
 from fastpeft.signals import Blocks, Measured, Need, Rates
 

@@ -11,9 +11,9 @@ from __future__ import annotations
 from typing import Any
 
 from fastpeft.config.schedules import ScheduleConfig
-from fastpeft.schedules.base import register
 from fastpeft.schedules.classic import Linear
 from fastpeft.schedules.running import LARGEST, RunningMean, clipped
+from fastpeft.schedules.schedule import register
 from fastpeft.signals import Blocks, Measured, Need, Rates
 
 

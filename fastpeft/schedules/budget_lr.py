@@ -12,7 +12,7 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from fastpeft.config.schedules import ScheduleConfig
 from fastpeft.errors import UserError
-from fastpeft.schedules.base import make_schedule
+from fastpeft.schedules.schedule import make_schedule
 from fastpeft.signals import Blocks
 
 _PEAK = 2.0**-10

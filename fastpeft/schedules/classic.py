@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from abc import abstractmethod
 
-from fastpeft.schedules.base import WarmedSchedule, register
+from fastpeft.schedules.schedule import WarmedSchedule, register
 from fastpeft.signals import Measured, Rates
 
 

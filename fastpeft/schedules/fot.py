@@ -15,10 +15,10 @@ from typing import Any
 import numpy as np
 
 from fastpeft.config.schedules import ScheduleConfig
-from fastpeft.schedules.base import WarmedSchedule, register
 from fastpeft.schedules.forecast import Divergences, Forecaster
 from fastpeft.schedules.fot_signals import KEEP, BlockScales, Evidence, PhaseGate, statistics
 from fastpeft.schedules.running import RunningFloat
+from fastpeft.schedules.schedule import WarmedSchedule, register
 from fastpeft.signals import Blocks, BlockSums, Measured, Need, Rates
 
 GROWTH, FALL = 1.1, 0.9

@@ -23,9 +23,9 @@ import numpy as np
 from fastpeft.config.schedules import ScheduleConfig
 from fastpeft.errors import UserError
 from fastpeft.schedules import planner
-from fastpeft.schedules.base import WarmedSchedule, register
-from fastpeft.schedules.curvature import RunningCurvature
 from fastpeft.schedules.planner import ETA, STATE, TILT, Adam, Tape
+from fastpeft.schedules.running_curvature import RunningCurvature
+from fastpeft.schedules.schedule import WarmedSchedule, register
 from fastpeft.signals import Blocks, Measured, Need, Rates
 
 LR_MIN, LR_MAX = 1e-6, 1e-2

@@ -20,8 +20,8 @@ from typing import Any
 import numpy as np
 
 from fastpeft.config.schedules import ReactorConfig, ScheduleConfig
-from fastpeft.schedules.base import WarmedSchedule, register
 from fastpeft.schedules.running import LARGEST, RunningMean
+from fastpeft.schedules.schedule import WarmedSchedule, register
 from fastpeft.signals import Blocks, Measured, Need, Rates
 
 MOST_DEVIATIONS = 3.0

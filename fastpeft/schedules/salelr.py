@@ -15,9 +15,9 @@ import numpy as np
 
 from fastpeft.config.schedules import ScheduleConfig
 from fastpeft.errors import UserError
-from fastpeft.schedules.base import register
 from fastpeft.schedules.classic import Linear
 from fastpeft.schedules.running import RunningMean
+from fastpeft.schedules.schedule import register
 from fastpeft.signals import Blocks, Measured, Need, Rates
 
 

@@ -28,8 +28,8 @@ import numpy as np
 from fastpeft.config.schedules import ScheduleConfig, SnacConfig
 from fastpeft.errors import UserError
 from fastpeft.kernels import AdamWOptions
-from fastpeft.schedules.base import WarmedSchedule, register
 from fastpeft.schedules.running import LARGEST, RunningMean
+from fastpeft.schedules.schedule import WarmedSchedule, register
 from fastpeft.signals import Blocks, BlockSums, Measured, Need, Rates
 
 

@@ -21,7 +21,7 @@ from typing import Any, Protocol
 
 from fastpeft.errors import UnavailableError, UserError
 from fastpeft.runs.events import Event, LogTail
-from fastpeft.trackers.rows import Row, Rows
+from fastpeft.trackers.scalars import Row, Rows
 
 POLL_S = 1.0
 _NICE = 10

@@ -6,7 +6,7 @@ import shutil
 from pathlib import Path
 
 from fastpeft.runs.events import Event
-from fastpeft.trackers.rows import Row
+from fastpeft.trackers.scalars import Row
 
 
 class TensorBoardRun:

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from fastpeft.runs.events import Event, number
-from fastpeft.trackers.rows import Row
+from fastpeft.trackers.scalars import Row
 
 _SETTINGS = {
     "console": "off",

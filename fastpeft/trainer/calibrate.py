@@ -9,9 +9,9 @@ from contextlib import contextmanager
 import torch
 
 from fastpeft.signals import Signals
+from fastpeft.trainer.build import Job
 from fastpeft.trainer.checkpoint import rng_state, set_rng_state
-from fastpeft.trainer.memory import MicroBatches
-from fastpeft.trainer.setup import Job
+from fastpeft.trainer.micro_batches import MicroBatches
 from fastpeft.trainer.step import forward_backward
 
 CALIBRATION_CAP = 0.02

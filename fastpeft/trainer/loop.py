@@ -18,18 +18,18 @@ import torch
 
 from fastpeft.adapters import to_json
 from fastpeft.config import run_values
-from fastpeft.data.memory import OutOfMemory, TokenLimits
-from fastpeft.evaluate.score import Score
+from fastpeft.device_memory import OutOfMemory, TokenLimits
 from fastpeft.runs.curves import VALIDATION, Budgets, Evaluation, auc_of
 from fastpeft.runs.events import EventLog, number
 from fastpeft.runs.store import Result, RunFolder, read_json, recover_folder, replaced_folder, write_json
 from fastpeft.signals import Rates
+from fastpeft.tasks.sequence_classification.scoring import Score
+from fastpeft.trainer.build import Job
 from fastpeft.trainer.calibrate import calibrate
 from fastpeft.trainer.checkpoint import Checkpoint, rng_state, save_checkpoint, set_rng_state
-from fastpeft.trainer.measure import StepLog
-from fastpeft.trainer.memory import MicroBatches
-from fastpeft.trainer.setup import Job
+from fastpeft.trainer.micro_batches import MicroBatches
 from fastpeft.trainer.step import train_step
+from fastpeft.trainer.step_log import StepLog
 
 MAX_NON_FINITE = 20
 RATES_STEPS = 32

@@ -17,7 +17,7 @@ from fastpeft.adapters.flat import FlatParameters
 from fastpeft.config.schema import OptimizerConfig
 from fastpeft.errors import UserError
 from fastpeft.kernels import AdamWOptions, adamw_step, weighted_frobenius
-from fastpeft.kernels.adamw.reference import bias_correction
+from fastpeft.kernels.ops.adamw.reference import bias_correction
 from fastpeft.signals import Rates, Signals
 
 FIRST_LOSS_SCALE = 2.0**16

@@ -7,9 +7,9 @@ from collections.abc import Callable, Iterator
 
 from fastpeft.config import RunConfig, apply_stand_in, load_run, run_values
 from fastpeft.errors import UserError
-from fastpeft.models.resolve import Resolved, resolve
 from fastpeft.runs.store import Result, RunError, RunFolder
 from fastpeft.trainer.checkpoint import Checkpoint, newest_checkpoint
+from fastpeft.trainer.resolve import Resolved, resolve
 
 _TRACKING = ("wandb", "tensorboard")
 """These change no weight: a resume may ask for others."""

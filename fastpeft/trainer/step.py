@@ -8,12 +8,12 @@ import torch
 from torch import nn
 
 from fastpeft.adapters import Adapter
-from fastpeft.data import Batch
-from fastpeft.objectives import BatchLoss
+from fastpeft.data.batches import Batch
 from fastpeft.schedules import Schedule
 from fastpeft.signals import Need, Rates, Signals
+from fastpeft.tasks import BatchLoss
 from fastpeft.trainer.optim import Optimizer
-from fastpeft.trainer.probes import IDLE, Probes
+from fastpeft.trainer.probes.hooks import IDLE, Probes
 
 Loss = Callable[[nn.Module, Batch, int, Collection[Need]], BatchLoss]
 """As Objective.loss."""

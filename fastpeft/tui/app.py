@@ -16,12 +16,12 @@ from textual.app import App, SystemCommand
 from textual.binding import Binding, BindingType
 from textual.screen import Screen
 
-from fastpeft.tui.runs import RunRow, RunsIndex
-from fastpeft.tui.screens.base import RunsKeys
+from fastpeft.tui.runs_index import RunRow, RunsIndex
 from fastpeft.tui.screens.compare import CompareScreen
 from fastpeft.tui.screens.dialogs import Help, Reading
 from fastpeft.tui.screens.run import RunScreen
 from fastpeft.tui.screens.runs import RunsScreen
+from fastpeft.tui.screens.screen import RunsKeys
 from fastpeft.tui.screens.start import StartScreen
 from fastpeft.tui.steer import Launch, left_behind
 from fastpeft.tui.tail import RunTail

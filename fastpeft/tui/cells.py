@@ -11,7 +11,7 @@ from typing import Any
 from rich.text import Text
 
 from fastpeft.tui.format import MISSING, bar, decimal, duration, short, shortened, sparkline
-from fastpeft.tui.runs import RunRow, groups
+from fastpeft.tui.runs_index import RunRow, groups
 from fastpeft.tui.theme import STATUS
 
 STAND_IN = "STAND-IN"

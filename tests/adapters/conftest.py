@@ -6,10 +6,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from tiny import make_model
 
 from fastpeft.config import load_run
-from fastpeft.trainer.setup import Job, build_job
+from fastpeft.trainer.build import Job, build_job
+from tests.support.tiny import make_model
 
 _NO_DROPOUT = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
 NO_DROPOUT = {

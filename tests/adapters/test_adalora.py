@@ -8,7 +8,6 @@ import peft
 import pytest
 import torch
 import transformers
-from tiny import FAMILIES
 
 from fastpeft.adapters.adalora import AdaLora
 from fastpeft.config import ConfigError, load_run
@@ -16,6 +15,7 @@ from fastpeft.data.batches import collate
 from fastpeft.signals import Rates, Signals
 from fastpeft.trainer import train
 from fastpeft.trainer.step import train_step
+from tests.support.tiny import FAMILIES
 
 STEPS = 40
 SETTINGS = {

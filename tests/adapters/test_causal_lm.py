@@ -9,7 +9,6 @@ import pytest
 import torch
 import transformers
 from safetensors.torch import load_file
-from tiny import make_causal_lm
 
 from fastpeft.adapters import iw_lora, method_class
 from fastpeft.config import load_run
@@ -20,6 +19,7 @@ from fastpeft.models.layers import LoraLinear, SvdLinear
 from fastpeft.models.lm_head import hidden_states
 from fastpeft.signals import Rates, Signals
 from fastpeft.trainer.optim import FlatAdamW
+from tests.support.tiny import make_causal_lm
 
 CPU = torch.device("cpu")
 METHODS = ("lora", "rslora", "iw_lora", "adalora", "full")
@@ -261,7 +261,7 @@ def four_bit(folders):
 
 def dequantised_model(backbone) -> torch.nn.Module:
     """A plain model with the weights that the 4 bits stand for, in float64."""
-    from fastpeft.kernels.lora_linear.quantised import dequantised
+    from fastpeft.kernels.ops.lora_linear.quantised import dequantised
 
     model = transformers.AutoModelForCausalLM.from_pretrained(backbone.model.name_or_path, dtype=torch.float64)
     for name, module in backbone.model.named_modules():

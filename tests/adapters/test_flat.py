@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from fastpeft.adapters.base import head_parameters
-from fastpeft.objectives import classification_loss
+from fastpeft.adapters.adapter import head_parameters
+from fastpeft.tasks import classification_loss
 from fastpeft.trainer.step import forward_backward
 
 

@@ -8,12 +8,12 @@ import pytest
 import torch
 import transformers
 from safetensors.torch import load_file
-from tiny import FAMILIES
 
 from fastpeft.data.batches import collate
-from fastpeft.objectives import classification_loss
+from fastpeft.tasks import classification_loss
 from fastpeft.trainer import train
 from fastpeft.trainer.step import forward_backward, train_step
+from tests.support.tiny import FAMILIES
 
 SETTINGS = {"method": "full", "training__learning_rate": 1e-3}
 

@@ -9,7 +9,6 @@ from dataclasses import replace
 
 import pytest
 import torch
-from tiny import FAMILIES
 
 from fastpeft.adapters import method_class
 from fastpeft.adapters.iw_lora import MIN_INLINE_STEPS
@@ -17,9 +16,10 @@ from fastpeft.config import ConfigError, load_run
 from fastpeft.data.batches import collate, micro_batches
 from fastpeft.errors import UserError
 from fastpeft.models.backbone import load_backbone
-from fastpeft.objectives import classification_loss
 from fastpeft.signals import Rates, Signals
+from fastpeft.tasks import classification_loss
 from fastpeft.trainer.step import forward_backward, train_step
+from tests.support.tiny import FAMILIES
 
 
 def batches_of(job, position: int) -> tuple[list, int]:

@@ -8,10 +8,10 @@ import peft
 import pytest
 import torch
 import transformers
-from tiny import FAMILIES
 
 from fastpeft.data.batches import collate
 from fastpeft.trainer import train
+from tests.support.tiny import FAMILIES
 
 
 def perturb_all(job, seed: int) -> None:

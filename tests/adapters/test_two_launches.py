@@ -17,8 +17,8 @@ OWN = {"weighted_frobenius_kernel", "adamw_kernel"}
 def on_triton(monkeypatch: pytest.MonkeyPatch) -> None:
     """Only the flat buffers' kernels: those of the layers have tests of their own, and take long."""
     from fastpeft.kernels import dispatch
-    from fastpeft.kernels.adamw import op as adamw
-    from fastpeft.kernels.frobenius import op as frobenius
+    from fastpeft.kernels.ops.adamw import op as adamw
+    from fastpeft.kernels.ops.frobenius import op as frobenius
 
     if torch.cuda.is_available():
         return

@@ -11,7 +11,6 @@ from typing import Any
 
 import pytest
 import torch
-from tiny import make_causal_lm
 
 from bench import schedule_runs, schedules
 from bench.interleave import Round, Times
@@ -19,8 +18,9 @@ from bench.schedule_presets import Presets, run_of
 from bench.schedule_report import conclusions, paired, row_of, rows_of, show, unlike, verdict
 from bench.schedule_runs import diverged, ratio_of_sums
 from bench.schedule_search import at_edge, best_exponent, next_exponent, rate_at
-from fastpeft.evaluate.compare import mean_of
-from fastpeft.trainer.setup import build_job
+from fastpeft.compare.comparison import mean_of
+from fastpeft.trainer.build import build_job
+from tests.support.tiny import make_causal_lm
 
 # ---- the search ----------------------------------------------------------------------------
 

@@ -9,10 +9,10 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from fake_power import FakeNvml, NVMLError, raiser, write_zone
 
 from fastpeft.budget import energy
 from fastpeft.budget.energy import EnergyMeter, MeterLost, NvmlPower, Rapl, Source
+from tests.support.fake_power import FakeNvml, NVMLError, raiser, write_zone
 
 UUID = "GPU-1234"
 FAULT = NVMLError("GPU is lost")

@@ -7,7 +7,6 @@ import math
 
 import pytest
 import yaml
-from run_files import SMALL, one_problem, problems, write
 
 import fastpeft
 from fastpeft.config import (
@@ -21,6 +20,7 @@ from fastpeft.config import (
     trial_run,
 )
 from fastpeft.config import load as loading
+from tests.support.run_files import SMALL, one_problem, problems, write
 
 PRESET_FILES = sorted(loading.PRESETS.rglob("*.yaml"))
 # ---- presets -------------------------------------------------------------------------------

@@ -5,10 +5,10 @@ from __future__ import annotations
 import codecs
 
 import pytest
-from run_files import SMALL, one_problem, problems, write
 
 from fastpeft.config import load_run
 from fastpeft.errors import UserError
+from tests.support.run_files import SMALL, one_problem, problems, write
 
 # ---- values --------------------------------------------------------------------------------
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import pytest
-from run_files import write
 
 from fastpeft.config import (
     ConfigError,
@@ -14,6 +13,7 @@ from fastpeft.config import (
     trial_run,
 )
 from fastpeft.config import load as loading
+from tests.support.run_files import write
 
 
 @pytest.mark.parametrize(

@@ -9,16 +9,19 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny import FAMILIES, save_tokenizer
 
-from fastpeft.data import Batches, Encoded, Examples, encode
 from fastpeft.data.batches import (
     POOL_BATCHES,
     WIDTH_MULTIPLE,
+    Batches,
+    Encoded,
     collate,
+    encode,
     evaluation_batches,
     micro_batches,
 )
+from fastpeft.data.task import Examples
+from tests.support.tiny import FAMILIES, save_tokenizer
 
 CPU = torch.device("cpu")
 PAD = 99

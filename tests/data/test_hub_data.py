@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 
 import pytest
-from fake_hub import FakeHub
-from hub_files import CLASSES, GLUE, card, glue_files, glue_rows, parquet
 
 from fastpeft.config.schema import ColumnsConfig, DatasetConfig
-from fastpeft.data import ClassificationTask, DataError, load_task
-from fastpeft.data.hub import hub_dataset, is_cached
+from fastpeft.data.hub_datasets import hub_dataset, is_cached
+from fastpeft.data.task import ClassificationTask, DataError
 from fastpeft.errors import UnavailableError, UserError
+from fastpeft.tasks import load_task
+from tests.support.fake_hub import FakeHub
+from tests.support.hub_files import CLASSES, GLUE, card, glue_files, glue_rows, parquet
+from tests.support.real_data import DATA
 
 OWN = "someone/Reviews-2024"
 
@@ -326,8 +327,6 @@ def test_a_broken_parquet_file(fake_hub):
 
 
 # ---- task names on local files -------------------------------------------------------------
-
-DATA = Path(__file__).resolve().parents[3] / "shared" / "data"
 
 
 @pytest.mark.skipif(not DATA.is_dir(), reason=f"no real data at {DATA}")

@@ -11,12 +11,13 @@ from pathlib import Path
 import pytest
 
 from fastpeft.config.schema import ColumnsConfig, DatasetConfig
-from fastpeft.data import DataError, load_task
 from fastpeft.data.local import load_local, read_rows
+from fastpeft.data.task import DataError
 from fastpeft.errors import UserError
+from fastpeft.tasks import load_task
+from tests.support.real_data import DATA
 
 ROWS = [("a dog ran", "no"), ("a cat slept", "yes"), ("the bird, it ran", "no"), ('she said "no"', "yes")]
-DATA = Path(__file__).resolve().parents[3] / "shared" / "data"
 
 
 def write_jsonl(path: Path, rows: list[dict]) -> Path:

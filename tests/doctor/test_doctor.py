@@ -21,7 +21,7 @@ from rich.console import Console
 from fastpeft import doctor
 from fastpeft.doctor import Check, Finding, can_train, machine, surroundings
 from fastpeft.doctor.check import carry_out
-from fastpeft.doctor.report import print_report
+from fastpeft.doctor.table import print_report
 
 CANARY = "local-0123456789abcdef0123456789abcdef01234567"
 
@@ -491,7 +491,7 @@ def tuned(monkeypatch, tmp_path):
     from fastpeft.doctor import tuning
     from fastpeft.kernels import dispatch, tune
     from fastpeft.kernels.dispatch import Config
-    from fastpeft.kernels.lora_linear import configs
+    from fastpeft.kernels.ops.lora_linear import configs
 
     here = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     times = {"split": 10.0, "fused": 8.0, "fused_two": 9.0, "fused_factors": 12.0}

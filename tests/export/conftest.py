@@ -6,14 +6,14 @@ import shutil
 from pathlib import Path
 
 import pytest
-from exported_runs import CASES, Trained, run_values
-from tiny import FAMILIES, make_model
-from trainer.tiny_runs import write_pairs
 
 import fastpeft.trainer
 from fastpeft.config import run_from_values
 from fastpeft.runs.store import RunFolder
-from fastpeft.trainer.setup import Job, build_job
+from fastpeft.trainer.build import Job, build_job
+from tests.support.exported_runs import CASES, Trained, run_values
+from tests.support.tiny import FAMILIES, make_model
+from tests.support.tiny_runs import write_pairs
 
 
 @pytest.fixture(scope="session")

@@ -16,20 +16,20 @@ import pytest
 import torch
 import transformers
 import yaml
-from exported_runs import CASES, Trained
 from safetensors.torch import load_file, save_file
-from tiny import make_model
 
 from fastpeft.config import load_run, run_values, save_run
-from fastpeft.data import encode
+from fastpeft.data.batches import encode
 from fastpeft.errors import UnavailableError, UserError
 from fastpeft.export import loading, write
+from fastpeft.export.check_rows import logits
 from fastpeft.export.plan import make_plan
-from fastpeft.export.report import closing, opening
-from fastpeft.export.rows import logits
+from fastpeft.export.summary import closing, opening
 from fastpeft.export.write import Exported, export
 from fastpeft.models.inject import ADAPTER_NAME
 from fastpeft.runs.store import RunFolder, read_json
+from tests.support.exported_runs import CASES, Trained
+from tests.support.tiny import make_model
 
 CPU = torch.device("cpu")
 TOLERANCE = 2e-5
@@ -311,7 +311,7 @@ def test_a_stand_in_says_so_everywhere(home, tmp_path):
     exported = export(plan)
     assert "STAND-IN" in list(closing(plan, exported))[-1]
     assert "STAND-IN" in (plan.target / "README.md").read_text()
-    assert "fastpeft.models.embedded.PATHS" in (plan.target / "README.md").read_text()
+    assert "fastpeft.standins.PATHS" in (plan.target / "README.md").read_text()
     assert "on 32 validation rows |" in (plan.target / "README.md").read_text().split("| metric |")[1]
     assert read_json(plan.target / "export.json")["stand_in"] is True
     base = read_json(plan.target / "adapter_config.json")["base_model_name_or_path"]

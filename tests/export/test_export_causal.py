@@ -13,15 +13,15 @@ import torch
 import transformers
 import yaml
 from safetensors.torch import load_file, save_file
-from tiny import make_causal_lm
 
 from fastpeft.adapters import Adapter, method_class
 from fastpeft.config import load_run, save_run
 from fastpeft.export import write
 from fastpeft.export.plan import CheckError, make_plan
-from fastpeft.export.report import closing
+from fastpeft.export.summary import closing
 from fastpeft.models.backbone import load_causal_lm
 from fastpeft.runs.store import RunFolder, read_json
+from tests.support.tiny import make_causal_lm
 
 CPU = torch.device("cpu")
 TOLERANCE = 1e-4
@@ -186,7 +186,7 @@ def test_a_trimmed_adapter_and_what_it_costs(merge, trained, home, tmp_path):
 def token_accuracy(model: torch.nn.Module, problems: Path, tokenizer_folder: Path) -> float:
     """By the book: one held-out problem at a time."""
     from fastpeft.config.schema import DatasetConfig
-    from fastpeft.data import load_task
+    from fastpeft.tasks import load_task
 
     task = load_task(DatasetConfig(name="sums", path=str(problems), task="word-problems", held_out=20))
     tokenizer = transformers.AutoTokenizer.from_pretrained(str(tokenizer_folder))

@@ -7,10 +7,10 @@ from dataclasses import dataclass
 
 import pytest
 import torch
-from flat_model import Random, make_layout, relative_error
 
 from fastpeft.kernels import AdamWOptions, FlatLayout, adamw_step
 from fastpeft.kernels.launch import LAUNCHES
+from tests.support.flat_model import Random, make_layout, relative_error
 
 CPU = torch.device("cpu")
 OPTIONS = {

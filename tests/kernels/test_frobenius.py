@@ -6,14 +6,14 @@ from itertools import product
 
 import pytest
 import torch
-from flat_model import EXTRA, HEAD, SHAPES, Random, make_layout, relative_error
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fastpeft.kernels import FlatLayout, MatrixGroup, weighted_frobenius
-from fastpeft.kernels.frobenius import reference
-from fastpeft.kernels.frobenius.op import gram_side
 from fastpeft.kernels.launch import LAUNCHES
+from fastpeft.kernels.ops.frobenius import reference
+from fastpeft.kernels.ops.frobenius.op import gram_side
+from tests.support.flat_model import EXTRA, HEAD, SHAPES, Random, make_layout, relative_error
 
 RANKS = [1, 4, 8, 16, 64]
 CPU = torch.device("cpu")

@@ -11,8 +11,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from fastpeft.kernels import linear_cross_entropy, logits_cross_entropy
 from fastpeft.kernels.dispatch import Choice, Config, forced
 from fastpeft.kernels.launch import LAUNCHES
-from fastpeft.kernels.linear_cross_entropy.op import _Head
-from fastpeft.kernels.linear_cross_entropy.reference import cross_entropy_reference, entropy_reference
+from fastpeft.kernels.ops.linear_cross_entropy.op import _Head
+from fastpeft.kernels.ops.linear_cross_entropy.reference import cross_entropy_reference, entropy_reference
 
 LIMITS = {torch.float64: 1e-8, torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 2e-2}
 IGNORED = -100
@@ -249,7 +249,7 @@ def test_the_logits_are_never_whole(seed):
 
 
 def test_chunks_fit_into_their_memory(monkeypatch):
-    from fastpeft.kernels.linear_cross_entropy import op
+    from fastpeft.kernels.ops.linear_cross_entropy import op
 
     head = _Head(torch.empty(151_936, 8, device="meta", dtype=torch.bfloat16), None, None, False, None)
     assert 100 < head._rows_that_fit(10_000) <= 64 * 2**20 // 4 // 151_936
@@ -421,7 +421,7 @@ def test_triton_of_a_sure_token(triton_device):
 
 def test_triton_of_a_label_that_is_no_class(triton_device):
     """A GPU cannot raise without being waited for; nothing may pass for a loss."""
-    from fastpeft.kernels.linear_cross_entropy.rows import Options, PerRow, compute_rows
+    from fastpeft.kernels.ops.linear_cross_entropy.per_row import Options, PerRow, compute_rows
 
     logits = torch.zeros(2, 5, device=triton_device)
     out = PerRow.empty(2, logits, True)

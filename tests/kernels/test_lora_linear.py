@@ -6,10 +6,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from lora_linear_inputs import GRADIENTS, make_inputs, relative, run
 
 from fastpeft.kernels import lora_linear
-from fastpeft.kernels.lora_linear.reference import lora_linear_reference
+from fastpeft.kernels.ops.lora_linear.reference import lora_linear_reference
+from tests.support.lora_linear_inputs import GRADIENTS, make_inputs, relative, run
 
 
 def assert_like_reference(inputs, scale, dtype, limit):

@@ -8,13 +8,13 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from lora_linear_inputs import make_inputs, relative, run
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastpeft.kernels import GradientMeasures, LoraMeasures, dropout_mask, lora_linear, lora_linear_grouped
-from fastpeft.kernels.lora_linear import compute, split
-from fastpeft.kernels.lora_linear.reference import lora_linear_reference, philox_keep
+from fastpeft.kernels.ops.lora_linear import compute, split
+from fastpeft.kernels.ops.lora_linear.reference import lora_linear_reference, philox_keep
+from tests.support.lora_linear_inputs import make_inputs, relative, run
 
 EXACT = {"rtol": 1e-11, "atol": 1e-11}
 

@@ -9,13 +9,13 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from lora_linear_inputs import GRADIENTS, make_inputs, relative, run
 
 from fastpeft.kernels import LoraMeasures, dropout_mask, lora_linear, lora_linear_grouped
 from fastpeft.kernels.dispatch import Choice, Config, forced
 from fastpeft.kernels.launch import LAUNCHES
-from fastpeft.kernels.lora_linear import configs
-from fastpeft.kernels.lora_linear.reference import lora_linear_reference, philox_keep
+from fastpeft.kernels.ops.lora_linear import configs
+from fastpeft.kernels.ops.lora_linear.reference import lora_linear_reference, philox_keep
+from tests.support.lora_linear_inputs import GRADIENTS, make_inputs, relative, run
 
 pytest.importorskip("triton")
 

@@ -8,13 +8,13 @@ from dataclasses import dataclass
 
 import pytest
 import torch
-from flat_model import Random, make_layout
 
 from fastpeft.kernels import FlatLayout, SecantSums, secant_sums
 from fastpeft.kernels.flat_layout import STEP_SLICE
 from fastpeft.kernels.launch import LAUNCHES
-from fastpeft.kernels.secant.op import BLOCK_ROWS
-from fastpeft.kernels.secant.reference import secant_sums as reference
+from fastpeft.kernels.ops.secant.op import BLOCK_ROWS
+from fastpeft.kernels.ops.secant.reference import secant_sums as reference
+from tests.support.flat_model import Random, make_layout
 
 LAYOUTS = {
     "shapes": ((4, 8),),

@@ -11,8 +11,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from fastpeft.kernels import gradient_norm, sketch_norm
 from fastpeft.kernels.dispatch import Choice, Config, forced
 from fastpeft.kernels.launch import LAUNCHES
-from fastpeft.kernels.sensitivity import op
-from fastpeft.kernels.sensitivity.reference import gradient_norm_reference
+from fastpeft.kernels.ops.sensitivity import op
+from fastpeft.kernels.ops.sensitivity.reference import gradient_norm_reference
 
 SHAPES = [  # tokens, in, out: the Gram form is taken where T < I O / (I + O)
     (1, 33, 47),

@@ -12,8 +12,8 @@ import torch
 from fastpeft.kernels import dispatch, tune
 from fastpeft.kernels.dispatch import Choice, Config
 from fastpeft.kernels.launch import LAUNCHES
-from fastpeft.kernels.lora_linear import configs
-from fastpeft.kernels.sensitivity import op as sensitivity
+from fastpeft.kernels.ops.lora_linear import configs
+from fastpeft.kernels.ops.sensitivity import op as sensitivity
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 ABOUT = {"gpu": "X", "torch": "1", "date": "today"}
@@ -86,7 +86,7 @@ def test_the_median_decides_and_not_one_lucky_time(few):
 
 @pytest.mark.parametrize("operation", tune.OPERATIONS)
 def test_a_candidate_that_is_wrong_or_fails_never_wins(few, monkeypatch, operation):
-    from fastpeft.kernels.lora_linear import fused
+    from fastpeft.kernels.ops.lora_linear import fused
 
     owner, name = {
         "lora_factors": (fused, "factors"),

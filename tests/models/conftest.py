@@ -5,7 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from tiny import CAUSAL_FAMILIES, FAMILIES, make_causal_lm, make_model
+
+from tests.support.tiny import CAUSAL_FAMILIES, FAMILIES, make_causal_lm, make_model
 
 
 @pytest.fixture(scope="session")

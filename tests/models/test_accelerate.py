@@ -12,13 +12,13 @@ import pytest
 import torch
 import transformers
 from peft.tuners.lora import Linear as PeftLoraLinear
-from tiny import causal_model, classifier_model
 from torch import nn
 
 import fastpeft
 from fastpeft.errors import UserError
 from fastpeft.models import layers
 from fastpeft.models.layers import LoraLinear
+from tests.support.tiny import causal_model, classifier_model
 
 TARGETS = {
     "bert": ["query", "key", "value", "dense"],
@@ -69,7 +69,7 @@ def assert_same(mine, theirs, limit=1e-4):
 @pytest.fixture
 def computed(monkeypatch):
     """Counts the layers that the kernels compute, together or alone."""
-    from fastpeft.models import siblings
+    from fastpeft.models import fused_projections as siblings
 
     counts = {"layers": 0}
     alone, together = layers.lora_linear, siblings.lora_linear_grouped

@@ -8,13 +8,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny import FAMILIES, MAX_POSITIONS, NUM_LAYERS, make_model
 
 from fastpeft.config.schema import AdapterConfig, ModelConfig
 from fastpeft.errors import UnavailableError
 from fastpeft.models.backbone import Backbone, choose_dtype, load_backbone
-from fastpeft.models.embedded import PATHS
 from fastpeft.models.inject import inject_lora
+from fastpeft.standins import PATHS
+from tests.support.tiny import FAMILIES, MAX_POSITIONS, NUM_LAYERS, make_model
 
 CPU = torch.device("cpu")
 LABELS = ("no", "maybe", "yes")

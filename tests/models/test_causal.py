@@ -10,7 +10,6 @@ import pytest
 import torch
 import transformers
 from safetensors.torch import load_file, save_file
-from tiny import CAUSAL_FAMILIES, MAX_POSITIONS, causal_model, make_causal_lm, save_character_tokenizer
 
 from fastpeft.config import ConfigError, load_run
 from fastpeft.config.schema import ModelConfig
@@ -19,6 +18,7 @@ from fastpeft.models import backbone as backbones
 from fastpeft.models.backbone import Backbone, load_backbone, load_causal_lm
 from fastpeft.models.files import fetch_model
 from fastpeft.models.lm_head import hidden_states
+from tests.support.tiny import CAUSAL_FAMILIES, MAX_POSITIONS, causal_model, make_causal_lm, save_character_tokenizer
 
 CPU = torch.device("cpu")
 

@@ -11,7 +11,6 @@ from pathlib import Path
 import huggingface_hub
 import pytest
 import torch
-from hub_files import GLUE, MODEL, deberta_files, glue_files
 
 from fastpeft import hub
 from fastpeft.config import load_run
@@ -19,7 +18,8 @@ from fastpeft.config.schema import ModelConfig
 from fastpeft.errors import UnavailableError
 from fastpeft.models.backbone import Backbone, load_backbone
 from fastpeft.models.files import cached_model, fetch_model
-from fastpeft.models.resolve import resolve
+from fastpeft.trainer.resolve import resolve
+from tests.support.hub_files import GLUE, MODEL, deberta_files, glue_files
 
 
 @pytest.fixture(scope="module")
@@ -257,7 +257,7 @@ def test_model_and_dataset_come_from_the_cache_together(deberta, fake_hub, monke
     """Half of a run in the cache does not do without the hub."""
     fake_hub.add("model", MODEL, deberta)
     fake_hub.add("dataset", GLUE, glue_files())
-    from fastpeft.data import load_task
+    from fastpeft.tasks import load_task
 
     run = load_run("lora_rte")
     fetch_model(MODEL, "main")

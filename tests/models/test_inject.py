@@ -8,7 +8,6 @@ import peft
 import pytest
 import torch
 from peft.tuners.lora import Linear as PeftLoraLinear
-from tiny import FAMILIES, NUM_LAYERS
 
 from fastpeft.config.schema import AdapterConfig, ModelConfig
 from fastpeft.errors import UserError
@@ -16,6 +15,7 @@ from fastpeft.kernels import dropout_mask
 from fastpeft.models.backbone import Backbone, load_backbone
 from fastpeft.models.inject import inject_lora, match_targets, projection_of
 from fastpeft.models.layers import LoraLinear
+from tests.support.tiny import FAMILIES, NUM_LAYERS
 
 CPU = torch.device("cpu")
 SECOND_LAYER = r".*\.layer\.1\..*"

@@ -5,11 +5,11 @@ from __future__ import annotations
 import peft
 import pytest
 import torch
-from tiny import causal_model
 from torch import nn
 
 from fastpeft.errors import UserError
 from fastpeft.models.lens import FirstLayer
+from tests.support.tiny import causal_model
 
 IDS = torch.arange(2, 22).view(2, 10)
 

@@ -6,7 +6,6 @@ import peft
 import pytest
 import torch
 import transformers
-from tiny import CAUSAL_FAMILIES, FAMILIES, NUM_LAYERS, causal_model, classifier_model
 from torch import nn
 
 from fastpeft.config.schema import ModelConfig
@@ -14,6 +13,7 @@ from fastpeft.errors import UserError
 from fastpeft.models.backbone import load_backbone
 from fastpeft.models.lens import MOST_ROWS, FirstLayer
 from fastpeft.models.lm_head import hidden_states
+from tests.support.tiny import CAUSAL_FAMILIES, FAMILIES, NUM_LAYERS, causal_model, classifier_model
 
 LAST = NUM_LAYERS - 1
 TARGETS = {"distilbert": r".*layer\.{}\..*q_lin", "deberta-v2": r".*layer\.{}\..*query_proj"}

@@ -9,7 +9,6 @@ import peft
 import pytest
 import torch
 from peft.tuners.adalora import SVDLinear
-from tiny import causal_model
 from torch import nn
 
 import fastpeft
@@ -17,6 +16,7 @@ from fastpeft.models import merge
 from fastpeft.models.inject import ADAPTER_NAME
 from fastpeft.models.layers import LoraLinear, SvdLinear
 from fastpeft.models.merge import merged
+from tests.support.tiny import causal_model
 
 TARGETS = ["q_proj", "k_proj", "v_proj", "down_proj"]
 IDS = torch.arange(2, 22).view(2, 10)

@@ -10,11 +10,11 @@ from itertools import combinations
 
 import numpy as np
 import pytest
-from measurements import BLOCKS, FIELDS, PEAK, K, U, make, only, rates_of, run_of, spoilt, table
 
 from fastpeft.config.schedules import ScheduleConfig
-from fastpeft.schedules.base import _SCHEDULES, Schedule
+from fastpeft.schedules.schedule import _SCHEDULES, Schedule
 from fastpeft.signals import BlockSums, Measured, Need, Secants
+from tests.support.measurements import BLOCKS, FIELDS, PEAK, K, U, make, only, rates_of, run_of, spoilt, table
 
 NAMES = typing.get_args(typing.get_type_hints(ScheduleConfig)["name"])
 MOST = 30

@@ -11,15 +11,15 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from measurements import BLOCKS, PEAK, K, U, rates_of, run_of, spoilt
 
 from fastpeft.config.schedules import BaconConfig, BatsConfig, SalelrConfig, ScheduleConfig, SnacConfig
 from fastpeft.errors import UserError
 from fastpeft.kernels import AdamWOptions, FlatLayout, adamw_step
 from fastpeft.schedules import make_schedule
-from fastpeft.schedules.base import ADAM, Schedule
+from fastpeft.schedules.schedule import ADAM, Schedule
 from fastpeft.schedules.snac import SignalShare
 from fastpeft.signals import Blocks, BlockSums, Measured, Secants
+from tests.support.measurements import BLOCKS, PEAK, K, U, rates_of, run_of, spoilt
 
 SNAC = SnacConfig()
 

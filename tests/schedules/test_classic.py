@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from fastpeft.config.schedules import ScheduleConfig
 from fastpeft.schedules import classic, make_schedule
-from fastpeft.schedules.base import _SCHEDULES, WARMUP_CAP, Schedule
+from fastpeft.schedules.schedule import _SCHEDULES, WARMUP_CAP, Schedule
 
 PEAK = 3e-4
 FINAL, DECAY = 0.1, 0.25

@@ -10,7 +10,7 @@ import json
 import numpy as np
 import pytest
 
-from fastpeft.schedules.curvature import RunningCurvature
+from fastpeft.schedules.running_curvature import RunningCurvature
 from fastpeft.signals import Secants
 
 SIZES = (40, 60, 100)

@@ -13,8 +13,6 @@ import math
 import numpy as np
 import pytest
 import torch
-from closed_loop import Loop, ResidualMlp, Task, blocks_of, train
-from graff_inputs import PEAK, K, U, curved, make, reading, trace, weights_file
 
 from fastpeft.config import ConfigError, load_run, run_values
 from fastpeft.config.load import run_from_values
@@ -24,6 +22,8 @@ from fastpeft.kernels import AdamWOptions
 from fastpeft.schedules import graff, planner
 from fastpeft.schedules.graff import LR_MIN
 from fastpeft.signals import Need, Rates
+from tests.support.closed_loop import Loop, ResidualMlp, Task, blocks_of, train
+from tests.support.graff_inputs import PEAK, K, U, curved, make, reading, trace, weights_file
 
 # ---- the hypergradient ---------------------------------------------------------------------
 

@@ -11,7 +11,6 @@ import math
 
 import numpy as np
 import pytest
-from graff_inputs import PEAK, U, curved, make, reading, trace, weights_file
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
@@ -19,6 +18,7 @@ from hypothesis.extra import numpy as hnp
 from fastpeft.schedules import planner
 from fastpeft.schedules.graff import LOG_STEPS, LR_MAX, LR_MIN, SLEW, STABLE
 from fastpeft.signals import BlockSums, Measured, Secants
+from tests.support.graff_inputs import PEAK, U, curved, make, reading, trace, weights_file
 
 rows = hnp.arrays(np.float64, planner.STATE, elements=st.floats(-5, 5))
 

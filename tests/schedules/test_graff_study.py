@@ -5,10 +5,10 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from closed_loop import Loop, ResidualMlp, Task, train
 
 from fastpeft.config.schedules import GraffConfig, ScheduleConfig
 from fastpeft.schedules import make_schedule
+from tests.support.closed_loop import Loop, ResidualMlp, Task, train
 
 NUM_STEPS, SEEDS = 1500, (0, 1, 2)
 START_LRS = (1e-4, 1e-3, 4e-3)

@@ -8,14 +8,14 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from closed_loop import blocks_of
 from safetensors.numpy import save_file
 
 from fastpeft.errors import UserError
-from fastpeft.kernels.adamw.reference import AdamWOptions, adamw
+from fastpeft.kernels.ops.adamw.reference import AdamWOptions, adamw
 from fastpeft.schedules import planner
 from fastpeft.schedules.planner import NUM_FEATURES, NUM_WEIGHTS, STATE, Adam, Tape
 from fastpeft.signals import Blocks
+from tests.support.closed_loop import blocks_of
 
 BLOCKS = blocks_of(3, ("q", "k", "v"))
 

@@ -7,12 +7,12 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from measurements import BLOCKS, PEAK, rates_of, run_of
 
 from fastpeft.config.schedules import ReactorConfig, ScheduleConfig
 from fastpeft.schedules import make_schedule
 from fastpeft.schedules.reactor import STATE, GaussianPolicy, Reactor
 from fastpeft.signals import Measured
+from tests.support.measurements import BLOCKS, PEAK, rates_of, run_of
 
 
 def make(seed: int = 0, warmup_steps: int = 0, **settings: float) -> Reactor:

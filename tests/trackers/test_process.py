@@ -12,10 +12,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from wandb_server import KEY, WandbServer, files_with
 
 from fastpeft.runs.events import EventLog, LogTail
 from fastpeft.trackers import Choice, Trackers, process
+from tests.support.wandb_server import KEY, WandbServer, files_with
 
 METRIC = {"metric": {"name": "accuracy", "value": 0.5}, "best": {"value": 0.75, "step": 4}}
 

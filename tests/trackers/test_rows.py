@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from fastpeft.trackers.rows import Rows
+from fastpeft.trackers.scalars import Rows
 
 
 def event(kind: str, step: int, **fields) -> dict:

@@ -8,9 +8,8 @@ import pytest
 
 pytest.importorskip("tensorboard", reason="tensorboard is not installed")
 
-from test_process import write_log
-
 from fastpeft.trackers import Choice, Trackers
+from tests.trackers.test_process import write_log
 
 
 def scalars(folder: Path, tag: str) -> list[tuple[int, float]]:

@@ -7,17 +7,17 @@ from pathlib import Path
 
 import pytest
 import torch
-from probe_runs import Recorder, Steps, pairs_run, problem_run, put_in
 from torch import nn
 
-from fastpeft.data import Batch
+from fastpeft.data.batches import Batch
 from fastpeft.errors import UserError
 from fastpeft.kernels import linear_cross_entropy
-from fastpeft.models import siblings
+from fastpeft.models import fused_projections as siblings
 from fastpeft.models.layers import is_fused
 from fastpeft.models.lm_head import hidden_states
 from fastpeft.signals import Need
 from fastpeft.trainer.step import forward_backward
+from tests.support.probe_runs import Recorder, Steps, pairs_run, problem_run, put_in
 
 NEEDS = frozenset({Need.ANSWER_GRADIENT})
 

@@ -7,9 +7,9 @@ import time
 from pathlib import Path
 
 import pytest
-from tiny_runs import Listener, strict_events, tiny_run, write_run
 
 from fastpeft.trainer import train
+from tests.support.tiny_runs import Listener, strict_events, tiny_run, write_run
 
 
 @pytest.mark.parametrize(("budget_s", "method"), [(20, "iw_lora"), (60, "lora")])

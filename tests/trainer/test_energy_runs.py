@@ -12,16 +12,16 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from fake_power import FakeNvml, NVMLError, SteadyCpu, write_zone
 from rich.console import Console
-from tiny_runs import Listener, strict_events, tiny_run, write_run
 
 from fastpeft.budget import energy
-from fastpeft.console import ConsoleReporter, closing_table
+from fastpeft.cli.console import ConsoleReporter, closing_table
 from fastpeft.errors import UserError
 from fastpeft.runs.store import Result
 from fastpeft.trainer import StopRequest, train
 from fastpeft.trainer.checkpoint import newest_checkpoint
+from tests.support.fake_power import FakeNvml, NVMLError, SteadyCpu, write_zone
+from tests.support.tiny_runs import Listener, strict_events, tiny_run, write_run
 
 POWER_W = 40.0
 WINDOW_S = 0.2
@@ -32,7 +32,7 @@ def cpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[SteadyCpu]:
     """A CPU that draws 40 W, and a meter with windows of 0.2 s."""
     for name, value in (("POWERCAP", tmp_path / "powercap"), ("WINDOW_S", WINDOW_S), ("LOST_AFTER_S", 0.5)):
         monkeypatch.setattr(energy, name, value)
-    monkeypatch.setattr("fastpeft.trainer.setup.WINDOW_S", WINDOW_S)
+    monkeypatch.setattr("fastpeft.trainer.build.WINDOW_S", WINDOW_S)
     with SteadyCpu(tmp_path / "powercap", POWER_W) as cpu:
         yield cpu
 
@@ -134,9 +134,9 @@ def test_an_nvml_that_dies_neither_ends_nor_stalls_a_run(
     """A run that believes that it is on a GPU of 100 W, whose driver is gone after a second."""
     for name, value in (("WINDOW_S", WINDOW_S), ("LOST_AFTER_S", 1.0), ("LAST_READING_S", 0.2)):
         monkeypatch.setattr(energy, name, value)
-    for module in ("fastpeft.trainer", "fastpeft.trainer.setup"):
+    for module in ("fastpeft.trainer", "fastpeft.trainer.build"):
         monkeypatch.setattr(f"{module}.gpu_uuid", lambda _: "GPU-1234")
-    monkeypatch.setattr("fastpeft.trainer.setup.WINDOW_S", WINDOW_S)
+    monkeypatch.setattr("fastpeft.trainer.build.WINDOW_S", WINDOW_S)
     nvml, gone, wakes, began = FakeNvml(), threading.Event(), threading.Event(), time.monotonic()
 
     def counter() -> int:

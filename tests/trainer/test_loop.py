@@ -15,7 +15,21 @@ import peft
 import pytest
 import torch
 import transformers
-from tiny_runs import (
+from typer.testing import CliRunner
+
+import fastpeft.trainer
+from fastpeft.cli.app import EXIT_DIVERGED, app
+from fastpeft.config import run_values
+from fastpeft.data.batches import collate, micro_batches
+from fastpeft.runs.events import number
+from fastpeft.tasks import classification_loss
+from fastpeft.trainer import StopRequest, train
+from fastpeft.trainer.build import Job, build_job
+from fastpeft.trainer.calibrate import MIN_CALIBRATION_BATCHES
+from fastpeft.trainer.loop import MAX_NON_FINITE
+from fastpeft.trainer.step import forward_backward
+from fastpeft.trainer.step_log import FETCH_STEPS
+from tests.support.tiny_runs import (
     BATCH_SIZE,
     Listener,
     steps_logged,
@@ -23,20 +37,6 @@ from tiny_runs import (
     tiny_run,
     weights,
 )
-from typer.testing import CliRunner
-
-import fastpeft.trainer
-from fastpeft.cli import EXIT_DIVERGED, app
-from fastpeft.config import run_values
-from fastpeft.data.batches import collate, micro_batches
-from fastpeft.objectives import classification_loss
-from fastpeft.runs.events import number
-from fastpeft.trainer import StopRequest, train
-from fastpeft.trainer.calibrate import MIN_CALIBRATION_BATCHES
-from fastpeft.trainer.loop import MAX_NON_FINITE
-from fastpeft.trainer.measure import FETCH_STEPS
-from fastpeft.trainer.setup import Job, build_job
-from fastpeft.trainer.step import forward_backward
 
 # ---- it learns -------------------------------------------------------------------------------
 

@@ -10,18 +10,27 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from probe_runs import CURVATURE, PRODUCT_STEP, Recorder, Steps, assert_near, pairs_run, problem_run, put_in
 from torch import nn
 
 from fastpeft.adapters.flat import FlatParameters
 from fastpeft.config.schema import OptimizerConfig
 from fastpeft.models.layers import is_fused
-from fastpeft.objectives import BatchLoss
 from fastpeft.signals import Measured, Need, Rates
+from fastpeft.tasks import BatchLoss
+from fastpeft.trainer.build import build_job
 from fastpeft.trainer.optim import make_optimizer
-from fastpeft.trainer.probes import Probes
-from fastpeft.trainer.setup import build_job
+from fastpeft.trainer.probes.hooks import Probes
 from fastpeft.trainer.step import train_step
+from tests.support.probe_runs import (
+    CURVATURE,
+    PRODUCT_STEP,
+    Recorder,
+    Steps,
+    assert_near,
+    pairs_run,
+    problem_run,
+    put_in,
+)
 
 SHAPES = ((4, 10, 6), (4, 10, 6), (2, 7, 9))
 HEAD_SHAPES = ((3, 6), (3,))

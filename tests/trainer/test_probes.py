@@ -8,7 +8,15 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from probe_runs import (
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from fastpeft.schedules import Schedule
+from fastpeft.signals import Need
+from fastpeft.trainer import train
+from fastpeft.trainer.build import build_job
+from fastpeft.trainer.probes.hooks import Probes, Transfer
+from fastpeft.trainer.step import forward_backward, train_step
+from tests.support.probe_runs import (
     CURVATURE,
     PRODUCT_STEP,
     ReadsAll,
@@ -23,15 +31,7 @@ from probe_runs import (
     problem_run,
     put_in,
 )
-from tiny_runs import assert_same_outcome, assert_same_weights, strict_events, tiny_run, weights
-from torch.utils._python_dispatch import TorchDispatchMode
-
-from fastpeft.schedules import Schedule
-from fastpeft.signals import Need
-from fastpeft.trainer import train
-from fastpeft.trainer.probes import Probes, Transfer
-from fastpeft.trainer.setup import build_job
-from fastpeft.trainer.step import forward_backward, train_step
+from tests.support.tiny_runs import assert_same_outcome, assert_same_weights, strict_events, tiny_run, weights
 
 # ---- figures -----------------------------------------------------------------------------------
 

@@ -12,18 +12,18 @@ from pathlib import Path
 
 import pytest
 import torch
-from problem_runs import NUM_TEST, problem_run, write_run
-from tiny_runs import Child, Listener, assert_same_outcome, assert_same_weights, strict_events, weights
 
 import fastpeft.trainer
 from fastpeft.config import ConfigError, RunConfig
-from fastpeft.data.memory import TokenLimits
-from fastpeft.evaluate.score import Score
-from fastpeft.objectives import WordProblems
+from fastpeft.device_memory import TokenLimits
 from fastpeft.runs.curves import auc
 from fastpeft.runs.store import RunFolder
+from fastpeft.tasks import WordProblems
+from fastpeft.tasks.sequence_classification.scoring import Score
 from fastpeft.trainer import StopRequest, train
-from fastpeft.trainer.setup import Job, build_job
+from fastpeft.trainer.build import Job, build_job
+from tests.support.problem_runs import NUM_TEST, problem_run, write_run
+from tests.support.tiny_runs import Child, Listener, assert_same_outcome, assert_same_weights, strict_events, weights
 
 METHODS = ["lora", "iw_lora", "adalora", "full", "schedule_free"]
 

@@ -8,7 +8,11 @@ import time
 from pathlib import Path
 
 import pytest
-from tiny_runs import (
+
+from fastpeft.runs.store import RunFolder
+from fastpeft.trainer import train
+from fastpeft.trainer.checkpoint import newest_checkpoint
+from tests.support.tiny_runs import (
     STEPS_PER_EPOCH,
     Child,
     assert_same_outcome,
@@ -19,10 +23,6 @@ from tiny_runs import (
     weights,
     write_run,
 )
-
-from fastpeft.runs.store import RunFolder
-from fastpeft.trainer import train
-from fastpeft.trainer.checkpoint import newest_checkpoint
 
 CHECKPOINT_STEPS = 3
 

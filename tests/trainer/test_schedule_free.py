@@ -10,19 +10,19 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_loop import peft_accuracy
-from test_optim import CONFIGS, Model
-from tiny_runs import Listener, assert_same_outcome, assert_same_weights, strict_events, tiny_run, weights
 
 import fastpeft.trainer
 from fastpeft.config import ConfigError, RunConfig
 from fastpeft.config.schema import OptimizerConfig
 from fastpeft.errors import UserError
-from fastpeft.objectives import classification as objective_module
 from fastpeft.signals import Rates, Signals
+from fastpeft.tasks.sequence_classification import task as objective_module
 from fastpeft.trainer import StopRequest, train
+from fastpeft.trainer.build import Job, build_job
 from fastpeft.trainer.checkpoint import newest_checkpoint
-from fastpeft.trainer.setup import Job, build_job
+from tests.support.tiny_runs import Listener, assert_same_outcome, assert_same_weights, strict_events, tiny_run, weights
+from tests.trainer.test_loop import peft_accuracy
+from tests.trainer.test_optim import CONFIGS, Model
 
 # ---- the update ------------------------------------------------------------------------------
 

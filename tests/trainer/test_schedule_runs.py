@@ -6,14 +6,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from probe_runs import StopAfter, pairs_run
-from tiny_runs import assert_same_outcome, assert_same_weights, strict_events, weights
 
-from fastpeft.schedules.base import _SCHEDULES
+from fastpeft.schedules.schedule import _SCHEDULES
 from fastpeft.trainer import train
 from fastpeft.trainer.loop import Loop
-from fastpeft.trainer.probes import Probes
+from fastpeft.trainer.probes.hooks import Probes
 from fastpeft.tui.parse import parse
+from tests.support.probe_runs import StopAfter, pairs_run
+from tests.support.tiny_runs import assert_same_outcome, assert_same_weights, strict_events, weights
 
 OPTIONS: dict[str, dict[str, Any]] = {
     "fot": {"window": 1, "calibrate": True, "floor": True},  # a forecast from the tenth step on

@@ -9,14 +9,14 @@ import subprocess
 import sys
 
 import pytest
-from tiny_runs import write_run
 
+from fastpeft.cli.console import runs_table
 from fastpeft.config import ConfigError, load_run, parse_budget, trial_run
-from fastpeft.console import runs_table
 from fastpeft.errors import UserError
 from fastpeft.runs.store import RunError, list_runs
 from fastpeft.trainer.interrupt import StopRequest
 from fastpeft.trainer.seeds import share_budget, train_seeds
+from tests.support.tiny_runs import write_run
 
 
 @pytest.fixture

@@ -9,10 +9,10 @@ import time
 from pathlib import Path
 
 import pytest
-from tiny_runs import Child, has_event, steps_logged, strict_events, write_run
 
 from fastpeft.runs.store import RunFolder
 from fastpeft.trainer.checkpoint import Checkpoint, newest_checkpoint
+from tests.support.tiny_runs import Child, has_event, steps_logged, strict_events, write_run
 
 EXIT_CODES = {signal.SIGTERM: 143, signal.SIGINT: 130}
 MANY_ROWS = 4000

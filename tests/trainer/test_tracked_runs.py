@@ -8,7 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tiny_runs import (
+
+import fastpeft
+from fastpeft.errors import UserError
+from fastpeft.runs.events import Event
+from fastpeft.trackers import process
+from tests.support.tiny_runs import (
     Child,
     Listener,
     assert_same_weights,
@@ -19,12 +24,7 @@ from tiny_runs import (
     weights,
     write_run,
 )
-from wandb_server import KEY, WandbServer, files_with
-
-import fastpeft
-from fastpeft.errors import UserError
-from fastpeft.runs.events import Event
-from fastpeft.trackers import process
+from tests.support.wandb_server import KEY, WandbServer, files_with
 
 NUM_STEPS = 40
 

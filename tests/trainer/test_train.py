@@ -11,7 +11,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from tiny_runs import (
+
+from fastpeft.budget import energy
+from fastpeft.errors import UserError
+from fastpeft.tasks.sequence_classification import task as objective_module
+from fastpeft.trainer import StopRequest, train
+from fastpeft.trainer import calibrate as calibrate_module
+from fastpeft.trainer import loop as loop_module
+from fastpeft.trainer.build import build_job
+from fastpeft.trainer.checkpoint import newest_checkpoint
+from tests.support.tiny_runs import (
     STEPS_PER_EPOCH,
     Listener,
     assert_same_outcome,
@@ -21,15 +30,6 @@ from tiny_runs import (
     tiny_run,
     weights,
 )
-
-from fastpeft.budget import energy
-from fastpeft.errors import UserError
-from fastpeft.objectives import classification as objective_module
-from fastpeft.trainer import StopRequest, train
-from fastpeft.trainer import calibrate as calibrate_module
-from fastpeft.trainer import loop as loop_module
-from fastpeft.trainer.checkpoint import newest_checkpoint
-from fastpeft.trainer.setup import build_job
 
 
 def tree(folder: Path) -> dict[str, bytes]:

@@ -8,10 +8,8 @@ import sys
 from pathlib import Path
 
 import pytest
-from pilots import SIZES, drive, text_of, until, until_shown
 from textual.binding import Binding
 from textual.widgets import Checkbox, Input
-from tui_logs import evaluation, header, heartbeat, importance, lines, make_run, step, usual
 
 from fastpeft.runs.store import RunFolder
 from fastpeft.tui import steer
@@ -22,9 +20,11 @@ from fastpeft.tui.screens.run import PLOTS, RunScreen
 from fastpeft.tui.screens.runs import RunsScreen
 from fastpeft.tui.screens.start import StartScreen
 from fastpeft.tui.steer import Launch
-from fastpeft.tui.widgets.events import EventLog
+from fastpeft.tui.widgets.event_list import EventLog
 from fastpeft.tui.widgets.heatmap import Heatmap
 from fastpeft.tui.widgets.plot import LinePlot
+from tests.support.pilots import SIZES, drive, text_of, until, until_shown
+from tests.support.tui_logs import evaluation, header, heartbeat, importance, lines, make_run, step, usual
 
 
 @pytest.fixture

@@ -6,10 +6,8 @@ import os
 import time
 
 import pytest
-from pilots import SIZES, drive, text_of, until, until_shown
 from textual.binding import Binding
 from textual.widgets import DataTable, Input
-from tui_logs import evaluation, header, lines, make_run, step, usual
 
 from fastpeft.tui import cells
 from fastpeft.tui.screens.compare import CompareScreen
@@ -17,6 +15,8 @@ from fastpeft.tui.screens.dialogs import Ask, Help, Reading
 from fastpeft.tui.screens.run import RunScreen
 from fastpeft.tui.screens.runs import RunsScreen
 from fastpeft.tui.screens.start import StartScreen
+from tests.support.pilots import SIZES, drive, text_of, until, until_shown
+from tests.support.tui_logs import evaluation, header, lines, make_run, step, usual
 
 
 @pytest.fixture

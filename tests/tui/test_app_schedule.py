@@ -7,9 +7,19 @@ import math
 
 import numpy as np
 import pytest
-from pilots import SIZES, drive, text_of, until, until_shown
 from textual_hires_canvas import Canvas
-from tui_logs import (
+
+from fastpeft.tui import cells
+from fastpeft.tui import forecast_band as forecasts
+from fastpeft.tui.parse import MAX_FIGURES, SplitScore
+from fastpeft.tui.runs_index import RunsIndex
+from fastpeft.tui.screens.compare import CompareScreen
+from fastpeft.tui.screens.run import MAX_PLOTS, RunScreen
+from fastpeft.tui.tail import MAX_SNAPSHOTS, RunTail
+from fastpeft.tui.widgets.heatmap import Heatmap
+from fastpeft.tui.widgets.plot import LinePlot
+from tests.support.pilots import SIZES, drive, text_of, until, until_shown
+from tests.support.tui_logs import (
     evaluation,
     event,
     figures,
@@ -23,16 +33,6 @@ from tui_logs import (
     step,
     usual,
 )
-
-from fastpeft.tui import cells
-from fastpeft.tui import forecast as forecasts
-from fastpeft.tui.parse import MAX_FIGURES, SplitScore
-from fastpeft.tui.runs import RunsIndex
-from fastpeft.tui.screens.compare import CompareScreen
-from fastpeft.tui.screens.run import MAX_PLOTS, RunScreen
-from fastpeft.tui.tail import MAX_SNAPSHOTS, RunTail
-from fastpeft.tui.widgets.heatmap import Heatmap
-from fastpeft.tui.widgets.plot import LinePlot
 
 DONE = {
     "status": "done",

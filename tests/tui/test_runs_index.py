@@ -10,11 +10,11 @@ import shutil
 import time
 
 import pytest
-from tui_logs import evaluation, header, heartbeat, lines, make_run, step, usual
 
 from fastpeft.runs.store import DEAD_AFTER_S, RunFolder
-from fastpeft.tui import runs
-from fastpeft.tui.runs import SPARK_POINTS, RunsIndex, groups
+from fastpeft.tui import runs_index as runs
+from fastpeft.tui.runs_index import SPARK_POINTS, RunsIndex, groups
+from tests.support.tui_logs import evaluation, header, heartbeat, lines, make_run, step, usual
 
 
 def row_of(results_dir, name="a"):

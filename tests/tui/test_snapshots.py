@@ -7,11 +7,11 @@ import re
 from pathlib import Path
 
 import pytest
-from pilots import drive, until
-from tui_logs import evaluation, header, heartbeat, importance, make_run, planned, step
 
 from fastpeft.tui.screens.compare import CompareScreen
 from fastpeft.tui.screens.run import RunScreen
+from tests.support.pilots import drive, until
+from tests.support.tui_logs import evaluation, header, heartbeat, importance, make_run, planned, step
 
 STORED = Path(__file__).parent / "snapshots"
 

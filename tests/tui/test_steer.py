@@ -13,11 +13,11 @@ import time
 from pathlib import Path
 
 import pytest
-from tui_logs import header, lines, make_run, step
 
 from fastpeft.runs.store import RunError, RunFolder
 from fastpeft.tui import steer
 from fastpeft.tui.steer import Order, SteerError
+from tests.support.tui_logs import header, lines, make_run, step
 
 TRAINER = """
 import os, signal, socket, sys, time

@@ -10,12 +10,12 @@ import time
 
 import numpy as np
 import pytest
-from tui_logs import TOKENS, evaluation, event, header, heartbeat, importance, lines, step, usual
 
 from fastpeft.runs.events import EventLog
 from fastpeft.tui import tail as tail_module
 from fastpeft.tui.parse import parse
 from fastpeft.tui.tail import STEP_SERIES, RunTail
+from tests.support.tui_logs import TOKENS, evaluation, event, header, heartbeat, importance, lines, step, usual
 
 
 @pytest.fixture

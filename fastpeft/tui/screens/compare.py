@@ -13,12 +13,12 @@ from textual.binding import Binding, BindingType
 from textual.containers import Vertical, VerticalScroll
 from textual.widgets import DataTable, Footer, Static
 
-from fastpeft.evaluate.compare import Comparison, compare
+from fastpeft.compare.comparison import Comparison, compare
 from fastpeft.runs.store import RunFolder
 from fastpeft.tui import cells
 from fastpeft.tui.format import decimal, duration, short, shortened
-from fastpeft.tui.runs import RunRow
-from fastpeft.tui.screens.base import RunsKeys
+from fastpeft.tui.runs_index import RunRow
+from fastpeft.tui.screens.screen import RunsKeys
 from fastpeft.tui.tail import RunTail
 from fastpeft.tui.theme import curve_color
 from fastpeft.tui.widgets.plot import Curve, LinePlot

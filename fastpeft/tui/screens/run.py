@@ -13,17 +13,17 @@ from textual.binding import Binding, BindingType
 from textual.containers import Container, Vertical, VerticalScroll
 from textual.widgets import Footer, Static
 
-from fastpeft.tui import cells, forecast
+from fastpeft.tui import cells, forecast_band
 from fastpeft.tui.format import amount, bar, decimal, duration, printable, short
 from fastpeft.tui.parse import MAX_FIGURES
-from fastpeft.tui.runs import RunRow
-from fastpeft.tui.screens.base import RunsKeys
+from fastpeft.tui.runs_index import RunRow
+from fastpeft.tui.screens.screen import RunsKeys
 from fastpeft.tui.tail import RunTail
 from fastpeft.tui.theme import STATUS, curve_color
-from fastpeft.tui.widgets.events import EventLog
+from fastpeft.tui.widgets.event_list import EventLog
 from fastpeft.tui.widgets.heatmap import Grid, Heatmap, importance_grid, rates_grid
 from fastpeft.tui.widgets.plot import Band, Curve, LinePlot
-from fastpeft.tui.widgets.system import SystemPanel
+from fastpeft.tui.widgets.system_panel import SystemPanel
 from fastpeft.tui.widgets.text import Lines
 
 DRAW_EVERY_S = 0.25
@@ -175,7 +175,7 @@ class RunScreen(RunsKeys):
         self.query_one("#title", Lines).show(_title(self.row, self.run, self._tail, self.size.width))
 
     def _draw_schedule(self, tail: RunTail) -> None:
-        panel, text = self.query_one("#schedule", Lines), forecast.summary(tail)
+        panel, text = self.query_one("#schedule", Lines), forecast_band.summary(tail)
         panel.display = bool(text)
         panel.show(text)
 
@@ -237,8 +237,8 @@ class RunScreen(RunsKeys):
         if key != "loss" or not self.with_forecast:
             return []
         assert self._tail is not None
-        newest, loss = forecast.newest(self._tail), self._tail.series.get("loss")
-        band = forecast.band(newest, loss, axis) if newest and loss else None
+        newest, loss = forecast_band.newest(self._tail), self._tail.series.get("loss")
+        band = forecast_band.band(newest, loss, axis) if newest and loss else None
         return [band] if band else []
 
     def _notes(self, key: str) -> list[str]:

@@ -13,8 +13,8 @@ from textual.widgets import DataTable, Footer, Input
 
 from fastpeft.tui import cells
 from fastpeft.tui.format import amount, decimal, duration, short, shortened, sparkline
-from fastpeft.tui.runs import RunRow
-from fastpeft.tui.screens.base import RESUME, STOP, RunsKeys
+from fastpeft.tui.runs_index import RunRow
+from fastpeft.tui.screens.screen import RESUME, STOP, RunsKeys
 from fastpeft.tui.series import Series
 from fastpeft.tui.widgets.plot import Curve, LinePlot
 from fastpeft.tui.widgets.text import Lines

@@ -1,0 +1,375 @@
+"""The `fastpeft` command. Imports are inside the commands, so that --help answers at once."""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import signal
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from fastpeft._version import __version__
+from fastpeft.cli.runs_commands import ResultsDir, runs
+from fastpeft.errors import UserError
+
+EXIT_CANNOT_TRAIN = 1
+EXIT_DIVERGED = 4
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    help="Fine-tune with LoRA inside a budget.",
+)
+app.add_typer(runs, name="runs")
+
+
+def main() -> None:
+    """Entry point: a user's error becomes a message and an exit code, never a traceback."""
+    # OpenMP threads that spin while they wait make a step 100 times slower (measured) as soon as
+    # another process wants one of the cores. It is read when torch is loaded.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    sys.stdout.reconfigure(errors="backslashreplace")  # a name may hold what the terminal cannot show
+    try:
+        app()
+    except UserError as error:
+        print(f"fastpeft: {error}", file=sys.stderr)
+        sys.exit(error.exit_code)
+
+
+@contextmanager
+def _handled(number: signal.Signals, handler: Any) -> Iterator[None]:
+    before = signal.signal(number, handler)
+    try:
+        yield
+    finally:
+        signal.signal(number, before)
+
+
+def _ctrl_c_ends_at_once() -> Any:
+    """While torch is loaded: inside its imports a KeyboardInterrupt becomes an ImportError or aborts the process."""
+    return _handled(signal.SIGINT, lambda number, frame: os._exit(128 + number))
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        print(__version__)
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None: ...
+
+
+@app.command()
+def train(
+    overrides: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[KEY=VALUE]...", help="Settings over the file's, such as training.seed=1."),
+    ] = None,
+    run: Annotated[str | None, typer.Option(help="A preset's name, or the path of a YAML file.")] = None,
+    budget: Annotated[
+        str | None,
+        typer.Option(help="What the run may spend: 90s, 30m, 2h, 2000steps, 5Mtok or 50kJ."),
+    ] = None,
+    mode: Annotated[str, typer.Option(help="full, or trial: two steps through every code path.")] = "full",
+    results_dir: ResultsDir = Path("results"),
+    name: Annotated[str | None, typer.Option(help="The run's folder; RUN-YYYYmmdd-HHMMSScc when absent.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Same as training.seed=N.")] = None,
+    seeds: Annotated[
+        str | None, typer.Option(help="0,1,2: one run a seed, one after another, which share the budget.")
+    ] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Continue the run --name.")] = False,
+    no_stand_in: Annotated[
+        bool, typer.Option("--no-stand-in", help="Fail where model or data cannot be reached.")
+    ] = False,
+    tui: Annotated[bool, typer.Option("--tui", help="Train in a process of its own, and watch it.")] = False,
+) -> None:
+    """Train a run to the end of its budget."""
+    several = None if seeds is None else _parse_seeds(seeds, seed)
+    config = _load(run, overrides or [], budget, seed, mode, resume, len(several or [0]))
+    if tui:
+        from fastpeft.runs.store import default_name
+        from fastpeft.tui.show import show
+        from fastpeft.tui.steer import Order
+
+        if name is None and resume:
+            raise UserError("--resume needs --name: which run is to be continued?")
+        order = Order(
+            run=run,
+            overrides=overrides or [],
+            budget=budget,
+            mode=mode,
+            name=name or default_name(config.run_id),
+            seed=seed,
+            seeds=several,
+            resume=resume,
+            no_stand_in=no_stand_in,
+        )
+        show(results_dir, order)
+        return
+    if several is not None:
+        _train_seeds(config, several, results_dir, name, resume, not no_stand_in)
+        return
+    _train_one(config, results_dir, name, resume, not no_stand_in)
+
+
+def _train_one(config: Any, results_dir: Path, name: str | None, resume: bool, allow_stand_in: bool) -> None:
+    if name is not None and not resume:  # before torch is loaded, which takes seconds
+        from fastpeft.runs.store import RunFolder
+
+        RunFolder.at(results_dir, name).check_free()
+    from fastpeft.cli.console import ConsoleReporter, closing_table
+
+    with ConsoleReporter() as reporter:
+        reporter.console.print("loading torch", style="dim")
+        with _ctrl_c_ends_at_once():
+            from fastpeft.trainer import StopRequest
+            from fastpeft.trainer import train as train_run
+
+        stop = StopRequest()
+        result = train_run(
+            config,
+            results_dir=results_dir,
+            name=name,
+            resume=resume,
+            allow_stand_in=allow_stand_in,
+            reporter=reporter,
+            stop=stop,
+        )
+    reporter.console.print(closing_table(result))
+    print(f"\nrun folder   {results_dir / result.name}")
+    if result.status == "stopped":
+        print(
+            f"resume with  fastpeft train --resume --name {result.name} --results-dir {shlex.quote(str(results_dir))}"
+        )
+    else:
+        print(f"look again   fastpeft runs show {result.name} --results-dir {shlex.quote(str(results_dir))}")
+    _end([result], reporter, stop)
+
+
+def _train_seeds(
+    config: Any, seeds: list[int], results_dir: Path, name: str | None, resume: bool, allow_stand_in: bool
+) -> None:
+    if config is None or (resume and name is None):
+        raise UserError("--seeds needs --run, and with --resume also --name: which group is to be continued?")
+    from fastpeft.cli.console import ConsoleReporter, closing_table, group_table
+    from fastpeft.runs.store import default_name
+
+    group = name or default_name(config.run_id)
+    with ConsoleReporter() as reporter:
+        reporter.console.print("loading torch", style="dim")
+        with _ctrl_c_ends_at_once():
+            from fastpeft.trainer import StopRequest
+            from fastpeft.trainer.seeds import train_seeds
+
+        stop = StopRequest()
+        results = train_seeds(
+            config,
+            seeds,
+            results_dir=results_dir,
+            name=group,
+            resume=resume,
+            stop=stop,
+            on_start=lambda seed, folder: reporter.say(f"\nseed {seed}: {results_dir / folder}"),
+            allow_stand_in=allow_stand_in,
+            reporter=reporter,
+        )
+    if len(results) == 1:
+        reporter.console.print(closing_table(results[0]))
+    reporter.console.print(group_table(results))
+    where = shlex.quote(str(results_dir))
+    if stop():
+        again = [a for a in sys.argv[1:] if a != "--resume"] + ["--resume"] + ([] if name else ["--name", group])
+        print(f"resume with  {shlex.join(['fastpeft', *again])}")
+    else:
+        print(f"look again   fastpeft runs ls --results-dir {where}")
+    _end(results, reporter, stop)
+
+
+def _end(results: list[Any], reporter: Any, stop: Any) -> None:
+    """The last line, and the exit code if it is not 0."""
+    if results and results[-1].stand_in:
+        reporter.say(f"STAND-IN: these are numbers of {results[-1].model} on {results[-1].dataset}")
+    if any(result.status == "diverged" for result in results):
+        raise typer.Exit(EXIT_DIVERGED)
+    if stop.signal is not None and (not results or results[-1].status == "stopped"):
+        raise typer.Exit(128 + stop.signal)
+
+
+def _parse_seeds(text: str, seed: int | None) -> list[int]:
+    from fastpeft.config import parse_seeds
+
+    if seed is not None:
+        raise UserError("--seed and --seeds: give one of them")
+    try:
+        return parse_seeds(text)
+    except ValueError as error:
+        raise UserError(f"--{error}") from None
+
+
+def _load(
+    run: str | None,
+    overrides: list[str],
+    budget: str | None,
+    seed: int | None,
+    mode: str,
+    resume: bool,
+    num_seeds: int,
+) -> Any:
+    """The RunConfig that the options mean; None if a resume takes what is stored."""
+    from fastpeft.config import load_run, trial_run
+
+    if mode not in ("trial", "full"):
+        raise UserError(f"--mode {mode!r}: expected trial or full")
+    texts = list(overrides)
+    texts += [f"budget={json.dumps(budget)}"] if budget is not None else []
+    texts += [f"training.seed={seed}"] if seed is not None else []
+    if run is None:
+        if not resume:
+            from fastpeft.config import preset_names
+
+            raise UserError(f"train needs --run: a YAML file or one of {', '.join(preset_names())}")
+        if texts or mode == "trial":
+            raise UserError("--resume without --run takes the stored settings; give --run to check others against them")
+        return None
+    config = load_run(run, texts)
+    return trial_run(config, num_seeds) if mode == "trial" else config
+
+
+@app.command()
+def export(
+    run: Annotated[str, typer.Argument(metavar="RUN", help="A run's name, or its folder's path.")],
+    merge: Annotated[bool, typer.Option("--merge", help="A whole model for transformers, not an adapter.")] = False,
+    trim: Annotated[
+        float | None,
+        typer.Option(help="Keep this share of each update's energy, such as 0.99, at the smallest rank that has it."),
+    ] = None,
+    to: Annotated[Path | None, typer.Option(help="The folder to write; RUN/export when absent.")] = None,
+    best: Annotated[
+        bool | None, typer.Option("--best/--last", help="Which weights; the best, if there are any, when absent.")
+    ] = None,
+    results_dir: ResultsDir = Path("results"),
+) -> None:
+    """Write a run's weights as a PEFT adapter or a merged model, and check that they load."""
+    from fastpeft.export.plan import make_plan
+
+    weights = None if best is None else ("best" if best else "last")
+    plan = make_plan(run, results_dir=results_dir, to=to, merge=merge, trim=trim, weights=weights)
+    with _ctrl_c_ends_at_once():
+        from fastpeft.export.summary import closing, opening
+        from fastpeft.export.write import export as write
+
+    with _handled(signal.SIGTERM, lambda number, frame: sys.exit(128 + number)):  # nothing half-written stays
+        for line in opening(plan):
+            print(line)
+        for line in closing(plan, write(plan, print)):
+            print(line)
+
+
+@app.command()
+def doctor(
+    results_dir: ResultsDir = Path("results"),
+    as_json: Annotated[bool, typer.Option("--json", help="For machines.")] = False,
+    tune: Annotated[
+        bool, typer.Option("--tune", help="Measure which kernels are fastest on this GPU; keep it.")
+    ] = False,
+    model: Annotated[
+        list[str] | None, typer.Option(help="--tune: a model's name, or shapes such as 768x3072; repeatable.")
+    ] = None,
+    minutes: Annotated[float, typer.Option(min=0.1, help="--tune: at most this long; call it again to go on.")] = 15.0,
+) -> None:
+    """Look at this machine: device, versions, kernels, energy meter, hub, disk; say what to do."""
+    if tune:
+        with _ctrl_c_ends_at_once():
+            from fastpeft.doctor.tuning import tune_gpu
+
+        try:
+            tune_gpu(model or [], minutes)
+        except KeyboardInterrupt:
+            print("interrupted; what was measured is kept", file=sys.stderr)
+            raise typer.Exit(128 + signal.SIGINT) from None
+        return
+    from fastpeft.doctor import can_train, examine, to_json
+    from fastpeft.doctor.table import print_report
+
+    findings = examine(results_dir)
+    if as_json:
+        print(json.dumps(to_json(findings), indent=2))
+    else:
+        print_report(findings)
+    if not can_train(findings):
+        raise typer.Exit(EXIT_CANNOT_TRAIN)
+
+
+@app.command()
+def tui(
+    results_dir: Annotated[Path, typer.Argument(help="Where the runs' folders are.")] = Path("results"),
+) -> None:
+    """Watch, compare and steer runs in the terminal."""
+    from fastpeft.tui.show import show
+
+    show(results_dir)
+
+
+@app.command()
+def evaluate(
+    runs: Annotated[
+        list[str] | None, typer.Argument(metavar="[RUN]...", help="Runs or groups; all when absent.")
+    ] = None,
+    target: Annotated[
+        float | None, typer.Option(help="Say when each run reached this metric, in 0..1.", show_default=False)
+    ] = None,
+    on: Annotated[
+        list[str] | None,
+        typer.Option(metavar="[NAME=]PATH", help="Score the run's weights on this set of word problems; repeatable."),
+    ] = None,
+    last: Annotated[bool, typer.Option("--last", help="--on: the last weights, not the best.")] = False,
+    pass_at: Annotated[
+        int | None,
+        typer.Option(help="--on: also pass@k for this k; 0: none; when absent what the run has.", show_default=False),
+    ] = None,
+    results_dir: ResultsDir = Path("results"),
+) -> None:
+    """Figures and metrics of runs, and their comparison over seeds; with --on the scores of one run on several sets."""
+    from rich.console import Console
+
+    console = Console(highlight=False, width=None if sys.stdout.isatty() else 250)
+    if on:
+        if len(runs or []) != 1 or target is not None:
+            raise UserError("--on scores one run: name it, and leave --target out")
+        _evaluate_on(console, (runs or [])[0], on, results_dir, last, pass_at)
+        return
+    if last or pass_at is not None:
+        raise UserError("--last and --pass-at go with --on PATH: which sets are to be scored?")
+    from fastpeft.cli.console import comparison_table
+    from fastpeft.compare.report import report
+
+    console.print(comparison_table(report(runs or [], results_dir, target)))
+    print(f"\nwritten      {results_dir / 'comparison'}, and metrics.json and figures/ in each run's folder")
+
+
+def _evaluate_on(console: Any, run: str, on: list[str], results_dir: Path, last: bool, pass_at: int | None) -> None:
+    from fastpeft.cli.console import sets_table
+    from fastpeft.compare.problem_sets import SETS, make_plan, score_sets
+
+    plan = make_plan(run, on, results_dir, last, pass_at)
+    try:
+        scores = score_sets(plan, print)
+    except KeyboardInterrupt:
+        print("interrupted; the sets that were scored are kept", file=sys.stderr)
+        raise typer.Exit(128 + signal.SIGINT) from None
+    console.print(sets_table(scores))
+    step = "" if plan.step is None else f", of step {plan.step:,}"
+    print(f"\nwritten      {plan.folder.path / SETS}: {plan.which} weights{step}")

@@ -1,0 +1,1 @@
+"""Several runs side by side: figures, means over seeds, and one run on several sets."""

@@ -1,0 +1,241 @@
+"""One run's weights scored on several sets of word problems: what it learnt, against what it may have seen before.
+
+As in arXiv:2405.00332, where models that know GSM8K's test split fall behind on new problems of its kind.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from fastpeft.config import RunConfig, load_run
+from fastpeft.errors import UserError
+from fastpeft.runs.store import RunFolder, list_runs, read_json, recover_folder, write_json
+
+if TYPE_CHECKING:
+    from fastpeft.tasks.math_word_problems.reading import Problems
+    from fastpeft.tasks.sequence_classification.scoring import Score
+
+Z_95 = 1.959963984540054
+"""The normal distribution's 97.5 % quantile."""
+
+SETS = "sets.json"
+_SPLITS = ("train", "dev", "validation", "test")
+_OPTIONS = ("max_new_tokens", "calculator", "pass_at", "num_samples", "temperature", "top_p")
+
+
+@dataclass(frozen=True)
+class SetPlan:
+    """What is to be scored on what; made without torch."""
+
+    folder: RunFolder
+    run: RunConfig
+    """As stored, with this call's options."""
+    weights: Path
+    which: str
+    """best or last."""
+    step: int | None
+    """That the weights are of."""
+    sets: dict[str, Path]
+
+
+@dataclass(frozen=True)
+class SetScore:
+    name: str
+    num: int
+    exact_match: float
+    interval: tuple[float, float]
+    """95 %, Wilson's."""
+    more: dict[str, float]
+    """Shares of all problems: no_answer, cut, no_room, pass@k."""
+
+
+def make_plan(
+    run: str, on: list[str], results_dir: Path = Path("results"), last: bool = False, pass_at: int | None = None
+) -> SetPlan:
+    """Args:
+        run: a run's name under `results_dir`.
+        on: PATH or NAME=PATH of each set: a file, or a folder with a test.* file or with one file only.
+        last: take the last weights instead of the best.
+        pass_at: k of pass@k, 0 for none; the run's own evaluation.pass_at when None.
+
+    Raises:
+        UserError: no such run, no such weights, a set that is not there, two sets of one name.
+    """
+    folder = RunFolder.at(results_dir, run)
+    if not folder.config.is_file():
+        names = ", ".join(other.path.name for other in list_runs(results_dir)) or "none"
+        raise UserError(f"{run}: there is no such run in {results_dir}; there are: {names}")
+    if pass_at is not None and pass_at < 0:
+        raise UserError(f"--pass-at {pass_at}: give the k of pass@k, or 0 for none")
+    config = load_run(folder.config)
+    if pass_at is not None:
+        config = dataclasses.replace(config, evaluation=dataclasses.replace(config.evaluation, pass_at=pass_at))
+    which, other = ("last", "best") if last else ("best", "last")
+    saved_as = "model" if config.method == "full" else "adapter"
+    weights = folder.weights(saved_as, best=not last)
+    recover_folder(weights)
+    if not weights.is_dir():
+        has_other = folder.weights(saved_as, best=last).is_dir()
+        fix = f"it has the {other} ones: {'leave out' if last else 'add'} --last" if has_other else "train it first"
+        raise UserError(f"{folder.path} has no {which} weights; {fix}")
+    found = folder.read_result()
+    step = (read_json(weights / "best.json") or {}).get("step") if not last else found and found.steps
+    return SetPlan(folder, config, weights, which, step, dict(_named(on)))
+
+
+def _named(on: list[str]) -> Iterator[tuple[str, Path]]:
+    taken: dict[str, Path] = {}
+    for text in on:
+        name, equals, rest = text.partition("=")
+        if not equals or Path(text).expanduser().exists():
+            path = Path(text).expanduser()
+            name = path.resolve().parent.name if path.stem in _SPLITS else path.resolve().stem
+        else:
+            path = Path(rest).expanduser()
+        if not name or not (rest or not equals):
+            raise UserError(f"--on {text}: expected PATH or NAME=PATH")
+        if not path.exists():
+            raise UserError(f"--on {text}: there is no file or folder {path}")
+        if name in taken:
+            raise UserError(f"--on {text}: {taken[name]} is named {name} too; write NAME={path}")
+        taken[name] = path
+        yield name, path
+
+
+def score_sets(plan: SetPlan, say: Callable[[str], None]) -> list[SetScore]:
+    """Score every set, and merge the scores into RUN/sets.json, each as soon as it is there.
+
+    Raises:
+        DataError: a set that cannot be read.
+        UserError: a run that was not trained on word problems; a set none of whose prompts leaves room for an answer.
+    """
+    import torch
+
+    from fastpeft.adapters import method_class
+    from fastpeft.data.task import is_word_problems
+    from fastpeft.device_memory import TokenLimits
+    from fastpeft.models.backbone import choose_dtype, load_causal_lm
+    from fastpeft.tasks.math_word_problems.exact_match import score_problems
+    from fastpeft.tasks.math_word_problems.task import decoding_of, make_problem_set, sampling_of
+
+    run = plan.run
+    if not is_word_problems(run.dataset):
+        raise UserError(
+            f"{plan.folder.path.name}: was trained on labelled texts ({run.dataset.name}), and --on scores word "
+            "problems; name a run of a preset NAME_gsm8k, or leave --on out"
+        )
+    problems = {name: _load(path, run) for name, path in plan.sets.items()}
+    if run.training.threads:
+        torch.set_num_threads(run.training.threads)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    dtype, method = choose_dtype(run.training.precision, device), method_class(run.method)
+    result = plan.folder.read_result()
+    if result is not None and result.stand_in:
+        say(f"STAND-IN: these are numbers of {run.model.name}, trained on {result.dataset}")
+    say(f"loading {run.model.name} with {plan.weights}")
+    backbone = load_causal_lm(run.model, dtype, device, method.trains_backbone)
+    adapter = method.build(run, backbone)
+    adapter.load(plan.weights)
+    adapter.model.eval()
+    decoding = decoding_of(run.evaluation, backbone, sampling_of(run))
+    limits = TokenLimits(run.training.micro_batch_tokens, run.evaluation.batch_tokens)
+
+    def shrink(num_rows: int, width: int) -> int:
+        say(limits.halve_evaluation(num_rows, width, "while a set was scored"))
+        return limits.evaluation
+
+    sets = {name: make_problem_set(some, run, backbone) for name, some in problems.items()}
+    weights = {"which": plan.which, "step": plan.step, "sha256": _fingerprint(plan.weights.glob("*.safetensors"))}
+    scores = []
+    for name, one in sets.items():
+        for note in (*one.problems.notes, *one.encoded.notes):
+            say(f"{name}: {note}")
+        found = score_problems(adapter.model, one, decoding, limits.evaluation, shrink=shrink)
+        assert found is not None
+        scores.append(_score(name, found))
+        _merge(plan, scores[-1], one.problems, found, weights, str(dtype))
+        say(f"{name}: {found.value:.4f} on {found.num_rows:,} problems in {found.decode_s:.0f} s")
+    return scores
+
+
+def _load(path: Path, run: RunConfig) -> Problems:
+    """By the run's own columns where the file has them, else by those of the known sets."""
+    from fastpeft.config.schema import ColumnsConfig
+    from fastpeft.data.task import DataError
+    from fastpeft.tasks.math_word_problems.reading import load_problems
+
+    columns, on_bad_row = run.dataset.columns, run.dataset.on_bad_row
+    if columns == ColumnsConfig():
+        return load_problems(str(path), on_bad_row)
+    try:
+        return load_problems(str(path), on_bad_row, columns)
+    except DataError as error:
+        try:
+            return load_problems(str(path), on_bad_row)
+        except DataError:
+            raise error from None
+
+
+def _score(name: str, found: Score) -> SetScore:
+    num_right = round(found.value * found.num_rows)
+    return SetScore(name, found.num_rows, found.value, wilson(num_right, found.num_rows), found.more)
+
+
+def _merge(
+    plan: SetPlan, score: SetScore, problems: Problems, found: Score, weights: dict[str, Any], dtype: str
+) -> None:
+    path, run = plan.folder.path / SETS, plan.run
+    entry = {
+        "file": problems.source,
+        "sha256": _fingerprint([Path(problems.source)]),
+        "num": score.num,
+        "num_skipped": problems.num_skipped,
+        "exact_match": score.exact_match,
+        "interval_95": score.interval,
+        **score.more,
+        "weights": weights,
+        "options": {
+            **{key: getattr(run.evaluation, key) for key in _OPTIONS},
+            "prompt": run.dataset.prompt,
+            "max_length": run.dataset.max_length,
+            "seed": run.training.seed,
+            "dtype": dtype,
+        },
+        "decode_s": found.decode_s,
+        "decode_tokens": found.decode_tokens,
+    }
+    write_json(path, (read_json(path) or {}) | {score.name: entry})
+
+
+def _fingerprint(paths: Any) -> str:
+    digest = hashlib.sha256()
+    for path in sorted(paths):
+        with path.open("rb") as file:
+            while block := file.read(1 << 20):
+                digest.update(block)
+    return digest.hexdigest()
+
+
+def wilson(num_right: int, num: int) -> tuple[float, float]:
+    """The 95 % score interval of a proportion (Wilson 1927, doi:10.1080/01621459.1927.10502953)."""
+    share, z_sq = num_right / num, Z_95**2
+    middle = (share + z_sq / (2 * num)) / (1 + z_sq / num)
+    half = Z_95 / (1 + z_sq / num) * math.sqrt(share * (1 - share) / num + z_sq / (4 * num**2))
+    low = 0.0 if num_right == 0 else middle - half  # exact, where rounding would leave a trace
+    return low, 1.0 if num_right == num else middle + half
+
+
+def difference(score: SetScore, first: SetScore) -> tuple[float, float, float]:
+    """(score - first, and its 95 % interval), of two independent sets: Newcombe's hybrid score (1998, method 10,
+    doi:10.1002/(SICI)1097-0258(19980430)17:8<873::AID-SIM779>3.0.CO;2-I)."""
+    (low, high), (first_low, first_high) = score.interval, first.interval
+    apart = score.exact_match - first.exact_match
+    down = math.hypot(score.exact_match - low, first_high - first.exact_match)
+    up = math.hypot(high - score.exact_match, first.exact_match - first_low)
+    return apart, apart - down, apart + up

@@ -1,0 +1,275 @@
+"""adamw_step: clipping, guard, rates per matrix, AdamW and the sums that schedules read, in one launch."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch.optim.adamw import adamw as torch_adamw
+
+from fastpeft.kernels.dispatch import runs_triton
+from fastpeft.kernels.flat_layout import FlatLayout
+from fastpeft.kernels.launch import launch
+from fastpeft.kernels.ops.adamw import reference
+from fastpeft.kernels.ops.adamw.reference import AdamWOptions
+
+BLOCK, BLOCK_ROWS, NUM_WARPS = 512, 64, 4
+NUM_SUMS = 4
+
+
+@dataclass(frozen=True)
+class AdamWResult:
+    skipped: torch.Tensor
+    """1.0 where nothing was changed, because the norm or the loss is not finite; else 0.0."""
+    sums: torch.Tensor | None
+    """(num_units, 4) where they were asked for: of each matrix in the model's order, then of each other parameter, the
+    sums over its elements of g^2, of the squared bias-corrected mean of g, of the bias-corrected mean of g^2, and of
+    g u (1 - rate decay). g is the gradient unscaled and before clipping; the means are those after this step; u is
+    the direction of the step before this one, theta <- theta - rate u, with its rate (0 before the first)."""
+
+
+@torch.no_grad()
+def adamw_step(
+    data: torch.Tensor,
+    grad: torch.Tensor,
+    exp_avg: torch.Tensor,
+    exp_avg_sq: torch.Tensor,
+    step: torch.Tensor,
+    layout: FlatLayout,
+    *,
+    lr: float | torch.Tensor,
+    norm: torch.Tensor,
+    options: AdamWOptions,
+    loss: torch.Tensor | None = None,
+    loss_scale: torch.Tensor | None = None,
+    multiplier_K: torch.Tensor | None = None,
+    reduces: bool = False,
+) -> AdamWResult:
+    """One step of AdamW (arXiv:1711.05101) over flat buffers, in place; the host reads nothing.
+
+    The gradient is divided by `loss_scale`, clipped to `options.max_norm`, and left in `grad` like that; a step whose
+    norm or loss is not finite changes no bit. On a GPU it is one launch, and gives the same bits every time.
+
+    Args:
+        data, grad, exp_avg, exp_avg_sq: (num_total,) fp32 or fp64, as `layout` says.
+        step: (), fp32: steps taken so far. Counted up unless this one is skipped.
+        lr: learning rate of the adapter; a float, or () fp32 on the device.
+        norm: (), norm of `grad` as it lies there, in its dtype, from weighted_frobenius.
+        loss: (), watched by the guard.
+        loss_scale: (), what the loss of fp16 was multiplied by.
+        multiplier_K: (K,), a factor on the rate of each matrix, in the model's order; of other parameters it is 1.
+        reduces: also give the sums of AdamWResult.
+
+    Raises:
+        ValueError: shapes, dtypes or devices that do not fit.
+    """
+    buffers = data, grad, exp_avg, exp_avg_sq, step
+    _check(buffers, layout, lr, norm, loss, loss_scale, multiplier_K)
+    if runs_triton(data):
+        return _launch(buffers, layout, lr, norm, loss, loss_scale, multiplier_K, options, reduces)
+    if loss_scale is not None:
+        norm = norm / loss_scale
+    good = norm.isfinite() if loss is None else norm.isfinite() & loss.isfinite()
+    skipped = (~good).to(data.dtype)
+    clip = (norm / options.max_norm).clamp_min(1.0) if options.max_norm else torch.ones_like(norm)
+    divisor = clip if loss_scale is None else clip * loss_scale
+    terms = data.new_empty(3, layout.num_total) if reduces else None
+    if terms is not None:
+        _write_terms(terms, buffers, loss_scale, options, layout)
+    if data.dtype == torch.float32:
+        before = None if multiplier_K is None else data.clone()
+        _step_fused(buffers, layout, lr, divisor, skipped, options)
+        if multiplier_K is not None:  # an update is proportional to its rate
+            torch.lerp(before, data, layout.spread(multiplier_K, fill=1.0), out=data)
+    else:
+        _step_plainly(buffers, layout, lr, divisor, good, multiplier_K, options)
+    if terms is None:
+        return AdamWResult(skipped, None)
+    torch.mul(exp_avg, exp_avg, out=terms[2])
+    square_U, dot_U, mean_U = layout.unit_sums(terms)  # at once: on a CPU a call costs what it reads
+    bias1, bias2 = _bias_corrections(step, options)
+    sums = torch.stack([square_U, mean_U / bias1**2, layout.unit_sums(exp_avg_sq) / bias2, dot_U], dim=1)
+    return AdamWResult(skipped, sums)
+
+
+def _check(buffers, layout, lr, norm, loss, loss_scale, multiplier_K) -> None:
+    data, grad, exp_avg, exp_avg_sq, step = buffers
+    layout.check("adamw_step", data=data, grad=grad, exp_avg=exp_avg, exp_avg_sq=exp_avg_sq)
+    scalars = {"step": step, "norm": norm, "loss": loss, "loss_scale": loss_scale, "lr": lr}
+    for name, tensor in scalars.items():
+        if not isinstance(tensor, torch.Tensor):
+            continue
+        if tensor.dim() or tensor.device != data.device or not tensor.is_floating_point():
+            raise ValueError(
+                f"adamw_step: {name} is {tensor.dtype} of shape {tuple(tensor.shape)} on {tensor.device}; "
+                f"expected a floating-point scalar on {data.device}"
+            )
+    if norm.dtype != data.dtype:
+        raise ValueError(f"adamw_step: norm is {norm.dtype}; expected {data.dtype}, as the buffers are")
+    wanted = (layout.num_matrices,), data.dtype, data.device
+    if multiplier_K is not None and (multiplier_K.shape, multiplier_K.dtype, multiplier_K.device) != wanted:
+        raise ValueError(
+            f"adamw_step: multiplier_K is {multiplier_K.dtype} of shape {tuple(multiplier_K.shape)} on "
+            f"{multiplier_K.device}; expected {data.dtype} of shape {wanted[0]} on {data.device}"
+        )
+
+
+Buffers = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
+
+
+def _step_fused(
+    buffers: Buffers,
+    layout: FlatLayout,
+    lr: float | torch.Tensor,
+    divisor: torch.Tensor,
+    skipped: torch.Tensor,
+    options: AdamWOptions,
+) -> None:
+    """torch's fused AdamW, once for the adapter and once for the head; each call counts its own step."""
+    *flats, step = buffers
+    cut, total = layout.num_adapter, layout.num_total
+    before = step.clone() if 0 < cut < total else step
+    for part, decay, ratio, count in (
+        (slice(0, cut), options.weight_decay, 1.0, step),
+        (slice(cut, total), options.head_weight_decay, options.head_ratio, before),
+    ):
+        if part.start == part.stop:
+            continue
+        data, grad, exp_avg, exp_avg_sq = (flat[part] for flat in flats)
+        torch_adamw(
+            [data],
+            [grad],
+            [exp_avg],
+            [exp_avg_sq],
+            [],
+            [count],
+            fused=True,
+            grad_scale=divisor,
+            found_inf=skipped,
+            amsgrad=False,
+            beta1=options.beta1,
+            beta2=options.beta2,
+            lr=lr * ratio,
+            weight_decay=decay,
+            eps=options.eps,
+            maximize=False,
+        )
+
+
+def _write_terms(
+    terms: torch.Tensor,
+    buffers: Buffers,
+    loss_scale: torch.Tensor | None,
+    options: AdamWOptions,
+    layout: FlatLayout,
+) -> None:
+    """What is known before the step: g^2, and g u (1 - rate decay) as reference.direction gives it."""
+    data, grad, exp_avg, exp_avg_sq, step = buffers
+    raw = grad if loss_scale is None else grad / loss_scale
+    torch.mul(raw, raw, out=terms[0])
+    dots = terms[1]
+    if step == 0:
+        dots.zero_()
+        return
+    bias1, bias2 = _bias_corrections(step, options)
+    root = math.sqrt(bias2)
+    torch.sqrt(exp_avg_sq, out=dots).add_(options.eps * root)
+    torch.div(exp_avg, dots, out=dots)
+    decays = options.weight_decay, options.head_weight_decay
+    cut = layout.num_total if decays[0] == decays[1] else layout.num_adapter
+    for part, decay in zip((slice(cut), slice(cut, None)), decays):
+        if decay and part.start != layout.num_total:
+            dots[part].add_(data[part], alpha=decay * bias1 / root)
+    dots.mul_(raw).mul_(root / bias1)
+
+
+def _bias_corrections(step: torch.Tensor, options: AdamWOptions) -> tuple[float, float]:
+    """1 - beta^step of both, after no step those after one. Read on the host: this is not a GPU's path."""
+    count = max(float(step), 1.0)
+    return 1 - options.beta1**count, 1 - options.beta2**count
+
+
+def _step_plainly(
+    buffers: Buffers,
+    layout: FlatLayout,
+    lr: float | torch.Tensor,
+    divisor: torch.Tensor,
+    good: torch.Tensor,
+    multiplier_K: torch.Tensor | None,
+    options: AdamWOptions,
+) -> None:
+    data, grad, exp_avg, exp_avg_sq, step = buffers
+    rate = _spread(layout, data, lr, lr * options.head_ratio)
+    if multiplier_K is not None:
+        rate *= layout.spread(multiplier_K, fill=1.0)
+    decay = _spread(layout, data, options.weight_decay, options.head_weight_decay)
+    count = step + good.to(step.dtype)
+    clipped = grad / divisor
+    new = reference.adamw(data, clipped, exp_avg, exp_avg_sq, count, rate, decay, options)
+    for old, value in zip((data, exp_avg, exp_avg_sq, grad), (*new, clipped)):
+        old.copy_(torch.where(good, value, old))
+    step.copy_(count)
+
+
+def _spread(
+    layout: FlatLayout, like: torch.Tensor, adapter: float | torch.Tensor, head: float | torch.Tensor
+) -> torch.Tensor:
+    """One value for all of the adapter's elements, one for all of the head's."""
+    out = torch.empty_like(like)
+    out[: layout.num_adapter] = adapter
+    out[layout.num_adapter :] = head
+    return out
+
+
+def _launch(buffers, layout, lr, norm, loss, loss_scale, multiplier_K, options, reduces) -> AdamWResult:
+    from fastpeft.kernels.ops.adamw.kernel import adamw_kernel
+
+    data = buffers[0]
+    num_slices = len(layout.slices)
+    skipped = data.new_empty(())
+    partials, sums = skipped, skipped
+    if reduces:
+        partials, sums = data.new_empty(num_slices, NUM_SUMS), data.new_empty(layout.num_units, NUM_SUMS)
+    on_device = isinstance(lr, torch.Tensor)
+    launch(
+        adamw_kernel,
+        (num_slices,),
+        *buffers,
+        norm,
+        data if loss is None else loss,
+        lr if on_device else data,
+        data if loss_scale is None else loss_scale,
+        skipped,
+        layout.slices,
+        layout.units,
+        data if multiplier_K is None else multiplier_K.contiguous(),
+        partials,
+        sums,
+        layout.tickets,
+        0.0 if on_device else float(lr),
+        float(options.beta1),
+        1 - options.beta1,
+        math.log(options.beta1) if options.beta1 else -math.inf,
+        float(options.beta2),
+        1 - options.beta2,
+        math.log(options.beta2) if options.beta2 else -math.inf,
+        float(options.eps),
+        float(options.max_norm),
+        float(options.weight_decay),
+        float(options.head_weight_decay),
+        float(options.head_ratio),
+        num_slices,
+        layout.num_matrices,
+        HAS_LOSS=loss is not None,
+        RATE_ON_DEVICE=on_device,
+        SCALED=loss_scale is not None,
+        CLIPS=options.max_norm > 0,
+        MULTIPLIES=multiplier_K is not None,
+        REDUCES=reduces,
+        ALIGNED=layout.aligned,
+        BLOCK=BLOCK,
+        BLOCK_ROWS=BLOCK_ROWS,
+        num_warps=NUM_WARPS,
+    )
+    return AdamWResult(skipped, sums if reduces else None)

@@ -1,0 +1,286 @@
+"""Cross entropy with its gradient made in the forward: through a frozen head, or of logits as they are.
+
+The head's logits exist for one chunk of rows at a time, of labelled rows only where those are known. A chunk turns into
+losses, statistics and, in place, its own gradient, which the head takes back to the hidden states at once.
+
+Shape suffixes: T tokens, L labelled tokens, M lens tokens, C rows of a chunk, D hidden, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+
+from fastpeft.kernels.dispatch import runs_triton
+from fastpeft.kernels.launch import refuse_second_order
+from fastpeft.kernels.ops.linear_cross_entropy.arguments import check_classes, check_head, check_labels
+from fastpeft.kernels.ops.linear_cross_entropy.per_row import Options, PerRow, compute_rows
+
+GPU_CHUNK_BYTES, CPU_CHUNK_BYTES = 2 * 2**30, 64 * 2**20
+"""Memory of one chunk's logits: of 150,000 classes, 7,000 rows in bf16 on a GPU, 110 in fp32 on a CPU."""
+
+
+class CrossEntropy(NamedTuple):
+    """What the cross entropies return. Only the loss carries a gradient; the rest is None unless asked for."""
+
+    loss: torch.Tensor
+    """Scalar, fp32 (fp64 for fp64), nats."""
+    fisher: torch.Tensor | None
+    """||softmax(z) - onehot(y)||^2 of each token, in the shape of the labels, 0 without a label: the squared gradient
+    of the plain loss by the logits, whose mean estimates the trace of their Fisher information."""
+    entropy: torch.Tensor | None
+    """Of softmax(z), in nats, of each token, in the shape of the labels, 0 without a label."""
+    lens_entropy: torch.Tensor | None = None
+    """(M,), the same of each row of lens_hidden."""
+
+
+def linear_cross_entropy(
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    labels: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    *,
+    rows: torch.Tensor | None = None,
+    ignore_index: int = -100,
+    token_weights: torch.Tensor | None = None,
+    label_smoothing: float = 0.0,
+    reduction: str = "mean",
+    num_items: float | torch.Tensor | None = None,
+    statistics: bool = False,
+    lens_hidden: torch.Tensor | None = None,
+    chunk_rows: int | None = None,
+) -> CrossEntropy:
+    """Cross entropy of softmax(hidden W^T + bias) through a frozen head, never storing the T x V logits.
+
+    Chunks and the gradient in the forward are as in Liger-Kernel (arXiv:2410.10989, section 3.2); the head gets no
+    gradient, rows without a label need not be computed, and the statistics come from the same pass over the logits.
+    Nothing waits for a GPU. In half precision logits and their gradient are rounded to it; all between is fp32.
+
+    Args:
+        hidden: (..., D), bf16, fp16, fp32 or fp64.
+        weight: (V, D), frozen, in hidden's dtype. For a head that is trained: logits_cross_entropy of its output.
+        labels: (...), int64 classes, or ignore_index. What is neither raises on a CPU; on a GPU the loss is NaN.
+        bias: (V,), frozen, added to the logits, or None.
+        rows: (L,), int64, indices into the flattened tokens of those with a label, none twice. A GPU then works on
+            these alone; without them on all, because finding them would wait for it. A CPU finds them itself.
+        token_weights: (...), floating, a factor for each token's loss, or None. Gets no gradient.
+        label_smoothing: s, as torch's: the target is 1 - s at the label, plus s / V everywhere.
+        reduction: `sum` of the weighted losses; or `mean`, that sum divided by num_items, or by the sum of the
+            labelled tokens' weights. Without any labelled token both are 0 with a gradient of 0 (torch's mean: NaN).
+        num_items: the divisor of `mean`, so that micro-batches add up to the mean of their batch.
+        statistics: give `fisher` and `entropy`.
+        lens_hidden: (M, D), other hidden states of which `lens_entropy` is wanted (a logit lens).
+        chunk_rows: rows of logits at a time; else what fits into GPU_CHUNK_BYTES or CPU_CHUNK_BYTES.
+
+    Returns:
+        CrossEntropy(loss, fisher, entropy, lens_entropy).
+
+    Raises:
+        ValueError: shapes, dtypes, devices or options that do not fit; a head that requires a gradient.
+    """
+    options = Options(
+        "linear_cross_entropy",
+        ignore_index,
+        label_smoothing,
+        reduction,
+        num_items,
+        statistics or lens_hidden is not None,
+    )
+    check_head(options, hidden, weight, bias, rows, lens_hidden, chunk_rows)
+    check_labels(options, "hidden", hidden, labels, token_weights)
+    labels_T = labels.reshape(-1)
+    if hidden.is_cpu:
+        check_classes(options, labels_T, len(weight))
+        if rows is None and bool((labels_T == ignore_index).any()):
+            rows = (labels_T != ignore_index).nonzero()[:, 0]
+    labels_L = _take(labels_T, rows)
+    weights_L = None if token_weights is None else _take(token_weights.reshape(-1), rows)
+    wants_gradient = torch.is_grad_enabled() and hidden.requires_grad
+    with torch.no_grad():
+        hidden_TD = hidden.reshape(len(labels_T), hidden.shape[-1])
+        head = _Head(weight, bias, options, wants_gradient, chunk_rows)
+        found, gradient_LD = head.run(hidden_TD, rows, lens_hidden, labels_L, weights_L)
+        labelled = found[: len(labels_L)]
+        loss, scale = _reduce(labelled.loss_C, labels_L, weights_L, options)
+    if wants_gradient:
+        loss = _Precomputed.apply(hidden, (loss, gradient_LD, rows, scale))
+    fisher, entropy = (_put(v, rows, labels) if statistics else None for v in (labelled.fisher_C, labelled.entropy_C))
+    return CrossEntropy(loss, fisher, entropy, None if lens_hidden is None else found.entropy_C[len(labels_L) :])
+
+
+def logits_cross_entropy(
+    logits: torch.Tensor,
+    labels: torch.Tensor,
+    *,
+    ignore_index: int = -100,
+    token_weights: torch.Tensor | None = None,
+    label_smoothing: float = 0.0,
+    reduction: str = "mean",
+    num_items: float | torch.Tensor | None = None,
+    statistics: bool = False,
+) -> CrossEntropy:
+    """As linear_cross_entropy, of logits that are there already: classification, a head that is trained.
+
+    Args:
+        logits: (..., V), bf16, fp16, fp32 or fp64; left as they are.
+        labels, ignore_index, token_weights, label_smoothing, reduction, num_items, statistics: likewise.
+
+    Returns:
+        CrossEntropy(loss, fisher, entropy).
+
+    Raises:
+        ValueError: shapes, dtypes, devices or options that do not fit.
+    """
+    options = Options("logits_cross_entropy", ignore_index, label_smoothing, reduction, num_items, statistics)
+    check_labels(options, "logits", logits, labels, token_weights)
+    labels_T = labels.reshape(-1)
+    if logits.is_cpu:
+        check_classes(options, labels_T, logits.shape[-1])
+    weights_T = None if token_weights is None else token_weights.reshape(-1).contiguous()
+    wants_gradient = torch.is_grad_enabled() and logits.requires_grad
+    with torch.no_grad():
+        logits_TV = logits.reshape(len(labels_T), logits.shape[-1]).contiguous()
+        gradient_TV = torch.empty_like(logits_TV) if wants_gradient else None
+        found = PerRow.empty(len(labels_T), logits_TV, statistics)
+        compute_rows(logits_TV, gradient_TV, labels_T.contiguous(), weights_T, len(labels_T), options, found)
+        loss, scale = _reduce(found.loss_C, labels_T, weights_T, options)
+    if wants_gradient:
+        loss = _Precomputed.apply(logits, (loss, gradient_TV, None, scale))
+    return CrossEntropy(loss, _put(found.fisher_C, None, labels), _put(found.entropy_C, None, labels))
+
+
+# ---- the head --------------------------------------------------------------------------------
+
+
+class _Head:
+    """Takes rows of hidden states through the head, chunk by chunk."""
+
+    def __init__(
+        self,
+        weight_VD: torch.Tensor,
+        bias_V: torch.Tensor | None,
+        options: Options,
+        wants_gradient: bool,
+        chunk_rows: int | None,
+    ) -> None:
+        self.weight_VD, self.bias_V, self.options = weight_VD, bias_V, options
+        self.wants_gradient, self.chunk_rows = wants_gradient, chunk_rows
+
+    def run(
+        self,
+        hidden_TD: torch.Tensor,
+        rows: torch.Tensor | None,
+        lens_MD: torch.Tensor | None,
+        labels_L: torch.Tensor,
+        weights_L: torch.Tensor | None,
+    ) -> tuple[PerRow, torch.Tensor | None]:
+        """Of all labelled rows, then of all lens rows; and the gradient of the former."""
+        num_labelled, vocab = len(labels_L), len(self.weight_VD)
+        num_rows = num_labelled + (0 if lens_MD is None else len(lens_MD))
+        chunk = min(num_rows, self.chunk_rows or self._rows_that_fit(num_rows))
+        found = PerRow.empty(num_rows, hidden_TD, self.options.statistics)
+        gradient_LD = hidden_TD.new_empty(num_labelled, hidden_TD.shape[1]) if self.wants_gradient else None
+        width = -(-vocab // 16) * 16 if runs_triton(hidden_TD) else vocab  # rows that begin at multiples of 32 bytes
+        buffer_CV = hidden_TD.new_empty(chunk, width)[:, :vocab]
+        if num_rows > num_labelled:
+            labels_L = torch.cat([labels_L, labels_L.new_full((num_rows - num_labelled,), self.options.ignore_index)])
+        for start in range(0, num_rows, chunk or 1):
+            stop = min(start + chunk, num_rows)
+            logits_CV = buffer_CV[: stop - start]
+            self._logits(_rows_of(hidden_TD, rows, lens_MD, num_labelled, start, stop), logits_CV)
+            here = max(0, min(stop, num_labelled) - start)
+            weights_C = None if weights_L is None else weights_L[start:stop]
+            destination_CV = logits_CV if self.wants_gradient else None
+            compute_rows(
+                logits_CV, destination_CV, labels_L[start:stop], weights_C, here, self.options, found[start:stop]
+            )
+            if self.wants_gradient and here:
+                torch.mm(logits_CV[:here], self.weight_VD, out=gradient_LD[start : start + here])
+        return found, gradient_LD
+
+    def _logits(self, hidden_CD: torch.Tensor, out_CV: torch.Tensor) -> None:
+        if self.bias_V is None:
+            torch.mm(hidden_CD, self.weight_VD.t(), out=out_CV)
+        else:
+            torch.addmm(self.bias_V, hidden_CD, self.weight_VD.t(), out=out_CV)
+
+    def _rows_that_fit(self, num_rows: int) -> int:
+        """At least one; chunks of one size, in steps of 128 rows where there are so many."""
+        vocab, size = len(self.weight_VD), self.weight_VD.dtype.itemsize
+        limit = GPU_CHUNK_BYTES // size if self.weight_VD.is_cuda else CPU_CHUNK_BYTES // max(4, size)
+        fit = max(1, limit // max(1, vocab))
+        even = -(-num_rows // max(1, -(-num_rows // fit)))
+        return min(fit, -(-even // 128) * 128)
+
+
+def _rows_of(
+    hidden_TD: torch.Tensor,
+    rows: torch.Tensor | None,
+    lens_MD: torch.Tensor | None,
+    num_labelled: int,
+    start: int,
+    stop: int,
+) -> torch.Tensor:
+    """From start to stop of the labelled rows followed by the lens rows."""
+    parts = []
+    if start < num_labelled:
+        end = min(stop, num_labelled)
+        parts.append(hidden_TD[start:end] if rows is None else hidden_TD.index_select(0, rows[start:end]))
+    if lens_MD is not None and stop > num_labelled:
+        parts.append(lens_MD[max(0, start - num_labelled) : stop - num_labelled])
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
+# ---- from rows to the result -----------------------------------------------------------------
+
+
+def _take(values_T: torch.Tensor, rows: torch.Tensor | None) -> torch.Tensor:
+    return values_T.contiguous() if rows is None else values_T.index_select(0, rows)
+
+
+def _put(values_L: torch.Tensor | None, rows: torch.Tensor | None, labels: torch.Tensor) -> torch.Tensor | None:
+    """Back to the shape of the labels, 0 elsewhere."""
+    if values_L is None or rows is None:
+        return None if values_L is None else values_L.view(labels.shape)
+    return values_L.new_zeros(labels.numel()).index_copy_(0, rows, values_L).view(labels.shape)
+
+
+def _reduce(
+    losses_L: torch.Tensor, labels_L: torch.Tensor, weights_L: torch.Tensor | None, options: Options
+) -> tuple[torch.Tensor, float | torch.Tensor]:
+    """(loss, what it was scaled by)."""
+    total = losses_L.sum()
+    if options.reduction == "sum":
+        return total, 1.0
+    divisor = options.num_items
+    if divisor is None:
+        labelled_L = labels_L != options.ignore_index
+        divisor = labelled_L.sum() if weights_L is None else weights_L.to(total.dtype).mul(labelled_L).sum()
+    elif not isinstance(divisor, torch.Tensor):
+        return total / divisor, 1.0 / divisor
+    divisor = divisor.to(total.dtype)
+    scale = torch.where(divisor == 0, 0.0, divisor.reciprocal())
+    return total * scale, scale
+
+
+class _Precomputed(torch.autograd.Function):
+    """A loss whose gradient by its source is known, but for a factor."""
+
+    @staticmethod
+    def forward(ctx: Any, source: torch.Tensor, made: tuple) -> torch.Tensor:
+        loss, gradient_LD, rows, ctx.scale = made
+        ctx.save_for_backward(gradient_LD, rows)
+        ctx.shape = source.shape
+        return loss
+
+    @staticmethod
+    def backward(ctx: Any, dloss: torch.Tensor) -> tuple[torch.Tensor, None]:
+        refuse_second_order("cross entropy")
+        gradient_LD, rows = ctx.saved_tensors
+        # In fp32: the factor, 1 / num_items among others, would lose digits or all of itself in half precision.
+        scaled_LD = (gradient_LD.to(dloss.dtype) * (dloss * ctx.scale)).to(gradient_LD.dtype)
+        if rows is None:
+            return scaled_LD.view(ctx.shape), None
+        dsource = gradient_LD.new_zeros(ctx.shape).view(-1, gradient_LD.shape[1])
+        return dsource.index_copy_(0, rows, scaled_LD).view(ctx.shape), None

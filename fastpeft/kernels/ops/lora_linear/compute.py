@@ -1,0 +1,270 @@
+"""Which form computes which part of lora_linear, for one projection or several of one x.
+
+Shape suffixes: T tokens, I in, O out, R rank.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from types import ModuleType
+from typing import ClassVar
+
+import torch
+
+from fastpeft.kernels import dispatch
+from fastpeft.kernels.ops.lora_linear import configs, split
+from fastpeft.kernels.ops.lora_linear.dropout import keep_mask
+from fastpeft.kernels.ops.lora_linear.quantised import dequantised
+
+Pair = tuple[torch.Tensor, torch.Tensor]
+
+
+@dataclass(eq=False)
+class LoraMeasures:
+    """What lora_linear can tell on the way. A call fills in one that is passed to it; a later call overwrites it.
+
+    All are at least fp32 (fp64 where the factors are) and carry no gradient.
+    """
+
+    wants_grams: ClassVar[bool] = True
+    gram_a: torch.Tensor | None = None
+    """A A^T, (R, R), after forward."""
+    gram_b: torch.Tensor | None = None
+    """B^T B, (R, R), after forward."""
+    db_square: torch.Tensor | None = None
+    """||dL/dB||_F^2, a scalar tensor, after backward; None where lora_b needs no gradient."""
+    db_square_masked: torch.Tensor | None = None
+    """The same of the gradient that the rows of `row_mask` alone give; None without a mask."""
+
+
+class GradientMeasures(LoraMeasures):
+    """Without the Gram matrices, so that forward does nothing for it."""
+
+    wants_grams = False
+
+
+@dataclass(frozen=True)
+class Part:
+    """One projection, but for its factors."""
+
+    weight: torch.Tensor
+    bias: torch.Tensor | None
+    scale: float
+    seed: torch.Tensor | None
+    measures: LoraMeasures | None
+
+
+@dataclass(frozen=True)
+class Call:
+    parts: list[Part]
+    dropout: float
+    row_mask_T: torch.Tensor | None
+
+
+def _fused() -> ModuleType:
+    from fastpeft.kernels.ops.lora_linear import fused
+
+    return fused
+
+
+def _choose(operation: str, x: torch.Tensor, a_RI: torch.Tensor, num_out: int) -> dispatch.Choice:
+    if not dispatch.runs_triton(x):
+        return dispatch.Choice("split")
+    return dispatch.choose(operation, x, a_RI.shape[1], num_out, a_RI.shape[0], x.shape[0])
+
+
+def _kept(x_TI: torch.Tensor, seed: torch.Tensor, dropout: float) -> split.Kept:
+    return split.Kept(keep_mask(*x_TI.shape, dropout, seed, x_TI.dtype), 1 / (1 - dropout))
+
+
+# ---- forward ---------------------------------------------------------------------------------
+
+
+def forward(
+    x_TI: torch.Tensor, call: Call, factors: list[Pair], stored: list[Pair]
+) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+    """y and s D(x) A^T of each projection. `factors` in the dtype of x, `stored` as they are kept."""
+    choices = [_choose("lora_forward", x_TI, a, b.shape[0]) for a, b in factors]
+    inline = [
+        configs.inline(choice.form, a.shape[0], call.dropout, a.dtype) for choice, (a, _) in zip(choices, factors)
+    ]
+    shared = None
+    if len(factors) > 1 and not call.dropout and not all(inline):
+        shared = _shared_products(x_TI, [a for a, _ in factors], call, choices[0])
+    ys, products = [], []
+    for i, (part, choice, (a, b)) in enumerate(zip(call.parts, choices, factors)):
+        weight = dequantised(part.weight, x_TI.dtype)
+        wants_grams = part.measures is not None and part.measures.wants_grams
+        s = shared[i] if shared else None
+        if s is None and not inline[i]:
+            s = _product(x_TI, a, part, call.dropout, choice)
+        if choice.form == "split":
+            y = split.forward(x_TI, weight, part.bias, s, b)
+            grams = split.grams(*stored[i]) if wants_grams else None
+        else:
+            y, s, grams = _fused().matmul(
+                x_TI, weight, part.bias, a, b, s, part.scale, choice.config,
+                forward=True, grams=stored[i] if wants_grams else None,
+            )  # fmt: skip
+        if part.measures:
+            part.measures.gram_a, part.measures.gram_b = grams or (None, None)
+            part.measures.db_square = part.measures.db_square_masked = None
+        ys.append(y)
+        products.append(s)
+    return ys, products
+
+
+def _product(
+    x_TI: torch.Tensor, a_RI: torch.Tensor, part: Part, dropout: float, choice: dispatch.Choice
+) -> torch.Tensor:
+    """s D(x) A^T of one projection."""
+    if choice.form != "split":
+        dropped = _fused().Dropout(dropout, part.seed) if dropout else None
+        return _fused().skinny(x_TI, a_RI, part.scale, forward=True, dropout=dropped)
+    if not dropout:
+        return split.skinny(x_TI, a_RI, part.scale)
+    kept = _kept(x_TI, part.seed, dropout)
+    return split.skinny(kept.mask_TI.mul_(x_TI), a_RI, part.scale * kept.factor)
+
+
+def _shared_products(
+    x_TI: torch.Tensor, a_RI: list[torch.Tensor], call: Call, choice: dispatch.Choice
+) -> list[torch.Tensor]:
+    """s x A^T of each projection, views of one product."""
+    scales = [part.scale for part in call.parts]
+    alike = len(set(scales)) == 1
+    stacked, scale = torch.cat(a_RI), scales[0] if alike else 1.0
+    if choice.form == "split":
+        s_all = split.skinny(x_TI, stacked, scale)
+    else:
+        s_all = _fused().skinny(x_TI, stacked, scale, forward=True)
+    products = list(s_all.split([a.shape[0] for a in a_RI], dim=1))
+    return products if alike else [s.mul_(scale) for s, scale in zip(products, scales)]
+
+
+# ---- backward --------------------------------------------------------------------------------
+
+
+def backward(
+    dys_TO: list[torch.Tensor],
+    x_TI: torch.Tensor,
+    call: Call,
+    s_TR: list[torch.Tensor],
+    factors: list[Pair],
+    needs_x: bool,
+    needs: list[bool],
+    dtypes: list[torch.dtype],
+) -> tuple[torch.Tensor | None, list[torch.Tensor | None]]:
+    """dx, and dA and dB of each projection in turn; `needs` and `dtypes` in that order too."""
+    choice = _choose("lora_backward", dys_TO[0], factors[0][0], factors[0][1].shape[0])
+    in_one_kernel = needs_x and len(factors) == 1 and choice.form != "split"
+    dx_TI = ds_all = None
+    if in_one_kernel:
+        dx_TI, ds_all = _fused_dx(dys_TO[0], call, factors[0], choice)
+    elif needs_x or any(needs[::2]):
+        ds_all = _shared_gradients(dys_TO, factors, call, choice)
+    if needs_x and not in_one_kernel and not call.dropout:
+        dx_TI = ds_all @ (factors[0][0] if len(factors) == 1 else torch.cat([a for a, _ in factors]))
+    ranks = [a.shape[0] for a, _ in factors]
+    ds_TR = [None] * len(ranks) if ds_all is None else ds_all.split(ranks, dim=1)
+    ways = [_choose("lora_factors", x_TI, a, b.shape[0]) for a, b in factors]
+    das = [None] * len(ranks)
+    if not call.dropout and all(way.form == "split" for way in ways) and any(needs[::2]):
+        das = split.a_gradient(ds_all, x_TI, dtypes[0]).split(ranks)
+    gradients: list[torch.Tensor | None] = []
+    for i, (part, way, (a, _)) in enumerate(zip(call.parts, ways, factors)):
+        adds_dx = bool(call.dropout) and needs_x and not in_one_kernel
+        needed = needs[2 * i : 2 * i + 2]
+        kept = None
+        if adds_dx or (call.dropout and way.form == "split" and needed[0]):
+            kept = _kept(x_TI, part.seed, call.dropout)
+        if adds_dx:
+            update = torch.empty_like(kept.mask_TI).addmm_(ds_TR[i], a, beta=0, alpha=kept.factor).mul_(kept.mask_TI)
+            dx_TI = update if dx_TI is None else dx_TI.add_(update)
+        if needs_x and not in_one_kernel:
+            dx_TI.addmm_(dys_TO[i], dequantised(part.weight, x_TI.dtype))
+        one = _Factors(x_TI, ds_TR[i], dys_TO[i], s_TR[i], dtypes[2 * i : 2 * i + 2], needed, part, call)
+        gradients += one.split(das[i], kept) if way.form == "split" else one.fused(way)
+    return dx_TI, gradients
+
+
+def _fused_dx(dy_TO: torch.Tensor, call: Call, pair: Pair, choice: dispatch.Choice) -> Pair:
+    (part,), (a, b) = call.parts, pair
+    weight = dequantised(part.weight, dy_TO.dtype)
+    ds_TR = dropped = None
+    if call.dropout:
+        dropped = _fused().Dropout(call.dropout, part.seed)
+    if not configs.inline(choice.form, a.shape[0], call.dropout, a.dtype):
+        ds_TR = _fused().skinny(dy_TO, b, part.scale, forward=False)
+    dx_TI, ds_TR, _ = _fused().matmul(
+        dy_TO, weight, None, a, b, ds_TR, part.scale, choice.config, forward=False, dropout=dropped
+    )
+    return dx_TI, ds_TR
+
+
+def _shared_gradients(
+    dys_TO: list[torch.Tensor], factors: list[Pair], call: Call, choice: dispatch.Choice
+) -> torch.Tensor:
+    """dS = s dY B of the projections, side by side."""
+    ranks = [a.shape[0] for a, _ in factors]
+    ds_all = split.skinny_buffer(dys_TO[0], sum(ranks))
+    for dy, (_, b), ds, part in zip(dys_TO, factors, ds_all.split(ranks, dim=1), call.parts):
+        if choice.form == "split":
+            split.skinny(dy, b.t(), part.scale, out_TR=ds)
+        else:
+            _fused().skinny(dy, b, part.scale, forward=False, out_TR=ds)
+    return ds_all
+
+
+@dataclass(frozen=True)
+class _Factors:
+    """dA = dS^T D(x) and dB = dY^T s of one projection."""
+
+    x_TI: torch.Tensor
+    ds_TR: torch.Tensor | None
+    dy_TO: torch.Tensor
+    s_TR: torch.Tensor
+    dtypes: list[torch.dtype]
+    needed: list[bool]
+    part: Part
+    call: Call
+
+    @property
+    def wanted_rows(self) -> torch.Tensor | None:
+        """Where it is asked for."""
+        if self.part.measures is None or self.call.row_mask_T is None:
+            return None
+        return self.call.row_mask_T.reshape(-1)
+
+    def split(self, da_RI: torch.Tensor | None, kept: split.Kept | None) -> list[torch.Tensor | None]:
+        """`da_RI` where it is there already."""
+        db_OR = None
+        if not self.needed[0]:
+            da_RI = None
+        elif kept is not None:
+            da_RI = split.a_gradient(self.ds_TR, kept.mask_TI.mul_(self.x_TI), self.dtypes[0], kept.factor)
+        elif da_RI is None:
+            da_RI = split.a_gradient(self.ds_TR, self.x_TI, self.dtypes[0])
+        if self.needed[1]:
+            if self.wanted_rows is None:
+                db_OR = split.b_gradient(self.dy_TO, self.s_TR, self.dtypes[1])
+            else:
+                db_OR, masked = split.db_with_masked(self.dy_TO, self.s_TR, self.wanted_rows, self.dtypes[1])
+                self.part.measures.db_square_masked = split.square_sum(masked)
+            if self.part.measures:
+                self.part.measures.db_square = split.square_sum(db_OR)
+        return [None if da_RI is None else da_RI.to(self.dtypes[0]), db_OR]
+
+    def fused(self, way: dispatch.Choice) -> list[torch.Tensor | None]:
+        if not any(self.needed):
+            return [None, None]
+        dropped = _fused().Dropout(self.call.dropout, self.part.seed) if self.call.dropout else None
+        measured = self.part.measures is not None and self.needed[1]
+        da_RI, db_OR, squares = _fused().factors(
+            self.x_TI, self.s_TR if self.ds_TR is None else self.ds_TR, self.dy_TO, self.s_TR, self.dtypes, self.needed,
+            way.config, dropout=dropped, row_mask_T=self.wanted_rows if measured else None, measured=measured,
+        )  # fmt: skip
+        if measured:
+            self.part.measures.db_square = squares[0]
+            self.part.measures.db_square_masked = None if self.wanted_rows is None else squares[1]
+        return [da_RI, db_OR]

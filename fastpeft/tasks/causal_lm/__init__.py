@@ -1,0 +1,1 @@
+"""What every language-model task with a masked prompt shares: batches, loss, head and decoding."""

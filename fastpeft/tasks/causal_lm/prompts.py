@@ -1,0 +1,147 @@
+"""Word problems as tokens: prompt, answer, end of text; only the answer and the end are predicted.
+
+Shapes: N rows, L tokens of the longest row of a batch.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+
+from fastpeft.data.batches import IGNORE, Batch, TokenRows, concatenate, move
+from fastpeft.errors import UserError
+from fastpeft.tasks.math_word_problems.reading import NUM_NAMED, Problems, fill_prompt
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+@dataclass(frozen=True, kw_only=True)
+class EncodedProblems(TokenRows):
+    """Row i begins with prompt_lengths[i] tokens that are read; the rest of it is predicted."""
+
+    prompt_lengths: np.ndarray
+    rows: np.ndarray
+    """Which problem each row is: its index in the Problems that were encoded."""
+    unusable: np.ndarray
+    """Indices of the problems that are too long: left out of training; in evaluation kept, to be counted as wrong."""
+    notes: tuple[str, ...]
+    """Names them."""
+
+    @property
+    def num_labelled(self) -> np.ndarray:
+        """Tokens to predict, of each row."""
+        return self.lengths - self.prompt_lengths
+
+    def prompt(self, row: int) -> np.ndarray:
+        """The tokens that decoding starts from, int32."""
+        start = self.offsets[row]
+        return self.tokens[start : start + self.prompt_lengths[row]]
+
+
+def encode_problems(
+    problems: Problems,
+    tokenizer: PreTrainedTokenizerBase,
+    prompt_template: str,
+    max_length: int,
+    *,
+    training: bool = True,
+    max_prompt: int | None = None,
+) -> EncodedProblems:
+    """Tokenise prompts and answers by themselves, so that a prompt's tokens are those that decoding starts from.
+
+    Special tokens are those that the tokenizer puts before a text, those written in the prompt, and the end of text
+    after the answer. In an answer their names are text, so that none ends it early.
+
+    Args:
+        max_length: most tokens of a row.
+        training: leave out what is longer; else keep every row, cut to max_length. A row is then unusable only if its
+            prompt leaves no room for an answer.
+        max_prompt: longest prompt that does, where that is less than max_length - 1; not for training.
+
+    Raises:
+        UserError: a tokenizer without an end-of-text token; a prompt without tokens; no row that fits.
+    """
+    end = tokenizer.eos_token_id
+    if end is None:
+        raise UserError(f"model {tokenizer.name_or_path}: its tokenizer has no end-of-text token to end answers with")
+    prompts = _prompts([fill_prompt(prompt_template, question) for question in problems.question], tokenizer)
+    answers = _token_lists([" " + answer for answer in problems.answer], tokenizer, split_special_tokens=True)
+    rows = [prompt + answer + [end] for prompt, answer in zip(prompts, answers)]
+    lengths = np.array([len(row) for row in rows])
+    prompt_lengths = np.array([len(prompt) for prompt in prompts])
+    if not prompt_lengths.all():
+        row = problems.name_row(int(prompt_lengths.argmin()))
+        raise UserError(f"{row}: no token of model {tokenizer.name_or_path} stands for anything in the prompt")
+    if training:
+        fits, named = lengths <= max_length, lengths
+        if not fits.any():
+            raise UserError(
+                f"dataset.max_length: none of {len(rows):,} training problems fits into {max_length} tokens; the "
+                f"shortest has {lengths.min()}. Set it higher"
+            )
+        kept, what = np.flatnonzero(fits), "training problems are longer than {} tokens and left out"
+    else:
+        longest = max_length - 1 if max_prompt is None else min(max_prompt, max_length - 1)
+        fits, named = prompt_lengths <= longest, prompt_lengths
+        kept, what = np.arange(len(rows)), "prompts leave no room for an answer in {} tokens and count as wrong"
+        if longest < max_length - 1:
+            what = f"prompts of over {longest} tokens leave no room for evaluation.max_new_tokens and count as wrong"
+    unusable = np.flatnonzero(~fits)
+    lengths = np.minimum(lengths[kept], max_length)
+    return EncodedProblems(
+        tokens=concatenate([rows[row][:max_length] for row in kept], np.int32),
+        offsets=np.concatenate([[0], np.cumsum(lengths)]),
+        pad_token=end if tokenizer.pad_token_id is None else tokenizer.pad_token_id,
+        max_length=max_length,
+        prompt_lengths=np.minimum(prompt_lengths[kept], max_length),
+        rows=kept,
+        unusable=unusable,
+        notes=_notes(problems, unusable, named, what.format(max_length)),
+    )
+
+
+def collate_problems(encoded: EncodedProblems, rows: np.ndarray, device: torch.device) -> Batch:
+    """Pad `rows` on the right to the longest of them and move them to `device`, without waiting for it.
+
+    labels[i, t] is the token after position t of row i, if it belongs to the answer; so the prompt's last position
+    predicts the answer's first token.
+    """
+    lengths, width = encoded.lengths[rows], int(encoded.widths[rows].max())
+    first = encoded.prompt_lengths[rows] - 1
+    tokens = np.full((len(rows), width), encoded.pad_token, dtype=np.int64)
+    labels = np.full((len(rows), width), IGNORE, dtype=np.int64)
+    positions = np.arange(width)
+    for i, row in enumerate(rows):
+        own = encoded.tokens[encoded.offsets[row] : encoded.offsets[row + 1]]
+        tokens[i, : len(own)] = own
+        labels[i, first[i] : len(own) - 1] = own[first[i] + 1 :]
+    mask = (positions < lengths[:, None]).astype(np.int64)
+    labelled = (positions >= first[:, None]) & (positions < lengths[:, None] - 1)
+    inputs = {"input_ids": move(tokens, device), "attention_mask": move(mask, device)}
+    return Batch(inputs, move(labels, device), int(lengths.sum()), move(np.flatnonzero(labelled), device))
+
+
+def _prompts(texts: list[str], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
+    """Tokens of each, after what the tokenizer puts before any text."""
+    plain = _token_lists(texts, tokenizer)
+    with_special = tokenizer(texts[0], return_attention_mask=False, verbose=False)["input_ids"]
+    first = plain[0]
+    start = next(i for i in range(len(with_special) + 1) if with_special[i : i + len(first)] == first)
+    return [with_special[:start] + prompt for prompt in plain]
+
+
+def _token_lists(texts: list[str], tokenizer: PreTrainedTokenizerBase, **options: bool) -> list[list[int]]:
+    plain = {"add_special_tokens": False, "return_attention_mask": False, "verbose": False}
+    return tokenizer(texts, **plain, **options)["input_ids"]
+
+
+def _notes(problems: Problems, unusable: np.ndarray, lengths: np.ndarray, what: str) -> tuple[str, ...]:
+    if not len(unusable):
+        return ()
+    named = ", ".join(f"{problems.name_row(row)} ({lengths[row]:,} tokens)" for row in unusable[:NUM_NAMED])
+    more = ", ..." if len(unusable) > NUM_NAMED else ""
+    return (f"{len(unusable):,} {what}: {named}{more}",)

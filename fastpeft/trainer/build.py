@@ -1,0 +1,217 @@
+"""From a run's configuration to everything that the loop works with. Outside the budget clock."""
+
+from __future__ import annotations
+
+import math
+import tempfile
+import time
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+
+from fastpeft.adapters import Adapter, method_class
+from fastpeft.budget import BudgetClock, Due, EnergyMeter
+from fastpeft.budget.energy import WINDOW_S
+from fastpeft.config import Budget, ConfigError, RunConfig, parse_budget, parse_interval
+from fastpeft.data.batches import Batches
+from fastpeft.data.task import ClassificationTask
+from fastpeft.device_memory import TokenLimits, free_memory, is_out_of_memory
+from fastpeft.errors import UserError
+from fastpeft.kernels import dispatch
+from fastpeft.models.backbone import Backbone, choose_dtype, load_backbone, load_causal_lm
+from fastpeft.schedules import Schedule, make_schedule
+from fastpeft.signals import Blocks
+from fastpeft.tasks import Objective, load_task, make_objective
+from fastpeft.tasks.math_word_problems.reading import WordProblemTask
+from fastpeft.trainer.optim import Optimizer, adamw_options, make_optimizer
+from fastpeft.trainer.probes.hooks import Probes
+
+
+@dataclass
+class Job:
+    """One run, ready to train."""
+
+    run: RunConfig
+    task: ClassificationTask | WordProblemTask
+    objective: Objective
+    adapter: Adapter
+    schedule: Schedule
+    optimizer: Optimizer
+    probes: Probes
+    batches: Batches
+    clock: BudgetClock
+    evaluation_due: Due
+    limits: TokenLimits
+    device: torch.device
+    dtype: torch.dtype
+    notes: list[str]
+    """What the user should know about this set-up."""
+
+
+def build_job(run: RunConfig) -> Job:
+    """Load data and model, tokenise, attach the adapter.
+
+    Raises:
+        UserError: data, model or configuration that cannot be used.
+    """
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    dtype = choose_dtype(run.training.precision, device)
+    task = load_task(run.dataset)
+    torch.manual_seed(run.training.seed)
+    method = method_class(run.method)
+    backbone = _load_backbone(run, task, dtype, device, method.trains_backbone)
+    adapter = method.build(run, backbone)
+    adapter.model.train()
+    objective = make_objective(task, run, backbone, device)
+    batches = Batches(objective.train, run.training.batch_size, run.training.seed)
+    meter = EnergyMeter.open(gpu_uuid(device))
+    clock = BudgetClock(_budget(run, batches, meter), meter=meter)
+    schedule = make_schedule(
+        run.schedule,
+        run.training.learning_rate,
+        _blocks(adapter, run),
+        adam=adamw_options(run.optimizer),
+        seed=run.training.seed,
+    )
+    optimizer = make_optimizer(adapter.flat, run.optimizer, dtype)
+    job = Job(
+        run=run,
+        task=task,
+        objective=objective,
+        adapter=adapter,
+        schedule=schedule,
+        optimizer=optimizer,
+        probes=Probes(schedule.needs, adapter, optimizer),
+        batches=batches,
+        clock=clock,
+        evaluation_due=Due(parse_interval(run.evaluation.every), len(batches)),
+        limits=TokenLimits(run.training.micro_batch_tokens, run.evaluation.batch_tokens),
+        device=device,
+        dtype=dtype,
+        notes=_notes(task, run) + objective.notes,
+    )
+    job.notes += adapter.describe() + untuned(adapter, device, dtype)
+    if clock.budget.kind in ("seconds", "joules"):
+        _expect_final(job)
+    return job
+
+
+def _load_backbone(
+    run: RunConfig, task: ClassificationTask | WordProblemTask, dtype: torch.dtype, device: torch.device, trained: bool
+) -> Backbone:
+    if isinstance(task, WordProblemTask):
+        return load_causal_lm(run.model, dtype, device, trained)
+    return load_backbone(run.model, task.label_names, dtype, device, trained)
+
+
+def _blocks(adapter: Adapter, run: RunConfig) -> Blocks:
+    """The adapter's, with the rates that the optimizer gives to the units that are no adapted matrices."""
+    layout = adapter.flat.layout
+    is_head = [place >= layout.num_adapter for place, _ in layout.others]
+    others = tuple(run.optimizer.head_lr_ratio if head else 1.0 for head in is_head)
+    return replace(adapter.flat.blocks, rate_ratios=(1.0,) * layout.num_matrices + others)
+
+
+def gpu_uuid(device: torch.device) -> str | None:
+    """What NVML knows the device by; None for the CPU."""
+    return f"GPU-{torch.cuda.get_device_properties(device).uuid}" if device.type == "cuda" else None
+
+
+def _budget(run: RunConfig, batches: Batches, meter: EnergyMeter) -> Budget:
+    if run.budget is None:
+        return Budget("steps", math.ceil(run.training.epochs * len(batches)))
+    budget = parse_budget(run.budget)
+    if budget.kind == "joules" and not meter.works:
+        raise _no_meter(run, meter.reason)
+    return budget
+
+
+def _no_meter(run: RunConfig, reason: str) -> ConfigError:
+    needs = f"a budget in joules needs an energy meter, and none can be read here: {reason}"
+    return ConfigError(f"budget {run.budget}", [f"{needs}. Give one in s, steps or tok"])
+
+
+def _expect_final(job: Job) -> None:
+    """Measure what the final evaluation and save will cost."""
+    clock = job.clock
+    clock.final_s = _measure_final(job)
+    cost = f"take about {clock.final_s:.0f} s"
+    final = clock.final_s
+    if clock.budget.kind == "joules":
+        final = clock.final_j = clock.final_s * _measure_power(job)
+        cost = f"cost about {final:.0f} J"
+    if final > clock.budget.limit / 2:
+        limits = ["evaluation.max_examples"] + job.objective.has_test * ["evaluation.max_test_examples"]
+        raise ConfigError(
+            f"budget {job.run.budget}",
+            [
+                f"the final evaluation and save alone would {cost}, more than half of it; give a larger budget, or "
+                f"set {' and '.join(limits)}"
+            ],
+        )
+
+
+def _measure_power(job: Job) -> float:
+    """Watts while evaluating, over a window that the meter resolves."""
+    meter = job.clock.meter
+    meter.start()
+    until = time.perf_counter() + 1.5 * WINDOW_S
+    while time.perf_counter() < until:
+        _measure_final(job)
+    meter.stop()
+    if meter.fault is not None or meter.mean_w <= 0:
+        raise _no_meter(job.run, meter.fault or f"{meter.method} stands still")
+    return meter.mean_w
+
+
+def _measure_final(job: Job) -> float:
+    """Seconds that a whole evaluation and a save will take."""
+    while (evaluation_s := _measure_evaluation(job)) is None:
+        free_memory()
+    start = time.perf_counter()
+    with tempfile.TemporaryDirectory() as folder, job.optimizer.averaged():
+        job.adapter.save(Path(folder))
+    return evaluation_s * (1 + job.objective.test_cost) + 2 * (time.perf_counter() - start)
+
+
+def _measure_evaluation(job: Job) -> float | None:
+    """None: out of memory, and the batches are smaller now."""
+    job.adapter.model.eval()
+    try:
+        return job.objective.time_evaluation(job.adapter.model, job.limits)
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
+        size = job.objective.largest_evaluation_batch(job.limits)
+        job.notes.append(job.limits.halve_evaluation(*size, "while an evaluation was timed"))
+        return None
+    finally:
+        job.adapter.model.train()
+
+
+def untuned(adapter: Adapter, device: torch.device, dtype: torch.dtype) -> list[str]:
+    """A note where nobody has measured which kernels are fastest for the run's shapes on its GPU."""
+    if device.type != "cuda":
+        return []
+    groups = adapter.flat.groups
+    shapes = {(group.a_KRI.shape[2], group.b_KOR.shape[1], group.a_KRI.shape[1]) for group in groups}
+    try:
+        tuned = dispatch.is_tuned(dispatch.gpu_name(device.index or 0), dtype, shapes)
+    except ValueError as error:
+        raise UserError(str(error)) from None
+    if tuned or not shapes:
+        return []
+    return [
+        "kernels are not tuned for this GPU and these shapes, so that cuBLAS computes the LoRA products: "
+        "fastpeft doctor --tune measures what is faster"
+    ]
+
+
+def _notes(task: ClassificationTask | WordProblemTask, run: RunConfig) -> list[str]:
+    notes = [task.describe(), *task.notes]
+    for split, count in task.skipped_rows.items():
+        notes.append(f"{count:,} malformed rows of the {split} split were skipped")
+    if run.method != "iw_lora" and any(key.startswith("regulariser.") for key in run.overrides):
+        notes.append(f"regulariser.* was set, but method {run.method} has no penalty: it is ignored")
+    return notes

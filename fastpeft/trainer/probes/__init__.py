@@ -1,0 +1,1 @@
+"""What a schedule needs of a step beside the loss and its gradient."""

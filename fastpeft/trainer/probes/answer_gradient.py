@@ -1,0 +1,80 @@
+"""||dL/dB_k||^2 of the labelled tokens' rows, measured by the layers in the backward pass that there is.
+
+Shape suffixes: K adapted matrices, N rows of a micro-batch, L tokens of a row, T = N L.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from fastpeft.adapters import Adapter
+from fastpeft.data.batches import Batch
+from fastpeft.errors import UserError
+from fastpeft.models.layers import RowMask, Watch, is_fused, never_plain
+
+
+class AnswerGradient:
+    """Asks the adapted layers for their gradients over the labelled positions, micro-batch by micro-batch.
+
+    dB is a sum over tokens, and the layers tell the norm of the labelled tokens' part of it. That is exact for a batch
+    of one micro-batch. For several, ||sum_m dB_m||^2 has cross terms that no layer sees: then
+
+        sum_m ||dB_m,labelled||^2 * ||sum_m dB_m||^2 / sum_m ||dB_m||^2
+
+    is reported, which takes the cross terms to be in the proportion that they have in the whole gradient, where all
+    three are known. It is exact too where the labelled part is the same share of each micro-batch's gradient.
+
+    Where labels belong to rows and not to tokens (classification) every token counts, and the whole gradient's norms
+    are reported: exact, whatever the micro-batches, and no layer measures anything.
+    """
+
+    def __init__(self, adapter: Adapter) -> None:
+        self._flat = adapter.flat
+        self._blocks = getattr(adapter, "blocks", [])
+        self._rows = RowMask()
+        self._watches = [Watch(self._rows) for _ in self._blocks]
+        for block, watch in zip(self._blocks, self._watches):
+            block.module.watch = watch
+        self._parts: list[torch.Tensor] = []
+
+    def start(self) -> None:
+        """Before the passes over a batch."""
+        self._rows.mask_T = None
+        self._parts = []
+
+    def before_pass(self, batch: Batch) -> None:
+        if batch.rows is not None:
+            self._rows.mask_T = torch.zeros_like(batch.labels, dtype=torch.bool).flatten()
+            self._rows.mask_T[batch.rows] = True
+
+    def after_pass(self) -> None:
+        """After the backward pass over a micro-batch. Raises UserError for layers that measure nothing."""
+        if self._rows.mask_T is None:
+            return
+        self._rows.mask_T = None
+        found = [(watch.measures.db_square_masked, watch.measures.db_square) for watch in self._watches]
+        for block, watch, (square, _) in zip(self._blocks, self._watches, found):
+            if square is None:
+                raise UserError(_not_measured(block.name, block.module))
+            watch.measures.db_square_masked = watch.measures.db_square = None
+        if found:
+            self._parts.append(torch.stack([torch.stack(column) for column in zip(*found)]))
+
+    def squares(self, loss_scale: torch.Tensor | None) -> torch.Tensor:
+        """Of the batch whose gradient lies in the flat buffer; that one is divided by `loss_scale` already."""
+        if len(self._parts) == 1:
+            square_K = self._parts[0][0]
+            return square_K if loss_scale is None else square_K / loss_scale.square()
+        square_K = self._flat.layout.b_squares(self._flat.grad)
+        if not self._parts:
+            return square_K
+        labelled_K, all_K = torch.stack(self._parts).sum(0)
+        return square_K * (labelled_K / all_K.clamp_min(torch.finfo(all_K.dtype).tiny))
+
+
+def _not_measured(name: str, layer: torch.nn.Module) -> str:
+    reason = "PEFT computes it, as where a base layer has hooks" if is_fused(layer) else never_plain(layer)
+    return (
+        f"the schedule reads the gradient of the labelled tokens, which the layer {name} cannot tell: {reason}. Choose "
+        "another schedule"
+    )

@@ -1,0 +1,203 @@
+"""Train one run: `train` resolves it, sets it up, owns its folder, and runs the loop."""
+
+from __future__ import annotations
+
+import resource
+import time
+from pathlib import Path
+from typing import Protocol
+
+import torch
+
+from fastpeft.config import RunConfig, save_run
+from fastpeft.runs.events import Event, EventLog, number
+from fastpeft.runs.store import Result, RunFolder, default_name, write_json
+from fastpeft.runs.system import Heartbeat, environment, git_commit
+from fastpeft.trackers import Choice, Trackers, choose
+from fastpeft.trainer.build import Job, build_job, gpu_uuid
+from fastpeft.trainer.checkpoint import Checkpoint, rng_state, set_rng_state
+from fastpeft.trainer.interrupt import StopRequest
+from fastpeft.trainer.loop import Loop
+from fastpeft.trainer.micro_batches import out_of_memory_is_told
+from fastpeft.trainer.resolve import Resolved, resolve
+from fastpeft.trainer.resume import check_same, find_checkpoint, open_run, same_run
+
+__all__ = ["Reporter", "StopRequest", "train"]
+
+
+class Reporter(Protocol):
+    """Tells the user what happens. Methods may be called from several threads and must be quick."""
+
+    def say(self, message: str) -> None:
+        """A line about the set-up, before there is an event log."""
+
+    def on_event(self, event: Event) -> None: ...
+
+
+class _Silent:
+    def say(self, message: str) -> None: ...
+
+    def on_event(self, event: Event) -> None: ...
+
+
+def train(
+    run: RunConfig | None,
+    *,
+    results_dir: str | Path = "results",
+    name: str | None = None,
+    resume: bool = False,
+    allow_stand_in: bool = True,
+    reporter: Reporter | None = None,
+    stop: StopRequest | None = None,
+    group: str | None = None,
+) -> Result:
+    """Train `run` to the end of its budget.
+
+    Args:
+        run: from fastpeft.load_run; None with `resume` takes the one stored in the folder.
+        results_dir: parent of the run's folder.
+        name: the folder's name; RUN-YYYYmmdd-HHMMSScc when absent.
+        resume: continue the run `name` from its newest valid checkpoint.
+        allow_stand_in: use the run's stand-in model and data where its own cannot be reached.
+        reporter: is told of every event.
+        stop: a request to stop; by default SIGINT and SIGTERM make one while this runs.
+        group: noted in result.json: what runs that belong together share.
+
+    Returns:
+        What result.json holds. `status` is done, stopped or diverged.
+
+    Raises:
+        UserError: anything that the user can mend, before any folder is made.
+    """
+    reporter = reporter or _Silent()
+    began = time.perf_counter()
+    folder = RunFolder.at(Path(results_dir), name or default_name(run.run_id if run else "run"))
+    checkpoint = None
+    try:
+        if resume:
+            finished, stored = open_run(folder, name)
+            if finished is not None:
+                if run is not None:
+                    check_same(folder, stored, run)
+                reporter.say(f"{folder.path} is finished: {_outcome(finished)}. Nothing is left to do")
+                return finished
+            resolved = same_run(folder, stored, run, allow_stand_in)
+            checkpoint = find_checkpoint(folder, reporter.say)
+        else:
+            assert run is not None
+            folder.check_free()
+            resolved = resolve(run, allow_stand_in)
+        chosen = choose(resolved.run, reporter.say)
+        with stop or StopRequest() as stop, _torch_settings(resolved.run), out_of_memory_is_told():
+            _say_stand_in(reporter, resolved)
+            reporter.say(f"loading {resolved.run.model.name} and {resolved.run.dataset.name}")
+            job = build_job(resolved.run)
+            if not resume:
+                folder.create()
+            save_run(resolved.run, folder.config)
+            write_json(folder.environment, environment() | _device_facts(job))
+            result = _new_result(job, resolved, folder, group)
+            result.setup_s = time.perf_counter() - began
+            return _run(job, result, folder, checkpoint, chosen, reporter, stop)
+    finally:
+        folder.unlock()
+
+
+def _new_result(job: Job, resolved: Resolved, folder: RunFolder, group: str | None) -> Result:
+    run, earlier = job.run, folder.read_result()
+    return Result(
+        run_id=run.run_id,
+        name=folder.path.name,
+        stand_in=resolved.stand_in,
+        seed=run.training.seed,
+        group=group or (earlier.group if earlier else None),
+        method=run.method,
+        model=run.model.name,
+        dataset=job.task.name,
+        budget={"kind": job.clock.budget.kind, "limit": job.clock.budget.limit, "spent": 0.0},
+        git=git_commit(),
+    )
+
+
+def _run(
+    job: Job,
+    result: Result,
+    folder: RunFolder,
+    checkpoint: Checkpoint | None,
+    chosen: list[Choice],
+    reporter: Reporter,
+    stop: StopRequest,
+) -> Result:
+    """The loop, between the first and the last event."""
+    folder.write_result(result)
+    log = EventLog(folder.events, (reporter.on_event,))
+    loop = Loop(job, folder, log, result, stop)
+    error = trackers = None
+    try:
+        trackers = Trackers(chosen, folder.path, reporter.say, loop.warn)
+        with Heartbeat(lambda **figures: loop.event("system", **figures), gpu_uuid(job.device)):
+            result.status = loop.run(checkpoint)
+    except BaseException as caught:
+        result.status, error = "failed", f"{type(caught).__name__}: {caught}"
+        raise
+    finally:
+        _close(job, loop, folder, result, error)
+        if trackers is not None:
+            trackers.close()
+        log.close()
+    return result
+
+
+def _close(job: Job, loop: Loop, folder: RunFolder, result: Result, error: str | None) -> None:
+    clock = job.clock
+    clock.stop()
+    loop.watch_meter()
+    result.energy_j, result.energy_method = clock.meter.joules, clock.meter.method
+    result.elapsed_s, result.tokens, result.steps = clock.elapsed_s, clock.tokens, clock.steps
+    result.budget["spent"] = clock.spent
+    sizes = [path.stat().st_size for path in folder.weights(job.adapter.saved_as).glob("*.safetensors")]
+    if sizes:
+        result.adapter_mb = round(sum(sizes) / 2**20, 3)
+    if job.device.type == "cuda":
+        peak = torch.cuda.max_memory_allocated(job.device) / 2**20
+    else:
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
+    result.peak_memory_mb = round(peak, 1)
+    folder.write_result(result)
+    more = {"error": error} if error else {}
+    loop.event("end", status=result.status, metric=result.metric, best=result.best, energy_j=result.energy_j, **more)
+
+
+def _say_stand_in(reporter: Reporter, resolved: Resolved) -> None:
+    if resolved.stand_in:
+        reporter.say(
+            f"STAND-IN: {resolved.run.model.name} on {resolved.run.dataset.name} ({resolved.reason}). "
+            "The numbers say nothing about the model and the data that the preset names"
+        )
+
+
+def _outcome(result: Result) -> str:
+    return f"{result.metric.get('name', 'metric')} {number(result.metric.get('value', 'nan')):.4f}"
+
+
+def _device_facts(job: Job) -> dict:
+    name = torch.cuda.get_device_name(job.device) if job.device.type == "cuda" else "cpu"
+    meter = job.clock.meter
+    energy = {"energy_method": meter.method} | ({"energy_reason": meter.reason} if meter.reason else {})
+    return {"device": name, "dtype": str(job.dtype), "threads": torch.get_num_threads()} | energy
+
+
+class _torch_settings:  # noqa: N801 (used like a function)
+    """Seeds and threads are the run's while it trains, the caller's afterwards."""
+
+    def __init__(self, run: RunConfig) -> None:
+        self._threads = run.training.threads
+
+    def __enter__(self) -> None:
+        self._threads_before, self._rng_before = torch.get_num_threads(), rng_state()
+        if self._threads:
+            torch.set_num_threads(self._threads)
+
+    def __exit__(self, *exception: object) -> None:
+        torch.set_num_threads(self._threads_before)
+        set_rng_state(*self._rng_before)

@@ -1,0 +1,1 @@
+"""What tests share: small models, made data, fake services, and runs built of them."""
