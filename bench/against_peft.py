@@ -85,7 +85,7 @@ def fastpeft_steps(job: Job, epochs: float) -> Iterator[torch.nn.Module]:
         adapter.finish_calibration()
     for step in range(num_steps):
         rows = job.batches.rows(step)
-        train_step(adapter, job.schedule, job.optimizer, job.objective.loss, batches(rows), len(rows), step / num_steps)
+        train_step(adapter, job.schedule, job.optimizer, job.task.loss, batches(rows), len(rows), step / num_steps)
         yield adapter.model
 
 
@@ -120,7 +120,7 @@ class Row:
             self._score()
 
     def _score(self) -> None:
-        measured = score(self.model, self.job.objective.validation, 16384, self.job.device)
+        measured = score(self.model, self.job.task.validation, 16384, self.job.device)
         self.scores.append({"step": self.num_steps, "seconds": round(self.seconds, 1), "accuracy": measured.value})
         print(f"{self.name:14} step {self.num_steps:5} {self.seconds:7.1f} s  {measured.value:.4f}", flush=True)
 

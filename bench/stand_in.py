@@ -41,7 +41,7 @@ def train(job: Job, num_steps: int, head_only: bool) -> float:
         if head_only:
             adapter.flat.adapter_grad.zero_()  # B stays zero, so the encoder stays what it was
         job.optimizer.step(signals, job.schedule.rates(None, step / num_steps))
-    return score(adapter.model, job.objective.validation, 16384, job.device).value
+    return score(adapter.model, job.task.validation, 16384, job.device).value
 
 
 def word_baseline(texts: list[str], held_out: list[str]) -> float:

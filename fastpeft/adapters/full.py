@@ -25,8 +25,7 @@ class FullFineTune(Adapter):
             parts[any(name.startswith(f"{module}.") for module in backbone.head)].append(parameter)
         self.flat = FlatParameters([], head=parts[True], extra=parts[False])
         if backbone.dtype != torch.float32:
-            decoder = [self.model.get_decoder()] if backbone.kind == "causal_lm" else []  # hidden_states calls it
-            for module in (self.model, *decoder):  # each needs an autocast of its own: one cannot be entered twice
+            for module in backbone.entry_points:  # each needs an autocast of its own: one cannot be entered twice
                 module.forward = torch.autocast(self.flat.data.device.type, backbone.dtype)(module.forward)
 
     @classmethod

@@ -1,4 +1,4 @@
-"""One run's weights scored on several sets of word problems: what it learnt, against what it may have seen before.
+"""One run's weights scored on several sets: what it learnt, against what it may have seen before.
 
 As in arXiv:2405.00332, where models that know GSM8K's test split fall behind on new problems of its kind.
 """
@@ -18,8 +18,7 @@ from fastpeft.errors import UserError
 from fastpeft.runs.store import RunFolder, list_runs, read_json, recover_folder, write_json
 
 if TYPE_CHECKING:
-    from fastpeft.tasks.math_word_problems.reading import Problems
-    from fastpeft.tasks.sequence_classification.scoring import Score
+    from fastpeft.tasks.base import OtherSet, Score
 
 Z_95 = 1.959963984540054
 """The normal distribution's 97.5 % quantile."""
@@ -113,73 +112,50 @@ def score_sets(plan: SetPlan, say: Callable[[str], None]) -> list[SetScore]:
 
     Raises:
         DataError: a set that cannot be read.
-        UserError: a run that was not trained on word problems; a set none of whose prompts leaves room for an answer.
+        UserError: a run of a kind that is not scored on other sets; a set none of whose prompts leaves room for an
+            answer.
     """
     import torch
 
     from fastpeft.adapters import method_class
-    from fastpeft.data.task import is_word_problems
     from fastpeft.device_memory import TokenLimits
-    from fastpeft.models.backbone import choose_dtype, load_causal_lm
-    from fastpeft.tasks.math_word_problems.exact_match import score_problems
-    from fastpeft.tasks.math_word_problems.task import decoding_of, make_problem_set, sampling_of
+    from fastpeft.models.backbone import choose_dtype
+    from fastpeft.tasks import kind_of, task_class
 
-    run = plan.run
-    if not is_word_problems(run.dataset):
-        raise UserError(
-            f"{plan.folder.path.name}: was trained on labelled texts ({run.dataset.name}), and --on scores word "
-            "problems; name a run of a preset NAME_gsm8k, or leave --on out"
-        )
-    problems = {name: _load(path, run) for name, path in plan.sets.items()}
+    run, result = plan.run, plan.folder.read_result()
+    kind = task_class(kind_of(run.dataset, result.kind if result else ""))
+    sets = {
+        name: kind.read_set(path, run.dataset, run.evaluation, run.training.seed) for name, path in plan.sets.items()
+    }
     if run.training.threads:
         torch.set_num_threads(run.training.threads)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dtype, method = choose_dtype(run.training.precision, device), method_class(run.method)
-    result = plan.folder.read_result()
     if result is not None and result.stand_in:
         say(f"STAND-IN: these are numbers of {run.model.name}, trained on {result.dataset}")
     say(f"loading {run.model.name} with {plan.weights}")
-    backbone = load_causal_lm(run.model, dtype, device, method.trains_backbone)
+    backbone = next(iter(sets.values())).load_model(run.model, dtype, device, method.trains_backbone)
     adapter = method.build(run, backbone)
     adapter.load(plan.weights)
     adapter.model.eval()
-    decoding = decoding_of(run.evaluation, backbone, sampling_of(run))
     limits = TokenLimits(run.training.micro_batch_tokens, run.evaluation.batch_tokens)
 
     def shrink(num_rows: int, width: int) -> int:
         say(limits.halve_evaluation(num_rows, width, "while a set was scored"))
         return limits.evaluation
 
-    sets = {name: make_problem_set(some, run, backbone) for name, some in problems.items()}
     weights = {"which": plan.which, "step": plan.step, "sha256": _fingerprint(plan.weights.glob("*.safetensors"))}
+    for one in sets.values():
+        one.encode(backbone)
     scores = []
     for name, one in sets.items():
-        for note in (*one.problems.notes, *one.encoded.notes):
+        for note in one.notes:
             say(f"{name}: {note}")
-        found = score_problems(adapter.model, one, decoding, limits.evaluation, shrink=shrink)
-        assert found is not None
+        found = one.score(adapter.model, limits, shrink)
         scores.append(_score(name, found))
-        _merge(plan, scores[-1], one.problems, found, weights, str(dtype))
+        _merge(plan, scores[-1], one, found, weights, str(dtype))
         say(f"{name}: {found.value:.4f} on {found.num_rows:,} problems in {found.decode_s:.0f} s")
     return scores
-
-
-def _load(path: Path, run: RunConfig) -> Problems:
-    """By the run's own columns where the file has them, else by those of the known sets."""
-    from fastpeft.config.schema import ColumnsConfig
-    from fastpeft.data.task import DataError
-    from fastpeft.tasks.math_word_problems.reading import load_problems
-
-    columns, on_bad_row = run.dataset.columns, run.dataset.on_bad_row
-    if columns == ColumnsConfig():
-        return load_problems(str(path), on_bad_row)
-    try:
-        return load_problems(str(path), on_bad_row, columns)
-    except DataError as error:
-        try:
-            return load_problems(str(path), on_bad_row)
-        except DataError:
-            raise error from None
 
 
 def _score(name: str, found: Score) -> SetScore:
@@ -187,15 +163,13 @@ def _score(name: str, found: Score) -> SetScore:
     return SetScore(name, found.num_rows, found.value, wilson(num_right, found.num_rows), found.more)
 
 
-def _merge(
-    plan: SetPlan, score: SetScore, problems: Problems, found: Score, weights: dict[str, Any], dtype: str
-) -> None:
+def _merge(plan: SetPlan, score: SetScore, other: OtherSet, found: Score, weights: dict[str, Any], dtype: str) -> None:
     path, run = plan.folder.path / SETS, plan.run
     entry = {
-        "file": problems.source,
-        "sha256": _fingerprint([Path(problems.source)]),
+        "file": other.source,
+        "sha256": _fingerprint([Path(other.source)]),
         "num": score.num,
-        "num_skipped": problems.num_skipped,
+        "num_skipped": other.num_skipped,
         "exact_match": score.exact_match,
         "interval_95": score.interval,
         **score.more,

@@ -146,15 +146,18 @@ class OptimizerConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class ColumnsConfig:
+    """Columns by name; by number, from 0, in a table whose first line is a row and no header."""
+
     __pydantic_config__ = STRICT_KEYS
 
-    text: str | None = None
-    """Column of the text, of a pair's first text, or of the question. Guessed from the usual names when
+    text: str | NonNegativeInt | None = None
+    """Column of the text, of a pair's first text, of the question, or of the words. Guessed from the usual names when
     absent."""
-    text_pair: str | None = None
+    text_pair: str | NonNegativeInt | None = None
     """Column of a pair's second text, or of a question's second half."""
-    label: str | None = None
-    """Column of the label, or of the answer to a question."""
+    label: str | NonNegativeInt | list[str | NonNegativeInt] | None = None
+    """Column of the label, of the score, of the words' tags, or of the answer to a question. A list: one column of
+    zeros and ones for each of several labels."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -162,11 +165,12 @@ class DatasetConfig:
     __pydantic_config__ = STRICT_KEYS
 
     name: str = "local"
-    """A task the package knows: `mnli`, `sst2`, `rte`, `gsm8k`, `embedded-nli`, `embedded-word-problems`;
-    a dataset of the hub, `owner/name`; or any name when `path` is given."""
-    task: Literal["auto", "classification", "word-problems"] = "auto"
-    """What the rows are. auto: word problems under the names `gsm8k` and `embedded-word-problems`, else
-    labelled texts."""
+    """A dataset the package knows, such as `mnli`, `conll2003` or `gsm8k`; a dataset of the hub, `owner/name`; or any
+    name when `path` is given."""
+    task: Literal["auto", "classification", "token-classification", "multi-label", "regression", "word-problems"] = (
+        "auto"
+    )
+    """What the rows are. auto: what the name says, or else the rows, which the run then says."""
     config: str | None = None
     """Configuration of a hub dataset that has several."""
     revision: str = "main"
@@ -189,8 +193,12 @@ class DatasetConfig:
     """Share of the training rows held out where there is no validation split: `path` is a single
     file, or a hub dataset has none."""
     max_length: Annotated[int, Range(ge=8, lt=2**31)] = 256
-    """Longest sequence in tokens. A longer text is cut, a longer word problem is left out of training;
-    both are counted."""
+    """Longest sequence in tokens. A longer text is cut, a longer word problem is left out of training; both are
+    counted. A longer sentence with tagged words is read in several windows."""
+    cut: Literal["longest", "text", "text_pair"] = "longest"
+    """Of a pair that is too long, which text gives way."""
+    scheme: Literal["auto", "iob1", "iob2", "iobes", "bilou"] = "auto"
+    """Of tagged words: how tags mark where an entity begins. auto: told from the tags, and said."""
     held_out: PositiveInt = 512
     """Word problems: training rows that are held out, the same ones whatever the seed, to tune and to choose
     the best weights on. The test split is scored once, at the end."""
@@ -231,6 +239,8 @@ class EvaluationConfig:
     """Evaluate on the first this many validation rows; 0 takes all."""
     batch_tokens: PositiveInt = 16384
     """Most padded tokens in one evaluation batch; of word problems, with the answers' longest."""
+    threshold: Annotated[float, Range(gt=0, lt=1)] = 0.5
+    """Several labels a text: the probability from which a label is given; kept in the export."""
     max_test_examples: NonNegativeInt = 0
     """Score the first this many rows of the test split, once, at the end; 0 takes all."""
     max_new_tokens: PositiveInt = 256

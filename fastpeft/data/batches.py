@@ -7,15 +7,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-
-from fastpeft.data.task import Examples
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
 
 # Rows are sorted by length inside pools of this many batches: long enough that a batch holds rows
 # of nearly one length, short enough that every part of an epoch sees every length.
@@ -51,48 +45,16 @@ class TokenRows:
         return np.minimum(-(-self.lengths // WIDTH_MULTIPLE) * WIDTH_MULTIPLE, self.max_length)
 
 
-@dataclass(frozen=True, kw_only=True)
-class Encoded(TokenRows):
-    """Labelled texts."""
-
-    segments: np.ndarray | None
-    """Token type ids, for models that read them."""
-    labels: np.ndarray
-    num_truncated: int
-
-
 @dataclass(frozen=True)
 class Batch:
-    """Model inputs (each N x L), labels (N), and how many of the N * L tokens are no padding."""
+    """Model inputs (each N x L), labels, and how many of the N * L tokens are no padding."""
 
     inputs: dict[str, torch.Tensor]
     labels: torch.Tensor
-    """One a row; of word problems N x L, the token to predict at each position, or IGNORE."""
+    """N or N x C where an answer belongs to a row; N x L where it belongs to a token, IGNORE where there is none."""
     num_tokens: int
     rows: torch.Tensor | None = None
-    """Of word problems: the positions with a label, of the N * L flattened, int64."""
-
-
-def encode(examples: Examples, tokenizer: PreTrainedTokenizerBase, max_length: int, segments: bool) -> Encoded:
-    """Tokenise once, before training. What is longer than `max_length` is cut and counted."""
-    call: dict[str, Any] = {"return_attention_mask": False, "return_token_type_ids": segments}
-    rows = tokenizer(examples.text, examples.text_pair, truncation=True, max_length=max_length, **call)
-    lengths = np.array([len(ids) for ids in rows["input_ids"]], dtype=np.int64)
-    full = np.flatnonzero(lengths == max_length)
-    num_truncated = 0
-    if len(full):
-        pair = None if examples.text_pair is None else [examples.text_pair[i] for i in full]
-        uncut = tokenizer([examples.text[i] for i in full], pair, verbose=False, **call)
-        num_truncated = sum(len(ids) > max_length for ids in uncut["input_ids"])
-    return Encoded(
-        tokens=concatenate(rows["input_ids"], np.int32),
-        segments=concatenate(rows["token_type_ids"], np.uint8) if segments else None,
-        offsets=np.concatenate([[0], np.cumsum(lengths)]),
-        labels=np.array(examples.labels, dtype=np.int64),
-        num_truncated=num_truncated,
-        pad_token=tokenizer.pad_token_id,
-        max_length=max_length,
-    )
+    """Of a language model: the positions with a label, of the N * L flattened, int64."""
 
 
 class Batches:
@@ -153,24 +115,26 @@ def evaluation_batches(encoded: TokenRows, max_tokens: int) -> list[np.ndarray]:
     return list(micro_batches(encoded, np.arange(len(encoded)), max_tokens))
 
 
-def collate(encoded: Encoded, rows: np.ndarray, device: torch.device) -> Batch:
-    """Pad `rows` to the longest of them and move them to `device`, without waiting for it."""
+def pad(
+    encoded: TokenRows, rows: np.ndarray, device: torch.device, segments: np.ndarray | None = None
+) -> dict[str, torch.Tensor]:
+    """A model's inputs for `rows`, padded on the right to the longest of them: input_ids, attention_mask and, where
+    `segments` are given, token_type_ids, each N x L int64 on `device`. Nothing waits for the device."""
     lengths = encoded.lengths[rows]
     width = int(encoded.widths[rows].max())
     tokens = np.full((len(rows), width), encoded.pad_token, dtype=np.int64)
     mask = np.zeros((len(rows), width), dtype=np.int64)
-    types = None if encoded.segments is None else np.zeros((len(rows), width), dtype=np.int64)
+    types = None if segments is None else np.zeros((len(rows), width), dtype=np.int64)
     for i, row in enumerate(rows):
         start, length = encoded.offsets[row], lengths[i]
         tokens[i, :length] = encoded.tokens[start : start + length]
         mask[i, :length] = 1
-        if types is not None:
-            types[i, :length] = encoded.segments[start : start + length]
+        if types is not None and segments is not None:
+            types[i, :length] = segments[start : start + length]
     arrays = {"input_ids": tokens, "attention_mask": mask}
     if types is not None:
         arrays["token_type_ids"] = types
-    inputs = {name: move(array, device) for name, array in arrays.items()}
-    return Batch(inputs, move(encoded.labels[rows], device), int(lengths.sum()))
+    return {name: move(array, device) for name, array in arrays.items()}
 
 
 def move(array: np.ndarray, device: torch.device) -> torch.Tensor:

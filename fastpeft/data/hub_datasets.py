@@ -3,24 +3,21 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from fastpeft import hub
 from fastpeft.config.schema import DatasetConfig
-from fastpeft.data.rows import Row, Split, build_task, choose_columns
-from fastpeft.data.task import EMBEDDED, EMBEDDED_WORD_PROBLEMS, GSM8K, ClassificationTask, DataError
+from fastpeft.data.known import KnownDataset
+from fastpeft.data.rows import DataError, Row, Split
+from fastpeft.data.source import TEST, TRAIN, VALIDATION, Source
 from fastpeft.errors import UnavailableError, UserError
-from fastpeft.tasks.sequence_classification.glue import GLUE, REPOSITORY
 
 if TYPE_CHECKING:
-    from datasets import ClassLabel, Dataset, DatasetBuilder, DatasetDict
+    from datasets import DatasetBuilder, DatasetDict
 
-GSM8K_REPOSITORY = "openai/gsm8k"
-
-_TRAIN, _TEST = "train", "test"
 _VALIDATION = ("validation", "dev", "valid", "val", "validation_matched", "eval")
 """`test` is none of them: the best weights are chosen on the validation split."""
 
@@ -36,29 +33,29 @@ class HubDataset:
         return f"{self.repository}/{self.config}" if self.config else self.repository
 
 
-@dataclass(frozen=True)
-class HubProblems:
-    name: str
-    train: Split
-    test: Split | None
+def hub_dataset(config: DatasetConfig, known: KnownDataset | None, names: Iterable[str] = ()) -> HubDataset:
+    """Where on the hub a `dataset` section points.
 
+    Args:
+        names: of all datasets that are known by name, for the message.
 
-def hub_dataset(config: DatasetConfig) -> HubDataset:
-    """Where on the hub a `dataset` section points. Raises UnavailableError for a name that cannot be on it."""
-    if config.name in GLUE:
-        if config.config not in (None, config.name):
+    Raises:
+        UserError: another configuration than the name stands for.
+        UnavailableError: a name that cannot be on the hub.
+    """
+    if known is not None and known.repository is not None:
+        if known.one_config and config.config not in (None, known.config):
             raise UserError(
                 f"dataset.config {config.config!r}: dataset.name {config.name} is one configuration already"
             )
-        return HubDataset(REPOSITORY, config.name, config.revision)
-    if config.name == GSM8K:
-        return HubDataset(GSM8K_REPOSITORY, config.config or "main", config.revision)
+        revision = known.revision if config.revision == "main" else config.revision
+        return HubDataset(known.repository, config.config or known.config, revision)
     if config.name.count("/") == 1:
         return HubDataset(config.name, config.config, config.revision)
-    known = [*GLUE, GSM8K, EMBEDDED, EMBEDDED_WORD_PROBLEMS]
-    close = difflib.get_close_matches(config.name, known, n=1)
+    names = list(names)
+    close = difflib.get_close_matches(config.name, names, n=1)
     raise UnavailableError(
-        f"dataset.name {config.name!r} is no task of this package ({', '.join(known)})"
+        f"dataset.name {config.name!r} is no dataset that this package knows ({', '.join(names)})"
         f"{f'; did you mean {close[0]}?' if close else ''}; a dataset of the hub is written owner/name; "
         "for files of your own set dataset.path"
     )
@@ -68,46 +65,41 @@ def is_cached(source: HubDataset) -> bool:
     return _prepared(source) is not None
 
 
-def load_hub(config: DatasetConfig) -> ClassificationTask:
-    """Read a hub dataset: from the cache if it holds this revision, else from the hub.
+class HubSource(Source):
+    """Read from the cache if it holds this revision, else from the hub.
 
     Raises:
         UnavailableError: it cannot be had, or its download broke off.
-        DataError: a split, column or label that is not there, a malformed row.
+        DataError: a split that is not there.
     """
-    source = hub_dataset(config)
-    known = GLUE.get(config.name)
-    splits = _read(source)
-    train_name, validation_name = _choose_splits(config, source, list(splits), known.validation if known else None)
-    train = splits[train_name]
-    columns = choose_columns(f"dataset {source}", train.column_names, config.columns)
-    labels = tuple(config.labels) if config.labels else known.labels if known else None
-    names = _class_names(source, columns[2], train, labels)
 
-    def split(name: str) -> Split:
-        return Split(f"{source} {name}", list(_rows(splits[name], columns, names)))
+    def __init__(self, config: DatasetConfig, known: KnownDataset | None, names: Iterable[str] = ()) -> None:
+        self.dataset = hub_dataset(config, known, names)
+        super().__init__(config.name if known else str(self.dataset), known)
+        self._data = _read(self.dataset)
+        self._names = _choose_splits(config, self.dataset, list(self._data), known.validation if known else None)
 
-    task_name = config.name if known else str(source)
-    validation = split(validation_name) if validation_name else None
-    return build_task(config, task_name, split(train_name), validation, labels or names)
+    @property
+    def splits(self) -> tuple[str, ...]:
+        return tuple(self._names)
 
+    def columns(self, split: str) -> list[str]:
+        return self._data[self._names[split]].column_names
 
-def load_hub_problems(config: DatasetConfig, columns: Callable[[str, list[str]], Sequence[str]]) -> HubProblems:
-    """The rows of the training split and of the split `test`, of the columns that `columns(source, have)` chooses.
+    def describe_split(self, split: str) -> str:
+        return f"dataset {self.dataset}"
 
-    Raises UnavailableError and DataError as load_hub does.
-    """
-    source = hub_dataset(config)
-    splits = _read(source)
-    train_name, _ = _choose_splits(config, source, list(splits), None)
+    def class_names(self, split: str, column: str) -> tuple[str, ...] | None:
+        feature = self._data[self._names[split]].features[column]
+        names = getattr(getattr(feature, "feature", feature), "names", None)
+        return None if names is None else tuple(names)
 
-    def split(name: str) -> Split:
-        wanted = columns(f"{source} {name}", splits[name].column_names)
-        rows = splits[name].select_columns(list(wanted)).to_list()
-        return Split(f"{source} {name}", [Row(line, values) for line, values in enumerate(rows, 1)])
-
-    test = split(_TEST) if _TEST in splits and train_name != _TEST else None
-    return HubProblems(config.name if config.name == GSM8K else str(source), split(train_name), test)
+    def _rows(self, split: str, columns: tuple[str, ...] | None) -> Split:
+        name = self._names[split]
+        data = self._data[name]
+        if columns is not None:
+            data = data.select_columns([column for column in columns if column in data.column_names])
+        return Split(f"{self.dataset} {name}", [Row(line, values) for line, values in enumerate(data.to_list(), 1)])
 
 
 def _read(source: HubDataset) -> DatasetDict:
@@ -207,50 +199,16 @@ def _explain(source: HubDataset, error: Exception) -> UnavailableError:
     return UnavailableError(f"dataset {source}: cannot be read: {text}")
 
 
-# ---- rows ----------------------------------------------------------------------------------
-
-
-def _choose_splits(
-    config: DatasetConfig, source: HubDataset, have: list[str], usual: str | None
-) -> tuple[str, str | None]:
-    """The training split, and the validation split if there is one."""
+def _choose_splits(config: DatasetConfig, source: HubDataset, have: list[str], usual: str | None) -> dict[str, str]:
+    """What a split is for -> its name there."""
     for key in ("train_split", "validation_split"):
         name = getattr(config, key)
         if name is not None and name not in have:
             raise DataError(f"dataset.{key}: {source} has no split {name!r}; it has {', '.join(have)}")
-    train = config.train_split or _TRAIN
+    train = config.train_split or TRAIN
     if train not in have:
         raise DataError(f"dataset {source} has no split {train!r}: set dataset.train_split to one of {', '.join(have)}")
     usual_names = (usual,) if usual else _VALIDATION
     validation = config.validation_split or next((n for n in usual_names if n in have and n != train), None)
-    return train, validation
-
-
-def _class_names(
-    source: HubDataset, column: str, train: Dataset, labels: tuple[str, ...] | None
-) -> tuple[str, ...] | None:
-    """Name of each label number; None for a column that holds the labels themselves."""
-    feature: ClassLabel | Any = train.features[column]
-    names = getattr(feature, "names", None)
-    if names is None or labels is None or set(labels) == set(names):
-        return None if names is None else tuple(names)
-    if len(labels) != len(names):
-        raise DataError(
-            f"dataset.labels: {len(labels)} names are given, but column {column!r} of {source} has {len(names)} "
-            f"classes: {', '.join(names)}"
-        )
-    return labels
-
-
-def _rows(split: Dataset, columns: tuple[str, str | None, str], names: tuple[str, ...] | None) -> Iterator[Row]:
-    """Rows from 1, with class numbers as names; a number that is no class stays as it is."""
-    label_column = columns[2]
-    wanted = [column for column in columns if column in split.column_names]
-    for line, values in enumerate(split.select_columns(wanted).to_list(), 1):
-        yield Row(line, _named(values, label_column, names) if names else values)
-
-
-def _named(values: Mapping[str, Any], column: str, names: tuple[str, ...]) -> dict[str, Any]:
-    number = values.get(column)
-    known = isinstance(number, int) and 0 <= number < len(names)
-    return {**values, column: names[number]} if known else dict(values)
+    test = TEST if TEST in have and TEST not in (train, validation) else None
+    return {split: name for split, name in ((TRAIN, train), (VALIDATION, validation), (TEST, test)) if name}

@@ -1,59 +1,109 @@
-"""Data from files: jsonl, json, csv, tsv and parquet."""
+"""Files of a user's own: jsonl, json, csv, tsv and parquet, and which of a folder's files is which split."""
 
 from __future__ import annotations
 
-import csv
-import io
 import json
 import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from fastpeft.config.schema import DatasetConfig
-from fastpeft.data.rows import Row, Split, build_task
-from fastpeft.data.task import ClassificationTask, DataError
+from fastpeft.data.rows import DataError, Row, Split
+from fastpeft.data.source import Source
+from fastpeft.data.tables import read_table
 
 SUFFIXES = (".jsonl", ".json", ".csv", ".tsv", ".parquet")
 _SPACE = re.compile(r"[ \t\r\n]*")
-_VALIDATION_NAMES = ("dev", "validation", "dev_matched", "validation_matched", "valid")
+_STEMS = {
+    "train": ("train",),
+    "validation": ("dev", "validation", "dev_matched", "validation_matched", "valid"),
+    "test": ("test",),
+}
 
 
-def load_local(config: DatasetConfig, labels: tuple[str, ...] | None = None) -> ClassificationTask:
-    """Read `config.path`. `labels` are the task's own names, used unless the config names others.
+class FileSource(Source):
+    """A file, or a folder with one file a split: train.*, dev.* (validation.*, ...), test.*.
+
+    Where no file has a split's name, one whose name ends in it, or has it between dots, hyphens or underscores, is
+    taken: sts-train.csv, corpus.dev.conll.
+    """
+
+    def __init__(self, path: Path, name: str, header: bool = True) -> None:
+        """
+        Args:
+            header: a table's first line names its columns.
+
+        Raises:
+            DataError: there is no such file or folder.
+        """
+        super().__init__(name)
+        self.folder, self._header = path, header
+        self._read: dict[str, Split] = {}
+        if not path.exists():
+            raise DataError(f"dataset.path {path}: there is no such file or folder")
+        self.files = {"train": [path]} if path.is_file() else _files_of(path)
+
+    @property
+    def splits(self) -> tuple[str, ...]:
+        return tuple(self.files)
+
+    def path(self, split: str) -> Path:
+        """The file of a split. Raises DataError where there is none, or more than one."""
+        found = self.files.get(split, [])
+        if len(found) == 1:
+            return found[0]
+        wanted = " or ".join(f"{stem}.*" for stem in _STEMS[split])
+        have = ", ".join(sorted(p.name for p in self.folder.iterdir())) or "nothing"
+        problem = f"more than one of {wanted}" if found else f"no {wanted}"
+        raise DataError(f"dataset.path {self.folder}: {problem} in {', '.join(SUFFIXES)}; it holds {have}")
+
+    def has(self, split: str) -> bool:
+        return split in self.files
+
+    def columns(self, split: str) -> list[str]:
+        return self.read(split).require_columns()
+
+    def describe_split(self, split: str) -> str:
+        return str(self.path(split))
+
+    def class_names(self, split: str, column: str) -> tuple[str, ...] | None:
+        """Those that `datasets` wrote into a parquet file; other formats have none."""
+        path = self.path(split)
+        return _parquet_class_names(path).get(column) if path.suffix == ".parquet" else None
+
+    def _rows(self, split: str, columns: tuple[str, ...] | None) -> Split:
+        if split not in self._read:
+            self._read[split] = read_split(self.path(split), self._header)
+        return self._read[split]
+
+
+def read_split(path: Path, header: bool = True) -> Split:
+    """All rows of a file, with the line that each ends on (parquet: the row's number), from 1.
 
     Raises:
-        DataError: a missing file, column or split, a malformed row, an unknown label.
+        DataError: a file that cannot be read; a row that cannot be is a Row with a fault.
     """
-    assert config.path is not None
-    train_path, validation_path = _find_splits(Path(config.path).expanduser())
-    name = config.name if config.name != "local" else Path(config.path).resolve().name
-    validation = read_split(validation_path) if validation_path is not None else None
-    return build_task(config, name, read_split(train_path), validation, labels)
-
-
-def read_split(path: Path) -> Split:
-    return Split(str(path), list(read_rows(path)))
-
-
-def read_rows(path: Path) -> Iterator[Row]:
-    """Rows of a file with the line that each ends on (parquet: the row's number), from 1."""
+    if path.suffix not in SUFFIXES:
+        raise DataError(f"dataset.path {path}: expected a file in {', '.join(SUFFIXES)}")
     if path.suffix == ".parquet":
-        yield from _read_parquet(path)
-        return
+        return Split(str(path), list(_read_parquet(path)))
+    text = read_text(path)
+    if path.suffix == ".json" and text.lstrip().startswith("["):
+        return Split(str(path), list(_read_json(path, text)))
+    if path.suffix in (".jsonl", ".json"):
+        return Split(str(path), list(_read_jsonl(text)))
+    return Split(str(path), *read_table(path, text, header))
+
+
+def read_text(path: Path) -> str:
+    """UTF-8, with or without a byte order mark. Raises DataError, with the line of what is not."""
     try:
-        text = path.read_bytes().decode("utf-8-sig")
+        return path.read_bytes().decode("utf-8-sig")
     except OSError as error:
         raise DataError(f"{path}: cannot be read: {error.strerror}") from None
     except UnicodeDecodeError as error:
         line = path.read_bytes()[: error.start].count(b"\n") + 1
         raise DataError(f"{path}:{line}: is not UTF-8 text") from None
-    if path.suffix == ".json" and text.lstrip().startswith("["):
-        yield from _read_json(path, text)
-    elif path.suffix in (".jsonl", ".json"):
-        yield from _read_jsonl(text)
-    else:
-        yield from _read_table(path, text)
 
 
 def _read_jsonl(text: str) -> Iterator[Row]:
@@ -103,43 +153,6 @@ def _skip_space(text: str, position: int) -> int:
     return space.end()
 
 
-def _read_table(path: Path, text: str) -> Iterator[Row]:
-    """Some tsv files quote their fields, others hold stray quotes: take the reading with fewer faults."""
-    delimiter = "," if path.suffix == ".csv" else "\t"
-    readings = [_parse_table(path, text, delimiter, csv.QUOTE_MINIMAL)]
-    if delimiter == "\t" and any(row.fault for row in readings[0]):
-        readings.append(_parse_table(path, text, delimiter, csv.QUOTE_NONE))
-    return iter(min(readings, key=lambda rows: sum(row.fault is not None for row in rows)))
-
-
-def _parse_table(path: Path, text: str, delimiter: str, quoting: int) -> list[Row]:
-    csv.field_size_limit(2**31 - 1)
-    lines = io.StringIO(text, newline="")  # str.splitlines would end a row at U+2028 and others
-    reader = csv.reader(lines, delimiter=delimiter, quoting=quoting, strict=True)
-    rows: list[Row] = []
-    header: list[str] | None = None
-    while True:
-        try:
-            fields = next(reader)
-        except StopIteration:
-            return rows
-        except csv.Error as error:
-            rows.append(Row(reader.line_num, {}, f"is malformed ({error})"))
-            if header is None:
-                return rows
-            continue
-        if not fields:
-            continue
-        if header is None:
-            header = [name.strip() for name in fields]
-            if len(set(header)) < len(header):
-                raise DataError(f"{path}:1: the header names a column twice: {', '.join(header)}")
-        elif len(fields) == len(header):
-            rows.append(Row(reader.line_num, dict(zip(header, fields))))
-        else:
-            rows.append(Row(reader.line_num, {}, f"has {len(fields)} fields, the header {len(header)}"))
-
-
 def _read_parquet(path: Path) -> Iterator[Row]:
     import pyarrow
     import pyarrow.parquet
@@ -152,47 +165,51 @@ def _read_parquet(path: Path) -> Iterator[Row]:
         yield Row(line, values)
 
 
-def _find_splits(path: Path) -> tuple[Path, Path | None]:
-    """The training file, and the validation file of a folder."""
-    if is_data_file(path):
-        return path, None
-    return _one_file(path, ("train",)), _one_file(path, _VALIDATION_NAMES)
+def _parquet_class_names(path: Path) -> dict[str, tuple[str, ...]]:
+    """Column -> names of its class numbers, which `datasets` keeps in the schema's metadata only."""
+    import pyarrow
+    import pyarrow.parquet
+
+    try:
+        metadata = pyarrow.parquet.read_schema(path).metadata or {}
+        features = json.loads(metadata.get(b"huggingface", b"{}"))["info"]["features"]
+    except (OSError, pyarrow.ArrowException, ValueError, KeyError, TypeError):
+        return {}
+    found = {}
+    for column, feature in features.items():
+        inner = feature.get("feature", feature) if isinstance(feature, dict) else {}
+        names = inner.get("names") if isinstance(inner, dict) else None
+        if names:
+            found[column] = tuple(map(str, names))
+    return found
 
 
-def find_train_and_test(path: Path) -> tuple[Path, Path | None, list[Path]]:
-    """The training file, a folder's test file if it has one, and its validation files, which word problems leave be."""
-    if is_data_file(path):
-        return path, None, []
-    test = _one_file(path, ("test",)) if _files(path, ("test",)) else None
-    return _one_file(path, ("train",)), test, _files(path, _VALIDATION_NAMES)
+# ---- which file is which split -------------------------------------------------------------
 
 
 def find_test(path: Path) -> Path:
     """The file to score on: `path` itself, a folder's test file, or the only file in it."""
-    if is_data_file(path):
+    if path.is_file():
         return path
-    only = sorted(p for p in path.iterdir() if p.suffix in SUFFIXES and p.is_file())
-    return only[0] if len(only) == 1 else _one_file(path, ("test",))
-
-
-def is_data_file(path: Path) -> bool:
-    """True for a file that can be read, False for a folder; raises DataError for anything else."""
-    if path.is_file() and path.suffix not in SUFFIXES:
-        raise DataError(f"dataset.path {path}: expected a file in {', '.join(SUFFIXES)}")
     if not path.exists():
         raise DataError(f"dataset.path {path}: there is no such file or folder")
-    return not path.is_dir()
+    only = sorted(p for p in path.iterdir() if p.suffix in SUFFIXES and p.is_file())
+    return only[0] if len(only) == 1 else FileSource(path, path.name).path("test")
 
 
-def _files(folder: Path, stems: tuple[str, ...]) -> list[Path]:
-    return [p for stem in stems for s in SUFFIXES if (p := folder / f"{stem}{s}").is_file()]
+def _files_of(folder: Path) -> dict[str, list[Path]]:
+    """Split -> its files; splits without one are left out."""
+    there = sorted(p for p in folder.iterdir() if p.is_file() and not p.name.startswith("."))
+    found = {}
+    for split, stems in _STEMS.items():
+        named = [p for stem in stems for s in SUFFIXES if (p := folder / f"{stem}{s}") in there]
+        named = named or [p for p in there if p.stem in stems]
+        named = named or [p for p in there if _ends_in(p.stem, stems)]
+        if named:
+            found[split] = named
+    return found
 
 
-def _one_file(folder: Path, stems: tuple[str, ...]) -> Path:
-    found = _files(folder, stems)
-    if len(found) == 1:
-        return found[0]
-    wanted = " or ".join(f"{stem}.*" for stem in stems)
-    have = ", ".join(sorted(p.name for p in folder.iterdir())) or "nothing"
-    problem = f"more than one of {wanted}" if found else f"no {wanted}"
-    raise DataError(f"dataset.path {folder}: {problem} in {', '.join(SUFFIXES)}; it holds {have}")
+def _ends_in(stem: str, split_names: tuple[str, ...]) -> bool:
+    words = re.split(r"[.\-_]", stem.lower())
+    return words[-1] in split_names or words[-1].endswith(split_names[:1])

@@ -1,26 +1,21 @@
-"""From rows with named columns, wherever they were read, to a task: columns, labels, bad rows, the held-out part."""
+"""Rows with named columns, wherever they were read, and the error that bad data raises."""
 
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from fastpeft.config.schema import ColumnsConfig, DatasetConfig
-from fastpeft.data.task import ClassificationTask, DataError, Examples, LabelIndex
+from fastpeft.config.schema import ColumnsConfig
+from fastpeft.errors import UserError
 
-MAX_INFERRED_LABELS = 100
-"""More different values, and more than one in ten rows: not labels, unless they are named."""
+NUM_NAMED = 3
+"""Of rows that are left out, this many are named."""
 
-_TEXT_PAIRS = (
-    ("premise", "hypothesis"),
-    ("sentence1", "sentence2"),
-    ("question", "passage"),
-    ("text", "text_pair"),
-)
-_TEXTS = ("sentence", "text", "review", "content")
-_LABELS = ("label", "labels", "gold_label", "answer", "class")
+
+class DataError(UserError):
+    """Data that cannot be used; the message names the file, the line and what was found."""
 
 
 @dataclass(frozen=True)
@@ -37,134 +32,43 @@ class Split:
     source: str
     """Names it in messages: a file, or a dataset and its split."""
     rows: list[Row]
+    notes: tuple[str, ...] = ()
+    """What the user should know of how it was read."""
+
+    @property
+    def columns(self) -> list[str]:
+        """Names that any row has, in their order."""
+        return list(dict.fromkeys(name for row in self.rows for name in row.values))
+
+    def require_columns(self) -> list[str]:
+        """The same. Raises DataError for a split without rows, and for one in which no row could be read."""
+        if not self.rows:
+            raise DataError(f"{self.source}: has no rows")
+        have = self.columns
+        if not have:
+            first = self.rows[0]
+            raise DataError(f"{self.source}:{first.line}: {first.fault}, and so is every other row")
+        return have
 
 
-def build_task(
-    config: DatasetConfig, name: str, train: Split, validation: Split | None, labels: tuple[str, ...] | None = None
-) -> ClassificationTask:
-    """The task in `train` and `validation`; without the latter a part of the training rows is held out.
+def configured_columns(source: str, have: Sequence[str], config: ColumnsConfig) -> dict[str, str]:
+    """{text, text_pair, label} -> the column that `dataset.columns` names for it; only those that it names.
 
-    `labels` are the data's own names, used unless the config names others.
+    A number names a column of a file without a header, from 0.
 
     Raises:
-        DataError: a missing column, a malformed row, an unknown label.
+        DataError: a column that is not there.
     """
-    names = tuple(config.labels) if config.labels else labels
-    reader = _Reader(train, config, names)
-    index = LabelIndex(names) if names else LabelIndex.from_values(reader.label_values())
-    if len(index.names) < 2:
-        raise DataError(f"{train.source}: one label only ({index.names}); a classifier needs two")
-    examples, skipped, notes = reader.examples(index), {"train": reader.num_skipped}, []
-    if not names and len(index.names) > max(MAX_INFERRED_LABELS, len(examples) // 10):
-        raise DataError(
-            f"{train.source}: the label column holds {len(index.names):,} different values in {len(examples):,} rows, "
-            f"such as {index.names[0]!r}: set dataset.columns.label, or name the labels in dataset.labels"
-        )
-    paired = examples.text_pair is not None
-    if validation is None:
-        examples, held_out = _hold_out(examples, config.validation_fraction)
-        share = f"{config.validation_fraction:.0%}"
-        notes.append(f"{name} has no validation split: {share} of its training rows, {len(held_out):,}, are held out")
-    else:
-        reader = _Reader(validation, config, names)
-        held_out = reader.examples(index)
-        skipped["validation"] = reader.num_skipped
-        if paired != (held_out.text_pair is not None):
-            raise DataError(
-                f"{train.source} holds {_kind(paired)} but {validation.source} {_kind(not paired)}: "
-                "name the columns in dataset.columns"
-            )
-    return ClassificationTask(
-        name=name,
-        label_names=index.names,
-        train=examples,
-        validation=held_out,
-        skipped_rows={split: count for split, count in skipped.items() if count},
-        notes=tuple(notes),
-    )
-
-
-def choose_columns(source: str, have: Sequence[str], config: ColumnsConfig) -> tuple[str, str | None, str]:
-    """(text, text_pair or None, label): as configured, else by the usual names."""
+    found = {}
     for key in ("text", "text_pair", "label"):
         column = getattr(config, key)
-        if column is not None and column not in have:
-            raise DataError(f"{source}: dataset.columns.{key} is {column!r}, but the columns are {', '.join(have)}")
-    text, pair = config.text, config.text_pair
-    if text is None:
-        both = next((p for p in _TEXT_PAIRS if set(p) <= set(have) and pair in (None, p[1])), None)
-        text, pair = both or (next((t for t in _TEXTS if t in have), None), pair)
-    label = config.label or next((name for name in _LABELS if name in have), None)
-    for key, column in (("text", text), ("label", label)):
-        if column is None:
-            problems = "; or are these word problems? Then set dataset.task=word-problems" if "question" in have else ""
-            raise DataError(
-                f"{source}: which column is the {key}? Set dataset.columns.{key}; the columns are {', '.join(have)}"
-                f"{problems}"
-            )
-    assert text is not None
-    assert label is not None
-    return text, pair, label
-
-
-class _Reader:
-    """A split's rows as examples; counts what it skips."""
-
-    def __init__(self, split: Split, config: DatasetConfig, names: tuple[str, ...] | None) -> None:
-        self.source = split.source
-        self.num_skipped = 0
-        self._other = config.name if config.path is not None and config.name != "local" else None
-        self._skip = config.on_bad_row == "skip"
-        self._no_label = set(LabelIndex.MISSING) - set(names or ())
-        if not split.rows:
-            raise DataError(f"{self.source}: has no rows")
-        have = list(dict.fromkeys(name for row in split.rows for name in row.values))
-        if not have:
-            first = split.rows[0]
-            raise DataError(f"{self.source}:{first.line}: {first.fault}, and so is every other row")
-        self._columns = choose_columns(self.source, have, config.columns)
-        self._rows = [row for row in split.rows if self._usable(row)]
-        if not self._rows:
-            raise DataError(f"{self.source}: all {self.num_skipped:,} rows are malformed")
-
-    def label_values(self) -> set[str]:
-        return {_label_text(row.values[self._columns[2]]) for row in self._rows}
-
-    def examples(self, index: LabelIndex) -> Examples:
-        text_column, pair_column, label_column = self._columns
-        labels = []
-        for row in self._rows:
-            value = _label_text(row.values[label_column])
-            number = index(value)
-            if number is None:
-                raise DataError(
-                    f"{self.source}:{row.line}: unknown label {value!r}; known: {', '.join(index.names)}. "
-                    "Name every label in dataset.labels, in the order of their numbers"
-                    + (f"; data other than {self._other} needs a dataset.name of its own" if self._other else "")
-                )
-            labels.append(number)
-        pairs = [row.values[pair_column] for row in self._rows] if pair_column else None
-        return Examples([row.values[text_column] for row in self._rows], pairs, labels)
-
-    def _usable(self, row: Row) -> bool:
-        fault = row.fault or self._fault(row.values)
-        if fault is None:
-            return True
-        if not self._skip:
-            raise DataError(f"{self.source}:{row.line}: {fault}. Mend the row, or set dataset.on_bad_row=skip")
-        self.num_skipped += 1
-        return False
-
-    def _fault(self, values: dict[str, Any]) -> str | None:
-        text_column, pair_column, label_column = self._columns
-        for column in filter(None, (text_column, pair_column)):
-            fault = text_fault(values, column)
-            if fault is not None:
-                return fault
-        label = values.get(label_column)
-        if isinstance(label, (dict, list)) or _label_text(label) in self._no_label:
-            return f"column {label_column!r} holds {label!r}, which is no label"
-        return None
+        for name in column if isinstance(column, list) else [column]:
+            if name is None:
+                continue
+            if str(name) not in have:
+                raise DataError(f"{source}: dataset.columns.{key} is {name!r}, but the columns are {', '.join(have)}")
+            found.setdefault(key, str(name))
+    return found
 
 
 def text_fault(values: dict[str, Any], column: str) -> str | None:
@@ -177,7 +81,7 @@ def text_fault(values: dict[str, Any], column: str) -> str | None:
     return None if _is_unicode(text) else f"column {column!r} holds half of a surrogate pair, which is no character"
 
 
-def _label_text(value: Any) -> str | None:
+def label_text(value: Any) -> str | None:
     """Labels compare as text; 1.0 (a float column with gaps) is 1, and NaN is no label."""
     if value is None or value != value:
         return None
@@ -194,10 +98,6 @@ def _is_unicode(text: str) -> bool:
     return True
 
 
-def _kind(paired: bool) -> str:
-    return "pairs of texts" if paired else "single texts"
-
-
 def choose_held_out(num_rows: int, num_held_out: int) -> tuple[list[int], list[int]]:
     """(rows to train on, rows held out), each in order; the same ones whatever the training seed."""
     order = list(range(num_rows))
@@ -205,15 +105,8 @@ def choose_held_out(num_rows: int, num_held_out: int) -> tuple[list[int], list[i
     return sorted(order[num_held_out:]), sorted(order[:num_held_out])
 
 
-def _hold_out(examples: Examples, validation_fraction: float) -> tuple[Examples, Examples]:
-    kept, held_out = choose_held_out(len(examples), max(1, round(len(examples) * validation_fraction)))
-
-    def pick(rows: list[int]) -> Examples:
-        pair = examples.text_pair
-        return Examples(
-            [examples.text[i] for i in rows],
-            None if pair is None else [pair[i] for i in rows],
-            [examples.labels[i] for i in rows],
-        )
-
-    return pick(kept), pick(held_out)
+def left_out_note(count: int, what: str, named: Iterable[str]) -> str:
+    """`count` rows are left out, and the first of them by name."""
+    named = list(named)
+    more = ", ..." if count > len(named) else ""
+    return f"{count:,} {what} are left out: {'; '.join(named)}{more}"

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from fastpeft._version import __version__
-from fastpeft.data.task import ClassificationTask
-from fastpeft.export.loading import Task, base_name
+from fastpeft.export.exported import Exported
+from fastpeft.export.loading import base_name
 from fastpeft.export.plan import Plan
 from fastpeft.runs.events import number
 from fastpeft.standins import EMBEDDED_PREFIX
-
-if TYPE_CHECKING:
-    from fastpeft.export.write import Exported
+from fastpeft.tasks import Task
 
 STAND_IN_WARNING = (
     "STAND-IN: trained on a small model or on generated data that ship with fastpeft, because the real ones could not "
@@ -39,10 +37,8 @@ model = {auto}.from_pretrained(folder).eval()
 tokenizer = AutoTokenizer.from_pretrained(folder)
 """
 
-_CLASSES = """
-    id2label={id2label!r},
-    label2id={label2id!r},
-    ignore_mismatched_sizes=True,  # the head comes with the adapter"""
+_NAMED = ("id2label", "label2id", "problem_type")
+_REMARKS = {"ignore_mismatched_sizes": "  # the head comes with the adapter"}
 
 _FOUR_BITS = """
     quantization_config=BitsAndBytesConfig(
@@ -52,21 +48,6 @@ _FOUR_BITS = """
         bnb_4bit_compute_dtype="bfloat16",
     ),"""
 
-_CLASSIFY = """\
-batch = tokenizer({texts}, truncation=True, max_length={max_length}, return_tensors="pt")
-print(model.config.id2label[model(**batch).logits.argmax(-1).item()])
-"""
-
-_GENERATE = """\
-question = "Ann has 3 apples and buys 2 more. How many apples does she have?"
-prompt = {prompt!r}.replace("{{question}}", question)
-batch = tokenizer(prompt, return_tensors="pt", return_token_type_ids=False).to(model.device)
-answer = model.generate(
-    **batch, max_new_tokens={max_new_tokens}, do_sample=False, eos_token_id={eos}, pad_token_id=tokenizer.pad_token_id
-)
-print(tokenizer.decode(answer[0, batch["input_ids"].shape[1] :], skip_special_tokens=True))
-"""
-
 
 def card_text(plan: Plan, exported: Exported, task: Task, eos_token_ids: tuple[int, ...] = ()) -> str:
     """The whole file, front matter included. `eos_token_ids`: of a causal language model."""
@@ -74,7 +55,7 @@ def card_text(plan: Plan, exported: Exported, task: Task, eos_token_ids: tuple[i
 
     head: dict[str, Any] = {
         "library_name": "transformers" if plan.merge else "peft",
-        "pipeline_tag": "text-classification" if isinstance(task, ClassificationTask) else "text-generation",
+        "pipeline_tag": task.pipeline_tag,
         "tags": ["fastpeft", plan.run.method],
     }
     name, on_hub = base_name(plan.run.model)
@@ -83,7 +64,7 @@ def card_text(plan: Plan, exported: Exported, task: Task, eos_token_ids: tuple[i
     parts = [f"---\n{yaml.safe_dump(head, sort_keys=False)}---\n", f"# {plan.folder.path.name}\n"]
     if exported.stand_in:
         parts.append(f"**{STAND_IN_WARNING}.**\n")
-    usage = _load(plan, task) + _ask(task, exported.max_length, eos_token_ids)
+    usage = _load(plan, task) + task.card_example(exported.max_length, eos_token_ids)
     parts += [_facts(plan, exported, task), "## Use\n", f"```python\n{usage}```\n"]
     if not plan.merge:
         parts.append(_about_base(plan))
@@ -102,20 +83,19 @@ def card_text(plan: Plan, exported: Exported, task: Task, eos_token_ids: tuple[i
 
 def _facts(plan: Plan, exported: Exported, task: Task) -> str:
     run, metric, check = plan.run, plan.metric, exported.check
-    num_rows = len(task.validation.head(run.evaluation.max_examples))
     kind = "a merged model" if plan.merge else "a PEFT adapter"
     rows = {
         "what": f"{kind}: the {plan.weights} weights of the run `{plan.folder.path.name}`",
         "base model": f"`{run.model.name}`, revision `{run.model.revision}`{_HELD[run.model.quantisation]}",
-        "task": f"{task.name}, labels {', '.join(task.label_names)}"
-        if isinstance(task, ClassificationTask)
-        else f"{task.name}, word problems",
+        "task": task.card_task(),
         "method": run.method if plan.full else f"{run.method}, rank {run.adapter.rank}, alpha {run.adapter.alpha:g}",
-        "metric": f"{metric['name']} {number(metric['value']):.4f} on {num_rows:,} validation rows"
+        "metric": f"{metric['name']} {number(metric['value']):.4f} on {exported.num_validation:,} validation rows"
         if "value" in metric
         else "none was logged",
         "budget": _budget(plan),
     }
+    if metric.get("more"):
+        rows["also"] = ", ".join(f"{name} {number(value):.4f}" for name, value in metric["more"].items())
     if exported.trimmed is not None and exported.metric is not None:
         summary = exported.trimmed.summary()
         rows["trimmed"] = (
@@ -142,8 +122,7 @@ def _budget(plan: Plan) -> str:
 
 
 def _load(plan: Plan, task: Task) -> str:
-    is_classifier = isinstance(task, ClassificationTask)
-    auto = "AutoModelForSequenceClassification" if is_classifier else "AutoModelForCausalLM"
+    auto = task.auto_class
     imports = f"{auto}, AutoTokenizer"
     if plan.merge:
         return _LOAD_MERGED.format(auto=auto, imports=imports)
@@ -152,19 +131,13 @@ def _load(plan: Plan, task: Task) -> str:
     if on_hub and plan.run.model.revision != "main":
         base += f", revision={plan.run.model.revision!r}"
     options = ""
-    if is_classifier:
-        labels = dict(enumerate(task.label_names))
-        options = _CLASSES.format(id2label=labels, label2id={label: i for i, label in labels.items()})
-    elif plan.run.model.quantisation == "nf4":
+    settings = {k: v for k, v in task.model_settings().items() if k in _NAMED} | task.load_arguments()
+    for key, value in settings.items():
+        if key != "num_labels" or "id2label" not in settings:
+            options += f"\n    {key}={value!r}," + _REMARKS.get(key, "")
+    if plan.run.model.quantisation == "nf4":
         options, imports = _FOUR_BITS, f"{imports}, BitsAndBytesConfig"
     return _LOAD_ADAPTER.format(auto=auto, imports=imports, base=base, options=options)
-
-
-def _ask(task: Task, max_length: int, eos_token_ids: tuple[int, ...]) -> str:
-    if isinstance(task, ClassificationTask):
-        texts = '"one text"' if task.validation.text_pair is None else '"one text", "the other"'
-        return _CLASSIFY.format(texts=texts, max_length=max_length)
-    return _GENERATE.format(prompt=task.prompt, max_new_tokens=max_length, eos=list(eos_token_ids))
 
 
 _HELD = {"none": "", "nf4": ", held in 4 bits (NF4) while training"}

@@ -13,23 +13,13 @@ import torch
 from torch import nn
 
 from fastpeft.config.schema import ModelConfig
-from fastpeft.data.task import ClassificationTask
 from fastpeft.errors import first_line
 from fastpeft.export.plan import CheckError, ExportError
 from fastpeft.kernels.ops.lora_linear.quantised import dequantised, is_quantised
-from fastpeft.models.backbone import (
-    Backbone,
-    load_backbone,
-    load_causal_lm,
-    never_repack,
-    nf4_arguments,
-    quiet_transformers,
-)
+from fastpeft.models.backbone import Backbone, never_repack, nf4_arguments, quiet_transformers
 from fastpeft.models.layers import LoraLinear
 from fastpeft.standins import embedded_path
-from fastpeft.tasks.math_word_problems.reading import WordProblemTask
-
-Task = ClassificationTask | WordProblemTask
+from fastpeft.tasks import Task
 
 _TRAINED_SEED, _LOADED_SEED = 1, 2
 """A head that an export lacks is drawn anew: from different seeds, so that its answers differ."""
@@ -47,11 +37,9 @@ def base_name(config: ModelConfig) -> tuple[str, bool]:
 def load_base(config: ModelConfig, task: Task, device: torch.device) -> Backbone:
     """In fp32. What training held in 4 bits comes as the plain weights that those stand for."""
     with _seeded(_TRAINED_SEED):
-        if isinstance(task, ClassificationTask):
-            return load_backbone(config, task.label_names, torch.float32, device)
-        backbone = load_causal_lm(replace(config, quantisation="none"), torch.float32, device)
+        backbone = task.load_model(replace(config, quantisation="none"), torch.float32, device)
         if config.quantisation != "none":
-            for name, module in load_causal_lm(config, torch.float32, device).model.named_modules():
+            for name, module in task.load_model(config, torch.float32, device).model.named_modules():
                 weight = getattr(module, "weight", None)
                 if weight is not None and is_quantised(weight):
                     backbone.model.get_submodule(name).weight.data.copy_(dequantised(weight, torch.float32))
@@ -87,16 +75,14 @@ def load_exported(
     """
     import transformers
 
-    is_classifier = isinstance(task, ClassificationTask)
-    auto = transformers.AutoModelForSequenceClassification if is_classifier else transformers.AutoModelForCausalLM
+    auto = getattr(transformers, task.auto_class)
     common: dict[str, Any] = {"trust_remote_code": False, "dtype": torch.float32}
     try:
         with quiet_transformers(), _seeded(_LOADED_SEED):
             tokenizer = transformers.AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False)
             if merged:
                 return auto.from_pretrained(str(folder), **common).to(device).eval(), tokenizer
-            if is_classifier:
-                common |= {"num_labels": len(task.label_names), "ignore_mismatched_sizes": True}
+            common |= task.load_arguments()
             if config.quantisation != "none":
                 common |= nf4_arguments(torch.float32, device)
             adapter = peft.PeftConfig.from_pretrained(str(folder))

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from fastpeft.export.card import STAND_IN_WARNING
+from fastpeft.export.exported import Exported
 from fastpeft.export.plan import Plan
-from fastpeft.export.write import Exported
 from fastpeft.runs.events import number
 
 

@@ -7,7 +7,7 @@ import shutil
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -19,63 +19,25 @@ from torch import nn
 
 from fastpeft._version import __version__
 from fastpeft.config.schema import ModelConfig
-from fastpeft.data.task import ClassificationTask
 from fastpeft.device_memory import free_memory, is_out_of_memory
 from fastpeft.export.card import card_text
-from fastpeft.export.check_rows import Rows, make_rows
-from fastpeft.export.loading import Task, base_name, load_base, load_exported, save_merged, trained_model
+from fastpeft.export.exported import Check, Exported, MetricChange
+from fastpeft.export.loading import base_name, load_base, load_exported, save_merged, trained_model
 from fastpeft.export.plan import CheckError, ExportError, Plan
 from fastpeft.export.trim import Trimmed, trim_model, trimmed_config
 from fastpeft.models.backbone import Backbone
 from fastpeft.runs.store import read_json, write_json
-from fastpeft.tasks import load_task
+from fastpeft.tasks import Task, load_task
+from fastpeft.tasks.base import ExportCheck
 from fastpeft.trainer.resolve import resolve
 
 TOLERANCE, TOLERANCE_4_BIT = 1e-4, 1e-3
 """Largest difference of a logit, times the largest logit where that is over 1. Sound exports: about 1e-6; a base in 4
 bits is multiplied by other code than the weights that it stands for."""
 
+_WORDS = {"id2label": "labels"}
 _CONFIG, _WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _SNAPSHOT_TRIES, _SNAPSHOT_WAIT_S = 10, 0.2
-
-
-@dataclass(frozen=True)
-class Check:
-    num_rows: int
-    """Compared: rows, or positions in answers."""
-    where: str
-    """What they are, in words."""
-    num_same: int
-    """How many of them have the same largest logit."""
-    difference: float
-    """Largest absolute difference of a logit between the trained model and the one that was loaded."""
-    tolerance: float
-
-
-@dataclass(frozen=True)
-class MetricChange:
-    """Of the whole validation split, in fp32."""
-
-    name: str
-    before: float
-    after: float
-    num_rows: int
-
-
-@dataclass(frozen=True)
-class Exported:
-    target: Path
-    stand_in: bool
-    check: Check
-    mb_before: float
-    """Weights in the run's folder, in MB of 2**20 bytes."""
-    mb: float
-    """Weights of the export."""
-    trimmed: Trimmed | None
-    metric: MetricChange | None
-    """What trimming cost."""
-    max_length: int
-    """Tokens that rows were cut to."""
 
 
 def export(plan: Plan, say: Callable[[str], None] = lambda _: None) -> Exported:
@@ -109,7 +71,7 @@ def _build(plan: Plan, source: Path, out: Path, device: torch.device, say: Calla
     resolved = resolve(plan.run)
     run = resolved.run
     say(f"loading {run.model.name} and {run.dataset.name}")
-    task = load_task(run.dataset)
+    task = load_task(run.dataset, run.evaluation, run.training.seed)
     before = trimmed = metric = None
     if plan.full:
         with _writing(plan.target):
@@ -119,7 +81,8 @@ def _build(plan: Plan, source: Path, out: Path, device: torch.device, say: Calla
     else:
         backbone = load_base(run.model, task, device)
         model = trained_model(backbone, source)
-    rows = make_rows(run, task, backbone)
+    rows = task.export_check(backbone)
+    eos_token_ids = backbone.eos_token_ids
     if plan.trim is not None:
         say(f"measuring {rows.metric} before trimming")
         before = rows.score(model, device)
@@ -131,18 +94,18 @@ def _build(plan: Plan, source: Path, out: Path, device: torch.device, say: Calla
     del model, backbone
     loaded, tokenizer = load_exported(out, plan.merge, run.model, task, device)
     check = _compare(plan, rows, wanted, rows.answers(loaded, tokenizer, device))
-    if plan.merge and isinstance(task, ClassificationTask):
-        _check_labels(plan, loaded, task)
+    if plan.merge:
+        _check_settings(plan, loaded, task)
     if before is not None:
         say("measuring it after")
         metric = MetricChange(rows.metric, before, rows.score(loaded, device), rows.num_validation)
     stand_in = resolved.stand_in or (plan.result is not None and plan.result.stand_in)
     sizes = _megabytes(source), _megabytes(out)
-    exported = Exported(plan.target, stand_in, check, *sizes, trimmed, metric, rows.max_length)
+    exported = Exported(plan.target, stand_in, check, *sizes, trimmed, metric, rows.max_length, rows.num_validation)
     with _writing(plan.target):
         write_json(out / "export.json", _facts(plan, exported, task))
         card = out / "README.md"
-        card.write_text(card_text(plan, exported, task, rows.eos_token_ids), encoding="utf-8")
+        card.write_text(card_text(plan, exported, task, eos_token_ids), encoding="utf-8")
         for path in out.iterdir():
             shutil.copymode(card, path)  # safetensors writes files that only their owner reads
     return exported
@@ -176,7 +139,7 @@ def _write_weights(
     backbone.tokenizer.save_pretrained(str(out))
 
 
-def _compare(plan: Plan, rows: Rows, wanted: torch.Tensor, found: torch.Tensor) -> Check:
+def _compare(plan: Plan, rows: ExportCheck, wanted: torch.Tensor, found: torch.Tensor) -> Check:
     difference = float((wanted - found).abs().max()) if wanted.shape == found.shape else float("inf")
     allowed = TOLERANCE if plan.merge or plan.run.model.quantisation == "none" else TOLERANCE_4_BIT
     tolerance = allowed * max(1.0, float(wanted.abs().max()))
@@ -190,13 +153,15 @@ def _compare(plan: Plan, rows: Rows, wanted: torch.Tensor, found: torch.Tensor) 
     return Check(len(wanted), rows.where, same, difference, tolerance)
 
 
-def _check_labels(plan: Plan, loaded: nn.Module, task: ClassificationTask) -> None:
-    labels = dict(enumerate(task.label_names))
-    if loaded.config.id2label != labels:
-        raise CheckError(
-            f"{plan.source}: its labels are {loaded.config.id2label} but the data's are {labels}. Nothing was "
-            "written. Is dataset.path still what the run was trained on?"
-        )
+def _check_settings(plan: Plan, loaded: nn.Module, task: Task) -> None:
+    """That a reader of the merged model's config finds what the task's answers mean."""
+    for key, wanted in task.model_settings().items():
+        found = getattr(loaded.config, key, None)
+        if found != wanted:
+            raise CheckError(
+                f"{plan.source}: its {_WORDS.get(key, key)} are {found} but the data's are {wanted}. Nothing was "
+                "written. Is dataset.path still what the run was trained on?"
+            )
 
 
 def _facts(plan: Plan, exported: Exported, task: Task) -> dict[str, Any]:
@@ -212,7 +177,8 @@ def _facts(plan: Plan, exported: Exported, task: Task) -> dict[str, Any]:
         "revision": plan.run.model.revision,
         "quantisation": plan.run.model.quantisation,
         "dataset": task.name,
-        **({"labels": list(task.label_names)} if isinstance(task, ClassificationTask) else {"prompt": task.prompt}),
+        "kind": task.kind,
+        **task.facts(),
         "stand_in": exported.stand_in,
         "metric_of_the_run": plan.metric,
         "mb_before": exported.mb_before,

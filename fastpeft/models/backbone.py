@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import nn
@@ -21,6 +21,7 @@ from fastpeft.standins import embedded_path
 
 _HEAD_NAMES = ("classifier", "score")
 _OTHER_TASKS = ("Classification", "MaskedLM", "QuestionAnswering", "MultipleChoice", "NextSentencePrediction")
+_LABELS = ("num_labels", "id2label", "label2id")
 _LOCAL = {"local_files_only": True, "trust_remote_code": False}
 
 
@@ -41,7 +42,10 @@ class Backbone:
     """Longest sequence that the model can take; None if unbounded."""
     dtype: torch.dtype
     """That the model computes in."""
-    kind: Literal["classifier", "causal_lm"] = "classifier"
+    task_type: str
+    """PEFT's name for what the model does."""
+    entry_points: list[nn.Module]
+    """Modules that training calls: the model, or also the decoder in a causal LM, whose hidden states it takes."""
     eos_token_ids: tuple[int, ...] = ()
     """A causal LM's ends of sequence: the tokenizer's first, then those of its generation config."""
     head_is_frozen: bool = False
@@ -49,16 +53,26 @@ class Backbone:
     is trained, and for classifiers."""
 
 
-def load_backbone(
+def load_classifier(
     config: ModelConfig,
-    label_names: tuple[str, ...],
+    *,
+    auto_class: str,
+    task_type: str,
+    settings: dict[str, Any],
     dtype: torch.dtype,
     device: torch.device,
     trained: bool = False,
+    tokenizer_settings: dict[str, Any] | None = None,
 ) -> Backbone:
-    """Load weights, tokenizer and a head for `label_names`; a missing head is initialised from torch's RNG.
+    """Load weights, tokenizer and a head; a missing head is initialised from torch's RNG.
 
     The weights are cast to `dtype`, but stay fp32 if they are to be `trained`.
+
+    Args:
+        auto_class: of transformers, such as AutoModelForSequenceClassification.
+        task_type: PEFT's name for it.
+        settings: of the model's config, such as num_labels and id2label.
+        tokenizer_settings: of the tokenizer's loading.
 
     Raises:
         UnavailableError: a folder or repository that holds no usable model.
@@ -71,19 +85,18 @@ def load_backbone(
             f"model.quantisation {config.quantisation}: is for causal language models, and this task trains a "
             "classifier; leave it out"
         )
-    labels = dict(enumerate(label_names))
     with _loading(config, "a classifier") as folder:
-        tokenizer = transformers.AutoTokenizer.from_pretrained(folder, **_LOCAL)
-        model, info = transformers.AutoModelForSequenceClassification.from_pretrained(
+        tokenizer = transformers.AutoTokenizer.from_pretrained(folder, **(tokenizer_settings or {}), **_LOCAL)
+        model, info = getattr(transformers, auto_class).from_pretrained(
             folder,
-            num_labels=len(labels),
-            id2label=labels,
-            label2id={label: i for i, label in labels.items()},
+            **{key: value for key, value in settings.items() if key in _LABELS},
             ignore_mismatched_sizes=True,
             output_loading_info=True,
             dtype=torch.float32,
             **_LOCAL,
         )
+    for key, value in settings.items():
+        setattr(model.config, key, value)
     _name_base(model, config)
     if tokenizer.pad_token_id is None:
         raise UnavailableError(f"model.name {config.name}: its tokenizer has no padding token")
@@ -101,6 +114,8 @@ def load_backbone(
         reads_segments=getattr(settings, "type_vocab_size", 0) > 1,
         max_positions=positions if bounded else None,
         dtype=dtype,
+        task_type=task_type,
+        entry_points=[model],
     )
 
 
@@ -150,7 +165,8 @@ def load_causal_lm(config: ModelConfig, dtype: torch.dtype, device: torch.device
         reads_segments=False,
         max_positions=getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None),
         dtype=dtype,
-        kind="causal_lm",
+        task_type="CAUSAL_LM",
+        entry_points=[model, model.get_decoder()],
         eos_token_ids=eos_token_ids,
         head_is_frozen=not trained,
     )

@@ -125,7 +125,7 @@ def inject_adalora(
 
 def _common(backbone: Backbone, config: AdapterConfig, names: list[str]) -> dict[str, Any]:
     return {
-        "task_type": peft.TaskType.CAUSAL_LM if backbone.kind == "causal_lm" else peft.TaskType.SEQ_CLS,
+        "task_type": peft.TaskType(backbone.task_type),
         "lora_alpha": config.alpha,
         "lora_dropout": config.dropout,
         "target_modules": _shortest(names, backbone.model),

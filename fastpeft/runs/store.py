@@ -9,6 +9,7 @@ import os
 import re
 import shutil
 import time
+import types
 import typing
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -31,14 +32,15 @@ class RunError(UserError):
 
 @dataclass(kw_only=True)
 class Result:
-    """What result.json holds. `metric` is of adapter/, `best` of adapter_best/; metrics are in 0..1."""
+    """What result.json holds. `metric` is of adapter/, `best` of adapter_best/; more is better."""
 
     run_id: str
     name: str
     status: str = "running"
     """running, done, stopped, diverged or failed."""
     metric: dict[str, Any] = field(default_factory=dict)
-    """{name, value} of the weights in adapter/; and {more: {name: value}} where a task has further metrics."""
+    """{name, value} of the weights in adapter/; and {more: {name: value}} where a task has further metrics, {groups:
+    {part: {name: value}}} where it has metrics of parts of the data."""
     best: dict[str, Any] = field(default_factory=dict)
     """{value, step} of the weights in adapter_best/; and more, as in `metric`."""
     test: dict[str, Any] = field(default_factory=dict)
@@ -64,13 +66,21 @@ class Result:
     method: str = ""
     model: str = ""
     dataset: str = ""
+    kind: str = ""
+    """Of task, as in dataset.task."""
+    labels: list[str] = field(default_factory=list)
+    """Label names in the order of their numbers, where the task has them."""
     adapter_mb: float | None = None
     peak_memory_mb: float | None = None
     git: str | None = None
 
 
 _RESULT_TYPES = {
-    key: hint | int if hint in (float, float | None) else typing.get_origin(hint) if hint == dict[str, Any] else hint
+    key: hint | int
+    if hint in (float, float | None)
+    else typing.get_origin(hint)
+    if isinstance(hint, types.GenericAlias)
+    else hint
     for key, hint in typing.get_type_hints(Result).items()
 }
 

@@ -158,3 +158,9 @@ def train_problems() -> list[tuple[str, str]]:
 def test_problems() -> list[tuple[str, str]]:
     """Like `train_problems`, in names, things, places and sentence frames that training never shows."""
     return _problems("test", NUM_TEST_PROBLEMS, seed=2)
+
+
+def splits() -> dict[str, list[dict[str, str]]]:
+    """As a dataset's rows: question, answer."""
+    made = {"train": train_problems(), "test": test_problems()}
+    return {split: [{"question": q, "answer": a} for q, a in problems] for split, problems in made.items()}

@@ -248,3 +248,12 @@ def train_pairs() -> list[tuple[str, str, int]]:
 def validation_pairs() -> list[tuple[str, str, int]]:
     """Like `train_pairs`, in words and frames that training never shows."""
     return _pairs("validation", NUM_VALIDATION_PAIRS, seed=2)
+
+
+def splits() -> dict[str, list[dict[str, str]]]:
+    """As a dataset's rows: premise, hypothesis, label."""
+    made = {"train": train_pairs(), "validation": validation_pairs()}
+    return {
+        split: [{"premise": p, "hypothesis": h, "label": LABELS[label]} for p, h, label in pairs]
+        for split, pairs in made.items()
+    }

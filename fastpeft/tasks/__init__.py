@@ -1,62 +1,106 @@
-"""What a run is trained towards: one module for each kind of task."""
+"""Kinds of task. `load_task` finds the one that a `dataset` section means, and reads its rows."""
 
-import dataclasses
+from __future__ import annotations
 
-import torch
+from dataclasses import dataclass
 
-from fastpeft.config import RunConfig
-from fastpeft.config.schema import DatasetConfig
-from fastpeft.data.hub_datasets import load_hub
-from fastpeft.data.local import load_local
-from fastpeft.data.task import (
-    EMBEDDED,
-    EMBEDDED_WORD_PROBLEMS,
-    ClassificationTask,
-    DataError,
-    Examples,
-    is_generated,
-    is_word_problems,
-)
-from fastpeft.models.backbone import Backbone
-from fastpeft.tasks.base import BatchLoss, Objective
-from fastpeft.tasks.math_word_problems.reading import WordProblemTask, load_word_problems
-from fastpeft.tasks.math_word_problems.task import WordProblems
-from fastpeft.tasks.sequence_classification.glue import GLUE
-from fastpeft.tasks.sequence_classification.task import Classification, classification_loss
+from fastpeft.config.schema import DatasetConfig, EvaluationConfig
+from fastpeft.config.tasks import TASKS
+from fastpeft.data.known import KnownDataset
+from fastpeft.data.opening import open_source
+from fastpeft.data.rows import DataError
+from fastpeft.data.source import Source
+from fastpeft.tasks.base import Task
 
 __all__ = [
-    "BatchLoss",
-    "Classification",
-    "Objective",
-    "WordProblems",
-    "classification_loss",
+    "Known",
+    "Task",
+    "choose_kind",
+    "find_known",
+    "is_generated",
+    "kind_of",
+    "known_names",
     "load_task",
-    "make_objective",
+    "task_class",
 ]
 
-
-def make_objective(
-    task: ClassificationTask | WordProblemTask, run: RunConfig, backbone: Backbone, device: torch.device
-) -> Objective:
-    kind = WordProblems if isinstance(task, WordProblemTask) else Classification
-    return kind(task, run, backbone, device)
+AUTO = "auto"
 
 
-def load_task(config: DatasetConfig) -> ClassificationTask | WordProblemTask:
-    """The task that a `dataset` section names. Raises DataError, or UnavailableError for what cannot be had."""
-    if is_generated(config) and is_word_problems(config) != (config.name == EMBEDDED_WORD_PROBLEMS):
-        raise DataError(f"dataset.task={config.task}: {config.name} is of the other kind; leave dataset.task out")
-    if is_word_problems(config):
-        return load_word_problems(config)
-    if is_generated(config):
-        from fastpeft.standins.sentence_pairs import LABELS, train_pairs, validation_pairs
+@dataclass(frozen=True)
+class Known:
+    """A dataset that is known by name, and the kind of task that it is."""
 
-        train, validation = (
-            Examples(*(list(column) for column in zip(*pairs))) for pairs in (train_pairs(), validation_pairs())
-        )
-        return ClassificationTask(EMBEDDED, LABELS, train, validation)
-    known = GLUE.get(config.name)
-    task = load_hub(config) if config.path is None else load_local(config, known.labels if known else None)
-    if known and known.f1_label in task.label_names:
-        return dataclasses.replace(task, f1_label=known.f1_label)
+    kind: str
+    dataset: KnownDataset
+
+
+def task_class(kind: str) -> type[Task]:
+    return TASKS.load(kind)
+
+
+def known_names() -> list[str]:
+    return [name for kind in TASKS.names for name in task_class(kind).datasets]
+
+
+def find_known(config: DatasetConfig) -> Known | None:
+    """What is known of `dataset.name`.
+
+    Raises:
+        DataError: dataset.task names another kind than a dataset that the package makes itself.
+    """
+    found = [Known(kind, known) for kind in TASKS.names if (known := task_class(kind).datasets.get(config.name))]
+    asked = [known for known in found if known.kind == config.task]
+    known = next(iter(asked or found), None)
+    if known and not asked and config.task != AUTO:
+        if is_generated(config, known):
+            raise DataError(
+                f"dataset.task={config.task}: {config.name} is of the kind {known.kind}; leave dataset.task out"
+            )
+        return None
+    return known
+
+
+def is_generated(config: DatasetConfig, known: Known | None) -> bool:
+    """Whether the rows are made by the package, from no file."""
+    return config.path is None and known is not None and known.dataset.generated is not None
+
+
+def load_task(config: DatasetConfig, evaluation: EvaluationConfig | None = None, seed: int = 0) -> Task:
+    """The task that a `dataset` section names, with its rows.
+
+    Args:
+        seed: of what an evaluation draws.
+
+    Raises:
+        DataError: data that cannot be used.
+        UnavailableError: a dataset that cannot be had.
+    """
+    known = find_known(config)
+    source = open_source(config, known.dataset if known else None, known_names())
+    kind, why = choose_kind(config, source, known)
+    task = task_class(kind).load(config, source, evaluation or EvaluationConfig(), seed)
+    if why:
+        task.notes.insert(1, f"dataset.task is {kind}: {why}")
     return task
+
+
+def choose_kind(config: DatasetConfig, source: Source, known: Known | None) -> tuple[str, str]:
+    """(the kind, why, where it is the rows that decide)."""
+    if config.task != AUTO:
+        return config.task, ""
+    if known is not None:
+        return known.kind, ""
+    for kind in TASKS.names:
+        reason = task_class(kind).recognises(config, source)
+        if reason:
+            return kind, reason
+    return TASKS.names[0], ""
+
+
+def kind_of(config: DatasetConfig, noted: str = "") -> str:
+    """The kind of a run's task, from its result where that is noted; the rows are read only if nothing else tells."""
+    known = find_known(config)
+    if noted or known is not None or config.task != AUTO:
+        return noted or (known.kind if known is not None else config.task)
+    return choose_kind(config, open_source(config, None, known_names()), None)[0]

@@ -1,20 +1,31 @@
-"""The interface of what is trained towards: the loss of a batch, and how a whole split is scored."""
+"""The interface of a kind of task: how its rows are read, learned and scored, and what an export says of it.
+
+A new kind is a folder in fastpeft/tasks with a Task in it, an entry in config/tasks.py, and a preset. The trainer, the
+export and the comparison know this interface and no kind.
+"""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar, Self
 
 import numpy as np
 import torch
 from torch import nn
 
-from fastpeft.data.batches import Batch, Encoded
+from fastpeft.config.schema import DatasetConfig, EvaluationConfig, ModelConfig
+from fastpeft.data.batches import Batch, TokenRows
+from fastpeft.data.known import KnownDataset
+from fastpeft.data.source import Source
 from fastpeft.device_memory import TokenLimits
+from fastpeft.errors import UserError
+from fastpeft.models.backbone import Backbone
 from fastpeft.signals import Need
-from fastpeft.tasks.sequence_classification.scoring import Score
 
+Stop = Callable[[], bool]
 Shrink = Callable[[int, int], int]
 """Told the rows and the width of an evaluation batch that ran out of memory; returns a smaller limit of tokens."""
 
@@ -27,18 +38,131 @@ class BatchLoss:
     """Scalars by the names of signals.Measured, as shares of the batch's mean: micro-batches add up to it."""
 
 
-class Objective(ABC):
-    """Built from a task, a tokenizer and a model's limits. It holds the encoded splits, and no training state."""
+@dataclass(frozen=True)
+class Score:
+    value: float
+    """The task's metric; more is better."""
+    loss: float
+    """Mean loss of an item, in the loss's own unit."""
+    num_rows: int
+    more: dict[str, float] = field(default_factory=dict)
+    """Further metrics by name."""
+    groups: dict[str, dict[str, float]] = field(default_factory=dict)
+    """Metrics of parts of the data by the part's name, such as one entity type's precision, recall and f1."""
+    decode_s: float | None = None
+    """Seconds spent decoding, where answers are decoded; they are on the budget's clock."""
+    decode_tokens: int | None = None
 
+
+class ExportCheck(ABC):
+    """A sample of validation rows that the trained and the exported model both answer, and the score of all of them."""
+
+    where: ClassVar[str]
+    """What a logit belongs to, in words, behind a number."""
     metric: str
-    train: Encoded
-    validation: Encoded
+    """What `score` measures."""
+    max_length: int
+    """Tokens that rows were cut to."""
+    num_validation: int
+
+    @abstractmethod
+    def answers(self, model: nn.Module, tokenizer: Any, device: torch.device) -> torch.Tensor:
+        """Logits on a fixed sample, in the given tokenizer's numbers: N x classes, fp32, on the CPU."""
+
+    @abstractmethod
+    def score(self, model: nn.Module, device: torch.device) -> float:
+        """`metric` over all validation rows."""
+
+
+class OtherSet(ABC):
+    """Rows of a file that a trained model is scored on."""
+
+    def __init__(self, source: str, num_skipped: int, notes: list[str]) -> None:
+        self.source, self.num_skipped, self.notes = source, num_skipped, notes
+
+    @abstractmethod
+    def load_model(self, config: ModelConfig, dtype: torch.dtype, device: torch.device, trained: bool) -> Backbone:
+        """As Task.load_model."""
+
+    @abstractmethod
+    def encode(self, backbone: Backbone) -> None:
+        """Raises UserError for rows that the model cannot take."""
+
+    @abstractmethod
+    def score(self, model: nn.Module, limits: TokenLimits, shrink: Shrink) -> Score: ...
+
+
+class Task(ABC):
+    """One kind of task with its data. `load` reads the rows; `encode` makes tokens of them for a model."""
+
+    kind: ClassVar[str]
+    """As in dataset.task."""
+    auto_class: ClassVar[str]
+    """The class of transformers that loads a model for it."""
+    peft_task_type: ClassVar[str]
+    pipeline_tag: ClassVar[str]
+    """Of the hub."""
+    datasets: ClassVar[Mapping[str, KnownDataset]] = {}
+    """Those that are known by name."""
+
+    name: str
+    """Of the dataset."""
+    metric: str
     notes: list[str]
-    """What the user should know about the encoded data."""
+    """What the user should know of how the data were read and encoded."""
+    label_names: tuple[str, ...] = ()
+    train: TokenRows
+    validation: TokenRows
     has_test: bool = False
     """A test split is there, to be scored once, at the end."""
     test_cost: float = 0.0
     """Cost of scoring the test split, in units of an evaluation."""
+
+    # ---- data ------------------------------------------------------------------------------
+
+    @classmethod
+    def recognises(cls, config: DatasetConfig, source: Source) -> str | None:
+        """Why the training rows are of this kind, where dataset.task leaves it open; None where they are not."""
+        return None
+
+    @classmethod
+    @abstractmethod
+    def load(cls, config: DatasetConfig, source: Source, evaluation: EvaluationConfig, seed: int) -> Self:
+        """Read the rows.
+
+        Args:
+            seed: of what an evaluation draws.
+
+        Raises:
+            DataError: a missing split or column, a malformed row, labels that cannot be used.
+        """
+
+    @abstractmethod
+    def describe(self) -> str:
+        """The data in one line."""
+
+    # ---- model and tokens ------------------------------------------------------------------
+
+    @abstractmethod
+    def load_model(
+        self, config: ModelConfig, dtype: torch.dtype, device: torch.device, trained: bool = False
+    ) -> Backbone:
+        """The pretrained model with a head for this task.
+
+        Raises:
+            UnavailableError: a folder or repository that holds no usable model.
+            UserError: settings that do not go with this task.
+        """
+
+    @abstractmethod
+    def encode(self, backbone: Backbone, device: torch.device) -> None:
+        """Set `train`, `validation` and what a test needs, once, before training. Adds to `notes`.
+
+        Raises:
+            UserError: rows that the model cannot take.
+        """
+
+    # ---- training --------------------------------------------------------------------------
 
     @abstractmethod
     def num_items(self, rows: np.ndarray) -> int:
@@ -52,17 +176,15 @@ class Objective(ABC):
     def loss(self, model: nn.Module, batch: Batch, num_items: int, needs: Collection[Need] = ()) -> BatchLoss:
         """Of a micro-batch of a batch of `num_items`."""
 
+    # ---- evaluation ------------------------------------------------------------------------
+
     @abstractmethod
-    def evaluate(
-        self, model: nn.Module, limits: TokenLimits, stop: Callable[[], bool], shrink: Shrink | None
-    ) -> Score | None:
+    def evaluate(self, model: nn.Module, limits: TokenLimits, stop: Stop, shrink: Shrink | None) -> Score | None:
         """Score the validation split; None if `stop` said so before the end. Draws no global random numbers."""
 
-    def evaluate_test(
-        self, model: nn.Module, limits: TokenLimits, stop: Callable[[], bool], shrink: Shrink | None
-    ) -> Score | None:
+    def evaluate_test(self, model: nn.Module, limits: TokenLimits, stop: Stop, shrink: Shrink | None) -> Score | None:
         """Score the test split, where there is one."""
-        raise AssertionError("this objective has no test split")
+        raise AssertionError("this task has no test split")
 
     @abstractmethod
     def time_evaluation(self, model: nn.Module, limits: TokenLimits) -> float:
@@ -71,3 +193,38 @@ class Objective(ABC):
     @abstractmethod
     def largest_evaluation_batch(self, limits: TokenLimits) -> tuple[int, int]:
         """Rows and width of the batch that `time_evaluation` begins with."""
+
+    @classmethod
+    def read_set(cls, path: Path, config: DatasetConfig, evaluation: EvaluationConfig, seed: int) -> OtherSet:
+        """A file, or a folder with a test.* file, to score a trained model on.
+
+        Raises:
+            DataError: no such file, a malformed row.
+            UserError: a kind that is scored on its own splits only.
+        """
+        raise UserError(f"a model trained on {cls.kind} is scored on its own validation split only; leave --on out")
+
+    # ---- export ----------------------------------------------------------------------------
+
+    @abstractmethod
+    def export_check(self, backbone: Backbone) -> ExportCheck: ...
+
+    def load_arguments(self) -> dict[str, Any]:
+        """Of `auto_class.from_pretrained`, for a base model without this task's head."""
+        return {}
+
+    def model_settings(self) -> dict[str, Any]:
+        """Of a merged model's config: what a reader has to find there, such as id2label."""
+        return {}
+
+    def facts(self) -> dict[str, Any]:
+        """What export.json and result.json say of the task, such as its label names."""
+        return {"labels": list(self.label_names)} if self.label_names else {}
+
+    @abstractmethod
+    def card_task(self) -> str:
+        """The task in a few words, for a model card's table."""
+
+    @abstractmethod
+    def card_example(self, max_length: int, eos_token_ids: tuple[int, ...]) -> str:
+        """Python that asks the model something; `model` and `tokenizer` are loaded."""

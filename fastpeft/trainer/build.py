@@ -15,15 +15,13 @@ from fastpeft.budget import BudgetClock, Due, EnergyMeter
 from fastpeft.budget.energy import WINDOW_S
 from fastpeft.config import Budget, ConfigError, RunConfig, parse_budget, parse_interval
 from fastpeft.data.batches import Batches
-from fastpeft.data.task import ClassificationTask
 from fastpeft.device_memory import TokenLimits, free_memory, is_out_of_memory
 from fastpeft.errors import UserError
 from fastpeft.kernels import dispatch
-from fastpeft.models.backbone import Backbone, choose_dtype, load_backbone, load_causal_lm
+from fastpeft.models.backbone import choose_dtype
 from fastpeft.schedules import Schedule, make_schedule
 from fastpeft.signals import Blocks
-from fastpeft.tasks import Objective, load_task, make_objective
-from fastpeft.tasks.math_word_problems.reading import WordProblemTask
+from fastpeft.tasks import Task, load_task
 from fastpeft.trainer.optim import Optimizer, adamw_options, make_optimizer
 from fastpeft.trainer.probes.hooks import Probes
 
@@ -33,8 +31,7 @@ class Job:
     """One run, ready to train."""
 
     run: RunConfig
-    task: ClassificationTask | WordProblemTask
-    objective: Objective
+    task: Task
     adapter: Adapter
     schedule: Schedule
     optimizer: Optimizer
@@ -57,14 +54,14 @@ def build_job(run: RunConfig) -> Job:
     """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dtype = choose_dtype(run.training.precision, device)
-    task = load_task(run.dataset)
+    task = load_task(run.dataset, run.evaluation, run.training.seed)
     torch.manual_seed(run.training.seed)
     method = method_class(run.method)
-    backbone = _load_backbone(run, task, dtype, device, method.trains_backbone)
+    backbone = task.load_model(run.model, dtype, device, method.trains_backbone)
     adapter = method.build(run, backbone)
     adapter.model.train()
-    objective = make_objective(task, run, backbone, device)
-    batches = Batches(objective.train, run.training.batch_size, run.training.seed)
+    task.encode(backbone, device)
+    batches = Batches(task.train, run.training.batch_size, run.training.seed)
     meter = EnergyMeter.open(gpu_uuid(device))
     clock = BudgetClock(_budget(run, batches, meter), meter=meter)
     schedule = make_schedule(
@@ -78,7 +75,6 @@ def build_job(run: RunConfig) -> Job:
     job = Job(
         run=run,
         task=task,
-        objective=objective,
         adapter=adapter,
         schedule=schedule,
         optimizer=optimizer,
@@ -89,20 +85,12 @@ def build_job(run: RunConfig) -> Job:
         limits=TokenLimits(run.training.micro_batch_tokens, run.evaluation.batch_tokens),
         device=device,
         dtype=dtype,
-        notes=_notes(task, run) + objective.notes,
+        notes=[*task.notes, *_notes(run)],
     )
     job.notes += adapter.describe() + untuned(adapter, device, dtype)
     if clock.budget.kind in ("seconds", "joules"):
         _expect_final(job)
     return job
-
-
-def _load_backbone(
-    run: RunConfig, task: ClassificationTask | WordProblemTask, dtype: torch.dtype, device: torch.device, trained: bool
-) -> Backbone:
-    if isinstance(task, WordProblemTask):
-        return load_causal_lm(run.model, dtype, device, trained)
-    return load_backbone(run.model, task.label_names, dtype, device, trained)
 
 
 def _blocks(adapter: Adapter, run: RunConfig) -> Blocks:
@@ -142,7 +130,7 @@ def _expect_final(job: Job) -> None:
         final = clock.final_j = clock.final_s * _measure_power(job)
         cost = f"cost about {final:.0f} J"
     if final > clock.budget.limit / 2:
-        limits = ["evaluation.max_examples"] + job.objective.has_test * ["evaluation.max_test_examples"]
+        limits = ["evaluation.max_examples"] + job.task.has_test * ["evaluation.max_test_examples"]
         raise ConfigError(
             f"budget {job.run.budget}",
             [
@@ -172,18 +160,18 @@ def _measure_final(job: Job) -> float:
     start = time.perf_counter()
     with tempfile.TemporaryDirectory() as folder, job.optimizer.averaged():
         job.adapter.save(Path(folder))
-    return evaluation_s * (1 + job.objective.test_cost) + 2 * (time.perf_counter() - start)
+    return evaluation_s * (1 + job.task.test_cost) + 2 * (time.perf_counter() - start)
 
 
 def _measure_evaluation(job: Job) -> float | None:
     """None: out of memory, and the batches are smaller now."""
     job.adapter.model.eval()
     try:
-        return job.objective.time_evaluation(job.adapter.model, job.limits)
+        return job.task.time_evaluation(job.adapter.model, job.limits)
     except RuntimeError as error:
         if not is_out_of_memory(error):
             raise
-        size = job.objective.largest_evaluation_batch(job.limits)
+        size = job.task.largest_evaluation_batch(job.limits)
         job.notes.append(job.limits.halve_evaluation(*size, "while an evaluation was timed"))
         return None
     finally:
@@ -208,10 +196,7 @@ def untuned(adapter: Adapter, device: torch.device, dtype: torch.dtype) -> list[
     ]
 
 
-def _notes(task: ClassificationTask | WordProblemTask, run: RunConfig) -> list[str]:
-    notes = [task.describe(), *task.notes]
-    for split, count in task.skipped_rows.items():
-        notes.append(f"{count:,} malformed rows of the {split} split were skipped")
+def _notes(run: RunConfig) -> list[str]:
     if run.method != "iw_lora" and any(key.startswith("regulariser.") for key in run.overrides):
-        notes.append(f"regulariser.* was set, but method {run.method} has no penalty: it is ignored")
-    return notes
+        return [f"regulariser.* was set, but method {run.method} has no penalty: it is ignored"]
+    return []

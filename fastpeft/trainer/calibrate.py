@@ -50,7 +50,7 @@ def _pass(job: Job, micro_batches: MicroBatches, position: int, scale: torch.Ten
     rows = job.batches.rows(position)
     return micro_batches.fit(
         lambda: forward_backward(
-            job.adapter, job.objective.loss, micro_batches(rows), job.objective.num_items(rows), loss_scale=scale
+            job.adapter, job.task.loss, micro_batches(rows), job.task.num_items(rows), loss_scale=scale
         ),
         len(rows),
         "in calibration",

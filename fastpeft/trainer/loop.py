@@ -23,7 +23,7 @@ from fastpeft.runs.curves import VALIDATION, Budgets, Evaluation, auc_of
 from fastpeft.runs.events import EventLog, number
 from fastpeft.runs.store import Result, RunFolder, read_json, recover_folder, replaced_folder, write_json
 from fastpeft.signals import Rates
-from fastpeft.tasks.sequence_classification.scoring import Score
+from fastpeft.tasks.base import Score
 from fastpeft.trainer.build import Job
 from fastpeft.trainer.calibrate import calibrate
 from fastpeft.trainer.checkpoint import Checkpoint, rng_state, save_checkpoint, set_rng_state
@@ -146,7 +146,7 @@ class Loop:
                 self._save_weights()
                 return "stopped"
         self._save_weights()
-        if not diverged and self.job.objective.has_test and not self._score_test():
+        if not diverged and self.job.task.has_test and not self._score_test():
             self._save_checkpoint()
             return "stopped"
         return "diverged" if diverged else "done"
@@ -182,9 +182,9 @@ class Loop:
                 job.adapter,
                 job.schedule,
                 job.optimizer,
-                job.objective.loss,
+                job.task.loss,
                 self._micro_batches(rows),
-                job.objective.num_items(rows),
+                job.task.num_items(rows),
                 progress,
                 job.probes,
             ),
@@ -232,7 +232,7 @@ class Loop:
         job, clock = self.job, self.job.clock
         start_s, start_j = clock.elapsed_s, clock.meter.estimate_j
         with job.optimizer.averaged():
-            measured = job.objective.evaluate(job.adapter.model, job.limits, self.stop, self._shrink)
+            measured = job.task.evaluate(job.adapter.model, job.limits, self.stop, self._shrink)
         if measured is None:
             return
         self._evaluated_at = clock.steps
@@ -241,15 +241,15 @@ class Loop:
         self._log_importance()
         evaluation_s = clock.elapsed_s - start_s
         evaluation_j = clock.meter.spent_since(start_j, evaluation_s)
-        self.result.metric = {"name": job.objective.metric} | value
+        self.result.metric = {"name": job.task.metric} | value
         if self._is_best(measured):
             self.result.best = value | {"step": clock.steps, "loss": measured.loss}
             self._save_weights(best=self.result.best)
         # The larger of the last two: what decoding costs goes up and down with how many answers end.
         longest_s, longest_j = map(max, zip(self._last_evaluation, (evaluation_s, evaluation_j)))
         self._last_evaluation = evaluation_s, evaluation_j
-        clock.final_s = longest_s * (1 + job.objective.test_cost) + 2 * self._save_s
-        clock.final_j = longest_j * (1 + job.objective.test_cost) + 2 * self._save_s * clock.meter.power_w
+        clock.final_s = longest_s * (1 + job.task.test_cost) + 2 * self._save_s
+        clock.final_j = longest_j * (1 + job.task.test_cost) + 2 * self._save_s * clock.meter.power_w
         job.evaluation_due.done(clock)
         self._write_result()
 
@@ -269,14 +269,14 @@ class Loop:
             if not is_last:
                 job.adapter.load(self.folder.weights(job.adapter.saved_as, best=True))
             with job.optimizer.averaged() if is_last else nullcontext():
-                measured = job.objective.evaluate_test(job.adapter.model, job.limits, self.stop, self._shrink)
+                measured = job.task.evaluate_test(job.adapter.model, job.limits, self.stop, self._shrink)
         finally:
             job.adapter.flat.data.copy_(kept)
         if measured is None:
             return False
         value = self._log_score("test", measured)
         which = {"weights": "best", "step": best["step"]}
-        self.result.test = {"name": job.objective.metric, "num": measured.num_rows} | value | which
+        self.result.test = {"name": job.task.metric, "num": measured.num_rows} | value | which
         self._write_result()
         return True
 
@@ -287,12 +287,13 @@ class Loop:
 
     def _log_score(self, split: str, measured: Score) -> dict[str, Any]:
         """Returns what results hold of it."""
-        value = {"value": measured.value} | ({"more": measured.more} if measured.more else {})
+        value: dict[str, Any] = {"value": measured.value}
+        value |= {key: found for key in ("more", "groups") if (found := getattr(measured, key))}
         costs = {"decode_s": measured.decode_s, "decode_tokens": measured.decode_tokens}
         self.event(
             "eval",
             split=split,
-            metric=self.job.objective.metric,
+            metric=self.job.task.metric,
             **value,
             **{name: cost for name, cost in costs.items() if cost is not None},
             loss=measured.loss,

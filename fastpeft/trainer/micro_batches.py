@@ -40,7 +40,7 @@ class MicroBatches:
         encoded = self._job.batches.encoded
         for part in micro_batches(encoded, rows, self._job.limits.training):
             self._in_flight = len(part), int(encoded.widths[part].max())
-            yield self._job.objective.collate(part, self._job.device)
+            yield self._job.task.collate(part, self._job.device)
         self._in_flight = None
 
     def fit(self, attempt: Callable[[], T], num_rows: int, where: str) -> T:

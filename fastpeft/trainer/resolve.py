@@ -11,10 +11,11 @@ from pathlib import Path
 from fastpeft import hub
 from fastpeft.config import RunConfig, apply_stand_in
 from fastpeft.data.hub_datasets import hub_dataset, is_cached
-from fastpeft.data.task import DataError, is_generated
+from fastpeft.data.rows import DataError
 from fastpeft.errors import UnavailableError
 from fastpeft.models.files import CONFIG, cached_model
 from fastpeft.standins import embedded_path
+from fastpeft.tasks import find_known, is_generated, known_names
 
 
 @dataclass(frozen=True)
@@ -35,8 +36,11 @@ def resolve(run: RunConfig, allow_stand_in: bool = True) -> Resolved:
     path = run.dataset.path
     if path is not None and not Path(path).expanduser().exists():
         raise DataError(f"dataset.path {path}: there is no such file or folder")
-    generated = is_generated(run.dataset)
-    source = None if generated or path is not None else hub_dataset(run.dataset)
+    known = find_known(run.dataset)
+    generated = is_generated(run.dataset, known)
+    source = None
+    if not generated and path is None:
+        source = hub_dataset(run.dataset, known.dataset if known else None, known_names())
     shipped = embedded_path(run.model.name) is not None
     if (shipped or generated) and not allow_stand_in:
         raise UnavailableError(f"{run.model.name} on {run.dataset.name} is a stand-in, and --no-stand-in is given")

@@ -114,6 +114,8 @@ def _new_result(job: Job, resolved: Resolved, folder: RunFolder, group: str | No
         method=run.method,
         model=run.model.name,
         dataset=job.task.name,
+        kind=job.task.kind,
+        labels=list(job.task.label_names),
         budget={"kind": job.clock.budget.kind, "limit": job.clock.budget.limit, "spent": 0.0},
         git=git_commit(),
     )

@@ -11,7 +11,7 @@ from fastpeft.adapters import Adapter
 from fastpeft.data.batches import Batch
 from fastpeft.schedules import Schedule
 from fastpeft.signals import Need, Rates, Signals
-from fastpeft.tasks import BatchLoss
+from fastpeft.tasks.base import BatchLoss
 from fastpeft.trainer.optim import Optimizer
 from fastpeft.trainer.probes.hooks import IDLE, Probes
 

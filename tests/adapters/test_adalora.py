@@ -36,7 +36,7 @@ def step(job, i: int):
     rows = job.batches.rows(i)
     batch = collate(job.batches.encoded, rows, job.device)
     return train_step(
-        job.adapter, job.schedule, job.optimizer, job.objective.loss, [batch], len(rows), i / STEPS
+        job.adapter, job.schedule, job.optimizer, job.task.loss, [batch], len(rows), i / STEPS
     ), batch
 
 

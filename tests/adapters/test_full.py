@@ -49,7 +49,7 @@ def test_one_step_moves_every_weight_that_has_a_gradient(make_job, precision):
     for name, module in job.adapter.model.named_modules():
         if name.endswith("query_proj"):
             module.register_forward_hook(lambda module, args, out: computed.add(out.dtype))
-    train_step(job.adapter, job.schedule, job.optimizer, job.objective.loss, [batch], num_rows, 0.0)
+    train_step(job.adapter, job.schedule, job.optimizer, job.task.loss, [batch], num_rows, 0.0)
     for name, parameter in job.adapter.model.named_parameters():
         assert torch.equal(parameter, before[name]) == (not parameter.grad.any()), name
     moved = [name for name, p in job.adapter.model.named_parameters() if not torch.equal(p, before[name])]
@@ -63,7 +63,7 @@ def test_transformers_loads_what_was_saved(make_job, tmp_path, family):
     job = make_job(family, **SETTINGS)
     batch, num_rows = first_batch(job)
     for i in range(3):
-        train_step(job.adapter, job.schedule, job.optimizer, job.objective.loss, [batch], num_rows, i / 3)
+        train_step(job.adapter, job.schedule, job.optimizer, job.task.loss, [batch], num_rows, i / 3)
     job.adapter.save(tmp_path)
     model, info = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path, output_loading_info=True)
     assert not info["missing_keys"]

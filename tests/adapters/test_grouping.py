@@ -64,7 +64,7 @@ def gradient(job: Job, position: int = 0, seed: int = 0) -> torch.Tensor:
 
 def take(job: Job, position: int) -> float:
     return float(
-        train_step(job.adapter, job.schedule, job.optimizer, job.objective.loss, *batches(job, position), 0.5)[0].loss
+        train_step(job.adapter, job.schedule, job.optimizer, job.task.loss, *batches(job, position), 0.5)[0].loss
     )
 
 

@@ -24,7 +24,7 @@ class Trained:
 
     @property
     def rows(self) -> Encoded:
-        return self.job.objective.validation
+        return self.job.task.validation
 
     def logits(self) -> torch.Tensor:
         """Of the last weights on every validation row."""

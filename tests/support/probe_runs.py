@@ -162,7 +162,7 @@ class Steps:
     def batches(self, number: int, max_tokens: int | None = None) -> tuple[list, int]:
         job, rows = self.job, self.job.batches.rows(number - 1)
         parts = micro_batches(job.batches.encoded, rows, max_tokens or job.limits.training)
-        return [job.objective.collate(part, job.device) for part in parts], job.objective.num_items(rows)
+        return [job.task.collate(part, job.device) for part in parts], job.task.num_items(rows)
 
     def take(self, count: int, max_tokens: int | None = None) -> Steps:
         for number in range(len(self.grads) + 1, len(self.grads) + count + 1):
@@ -179,7 +179,7 @@ class Steps:
             original(*args)
 
         def loss(*args: Any) -> Any:
-            found = job.objective.loss(*args)
+            found = job.task.loss(*args)
             if number in self.bad:
                 found.loss = found.loss * float("nan")
             return found

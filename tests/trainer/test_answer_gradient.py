@@ -64,7 +64,7 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Steps:
 def squares(run: Steps, batches: list[Batch], num_items: int, scale: torch.Tensor | None = None) -> torch.Tensor:
     run.probes.begin(17, 0.0, 0.0)
     run.probes.before_passes(lambda: None)
-    loss = run.job.objective.loss
+    loss = run.job.task.loss
     forward_backward(run.job.adapter, loss, batches, num_items, loss_scale=scale, probes=run.probes)
     return run.probes._found["answer_grad_sq"].double()
 
@@ -130,7 +130,7 @@ def test_nothing_is_measured_outside_of_training_passes(run: Steps, monkeypatch:
     (batch,), num_items = run.batches(4)
     with torch.no_grad():
         run.job.adapter.model(input_ids=batch.inputs["input_ids"])
-    forward_backward(run.job.adapter, run.job.objective.loss, [batch], num_items)
+    forward_backward(run.job.adapter, run.job.task.loss, [batch], num_items)
     assert seen
     assert not any(seen)
 

@@ -16,7 +16,7 @@ from fastpeft.adapters.flat import FlatParameters
 from fastpeft.config.schema import OptimizerConfig
 from fastpeft.models.layers import is_fused
 from fastpeft.signals import Measured, Need, Rates
-from fastpeft.tasks import BatchLoss
+from fastpeft.tasks.base import BatchLoss
 from fastpeft.trainer.build import build_job
 from fastpeft.trainer.optim import make_optimizer
 from fastpeft.trainer.probes.hooks import Probes
@@ -199,7 +199,7 @@ def test_a_product_that_fails_leaves_the_parameters(tmp_path: Path, monkeypatch:
     run = Steps(pairs_run(tmp_path)).take(PRODUCT_STEP - 1)
     before = run.job.adapter.flat.data.clone()
     calls = []
-    original = run.job.objective.loss
+    original = run.job.task.loss
 
     def fails(*args: object) -> BatchLoss:
         calls.append(None)
@@ -207,7 +207,7 @@ def test_a_product_that_fails_leaves_the_parameters(tmp_path: Path, monkeypatch:
             raise torch.OutOfMemoryError
         return original(*args)
 
-    monkeypatch.setattr(run.job.objective, "loss", fails)
+    monkeypatch.setattr(run.job.task, "loss", fails)
     with pytest.raises(torch.OutOfMemoryError):
         run.take(1)
     assert torch.equal(run.job.adapter.flat.data, before)

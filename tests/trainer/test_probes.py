@@ -129,11 +129,11 @@ def test_a_schedule_that_needs_nothing_costs_nothing(tmp_path: Path, monkeypatch
     monkeypatch.setattr(Transfer, "launch", None)
     job = build_job(tiny_run(tmp_path, method="lora", schedule={"name": "linear"}))
     adapter, rows = job.adapter, job.batches.rows(0)
-    batch = job.objective.collate(rows, job.device)
+    batch = job.task.collate(rows, job.device)
     probes = Probes(job.schedule.needs, adapter, job.optimizer)
 
     def bare() -> None:
-        signals = forward_backward(adapter, job.objective.loss, [batch], len(rows))
+        signals = forward_backward(adapter, job.task.loss, [batch], len(rows))
         adapter.after_backward(signals, 0.5)
         rates = job.schedule.rates(None, 0.5)
         job.optimizer.step(signals, rates)
@@ -141,7 +141,7 @@ def test_a_schedule_that_needs_nothing_costs_nothing(tmp_path: Path, monkeypatch
 
     def whole() -> None:
         probes.begin(1, 0.5, 1.0)
-        train_step(adapter, job.schedule, job.optimizer, job.objective.loss, [batch], len(rows), 0.5, probes)
+        train_step(adapter, job.schedule, job.optimizer, job.task.loss, [batch], len(rows), 0.5, probes)
 
     counted = []
     for step in (bare, whole):

@@ -19,7 +19,7 @@ from fastpeft.device_memory import TokenLimits
 from fastpeft.runs.curves import auc
 from fastpeft.runs.store import RunFolder
 from fastpeft.tasks import WordProblems
-from fastpeft.tasks.sequence_classification.scoring import Score
+from fastpeft.tasks.base import Score
 from fastpeft.trainer import StopRequest, train
 from fastpeft.trainer.build import Job, build_job
 from tests.support.problem_runs import NUM_TEST, problem_run, write_run
@@ -139,7 +139,7 @@ def test_the_best_weights_are_scored_once_and_the_last_are_kept(method: str, tmp
 
     job = load(best=True)
     assert torch.equal(job.adapter.flat.data, at_test)
-    again = job.objective.evaluate_test(job.adapter.model, job.limits, go_on, None)
+    again = job.task.evaluate_test(job.adapter.model, job.limits, go_on, None)
     assert (again.value, again.more, again.loss) == (score.value, score.more, score.loss)
     if method != "adalora":  # what it has pruned away is saved as zeros
         assert torch.equal(at_test, evaluated[1])
@@ -225,7 +225,7 @@ def test_a_kill_after_a_new_best_scores_that_best(tmp_path: Path) -> None:
     assert_same_weights(weights(folder, "adapter_best"), kept)
     job = build_job(problem_run(tmp_path))
     job.adapter.load(folder / "adapter_best")
-    score = job.objective.evaluate_test(job.adapter.model, TokenLimits(10**6, 10**6), go_on, None)
+    score = job.task.evaluate_test(job.adapter.model, TokenLimits(10**6, 10**6), go_on, None)
     assert result.test["value"] == score.value
 
 
@@ -255,7 +255,7 @@ def virtual_time(monkeypatch: pytest.MonkeyPatch):
 
         job.optimizer.step = slow
         job.clock.count_step = lambda num_tokens, _: count(num_tokens, STEP_S)
-        time.expected = EVALUATION_S * (1 + job.objective.test_cost)
+        time.expected = EVALUATION_S * (1 + job.task.test_cost)
         return job
 
     def evaluated(self, *args):

@@ -1,10 +1,11 @@
-"""Word problems as tokens: prompt, answer, end of text; only the answer and the end are predicted.
+"""Prompts and their answers as tokens: prompt, answer, end of text; only the answer and the end are predicted.
 
 Shapes: N rows, L tokens of the longest row of a batch.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -12,22 +13,33 @@ import numpy as np
 import torch
 
 from fastpeft.data.batches import IGNORE, Batch, TokenRows, concatenate, move
+from fastpeft.data.rows import NUM_NAMED
 from fastpeft.errors import UserError
-from fastpeft.tasks.math_word_problems.reading import NUM_NAMED, Problems, fill_prompt
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
+@dataclass(frozen=True)
+class Prompted:
+    """Parallel columns of text, for the messages with a name for each row and for all of them."""
+
+    prompts: Sequence[str]
+    answers: Sequence[str]
+    """As they follow the prompt, white space included."""
+    name_row: Callable[[int], str]
+    noun: str = "rows"
+
+
 @dataclass(frozen=True, kw_only=True)
-class EncodedProblems(TokenRows):
+class EncodedPrompts(TokenRows):
     """Row i begins with prompt_lengths[i] tokens that are read; the rest of it is predicted."""
 
     prompt_lengths: np.ndarray
     rows: np.ndarray
-    """Which problem each row is: its index in the Problems that were encoded."""
+    """Which of the texts each row is: its index in the Prompted that were encoded."""
     unusable: np.ndarray
-    """Indices of the problems that are too long: left out of training; in evaluation kept, to be counted as wrong."""
+    """Indices of the texts that are too long: left out of training; in evaluation kept, to be counted as wrong."""
     notes: tuple[str, ...]
     """Names them."""
 
@@ -42,15 +54,14 @@ class EncodedProblems(TokenRows):
         return self.tokens[start : start + self.prompt_lengths[row]]
 
 
-def encode_problems(
-    problems: Problems,
+def encode_prompts(
+    texts: Prompted,
     tokenizer: PreTrainedTokenizerBase,
-    prompt_template: str,
     max_length: int,
     *,
     training: bool = True,
     max_prompt: int | None = None,
-) -> EncodedProblems:
+) -> EncodedPrompts:
     """Tokenise prompts and answers by themselves, so that a prompt's tokens are those that decoding starts from.
 
     Special tokens are those that the tokenizer puts before a text, those written in the prompt, and the end of text
@@ -68,22 +79,23 @@ def encode_problems(
     end = tokenizer.eos_token_id
     if end is None:
         raise UserError(f"model {tokenizer.name_or_path}: its tokenizer has no end-of-text token to end answers with")
-    prompts = _prompts([fill_prompt(prompt_template, question) for question in problems.question], tokenizer)
-    answers = _token_lists([" " + answer for answer in problems.answer], tokenizer, split_special_tokens=True)
+    noun = texts.noun
+    prompts = _prompts(list(texts.prompts), tokenizer)
+    answers = _token_lists(list(texts.answers), tokenizer, split_special_tokens=True)
     rows = [prompt + answer + [end] for prompt, answer in zip(prompts, answers)]
     lengths = np.array([len(row) for row in rows])
     prompt_lengths = np.array([len(prompt) for prompt in prompts])
     if not prompt_lengths.all():
-        row = problems.name_row(int(prompt_lengths.argmin()))
+        row = texts.name_row(int(prompt_lengths.argmin()))
         raise UserError(f"{row}: no token of model {tokenizer.name_or_path} stands for anything in the prompt")
     if training:
         fits, named = lengths <= max_length, lengths
         if not fits.any():
             raise UserError(
-                f"dataset.max_length: none of {len(rows):,} training problems fits into {max_length} tokens; the "
+                f"dataset.max_length: none of {len(rows):,} training {noun} fits into {max_length} tokens; the "
                 f"shortest has {lengths.min()}. Set it higher"
             )
-        kept, what = np.flatnonzero(fits), "training problems are longer than {} tokens and left out"
+        kept, what = np.flatnonzero(fits), f"training {noun} are longer than {{}} tokens and left out"
     else:
         longest = max_length - 1 if max_prompt is None else min(max_prompt, max_length - 1)
         fits, named = prompt_lengths <= longest, prompt_lengths
@@ -92,7 +104,7 @@ def encode_problems(
             what = f"prompts of over {longest} tokens leave no room for evaluation.max_new_tokens and count as wrong"
     unusable = np.flatnonzero(~fits)
     lengths = np.minimum(lengths[kept], max_length)
-    return EncodedProblems(
+    return EncodedPrompts(
         tokens=concatenate([rows[row][:max_length] for row in kept], np.int32),
         offsets=np.concatenate([[0], np.cumsum(lengths)]),
         pad_token=end if tokenizer.pad_token_id is None else tokenizer.pad_token_id,
@@ -100,11 +112,11 @@ def encode_problems(
         prompt_lengths=np.minimum(prompt_lengths[kept], max_length),
         rows=kept,
         unusable=unusable,
-        notes=_notes(problems, unusable, named, what.format(max_length)),
+        notes=_notes(texts, unusable, named, what.format(max_length)),
     )
 
 
-def collate_problems(encoded: EncodedProblems, rows: np.ndarray, device: torch.device) -> Batch:
+def collate_prompts(encoded: EncodedPrompts, rows: np.ndarray, device: torch.device) -> Batch:
     """Pad `rows` on the right to the longest of them and move them to `device`, without waiting for it.
 
     labels[i, t] is the token after position t of row i, if it belongs to the answer; so the prompt's last position
@@ -139,9 +151,9 @@ def _token_lists(texts: list[str], tokenizer: PreTrainedTokenizerBase, **options
     return tokenizer(texts, **plain, **options)["input_ids"]
 
 
-def _notes(problems: Problems, unusable: np.ndarray, lengths: np.ndarray, what: str) -> tuple[str, ...]:
+def _notes(texts: Prompted, unusable: np.ndarray, lengths: np.ndarray, what: str) -> tuple[str, ...]:
     if not len(unusable):
         return ()
-    named = ", ".join(f"{problems.name_row(row)} ({lengths[row]:,} tokens)" for row in unusable[:NUM_NAMED])
+    named = ", ".join(f"{texts.name_row(row)} ({lengths[row]:,} tokens)" for row in unusable[:NUM_NAMED])
     more = ", ..." if len(unusable) > NUM_NAMED else ""
     return (f"{len(unusable):,} {what}: {named}{more}",)

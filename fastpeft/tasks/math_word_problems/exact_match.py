@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from fastpeft.tasks.base import Score
 from fastpeft.tasks.causal_lm.generate import (
     CHECK_EVERY,
     Decoded,
@@ -21,11 +22,10 @@ from fastpeft.tasks.causal_lm.generate import (
     decode,
     pass_at_k,
 )
-from fastpeft.tasks.causal_lm.prompts import EncodedProblems
+from fastpeft.tasks.causal_lm.prompts import EncodedPrompts
 from fastpeft.tasks.math_word_problems.answers import final_number, same_answer
 from fastpeft.tasks.math_word_problems.calculator import evaluate
 from fastpeft.tasks.math_word_problems.reading import Problems
-from fastpeft.tasks.sequence_classification.scoring import Score
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -47,7 +47,7 @@ class ProblemSet:
     """Problems, and their tokens: a row for each, of which only the prompt is read."""
 
     problems: Problems
-    encoded: EncodedProblems
+    encoded: EncodedPrompts
 
     def __len__(self) -> int:
         return len(self.problems)
@@ -142,7 +142,7 @@ def _answers(
     return _Answers(texts, num_cut, decoded.seconds, decoded.num_tokens)
 
 
-def _usable(encoded: EncodedProblems) -> np.ndarray:
+def _usable(encoded: EncodedPrompts) -> np.ndarray:
     return np.setdiff1d(np.arange(len(encoded)), encoded.unusable)
 
 

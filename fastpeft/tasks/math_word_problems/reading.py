@@ -5,20 +5,25 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
 from fastpeft.config.schema import ColumnsConfig, DatasetConfig
-from fastpeft.data.hub_datasets import load_hub_problems
-from fastpeft.data.local import find_test, find_train_and_test, read_split
-from fastpeft.data.rows import Split, choose_held_out, text_fault
-from fastpeft.data.task import EMBEDDED_WORD_PROBLEMS, DataError, is_generated
+from fastpeft.data.local import find_test, read_split
+from fastpeft.data.rows import (
+    NUM_NAMED,
+    DataError,
+    Split,
+    choose_held_out,
+    configured_columns,
+    left_out_note,
+    text_fault,
+)
+from fastpeft.data.source import TEST, TRAIN, VALIDATION, Source
+from fastpeft.tasks.causal_lm.prompts import Prompted
 from fastpeft.tasks.math_word_problems.answers import MARK, final_number, number_text, parse_number
-
-NUM_NAMED = 3
-"""Of rows that are left out, this many are named."""
 
 # Question columns, which are joined, and answer column: GSM8K, GSM1k; MultiArith on the hub; SVAMP; MAWPS's sets.
 _SHAPES = (
@@ -62,24 +67,15 @@ class Problems:
 
 
 @dataclass(frozen=True)
-class WordProblemTask:
+class ProblemSplits:
     name: str
-    prompt: str
-    """The text before an answer, with {question} in it once."""
     train: Problems
     validation: Problems
     """Training rows held out."""
     test: Problems | None
     """Scored once, when all else is done."""
-    metric: str = "exact_match"
-    skipped_rows: dict[str, int] = field(default_factory=dict)
-    """Split -> rows left out under on_bad_row: skip."""
     notes: tuple[str, ...] = ()
     """What the user should know of how the data were read."""
-
-    def describe(self) -> str:
-        test = f", {len(self.test):,} test problems" if self.test else ""
-        return f"{self.name}: {len(self.train):,} training problems, {len(self.validation):,} held out of them{test}"
 
 
 def fill_prompt(template: str, question: str) -> str:
@@ -87,35 +83,43 @@ def fill_prompt(template: str, question: str) -> str:
     return template.replace("{question}", question)
 
 
-def load_word_problems(config: DatasetConfig) -> WordProblemTask:
-    """The task that a `dataset` section names; see `is_word_problems`.
+def as_prompts(problems: Problems, template: str) -> Prompted:
+    """What a model reads and writes: an answer follows its prompt behind a space."""
+    return Prompted(
+        [fill_prompt(template, question) for question in problems.question],
+        [" " + answer for answer in problems.answer],
+        problems.name_row,
+        "problems",
+    )
+
+
+def read_problem_splits(config: DatasetConfig, source: Source) -> ProblemSplits:
+    """The splits of a `dataset` section: dataset.held_out training rows are the validation split.
 
     Raises:
         DataError: a missing file, split or column, a malformed row, too few rows to hold `held_out` of them out.
-        UnavailableError: a dataset of the hub that cannot be had.
     """
     for key in ("labels", "validation_split"):
         if getattr(config, key) is not None:
             raise DataError(f"dataset.{key}: {_NOT_OURS[key]}")
-    if is_generated(config):
-        name, train, test, notes = config.name, *_generated(), []
-    elif config.path is None:
-        name, train, test, notes = _from_hub(config)
-    else:
-        name, train, test, notes = _from_files(config, Path(config.path))
+    train, notes = _read_split(config, source, TRAIN), []
+    test = _read_split(config, source, TEST) if source.has(TEST) else None
+    if source.has(VALIDATION) and source.path(TRAIN) is not None:
+        notes.append(
+            f"{source.path(VALIDATION)} is not read: {config.held_out:,} training problems are held out instead"
+        )
     if test is None:
-        notes.append(f"{name} has no test split: nothing is scored but the {config.held_out:,} problems held out")
-    kept, held_out = _hold_out(name, train, config.held_out)
-    splits = {"train": train, "test": test}
-    return WordProblemTask(
-        name=name,
-        prompt=config.prompt,
-        train=kept,
-        validation=held_out,
-        test=test,
-        skipped_rows={key: split.num_skipped for key, split in splits.items() if split and split.num_skipped},
-        notes=(*notes, *kept.notes, *(test.notes if test else ())),
-    )
+        notes.append(
+            f"{source.name} has no test split: nothing is scored but the {config.held_out:,} problems held out"
+        )
+    kept, held_out = _hold_out(source.name, train, config.held_out)
+    notes += [*kept.notes, *(test.notes if test else ())]
+    notes += [
+        f"{split.num_skipped:,} malformed rows of the {name} split were skipped"
+        for name, split in ((TRAIN, train), (TEST, test))
+        if split is not None and split.num_skipped
+    ]
+    return ProblemSplits(source.name, kept, held_out, test, tuple(notes))
 
 
 def load_problems(path: str, on_bad_row: str = "error", columns: ColumnsConfig | None = None) -> Problems:
@@ -130,40 +134,28 @@ def load_problems(path: str, on_bad_row: str = "error", columns: ColumnsConfig |
     return _read(read_split(find_test(Path(path).expanduser())), columns or ColumnsConfig(), on_bad_row)
 
 
+def read_problem_set(path: Path, config: DatasetConfig) -> Problems:
+    """By the run's own columns where the file has them, else by those of the known sets."""
+    if config.columns == ColumnsConfig():
+        return load_problems(str(path), config.on_bad_row)
+    try:
+        return load_problems(str(path), config.on_bad_row, config.columns)
+    except DataError as error:
+        try:
+            return load_problems(str(path), config.on_bad_row)
+        except DataError:
+            raise error from None
+
+
 _NOT_OURS = {
     "labels": "word problems have no labels; remove it, or set dataset.task=classification",
     "validation_split": "word problems are tuned on dataset.held_out training rows; remove it",
 }
 
 
-def _generated() -> tuple[Problems, Problems]:
-    from fastpeft.standins.problems import test_problems, train_problems
-
-    train, test = (
-        Problems(*(list(column) for column in zip(*pairs)), source=f"{EMBEDDED_WORD_PROBLEMS} {split}")
-        for split, pairs in (("train", train_problems()), ("test", test_problems()))
-    )
-    return train, test
-
-
-def _from_hub(config: DatasetConfig) -> tuple[str, Problems, Problems | None, list[str]]:
-    def columns(source: str, have: list[str]) -> list[str]:
-        question, answer = _choose_columns(source, have, config.columns)
-        return [*question, answer]
-
-    found = load_hub_problems(config, columns)
-    train = _read(found.train, config.columns, config.on_bad_row)
-    test = _read(found.test, config.columns, config.on_bad_row) if found.test else None
-    return found.name, train, test, []
-
-
-def _from_files(config: DatasetConfig, path: Path) -> tuple[str, Problems, Problems | None, list[str]]:
-    name = config.name if config.name != "local" else path.resolve().name
-    train_path, test_path, unused = find_train_and_test(path.expanduser())
-    train = _read(read_split(train_path), config.columns, config.on_bad_row)
-    test = _read(read_split(test_path), config.columns, config.on_bad_row) if test_path else None
-    instead = f"is not read: {config.held_out:,} training problems are held out instead"
-    return name, train, test, [f"{file} {instead}" for file in unused]
+def _read_split(config: DatasetConfig, source: Source, split: str) -> Problems:
+    question, answer = _choose_columns(source.describe_split(split), source.columns(split), config.columns)
+    return _read(source.read(split, [*question, answer]), config.columns, config.on_bad_row)
 
 
 def _hold_out(name: str, train: Problems, num_held_out: int) -> tuple[Problems, Problems]:
@@ -190,13 +182,11 @@ def _hold_out(name: str, train: Problems, num_held_out: int) -> tuple[Problems, 
 
 def _choose_columns(source: str, have: Sequence[str], columns: ColumnsConfig) -> tuple[tuple[str, ...], str]:
     """(question columns, answer column): as configured, else the first known shape."""
-    for key in ("text", "text_pair", "label"):
-        column = getattr(columns, key)
-        if column is not None and column not in have:
-            raise DataError(f"{source}: dataset.columns.{key} is {column!r}, but the columns are {', '.join(have)}")
+    given = configured_columns(source, have, columns)
     known = next((shape for shape in _SHAPES if {*shape[0], shape[1]} <= set(have)), None)
-    question = tuple(filter(None, (columns.text, columns.text_pair))) if columns.text else known and known[0]
-    answer = columns.label or (known and known[1])
+    named = tuple(given[key] for key in ("text", "text_pair") if key in given)
+    question = named if "text" in given else known and known[0]
+    answer = given.get("label") or (known and known[1])
     if question and answer:
         return question, answer
     shapes = "; ".join(f"{' and '.join(q)} with {a}" for q, a in _SHAPES)
@@ -208,12 +198,7 @@ def _choose_columns(source: str, have: Sequence[str], columns: ColumnsConfig) ->
 
 def _read(split: Split, columns: ColumnsConfig, on_bad_row: str) -> Problems:
     """Rows as problems. Bad ones are all looked for, so that the message, or the note, tells how many there are."""
-    if not split.rows:
-        raise DataError(f"{split.source}: has no rows")
-    have = list(dict.fromkeys(name for row in split.rows for name in row.values))
-    if not have:
-        first = split.rows[0]
-        raise DataError(f"{split.source}:{first.line}: {first.fault}, and so is every other row")
+    have = split.require_columns()
     question_columns, answer_column = _choose_columns(split.source, have, columns)
     worked = any(MARK in str(row.values.get(answer_column)) for row in split.rows)
     question, answer, where, faults = [], [], [], []
@@ -232,8 +217,7 @@ def _read(split: Split, columns: ColumnsConfig, on_bad_row: str) -> Problems:
         raise DataError(f"{faults[0]}{others}. Mend the row, or set dataset.on_bad_row=skip")
     if not question:
         raise DataError(f"{split.source}: all {len(faults):,} rows are malformed; the first: {faults[0]}")
-    more = ", ..." if len(faults) > NUM_NAMED else ""
-    note = f"{len(faults):,} bad rows are left out: {'; '.join(faults[:NUM_NAMED])}{more}"
+    note = left_out_note(len(faults), "bad rows", faults[:NUM_NAMED])
     return Problems(question, answer, where, split.source, len(faults), (note,) if faults else ())
 
 

@@ -1,32 +1,23 @@
-"""Word problems: cross entropy of the worked answers' tokens, exact match of the numbers that are decoded.
-
-Shapes: N rows of a micro-batch, L tokens of a row, D hidden, P sampled prompt tokens, M sampled labelled tokens.
-"""
+"""Word problems: cross entropy of the worked answers' tokens, exact match of the numbers that are decoded."""
 
 from __future__ import annotations
 
-import math
-import time
-from collections.abc import Callable, Collection, Iterator
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, ClassVar, Self
 
-import numpy as np
 import torch
 from torch import nn
 
-from fastpeft.config import RunConfig
-from fastpeft.config.schema import EvaluationConfig
-from fastpeft.data.batches import IGNORE, Batch, evaluation_batches
+from fastpeft.config.schema import DatasetConfig, EvaluationConfig, ModelConfig
+from fastpeft.data.source import Source
 from fastpeft.device_memory import TokenLimits
 from fastpeft.errors import UserError
-from fastpeft.kernels import linear_cross_entropy, logits_cross_entropy
-from fastpeft.kernels.ops.linear_cross_entropy.op import CrossEntropy
-from fastpeft.models.backbone import Backbone
-from fastpeft.models.lens import FirstLayer
-from fastpeft.models.lm_head import hidden_states
-from fastpeft.signals import Need
-from fastpeft.tasks.base import BatchLoss, Objective, Shrink
-from fastpeft.tasks.causal_lm.prompts import EncodedProblems, collate_problems, encode_problems
+from fastpeft.models.backbone import Backbone, load_causal_lm
+from fastpeft.tasks.base import OtherSet, Score, Shrink, Stop
+from fastpeft.tasks.causal_lm.prompts import EncodedPrompts, encode_prompts
+from fastpeft.tasks.causal_lm.task import CausalLMTask
+from fastpeft.tasks.math_word_problems.datasets import DATASETS
 from fastpeft.tasks.math_word_problems.exact_match import (
     Decoding,
     ProblemSet,
@@ -35,79 +26,80 @@ from fastpeft.tasks.math_word_problems.exact_match import (
     largest_batch,
     score_problems,
 )
-from fastpeft.tasks.math_word_problems.reading import Problems, WordProblemTask
-from fastpeft.tasks.sequence_classification.scoring import Score
+from fastpeft.tasks.math_word_problems.reading import (
+    Problems,
+    ProblemSplits,
+    as_prompts,
+    read_problem_set,
+    read_problem_splits,
+)
 
-PROMPT_TOKENS, LENS_TOKENS = 1024, 256
-"""Most tokens of a micro-batch that Need.PROMPT and Need.LENS look at."""
+_EXAMPLE = """\
+question = "Ann has 3 apples and buys 2 more. How many apples does she have?"
+prompt = {prompt!r}.replace("{{question}}", question)
+batch = tokenizer(prompt, return_tensors="pt", return_token_type_ids=False).to(model.device)
+answer = model.generate(
+    **batch, max_new_tokens={max_new_tokens}, do_sample=False, eos_token_id={eos}, pad_token_id=tokenizer.pad_token_id
+)
+print(tokenizer.decode(answer[0, batch["input_ids"].shape[1] :], skip_special_tokens=True))
+"""
 
 
-class WordProblems(Objective):
-    def __init__(self, task: WordProblemTask, run: RunConfig, backbone: Backbone, device: torch.device) -> None:
-        self.metric, self._device = task.metric, device
-        max_length = _max_length(run, backbone)
-        self._plain = decoding_of(run.evaluation, backbone)
-        self._sampled = decoding_of(run.evaluation, backbone, sampling_of(run))
-        self.train: EncodedProblems = encode_problems(task.train, backbone.tokenizer, task.prompt, max_length)
-        self._validation = make_problem_set(task.validation.head(run.evaluation.max_examples), run, backbone)
-        self.validation: EncodedProblems = self._validation.encoded
-        self._test = task.test and make_problem_set(task.test.head(run.evaluation.max_test_examples), run, backbone)
-        self.has_test = self._test is not None
-        if self._test is not None:
+class MathWordProblems(CausalLMTask):
+    kind: ClassVar[str] = "word-problems"
+    datasets = DATASETS
+    metric = "exact_match"
+
+    def __init__(self, splits: ProblemSplits, config: DatasetConfig, evaluation: EvaluationConfig, seed: int) -> None:
+        super().__init__(splits.name, config, evaluation.batch_tokens)
+        self.splits, self.evaluation, self._seed = splits, evaluation, seed
+        self._held_out = splits.validation.head(evaluation.max_examples)
+        self._test: ProblemSet | None = None
+        self.has_test = splits.test is not None
+        self.notes = [self.describe(), *splits.notes]
+
+    @classmethod
+    def load(cls, config: DatasetConfig, source: Source, evaluation: EvaluationConfig, seed: int) -> Self:
+        return cls(read_problem_splits(config, source), config, evaluation, seed)
+
+    def describe(self) -> str:
+        splits = self.splits
+        test = f", {len(splits.test):,} test problems" if splits.test else ""
+        return (
+            f"{self.name}: {len(splits.train):,} training problems, {len(splits.validation):,} held out of them{test}"
+        )
+
+    def encode(self, backbone: Backbone, device: torch.device) -> None:
+        super().encode(backbone, device)
+        config, evaluation, test = self.config, self.evaluation, self.splits.test
+        max_length = self.max_length(backbone)
+        self._plain = decoding_of(evaluation, backbone)
+        self._sampled = decoding_of(evaluation, backbone, sampling_of(evaluation, self._seed))
+        self.train = encode_prompts(as_prompts(self.splits.train, config.prompt), backbone.tokenizer, max_length)
+        self._validation = make_problem_set(self._held_out, config, evaluation, backbone)
+        self.validation = self._validation.encoded
+        if test is not None:
+            self._test = make_problem_set(test.head(evaluation.max_test_examples), config, evaluation, backbone)
             samples = 1 + (self._sampled.sampling.num_samples if self._sampled.sampling else 0)
             self.test_cost = samples * len(self._test) / len(self._validation)
-        self.notes = [*self.train.notes, *self.validation.notes, *(self._test.encoded.notes if self._test else ())]
-        if max_length < run.dataset.max_length:
-            self.notes.append(
-                f"dataset.max_length is {run.dataset.max_length}, but the model takes {max_length} tokens"
-            )
-        self.notes += _sampling_notes(run.evaluation, self.has_test)
-        self._dtype, self._frozen_head = backbone.dtype, backbone.head_is_frozen
-        self._first_layer: FirstLayer | None = None
+        self.notes += [*self.train.notes, *self.validation.notes, *(self._test.encoded.notes if self._test else ())]
+        if max_length < config.max_length:
+            self.notes.append(f"dataset.max_length is {config.max_length}, but the model takes {max_length} tokens")
+        self.notes += _sampling_notes(evaluation, self.has_test)
 
-    def num_items(self, rows: np.ndarray) -> int:
-        return int(self.train.num_labelled[rows].sum())
+    # ---- evaluation ------------------------------------------------------------------------
 
-    def collate(self, rows: np.ndarray, device: torch.device) -> Batch:
-        return collate_problems(self.train, rows, device)
-
-    def loss(self, model: nn.Module, batch: Batch, num_items: int, needs: Collection[Need] = ()) -> BatchLoss:
-        """Rows are padded on their right, so that the decoder needs no mask."""
-        assert batch.rows is not None
-        share = len(batch.rows) / num_items
-        lens = self._lens(model) if Need.LENS in needs else None
-        with self._autocast(), lens.watching() if lens else nullcontext():
-            hidden_NLD, weight, bias = hidden_states(model, batch.inputs["input_ids"])
-        lens_MD = lens.read(_spread(batch.rows, LENS_TOKENS)) if lens else None
-        found = self._cross_entropy(
-            hidden_NLD, weight, bias, batch, num_items, statistics=Need.TOKENS in needs, lens_hidden=lens_MD
-        )
-        statistics = {}
-        if Need.TOKENS in needs:
-            assert found.fisher is not None
-            assert found.entropy is not None
-            statistics = {"answer_fisher": found.fisher.sum() / num_items, "entropy": found.entropy.sum() / num_items}
-        if found.lens_entropy is not None:
-            statistics["lens_entropy"] = found.lens_entropy.mean() * share
-        if Need.PROMPT in needs:
-            statistics["prompt_fisher"] = _prompt_fisher(hidden_NLD, weight, bias, batch) * share
-        return BatchLoss(found.loss, statistics)
-
-    def evaluate(
-        self, model: nn.Module, limits: TokenLimits, stop: Callable[[], bool], shrink: Shrink | None
-    ) -> Score | None:
+    def evaluate(self, model: nn.Module, limits: TokenLimits, stop: Stop, shrink: Shrink | None) -> Score | None:
         return self._score(model, self._validation, self._plain, limits, stop, shrink)
 
-    def evaluate_test(
-        self, model: nn.Module, limits: TokenLimits, stop: Callable[[], bool], shrink: Shrink | None
-    ) -> Score | None:
+    def evaluate_test(self, model: nn.Module, limits: TokenLimits, stop: Stop, shrink: Shrink | None) -> Score | None:
         assert self._test is not None
         return self._score(model, self._test, self._sampled, limits, stop, shrink)
 
     def time_evaluation(self, model: nn.Module, limits: TokenLimits) -> float:
         """As if no answer ended by itself: an untrained model's may not."""
         decode_s = expected_decode_s(model, self._validation, self._plain, limits.evaluation)
-        return decode_s + self._expected_loss_s(model, limits)
+        return decode_s + self.answer_loss.expected_s(model, self.validation, limits)
 
     def largest_evaluation_batch(self, limits: TokenLimits) -> tuple[int, int]:
         return largest_batch(self._validation, self._plain, limits.evaluation)
@@ -118,90 +110,69 @@ class WordProblems(Objective):
         problem_set: ProblemSet,
         decoding: Decoding,
         limits: TokenLimits,
-        stop: Callable[[], bool],
+        stop: Stop,
         shrink: Shrink | None,
     ) -> Score | None:
-        loss = self._mean_loss(model, problem_set.encoded, limits, stop)
+        loss = self.answer_loss.mean(model, problem_set.encoded, limits, stop)
         if loss is None:
             return None
         return score_problems(model, problem_set, decoding, limits.evaluation, stop, shrink, loss)
 
-    def _mean_loss(
-        self, model: nn.Module, encoded: EncodedProblems, limits: TokenLimits, stop: Callable[[], bool]
-    ) -> float | None:
-        """Nats a token of the worked answers, as far as they fit; NaN where none does."""
-        training, total = model.training, torch.zeros((), dtype=torch.float64, device=self._device)
-        model.eval()
-        try:
-            for rows in _loss_batches(encoded, limits):
-                if stop():
-                    return None
-                total += self._loss_sum(model, encoded, rows)
-        finally:
-            model.train(training)
-        count = int(encoded.num_labelled.sum())
-        return float(total) / count if count else math.nan
+    @classmethod
+    def read_set(cls, path: Path, config: DatasetConfig, evaluation: EvaluationConfig, seed: int) -> OtherSet:
+        return _OtherProblems(read_problem_set(path, config), config, evaluation, seed)
 
-    @torch.no_grad()
-    def _loss_sum(self, model: nn.Module, encoded: EncodedProblems, rows: np.ndarray) -> torch.Tensor:
-        batch = collate_problems(encoded, rows, self._device)
-        with self._autocast():
-            hidden_NLD, weight, bias = hidden_states(model, batch.inputs["input_ids"])
-        return self._cross_entropy(hidden_NLD, weight, bias, batch, num_items=1).loss
+    # ---- export ----------------------------------------------------------------------------
 
-    def _expected_loss_s(self, model: nn.Module, limits: TokenLimits) -> float:
-        """Of `_mean_loss`, from its largest batch."""
-        encoded, groups = self.validation, _loss_batches(self.validation, limits)
-        areas = [len(rows) * int(encoded.widths[rows].max()) for rows in groups]
-        largest = groups[int(np.argmax(areas))]
-        self._loss_sum(model, encoded, largest).item()  # the first pass builds kernels and buffers
-        start = time.perf_counter()
-        self._loss_sum(model, encoded, largest).item()
-        return (time.perf_counter() - start) * sum(areas) / max(areas)
+    def encode_validation(self, rows: Sequence[int] | None, tokenizer: Any, max_length: int) -> EncodedPrompts:
+        problems = self._held_out if rows is None else self._held_out.pick(rows)
+        return encode_prompts(as_prompts(problems, self.config.prompt), tokenizer, max_length)
 
-    def _lens(self, model: nn.Module) -> FirstLayer:
-        if self._first_layer is None:
-            self._first_layer = FirstLayer(model)
-        return self._first_layer
+    @property
+    def num_validation(self) -> int:
+        return len(self._held_out)
 
-    def _autocast(self) -> AbstractContextManager:
-        """A model that is trained whole keeps its weights in fp32."""
-        trains_all = not self._frozen_head and self._dtype != torch.float32
-        return torch.autocast(self._device.type, self._dtype) if trains_all else nullcontext()
+    def facts(self) -> dict[str, Any]:
+        return {"prompt": self.config.prompt}
 
-    def _cross_entropy(
-        self,
-        hidden_NLD: torch.Tensor,
-        weight: torch.Tensor,
-        bias: torch.Tensor | None,
-        batch: Batch,
-        num_items: int,
-        statistics: bool = False,
-        lens_hidden: torch.Tensor | None = None,
-    ) -> CrossEntropy:
-        if self._frozen_head:
-            return linear_cross_entropy(
-                hidden_NLD, weight, batch.labels, bias, rows=batch.rows, num_items=num_items, statistics=statistics,
-                lens_hidden=lens_hidden,
-            )  # fmt: skip
-        labels = batch.labels.view(-1)[batch.rows]
-        with self._autocast():
-            logits = nn.functional.linear(hidden_NLD.flatten(0, 1)[batch.rows], weight, bias)
-        found = logits_cross_entropy(logits, labels, num_items=num_items, statistics=statistics)
-        if lens_hidden is None:
-            return found
-        return found._replace(lens_entropy=_statistics(lens_hidden, weight, bias, labels[: len(lens_hidden)]).entropy)
+    def card_task(self) -> str:
+        return f"{self.name}, word problems"
+
+    def card_example(self, max_length: int, eos_token_ids: tuple[int, ...]) -> str:
+        return _EXAMPLE.format(prompt=self.config.prompt, max_new_tokens=max_length, eos=list(eos_token_ids))
 
 
-def make_problem_set(problems: Problems, run: RunConfig, backbone: Backbone) -> ProblemSet:
+class _OtherProblems(OtherSet):
+    def __init__(self, problems: Problems, config: DatasetConfig, evaluation: EvaluationConfig, seed: int) -> None:
+        super().__init__(problems.source, problems.num_skipped, list(problems.notes))
+        self._problems, self._config, self._evaluation, self._seed = problems, config, evaluation, seed
+
+    def load_model(self, config: ModelConfig, dtype: torch.dtype, device: torch.device, trained: bool) -> Backbone:
+        return load_causal_lm(config, dtype, device, trained)
+
+    def encode(self, backbone: Backbone) -> None:
+        self._set = make_problem_set(self._problems, self._config, self._evaluation, backbone)
+        self._decoding = decoding_of(self._evaluation, backbone, sampling_of(self._evaluation, self._seed))
+        self.notes += self._set.encoded.notes
+
+    def score(self, model: nn.Module, limits: TokenLimits, shrink: Shrink) -> Score:
+        found = score_problems(model, self._set, self._decoding, limits.evaluation, shrink=shrink)
+        assert found is not None
+        return found
+
+
+def make_problem_set(
+    problems: Problems, config: DatasetConfig, evaluation: EvaluationConfig, backbone: Backbone
+) -> ProblemSet:
     """Problems for a model to be scored on.
 
     Raises:
         UserError: no prompt leaves room for an answer.
     """
-    max_length, max_prompt = _max_length(run, backbone), _max_prompt(run, backbone)
-    encoded = encode_problems(
-        problems, backbone.tokenizer, run.dataset.prompt, max_length, training=False, max_prompt=max_prompt
+    max_length = min(config.max_length, backbone.max_positions or config.max_length)
+    max_prompt = _max_prompt(config, evaluation, backbone)
+    encoded = encode_prompts(
+        as_prompts(problems, config.prompt), backbone.tokenizer, max_length, training=False, max_prompt=max_prompt
     )
     if len(encoded.unusable) == len(encoded):
         raise UserError(
@@ -216,35 +187,27 @@ def decoding_of(config: EvaluationConfig, backbone: Backbone, sampling: Sampling
     return Decoding(backbone.tokenizer, backbone.eos_token_ids, config.max_new_tokens, config.calculator, sampling)
 
 
-def _max_length(run: RunConfig, backbone: Backbone) -> int:
-    return min(run.dataset.max_length, backbone.max_positions or run.dataset.max_length)
+def sampling_of(config: EvaluationConfig, seed: int) -> Sampling | None:
+    if not config.pass_at:
+        return None
+    return Sampling(config.pass_at, max(config.num_samples, config.pass_at), config.temperature, config.top_p, seed)
 
 
-def _max_prompt(run: RunConfig, backbone: Backbone) -> int:
+def _max_prompt(config: DatasetConfig, evaluation: EvaluationConfig, backbone: Backbone) -> int:
     """In tokens, so that the model's context has room for an answer of evaluation.max_new_tokens.
 
     Raises:
         UserError: it has none even for a prompt of one token.
     """
     if backbone.max_positions is None:
-        return run.dataset.max_length
-    longest = backbone.max_positions - run.evaluation.max_new_tokens
+        return config.max_length
+    longest = backbone.max_positions - evaluation.max_new_tokens
     if longest < 1:
         raise UserError(
-            f"evaluation.max_new_tokens: model {run.model.name} takes {backbone.max_positions:,} tokens, prompt and "
-            f"answer together, so that {run.evaluation.max_new_tokens:,} new ones leave no room for a prompt. Set it "
-            "lower"
+            f"evaluation.max_new_tokens: the model takes {backbone.max_positions:,} tokens, prompt and answer "
+            f"together, so that {evaluation.max_new_tokens:,} new ones leave no room for a prompt. Set it lower"
         )
     return longest
-
-
-def sampling_of(run: RunConfig) -> Sampling | None:
-    config = run.evaluation
-    if not config.pass_at:
-        return None
-    return Sampling(
-        config.pass_at, max(config.num_samples, config.pass_at), config.temperature, config.top_p, run.training.seed
-    )
 
 
 def _sampling_notes(config: EvaluationConfig, has_test: bool) -> Iterator[str]:
@@ -256,41 +219,3 @@ def _sampling_notes(config: EvaluationConfig, has_test: bool) -> Iterator[str]:
     if 0 < config.num_samples < config.pass_at:
         k = config.pass_at
         yield f"evaluation.num_samples is {config.num_samples}, but pass@{k} needs {k} samples: so many are drawn"
-
-
-@torch.no_grad()
-def _prompt_fisher(
-    hidden_NLD: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, batch: Batch
-) -> torch.Tensor:
-    """Mean Fisher of prompt tokens, evenly spaced in each row."""
-    num_rows, width = batch.labels.shape
-    ids_NL = batch.inputs["input_ids"]
-    lengths_N = (batch.labels != IGNORE).float().argmax(1)  # the prompt's last position, which is labelled
-    each = max(1, min(PROMPT_TOKENS // num_rows, width))
-    places = (torch.arange(each, device=ids_NL.device) + 0.5) / each
-    columns = (places * lengths_N[:, None]).long()
-    rows_P = (columns + width * torch.arange(num_rows, device=ids_NL.device)[:, None]).flatten()
-    labels_P = ids_NL.gather(1, (columns + 1).clamp(max=width - 1)).flatten()
-    fisher = _statistics(hidden_NLD.detach().flatten(0, 1)[rows_P], weight, bias, labels_P).fisher
-    assert fisher is not None
-    return fisher.mean()
-
-
-def _statistics(
-    hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, labels: torch.Tensor
-) -> CrossEntropy:
-    with torch.no_grad():
-        detached = None if bias is None else bias.detach().to(hidden.dtype)
-        return linear_cross_entropy(hidden, weight.detach().to(hidden.dtype), labels, detached, statistics=True)
-
-
-def _loss_batches(encoded: EncodedProblems, limits: TokenLimits) -> list[np.ndarray]:
-    """What fits with gradients fits without."""
-    return evaluation_batches(encoded, min(limits.training, limits.evaluation))
-
-
-def _spread(rows: torch.Tensor, most: int) -> torch.Tensor:
-    """At most `most` of them, evenly spaced."""
-    if len(rows) <= most:
-        return rows
-    return rows[torch.linspace(0, len(rows) - 1, most, device=rows.device).long()]

@@ -2,117 +2,171 @@
 
 from __future__ import annotations
 
-import time
+from collections import Counter
 from collections.abc import Callable, Collection
-from contextlib import nullcontext
+from typing import Any, ClassVar, Self
 
 import numpy as np
 import torch
 from torch import nn
 
-from fastpeft.config import RunConfig
-from fastpeft.data.batches import Batch, Encoded, collate, encode, evaluation_batches
-from fastpeft.data.task import ClassificationTask
-from fastpeft.device_memory import TokenLimits
-from fastpeft.models.backbone import Backbone
-from fastpeft.models.lens import FirstLayer
+from fastpeft.config.schema import DatasetConfig, EvaluationConfig
+from fastpeft.data.rows import DataError, Row, label_text
+from fastpeft.data.source import TRAIN, Source
 from fastpeft.signals import Need
-from fastpeft.tasks.base import BatchLoss, Objective, Shrink
-from fastpeft.tasks.sequence_classification.scoring import Score, score
+from fastpeft.tasks.sequence_classification.datasets import DATASETS
+from fastpeft.tasks.sequences.labels import LabelIndex
+from fastpeft.tasks.sequences.reading import LabelledTexts, TextSplit, read_texts, source_columns
+from fastpeft.tasks.sequences.scoring import Answers
+from fastpeft.tasks.sequences.task import SequenceTask
 
-_TIMED_BATCHES = 4
+MAX_INFERRED_LABELS = 100
+"""More different values, and more than one in ten rows: not labels, unless they are named."""
 
-
-class Classification(Objective):
-    def __init__(self, task: ClassificationTask, run: RunConfig, backbone: Backbone, device: torch.device) -> None:
-        self.metric, self._f1_class, self._device = task.metric, task.f1_class, device
-        max_length = min(run.dataset.max_length, backbone.max_positions or run.dataset.max_length)
-        rows = task.validation.head(run.evaluation.max_examples)
-        self.train, self.validation = (
-            encode(examples, backbone.tokenizer, max_length, backbone.reads_segments) for examples in (task.train, rows)
-        )
-        self._first_layer: FirstLayer | None = None
-        self.notes = list(_notes(task, self.train, self.validation, max_length, run))
-
-    def num_items(self, rows: np.ndarray) -> int:
-        return len(rows)
-
-    def collate(self, rows: np.ndarray, device: torch.device) -> Batch:
-        return collate(self.train, rows, device)
-
-    def loss(self, model: nn.Module, batch: Batch, num_items: int, needs: Collection[Need] = ()) -> BatchLoss:
-        if Need.LENS in needs and self._first_layer is None:
-            self._first_layer = FirstLayer(model)
-        return classification_loss(model, batch, num_items, needs, self._first_layer if Need.LENS in needs else None)
-
-    def evaluate(
-        self, model: nn.Module, limits: TokenLimits, stop: Callable[[], bool], shrink: Shrink | None
-    ) -> Score | None:
-        return score(model, self.validation, limits.evaluation, self._device, stop, shrink, self._f1_class)
-
-    def time_evaluation(self, model: nn.Module, limits: TokenLimits) -> float:
-        """From a few batches spread over all lengths."""
-        groups = evaluation_batches(self.validation, limits.evaluation)
-        chosen = [groups[i * (len(groups) - 1) // max(1, _TIMED_BATCHES - 1)] for i in range(_TIMED_BATCHES)]
-
-        def area(rows: np.ndarray) -> int:
-            return len(rows) * int(self.validation.lengths[rows].max())
-
-        seconds = []
-        with torch.inference_mode():
-            for rows in [chosen[-1], *chosen]:  # the first is a warm-up
-                start = time.perf_counter()
-                batch = collate(self.validation, rows, self._device)
-                model(**batch.inputs).logits.sum().item()
-                seconds.append((time.perf_counter() - start) / area(rows))
-        return sum(seconds[1:]) / _TIMED_BATCHES * sum(map(area, groups))
-
-    def largest_evaluation_batch(self, limits: TokenLimits) -> tuple[int, int]:
-        rows = evaluation_batches(self.validation, limits.evaluation)[-1]
-        return len(rows), int(self.validation.widths[rows].max())
+_EXAMPLE = """\
+batch = tokenizer({texts}, truncation=True, max_length={max_length}, return_tensors="pt")
+print(model.config.id2label[model(**batch).logits.argmax(-1).item()])
+"""
 
 
-def classification_loss(
-    model: nn.Module,
-    batch: Batch,
-    num_items: int,
-    needs: Collection[Need] = (),
-    first_layer: FirstLayer | None = None,
-) -> BatchLoss:
-    """Cross entropy of the model's logits, N x labels, in fp32. `first_layer` may be kept from pass to pass."""
-    if first_layer is None and Need.LENS in needs:
-        first_layer = FirstLayer(model)
-    with nullcontext() if first_layer is None else first_layer.watching():
-        logits = model(**batch.inputs).logits.float()
-    loss = nn.functional.cross_entropy(logits, batch.labels, reduction="sum") / num_items
-    return BatchLoss(loss, _statistics(logits.detach(), batch.labels, num_items, needs, first_layer))
+class SequenceClassification(SequenceTask):
+    kind: ClassVar[str] = "classification"
+    problem_type: ClassVar[str] = "single_label_classification"
+    label_dtype: ClassVar[type] = np.int64
+    datasets = DATASETS
+    metric = "accuracy"
 
+    def __init__(
+        self,
+        name: str,
+        texts: LabelledTexts,
+        label_names: tuple[str, ...],
+        config: DatasetConfig,
+        evaluation: EvaluationConfig,
+        f1_label: str | None = None,
+    ) -> None:
+        self.label_names = label_names
+        self.f1_class = label_names.index(f1_label) if f1_label in label_names else None
+        super().__init__(name, texts, config, evaluation)
+        there = set(texts.train.labels)
+        absent = [label for i, label in enumerate(label_names) if i not in there]
+        if absent:
+            self.notes.append(
+                f"no training row has the label {', '.join(absent)}: are dataset.name and dataset.labels those of the "
+                "data?"
+            )
 
-@torch.no_grad()
-def _statistics(
-    logits: torch.Tensor, labels: torch.Tensor, num_items: int, needs: Collection[Need], first_layer: FirstLayer | None
-) -> dict[str, torch.Tensor]:
-    """The loss is the same to the bit whatever of them is wanted."""
-    found = {}
-    if Need.TOKENS in needs:
-        probability = logits.softmax(1)
-        found["entropy"] = torch.special.entr(probability).sum() / num_items
+    @classmethod
+    def load(cls, config: DatasetConfig, source: Source, evaluation: EvaluationConfig, seed: int) -> Self:
+        known = source.known
+        given = tuple(config.labels) if config.labels else known.labels if known else None
+        column = source_columns(config, source).label
+        classes = _class_names(source, column, given)
+        labels = _Labels(config, given or classes)
+        names = {column: classes} if classes else None
+        texts = read_texts(config, source, labels.fault, labels.reader, names)
+        assert labels.index is not None
+        f1_label = known.f1_label if known else None
+        return cls(source.name, texts, labels.index.names, config, evaluation, f1_label)
+
+    def describe(self) -> str:
+        train = self.texts.train
+        shares = Counter(train.labels)
+        labels = ", ".join(f"{name} {shares[i] / len(train):.0%}" for i, name in enumerate(self.label_names))
+        return f"{self.name}: {len(train):,} training rows ({labels}), {len(self.texts.validation):,} validation rows"
+
+    @property
+    def num_outputs(self) -> int:
+        return len(self.label_names)
+
+    def row_losses(self, logits_NC: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        return nn.functional.cross_entropy(logits_NC, labels, reduction="sum")
+
+    def statistics(
+        self, logits_NC: torch.Tensor, labels: torch.Tensor, num_items: int, needs: Collection[Need]
+    ) -> dict[str, torch.Tensor]:
+        if Need.TOKENS not in needs:
+            return {}
+        probability = logits_NC.softmax(1)
+        entropy = torch.special.entr(probability).sum() / num_items
         error = probability.scatter_(1, labels[:, None], -1, reduce="add")
-        found["answer_fisher"] = error.square_().sum() / num_items
-    if first_layer is not None:
-        lens = torch.special.entr(first_layer.read_classes().softmax(1)).sum(1)
-        found["lens_entropy"] = lens.mean() * (len(labels) / num_items)
-    return found
+        return {"entropy": entropy, "answer_fisher": error.square_().sum() / num_items}
+
+    def metrics(self, answers: Answers, labels: np.ndarray) -> tuple[float, dict[str, float], dict[str, dict]]:
+        """Accuracy. F1 is 2 TP / (2 TP + FP + FN), and 0 where the class neither is there nor is predicted."""
+        predicted = answers.logits_NC.argmax(-1).numpy()
+        accuracy = float((predicted == labels).mean())
+        if self.f1_class is None:
+            return accuracy, {}, {}
+        is_class, says_class = labels == self.f1_class, predicted == self.f1_class
+        named = int(is_class.sum() + says_class.sum())
+        return accuracy, {"f1": 2 * int((is_class & says_class).sum()) / max(1, named)}, {}
+
+    def card_task(self) -> str:
+        return f"{self.name}, labels {', '.join(self.label_names)}"
+
+    def card_example(self, max_length: int, eos_token_ids: tuple[int, ...]) -> str:
+        return _EXAMPLE.format(texts=self._texts_of_card(), max_length=max_length)
 
 
-def _notes(task: ClassificationTask, train: Encoded, validation: Encoded, max_length: int, run: RunConfig):
-    there = set(task.train.labels)
-    absent = [name for i, name in enumerate(task.label_names) if i not in there]
-    if absent:
-        missing = ", ".join(absent)
-        yield f"no training row has the label {missing}: are dataset.name and dataset.labels those of the data?"
-    for split, encoded in (("training", train), ("validation", validation)):
-        if encoded.num_truncated:
-            yield f"{encoded.num_truncated:,} {split} rows were cut to {max_length} tokens"
-    if max_length < run.dataset.max_length:
-        yield f"dataset.max_length is {run.dataset.max_length}, but the model takes {max_length} tokens"
+class _Labels:
+    """Label names: those that are given, or those of the training rows."""
+
+    def __init__(self, config: DatasetConfig, names: tuple[str, ...] | None) -> None:
+        self._config, self._given = config, names
+        self._no_label = set(LabelIndex.MISSING) - set(names or ())
+        self._other = config.name if config.path is not None and config.name != "local" else None
+        self.index: LabelIndex | None = None
+
+    def fault(self, values: dict[str, Any], column: str) -> str | None:
+        label = values.get(column)
+        if isinstance(label, (dict, list)) or label_text(label) in self._no_label:
+            return f"column {column!r} holds {label!r}, which is no label"
+        return None
+
+    def reader(self, split: TextSplit) -> Callable[[Row], int]:
+        column = split.columns.label
+        if self.index is None:
+            self.index = self._make_index(split, column)
+        index = self.index
+
+        def number(row: Row) -> int:
+            value = label_text(row.values[column])
+            found = index(value)
+            if found is None:
+                raise DataError(
+                    f"{split.source}:{row.line}: unknown label {value!r}; known: {', '.join(index.names)}. "
+                    "Name every label in dataset.labels, in the order of their numbers"
+                    + (f"; data other than {self._other} needs a dataset.name of its own" if self._other else "")
+                )
+            return found
+
+        return number
+
+    def _make_index(self, split: TextSplit, column: str) -> LabelIndex:
+        if self._given:
+            index = LabelIndex(self._given)
+        else:
+            index = LabelIndex.from_values({str(label_text(row.values[column])) for row in split.rows})
+        if len(index.names) < 2:
+            raise DataError(f"{split.source}: one label only ({index.names}); a classifier needs two")
+        if not self._given and len(index.names) > max(MAX_INFERRED_LABELS, len(split.rows) // 10):
+            raise DataError(
+                f"{split.source}: the label column holds {len(index.names):,} different values in "
+                f"{len(split.rows):,} rows, such as {index.names[0]!r}: set dataset.columns.label, or name the labels "
+                "in dataset.labels"
+            )
+        return index
+
+
+def _class_names(source: Source, column: str, labels: tuple[str, ...] | None) -> tuple[str, ...] | None:
+    """Name of each class number in the data; None for a column that holds the labels themselves."""
+    names = source.class_names(TRAIN, column)
+    if names is None or labels is None or set(labels) == set(names):
+        return names
+    if len(labels) != len(names):
+        raise DataError(
+            f"dataset.labels: {len(labels)} names are given, but column {column!r} of {source.name} has {len(names)} "
+            f"classes: {', '.join(names)}"
+        )
+    return labels

@@ -45,7 +45,7 @@ def job(tmp_path: Path, seed: int) -> Job:
 
 def first_batch(job: Job):
     rows = job.batches.rows(0)
-    return job.objective.collate(rows, job.device), job.objective.num_items(rows)
+    return job.task.collate(rows, job.device), job.task.num_items(rows)
 
 
 def gradients(job: Job) -> dict[str, torch.Tensor]:
@@ -84,7 +84,7 @@ def test_is_the_loss_of_transformers_with_every_gradient(
     wanted.backward()
     theirs = gradients(job)
     job.adapter.flat.grad.zero_()
-    found = job.objective.loss(job.adapter.model, batch, num_items)
+    found = job.task.loss(job.adapter.model, batch, num_items)
     found.loss.backward()
     assert found.loss.item() == pytest.approx(wanted.item(), rel=1e-6)
     assert found.statistics == {}
@@ -105,8 +105,8 @@ def test_micro_batches_add_up_to_the_batch(method: str, tmp_path: Path, seed: in
 
     def whole(max_tokens: int):
         parts = list(micro_batches(encoded, rows, max_tokens))
-        batches = (job.objective.collate(part, job.device) for part in parts)
-        found = forward_backward(job.adapter, job.objective.loss, batches, job.objective.num_items(rows), probes=probes)
+        batches = (job.task.collate(part, job.device) for part in parts)
+        found = forward_backward(job.adapter, job.task.loss, batches, job.task.num_items(rows), probes=probes)
         statistics = {name: float(value) for name, value in found.statistics.items()}
         return len(parts), float(found.loss), job.adapter.flat.grad.clone(), statistics
 
@@ -127,7 +127,7 @@ def test_full_fine_tuning_in_bf16_is_near_fp32(tmp_path: Path, seed: int) -> Non
         job = build(tmp_path, seed, method="full", training={"precision": precision})
         batch, num_items = first_batch(job)
         with torch.random.fork_rng():
-            result = job.objective.loss(job.adapter.model, batch, num_items, tuple(Need))
+            result = job.task.loss(job.adapter.model, batch, num_items, tuple(Need))
         job.adapter.flat.grad.zero_()
         result.loss.backward()
         assert job.adapter.flat.data.dtype == torch.float32
@@ -167,7 +167,7 @@ def mean(values) -> float:
 def test_token_statistics_are_those_of_the_full_logits(method: str, tmp_path: Path, seed: int) -> None:
     job = build(tmp_path, seed, method=method)
     batch, num_items = first_batch(job)
-    found = job.objective.loss(job.adapter.model, batch, num_items, (Need.TOKENS,)).statistics
+    found = job.task.loss(job.adapter.model, batch, num_items, (Need.TOKENS,)).statistics
     assert found.keys() == {"answer_fisher", "entropy"}
     logits = rows_of_logits(job, batch)
     places = [(i, t) for i, t in np.ndindex(*batch.labels.shape) if batch.labels[i, t] != IGNORE]
@@ -193,14 +193,14 @@ def test_prompt_statistics_are_those_of_prompt_tokens(most: int, job: Job, monke
         by_place = [fisher(logits[i, t], int(ids[i, t + 1])) for t in places]
         wanted += [by_place[int((k + 0.5) / each * len(places))] for k in range(each)]
         everywhere += by_place
-    found = float(job.objective.loss(job.adapter.model, batch, num_items, (Need.PROMPT,)).statistics["prompt_fisher"])
+    found = float(job.task.loss(job.adapter.model, batch, num_items, (Need.PROMPT,)).statistics["prompt_fisher"])
     assert found == pytest.approx(mean(wanted), rel=1e-5)
     assert found == pytest.approx(mean(everywhere), rel=0.2)
 
     spoilt = ids.clone()  # the answers, which nothing in the prompts may see
     spoilt[batch.labels.roll(1, 1) != IGNORE] += 1
     batch.inputs["input_ids"] = spoilt
-    again = job.objective.loss(job.adapter.model, batch, num_items, (Need.PROMPT,)).statistics["prompt_fisher"]
+    again = job.task.loss(job.adapter.model, batch, num_items, (Need.PROMPT,)).statistics["prompt_fisher"]
     assert float(again) == pytest.approx(found, rel=1e-5)
 
 
@@ -216,7 +216,7 @@ def test_lens_entropy_is_that_behind_the_first_adapted_layer(
     write_run(tmp_path, num_hidden_layers=3)
     job = build(tmp_path, seed, method=method, adapter={"target_modules": targets})
     batch, num_items = first_batch(job)
-    found = job.objective.loss(job.adapter.model, batch, num_items, (Need.LENS,)).statistics
+    found = job.task.loss(job.adapter.model, batch, num_items, (Need.LENS,)).statistics
     assert found.keys() == {"lens_entropy"}
     core = job.adapter.model if method == "full" else job.adapter.model.get_base_model()
     with torch.no_grad():
@@ -239,11 +239,11 @@ def test_nothing_more_is_computed_than_what_is_asked_for(job: Job, monkeypatch: 
     monkeypatch.setattr(module, "linear_cross_entropy", noted)
     monkeypatch.setattr(module, "FirstLayer", lambda model: watched.append(model))
     batch, num_items = first_batch(job)
-    assert job.objective.loss(job.adapter.model, batch, num_items).statistics == {}
-    assert job.objective.loss(job.adapter.model, batch, num_items, (Need.LOSS, Need.BLOCKS)).statistics == {}
+    assert job.task.loss(job.adapter.model, batch, num_items).statistics == {}
+    assert job.task.loss(job.adapter.model, batch, num_items, (Need.LOSS, Need.BLOCKS)).statistics == {}
     assert [(call["statistics"], call["lens_hidden"]) for call in calls] == [(False, None)] * 2
     assert not watched
-    job.objective.loss(job.adapter.model, batch, num_items, (Need.TOKENS,))
+    job.task.loss(job.adapter.model, batch, num_items, (Need.TOKENS,))
     assert len(calls) == 3
     assert calls[2]["statistics"]
 
@@ -252,7 +252,7 @@ def test_nothing_more_is_computed_than_what_is_asked_for(job: Job, monkeypatch: 
 
 
 def test_validation_loss_is_the_mean_over_all_answer_tokens(job: Job) -> None:
-    objective, model = job.objective, job.adapter.model
+    objective, model = job.task, job.adapter.model
     before = job.adapter.flat.data.clone()
     found = objective.evaluate(model, LIMITS, go_on, None)
     assert model.training
@@ -274,7 +274,7 @@ def test_validation_loss_is_the_mean_over_all_answer_tokens(job: Job) -> None:
 def test_evaluation_ignores_dropout_and_draws_no_random_numbers(tmp_path: Path) -> None:
     job = build(tmp_path, dropout=0.5)
     state = torch.get_rng_state()
-    scores = [job.objective.evaluate(job.adapter.model, LIMITS, go_on, None) for _ in range(2)]
+    scores = [job.task.evaluate(job.adapter.model, LIMITS, go_on, None) for _ in range(2)]
     assert torch.equal(torch.get_rng_state(), state)
     assert scores[0].loss == scores[1].loss
 
@@ -283,7 +283,7 @@ def test_evaluation_ignores_dropout_and_draws_no_random_numbers(tmp_path: Path) 
 def test_a_stop_ends_the_evaluation_wherever_it_is(calls: int, job: Job) -> None:
     asked = []
     stop = lambda: asked.append(0) or len(asked) >= calls  # noqa: E731
-    assert job.objective.evaluate(job.adapter.model, TokenLimits(100, 100), stop, None) is None
+    assert job.task.evaluate(job.adapter.model, TokenLimits(100, 100), stop, None) is None
     assert len(asked) == calls
     assert job.adapter.model.training
 
@@ -292,30 +292,30 @@ def test_test_split_costs_its_problems_and_samples(tmp_path: Path) -> None:
     six, eight = 6, 8
     assert build(tmp_path).objective.test_cost == eight / six
     job = build(tmp_path, evaluation={"pass_at": 2, "num_samples": 4, "max_test_examples": 3})
-    assert job.objective.test_cost == 5 * 3 / six
-    score = job.objective.evaluate_test(job.adapter.model, LIMITS, go_on, None)
+    assert job.task.test_cost == 5 * 3 / six
+    score = job.task.evaluate_test(job.adapter.model, LIMITS, go_on, None)
     assert score.num_rows == 3
     assert 0 <= score.more["pass@2"] <= 1
-    assert "pass@2" not in job.objective.evaluate(job.adapter.model, LIMITS, go_on, None).more
+    assert "pass@2" not in job.task.evaluate(job.adapter.model, LIMITS, go_on, None).more
     (tmp_path / "problems" / "test.jsonl").unlink()
     job = build(tmp_path)
-    assert not job.objective.has_test
-    assert job.objective.test_cost == 0
+    assert not job.task.has_test
+    assert job.task.test_cost == 0
 
 
 def test_expected_seconds_count_the_loss_and_every_new_token(job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
     """On this machine as it is: within a factor, and rising with what is asked for."""
-    expected = job.objective.time_evaluation(job.adapter.model, LIMITS)
-    assert expected > job.objective._expected_loss_s(job.adapter.model, LIMITS) * 0.2 > 0
+    expected = job.task.time_evaluation(job.adapter.model, LIMITS)
+    assert expected > job.task._expected_loss_s(job.adapter.model, LIMITS) * 0.2 > 0
     monkeypatch.setattr(module, "expected_decode_s", lambda *args: 100.0)
-    assert 100 < job.objective.time_evaluation(job.adapter.model, LIMITS) < 130
+    assert 100 < job.task.time_evaluation(job.adapter.model, LIMITS) < 130
 
 
 def test_largest_evaluation_batch_is_the_widest_that_is_decoded(job: Job) -> None:
-    rows, width = job.objective.largest_evaluation_batch(LIMITS)
-    longest = int(job.objective.validation.prompt_lengths.max())
+    rows, width = job.task.largest_evaluation_batch(LIMITS)
+    longest = int(job.task.validation.prompt_lengths.max())
     assert (rows, width) == (6, math.ceil(longest / 8) * 8 + 32)
-    assert job.objective.largest_evaluation_batch(TokenLimits(1, 2 * width)) == (2, width)
+    assert job.task.largest_evaluation_batch(TokenLimits(1, 2 * width)) == (2, width)
 
 
 # ---- what does not fit -----------------------------------------------------------------------
@@ -338,7 +338,7 @@ def test_prompts_without_room_for_an_answer_are_named_and_wrong(tmp_path: Path) 
         "2 prompts of over 38 tokens leave no room for evaluation.max_new_tokens and count as wrong: "
         f"{file}:10 (39 tokens), {file}:11 (70 tokens)"
     ]
-    score = job.objective.evaluate_test(job.adapter.model, LIMITS, go_on, None)
+    score = job.task.evaluate_test(job.adapter.model, LIMITS, go_on, None)
     assert score.num_rows == 11
     assert score.more["no_room"] == 2 / 11
     assert math.isfinite(score.loss)
@@ -348,7 +348,7 @@ def test_training_problems_that_are_too_long_are_left_out_and_named(tmp_path: Pa
     write_run(tmp_path)
     add_long_rows(tmp_path, "train", [64])
     job = build(tmp_path)
-    assert len(job.objective.train) == 24 + 1 - 6 - 1
+    assert len(job.task.train) == 24 + 1 - 6 - 1
     assert any("longer than 64 tokens and left out" in note and "train.jsonl:25" in note for note in job.notes)
 
 
@@ -373,8 +373,8 @@ def test_a_context_that_is_too_short_is_refused(settings: dict, message: str, tm
 def test_a_long_context_bounds_nothing(tmp_path: Path) -> None:
     write_run(tmp_path, max_position_embeddings=4096)
     job = build(tmp_path, evaluation={"max_new_tokens": 2000})
-    assert isinstance(job.objective, WordProblems)
-    assert not len(job.objective.validation.unusable)
+    assert isinstance(job.task, WordProblems)
+    assert not len(job.task.validation.unusable)
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,165 @@
+"""Cross entropy of the answers' tokens, through the model's head without its logits where that is frozen.
+
+Shapes: N rows of a micro-batch, L tokens of a row, D hidden, P sampled prompt tokens, M sampled labelled tokens.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Collection
+from contextlib import AbstractContextManager, nullcontext
+
+import numpy as np
+import torch
+from torch import nn
+
+from fastpeft.data.batches import IGNORE, Batch, evaluation_batches
+from fastpeft.device_memory import TokenLimits
+from fastpeft.kernels import linear_cross_entropy, logits_cross_entropy
+from fastpeft.kernels.ops.linear_cross_entropy.op import CrossEntropy
+from fastpeft.models.lens import FirstLayer
+from fastpeft.models.lm_head import hidden_states
+from fastpeft.signals import Need
+from fastpeft.tasks.base import BatchLoss, Stop
+from fastpeft.tasks.causal_lm.prompts import EncodedPrompts, collate_prompts
+
+PROMPT_TOKENS, LENS_TOKENS = 1024, 256
+"""Most tokens of a micro-batch that Need.PROMPT and Need.LENS look at."""
+
+
+class AnswerLoss:
+    """Of one model.
+
+    Args:
+        dtype: that the model computes in.
+        frozen_head: the head is the pretrained one, whose logits need not be kept.
+    """
+
+    def __init__(self, device: torch.device, dtype: torch.dtype, frozen_head: bool) -> None:
+        self._device, self._dtype, self._frozen_head = device, dtype, frozen_head
+        self._first_layer: FirstLayer | None = None
+
+    def batch(self, model: nn.Module, batch: Batch, num_items: int, needs: Collection[Need] = ()) -> BatchLoss:
+        """Rows are padded on their right, so that the decoder needs no mask."""
+        assert batch.rows is not None
+        share = len(batch.rows) / num_items
+        lens = self._lens(model) if Need.LENS in needs else None
+        with self._autocast(), lens.watching() if lens else nullcontext():
+            hidden_NLD, weight, bias = hidden_states(model, batch.inputs["input_ids"])
+        lens_MD = lens.read(_spread(batch.rows, LENS_TOKENS)) if lens else None
+        found = self._cross_entropy(
+            hidden_NLD, weight, bias, batch, num_items, statistics=Need.TOKENS in needs, lens_hidden=lens_MD
+        )
+        statistics = {}
+        if Need.TOKENS in needs:
+            assert found.fisher is not None
+            assert found.entropy is not None
+            statistics = {"answer_fisher": found.fisher.sum() / num_items, "entropy": found.entropy.sum() / num_items}
+        if found.lens_entropy is not None:
+            statistics["lens_entropy"] = found.lens_entropy.mean() * share
+        if Need.PROMPT in needs:
+            statistics["prompt_fisher"] = _prompt_fisher(hidden_NLD, weight, bias, batch) * share
+        return BatchLoss(found.loss, statistics)
+
+    def mean(self, model: nn.Module, encoded: EncodedPrompts, limits: TokenLimits, stop: Stop) -> float | None:
+        """Nats a token of the answers, as far as they fit; NaN where none does; None if `stop` said so."""
+        training, total = model.training, torch.zeros((), dtype=torch.float64, device=self._device)
+        model.eval()
+        try:
+            for rows in _loss_batches(encoded, limits):
+                if stop():
+                    return None
+                total += self._sum(model, encoded, rows)
+        finally:
+            model.train(training)
+        count = int(encoded.num_labelled.sum())
+        return float(total) / count if count else math.nan
+
+    def expected_s(self, model: nn.Module, encoded: EncodedPrompts, limits: TokenLimits) -> float:
+        """Of `mean`, from its largest batch."""
+        groups = _loss_batches(encoded, limits)
+        areas = [len(rows) * int(encoded.widths[rows].max()) for rows in groups]
+        largest = groups[int(np.argmax(areas))]
+        self._sum(model, encoded, largest).item()  # the first pass builds kernels and buffers
+        start = time.perf_counter()
+        self._sum(model, encoded, largest).item()
+        return (time.perf_counter() - start) * sum(areas) / max(areas)
+
+    @torch.no_grad()
+    def _sum(self, model: nn.Module, encoded: EncodedPrompts, rows: np.ndarray) -> torch.Tensor:
+        batch = collate_prompts(encoded, rows, self._device)
+        with self._autocast():
+            hidden_NLD, weight, bias = hidden_states(model, batch.inputs["input_ids"])
+        return self._cross_entropy(hidden_NLD, weight, bias, batch, num_items=1).loss
+
+    def _lens(self, model: nn.Module) -> FirstLayer:
+        if self._first_layer is None:
+            self._first_layer = FirstLayer(model)
+        return self._first_layer
+
+    def _autocast(self) -> AbstractContextManager:
+        """A model that is trained whole keeps its weights in fp32."""
+        trains_all = not self._frozen_head and self._dtype != torch.float32
+        return torch.autocast(self._device.type, self._dtype) if trains_all else nullcontext()
+
+    def _cross_entropy(
+        self,
+        hidden_NLD: torch.Tensor,
+        weight: torch.Tensor,
+        bias: torch.Tensor | None,
+        batch: Batch,
+        num_items: int,
+        statistics: bool = False,
+        lens_hidden: torch.Tensor | None = None,
+    ) -> CrossEntropy:
+        if self._frozen_head:
+            return linear_cross_entropy(
+                hidden_NLD, weight, batch.labels, bias, rows=batch.rows, num_items=num_items, statistics=statistics,
+                lens_hidden=lens_hidden,
+            )  # fmt: skip
+        labels = batch.labels.view(-1)[batch.rows]
+        with self._autocast():
+            logits = nn.functional.linear(hidden_NLD.flatten(0, 1)[batch.rows], weight, bias)
+        found = logits_cross_entropy(logits, labels, num_items=num_items, statistics=statistics)
+        if lens_hidden is None:
+            return found
+        return found._replace(lens_entropy=_statistics(lens_hidden, weight, bias, labels[: len(lens_hidden)]).entropy)
+
+
+@torch.no_grad()
+def _prompt_fisher(
+    hidden_NLD: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, batch: Batch
+) -> torch.Tensor:
+    """Mean Fisher of prompt tokens, evenly spaced in each row."""
+    num_rows, width = batch.labels.shape
+    ids_NL = batch.inputs["input_ids"]
+    lengths_N = (batch.labels != IGNORE).float().argmax(1)  # the prompt's last position, which is labelled
+    each = max(1, min(PROMPT_TOKENS // num_rows, width))
+    places = (torch.arange(each, device=ids_NL.device) + 0.5) / each
+    columns = (places * lengths_N[:, None]).long()
+    rows_P = (columns + width * torch.arange(num_rows, device=ids_NL.device)[:, None]).flatten()
+    labels_P = ids_NL.gather(1, (columns + 1).clamp(max=width - 1)).flatten()
+    fisher = _statistics(hidden_NLD.detach().flatten(0, 1)[rows_P], weight, bias, labels_P).fisher
+    assert fisher is not None
+    return fisher.mean()
+
+
+def _statistics(
+    hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, labels: torch.Tensor
+) -> CrossEntropy:
+    with torch.no_grad():
+        detached = None if bias is None else bias.detach().to(hidden.dtype)
+        return linear_cross_entropy(hidden, weight.detach().to(hidden.dtype), labels, detached, statistics=True)
+
+
+def _loss_batches(encoded: EncodedPrompts, limits: TokenLimits) -> list[np.ndarray]:
+    """What fits with gradients fits without."""
+    return evaluation_batches(encoded, min(limits.training, limits.evaluation))
+
+
+def _spread(rows: torch.Tensor, most: int) -> torch.Tensor:
+    """At most `most` of them, evenly spaced."""
+    if len(rows) <= most:
+        return rows
+    return rows[torch.linspace(0, len(rows) - 1, most, device=rows.device).long()]

@@ -1,0 +1,136 @@
+"""A language-model task whose prompts are read and whose answers are learned."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Callable, Collection, Sequence
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from torch import nn
+
+from fastpeft.config.schema import DatasetConfig, ModelConfig
+from fastpeft.data.batches import Batch, evaluation_batches
+from fastpeft.models.backbone import Backbone, load_causal_lm
+from fastpeft.models.lm_head import hidden_states
+from fastpeft.signals import Need
+from fastpeft.tasks.base import BatchLoss, ExportCheck, Task
+from fastpeft.tasks.causal_lm.loss import AnswerLoss
+from fastpeft.tasks.causal_lm.prompts import EncodedPrompts, collate_prompts
+
+CHECK_ROWS, CHECK_POSITIONS = 16, 16
+"""Of each of so many rows, so many of the answer's first tokens: a model's logits at all of them fill gigabytes."""
+_CHUNK_ROWS = 256
+
+
+class CausalLMTask(Task):
+    """What a kind adds: its rows as prompts and answers, and how answers are decoded and scored."""
+
+    auto_class: ClassVar[str] = "AutoModelForCausalLM"
+    peft_task_type: ClassVar[str] = "CAUSAL_LM"
+    pipeline_tag: ClassVar[str] = "text-generation"
+
+    train: EncodedPrompts
+    validation: EncodedPrompts
+
+    def __init__(self, name: str, config: DatasetConfig, batch_tokens: int) -> None:
+        """
+        Args:
+            batch_tokens: most padded tokens of a batch that is scored.
+        """
+        self.name, self.config, self.batch_tokens = name, config, batch_tokens
+        self._loss: AnswerLoss | None = None
+
+    @property
+    def answer_loss(self) -> AnswerLoss:
+        assert self._loss is not None, "encode comes first"
+        return self._loss
+
+    # ---- model and tokens ------------------------------------------------------------------
+
+    def load_model(
+        self, config: ModelConfig, dtype: torch.dtype, device: torch.device, trained: bool = False
+    ) -> Backbone:
+        return load_causal_lm(config, dtype, device, trained)
+
+    def encode(self, backbone: Backbone, device: torch.device) -> None:
+        self._loss = AnswerLoss(device, backbone.dtype, backbone.head_is_frozen)
+
+    def max_length(self, backbone: Backbone) -> int:
+        return min(self.config.max_length, backbone.max_positions or self.config.max_length)
+
+    # ---- training --------------------------------------------------------------------------
+
+    def num_items(self, rows: np.ndarray) -> int:
+        return int(self.train.num_labelled[rows].sum())
+
+    def collate(self, rows: np.ndarray, device: torch.device) -> Batch:
+        return collate_prompts(self.train, rows, device)
+
+    def loss(self, model: nn.Module, batch: Batch, num_items: int, needs: Collection[Need] = ()) -> BatchLoss:
+        return self.answer_loss.batch(model, batch, num_items, needs)
+
+    # ---- export ----------------------------------------------------------------------------
+
+    @abstractmethod
+    def encode_validation(self, rows: Sequence[int] | None, tokenizer: Any, max_length: int) -> EncodedPrompts:
+        """Rows of the validation split, or all of them, as training would tokenise them."""
+
+    @property
+    @abstractmethod
+    def num_validation(self) -> int: ...
+
+    def export_check(self, backbone: Backbone) -> ExportCheck:
+        return TokenAccuracy(
+            self.encode_validation,
+            self.num_validation,
+            backbone.tokenizer,
+            self.max_length(backbone),
+            self.batch_tokens,
+        )
+
+
+class TokenAccuracy(ExportCheck):
+    """The share of the answers' tokens that the model puts first, given those before them."""
+
+    where = "answer tokens of validation rows"
+    metric = "token_accuracy"
+
+    def __init__(
+        self,
+        encode: Callable[[Sequence[int] | None, Any, int], EncodedPrompts],
+        num_validation: int,
+        tokenizer: Any,
+        max_length: int,
+        batch_tokens: int,
+    ) -> None:
+        self._encode, self.num_validation, self._tokenizer = encode, num_validation, tokenizer
+        self.max_length, self._batch_tokens = max_length, batch_tokens
+
+    @torch.inference_mode()
+    def answers(self, model: nn.Module, tokenizer: Any, device: torch.device) -> torch.Tensor:
+        """At the first tokens of answers, one row at a time, by the model's own forward."""
+        num_rows = self.num_validation
+        chosen = np.linspace(0, num_rows - 1, min(CHECK_ROWS, num_rows)).astype(int).tolist()
+        encoded = self._encode(chosen, tokenizer, self.max_length)
+        found = []
+        for row in range(len(encoded)):
+            tokens = encoded.tokens[encoded.offsets[row] : encoded.offsets[row + 1]]
+            first = int(encoded.prompt_lengths[row]) - 1
+            ids = torch.from_numpy(tokens.astype(np.int64))[None].to(device)
+            positions = slice(first, min(len(tokens) - 1, first + CHECK_POSITIONS))
+            found.append(model(input_ids=ids, use_cache=False).logits[0, positions].float().cpu())
+        return torch.cat(found)
+
+    @torch.inference_mode()
+    def score(self, model: nn.Module, device: torch.device) -> float:
+        encoded = self._encode(None, self._tokenizer, self.max_length)
+        correct = torch.zeros((), dtype=torch.int64, device=device)
+        for rows in evaluation_batches(encoded, self._batch_tokens):
+            batch = collate_prompts(encoded, rows, device)
+            hidden, weight, bias = hidden_states(model, batch.inputs["input_ids"])
+            hidden_LD, labels_L = hidden.flatten(0, 1)[batch.rows], batch.labels.flatten()[batch.rows]
+            for part_CD, labels_C in zip(hidden_LD.split(_CHUNK_ROWS), labels_L.split(_CHUNK_ROWS)):
+                correct += (nn.functional.linear(part_CD, weight, bias).argmax(-1) == labels_C).sum()
+        return int(correct) / int(encoded.num_labelled.sum())

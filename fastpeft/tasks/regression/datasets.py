@@ -1,0 +1,9 @@
+"""Datasets with a score a row that are known by name."""
+
+from __future__ import annotations
+
+from fastpeft.data.known import KnownDataset
+
+DATASETS = {
+    "stsb": KnownDataset(repository="nyu-mll/glue", config="stsb", one_config=True, validation="validation"),
+}

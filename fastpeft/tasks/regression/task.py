@@ -1,0 +1,128 @@
+"""Regression: squared error of one output, Spearman's and Pearson's correlation over the validation rows."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Collection
+from typing import Any, ClassVar, Self
+
+import numpy as np
+import torch
+from torch import nn
+
+from fastpeft.config.schema import DatasetConfig, EvaluationConfig
+from fastpeft.data.rows import Row
+from fastpeft.data.source import TRAIN, Source
+from fastpeft.signals import Need
+from fastpeft.tasks.regression.datasets import DATASETS
+from fastpeft.tasks.sequences.reading import TextSplit, guess_columns, read_texts
+from fastpeft.tasks.sequences.scoring import Answers
+from fastpeft.tasks.sequences.task import SequenceTask
+
+_EXAMPLE = """\
+batch = tokenizer({texts}, truncation=True, max_length={max_length}, return_tensors="pt")
+print(model(**batch).logits.item())  # a score such as {example:g}
+"""
+
+
+class Regression(SequenceTask):
+    kind: ClassVar[str] = "regression"
+    problem_type: ClassVar[str] = "regression"
+    label_dtype: ClassVar[type] = np.float32
+    datasets = DATASETS
+    metric = "spearman"
+    num_outputs = 1
+
+    @classmethod
+    def recognises(cls, config: DatasetConfig, source: Source) -> str | None:
+        """Every label is a number, and not every one is whole: whole numbers are classes unless dataset.task says."""
+        column = guess_columns(config, source).label
+        if column is None or config.labels or source.class_names(TRAIN, column) is not None:
+            return None
+        found = [number_of(row.values.get(column)) for row in source.read(TRAIN, [column]).rows if not row.fault]
+        scores = [number for number in found if number is not None]
+        if len(scores) < max(1, len(found)) or all(score.is_integer() for score in scores):
+            return None
+        return (
+            f"every value of column {column!r} is a number, from {min(scores):g} to {max(scores):g}, and not all whole"
+        )
+
+    @classmethod
+    def load(cls, config: DatasetConfig, source: Source, evaluation: EvaluationConfig, seed: int) -> Self:
+        texts = read_texts(config, source, _fault, _reader)
+        return cls(source.name, texts, config, evaluation)
+
+    def describe(self) -> str:
+        scores = np.array(self.texts.train.labels)
+        return (
+            f"{self.name}: {len(scores):,} training rows (scores {scores.min():g} to {scores.max():g}, mean "
+            f"{scores.mean():.3g}), {len(self.texts.validation):,} validation rows"
+        )
+
+    def row_losses(self, logits_NC: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        return nn.functional.mse_loss(logits_NC.squeeze(1), labels, reduction="sum")
+
+    def statistics(
+        self, logits_NC: torch.Tensor, labels: torch.Tensor, num_items: int, needs: Collection[Need]
+    ) -> dict[str, torch.Tensor]:
+        """Fisher information of a normal distribution of unit variance round the output: the squared error's gradient,
+        halved. Its entropy is a constant, and counts as 0."""
+        if Need.TOKENS not in needs:
+            return {}
+        square = (logits_NC.squeeze(1) - labels).square().sum() / num_items
+        return {"entropy": torch.zeros_like(square), "answer_fisher": square}
+
+    def entropy(self, logits_NC: torch.Tensor) -> torch.Tensor:
+        return torch.zeros_like(logits_NC[:, 0])
+
+    def metrics(self, answers: Answers, labels: np.ndarray) -> tuple[float, dict[str, float], dict[str, dict]]:
+        """Spearman's rho; Pearson's r and the mean squared error beside it. A constant has no correlation: it is 0."""
+        predicted = answers.logits_NC[:, 0].double().numpy()
+        gold = labels.astype(np.float64)
+        spearman, pearson = correlations(predicted, gold)
+        return spearman, {"pearson": pearson, "mse": float(np.square(predicted - gold).mean())}, {}
+
+    def card_task(self) -> str:
+        scores = self.texts.train.labels
+        return f"{self.name}, a score from {min(scores):g} to {max(scores):g}"
+
+    def card_example(self, max_length: int, eos_token_ids: tuple[int, ...]) -> str:
+        example = float(np.median(self.texts.train.labels))
+        return _EXAMPLE.format(texts=self._texts_of_card(), max_length=max_length, example=example)
+
+
+def correlations(predicted: np.ndarray, gold: np.ndarray) -> tuple[float, float]:
+    """(Spearman's rho with ties at their mean rank, Pearson's r); 0 where one side is constant or not finite."""
+    from scipy.stats import pearsonr, spearmanr
+
+    if len(gold) < 2 or not np.isfinite(predicted).all() or np.ptp(predicted) == 0 or np.ptp(gold) == 0:
+        return 0.0, 0.0
+    return float(spearmanr(predicted, gold).statistic), float(pearsonr(predicted, gold).statistic)
+
+
+def number_of(value: Any) -> float | None:
+    """The finite number that a label holds; None for anything else, True and False included."""
+    if isinstance(value, bool) or not isinstance(value, (int, float, str)):
+        return None
+    try:
+        number = float(value)
+    except ValueError:
+        return None
+    return number if math.isfinite(number) else None
+
+
+def _fault(values: dict[str, Any], column: str) -> str | None:
+    if number_of(values.get(column)) is None:
+        return f"column {column!r} holds {values.get(column)!r:.80}, which is no finite number"
+    return None
+
+
+def _reader(split: TextSplit) -> Callable[[Row], float]:
+    column = split.columns.label
+
+    def score(row: Row) -> float:
+        number = number_of(row.values[column])
+        assert number is not None
+        return number
+
+    return score

@@ -1,0 +1,1 @@
+"""What tasks share whose rows are a text, or a pair of texts, with one answer: reading, tokens, batches, scoring."""

@@ -1,0 +1,33 @@
+"""Label names and their numbers."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+
+
+class LabelIndex:
+    """Label names to numbers. Takes a name, or a name's number if no name is itself a number."""
+
+    MISSING = (None, "", "-", "-1")
+    """What datasets write where there is no gold label."""
+
+    def __init__(self, names: tuple[str, ...], take_numbers: bool = True) -> None:
+        self.names = names
+        self._numbers = {name: i for i, name in enumerate(names)}
+        if take_numbers and not any(map(_is_whole_number, names)):
+            self._numbers |= {str(i): i for i in range(len(names))}
+
+    @classmethod
+    def from_values(cls, values: set[str]) -> LabelIndex:
+        """Labels found in training data, sorted; whole numbers by value. Their order is nobody's
+        numbering, so that a number does not stand for a name."""
+        key: Callable = int if all(map(_is_whole_number, values)) else str
+        return cls(tuple(sorted(values, key=key)), take_numbers=False)
+
+    def __call__(self, value: str | None) -> int | None:
+        return None if value is None else self._numbers.get(value)
+
+
+def _is_whole_number(name: str) -> bool:
+    return re.fullmatch(r"-?[0-9]+", name) is not None

@@ -1,0 +1,191 @@
+"""From rows with named columns to texts with one answer each: which columns, which rows are bad, what is held out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+from fastpeft.config.schema import ColumnsConfig, DatasetConfig
+from fastpeft.data.rows import DataError, Row, Split, choose_held_out, configured_columns, text_fault
+from fastpeft.data.source import TRAIN, VALIDATION, Source
+from fastpeft.tasks.sequences.examples import Examples
+
+_TEXT_PAIRS = (
+    ("premise", "hypothesis"),
+    ("sentence1", "sentence2"),
+    ("question", "passage"),
+    ("text", "text_pair"),
+)
+_TEXTS = ("sentence", "text", "review", "content")
+_LABELS = ("label", "labels", "gold_label", "answer", "class", "score")
+
+
+class Columns(NamedTuple):
+    text: str
+    text_pair: str | None
+    label: str
+
+
+@dataclass(frozen=True)
+class LabelledTexts:
+    """Two splits, read."""
+
+    train: Examples
+    validation: Examples
+    skipped_rows: dict[str, int] = field(default_factory=dict)
+    """Split -> rows left out under on_bad_row: skip."""
+    notes: tuple[str, ...] = ()
+
+
+class TextSplit:
+    """The rows of a split that can be used; those that cannot stop the run, or are counted."""
+
+    def __init__(
+        self,
+        split: Split,
+        config: DatasetConfig,
+        known: Mapping[str, str],
+        label_fault: Callable[[dict[str, Any], str], str | None],
+    ) -> None:
+        """
+        Args:
+            known: columns of a dataset that is known by name.
+            label_fault: what is wrong with the label in a row's values; None for one that can be used.
+
+        Raises:
+            DataError: a missing column, a malformed row, or no row at all.
+        """
+        self.source, self.num_skipped = split.source, 0
+        self.columns = choose_columns(split.source, split.require_columns(), config.columns, known)
+        self.rows: list[Row] = []
+        for row in split.rows:
+            fault = row.fault or self._fault(row.values, label_fault)
+            if fault is None:
+                self.rows.append(row)
+            elif config.on_bad_row == "skip":
+                self.num_skipped += 1
+            else:
+                raise DataError(f"{self.source}:{row.line}: {fault}. Mend the row, or set dataset.on_bad_row=skip")
+        if not self.rows:
+            raise DataError(f"{self.source}: all {self.num_skipped:,} rows are malformed")
+
+    def examples(self, label: Callable[[Row], Any]) -> Examples:
+        """`label` makes of a row what the task trains on."""
+        text, pair, _ = self.columns
+        pairs = [row.values[pair] for row in self.rows] if pair else None
+        return Examples([row.values[text] for row in self.rows], pairs, [label(row) for row in self.rows])
+
+    def _fault(self, values: dict[str, Any], label_fault: Callable[[dict[str, Any], str], str | None]) -> str | None:
+        for column in filter(None, self.columns[:2]):
+            fault = text_fault(values, column)
+            if fault is not None:
+                return fault
+        return label_fault(values, self.columns.label)
+
+
+def read_texts(
+    config: DatasetConfig,
+    source: Source,
+    label_fault: Callable[[dict[str, Any], str], str | None],
+    label_of: Callable[[TextSplit], Callable[[Row], Any]],
+    names: Mapping[str, tuple[str, ...]] | None = None,
+) -> LabelledTexts:
+    """Both splits; without a validation split a part of the training rows is held out.
+
+    Args:
+        label_of: of a split, what makes a row's label; called for the training split first.
+        names: column -> names of its class numbers.
+
+    Raises:
+        DataError: a missing split or column, a malformed row, an unknown label.
+    """
+    columns = source_columns(config, source)
+    extra = config.columns.label if isinstance(config.columns.label, list) else []
+    wanted = [column for column in (*columns, *extra) if column]
+    known = source.known.columns if source.known else {}
+
+    def read(split: str) -> TextSplit:
+        return TextSplit(source.read(split, wanted, names), config, known, label_fault)
+
+    train = read(TRAIN)
+    examples, skipped, notes = train.examples(label_of(train)), {TRAIN: train.num_skipped}, []
+    paired = examples.text_pair is not None
+    if source.has(VALIDATION):
+        validation = read(VALIDATION)
+        held_out = validation.examples(label_of(validation))
+        skipped[VALIDATION] = validation.num_skipped
+        if paired != (held_out.text_pair is not None):
+            raise DataError(
+                f"{train.source} holds {_kind(paired)} but {validation.source} {_kind(not paired)}: "
+                "name the columns in dataset.columns"
+            )
+    else:
+        examples, held_out = _hold_out(examples, config.validation_fraction)
+        share = f"{config.validation_fraction:.0%}"
+        notes.append(
+            f"{source.name} has no validation split: {share} of its training rows, {len(held_out):,}, are held out"
+        )
+    for split, rows in (("training", examples), ("validation", held_out)):
+        if not len(rows):
+            raise DataError(f"dataset {source.name}: the {split} split is empty")
+    return LabelledTexts(examples, held_out, {split: n for split, n in skipped.items() if n}, tuple(notes))
+
+
+def source_columns(config: DatasetConfig, source: Source) -> Columns:
+    """Of the training split. Raises DataError where they are not there, or cannot be guessed."""
+    known = source.known.columns if source.known else {}
+    return choose_columns(source.describe_split(TRAIN), source.columns(TRAIN), config.columns, known)
+
+
+def choose_columns(
+    source: str, have: Sequence[str], config: ColumnsConfig, known: Mapping[str, str] | None = None
+) -> Columns:
+    """As configured, else those of a dataset that is known by name, else by the usual names.
+
+    Raises:
+        DataError: a column that is not there, or that is left open and has no usual name.
+    """
+    text, pair, label = _guess(source, have, config, known or {})
+    for key, column in (("text", text), ("label", label)):
+        if column is None:
+            problems = "; or are these word problems? Then set dataset.task=word-problems" if "question" in have else ""
+            raise DataError(
+                f"{source}: which column is the {key}? Set dataset.columns.{key}; the columns are {', '.join(have)}"
+                f"{problems}"
+            )
+    assert text is not None
+    assert label is not None
+    return Columns(text, pair, label)
+
+
+class Guess(NamedTuple):
+    text: str | None
+    text_pair: str | None
+    label: str | None
+
+
+def guess_columns(config: DatasetConfig, source: Source) -> Guess:
+    """Of the training split, as far as they can be told. Raises DataError for a configured one that is not there."""
+    known = source.known.columns if source.known else {}
+    return _guess(source.describe_split(TRAIN), source.columns(TRAIN), config.columns, known)
+
+
+def _guess(source: str, have: Sequence[str], config: ColumnsConfig, known: Mapping[str, str]) -> Guess:
+    given = {key: column for key, column in known.items() if column in have}
+    given |= configured_columns(source, have, config)
+    text, pair = given.get("text"), given.get("text_pair")
+    if text is None:
+        both = next((p for p in _TEXT_PAIRS if set(p) <= set(have) and pair in (None, p[1])), None)
+        text, pair = both or (next((t for t in _TEXTS if t in have), None), pair)
+    label = given.get("label") or next((name for name in _LABELS if name in have), None)
+    return Guess(text, pair, str(config.label[0]) if isinstance(config.label, list) else label)
+
+
+def _kind(paired: bool) -> str:
+    return "pairs of texts" if paired else "single texts"
+
+
+def _hold_out(examples: Examples, validation_fraction: float) -> tuple[Examples, Examples]:
+    kept, held_out = choose_held_out(len(examples), max(1, round(len(examples) * validation_fraction)))
+    return examples.pick(kept), examples.pick(held_out)

@@ -1,0 +1,105 @@
+"""A whole split through a model with one answer a row: its logits and its loss."""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import nn
+
+from fastpeft.data.batches import evaluation_batches, micro_batches
+from fastpeft.device_memory import free_memory, is_out_of_memory
+from fastpeft.tasks.base import Shrink, Stop
+from fastpeft.tasks.sequences.examples import Encoded, collate
+
+RowLoss = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+"""(logits N x C in fp32, labels) -> the rows' losses, summed."""
+
+_TIMED_BATCHES = 4
+
+
+@dataclass(frozen=True)
+class Answers:
+    """Of every row of a split, in its order."""
+
+    logits_NC: torch.Tensor
+    """fp32, on the CPU."""
+    mean_loss: float
+
+
+@torch.inference_mode()
+def answer_rows(
+    model: nn.Module,
+    encoded: Encoded,
+    row_loss: RowLoss,
+    max_tokens: int,
+    device: torch.device,
+    stop: Stop = lambda: False,
+    shrink: Shrink | None = None,
+) -> Answers | None:
+    """Logits and mean loss over every row; None if `stop` said so before the end.
+
+    `shrink` is told the rows and the width of a batch that ran out of memory, and returns a smaller
+    `max_tokens`: the rows that are left go on in such batches.
+    Leaves the model in the mode it was in, and draws no random numbers.
+    """
+    training = model.training
+    model.eval()
+    parts: list[tuple[np.ndarray, torch.Tensor]] = []
+    loss = torch.zeros((), dtype=torch.float64, device=device)
+    try:
+        groups = deque(evaluation_batches(encoded, max_tokens))
+        while groups:
+            if stop():
+                return None
+            found = _answer_batch(model, encoded, row_loss, groups[0], device, may_fail=shrink is not None)
+            if found is None:
+                assert shrink is not None
+                free_memory()
+                max_tokens = shrink(len(groups[0]), int(encoded.widths[groups[0]].max()))
+                groups = deque(micro_batches(encoded, np.concatenate(groups), max_tokens))
+                continue
+            parts.append((groups[0], found[0]))
+            loss += found[1]
+            groups.popleft()
+    finally:
+        model.train(training)
+    order = torch.from_numpy(np.concatenate([rows for rows, _ in parts]))
+    logits_NC = torch.cat([logits for _, logits in parts]).cpu()
+    return Answers(torch.empty_like(logits_NC).index_copy_(0, order, logits_NC), float(loss) / len(encoded))
+
+
+def _answer_batch(
+    model: nn.Module, encoded: Encoded, row_loss: RowLoss, rows: np.ndarray, device: torch.device, may_fail: bool
+) -> tuple[torch.Tensor, torch.Tensor] | None:
+    """On the device. None if the memory did not suffice and it `may_fail`."""
+    try:
+        batch = collate(encoded, rows, device)
+        logits = model(**batch.inputs).logits.float()
+        return logits, row_loss(logits, batch.labels).double()
+    except RuntimeError as error:
+        if not (may_fail and is_out_of_memory(error)):
+            raise
+        return None
+
+
+def time_rows(model: nn.Module, encoded: Encoded, max_tokens: int, device: torch.device) -> float:
+    """Seconds that `answer_rows` is expected to take, from a few batches spread over all lengths."""
+    groups = evaluation_batches(encoded, max_tokens)
+    chosen = [groups[i * (len(groups) - 1) // max(1, _TIMED_BATCHES - 1)] for i in range(_TIMED_BATCHES)]
+
+    def area(rows: np.ndarray) -> int:
+        return len(rows) * int(encoded.lengths[rows].max())
+
+    seconds = []
+    with torch.inference_mode():
+        for rows in [chosen[-1], *chosen]:  # the first is a warm-up
+            start = time.perf_counter()
+            batch = collate(encoded, rows, device)
+            model(**batch.inputs).logits.sum().item()
+            seconds.append((time.perf_counter() - start) / area(rows))
+    return sum(seconds[1:]) / _TIMED_BATCHES * sum(map(area, groups))

@@ -1,0 +1,196 @@
+"""A task whose rows have one answer each, by a head over the encoder's pooled output.
+
+Shapes: N rows, C outputs of the head.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Collection
+from contextlib import nullcontext
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from torch import nn
+
+from fastpeft.config.schema import DatasetConfig, EvaluationConfig, ModelConfig
+from fastpeft.data.batches import Batch, evaluation_batches
+from fastpeft.device_memory import TokenLimits
+from fastpeft.models.backbone import Backbone, load_classifier
+from fastpeft.models.lens import FirstLayer
+from fastpeft.signals import Need
+from fastpeft.tasks.base import BatchLoss, ExportCheck, Score, Shrink, Stop, Task
+from fastpeft.tasks.sequences.examples import Encoded, Examples, collate, encode
+from fastpeft.tasks.sequences.reading import LabelledTexts
+from fastpeft.tasks.sequences.scoring import Answers, answer_rows, time_rows
+
+CHECK_ROWS = 64
+_CHECK_BATCH = 16
+
+
+class SequenceTask(Task):
+    """What a kind adds: how labels are read, `problem_type`, the loss of rows, and the metrics of all answers."""
+
+    auto_class: ClassVar[str] = "AutoModelForSequenceClassification"
+    peft_task_type: ClassVar[str] = "SEQ_CLS"
+    pipeline_tag: ClassVar[str] = "text-classification"
+    problem_type: ClassVar[str]
+    """Of transformers: which loss and which activation a reader of the export takes."""
+    label_dtype: ClassVar[type]
+
+    train: Encoded
+    validation: Encoded
+
+    def __init__(self, name: str, texts: LabelledTexts, config: DatasetConfig, evaluation: EvaluationConfig) -> None:
+        self.name, self.texts = name, texts
+        self._config, self._evaluation = config, evaluation
+        self._validation_rows = texts.validation.head(evaluation.max_examples)
+        self._first_layer: FirstLayer | None = None
+        self.notes = [self.describe(), *texts.notes]
+        self.notes += [
+            f"{count:,} malformed rows of the {split} split were skipped" for split, count in texts.skipped_rows.items()
+        ]
+
+    @property
+    @abstractmethod
+    def num_outputs(self) -> int:
+        """C."""
+
+    @abstractmethod
+    def row_losses(self, logits_NC: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        """The rows' losses, summed, of fp32 logits."""
+
+    @abstractmethod
+    def metrics(self, answers: Answers, labels: np.ndarray) -> tuple[float, dict[str, float], dict[str, dict]]:
+        """(the task's metric, further metrics, metrics of groups) of a whole split."""
+
+    def statistics(
+        self, logits_NC: torch.Tensor, labels: torch.Tensor, num_items: int, needs: Collection[Need]
+    ) -> dict[str, torch.Tensor]:
+        """By the names of signals.Measured; the loss is the same to the bit whatever is wanted."""
+        return {}
+
+    # ---- model and tokens ------------------------------------------------------------------
+
+    def load_model(
+        self, config: ModelConfig, dtype: torch.dtype, device: torch.device, trained: bool = False
+    ) -> Backbone:
+        return load_classifier(
+            config,
+            auto_class=self.auto_class,
+            task_type=self.peft_task_type,
+            settings=self.model_settings() | {"num_labels": self.num_outputs},
+            dtype=dtype,
+            device=device,
+            trained=trained,
+        )
+
+    def encode(self, backbone: Backbone, device: torch.device) -> None:
+        self._device = device
+        max_length = self._max_length(backbone)
+        self.train = self._encode(self.texts.train, backbone.tokenizer, max_length, backbone.reads_segments)
+        self.validation = self._encode(self._validation_rows, backbone.tokenizer, max_length, backbone.reads_segments)
+        for split, encoded in (("training", self.train), ("validation", self.validation)):
+            if encoded.num_truncated:
+                self.notes.append(f"{encoded.num_truncated:,} {split} rows were cut to {max_length} tokens")
+        if max_length < self._config.max_length:
+            self.notes.append(
+                f"dataset.max_length is {self._config.max_length}, but the model takes {max_length} tokens"
+            )
+
+    def _encode(self, examples: Examples, tokenizer: Any, max_length: int, segments: bool) -> Encoded:
+        return encode(examples, tokenizer, max_length, segments, cut=self._config.cut, dtype=self.label_dtype)
+
+    def _max_length(self, backbone: Backbone) -> int:
+        return min(self._config.max_length, backbone.max_positions or self._config.max_length)
+
+    # ---- training --------------------------------------------------------------------------
+
+    def num_items(self, rows: np.ndarray) -> int:
+        return len(rows)
+
+    def collate(self, rows: np.ndarray, device: torch.device) -> Batch:
+        return collate(self.train, rows, device)
+
+    def loss(self, model: nn.Module, batch: Batch, num_items: int, needs: Collection[Need] = ()) -> BatchLoss:
+        if Need.LENS in needs and self._first_layer is None:
+            self._first_layer = FirstLayer(model)
+        lens = self._first_layer if Need.LENS in needs else None
+        with nullcontext() if lens is None else lens.watching():
+            logits = model(**batch.inputs).logits.float()
+        loss = self.row_losses(logits, batch.labels) / num_items
+        with torch.no_grad():
+            statistics = self.statistics(logits.detach(), batch.labels, num_items, needs)
+            if lens is not None:
+                entropy = self.entropy(lens.read_classes())
+                statistics["lens_entropy"] = entropy.mean() * (len(batch.labels) / num_items)
+        return BatchLoss(loss, statistics)
+
+    def entropy(self, logits_NC: torch.Tensor) -> torch.Tensor:
+        """N, nats: of what the logits predict."""
+        return torch.special.entr(logits_NC.softmax(1)).sum(1)
+
+    # ---- evaluation ------------------------------------------------------------------------
+
+    def evaluate(self, model: nn.Module, limits: TokenLimits, stop: Stop, shrink: Shrink | None) -> Score | None:
+        answers = answer_rows(model, self.validation, self.row_losses, limits.evaluation, self._device, stop, shrink)
+        return None if answers is None else self._score(answers, self.validation.labels)
+
+    def _score(self, answers: Answers, labels: np.ndarray) -> Score:
+        value, more, groups = self.metrics(answers, labels)
+        return Score(value, answers.mean_loss, len(labels), more, groups)
+
+    def time_evaluation(self, model: nn.Module, limits: TokenLimits) -> float:
+        return time_rows(model, self.validation, limits.evaluation, self._device)
+
+    def largest_evaluation_batch(self, limits: TokenLimits) -> tuple[int, int]:
+        rows = evaluation_batches(self.validation, limits.evaluation)[-1]
+        return len(rows), int(self.validation.widths[rows].max())
+
+    # ---- export ----------------------------------------------------------------------------
+
+    def model_settings(self) -> dict[str, Any]:
+        labels = dict(enumerate(self.label_names))
+        named = {"id2label": labels, "label2id": {label: i for i, label in labels.items()}} if labels else {}
+        return named | {"problem_type": self.problem_type}
+
+    def load_arguments(self) -> dict[str, Any]:
+        return {"num_labels": self.num_outputs, "ignore_mismatched_sizes": True}
+
+    def export_check(self, backbone: Backbone) -> ExportCheck:
+        return _Check(self, backbone)
+
+    def _texts_of_card(self) -> str:
+        return '"one text"' if self.texts.train.text_pair is None else '"one text", "the other"'
+
+
+class _Check(ExportCheck):
+    where = "validation rows"
+
+    def __init__(self, task: SequenceTask, backbone: Backbone) -> None:
+        self._task, self._rows = task, task._validation_rows
+        self._tokenizer, self._segments = backbone.tokenizer, backbone.reads_segments
+        self.metric, self.num_validation = task.metric, len(self._rows)
+        self.max_length = task._max_length(backbone)
+        self._encoded: Encoded | None = None
+
+    def answers(self, model: nn.Module, tokenizer: Any, device: torch.device) -> torch.Tensor:
+        chosen = np.linspace(0, len(self._rows) - 1, min(CHECK_ROWS, len(self._rows))).astype(int).tolist()
+        encoded = self._task._encode(self._rows.pick(chosen), tokenizer, self.max_length, self._segments)
+        return sample_logits(model, encoded, device)
+
+    def score(self, model: nn.Module, device: torch.device) -> float:
+        task = self._task
+        if self._encoded is None:
+            self._encoded = task._encode(self._rows, self._tokenizer, self.max_length, self._segments)
+        answers = answer_rows(model, self._encoded, task.row_losses, task._evaluation.batch_tokens, device)
+        assert answers is not None
+        return task._score(answers, self._encoded.labels).value
+
+
+@torch.inference_mode()
+def sample_logits(model: nn.Module, encoded: Encoded, device: torch.device) -> torch.Tensor:
+    """N x C, on the CPU, in the rows' order."""
+    rows = np.array_split(np.arange(len(encoded)), -(-len(encoded) // _CHECK_BATCH))
+    return torch.cat([model(**collate(encoded, part, device).inputs).logits.float().cpu() for part in rows])
