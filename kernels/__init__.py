@@ -15,7 +15,6 @@ _PUBLIC = {
     "AdamWOptions": "adamw.reference",
     "FlatLayout": "flat_layout",
     "FrobeniusResult": "frobenius.op",
-    "GradientMeasures": "lora_linear.compute",
     "LoraMeasures": "lora_linear.compute",
     "MatrixGroup": "flat_layout",
     "SecantSums": "secant.op",
