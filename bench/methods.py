@@ -128,9 +128,7 @@ class Bench:
                 rows = job.batches.rows(i)
                 began = time.perf_counter()
                 batch = collate(job.batches.encoded, rows, job.device)
-                train_step(
-                    job.adapter, job.schedule, job.optimizer, job.task.loss, [batch], len(rows), (i + 1) / 100
-                )
+                train_step(job.adapter, job.schedule, job.optimizer, job.task.loss, [batch], len(rows), (i + 1) / 100)
                 seconds[method].append(time.perf_counter() - began)
         first = next(iter(seconds.values()))[1:]  # the first round warms up
         for method, values in seconds.items():

@@ -148,6 +148,3 @@ class Rates:
     """Learning rate of every parameter."""
     multiplier_K: np.ndarray | None = None
     """A factor on `lr` of each adapted matrix, in the model's order, on the host; None: 1 everywhere."""
-    token_tilt: float | None = None
-    """kappa: a labelled token's loss is weighted by clip(1 + kappa z, 1/4, 4), z its standardised entropy, and the
-    weights of a batch have mean 1. None: all are 1."""

@@ -20,9 +20,6 @@ from fastpeft.runs.store import RunFolder, list_runs, read_json, recover_folder,
 if TYPE_CHECKING:
     from fastpeft.tasks.base import OtherSet, Score
 
-Z_95 = 1.959963984540054
-"""The normal distribution's 97.5 % quantile."""
-
 SETS = "sets.json"
 _SPLITS = ("train", "dev", "validation", "test")
 _OPTIONS = ("max_new_tokens", "calculator", "pass_at", "num_samples", "temperature", "top_p")
@@ -198,11 +195,10 @@ def _fingerprint(paths: Any) -> str:
 
 def wilson(num_right: int, num: int) -> tuple[float, float]:
     """The 95 % score interval of a proportion (Wilson 1927, doi:10.1080/01621459.1927.10502953)."""
-    share, z_sq = num_right / num, Z_95**2
-    middle = (share + z_sq / (2 * num)) / (1 + z_sq / num)
-    half = Z_95 / (1 + z_sq / num) * math.sqrt(share * (1 - share) / num + z_sq / (4 * num**2))
-    low = 0.0 if num_right == 0 else middle - half  # exact, where rounding would leave a trace
-    return low, 1.0 if num_right == num else middle + half
+    from scipy.stats import binomtest
+
+    limits = binomtest(num_right, num).proportion_ci(method="wilson")
+    return float(limits.low), float(limits.high)
 
 
 def difference(score: SetScore, first: SetScore) -> tuple[float, float, float]:

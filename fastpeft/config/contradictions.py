@@ -81,11 +81,6 @@ def _graff(graff: GraffConfig) -> Iterator[str]:
         yield "schedule.graff.curvature: hvp takes the secant's place, but guard: paper asks for the plain secant"
     if graff.trace_decay and (graff.guard == "paper" or graff.curvature == "hvp"):
         yield "schedule.graff.trace_decay: needs the lagged secant; set guard: lagged or off, and curvature: secant"
-    if graff.token_weights:
-        yield (
-            "schedule.graff.token_weights: the tilt cannot be learnt during a run, which would take a second backward "
-            "pass a step, and the trainer weights no tokens by it; set it to off"
-        )
 
 
 def _schedule_free(run: RunConfig) -> Iterator[str]:

@@ -84,8 +84,6 @@ class GraffConfig:
     """off: the planner does not see the budget that is left."""
     online: bool = True
     """off: the planner does not learn during the run."""
-    token_weights: bool = False
-    """Emit a tilt of the labelled tokens' losses by their entropy. The trainer does not apply one yet, and refuses."""
     warm_start: str | None = None
     """A planner's weights, safetensors; `shipped`: those of the package. Without one it begins as a constant rate."""
 

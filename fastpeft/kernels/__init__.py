@@ -13,7 +13,6 @@ _PUBLIC = {
     "AdamWOptions": "ops.adamw.reference",
     "FlatLayout": "flat_layout",
     "FrobeniusResult": "ops.frobenius.op",
-    "GradientMeasures": "ops.lora_linear.compute",
     "LoraMeasures": "ops.lora_linear.compute",
     "MatrixGroup": "flat_layout",
     "SecantSums": "ops.secant.op",

@@ -2,8 +2,7 @@
 
 A fused Triton kernel beats cuBLAS at some shapes and loses at others. So there is a table for each GPU, measured once
 by `fastpeft doctor --tune` and kept in the user's cache: per operation, dtype, in, out, rank and bucket of T, the
-fastest form and its tiles. Tables that ship lie in `kernels/tuned/`; the user's own comes first. What no table has is
-computed by cuBLAS.
+fastest form and its tiles. What no table has is computed by cuBLAS.
 """
 
 from __future__ import annotations
@@ -11,7 +10,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from functools import cache
 from pathlib import Path
@@ -20,7 +19,6 @@ from typing import Any
 import torch
 
 SMALLEST_BUCKET, LARGEST_BUCKET = 64, 65536
-SHIPPED = Path(__file__).parent / "tuned"
 
 
 @dataclass(frozen=True)
@@ -119,15 +117,13 @@ def gpu_name(index: int) -> str:
 
 @cache
 def table(gpu: str) -> dict[Key, Choice]:
-    """All measured choices of one GPU model; the user's own before the shipped ones."""
-    rows: dict[Key, Choice] = {}
-    paths = [SHIPPED / _file_name(gpu)]
-    with suppress(ValueError):
-        paths.append(table_path(gpu))
-    for path in paths:
-        if os.path.isfile(path):  # no, and no error, where a folder on the way may not be entered
-            rows |= read_table(path)
-    return rows
+    """All choices that the user has measured on one GPU model."""
+    try:
+        path = table_path(gpu)
+    except ValueError:
+        return {}
+    # isfile: no, and no error, where a folder on the way may not be entered
+    return read_table(path) if os.path.isfile(path) else {}
 
 
 def table_path(gpu: str) -> Path:

@@ -15,7 +15,7 @@ from peft.tuners.adalora import SVDLinear as PeftSvdLinear
 from peft.tuners.lora import Linear as PeftLoraLinear
 from torch import nn
 
-from fastpeft.kernels import GradientMeasures, lora_linear
+from fastpeft.kernels import LoraMeasures, lora_linear
 from fastpeft.kernels.ops.lora_linear.op import DTYPES, LARGEST_RANK
 
 if TYPE_CHECKING:
@@ -38,7 +38,7 @@ class Watch:
 
     def __init__(self, rows: RowMask) -> None:
         self.rows = rows
-        self.measures = GradientMeasures()
+        self.measures = LoraMeasures()
 
 
 class Call(NamedTuple):

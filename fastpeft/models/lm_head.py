@@ -20,19 +20,16 @@ _PROBE_LOGIT = 1e3
 """The largest logit while a head is tried: far beyond what soft capping lets through."""
 
 
-def hidden_states(
-    model: nn.Module, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+def hidden_states(model: nn.Module, input_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
     """What a causal LM's logits are made of, without making them: logits = hidden weight^T + bias.
 
-    Goes through the adapter's layers and carries gradients. Rows that are padded on their right need no mask: a causal
+    Goes through the adapter's layers and carries gradients. Rows are padded on their right and need no mask: a causal
     model sees nothing of what follows, so that hidden states at real positions are the same, and attention may take
     its fast path.
 
     Args:
         model: a causal LM that load_causal_lm has accepted, bare or in a PeftModel.
         input_ids: B x T.
-        attention_mask: B x T, 1 at real positions; needed for padding on the left.
 
     Returns:
         hidden: B x T x D, normalised, as the head takes them.
@@ -42,7 +39,7 @@ def hidden_states(
     """
     bare = bare_model(model)
     decoder, head = bare.get_decoder(), bare.get_output_embeddings()
-    output = decoder(input_ids=input_ids, attention_mask=attention_mask, use_cache=False)
+    output = decoder(input_ids=input_ids, use_cache=False)
     return output.last_hidden_state, head.weight, getattr(head, "bias", None)
 
 

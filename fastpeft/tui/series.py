@@ -245,10 +245,6 @@ class Series:
             return None
         return float(x) if np.isfinite(x) else None
 
-    def decimated(self, axis: str, low: float, high: float, buckets: int) -> tuple[Floats, Floats]:
-        """At most two points a bucket of [low, high], and a neighbour on either side."""
-        return self.window(axis, low, high, buckets)[:2]
-
     def window(
         self,
         axis: str,
@@ -258,7 +254,8 @@ class Series:
         smoothing: float = 0.0,
         positive: bool = False,
     ) -> Window:
-        """
+        """What of [low, high] there is to draw, and a neighbour on either side.
+
         Args:
             buckets: equal parts of the range; each keeps its least and its greatest value.
             smoothing: the weight of an exponential moving average, in [0, 1); see `smooth.ema`.

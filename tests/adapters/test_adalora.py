@@ -35,9 +35,7 @@ LAST = STEPS - STEPS // 4
 def step(job, i: int):
     rows = job.batches.rows(i)
     batch = collate(job.batches.encoded, rows, job.device)
-    return train_step(
-        job.adapter, job.schedule, job.optimizer, job.task.loss, [batch], len(rows), i / STEPS
-    ), batch
+    return train_step(job.adapter, job.schedule, job.optimizer, job.task.loss, [batch], len(rows), i / STEPS), batch
 
 
 def load_base(job):

@@ -429,9 +429,9 @@ def test_decoupled_takes_the_weights_from_before_the_step(make_job, seed):
 
 def take_steps(job, num_steps: int, progress: float = 0.0, start: int = 0):
     for position in range(start, start + num_steps):
-        yield train_step(
-            job.adapter, job.schedule, job.optimizer, job.task.loss, *batches_of(job, position), progress
-        )[0]
+        yield train_step(job.adapter, job.schedule, job.optimizer, job.task.loss, *batches_of(job, position), progress)[
+            0
+        ]
 
 
 def sketch_of(job) -> list[float]:

@@ -38,9 +38,7 @@ def take(job, num_steps: int, progress: float = 0.5) -> list[Signals]:
     for position in range(num_steps):
         rows = job.batches.rows(position)
         batch = [collate(job.batches.encoded, rows, job.device)]
-        found.append(
-            train_step(job.adapter, job.schedule, job.optimizer, job.task.loss, batch, len(rows), progress)[0]
-        )
+        found.append(train_step(job.adapter, job.schedule, job.optimizer, job.task.loss, batch, len(rows), progress)[0])
     return found
 
 

@@ -10,7 +10,7 @@ import shutil
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fastpeft.compare.problem_sets import SetScore, difference, make_plan, score_sets, wilson
@@ -22,6 +22,7 @@ from tests.support.problem_runs import problem_run, write_problems
 # ---- intervals -------------------------------------------------------------------------------
 
 
+@settings(deadline=None)  # the first call imports scipy
 @given(st.integers(1, 2000).flatmap(lambda n: st.tuples(st.integers(0, n), st.just(n))))
 def test_wilson_limits_are_where_the_score_test_turns(counts: tuple[int, int]) -> None:
     """(p^ - p)^2 = z^2 p (1 - p) / n at both of them."""
@@ -34,21 +35,36 @@ def test_wilson_limits_are_where_the_score_test_turns(counts: tuple[int, int]) -
     assert (low == 0, high == 1) == (right == 0, right == num)
 
 
-def test_wilson_against_scipy() -> None:
-    from scipy.stats import binomtest
-
-    for right, num in ((0, 10), (3, 10), (540, 1319), (10, 10)):
-        wanted = binomtest(right, num).proportion_ci(method="wilson")
-        assert wilson(right, num) == pytest.approx((wanted.low, wanted.high), abs=1e-9)
+@pytest.mark.parametrize(
+    ("right", "num", "low", "high"),
+    [(81, 263, 0.2553, 0.3662), (15, 148, 0.0624, 0.1605), (0, 20, 0.0, 0.1611), (1, 29, 0.0061, 0.1718)],
+)
+def test_wilson_limits_are_the_published_ones(right: int, num: int, low: float, high: float) -> None:
+    """Newcombe 1998, Statistics in Medicine 17, 857-872, table I, method 3."""
+    assert wilson(right, num) == pytest.approx((low, high), abs=5e-5)
 
 
 def score(right: int, num: int, name: str = "a") -> SetScore:
     return SetScore(name, num, right / num, wilson(right, num), {})
 
 
-def test_a_difference_is_newcombes_example() -> None:
-    """56 of 70 against 48 of 80: 0.2, 0.0524 to 0.3339 (Newcombe 1998, table II, (a), method 10)."""
-    assert difference(score(56, 70), score(48, 80)) == pytest.approx((0.2, 0.0524, 0.3339), abs=1e-4)
+@pytest.mark.parametrize(
+    ("first", "second", "low", "high"),
+    [
+        ((56, 70), (48, 80), 0.0524, 0.3339),
+        ((9, 10), (3, 10), 0.1705, 0.8090),
+        ((6, 7), (2, 7), 0.0582, 0.8062),
+        ((5, 56), (0, 29), -0.0381, 0.1926),
+        ((0, 10), (0, 20), -0.1611, 0.2775),
+        ((0, 10), (0, 10), -0.2775, 0.2775),
+        ((10, 10), (0, 20), 0.6791, 1.0),
+        ((10, 10), (0, 10), 0.6075, 1.0),
+    ],
+)
+def test_limits_of_a_difference_are_the_published_ones(first: tuple, second: tuple, low: float, high: float) -> None:
+    """Newcombe 1998, Statistics in Medicine 17, 873-890, table II, method 10."""
+    apart = first[0] / first[1] - second[0] / second[1]
+    assert difference(score(*first), score(*second)) == pytest.approx((apart, low, high), abs=5e-5)
 
 
 def test_a_difference_turns_round_with_its_sides() -> None:

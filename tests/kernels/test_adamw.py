@@ -103,7 +103,7 @@ class Oracle:
         return found
 
 
-def follow(seed, layout, options, device, dtype, bound, multiplies=False, reduces=False, scaled=False, lr_tensor=False):
+def follow(seed, layout, options, device, dtype, bound, multiplies=False, reduces=False):
     """Several steps beside the oracle, two of them skipped."""
     random = Random(seed, dtype, device)
     multiplier_K = random(layout.num_matrices).abs() + 0.25 if multiplies else None
@@ -123,11 +123,7 @@ def follow(seed, layout, options, device, dtype, bound, multiplies=False, reduce
             continue
         true, directions = grad.clone(), oracle.directions
         clipped = oracle.step(true, lr)
-        if scaled:
-            grad *= 64.0
-            more["loss_scale"] = torch.tensor(64.0, dtype=dtype, device=device)
-        rate = torch.tensor(lr, dtype=dtype, device=device) if lr_tensor else lr
-        result = run.step(grad, rate, **more)
+        result = run.step(grad, lr, **more)
         assert float(result.skipped) == 0.0
         assert relative_error(grad, clipped) < bound
         if reduces:
@@ -161,12 +157,6 @@ def test_equals_torch_adamw(seed, options, multiplies, dtype):
     follow(seed, make_layout((4, 8)), options, CPU, dtype, bound, multiplies, reduces=True)
 
 
-@pytest.mark.parametrize("reduces", [False, True])
-def test_scaled_gradients_and_a_rate_on_the_device(seed, reduces):
-    layout = make_layout((4, 8))
-    follow(seed, layout, OPTIONS["clips"], CPU, torch.float32, 2e-5, reduces=reduces, scaled=True, lr_tensor=True)
-
-
 def test_without_matrices_and_without_a_head(seed):
     for layout in (make_layout((), shapes=(), extra=(5000,), head=()), make_layout((), shapes=(), head=(9, 2))):
         follow(seed, layout, OPTIONS["groups"], CPU, torch.float32, 2e-5, reduces=True)
@@ -196,20 +186,13 @@ def test_what_does_not_fit_is_named(change, said):
 
 
 @pytest.mark.parametrize(
-    ("name", "multiplies", "reduces", "scaled", "lr_tensor"),
-    [
-        ("plain", False, False, False, False),
-        ("clips", True, True, False, True),
-        ("groups", True, True, True, False),
-        ("no_memory", False, True, True, True),
-    ],
+    ("name", "multiplies", "reduces"),
+    [("plain", False, False), ("clips", True, True), ("groups", True, True), ("no_memory", False, True)],
 )
-def test_triton(seed, triton_device, poisoned, name, multiplies, reduces, scaled, lr_tensor):
+def test_triton(seed, triton_device, poisoned, name, multiplies, reduces):
     layout = make_layout((4, 8), triton_device)
     before = LAUNCHES["adamw_kernel"]
-    follow(
-        seed, layout, OPTIONS[name], triton_device, torch.float32, 2e-5, multiplies, reduces, scaled, lr_tensor
-    )  # fmt: skip
+    follow(seed, layout, OPTIONS[name], triton_device, torch.float32, 2e-5, multiplies, reduces)
     assert LAUNCHES["adamw_kernel"] == before + NUM_STEPS
     assert not layout.tickets.any()
 

@@ -73,14 +73,12 @@ def test_a_damaged_table_is_named(tmp_path, text):
         dispatch.read_table(tmp_path / "gpu.json")
 
 
-def test_the_users_table_comes_before_the_shipped_one(tmp_path, monkeypatch):
+def test_a_gpu_has_the_table_that_was_measured_on_it(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    monkeypatch.setattr(dispatch, "SHIPPED", tmp_path / "shipped")
     first, second = (dispatch.key_of("lora_forward", torch.float16, n, n, 8, 64) for n in (768, 1024))
-    split = Choice("split", None, {"fused": 3.0, "split": 2.0})
-    dispatch.write_table(tmp_path / "shipped" / "nvidia-x1.json", {first: FUSED, second: FUSED}, {})
-    dispatch.write_table(dispatch.table_path("NVIDIA X1"), {first: split}, {})
-    assert dispatch.table("NVIDIA X1") == {first: split, second: FUSED}
+    rows = {first: Choice("split", None, {"fused": 3.0, "split": 2.0}), second: FUSED}
+    dispatch.write_table(dispatch.table_path("NVIDIA X1"), rows, {})
+    assert dispatch.table("NVIDIA X1") == rows
     assert dispatch.table("NVIDIA X2") == {}
 
 

@@ -12,7 +12,6 @@ from hypothesis import strategies as st
 from fastpeft.kernels import FlatLayout, MatrixGroup, weighted_frobenius
 from fastpeft.kernels.launch import LAUNCHES
 from fastpeft.kernels.ops.frobenius import reference
-from fastpeft.kernels.ops.frobenius.op import gram_side
 from tests.support.flat_model import EXTRA, HEAD, SHAPES, Random, make_layout, relative_error
 
 RANKS = [1, 4, 8, 16, 64]
@@ -36,16 +35,13 @@ def make(seed, layout, dtype=torch.float32, device=CPU):
     return random(layout.num_total), random(layout.num_total), random(layout.num_matrices).abs() + 0.1
 
 
-def check(seed, layout, device, penalty, dtype=torch.float32, given_grams=False, into=False, bound=1e-5):
+def check(seed, layout, device, penalty, dtype=torch.float32, into=False, bound=1e-5):
     """Values, gradients, norms and sketches of one call, everything that it writes poisoned before."""
     data, grad, coefficient_K = make(seed, layout, dtype, device)
     value_K, gradient = explicit(data, layout, coefficient_K, penalty)
     before, whole = grad.clone(), grad.double().cpu() + gradient
     target = torch.full((layout.num_factors,), torch.nan, dtype=dtype, device=device) if into else None
-    result = weighted_frobenius(
-        data, grad, layout, coefficient_K, penalty=penalty, into=target, measure=True,
-        grams=grams_of(data, layout) if given_grams else None,
-    )  # fmt: skip
+    result = weighted_frobenius(data, grad, layout, coefficient_K, penalty=penalty, into=target, measure=True)
     cut, num = layout.num_adapter, layout.num_factors
     added = grad - before if target is None else target
     assert relative_error(result.values, value_K) < bound
@@ -65,15 +61,6 @@ def check(seed, layout, device, penalty, dtype=torch.float32, given_grams=False,
             assert relative_error(result.square_a_K[k], a.double().square().sum()) < bound
 
 
-def grams_of(data, layout):
-    side = gram_side(layout)
-    grams = data.new_zeros(layout.num_matrices, 2, side, side)
-    for group, index_K in zip(layout.groups, layout.index_K):
-        a, b = group.stack_a(data), group.stack_b(data)
-        grams[index_K, :, : group.rank, : group.rank] = torch.stack([a @ a.mT, b.mT @ b], 1)
-    return grams
-
-
 # ---- PyTorch -------------------------------------------------------------------------------
 
 
@@ -88,7 +75,6 @@ def test_double_precision(seed, penalty, rank, into):
 @pytest.mark.parametrize("ranks", [(1, 64), (8, 4), (256, 16)])
 def test_single_precision(seed, penalty, ranks):
     check(seed, make_layout(ranks), CPU, penalty)
-    check(seed, make_layout(ranks), CPU, penalty, given_grams=True)
 
 
 @pytest.mark.parametrize("penalty", ["product", "factors"])
@@ -202,7 +188,6 @@ BAD = {
     "penalty": ({"penalty": "nuclear"}, r"penalty is 'nuclear'; expected one of product, factors"),
     "coefficient": ({"coefficient_K": torch.zeros(2)}, r"coefficient_K has shape \(2,\); expected \(3,\)"),
     "coefficient_dtype": ({"coefficient_K": torch.zeros(3).double()}, r"coefficient_K is torch.float64 on cpu"),
-    "grams": ({"grams": torch.zeros(3, 2, 8, 8)}, r"grams has shape \(3, 2, 8, 8\); expected \(3, 2, 16, 16\)"),
     "into": ({"into": torch.zeros(5)}, r"into has shape \(5,\)"),
 }
 
@@ -243,21 +228,21 @@ def test_parameters_that_require_a_gradient_make_no_graph(seed):
 
 # ---- Triton --------------------------------------------------------------------------------
 
-# (ranks of the two shapes, penalty, Gram matrices given, into a buffer of its own)
+# (ranks of the two shapes, penalty, into a buffer of its own)
 PAIRWISE = [
-    ((1, 8), "product", False, False),
-    ((4, 16), "product", True, False),
-    ((16, 4), "product", False, True),
-    ((64, 1), "product", False, False),
-    ((8, 20), "factors", False, False),
-    ((1, 4), "factors", False, True),
+    ((1, 8), "product", False),
+    ((4, 16), "product", False),
+    ((16, 4), "product", True),
+    ((64, 1), "product", False),
+    ((8, 20), "factors", False),
+    ((1, 4), "factors", True),
 ]
 
 
-@pytest.mark.parametrize(("ranks", "penalty", "given_grams", "into"), PAIRWISE)
-def test_triton(seed, triton_device, poisoned, ranks, penalty, given_grams, into):
+@pytest.mark.parametrize(("ranks", "penalty", "into"), PAIRWISE)
+def test_triton(seed, triton_device, poisoned, ranks, penalty, into):
     before = LAUNCHES["weighted_frobenius_kernel"]
-    check(seed, make_layout(ranks, triton_device), triton_device, penalty, given_grams=given_grams, into=into)
+    check(seed, make_layout(ranks, triton_device), triton_device, penalty, into=into)
     assert LAUNCHES["weighted_frobenius_kernel"] == before + 1
 
 

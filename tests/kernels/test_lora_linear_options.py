@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fastpeft.kernels import GradientMeasures, LoraMeasures, dropout_mask, lora_linear, lora_linear_grouped
+from fastpeft.kernels import LoraMeasures, dropout_mask, lora_linear, lora_linear_grouped
 from fastpeft.kernels.ops.lora_linear import compute, split
 from fastpeft.kernels.ops.lora_linear.reference import lora_linear_reference, philox_keep
 from tests.support.lora_linear_inputs import make_inputs, relative, run
@@ -153,24 +153,11 @@ def test_measures(seed, dropout):
     for mine, theirs in zip(got, plain):
         torch.testing.assert_close(mine, theirs, **EXACT)
     x, weight, bias, a, b, dy = inputs
-    torch.testing.assert_close(measures.gram_a, a @ a.t(), **EXACT)
-    torch.testing.assert_close(measures.gram_b, b.t() @ b, **EXACT)
     torch.testing.assert_close(measures.db_square, plain[3].square().sum(), **EXACT)
     answers = dy * mask.view(4, 9, 1)
     masked = run(lora_linear, x, weight, bias, a, b, answers, 2.0, **options)[3]
     torch.testing.assert_close(measures.db_square_masked, masked.square().sum(), **EXACT)
     assert not any(value.requires_grad for value in vars(measures).values())
-
-
-def test_measures_of_the_gradient_alone(seed):
-    generator = torch.Generator().manual_seed(seed)
-    inputs, mask = make_inputs(generator, (36,), 12, 10, 3), torch.rand(36, generator=generator) < 0.4
-    all_of_it, gradient = LoraMeasures(), GradientMeasures()
-    for measures in (all_of_it, gradient):
-        run(lora_linear, *inputs, 2.0, row_mask=mask, measures=measures)
-    assert gradient.db_square == all_of_it.db_square
-    assert gradient.db_square_masked == all_of_it.db_square_masked
-    assert (gradient.gram_a, gradient.gram_b) == (None, None)
 
 
 def test_measures_of_half_precision_are_fp32_and_a_later_call_overwrites(seed):
@@ -183,7 +170,6 @@ def test_measures_of_half_precision_are_fp32_and_a_later_call_overwrites(seed):
     torch.testing.assert_close(measures.db_square_masked, measures.db_square, rtol=1e-2, atol=0)
     with torch.no_grad():
         lora_linear(*low, 2.0, measures=measures)
-    assert measures.gram_a is not None
     assert measures.db_square is None
     assert measures.db_square_masked is None
 

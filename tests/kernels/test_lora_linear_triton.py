@@ -63,12 +63,9 @@ def check(device, seed, lead, num_in, num_out, rank, dtype, dropout=0.0, bias=Tr
     for name, mine, theirs in zip(("y", *GRADIENTS), got, want):
         assert mine.dtype == (torch.float32 if name in ("da", "db") else dtype), name
         assert relative(mine, theirs) <= LIMITS[dtype], f"{name}: {relative(mine, theirs)}"
-    a, b, dy = exact[3:]
-    answers = dy * mask.cpu().view(*lead, 1)
+    answers = exact[5] * mask.cpu().view(*lead, 1)
     masked = run(lora_linear_reference, *exact[:5], answers, 2.0, dropout=dropout, keep=keep)[3]
     for mine, theirs in (
-        (measures.gram_a, a @ a.t()),
-        (measures.gram_b, b.t() @ b),
         (measures.db_square, want[3].square().sum()),
         (measures.db_square_masked, masked.square().sum()),
     ):
@@ -162,7 +159,6 @@ def test_no_rows(triton_device):
     assert (y.shape, dx.shape) == ((0, 40), (0, 24))
     assert torch.equal(da, torch.zeros_like(a))
     assert torch.equal(db, torch.zeros_like(b))
-    assert torch.equal(measures.gram_a, torch.full_like(measures.gram_a, 24))
     assert float(measures.db_square) == 0.0
 
 
@@ -190,7 +186,6 @@ def test_the_same_bits_twice(triton_device, seed, form, dropout):
         again = run(lora_linear, *inputs, 2.0, measures=second, **options)
     assert all(torch.equal(one, two) for one, two in zip(once, again))
     assert torch.equal(first.db_square, second.db_square)
-    assert torch.equal(first.gram_a, second.gram_a)
 
 
 def test_no_dropout_is_the_same_bits_as_none(triton_device, seed):

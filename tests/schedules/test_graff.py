@@ -287,19 +287,6 @@ def test_a_warm_start_sets_the_rates_and_keeps_learning(seed, tmp_path):
     assert again.rates(None, 0.0).lr == pytest.approx(first.lr, rel=1e-3)
 
 
-def test_a_tilt_is_emitted_only_where_it_was_asked_for_and_learnt(tmp_path, seed):
-    path = weights_file(tmp_path, seed)
-    with pytest.raises(UserError, match=r"token_weights: on, but the planner of .* has learnt no tilt"):
-        make(warm_start=path, token_weights=True)
-    weights_P = planner.load_weights(path)
-    planner.views(weights_P)["decoder.weight"][planner.TILT] = 1.0
-    planner.save_weights(path, weights_P)
-    assert make(warm_start=path).rates(None, 0.0).token_tilt is None
-    schedule = make(warm_start=path, token_weights=True)
-    rates = schedule.rates(None, 0.0)
-    assert rates.token_tilt == pytest.approx(math.tanh(np.array(schedule.state()["h"]).mean(0).sum()))
-
-
 @pytest.mark.parametrize(
     ("call", "message"),
     [
@@ -354,8 +341,6 @@ def test_off_without_quotes_is_a_word():
         ({"guard": "paper", "curvature": "hvp"}, "guard: paper asks for the plain secant"),
         ({"trace_decay": 0.5, "guard": "paper"}, "trace_decay: needs the lagged secant"),
         ({"trace_decay": 0.5, "curvature": "hvp"}, "trace_decay: needs the lagged secant"),
-        ({"token_weights": True}, "token_weights: the tilt cannot be learnt during a run"),
-        ({"token_weights": True, "warm_start": "shipped"}, "the trainer weights no tokens by it"),
         ({"layers": 0}, "layers"),
         ({"anneal": 1.5}, "anneal"),
         ({"guard": "laged"}, "did you mean lagged"),

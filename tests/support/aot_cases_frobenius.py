@@ -1,4 +1,4 @@
-"""The penalty's kernel, ahead of time: every rank that has tiles of its own, with and without Gram matrices given."""
+"""The penalty's kernel, ahead of time: every rank that has tiles of its own."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ SIGNATURE |= {"tasks_ptr": "*i64", "ticket_ptr": "*i32"}
 SIGNATURE |= dict.fromkeys(("num_matrices", "num_adapter_tasks", "num_tasks"), "i32")
 
 
-def case(penalty: str, rank: int, given: bool = False, add: bool = True, measure: bool = False, aligned: bool = True):
+def case(penalty: str, rank: int, add: bool = True, measure: bool = False, aligned: bool = True):
     shape = tiles(rank, aligned)
     num_warps = shape.pop("num_warps")
-    flags = {"PENALTY": penalty, "GIVEN_GRAMS": given, "ADD": add, "MEASURE": measure}
+    flags = {"PENALTY": penalty, "ADD": add, "MEASURE": measure}
     return Case(
         kernel=weighted_frobenius_kernel,
         signature=SIGNATURE,
@@ -30,7 +30,6 @@ def cases(every: bool) -> list[Case]:
     found = [case(penalty, 8, measure=measure) for penalty in ("none", "factors") for measure in (False, True)]
     found.append(case("factors", 8, add=False, aligned=False))
     for rank in (8, 32, 64, 256):
-        found += [case("product", rank, given) for given in (False, True)]
-        found += [case("product", rank, measure=True), case("product", rank, add=False)]
+        found += [case("product", rank), case("product", rank, measure=True), case("product", rank, add=False)]
         found.append(case("product", rank, measure=True, aligned=False))
     return found

@@ -37,7 +37,7 @@ def case(kernel, dtype, constants, config, tensor_cores=True, aligned=SIZES, arc
     return Case(kernel, signature, constants, config.num_warps, config.num_stages, aligned, tensor_cores, architectures)
 
 
-def matmul(config, dtype, rank, architecture, *, forward=True, form="fused", dropout=False, gram=False, even=True):
+def matmul(config, dtype, rank, architecture, *, forward=True, form="fused", dropout=False, even=True):
     inline = configs.inline(form, rank, dropout, dtype)
     block_r = configs.padded_rank(rank) if inline else configs.rank_step(rank, dtype)
     config = configs.fitting_matmul(config, dtype, block_r, architecture // 10, inline=inline, dropout=dropout)
@@ -45,8 +45,7 @@ def matmul(config, dtype, rank, architecture, *, forward=True, form="fused", dro
     constants = {
         "R": rank, "BLOCK_M": config.block_m, "BLOCK_N": config.block_n, "BLOCK_K": config.block_k, "BLOCK_R": block_r,
         "GROUP_M": 8, "FORWARD": forward, "W_K_INNER": forward, "INLINE": inline, "HAS_BIAS": forward,
-        "DROPOUT": dropout, "EVEN_K": even, "EVEN_N": even, "PRECISION": precision, "GRAM": gram,
-        "GRAM_SIDE": configs.gram_side(rank), "GRAM_PRECISION": "tf32x3",
+        "DROPOUT": dropout, "EVEN_K": even, "EVEN_N": even, "PRECISION": precision,
     }  # fmt: skip
     return case(lora_matmul_kernel, dtype, constants, config, architectures=(architecture,))
 
@@ -110,18 +109,18 @@ def cases(every: bool) -> list[Case]:
 def matmuls(architecture: int, every: bool) -> list[Case]:
     first, two = configs.default_config("fused", False), configs.default_config("fused_two", False)
     found = [
-        matmul(first, torch.bfloat16, 8, architecture, gram=True),
+        matmul(first, torch.bfloat16, 8, architecture),
         matmul(first, torch.bfloat16, 8, architecture, forward=False),
         matmul(two, torch.bfloat16, 64, architecture, forward=False, form="fused_two", dropout=True),
     ]
     for dtype in TYPES if every else ():
         for config in configs.CONFIGS["fused"]:
             for rank in (8, 64):
-                found += [matmul(config, dtype, rank, architecture, gram=True)]
+                found += [matmul(config, dtype, rank, architecture)]
                 found += [matmul(config, dtype, rank, architecture, forward=False)]
             found += [matmul(config, dtype, 17, architecture, even=False)]
         for config in configs.CONFIGS["fused_two"]:
             for rank in (8, 256):
-                found += [matmul(config, dtype, rank, architecture, form="fused_two", gram=True)]
+                found += [matmul(config, dtype, rank, architecture, form="fused_two")]
                 found += [matmul(config, dtype, rank, architecture, forward=False, form="fused_two", dropout=True)]
     return found

@@ -176,7 +176,7 @@ def test_thinning_keeps_each_buckets_extremes(points, buckets):
 
 def test_only_the_range_is_drawn_and_a_neighbour_on_either_side():
     series = Series.of(np.arange(100.0), np.arange(100.0))
-    x, y = series.decimated("time", 20.5, 30.5, 1000)
+    x, y, *_ = series.window("time", 20.5, 30.5, 1000)
     assert x.tolist() == y.tolist() == list(range(20, 32))
 
 

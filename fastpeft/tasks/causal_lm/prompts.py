@@ -120,7 +120,7 @@ def collate_prompts(encoded: EncodedPrompts, rows: np.ndarray, device: torch.dev
     """Pad `rows` on the right to the longest of them and move them to `device`, without waiting for it.
 
     labels[i, t] is the token after position t of row i, if it belongs to the answer; so the prompt's last position
-    predicts the answer's first token.
+    predicts the answer's first token. There is no attention mask: a causal model sees nothing of what follows.
     """
     lengths, width = encoded.lengths[rows], int(encoded.widths[rows].max())
     first = encoded.prompt_lengths[rows] - 1
@@ -131,9 +131,8 @@ def collate_prompts(encoded: EncodedPrompts, rows: np.ndarray, device: torch.dev
         own = encoded.tokens[encoded.offsets[row] : encoded.offsets[row + 1]]
         tokens[i, : len(own)] = own
         labels[i, first[i] : len(own) - 1] = own[first[i] + 1 :]
-    mask = (positions < lengths[:, None]).astype(np.int64)
     labelled = (positions >= first[:, None]) & (positions < lengths[:, None] - 1)
-    inputs = {"input_ids": move(tokens, device), "attention_mask": move(mask, device)}
+    inputs = {"input_ids": move(tokens, device)}
     return Batch(inputs, move(labels, device), int(lengths.sum()), move(np.flatnonzero(labelled), device))
 
 

@@ -12,7 +12,7 @@ from rich.segment import Segment
 from rich.style import Style
 from textual import events
 from textual.binding import Binding, BindingType
-from textual.geometry import Region, Size
+from textual.geometry import Size
 from textual.message import Message
 from textual.reactive import reactive
 from textual.scroll_view import ScrollView
@@ -344,10 +344,6 @@ class Heatmap(ScrollView, can_focus=True):
             change = f"{(value - before) / abs(before):+.1%}" if before else f"{value - before:+.3g}"
             said.append(f"first {short(before)} ({change})")
         return "  ".join(said)
-
-    def visible_cells(self) -> Region:
-        """Columns and rows in view, in cells of the grid."""
-        return Region(self._left, self._top, len(self._columns()), min(self.num_rows_shown, len(self.grid.rows)))
 
 
 def share(value: float, limits: tuple[float, float]) -> float:

@@ -78,20 +78,19 @@ def test_labels_are_the_next_tokens_of_the_answer(draw, num_rows, special):
     encoded = encode_problems(problems, tokenizer(special), PROMPT, 512)
     rows = rng.permutation(num_rows)[: rng.integers(1, num_rows + 1)]
     batch = collate_problems(encoded, rows, CPU)
-    tokens, mask, labels = batch.inputs["input_ids"], batch.inputs["attention_mask"], batch.labels
-    assert set(batch.inputs) == {"input_ids", "attention_mask"}
-    assert tokens.shape == mask.shape == labels.shape == (len(rows), encoded.widths[rows].max())
-    assert {t.dtype for t in (tokens, mask, labels, batch.rows)} == {torch.int64}
+    tokens, labels = batch.inputs["input_ids"], batch.labels
+    assert set(batch.inputs) == {"input_ids"}
+    assert tokens.shape == labels.shape == (len(rows), encoded.widths[rows].max())
+    assert {t.dtype for t in (tokens, labels, batch.rows)} == {torch.int64}
     for i, row in enumerate(rows):
         length, prompt = encoded.lengths[row], encoded.prompt_lengths[row]
         for t in range(tokens.shape[1]):
             predicted = prompt - 1 <= t < length - 1
             assert labels[i, t] == (tokens[i, t + 1] if predicted else IGNORE)
-            assert mask[i, t] == (t < length)
             assert t < length or tokens[i, t] == PAD
         answer = tokenizer()(" " + problems.answer[row])["input_ids"]
         assert labels[i][labels[i] != IGNORE].tolist() == [*answer, END]
-    assert batch.num_tokens == int(mask.sum())
+    assert batch.num_tokens == encoded.lengths[rows].sum()
     assert batch.rows.tolist() == torch.nonzero(labels.flatten() != IGNORE).flatten().tolist()
     assert len(batch.rows) == encoded.num_labelled[rows].sum()
 
@@ -190,7 +189,10 @@ def test_a_tokenizer_without_padding_or_end():
     unpadded.pad_token = None
     encoded = encode_problems(Problems(["q", "qqq"], ["#### 1"] * 2), unpadded, PROMPT, 64)
     assert encoded.pad_token == END
-    assert collate_problems(encoded, np.arange(2), CPU).inputs["attention_mask"].sum() == encoded.lengths.sum()
+    batch = collate_problems(encoded, np.arange(2), CPU)
+    short, real = batch.inputs["input_ids"][0], int(encoded.lengths[0])
+    assert short[:real].tolist() == encoded.tokens[:real].tolist()
+    assert set(short[real:].tolist()) == {END}
     unpadded.eos_token = None
     with pytest.raises(UserError, match="no end-of-text token"):
         encode_problems(Problems(["q"], ["#### 1"]), unpadded, PROMPT, 64)

@@ -15,7 +15,7 @@ def _bias(count, log_beta):
 @triton.jit
 def _update(
     data_ptr, grad_ptr, exp_avg_ptr, exp_avg_sq_ptr, places, mask, good,
-    divisor, scale, beta1, rest1, beta2, rest2, eps, bias1, bias2, old_bias1, old_bias2, taken, shrink, rate, decay,
+    divisor, beta1, rest1, beta2, rest2, eps, bias1, bias2, old_bias1, old_bias2, taken, shrink, rate, decay,
     REDUCES: tl.constexpr,
 ):  # fmt: skip
     """AdamW of the elements at `places`. Returns what each adds to the four sums."""
@@ -36,10 +36,9 @@ def _update(
         tl.store(grad_ptr + places, g, mask=stored)
     square, dot = tl.zeros_like(x), tl.zeros_like(x)
     if REDUCES:
-        true_g = tl.div_rn(raw, scale)
         old_mean, old_sq = tl.div_rn(m, old_bias1), tl.div_rn(v, old_bias2)
-        dot = true_g * taken * (tl.div_rn(old_mean, tl.sqrt_rn(old_sq) + eps) + decay * x)
-        square = true_g * true_g
+        dot = raw * taken * (tl.div_rn(old_mean, tl.sqrt_rn(old_sq) + eps) + decay * x)
+        square = raw * raw
         mean, mean_sq = tl.where(good, mean, old_mean), tl.where(good, mean_sq, old_sq)
     return square, mean * mean, mean_sq, dot
 
@@ -49,14 +48,13 @@ def adamw_kernel(
     # flat buffers
     data_ptr, grad_ptr, exp_avg_ptr, exp_avg_sq_ptr,
     # scalars on the device
-    step_ptr, norm_ptr, loss_ptr, rate_ptr, loss_scale_ptr, skipped_ptr,
+    step_ptr, norm_ptr, loss_ptr, skipped_ptr,
     # descriptors, of each matrix, of each slice, of each unit
     slices_ptr, units_ptr, multiplier_ptr, partials_ptr, sums_ptr, tickets_ptr,
     rate, beta1, rest1, log_beta1, beta2, rest2, log_beta2, eps, max_norm,
     decay_adapter, decay_head, head_ratio,
     num_slices, num_matrices,
-    HAS_LOSS: tl.constexpr, RATE_ON_DEVICE: tl.constexpr, SCALED: tl.constexpr, CLIPS: tl.constexpr,
-    MULTIPLIES: tl.constexpr, REDUCES: tl.constexpr, ALIGNED: tl.constexpr,
+    HAS_LOSS: tl.constexpr, CLIPS: tl.constexpr, MULTIPLIES: tl.constexpr, REDUCES: tl.constexpr, ALIGNED: tl.constexpr,
     BLOCK: tl.constexpr, BLOCK_ROWS: tl.constexpr,
 ):  # fmt: skip
     program = tl.program_id(0)
@@ -69,21 +67,15 @@ def adamw_kernel(
     # The guard, and what the gradient is divided by.
     norm = tl.load(norm_ptr)
     divisor = 1.0
-    if SCALED:
-        divisor = tl.load(loss_scale_ptr)
-        norm = tl.div_rn(norm, divisor)
-    scale = divisor
     finite = tl.where(tl.abs(norm) < float("inf"), 1, 0)  # NaN is not
     if HAS_LOSS:
         finite = tl.where(tl.abs(tl.load(loss_ptr)) < float("inf"), finite, 0)
     good = finite != 0
     if CLIPS:
-        divisor *= tl.maximum(tl.div_rn(norm, max_norm), 1.0)
+        divisor = tl.maximum(tl.div_rn(norm, max_norm), 1.0)
 
     step = tl.load(step_ptr)
     bias1, bias2 = _bias(step + 1, log_beta1), _bias(step + 1, log_beta2)
-    if RATE_ON_DEVICE:
-        rate = tl.load(rate_ptr)
     rate = tl.where(is_head, rate * head_ratio, rate)
     decay = tl.where(is_head, decay_head, decay_adapter)
     if MULTIPLIES:
@@ -102,7 +94,7 @@ def adamw_kernel(
     for at in range(0, whole, BLOCK):
         square, mean, variance, dot = _update(
             data_ptr, grad_ptr, exp_avg_ptr, exp_avg_sq_ptr, start + at + lanes, at + lanes < whole, good,
-            divisor, scale, beta1, rest1, beta2, rest2, eps, bias1, bias2, old_bias1, old_bias2, taken, shrink, rate,
+            divisor, beta1, rest1, beta2, rest2, eps, bias1, bias2, old_bias1, old_bias2, taken, shrink, rate,
             decay, REDUCES,
         )  # fmt: skip
         if REDUCES:
@@ -114,7 +106,7 @@ def adamw_kernel(
     if whole < length:
         square4, mean4, variance4, dot4 = _update(
             data_ptr, grad_ptr, exp_avg_ptr, exp_avg_sq_ptr, start + whole + last, whole + last < length, good,
-            divisor, scale, beta1, rest1, beta2, rest2, eps, bias1, bias2, old_bias1, old_bias2, taken, shrink, rate,
+            divisor, beta1, rest1, beta2, rest2, eps, bias1, bias2, old_bias1, old_bias2, taken, shrink, rate,
             decay, REDUCES,
         )  # fmt: skip
         square += tl.sum(square4)

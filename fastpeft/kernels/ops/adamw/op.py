@@ -25,7 +25,7 @@ class AdamWResult:
     sums: torch.Tensor | None
     """(num_units, 4) where they were asked for: of each matrix in the model's order, then of each other parameter, the
     sums over its elements of g^2, of the squared bias-corrected mean of g, of the bias-corrected mean of g^2, and of
-    g u (1 - rate decay). g is the gradient unscaled and before clipping; the means are those after this step; u is
+    g u (1 - rate decay). g is the gradient before clipping; the means are those after this step; u is
     the direction of the step before this one, theta <- theta - rate u, with its rate (0 before the first)."""
 
 
@@ -38,26 +38,24 @@ def adamw_step(
     step: torch.Tensor,
     layout: FlatLayout,
     *,
-    lr: float | torch.Tensor,
+    lr: float,
     norm: torch.Tensor,
     options: AdamWOptions,
     loss: torch.Tensor | None = None,
-    loss_scale: torch.Tensor | None = None,
     multiplier_K: torch.Tensor | None = None,
     reduces: bool = False,
 ) -> AdamWResult:
     """One step of AdamW (arXiv:1711.05101) over flat buffers, in place; the host reads nothing.
 
-    The gradient is divided by `loss_scale`, clipped to `options.max_norm`, and left in `grad` like that; a step whose
-    norm or loss is not finite changes no bit. On a GPU it is one launch, and gives the same bits every time.
+    The gradient is clipped to `options.max_norm`, and left in `grad` like that; a step whose norm or loss is not finite
+    changes no bit. On a GPU it is one launch, and gives the same bits every time.
 
     Args:
         data, grad, exp_avg, exp_avg_sq: (num_total,) fp32 or fp64, as `layout` says.
         step: (), fp32: steps taken so far. Counted up unless this one is skipped.
-        lr: learning rate of the adapter; a float, or () fp32 on the device.
+        lr: learning rate of the adapter.
         norm: (), norm of `grad` as it lies there, in its dtype, from weighted_frobenius.
         loss: (), watched by the guard.
-        loss_scale: (), what the loss of fp16 was multiplied by.
         multiplier_K: (K,), a factor on the rate of each matrix, in the model's order; of other parameters it is 1.
         reduces: also give the sums of AdamWResult.
 
@@ -65,18 +63,15 @@ def adamw_step(
         ValueError: shapes, dtypes or devices that do not fit.
     """
     buffers = data, grad, exp_avg, exp_avg_sq, step
-    _check(buffers, layout, lr, norm, loss, loss_scale, multiplier_K)
+    _check(buffers, layout, norm, loss, multiplier_K)
     if runs_triton(data):
-        return _launch(buffers, layout, lr, norm, loss, loss_scale, multiplier_K, options, reduces)
-    if loss_scale is not None:
-        norm = norm / loss_scale
+        return _launch(buffers, layout, lr, norm, loss, multiplier_K, options, reduces)
     good = norm.isfinite() if loss is None else norm.isfinite() & loss.isfinite()
     skipped = (~good).to(data.dtype)
-    clip = (norm / options.max_norm).clamp_min(1.0) if options.max_norm else torch.ones_like(norm)
-    divisor = clip if loss_scale is None else clip * loss_scale
+    divisor = (norm / options.max_norm).clamp_min(1.0) if options.max_norm else torch.ones_like(norm)
     terms = data.new_empty(3, layout.num_total) if reduces else None
     if terms is not None:
-        _write_terms(terms, buffers, loss_scale, options, layout)
+        _write_terms(terms, buffers, options, layout)
     if data.dtype == torch.float32:
         before = None if multiplier_K is None else data.clone()
         _step_fused(buffers, layout, lr, divisor, skipped, options)
@@ -93,12 +88,11 @@ def adamw_step(
     return AdamWResult(skipped, sums)
 
 
-def _check(buffers, layout, lr, norm, loss, loss_scale, multiplier_K) -> None:
+def _check(buffers, layout, norm, loss, multiplier_K) -> None:
     data, grad, exp_avg, exp_avg_sq, step = buffers
     layout.check("adamw_step", data=data, grad=grad, exp_avg=exp_avg, exp_avg_sq=exp_avg_sq)
-    scalars = {"step": step, "norm": norm, "loss": loss, "loss_scale": loss_scale, "lr": lr}
-    for name, tensor in scalars.items():
-        if not isinstance(tensor, torch.Tensor):
+    for name, tensor in {"step": step, "norm": norm, "loss": loss}.items():
+        if tensor is None:
             continue
         if tensor.dim() or tensor.device != data.device or not tensor.is_floating_point():
             raise ValueError(
@@ -121,7 +115,7 @@ Buffers = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Te
 def _step_fused(
     buffers: Buffers,
     layout: FlatLayout,
-    lr: float | torch.Tensor,
+    lr: float,
     divisor: torch.Tensor,
     skipped: torch.Tensor,
     options: AdamWOptions,
@@ -157,17 +151,10 @@ def _step_fused(
         )
 
 
-def _write_terms(
-    terms: torch.Tensor,
-    buffers: Buffers,
-    loss_scale: torch.Tensor | None,
-    options: AdamWOptions,
-    layout: FlatLayout,
-) -> None:
+def _write_terms(terms: torch.Tensor, buffers: Buffers, options: AdamWOptions, layout: FlatLayout) -> None:
     """What is known before the step: g^2, and g u (1 - rate decay) as reference.direction gives it."""
     data, grad, exp_avg, exp_avg_sq, step = buffers
-    raw = grad if loss_scale is None else grad / loss_scale
-    torch.mul(raw, raw, out=terms[0])
+    torch.mul(grad, grad, out=terms[0])
     dots = terms[1]
     if step == 0:
         dots.zero_()
@@ -181,7 +168,7 @@ def _write_terms(
     for part, decay in zip((slice(cut), slice(cut, None)), decays):
         if decay and part.start != layout.num_total:
             dots[part].add_(data[part], alpha=decay * bias1 / root)
-    dots.mul_(raw).mul_(root / bias1)
+    dots.mul_(grad).mul_(root / bias1)
 
 
 def _bias_corrections(step: torch.Tensor, options: AdamWOptions) -> tuple[float, float]:
@@ -193,7 +180,7 @@ def _bias_corrections(step: torch.Tensor, options: AdamWOptions) -> tuple[float,
 def _step_plainly(
     buffers: Buffers,
     layout: FlatLayout,
-    lr: float | torch.Tensor,
+    lr: float,
     divisor: torch.Tensor,
     good: torch.Tensor,
     multiplier_K: torch.Tensor | None,
@@ -212,9 +199,7 @@ def _step_plainly(
     step.copy_(count)
 
 
-def _spread(
-    layout: FlatLayout, like: torch.Tensor, adapter: float | torch.Tensor, head: float | torch.Tensor
-) -> torch.Tensor:
+def _spread(layout: FlatLayout, like: torch.Tensor, adapter: float, head: float) -> torch.Tensor:
     """One value for all of the adapter's elements, one for all of the head's."""
     out = torch.empty_like(like)
     out[: layout.num_adapter] = adapter
@@ -222,7 +207,7 @@ def _spread(
     return out
 
 
-def _launch(buffers, layout, lr, norm, loss, loss_scale, multiplier_K, options, reduces) -> AdamWResult:
+def _launch(buffers, layout, lr, norm, loss, multiplier_K, options, reduces) -> AdamWResult:
     from fastpeft.kernels.ops.adamw.kernel import adamw_kernel
 
     data = buffers[0]
@@ -231,15 +216,12 @@ def _launch(buffers, layout, lr, norm, loss, loss_scale, multiplier_K, options, 
     partials, sums = skipped, skipped
     if reduces:
         partials, sums = data.new_empty(num_slices, NUM_SUMS), data.new_empty(layout.num_units, NUM_SUMS)
-    on_device = isinstance(lr, torch.Tensor)
     launch(
         adamw_kernel,
         (num_slices,),
         *buffers,
         norm,
         data if loss is None else loss,
-        lr if on_device else data,
-        data if loss_scale is None else loss_scale,
         skipped,
         layout.slices,
         layout.units,
@@ -247,7 +229,7 @@ def _launch(buffers, layout, lr, norm, loss, loss_scale, multiplier_K, options, 
         partials,
         sums,
         layout.tickets,
-        0.0 if on_device else float(lr),
+        float(lr),
         float(options.beta1),
         1 - options.beta1,
         math.log(options.beta1) if options.beta1 else -math.inf,
@@ -262,8 +244,6 @@ def _launch(buffers, layout, lr, norm, loss, loss_scale, multiplier_K, options, 
         num_slices,
         layout.num_matrices,
         HAS_LOSS=loss is not None,
-        RATE_ON_DEVICE=on_device,
-        SCALED=loss_scale is not None,
         CLIPS=options.max_norm > 0,
         MULTIPLIES=multiplier_K is not None,
         REDUCES=reduces,

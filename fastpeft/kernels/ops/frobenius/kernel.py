@@ -103,7 +103,7 @@ def _add_scaled(data_ptr, into_ptr, factor, length, ADD: tl.constexpr, BLOCK: tl
 @triton.jit
 def _add_penalty(
     data_ptr, into_ptr, coefficient_ptr, scale_ptr, grams_ptr, task_ptr, program, num_matrices, start, length, other,
-    PENALTY: tl.constexpr, GIVEN_GRAMS: tl.constexpr, ADD: tl.constexpr, ALIGNED_ROWS: tl.constexpr,
+    PENALTY: tl.constexpr, ADD: tl.constexpr, ALIGNED_ROWS: tl.constexpr,
     CHUNK: tl.constexpr, NUM_CHUNKS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Of the factor that this program has, if it has one. Returns the gradient's sum of squares, and the value."""
@@ -127,16 +127,14 @@ def _add_penalty(
             side = CHUNK * NUM_CHUNKS
             gram_ptr = grams_ptr + (2 * k + is_a.to(tl.int32)) * (side * side)  # of the other factor
             if is_a:
-                if not GIVEN_GRAMS:
-                    _gram(data_ptr + other, gram_ptr, rank, num_other, False, CHUNK, NUM_CHUNKS, BLOCK_N)
-                    tl.debug_barrier()
+                _gram(data_ptr + other, gram_ptr, rank, num_other, False, CHUNK, NUM_CHUNKS, BLOCK_N)
+                tl.debug_barrier()
                 square, product = _add_product(
                     own_ptr, to_ptr, gram_ptr, factor, rank, num, True, ADD, CHUNK, NUM_CHUNKS, BLOCK_N
                 )
             else:
-                if not GIVEN_GRAMS:
-                    _gram(data_ptr + other, gram_ptr, rank, num_other, True, CHUNK, NUM_CHUNKS, BLOCK_N)
-                    tl.debug_barrier()
+                _gram(data_ptr + other, gram_ptr, rank, num_other, True, CHUNK, NUM_CHUNKS, BLOCK_N)
+                tl.debug_barrier()
                 square, _ = _add_product(
                     own_ptr, to_ptr, gram_ptr, factor, rank, num, False, ADD, CHUNK, NUM_CHUNKS, BLOCK_N
                 )
@@ -163,7 +161,7 @@ def weighted_frobenius_kernel(
     # descriptors, results
     tasks_ptr, partials_ptr, totals_ptr, ticket_ptr,
     num_matrices, num_adapter_tasks, num_tasks,
-    PENALTY: tl.constexpr, GIVEN_GRAMS: tl.constexpr, ADD: tl.constexpr, MEASURE: tl.constexpr,
+    PENALTY: tl.constexpr, ADD: tl.constexpr, MEASURE: tl.constexpr,
     ALIGNED: tl.constexpr, ALIGNED_ROWS: tl.constexpr,
     CHUNK: tl.constexpr, NUM_CHUNKS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
@@ -179,7 +177,7 @@ def weighted_frobenius_kernel(
     if PENALTY != "none":
         square, product = _add_penalty(
             data_ptr, into_ptr, coefficient_ptr, scale_ptr, grams_ptr, task_ptr, program, num_matrices, start, length,
-            other, PENALTY, GIVEN_GRAMS, ADD, ALIGNED_ROWS, CHUNK, NUM_CHUNKS, BLOCK_N, BLOCK,
+            other, PENALTY, ADD, ALIGNED_ROWS, CHUNK, NUM_CHUNKS, BLOCK_N, BLOCK,
         )  # fmt: skip
     after = _sum_squares(grad_ptr + start, length, BLOCK)
     tl.store(partials_ptr + program, after)

@@ -48,7 +48,6 @@ def weighted_frobenius(
     coefficient_K: torch.Tensor | None = None,
     *,
     penalty: str = "product",
-    grams: torch.Tensor | None = None,
     into: torch.Tensor | None = None,
     measure: bool = False,
 ) -> FrobeniusResult:
@@ -63,17 +62,15 @@ def weighted_frobenius(
         grad: (num_total,), their gradients; the penalty's is added in place.
         coefficient_K: (K,) c_k in the model's order, in the dtype of `data`; None: no penalty, only the norms.
         penalty: `product`, or `factors`: sum_k c_k (||A_k||_F^2 + ||B_k||_F^2), without s.
-        grams: (K, 2, R', R'), A A^T and B^T B of each matrix, where they are known; R' is `gram_side(layout)`, and
-            rows and columns past a matrix's rank are zero.
         into: (num_factors,), gets the penalty's gradient, and `grad` stays what it is.
         measure: also give the norms that the sensitivity sketch needs.
 
     Raises:
         ValueError: shapes, dtypes or devices that do not fit, an unknown penalty.
     """
-    _check(data, grad, layout, coefficient_K, penalty, grams, into)
+    _check(data, grad, layout, coefficient_K, penalty, into)
     if runs_triton(data):
-        return _launch(data, grad, layout, coefficient_K, penalty, grams, into, measure)
+        return _launch(data, grad, layout, coefficient_K, penalty, into, measure)
     index_K = layout.index_K
     square_b_K = square_a_K = None
     if measure:
@@ -86,8 +83,7 @@ def weighted_frobenius(
         for group, own_K in zip(layout.groups, index_K):
             weight_K = coefficient_K[own_K]
             if penalty == "product":
-                own_grams = None if grams is None else grams[own_K, :, : group.rank, : group.rank].unbind(1)
-                value_K[own_K], more = _add_product(group, data, grad, weight_K, own_grams, into)
+                value_K[own_K], more = _add_product(group, data, grad, weight_K, into)
             else:
                 value_K[own_K], more = _add_factors(group, data, grad, weight_K, into)
             square += more
@@ -98,12 +94,6 @@ def weighted_frobenius(
     return FrobeniusResult(
         torch.hypot(adapter, head), value_K.sum(), penalty_norm, share, value_K[None], square_b_K, square_a_K
     )
-
-
-def gram_side(layout: FlatLayout) -> int:
-    """Rows of the padded Gram matrices: a multiple of the tile that `tl.dot` works on."""
-    chunk, num_chunks = _chunks(layout.max_rank)
-    return chunk * num_chunks
 
 
 def tiles(max_rank: int, aligned_rows: bool) -> dict[str, int]:
@@ -123,15 +113,13 @@ def _chunks(max_rank: int) -> tuple[int, int]:
     return chunk, -(-max(1, max_rank) // chunk)
 
 
-def _check(data, grad, layout, coefficient_K, penalty, grams, into) -> None:
+def _check(data, grad, layout, coefficient_K, penalty, into) -> None:
     name = "weighted_frobenius"
     layout.check(name, data=data, grad=grad)
     if penalty not in PENALTIES:
         raise ValueError(f"{name}: penalty is {penalty!r}; expected one of {', '.join(PENALTIES)}")
-    num, side = layout.num_matrices, gram_side(layout)
     shapes = {
-        "coefficient_K": (coefficient_K, (num,)),
-        "grams": (grams, (num, 2, side, side)),
+        "coefficient_K": (coefficient_K, (layout.num_matrices,)),
         "into": (into, (layout.num_factors,)),
     }
     for argument, (tensor, shape) in shapes.items():
@@ -145,15 +133,14 @@ def _check(data, grad, layout, coefficient_K, penalty, grams, into) -> None:
             )
 
 
-def _launch(data, grad, layout, coefficient_K, penalty, grams, into, measure) -> FrobeniusResult:
+def _launch(data, grad, layout, coefficient_K, penalty, into, measure) -> FrobeniusResult:
     from fastpeft.kernels.ops.frobenius.kernel import weighted_frobenius_kernel
 
-    num_tasks, num, side = len(layout.tasks), layout.num_matrices, gram_side(layout)
+    num_tasks, num = len(layout.tasks), layout.num_matrices
+    shape = tiles(layout.max_rank, layout.aligned_rows)
+    side = shape["CHUNK"] * shape["NUM_CHUNKS"]
     partials, totals = data.new_empty(5, num_tasks), data.new_empty(4)
-    scratch = grams
-    if scratch is None:
-        needed = coefficient_K is not None and penalty == "product"
-        scratch = data.new_empty(num, 2, side, side) if needed else data
+    needs_grams = coefficient_K is not None and penalty == "product"
     launch(
         weighted_frobenius_kernel,
         (num_tasks,),
@@ -162,7 +149,7 @@ def _launch(data, grad, layout, coefficient_K, penalty, grams, into, measure) ->
         grad if into is None else into,
         layout.scale_K if coefficient_K is None else coefficient_K,
         layout.scale_K,
-        scratch,
+        data.new_empty(num, 2, side, side) if needs_grams else data,
         layout.tasks,
         partials,
         totals,
@@ -171,12 +158,11 @@ def _launch(data, grad, layout, coefficient_K, penalty, grams, into, measure) ->
         layout.num_adapter_tasks,
         num_tasks,
         PENALTY="none" if coefficient_K is None else penalty,
-        GIVEN_GRAMS=grams is not None,
         ADD=into is None,
         MEASURE=measure,
         ALIGNED=layout.aligned,
         ALIGNED_ROWS=layout.aligned_rows,
-        **tiles(layout.max_rank, layout.aligned_rows),
+        **shape,
     )
     return FrobeniusResult(
         *totals.unbind(),
@@ -194,12 +180,11 @@ def _add_product(
     data: torch.Tensor,
     grad: torch.Tensor,
     weight_K: torch.Tensor,
-    grams: tuple[torch.Tensor, torch.Tensor] | None,
     into: torch.Tensor | None,
 ) -> Values:
     """Each matrix's penalty, and the squared norm of the gradient: ||G_B A||^2 = <G_B^2, G_A>, nothing is stored."""
     a_KRI, b_KOR = group.stack_a(data), group.stack_b(data)
-    gram_a_KRR, gram_b_KRR = grams or (torch.bmm(a_KRI, a_KRI.mT), torch.bmm(b_KOR.mT, b_KOR))
+    gram_a_KRR, gram_b_KRR = torch.bmm(a_KRI, a_KRI.mT), torch.bmm(b_KOR.mT, b_KOR)
     factor_K11 = (weight_K * group.scale**2)[:, None, None]
     scaled_a_KRR, scaled_b_KRR = gram_a_KRR * (2 * factor_K11), gram_b_KRR * (2 * factor_K11)
     if into is None:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from types import ModuleType
-from typing import ClassVar
 
 import torch
 
@@ -26,21 +25,10 @@ class LoraMeasures:
     All are at least fp32 (fp64 where the factors are) and carry no gradient.
     """
 
-    wants_grams: ClassVar[bool] = True
-    gram_a: torch.Tensor | None = None
-    """A A^T, (R, R), after forward."""
-    gram_b: torch.Tensor | None = None
-    """B^T B, (R, R), after forward."""
     db_square: torch.Tensor | None = None
     """||dL/dB||_F^2, a scalar tensor, after backward; None where lora_b needs no gradient."""
     db_square_masked: torch.Tensor | None = None
     """The same of the gradient that the rows of `row_mask` alone give; None without a mask."""
-
-
-class GradientMeasures(LoraMeasures):
-    """Without the Gram matrices, so that forward does nothing for it."""
-
-    wants_grams = False
 
 
 @dataclass(frozen=True)
@@ -80,10 +68,8 @@ def _kept(x_TI: torch.Tensor, seed: torch.Tensor, dropout: float) -> split.Kept:
 # ---- forward ---------------------------------------------------------------------------------
 
 
-def forward(
-    x_TI: torch.Tensor, call: Call, factors: list[Pair], stored: list[Pair]
-) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
-    """y and s D(x) A^T of each projection. `factors` in the dtype of x, `stored` as they are kept."""
+def forward(x_TI: torch.Tensor, call: Call, factors: list[Pair]) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+    """y and s D(x) A^T of each projection. `factors` in the dtype of x."""
     choices = [_choose("lora_forward", x_TI, a, b.shape[0]) for a, b in factors]
     inline = [
         configs.inline(choice.form, a.shape[0], call.dropout, a.dtype) for choice, (a, _) in zip(choices, factors)
@@ -94,20 +80,14 @@ def forward(
     ys, products = [], []
     for i, (part, choice, (a, b)) in enumerate(zip(call.parts, choices, factors)):
         weight = dequantised(part.weight, x_TI.dtype)
-        wants_grams = part.measures is not None and part.measures.wants_grams
         s = shared[i] if shared else None
         if s is None and not inline[i]:
             s = _product(x_TI, a, part, call.dropout, choice)
         if choice.form == "split":
             y = split.forward(x_TI, weight, part.bias, s, b)
-            grams = split.grams(*stored[i]) if wants_grams else None
         else:
-            y, s, grams = _fused().matmul(
-                x_TI, weight, part.bias, a, b, s, part.scale, choice.config,
-                forward=True, grams=stored[i] if wants_grams else None,
-            )  # fmt: skip
+            y, s = _fused().matmul(x_TI, weight, part.bias, a, b, s, part.scale, choice.config, forward=True)
         if part.measures:
-            part.measures.gram_a, part.measures.gram_b = grams or (None, None)
             part.measures.db_square = part.measures.db_square_masked = None
         ys.append(y)
         products.append(s)
@@ -196,10 +176,7 @@ def _fused_dx(dy_TO: torch.Tensor, call: Call, pair: Pair, choice: dispatch.Choi
         dropped = _fused().Dropout(call.dropout, part.seed)
     if not configs.inline(choice.form, a.shape[0], call.dropout, a.dtype):
         ds_TR = _fused().skinny(dy_TO, b, part.scale, forward=False)
-    dx_TI, ds_TR, _ = _fused().matmul(
-        dy_TO, weight, None, a, b, ds_TR, part.scale, choice.config, forward=False, dropout=dropped
-    )
-    return dx_TI, ds_TR
+    return _fused().matmul(dy_TO, weight, None, a, b, ds_TR, part.scale, choice.config, forward=False, dropout=dropped)
 
 
 def _shared_gradients(

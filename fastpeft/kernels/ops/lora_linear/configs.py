@@ -81,11 +81,6 @@ def rank_step(rank: int, dtype: torch.dtype) -> int:
     return min(padded_rank(rank), 32 if dtype == torch.float32 else 64)
 
 
-def gram_side(rank: int) -> int:
-    """Side of the block of a Gram that one program computes."""
-    return min(padded_rank(rank), 32)
-
-
 def fitting_matmul(
     config: Config, dtype: torch.dtype, block_r: int, capability: int, *, inline: bool, dropout: bool
 ) -> Config:

@@ -105,11 +105,10 @@ def matmul(
     *,
     forward: bool,
     dropout: Dropout | None = None,
-    grams: tuple[torch.Tensor, torch.Tensor] | None = None,
-) -> tuple[torch.Tensor, torch.Tensor, tuple[torch.Tensor, torch.Tensor] | None]:
-    """Forward: y, s and the Grams. Else, with x = dY: dx, dS and None.
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Forward: y and s. Else, with x = dY: dx and dS.
 
-    Where `s_TR` is None it is computed on the way. `dropout` is that of dx. `grams`: A and B as they are stored.
+    Where `s_TR` is None it is computed on the way. `dropout` is that of dx.
     """
     x, a_RI, b_OR = _rows(x), a_RI.contiguous(), b_OR.contiguous()
     if 1 not in weight_OI.stride():
@@ -120,36 +119,29 @@ def matmul(
         s_TR = skinny_buffer(x, rank)
     sum_size, result_size = (num_in, num_out) if forward else (num_out, num_in)
     out = x.new_empty(num_rows, result_size)
-    stored = [factor.detach() for factor in grams or (a_RI, b_OR)]
-    if stored[0].dtype != stored[1].dtype or stored[0].dtype == torch.float64:
-        stored = [factor.float() for factor in stored]
-    stored = [factor.contiguous() for factor in stored]
-    gram = [torch.empty(rank, rank, dtype=torch.float32, device=x.device) for _ in grams or ()]
-    if not num_rows and not grams:
-        return out, s_TR, None
+    if not num_rows:
+        return out, s_TR
     block_r = configs.padded_rank(rank) if inline else configs.rank_step(rank, x.dtype)
     form = "fused" if inline else "fused_two"
     config = config or configs.default_config(form, dispatch.interpreting())
     config = configs.fitting_matmul(
         config, x.dtype, block_r, _capability(x.device), inline=inline, dropout=dropout is not None
     )
-    side = configs.gram_side(rank)
     tiles = -(-num_rows // config.block_m) * -(-result_size // config.block_n)
     i_inner = weight_OI.stride(1) == 1
     launch(
-        lora_matmul_kernel, (tiles + (2 * (-(-rank // side)) ** 2 if grams else 0),),
+        lora_matmul_kernel, (tiles,),
         x, weight_OI, x if bias_O is None else bias_O.contiguous(), *((a_RI, b_OR) if forward else (b_OR, a_RI)),
-        s_TR, out, dropout.seed if dropout else x, *stored, *(gram or (s_TR, s_TR)),
+        s_TR, out, dropout.seed if dropout else x,
         num_rows, sum_size, result_size, x.stride(0), weight_OI.stride(0 if i_inner else 1), s_TR.stride(0),
         scale, drop_below(dropout.probability) if dropout else 0, dropout.factor if dropout else 1.0,
         R=rank, BLOCK_M=config.block_m, BLOCK_N=config.block_n, BLOCK_K=config.block_k, BLOCK_R=block_r,
         GROUP_M=8, FORWARD=forward, W_K_INNER=i_inner == forward, INLINE=inline,
         HAS_BIAS=bias_O is not None, DROPOUT=dropout is not None,
         EVEN_K=sum_size % config.block_k == 0, EVEN_N=result_size % config.block_n == 0,
-        PRECISION=precision(x.dtype), GRAM=grams is not None, GRAM_SIDE=side,
-        GRAM_PRECISION=precision(stored[0].dtype), num_warps=config.num_warps, num_stages=config.num_stages,
+        PRECISION=precision(x.dtype), num_warps=config.num_warps, num_stages=config.num_stages,
     )  # fmt: skip
-    return out, s_TR, tuple(gram) if grams else None
+    return out, s_TR
 
 
 def factors(

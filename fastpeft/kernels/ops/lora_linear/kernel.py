@@ -7,8 +7,6 @@ Decisions:
 - s rides in the main loop (INLINE), R / BLOCK_N more products and no pass over x, or is there already (skinny_kernel);
   then it is a few more columns of the sum.
 - Both skinny products carry the scale, so that nothing else needs it.
-- The Grams come from programs of their own, ahead of the tiles in the same launch: whole, so without partials and a
-  second launch, and from the factors as they are stored, not as they are rounded for x.
 - One Philox call decides on eight columns. In forward dropout is applied by skinny_kernel, in dx to the finished tile.
 - No atomics: sums over the tokens are split into partials, which one program adds up in a fixed order.
 
@@ -68,34 +66,18 @@ def _factor(ptr, inner, rank, num_inner, R: tl.constexpr, R_INNER: tl.constexpr,
     return tl.load(ptrs, mask=(rank < R) & (inner < num_inner), other=0.0)
 
 
-@triton.jit
-def _gram(
-    ptr, out_ptr, block, num_inner,
-    R: tl.constexpr, R_INNER: tl.constexpr, BLOCK: tl.constexpr, SIDE: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    """One SIDE x SIDE block of F F^T, F = A (R x inner) or B^T, from the factor as it is stored."""
-    blocks = tl.cdiv(R, SIDE)
-    left = (block // blocks) * SIDE + tl.arange(0, SIDE)
-    right = (block % blocks) * SIDE + tl.arange(0, SIDE)
-    acc = tl.zeros((SIDE, SIDE), dtype=tl.float32)
-    for first in range(0, num_inner, BLOCK):
-        inner = first + tl.arange(0, BLOCK)
-        u = _factor(ptr, inner[None, :], left[:, None], num_inner, R, R_INNER, False)
-        v = _factor(ptr, inner[:, None], right[None, :], num_inner, R, R_INNER, False)
-        acc = _dot(u, v, acc, PRECISION)
-    tl.store(out_ptr + left[:, None] * R + right[None, :], acc, mask=(left < R)[:, None] & (right < R)[None, :])
-
-
-@triton.jit
-def _tile(
-    tile, x_ptr, w_ptr, bias_ptr, l1_ptr, l2_ptr, s_ptr, out_ptr, seed_ptr,
+@triton.jit(do_not_specialize=["num_rows"])
+def lora_matmul_kernel(
+    x_ptr, w_ptr, bias_ptr, l1_ptr, l2_ptr, s_ptr, out_ptr, seed_ptr,
     num_rows, K, N, stride_x, stride_w, stride_s, scale, drop_below, keep_factor,
     R: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
     GROUP_M: tl.constexpr, FORWARD: tl.constexpr, W_K_INNER: tl.constexpr, INLINE: tl.constexpr,
     HAS_BIAS: tl.constexpr, DROPOUT: tl.constexpr, EVEN_K: tl.constexpr, EVEN_N: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """One BLOCK_M x BLOCK_N tile of out; those of the first columns also write s where it is computed INLINE."""
+    """out = x w + s l2 (+ bias), a BLOCK_M x BLOCK_N tile a program; those of the first columns also write s where it
+    is computed INLINE."""
+    tile = tl.program_id(0)
     blocks_m, blocks_n = tl.cdiv(num_rows, BLOCK_M), tl.cdiv(N, BLOCK_N)
     group = tile // (GROUP_M * blocks_n)
     height = min(blocks_m - group * GROUP_M, GROUP_M)
@@ -157,33 +139,6 @@ def _tile(
     else:
         mask = (rows < num_rows)[:, None] & (columns < N)[None, :]
         tl.store(out_ptrs, acc.to(out_ptr.dtype.element_ty), mask=mask)
-
-
-@triton.jit(do_not_specialize=["num_rows"])
-def lora_matmul_kernel(
-    x_ptr, w_ptr, bias_ptr, l1_ptr, l2_ptr, s_ptr, out_ptr, seed_ptr, a_ptr, b_ptr, gram_a_ptr, gram_b_ptr,
-    num_rows, K, N, stride_x, stride_w, stride_s, scale, drop_below, keep_factor,
-    R: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
-    GROUP_M: tl.constexpr, FORWARD: tl.constexpr, W_K_INNER: tl.constexpr, INLINE: tl.constexpr,
-    HAS_BIAS: tl.constexpr, DROPOUT: tl.constexpr, EVEN_K: tl.constexpr, EVEN_N: tl.constexpr,
-    PRECISION: tl.constexpr, GRAM: tl.constexpr, GRAM_SIDE: tl.constexpr, GRAM_PRECISION: tl.constexpr,
-):  # fmt: skip
-    """out = x w + s l2 (+ bias); with GRAM the first programs compute A A^T and B^T B from the stored factors."""
-    a_side: tl.constexpr = (R + GRAM_SIDE - 1) // GRAM_SIDE
-    grams: tl.constexpr = a_side * a_side if GRAM else 0
-    program = tl.program_id(0)
-    if GRAM:
-        if program < grams:
-            _gram(a_ptr, gram_a_ptr, program, K, R, False, 32, GRAM_SIDE, GRAM_PRECISION)
-        elif program < 2 * grams:
-            _gram(b_ptr, gram_b_ptr, program - grams, N, R, True, 32, GRAM_SIDE, GRAM_PRECISION)
-    if program >= 2 * grams:
-        _tile(
-            program - 2 * grams, x_ptr, w_ptr, bias_ptr, l1_ptr, l2_ptr, s_ptr, out_ptr, seed_ptr,
-            num_rows, K, N, stride_x, stride_w, stride_s, scale, drop_below, keep_factor,
-            R, BLOCK_M, BLOCK_N, BLOCK_K, BLOCK_R, GROUP_M, FORWARD, W_K_INNER, INLINE, HAS_BIAS, DROPOUT,
-            EVEN_K, EVEN_N, PRECISION,
-        )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["num_rows"])

@@ -121,9 +121,8 @@ def _forward(
     x_TI: torch.Tensor, call: Call, factors: Sequence[torch.Tensor]
 ) -> tuple[list[torch.Tensor], list[torch.Tensor], list[compute.Pair]]:
     """y, s D(x) A^T, and A and B in the dtype of x, of each projection."""
-    stored = list(zip(factors[::2], factors[1::2]))
-    cast = [(a.to(x_TI.dtype), b.to(x_TI.dtype)) for a, b in stored]
-    return *compute.forward(x_TI, call, cast, stored), cast
+    cast = [(a.to(x_TI.dtype), b.to(x_TI.dtype)) for a, b in zip(factors[::2], factors[1::2])]
+    return *compute.forward(x_TI, call, cast), cast
 
 
 class _LoraLinear(torch.autograd.Function):

@@ -88,14 +88,4 @@ def db_with_masked(
 
 def square_sum(matrix: torch.Tensor) -> torch.Tensor:
     """||matrix||_F^2 as a scalar tensor, at least fp32."""
-    return matrix.to(measure_dtype(matrix)).square().sum()
-
-
-def grams(lora_a: torch.Tensor, lora_b: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """A A^T and B^T B."""
-    a_RI, b_OR = lora_a.detach().to(measure_dtype(lora_a)), lora_b.detach().to(measure_dtype(lora_b))
-    return a_RI @ a_RI.t(), b_OR.t() @ b_OR
-
-
-def measure_dtype(tensor: torch.Tensor) -> torch.dtype:
-    return torch.promote_types(tensor.dtype, torch.float32)
+    return matrix.to(torch.promote_types(matrix.dtype, torch.float32)).square().sum()
