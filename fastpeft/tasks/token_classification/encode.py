@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import chain, islice, pairwise
 from typing import TYPE_CHECKING, Any
 
@@ -51,9 +52,14 @@ class EncodedSentences(TokenRows):
 
     def labelled(self, rows: np.ndarray) -> np.ndarray:
         """Which of all labelled tokens those of `rows` are, row after row: collate_tokens lists them in this order."""
-        before = np.concatenate([[0], np.cumsum(self.labels != IGNORE)])
-        parts = [np.arange(before[self.offsets[row]], before[self.offsets[row + 1]]) for row in rows]
+        starts = self._labelled_before
+        parts = [np.arange(starts[row], starts[row + 1]) for row in rows]
         return np.concatenate(parts) if parts else np.empty(0, np.int64)
+
+    @cached_property
+    def _labelled_before(self) -> np.ndarray:
+        """Labelled tokens before each row, and all of them."""
+        return np.concatenate([[0], np.cumsum(self.labels != IGNORE)])[self.offsets]
 
     def on_words(self, predicted: np.ndarray, missing: int = 0) -> list[np.ndarray]:
         """Predicted labels, one a labelled token, as one array a sentence; `missing` for words that have no token."""
@@ -72,23 +78,23 @@ def encode_sentences(
 ) -> EncodedSentences:
     """Tokenise once, before training; fast and slow tokenizers alike.
 
-    Words are tokenised one by one, which gives what a fast tokenizer makes of words that are split already. A tokenizer
-    that tells words apart by the space before them (RoBERTa's, GPT-2's) gets that space, as with add_prefix_space=True.
+    Each distinct word is tokenised once, by itself: the pieces are those of is_split_into_words=True. A tokenizer that
+    tells words apart by the space before them (RoBERTa's, GPT-2's) gets that space, as add_prefix_space=True would do.
 
     Sentences of more than `max_length` tokens become several rows, windows that overlap. Each word has its label in one
     of them, away from the edge.
 
     Raises:
         DataError: a tag that label_names lacks; sentences without any word piece.
-        UserError: a tokenizer that gives no pieces by words; a max_length that leaves no room for a word.
+        UserError: a max_length that leaves no room for a word.
     """
     pieces = _WordPieces(sentences, tokenizer)
     frame = _Frame.of(tokenizer, pieces, segments)
     room = max_length - len(frame.before) - len(frame.after)
     if room < 1:
         raise UserError(
-            f"dataset.max_length {max_length}: leaves no room for a word beside the model's {max_length - room} special "
-            "tokens; set it higher"
+            f"dataset.max_length {max_length}: leaves no room for a word beside {max_length - room} special tokens; "
+            "set it higher"
         )
     rows = _Rows(frame)
     for i, (words, ids) in enumerate(zip(sentences.words, _label_ids(sentences, label_names))):
@@ -170,19 +176,16 @@ class _WordPieces:
         return self.tokenizer(texts, split_special_tokens=True, **plain)["input_ids"] if texts else []
 
     def _choose_prefix(self, words: list[list[str]]) -> str:
-        """What a word needs before it to become the pieces that it is in running text: nothing, or a space."""
+        """What makes a word by itself the pieces that it is in running text: nothing, or a space before it."""
         pairs = [pair for sentence in words for pair in pairwise(sentence) if pair[0].isalpha() and pair[1].isalpha()]
         pairs = list(islice(dict.fromkeys(pairs), _NUM_PROBES)) or [("the", "of")]
         running = self._pieces([f"{first} {second}" for first, second in pairs])
-        for prefix in ("", " "):
+
+        def num_equal(prefix: str) -> int:
             alone = self._pieces([prefix + second for _, second in pairs])
-            num_equal = sum(bool(own) and text[-len(own) :] == own for text, own in zip(running, alone))
-            if 2 * num_equal > len(pairs):
-                return prefix
-        raise UserError(
-            f"model {self.tokenizer.name_or_path}: its tokenizer gives a word by itself other pieces than in a sentence, "
-            "so that labels have no place. Take another model, or a tokenizer.json saved with add_prefix_space=True"
-        )
+            return sum(bool(own) and text[-len(own) :] == own for text, own in zip(running, alone))
+
+        return max(("", " "), key=num_equal)
 
 
 @dataclass(frozen=True)

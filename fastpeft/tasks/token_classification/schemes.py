@@ -1,6 +1,7 @@
 """Schemes of entity tags, all brought to IOB2.
 
-- IOB1: I-X everywhere; B-X only where an entity follows another of its type without a gap. IOB2: B-X begins every entity.
+- IOB1: I-X everywhere; B-X only where an entity follows another of its type without a gap.
+- IOB2: B-X begins every entity, I-X goes on.
 - IOBES: S-X is an entity of one word, else B-X, I-X ..., E-X. BILOU: U-X and L-X in place of S-X and E-X.
 - IO: types without a prefix. Neighbouring words of one type are one entity, since nothing tells them apart.
 
@@ -109,7 +110,7 @@ def detect_scheme(sentences: Sentences) -> Scheme:
 
 def label_names(*types: Iterable[str]) -> tuple[str, ...]:
     """O, then B- and I- of each entity type of any split, sorted."""
-    return (OUTSIDE, *(f"{prefix}-{name}" for name in sorted({*().union(*types)}) for prefix in "BI"))
+    return (OUTSIDE, *(f"{prefix}-{name}" for name in sorted(set[str]().union(*types)) for prefix in "BI"))
 
 
 def _iob1_or_iob2(sentences: Sentences) -> Scheme:
@@ -178,11 +179,11 @@ def _may_follow(before: Part, part: Part, scheme: Scheme) -> bool:
 def _note(source: str, scheme: Scheme, num_entities: int, num_types: int, num_illegal: int, first: str) -> str:
     found = f"{num_entities:,} entit{'y' if num_entities == 1 else 'ies'} of {num_types} type{'s' * (num_types != 1)}"
     if scheme == "io":
-        return f"{source}: tags have no B- or I-, read as IOB2: {found}; neighbouring words of one type are read as one entity"
+        return f"{source}: tags have no B- or I-, read as IOB2: {found}; neighbouring words of one type are one entity"
     read = "" if scheme == "iob2" else ", read as IOB2"
     mended = (
-        f"; {num_illegal:,} tag{'s break' if num_illegal != 1 else ' breaks'} the scheme, first {first}: where an entity "
-        "cannot go on, one begins"
+        f"; {num_illegal:,} tag{'s break' if num_illegal != 1 else ' breaks'} the scheme, first {first}: where an "
+        "entity cannot go on, one begins"
     )
     return f"{source}: tags are {_TITLES[scheme]}{read}: {found}{mended if num_illegal else ''}"
 

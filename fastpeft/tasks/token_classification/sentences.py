@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from fastpeft.data.rows import Row, Split
@@ -39,8 +39,12 @@ class Sentences:
     def pick(self, rows: Iterable[int]) -> Sentences:
         """The sentences at `rows`, in that order."""
         rows = list(rows)
-        words, tags, where = ([column[i] for i in rows] for column in (self.words, self.tags, self.where))
-        return Sentences(words, tags, where, self.source, self.num_skipped, self.notes)
+        return replace(
+            self,
+            words=[self.words[i] for i in rows],
+            tags=[self.tags[i] for i in rows],
+            where=[self.where[i] for i in rows],
+        )
 
     @property
     def num_words(self) -> int:
