@@ -44,10 +44,12 @@ def looks_like_conll(path: Path) -> bool:
             start = file.read(_NUM_BYTES_LOOKED_AT)
     except OSError:
         return False
+    if len(start) == _NUM_BYTES_LOOKED_AT:
+        start = start.rpartition(b"\n")[0]  # the last line is cut
     text = start.decode("utf-8-sig", errors="ignore")
     lines = list(islice((line for line in _lines(text) if not _is_other(line)), _NUM_LOOKED_AT))
     separator = _separator(lines)
-    fields = [_columns(line, separator) for line in lines[:-1] or lines]  # the last one may be cut
+    fields = [_columns(line, separator) for line in lines]
     tags = [columns[-1] for columns in fields if len(columns) > 1]
     num_tags = sum(_TAG.fullmatch(tag) is not None for tag in tags)
     return num_tags > 0 and num_tags >= 0.9 * len(fields) and "O" in tags
