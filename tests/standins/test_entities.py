@@ -9,8 +9,7 @@ from itertools import pairwise
 
 import pytest
 
-from fastpeft.models.embedded import PATHS
-from fastpeft.standins import entities
+from fastpeft.standins import PATHS, entities
 from fastpeft.standins.entities import LABELS
 
 SPLITS = {

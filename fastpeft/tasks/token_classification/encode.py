@@ -171,7 +171,7 @@ class _WordPieces:
         self.of_word: dict[str, list[int]] = dict(zip(words, self._pieces([self.prefix + word for word in words])))
 
     def _pieces(self, texts: list[str]) -> list[list[int]]:
-        """Without special tokens. The name of one, written as a word, is text, unless it is in the pieces' vocabulary."""
+        """Without special tokens. The name of one, written as a word, is text if the pieces allow it."""
         plain: dict[str, Any] = {"add_special_tokens": False, "return_attention_mask": False, "verbose": False}
         return self.tokenizer(texts, split_special_tokens=True, **plain)["input_ids"] if texts else []
 

@@ -3,10 +3,10 @@
 from pathlib import Path
 
 import pytest
-from entity_support import WNUT17, iob1_file
 
 from fastpeft.data.task import DataError
 from fastpeft.tasks.token_classification.conll import looks_like_conll, read_conll
+from tests.support.tagged_sentences import WNUT17, iob1_file
 
 
 def write(folder: Path, content: str | bytes, name: str = "some.conll") -> Path:

@@ -6,10 +6,8 @@ import time
 import numpy as np
 import pytest
 import torch
-from entity_support import TOKENIZERS, WNUT17, sentences, tokenizer
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny import FAMILIES, save_tokenizer
 
 from fastpeft.data.batches import IGNORE, evaluation_batches
 from fastpeft.data.task import DataError
@@ -23,6 +21,8 @@ from fastpeft.tasks.token_classification.encode import (
 )
 from fastpeft.tasks.token_classification.schemes import label_names, to_iob2
 from fastpeft.tasks.token_classification.sentences import Sentences
+from tests.support.tagged_sentences import TOKENIZERS, WNUT17, sentences, tokenizer
+from tests.support.tiny import FAMILIES, save_tokenizer
 
 LABELS = label_names(("LOC", "PER"))
 SOME = sentences(
@@ -122,7 +122,7 @@ def test_a_tag_that_training_lacks_is_named_with_its_place():
 
 
 def test_a_length_without_room_for_a_word_is_refused():
-    with pytest.raises(UserError, match="dataset.max_length 2: leaves no room for a word beside 2 special tokens"):
+    with pytest.raises(UserError, match=r"dataset\.max_length 2: leaves no room for a word beside 2 special tokens"):
         encode_sentences(SOME, LABELS, tokenizer("word pieces"), 2)
 
 

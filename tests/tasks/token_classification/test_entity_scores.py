@@ -3,10 +3,10 @@
 import random
 
 import pytest
-from entity_support import spans
 
 from fastpeft.tasks.token_classification.schemes import label_names
 from fastpeft.tasks.token_classification.score import score_entities
+from tests.support.tagged_sentences import spans
 
 LABELS = label_names(("X", "Y", "Y-Z", "-"))
 

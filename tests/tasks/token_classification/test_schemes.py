@@ -3,11 +3,11 @@
 import random
 
 import pytest
-from entity_support import WNUT17, iob1_file, spans, tagged
 
 from fastpeft.data.task import DataError
 from fastpeft.tasks.token_classification.conll import read_conll
 from fastpeft.tasks.token_classification.schemes import detect_scheme, label_names, to_iob2
+from tests.support.tagged_sentences import WNUT17, iob1_file, spans, tagged
 
 # One text in each scheme: a long X, a short X right behind it, a short Y, and a Y at the end.
 IN_ALL = {

@@ -1,11 +1,11 @@
 """Tagged sentences from rows, as jsonl, parquet and the hub give them."""
 
 import pytest
-from entity_support import sentences
 
 from fastpeft.data.rows import Row, Split
 from fastpeft.data.task import DataError
 from fastpeft.tasks.token_classification.sentences import sentences_from_rows
+from tests.support.tagged_sentences import sentences
 
 NAMES = ("O", "B-PER", "I-PER")
 

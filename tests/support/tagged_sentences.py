@@ -7,7 +7,7 @@ from typing import Any
 
 from fastpeft.tasks.token_classification.sentences import Sentences
 
-WNUT17 = Path(__file__).resolve().parents[4] / "shared" / "data" / "wnut17"
+WNUT17 = Path(__file__).resolve().parents[3] / "shared" / "data" / "wnut17"
 
 TOKENIZERS = ("word pieces", "sentence pieces", "bytes with a space", "bytes")
 _TEXT = "Anna Berg lives in Oslo near the old harbour of Bergen , says Olaf Lundqvist from Trondheim University ."
