@@ -1,0 +1,1 @@
+"""Token classification: entities in sentences of words, tagged in IOB2."""

@@ -1,0 +1,75 @@
+"""Strict scores of entities: what counts is the whole span with its type, in IOB2."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class TypeScore:
+    """All but the support are 0 to 1."""
+
+    precision: float
+    recall: float
+    f1: float
+    support: int
+    """Entities in the gold tags."""
+
+
+@dataclass(frozen=True)
+class EntityScores:
+    """Micro averages over all entities, the same for each type, and the share of words with the right tag."""
+
+    precision: float
+    recall: float
+    f1: float
+    support: int
+    per_type: dict[str, TypeScore]
+    """By entity type, sorted; with types that are nowhere."""
+    token_accuracy: float
+
+
+def score_entities(
+    gold: Sequence[Sequence[str]], predicted: Sequence[Sequence[str]], label_names: Sequence[str]
+) -> EntityScores:
+    """Compare predicted with gold tags, one a word.
+
+    A prediction that is no legal IOB2 is no entity: I-X after O, after another type, or at the start. A score whose
+    denominator is 0 is 0.
+
+    Args:
+        label_names: O, and B- and I- of each type: the tags that occur.
+
+    Raises:
+        ValueError: sentences of other lengths.
+    """
+    from seqeval.metrics import classification_report
+    from seqeval.scheme import IOB2
+
+    types = sorted({name[2:] for name in label_names if name != "O"})
+    # seqeval strips hyphens off types, and its averages stand among them: it is given numbers for names.
+    numbered = {name: name if name == "O" else f"{name[0]}-{types.index(name[2:])}" for name in label_names}
+    true, said = ([[numbered[tag] for tag in tags] for tags in split] for split in (gold, predicted))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)  # of its macro average, unread, where there is no entity
+        # Without `mode` the scheme is ignored, without `scheme` the mode, both silently.
+        report: Any = classification_report(true, said, mode="strict", scheme=IOB2, zero_division=0, output_dict=True)
+    total = _type_score(report["micro avg"])
+    pairs = [(one, other) for one_s, other_s in zip(true, said) for one, other in zip(one_s, other_s)]
+    return EntityScores(
+        precision=total.precision,
+        recall=total.recall,
+        f1=total.f1,
+        support=total.support,
+        per_type={name: _type_score(report.get(str(number))) for number, name in enumerate(types)},
+        token_accuracy=sum(one == other for one, other in pairs) / max(1, len(pairs)),
+    )
+
+
+def _type_score(row: dict[str, Any] | None) -> TypeScore:
+    if row is None:
+        return TypeScore(0.0, 0.0, 0.0, 0)
+    return TypeScore(float(row["precision"]), float(row["recall"]), float(row["f1-score"]), int(row["support"]))
