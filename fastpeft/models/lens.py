@@ -84,6 +84,14 @@ class FirstLayer:
             for module in training:
                 module.training = True
 
+    @torch.no_grad()
+    def read_tokens(self, rows: torch.Tensor) -> torch.Tensor:
+        """(len(rows), C) logits in fp32 of a token classifier's head, for rows of the flattened tokens of the pass that
+        was watched; forgets it."""
+        (classifier,) = self._class_head
+        x = self._take().flatten(0, 1)[rows]
+        return classifier(x.to(next(classifier.parameters()).dtype)).float()
+
     def _take(self) -> torch.Tensor:
         assert self._hidden_NLD is not None
         hidden_NLD, self._hidden_NLD = self._hidden_NLD, None
@@ -101,6 +109,8 @@ def _norm(model: nn.Module) -> nn.Module | None:
 def _class_head(model: nn.Module) -> list[nn.Module]:
     """What a classifier's last hidden states go through; nothing where that is not known."""
     classifier = getattr(model, "classifier", None)
+    if isinstance(classifier, nn.Linear) and type(model).__name__.endswith("ForTokenClassification"):
+        return [classifier]
     before = _pooler(model) or getattr(model, "pre_classifier", None)
     if classifier is None or (before is None and getattr(model, "base_model_prefix", None) != "roberta"):
         return []

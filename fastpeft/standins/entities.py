@@ -252,3 +252,9 @@ _ENTITIES: dict[str, tuple[str, Callable[[_Names, Random], list[str]]]] = {
     "PEOPLE": ("MISC", lambda names, rng: [_made("people", names, rng)]),
     "BOOK": ("MISC", _book),
 }
+
+
+def splits() -> dict[str, list[dict[str, list[str]]]]:
+    """As a dataset's rows: tokens, tags."""
+    made = {"train": train_sentences(), "validation": validation_sentences(), "test": test_sentences()}
+    return {split: [{"tokens": words, "tags": tags} for words, tags in rows] for split, rows in made.items()}

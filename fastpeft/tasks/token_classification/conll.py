@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
 
-from fastpeft.data.task import DataError
+from fastpeft.data.rows import DataError
 from fastpeft.tasks.token_classification.sentences import OnBadRow, Sentences
 
 SUFFIXES = (".conll", ".conll2003", ".annotated", ".bio", ".iob", ".iob2", ".ner", ".txt", ".tsv")

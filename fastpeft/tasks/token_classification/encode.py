@@ -18,7 +18,7 @@ import numpy as np
 import torch
 
 from fastpeft.data.batches import IGNORE, Batch, TokenRows, concatenate, move
-from fastpeft.data.task import DataError
+from fastpeft.data.rows import DataError
 from fastpeft.errors import UserError
 from fastpeft.tasks.token_classification.sentences import Sentences
 

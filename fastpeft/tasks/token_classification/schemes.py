@@ -17,7 +17,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from fastpeft.data.task import DataError
+from fastpeft.data.rows import DataError
 from fastpeft.tasks.token_classification.sentences import Sentences
 
 Scheme = Literal["iob1", "iob2", "iobes", "bilou", "io"]

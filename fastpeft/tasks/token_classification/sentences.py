@@ -6,8 +6,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
-from fastpeft.data.rows import Row, Split
-from fastpeft.data.task import DataError
+from fastpeft.data.rows import DataError, Row, Split
 
 OnBadRow = Literal["error", "skip"]
 

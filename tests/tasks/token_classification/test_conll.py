@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from fastpeft.data.task import DataError
+from fastpeft.data.rows import DataError
 from fastpeft.tasks.token_classification.conll import looks_like_conll, read_conll
 from tests.support.tagged_sentences import WNUT17, iob1_file
 

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fastpeft.data.batches import IGNORE, evaluation_batches
-from fastpeft.data.task import DataError
+from fastpeft.data.rows import DataError
 from fastpeft.errors import UserError
 from fastpeft.tasks.token_classification.conll import read_conll
 from fastpeft.tasks.token_classification.encode import (

@@ -4,7 +4,7 @@ import random
 
 import pytest
 
-from fastpeft.data.task import DataError
+from fastpeft.data.rows import DataError
 from fastpeft.tasks.token_classification.conll import read_conll
 from fastpeft.tasks.token_classification.schemes import detect_scheme, label_names, to_iob2
 from tests.support.tagged_sentences import WNUT17, iob1_file, spans, tagged

@@ -3,7 +3,7 @@
 import pytest
 
 from fastpeft.data.rows import Row, Split
-from fastpeft.data.task import DataError
+from fastpeft.data.rows import DataError
 from fastpeft.tasks.token_classification.sentences import sentences_from_rows
 from tests.support.tagged_sentences import sentences
 

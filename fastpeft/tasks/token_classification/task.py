@@ -1,0 +1,316 @@
+"""Token classification: cross entropy of each word's tag, strict F1 of the entities over the validation sentences.
+
+Shapes: N rows, L tokens of a row, M labelled tokens of a batch, C tags.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Collection
+from contextlib import nullcontext
+from typing import Any, ClassVar, Self
+
+import numpy as np
+import torch
+from torch import nn
+
+from fastpeft.config.schema import DatasetConfig, EvaluationConfig, ModelConfig
+from fastpeft.data.batches import Batch, evaluation_batches, micro_batches
+from fastpeft.data.source import Source
+from fastpeft.device_memory import TokenLimits, free_memory, is_out_of_memory
+from fastpeft.models.backbone import Backbone, load_classifier
+from fastpeft.models.lens import FirstLayer
+from fastpeft.signals import Need
+from fastpeft.tasks.base import BatchLoss, ExportCheck, Score, Shrink, Stop, Task
+from fastpeft.tasks.token_classification.datasets import DATASETS
+from fastpeft.tasks.token_classification.encode import EncodedSentences, collate_tokens, encode_sentences
+from fastpeft.tasks.token_classification.reading import TaggedSplits, holds_tagged_words, read_tagged_splits
+from fastpeft.tasks.token_classification.score import score_entities
+from fastpeft.tasks.token_classification.sentences import Sentences
+
+CHECK_SENTENCES, LENS_TOKENS = 32, 256
+_TIMED_BATCHES = 4
+
+_EXAMPLE = """\
+words = {words!r}
+batch = tokenizer(words, is_split_into_words=True, truncation=True, max_length={max_length}, return_tensors="pt")
+tags = model(**batch).logits.argmax(-1)[0].tolist()
+first = {{word: i for i, word in reversed(list(enumerate(batch.word_ids()))) if word is not None}}
+print([(words[word], model.config.id2label[tags[i]]) for word, i in sorted(first.items())])
+"""
+
+
+class TokenClassification(Task):
+    kind: ClassVar[str] = "token-classification"
+    auto_class: ClassVar[str] = "AutoModelForTokenClassification"
+    peft_task_type: ClassVar[str] = "TOKEN_CLS"
+    pipeline_tag: ClassVar[str] = "token-classification"
+    datasets = DATASETS
+    metric = "f1"
+
+    train: EncodedSentences
+    validation: EncodedSentences
+
+    def __init__(self, splits: TaggedSplits, config: DatasetConfig, evaluation: EvaluationConfig) -> None:
+        self.name, self.splits, self.label_names = splits.name, splits, splits.label_names
+        self._config, self._evaluation = config, evaluation
+        self._sentences = splits.validation.head(evaluation.max_examples)
+        self._test_sentences = splits.test and splits.test.head(evaluation.max_test_examples)
+        self.has_test = self._test_sentences is not None
+        if self._test_sentences is not None:
+            self.test_cost = self._test_sentences.num_words / max(1, self._sentences.num_words)
+        self._first_layer: FirstLayer | None = None
+        self.notes = [self.describe(), *splits.notes]
+
+    @classmethod
+    def recognises(cls, config: DatasetConfig, source: Source) -> str | None:
+        return holds_tagged_words(config, source)
+
+    @classmethod
+    def load(cls, config: DatasetConfig, source: Source, evaluation: EvaluationConfig, seed: int) -> Self:
+        return cls(read_tagged_splits(config, source), config, evaluation)
+
+    def describe(self) -> str:
+        splits, types = self.splits, [name[2:] for name in self.label_names if name.startswith("B-")]
+        test = f", {len(splits.test):,} test sentences" if splits.test is not None else ""
+        return (
+            f"{self.name}: {len(splits.train):,} training sentences of {splits.train.num_words:,} words (entities "
+            f"{', '.join(types)}), {len(splits.validation):,} validation sentences{test}"
+        )
+
+    # ---- model and tokens ------------------------------------------------------------------
+
+    def load_model(
+        self, config: ModelConfig, dtype: torch.dtype, device: torch.device, trained: bool = False
+    ) -> Backbone:
+        return load_classifier(
+            config,
+            auto_class=self.auto_class,
+            task_type=self.peft_task_type,
+            settings=self.model_settings() | {"num_labels": len(self.label_names)},
+            dtype=dtype,
+            device=device,
+            trained=trained,
+        )
+
+    def encode(self, backbone: Backbone, device: torch.device) -> None:
+        self._device = device
+        self.train = self._encode(self.splits.train, backbone)
+        self.validation = self._encode(self._sentences, backbone)
+        self._test = None if self._test_sentences is None else self._encode(self._test_sentences, backbone)
+        for split, encoded in (("training", self.train), ("validation", self.validation), ("test", self._test)):
+            if encoded is None:
+                continue
+            if encoded.num_windowed:
+                self.notes.append(
+                    f"{encoded.num_windowed:,} {split} sentences are longer than {encoded.max_length} tokens and read "
+                    "in several windows, each word tagged in one of them"
+                )
+            if encoded.num_words_without_piece:
+                self.notes.append(
+                    f"{encoded.num_words_without_piece:,} {split} words have no word piece: they are not learnt, and "
+                    "count as predicted O"
+                )
+
+    def _encode(self, sentences: Sentences, backbone: Backbone, tokenizer: Any = None) -> EncodedSentences:
+        return encode_sentences(
+            sentences,
+            self.label_names,
+            tokenizer or backbone.tokenizer,
+            self._max_length(backbone),
+            backbone.reads_segments,
+        )
+
+    def _max_length(self, backbone: Backbone) -> int:
+        return min(self._config.max_length, backbone.max_positions or self._config.max_length)
+
+    # ---- training --------------------------------------------------------------------------
+
+    def num_items(self, rows: np.ndarray) -> int:
+        return len(self.train.labelled(rows))
+
+    def collate(self, rows: np.ndarray, device: torch.device) -> Batch:
+        return collate_tokens(self.train, rows, device)
+
+    def loss(self, model: nn.Module, batch: Batch, num_items: int, needs: Collection[Need] = ()) -> BatchLoss:
+        if Need.LENS in needs and self._first_layer is None:
+            self._first_layer = FirstLayer(model)
+        lens = self._first_layer if Need.LENS in needs else None
+        with nullcontext() if lens is None else lens.watching():
+            logits_MC, labels_M = _labelled_logits(model, batch)
+        loss = nn.functional.cross_entropy(logits_MC, labels_M, reduction="sum") / num_items
+        with torch.no_grad():
+            statistics = _statistics(logits_MC.detach(), labels_M, num_items, needs)
+            if lens is not None:
+                entropy = torch.special.entr(lens.read_tokens(_spread(batch.rows, LENS_TOKENS)).softmax(1)).sum(1)
+                statistics["lens_entropy"] = entropy.mean() * (len(labels_M) / num_items)
+        return BatchLoss(loss, statistics)
+
+    # ---- evaluation ------------------------------------------------------------------------
+
+    def evaluate(self, model: nn.Module, limits: TokenLimits, stop: Stop, shrink: Shrink | None) -> Score | None:
+        return self._score(model, self.validation, self._sentences, limits.evaluation, stop, shrink)
+
+    def evaluate_test(self, model: nn.Module, limits: TokenLimits, stop: Stop, shrink: Shrink | None) -> Score | None:
+        assert self._test is not None
+        assert self._test_sentences is not None
+        return self._score(model, self._test, self._test_sentences, limits.evaluation, stop, shrink)
+
+    def _score(
+        self,
+        model: nn.Module,
+        encoded: EncodedSentences,
+        sentences: Sentences,
+        max_tokens: int,
+        stop: Stop = lambda: False,
+        shrink: Shrink | None = None,
+    ) -> Score | None:
+        """F1 of whole entities; precision, recall and the share of words with the right tag beside it."""
+        found = _predict(model, encoded, max_tokens, self._device, stop, shrink)
+        if found is None:
+            return None
+        predicted, mean_loss = found
+        tags = [[self.label_names[label] for label in labels] for labels in encoded.on_words(predicted)]
+        scores = score_entities(sentences.tags, tags, self.label_names)
+        more = {"precision": scores.precision, "recall": scores.recall, "token_accuracy": scores.token_accuracy}
+        groups = {name: dict(vars(one)) for name, one in scores.per_type.items()}
+        return Score(scores.f1, mean_loss, len(sentences), more, groups)
+
+    def time_evaluation(self, model: nn.Module, limits: TokenLimits) -> float:
+        groups = evaluation_batches(self.validation, limits.evaluation)
+        chosen = [groups[i * (len(groups) - 1) // max(1, _TIMED_BATCHES - 1)] for i in range(_TIMED_BATCHES)]
+        seconds = []
+        for rows in [chosen[-1], *chosen]:  # the first is a warm-up
+            start = time.perf_counter()
+            _predict_batch(model, collate_tokens(self.validation, rows, self._device))[0].sum().item()
+            seconds.append((time.perf_counter() - start) / self._area(rows))
+        return sum(seconds[1:]) / _TIMED_BATCHES * sum(map(self._area, groups))
+
+    def _area(self, rows: np.ndarray) -> int:
+        return len(rows) * int(self.validation.lengths[rows].max())
+
+    def largest_evaluation_batch(self, limits: TokenLimits) -> tuple[int, int]:
+        rows = evaluation_batches(self.validation, limits.evaluation)[-1]
+        return len(rows), int(self.validation.widths[rows].max())
+
+    # ---- export ----------------------------------------------------------------------------
+
+    def model_settings(self) -> dict[str, Any]:
+        labels = dict(enumerate(self.label_names))
+        return {"id2label": labels, "label2id": {label: i for i, label in labels.items()}}
+
+    def load_arguments(self) -> dict[str, Any]:
+        return {"num_labels": len(self.label_names), "ignore_mismatched_sizes": True}
+
+    def export_check(self, backbone: Backbone) -> ExportCheck:
+        return _Check(self, backbone)
+
+    def card_task(self) -> str:
+        return f"{self.name}, tags {', '.join(self.label_names)}, each on the first piece of its word"
+
+    def card_example(self, max_length: int, eos_token_ids: tuple[int, ...]) -> str:
+        words = next((words for words in self.splits.validation.words if 3 <= len(words) <= 12), ["A", "sentence"])
+        return _EXAMPLE.format(words=words, max_length=max_length)
+
+
+class _Check(ExportCheck):
+    where = "words of validation sentences"
+
+    def __init__(self, task: TokenClassification, backbone: Backbone) -> None:
+        self._task, self._backbone = task, backbone
+        self.metric, self.num_validation = task.metric, len(task._sentences)
+        self.max_length = task._max_length(backbone)
+
+    @torch.inference_mode()
+    def answers(self, model: nn.Module, tokenizer: Any, device: torch.device) -> torch.Tensor:
+        sentences = self._task._sentences
+        chosen = np.linspace(0, len(sentences) - 1, min(CHECK_SENTENCES, len(sentences))).astype(int).tolist()
+        encoded = self._task._encode(sentences.pick(chosen), self._backbone, tokenizer)
+        batches = [collate_tokens(encoded, np.array([row]), device) for row in range(len(encoded))]
+        return torch.cat([_labelled_logits(model, batch)[0].cpu() for batch in batches])
+
+    def score(self, model: nn.Module, device: torch.device) -> float:
+        task = self._task
+        task._device = device
+        encoded = task._encode(task._sentences, self._backbone)
+        score = task._score(model, encoded, task._sentences, task._evaluation.batch_tokens)
+        assert score is not None
+        return score.value
+
+
+def _labelled_logits(model: nn.Module, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+    """(M x C in fp32, M) at the labelled tokens."""
+    assert batch.rows is not None
+    logits_NLC = model(**batch.inputs).logits
+    return logits_NLC.flatten(0, 1)[batch.rows].float(), batch.labels.flatten()[batch.rows]
+
+
+def _statistics(
+    logits_MC: torch.Tensor, labels_M: torch.Tensor, num_items: int, needs: Collection[Need]
+) -> dict[str, torch.Tensor]:
+    if Need.TOKENS not in needs:
+        return {}
+    probability = logits_MC.softmax(1)
+    entropy = torch.special.entr(probability).sum() / num_items
+    error = probability.scatter_(1, labels_M[:, None], -1, reduce="add")
+    return {"entropy": entropy, "answer_fisher": error.square_().sum() / num_items}
+
+
+@torch.inference_mode()
+def _predict_batch(model: nn.Module, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+    """(predicted labels of the labelled tokens, the sum of their losses), on the device."""
+    logits_MC, labels_M = _labelled_logits(model, batch)
+    loss = nn.functional.cross_entropy(logits_MC, labels_M, reduction="sum")
+    return logits_MC.argmax(-1), loss.double()
+
+
+def _predict(
+    model: nn.Module,
+    encoded: EncodedSentences,
+    max_tokens: int,
+    device: torch.device,
+    stop: Stop,
+    shrink: Shrink | None,
+) -> tuple[np.ndarray, float] | None:
+    """(labels in the order of the labelled tokens, nats a labelled token); None if `stop` said so before the end.
+
+    Leaves the model in the mode it was in, and draws no random numbers. `shrink` as in Task.evaluate.
+    """
+    training, parts = model.training, []
+    model.eval()
+    loss = torch.zeros((), dtype=torch.float64, device=device)
+    try:
+        groups = deque(evaluation_batches(encoded, max_tokens))
+        while groups:
+            if stop():
+                return None
+            rows, failed = groups[0], False
+            try:
+                labels, loss_of_batch = _predict_batch(model, collate_tokens(encoded, rows, device))
+            except RuntimeError as error:
+                if shrink is None or not is_out_of_memory(error):
+                    raise
+                failed = True
+            if failed:  # outside of the handler, whose frames hold the activations
+                assert shrink is not None
+                free_memory()
+                max_tokens = shrink(len(rows), int(encoded.widths[rows].max()))
+                groups = deque(micro_batches(encoded, np.concatenate(groups), max_tokens))
+                continue
+            parts.append((encoded.labelled(rows), labels))
+            loss += loss_of_batch
+            groups.popleft()
+    finally:
+        model.train(training)
+    predicted = np.empty(len(encoded.sentence), dtype=np.int64)
+    predicted[np.concatenate([place for place, _ in parts])] = torch.cat([labels for _, labels in parts]).cpu().numpy()
+    return predicted, float(loss) / len(predicted)
+
+
+def _spread(rows: torch.Tensor | None, most: int) -> torch.Tensor:
+    """At most `most` of them, evenly spaced."""
+    assert rows is not None
+    if len(rows) <= most:
+        return rows
+    return rows[torch.linspace(0, len(rows) - 1, most, device=rows.device).long()]
