@@ -9,6 +9,7 @@ TASKS: Registry[Entry] = Registry(
     "dataset.task",
     [
         Entry(name="classification", target="fastpeft.tasks.sequence_classification.task:SequenceClassification"),
+        Entry(name="token-classification", target="fastpeft.tasks.token_classification.task:TokenClassification"),
         Entry(name="multi-label", target="fastpeft.tasks.multi_label.task:MultiLabel"),
         Entry(name="regression", target="fastpeft.tasks.regression.task:Regression"),
         Entry(name="word-problems", target="fastpeft.tasks.math_word_problems.task:MathWordProblems"),

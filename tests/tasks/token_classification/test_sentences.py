@@ -2,8 +2,7 @@
 
 import pytest
 
-from fastpeft.data.rows import Row, Split
-from fastpeft.data.rows import DataError
+from fastpeft.data.rows import DataError, Row, Split
 from fastpeft.tasks.token_classification.sentences import sentences_from_rows
 from tests.support.tagged_sentences import sentences
 
