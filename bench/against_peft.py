@@ -27,7 +27,8 @@ import torch
 import transformers
 
 import fastpeft
-from fastpeft.data.batches import collate, micro_batches
+from fastpeft.tasks.sequences.examples import collate
+from fastpeft.data.batches import micro_batches
 from fastpeft.models.backbone import load_backbone
 from fastpeft.models.inject import match_targets
 from fastpeft.runs.system import git_commit

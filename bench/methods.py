@@ -30,7 +30,7 @@ import torch
 
 import fastpeft
 from fastpeft.compare.comparison import GLUE_TASKS, glue_average, mean_of, metric_of
-from fastpeft.data.batches import collate
+from fastpeft.tasks.sequences.examples import collate
 from fastpeft.runs.events import number
 from fastpeft.runs.store import Result, RunFolder
 from fastpeft.runs.system import environment

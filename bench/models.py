@@ -10,7 +10,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from fastpeft.data.batches import Batch, Batches, Encoded, collate
+from fastpeft.data.batches import Batch, Batches
+from fastpeft.tasks.sequences.examples import Encoded, collate
 from fastpeft.models.backbone import Backbone, freeze, quiet_transformers
 
 SHAPES: dict[str, dict[str, Any]] = {

@@ -20,7 +20,8 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import make_pipeline
 
 import fastpeft
-from fastpeft.data.batches import collate, micro_batches
+from fastpeft.tasks.sequences.examples import collate
+from fastpeft.data.batches import micro_batches
 from fastpeft.standins.sentence_pairs import train_pairs, validation_pairs
 from fastpeft.tasks import classification_loss
 from fastpeft.tasks.sequence_classification.scoring import score

@@ -11,8 +11,8 @@ import transformers
 
 from fastpeft.adapters.adalora import AdaLora
 from fastpeft.config import ConfigError, load_run
-from fastpeft.data.batches import collate
 from fastpeft.signals import Rates, Signals
+from fastpeft.tasks.sequences.examples import collate
 from fastpeft.trainer import train
 from fastpeft.trainer.step import train_step
 from tests.support.tiny import FAMILIES

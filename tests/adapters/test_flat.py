@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from fastpeft.adapters.adapter import head_parameters
-from fastpeft.tasks import classification_loss
 from fastpeft.trainer.step import forward_backward
+from tests.support.classifiers import classification_loss
 
 
 def lies_in(tensor: torch.Tensor, buffer: torch.Tensor) -> int:
@@ -19,7 +19,7 @@ def lies_in(tensor: torch.Tensor, buffer: torch.Tensor) -> int:
 
 def one_batch(job):
     rows = job.batches.rows(0)
-    from fastpeft.data.batches import collate
+    from fastpeft.tasks.sequences.examples import collate
 
     return [collate(job.batches.encoded, rows, job.device)], len(rows)
 

@@ -9,10 +9,10 @@ import torch
 import transformers
 from safetensors.torch import load_file
 
-from fastpeft.data.batches import collate
-from fastpeft.tasks import classification_loss
+from fastpeft.tasks.sequences.examples import collate
 from fastpeft.trainer import train
 from fastpeft.trainer.step import forward_backward, train_step
+from tests.support.classifiers import classification_loss
 from tests.support.tiny import FAMILIES
 
 SETTINGS = {"method": "full", "training__learning_rate": 1e-3}

@@ -8,12 +8,12 @@ import pytest
 import torch
 
 from fastpeft.adapters import iw_lora
-from fastpeft.data.batches import collate
 from fastpeft.models import fused_projections as siblings
 from fastpeft.models import inject, layers
-from fastpeft.tasks import classification_loss
+from fastpeft.tasks.sequences.examples import collate
 from fastpeft.trainer.build import Job
 from fastpeft.trainer.step import forward_backward, train_step
+from tests.support.classifiers import classification_loss
 from tests.support.tiny import FAMILIES
 
 GROUPS = {"bert": [3, 3], "roberta": [3, 3], "distilbert": [3, 3], "deberta-v2": [2, 2, 3, 3]}

@@ -13,12 +13,12 @@ import torch
 from fastpeft.adapters import method_class
 from fastpeft.adapters.iw_lora import MIN_INLINE_STEPS
 from fastpeft.config import ConfigError, load_run
-from fastpeft.data.batches import collate, micro_batches
+from fastpeft.data.batches import micro_batches
 from fastpeft.errors import UserError
-from fastpeft.models.backbone import load_backbone
 from fastpeft.signals import Rates, Signals
-from fastpeft.tasks import classification_loss
+from fastpeft.tasks.sequences.examples import collate
 from fastpeft.trainer.step import forward_backward, train_step
+from tests.support.classifiers import classification_loss, load_backbone
 from tests.support.tiny import FAMILIES
 
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 import transformers
 
-from fastpeft.data.batches import collate
+from fastpeft.tasks.sequences.examples import collate
 from fastpeft.trainer import train
 from tests.support.tiny import FAMILIES
 

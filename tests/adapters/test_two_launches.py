@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from fastpeft.data.batches import collate
 from fastpeft.kernels.launch import LAUNCHES
 from fastpeft.signals import Signals
+from fastpeft.tasks.sequences.examples import collate
 from fastpeft.trainer.step import train_step
 
 OWN = {"weighted_frobenius_kernel", "adamw_kernel"}

@@ -4,14 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from fastpeft.config import (
-    ConfigError,
-    apply_stand_in,
-    load_run,
-    run_values,
-    save_run,
-    trial_run,
-)
+from fastpeft.config import ConfigError, apply_stand_in, load_run, run_values, save_run, trial_run
 from fastpeft.config import load as loading
 from tests.support.run_files import write
 

@@ -10,17 +10,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fastpeft.data.batches import (
-    POOL_BATCHES,
-    WIDTH_MULTIPLE,
-    Batches,
-    Encoded,
-    collate,
-    encode,
-    evaluation_batches,
-    micro_batches,
-)
-from fastpeft.data.task import Examples
+from fastpeft.data.batches import POOL_BATCHES, WIDTH_MULTIPLE, Batches, evaluation_batches, micro_batches
+from fastpeft.tasks.sequences.examples import Encoded, Examples, collate, encode
 from tests.support.tiny import FAMILIES, save_tokenizer
 
 CPU = torch.device("cpu")

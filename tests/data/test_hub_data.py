@@ -8,7 +8,7 @@ import pytest
 
 from fastpeft.config.schema import ColumnsConfig, DatasetConfig
 from fastpeft.data.hub_datasets import hub_dataset, is_cached
-from fastpeft.data.task import ClassificationTask, DataError
+from fastpeft.data.rows import DataError
 from fastpeft.errors import UnavailableError, UserError
 from fastpeft.tasks import load_task
 from tests.support.fake_hub import FakeHub

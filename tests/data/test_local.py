@@ -11,10 +11,10 @@ from pathlib import Path
 import pytest
 
 from fastpeft.config.schema import ColumnsConfig, DatasetConfig
-from fastpeft.data.local import load_local, read_rows
-from fastpeft.data.task import DataError
+from fastpeft.data.rows import DataError
 from fastpeft.errors import UserError
 from fastpeft.tasks import load_task
+from tests.support.classifiers import load_texts
 from tests.support.real_data import DATA
 
 ROWS = [("a dog ran", "no"), ("a cat slept", "yes"), ("the bird, it ran", "no"), ('she said "no"', "yes")]
@@ -63,7 +63,7 @@ def folder_of(tmp_path: Path, train: list[dict], dev: list[dict] | None = None) 
 
 def error_of(path: Path, **fields) -> str:
     with pytest.raises(DataError) as error:
-        load_local(config(path, **fields))
+        load_texts(config(path, **fields))
     assert isinstance(error.value, UserError)
     assert error.value.exit_code == 2
     return str(error.value)
@@ -76,7 +76,7 @@ def error_of(path: Path, **fields) -> str:
 def test_formats_read_the_same(tmp_path, suffix):
     write_rows(tmp_path / f"train.{suffix}", single())
     write_rows(tmp_path / f"dev.{suffix}", single(ROWS[:2]))
-    task = load_local(config(tmp_path))
+    task = load_texts(config(tmp_path))
     assert task.label_names == ("no", "yes")
     assert task.train.text == [text for text, _ in ROWS]
     assert task.train.text_pair is None
@@ -103,7 +103,7 @@ def test_usual_column_names_are_found(tmp_path, text, pair, label):
     rows = [{"index": i, label: ["no", "yes"][i % 2], text: f"first {i}"} for i in range(4)]
     if pair:
         rows = [row | {pair: f"second {i}"} for i, row in enumerate(rows)]
-    task = load_local(config(folder_of(tmp_path, rows)))
+    task = load_texts(config(folder_of(tmp_path, rows)))
     assert task.train.text[3] == "first 3"
     assert task.train.text_pair == ([f"second {i}" for i in range(4)] if pair else None)
     assert task.train.labels == [0, 1, 0, 1]
@@ -112,23 +112,23 @@ def test_usual_column_names_are_found(tmp_path, text, pair, label):
 def test_column_map(tmp_path):
     rows = [{"a": f"a{i}", "b": f"b{i}", "text": "wrong", "label": "wrong", "c": i % 3} for i in range(6)]
     folder = folder_of(tmp_path, rows)
-    task = load_local(config(folder, columns=ColumnsConfig(text="a", text_pair="b", label="c")))
+    task = load_texts(config(folder, columns=ColumnsConfig(text="a", text_pair="b", label="c")))
     assert (task.train.text[4], task.train.text_pair[4], task.train.labels[4]) == ("a4", "b4", 1)
-    alone = load_local(config(folder, columns=ColumnsConfig(text="b", label="c")))
+    alone = load_texts(config(folder, columns=ColumnsConfig(text="b", label="c")))
     assert alone.train.text[0] == "b0"
     assert alone.train.text_pair is None
 
 
 def test_a_named_text_is_not_paired_by_guessing(tmp_path):
     rows = [{"premise": "p", "hypothesis": "h", "label": i % 2} for i in range(4)]
-    task = load_local(config(folder_of(tmp_path, rows), columns=ColumnsConfig(text="hypothesis")))
+    task = load_texts(config(folder_of(tmp_path, rows), columns=ColumnsConfig(text="hypothesis")))
     assert task.train.text == ["h"] * 4
     assert task.train.text_pair is None
 
 
 def test_a_named_pair_outweighs_a_guessed_one(tmp_path):
     rows = [{"premise": "p", "hypothesis": "h", "text": "t", "other": "o", "label": i % 2} for i in range(4)]
-    task = load_local(config(folder_of(tmp_path, rows), columns=ColumnsConfig(text_pair="other")))
+    task = load_texts(config(folder_of(tmp_path, rows), columns=ColumnsConfig(text_pair="other")))
     assert task.train.text_pair == ["o"] * 4
     assert task.train.text == ["t"] * 4
 
@@ -153,7 +153,7 @@ def test_a_first_row_without_a_column_hides_it_from_no_other_row(tmp_path):
     rows = [{"sentence": "unlabelled"}, *single()]
     folder = folder_of(tmp_path, rows, single())
     assert "train.jsonl:1" in error_of(folder)
-    task = load_local(config(folder, on_bad_row="skip"))
+    task = load_texts(config(folder, on_bad_row="skip"))
     assert len(task.train) == 4
     assert task.skipped_rows == {"train": 1}
 
@@ -163,20 +163,20 @@ def test_whole_numbers_are_ordered_by_value(tmp_path, suffix):
     rows = single([(f"row {i}", i) for i in (10, 9, 2, 10, 2)])
     write_rows(tmp_path / f"train.{suffix}", rows)
     write_rows(tmp_path / f"dev.{suffix}", rows)
-    task = load_local(config(tmp_path))
+    task = load_texts(config(tmp_path))
     assert task.label_names == ("2", "9", "10")
     assert task.train.labels == [2, 1, 0, 2, 0]
 
 
 def test_float_labels_of_a_column_with_gaps(tmp_path):
     rows = single([("a", 1.0), ("b", 0.0), ("c", 1.0)])
-    task = load_local(config(folder_of(tmp_path, rows)))
+    task = load_texts(config(folder_of(tmp_path, rows)))
     assert task.label_names == ("0", "1")
     assert task.train.labels == [1, 0, 1]
 
 
 def test_bool_labels(tmp_path):
-    task = load_local(config(folder_of(tmp_path, single([("a", True), ("b", False)]))))
+    task = load_texts(config(folder_of(tmp_path, single([("a", True), ("b", False)]))))
     assert task.label_names == ("False", "True")
     assert task.train.labels == [1, 0]
 
@@ -188,19 +188,19 @@ def test_labels_that_only_look_like_numbers(tmp_path, odd):
     if odd == "-":
         assert "train.jsonl:3" in error_of(folder)
         return
-    assert load_local(config(folder)).label_names == tuple(sorted(["1", "2", odd]))
+    assert load_texts(config(folder)).label_names == tuple(sorted(["1", "2", odd]))
 
 
 def test_order_of_dataset_labels(tmp_path):
     folder = folder_of(tmp_path, single())
-    task = load_local(config(folder, labels=["yes", "no"]))
+    task = load_texts(config(folder, labels=["yes", "no"]))
     assert task.label_names == ("yes", "no")
     assert task.train.labels == [1, 0, 1, 0]
 
 
 def test_numbers_stand_for_named_labels_in_their_order(tmp_path):
     folder = folder_of(tmp_path, single([("a", 1), ("b", 0), ("c", 2)]))
-    task = load_local(config(folder, labels=["entailment", "neutral", "contradiction"]))
+    task = load_texts(config(folder, labels=["entailment", "neutral", "contradiction"]))
     assert task.train.labels == [1, 0, 2]
     known = load_task(config(folder, name="mnli"))
     assert known.label_names == ("entailment", "neutral", "contradiction")
@@ -233,7 +233,7 @@ def test_unknown_label_is_always_an_error(tmp_path, on_bad_row):
 def test_minus_one_is_a_label_only_if_it_is_named(tmp_path):
     folder = folder_of(tmp_path, single([("a", -1), ("b", 1)]))
     assert "'label' holds -1" in error_of(folder)
-    assert load_local(config(folder, labels=["-1", "1"])).train.labels == [0, 1]
+    assert load_texts(config(folder, labels=["-1", "1"])).train.labels == [0, 1]
 
 
 def test_one_label_only(tmp_path):
@@ -278,7 +278,7 @@ def test_bad_row_is_named_or_skipped_and_counted(tmp_path, line):
     message = error_of(tmp_path)
     assert f"{path}:3: " in message
     assert "on_bad_row=skip" in message
-    task = load_local(config(tmp_path, on_bad_row="skip"))
+    task = load_texts(config(tmp_path, on_bad_row="skip"))
     assert task.train.text == [text for text, _ in ROWS]
     assert task.skipped_rows == {"train": 2}
 
@@ -288,7 +288,7 @@ def test_skipped_rows_of_both_splits(tmp_path):
     for name, count in (("train", 1), ("dev", 3)):
         with (folder / f"{name}.jsonl").open("a") as file:
             file.write("?\n" * count)
-    assert load_local(config(folder, on_bad_row="skip")).skipped_rows == {"train": 1, "validation": 3}
+    assert load_texts(config(folder, on_bad_row="skip")).skipped_rows == {"train": 1, "validation": 3}
 
 
 @pytest.mark.parametrize("delimiter", [",", "\t"])
@@ -298,7 +298,7 @@ def test_row_with_a_wrong_number_of_fields(tmp_path, delimiter):
     path.write_text("\n".join(line.replace(" ", delimiter) for line in lines))
     message = error_of(path)
     assert f"{path}:4: has 3 fields, the header 2" in message
-    task = load_local(config(path, on_bad_row="skip"))
+    task = load_texts(config(path, on_bad_row="skip"))
     assert sorted(task.train.text + task.validation.text) == ["a", "b", "e"]
     assert task.skipped_rows == {"train": 2}
 
@@ -337,7 +337,7 @@ def test_byte_order_mark_and_crlf(tmp_path):
         "dev.jsonl": '{"sentence": "a dog", "label": "no"}\r\n{"sentence": "a cat", "label": "yes"}\r\n',
     }.items():
         (tmp_path / name).write_bytes(b"\xef\xbb\xbf" + text.encode())
-    task = load_local(config(tmp_path))
+    task = load_texts(config(tmp_path))
     assert task.train == task.validation
     assert task.train.text == ["a dog", "a cat"]
     assert task.train.labels == [0, 1]
@@ -402,7 +402,7 @@ def test_names_of_the_validation_file(tmp_path, name):
     write_rows(tmp_path / "train.tsv", single())
     write_jsonl(tmp_path / f"{name}.jsonl", single(ROWS[:2]))
     (tmp_path / "test.jsonl").write_text("not read\n")
-    assert len(load_local(config(tmp_path)).validation) == 2
+    assert len(load_texts(config(tmp_path)).validation) == 2
 
 
 def test_ambiguous_folder(tmp_path):
@@ -436,10 +436,10 @@ def test_single_file_is_split_the_same_way_every_time(tmp_path, seed):
     rows = [{"premise": f"p{i}", "hypothesis": f"h{i}", "label": rng.randrange(3)} for i in range(200)]
     path = write_jsonl(tmp_path / "data.jsonl", rows)
     settings = config(path, validation_fraction=0.25)
-    task = load_local(settings)
+    task = load_texts(settings)
     assert len(task.train) == 150
     assert len(task.validation) == 50
-    assert load_local(settings) == task
+    assert load_texts(settings) == task
     train, validation = set(task.train.text), set(task.validation.text)
     assert train | validation == {row["premise"] for row in rows}
     assert not train & validation
@@ -449,7 +449,7 @@ def test_single_file_is_split_the_same_way_every_time(tmp_path, seed):
         assert all(of[text] == (pair, int(task.label_names[label])) for text, pair, label in pairs)
     assert validation != {row["premise"] for row in rows[:50]}
     assert validation != {row["premise"] for row in rows[150:]}
-    assert load_local(replace(settings, validation_fraction=0.5)).validation != task.validation
+    assert load_texts(replace(settings, validation_fraction=0.5)).validation != task.validation
 
 
 # ---- real files ----------------------------------------------------------------------------
@@ -479,4 +479,4 @@ def test_a_column_of_free_text_is_no_label(tmp_path):
     rows = [{"sentence": f"text {i}", "label": f"answer {i}"} for i in range(300)]
     (tmp_path / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     with pytest.raises(DataError, match="300 different values in 300 rows"):
-        load_local(DatasetConfig(path=str(tmp_path / "train.jsonl")))
+        load_texts(DatasetConfig(path=str(tmp_path / "train.jsonl")))

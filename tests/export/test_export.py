@@ -19,7 +19,6 @@ import yaml
 from safetensors.torch import load_file, save_file
 
 from fastpeft.config import load_run, run_values, save_run
-from fastpeft.data.batches import encode
 from fastpeft.errors import UnavailableError, UserError
 from fastpeft.export import loading, write
 from fastpeft.export.check_rows import logits
@@ -28,6 +27,7 @@ from fastpeft.export.summary import closing, opening
 from fastpeft.export.write import Exported, export
 from fastpeft.models.inject import ADAPTER_NAME
 from fastpeft.runs.store import RunFolder, read_json
+from fastpeft.tasks.sequences.examples import encode
 from tests.support.exported_runs import CASES, Trained
 from tests.support.tiny import make_model
 

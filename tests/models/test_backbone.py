@@ -11,9 +11,10 @@ import torch
 
 from fastpeft.config.schema import AdapterConfig, ModelConfig
 from fastpeft.errors import UnavailableError
-from fastpeft.models.backbone import Backbone, choose_dtype, load_backbone
+from fastpeft.models.backbone import Backbone, choose_dtype
 from fastpeft.models.inject import inject_lora
 from fastpeft.standins import PATHS
+from tests.support.classifiers import load_backbone
 from tests.support.tiny import FAMILIES, MAX_POSITIONS, NUM_LAYERS, make_model
 
 CPU = torch.device("cpu")

@@ -15,9 +15,10 @@ from fastpeft.config import ConfigError, load_run
 from fastpeft.config.schema import ModelConfig
 from fastpeft.errors import UnavailableError, UserError
 from fastpeft.models import backbone as backbones
-from fastpeft.models.backbone import Backbone, load_backbone, load_causal_lm
+from fastpeft.models.backbone import Backbone, load_causal_lm
 from fastpeft.models.files import fetch_model
 from fastpeft.models.lm_head import hidden_states
+from tests.support.classifiers import load_backbone
 from tests.support.tiny import CAUSAL_FAMILIES, MAX_POSITIONS, causal_model, make_causal_lm, save_character_tokenizer
 
 CPU = torch.device("cpu")

@@ -16,9 +16,10 @@ from fastpeft import hub
 from fastpeft.config import load_run
 from fastpeft.config.schema import ModelConfig
 from fastpeft.errors import UnavailableError
-from fastpeft.models.backbone import Backbone, load_backbone
+from fastpeft.models.backbone import Backbone
 from fastpeft.models.files import cached_model, fetch_model
 from fastpeft.trainer.resolve import resolve
+from tests.support.classifiers import load_backbone
 from tests.support.hub_files import GLUE, MODEL, deberta_files, glue_files
 
 

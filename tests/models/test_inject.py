@@ -12,9 +12,10 @@ from peft.tuners.lora import Linear as PeftLoraLinear
 from fastpeft.config.schema import AdapterConfig, ModelConfig
 from fastpeft.errors import UserError
 from fastpeft.kernels import dropout_mask
-from fastpeft.models.backbone import Backbone, load_backbone
+from fastpeft.models.backbone import Backbone
 from fastpeft.models.inject import inject_lora, match_targets, projection_of
 from fastpeft.models.layers import LoraLinear
+from tests.support.classifiers import load_backbone
 from tests.support.tiny import FAMILIES, NUM_LAYERS
 
 CPU = torch.device("cpu")

@@ -10,9 +10,9 @@ from torch import nn
 
 from fastpeft.config.schema import ModelConfig
 from fastpeft.errors import UserError
-from fastpeft.models.backbone import load_backbone
 from fastpeft.models.lens import MOST_ROWS, FirstLayer
 from fastpeft.models.lm_head import hidden_states
+from tests.support.classifiers import load_backbone
 from tests.support.tiny import CAUSAL_FAMILIES, FAMILIES, NUM_LAYERS, causal_model, classifier_model
 
 LAST = NUM_LAYERS - 1

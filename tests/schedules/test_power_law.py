@@ -9,13 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fastpeft.schedules.power_law import (
-    MAX_EXPONENT,
-    MIN_EXPONENT,
-    PowerLaw,
-    fit_power_law,
-    forecast_band,
-)
+from fastpeft.schedules.power_law import MAX_EXPONENT, MIN_EXPONENT, PowerLaw, fit_power_law, forecast_band
 
 W, NUM_BLOCKS = 32, 150
 T = W * NUM_BLOCKS

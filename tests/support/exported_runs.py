@@ -7,9 +7,9 @@ from pathlib import Path
 
 import torch
 
-from fastpeft.data.batches import Encoded
 from fastpeft.export.check_rows import logits
 from fastpeft.runs.store import RunFolder
+from fastpeft.tasks.sequences.examples import Encoded
 from fastpeft.trainer.build import Job
 
 CASES = ("deberta-v2", "bert", "roberta", "distilbert", "bert-without-pooler", "bert-rslora", "bert-adalora")

@@ -73,3 +73,8 @@ def problem_run(folder: Path, **sections: Any) -> RunConfig:
     for section, value in sections.items():
         flat |= {f"{section}.{key}": v for key, v in value.items()} if isinstance(value, dict) else {section: value}
     return load_run(path, flat)
+
+
+def encode_problems(problems: Problems, tokenizer: Any, template: str, max_length: int, **options: Any):
+    """As a task encodes them."""
+    return encode_prompts(as_prompts(problems, template), tokenizer, max_length, **options)

@@ -20,15 +20,16 @@ from typer.testing import CliRunner
 import fastpeft.trainer
 from fastpeft.cli.app import EXIT_DIVERGED, app
 from fastpeft.config import run_values
-from fastpeft.data.batches import collate, micro_batches
+from fastpeft.data.batches import micro_batches
 from fastpeft.runs.events import number
-from fastpeft.tasks import classification_loss
+from fastpeft.tasks.sequences.examples import collate
 from fastpeft.trainer import StopRequest, train
 from fastpeft.trainer.build import Job, build_job
 from fastpeft.trainer.calibrate import MIN_CALIBRATION_BATCHES
 from fastpeft.trainer.loop import MAX_NON_FINITE
 from fastpeft.trainer.step import forward_backward
 from fastpeft.trainer.step_log import FETCH_STEPS
+from tests.support.classifiers import classification_loss
 from tests.support.tiny_runs import (
     BATCH_SIZE,
     Listener,

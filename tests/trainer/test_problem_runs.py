@@ -18,8 +18,8 @@ from fastpeft.config import ConfigError, RunConfig
 from fastpeft.device_memory import TokenLimits
 from fastpeft.runs.curves import auc
 from fastpeft.runs.store import RunFolder
-from fastpeft.tasks import WordProblems
 from fastpeft.tasks.base import Score
+from fastpeft.tasks.math_word_problems.task import MathWordProblems
 from fastpeft.trainer import StopRequest, train
 from fastpeft.trainer.build import Job, build_job
 from tests.support.problem_runs import NUM_TEST, problem_run, write_run
@@ -95,7 +95,7 @@ def rigged(monkeypatch: pytest.MonkeyPatch):
 
     def rig(values: list[float], build=build_job) -> tuple[list, list[torch.Tensor], list[Job]]:
         told = iter(values)
-        evaluate, evaluate_test = WordProblems.evaluate, WordProblems.evaluate_test
+        evaluate, evaluate_test = MathWordProblems.evaluate, MathWordProblems.evaluate_test
 
         def evaluated(self, *args):
             evaluated_at.append(jobs[-1].adapter.flat.data.clone())
@@ -110,8 +110,8 @@ def rigged(monkeypatch: pytest.MonkeyPatch):
             jobs.append(build(run))
             return jobs[-1]
 
-        monkeypatch.setattr(WordProblems, "evaluate", evaluated)
-        monkeypatch.setattr(WordProblems, "evaluate_test", scored)
+        monkeypatch.setattr(MathWordProblems, "evaluate", evaluated)
+        monkeypatch.setattr(MathWordProblems, "evaluate_test", scored)
         monkeypatch.setattr(fastpeft.trainer, "build_job", built)
         return tested, evaluated_at, jobs
 
@@ -174,17 +174,17 @@ def test_a_stop_during_the_test_leaves_a_checkpoint_and_a_resume_scores_it(
     method: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run = problem_run(tmp_path, budget="30steps", **of_method(method))
-    stop, real = StopRequest(), WordProblems.evaluate_test
+    stop, real = StopRequest(), MathWordProblems.evaluate_test
 
     def interrupted(self, *args):
         stop.signal = signal.SIGTERM
         return real(self, *args)
 
-    monkeypatch.setattr(WordProblems, "evaluate_test", interrupted)
+    monkeypatch.setattr(MathWordProblems, "evaluate_test", interrupted)
     result = train(run, results_dir=tmp_path, name="r", stop=stop)
     assert (result.status, result.test, result.steps) == ("stopped", {}, 30)
     assert len(evals(tmp_path / "r", "validation")) == 3
-    monkeypatch.setattr(WordProblems, "evaluate_test", real)
+    monkeypatch.setattr(MathWordProblems, "evaluate_test", real)
     result = train(None, results_dir=tmp_path, name="r", resume=True)
     unbroken = train(run, results_dir=tmp_path, name="unbroken")
     assert_same_outcome(result, unbroken)
@@ -211,13 +211,13 @@ def test_a_kill_after_a_new_best_scores_that_best(tmp_path: Path) -> None:
     # From here on no evaluation beats it, and few steps are left.
     (folder / "run.yaml").write_text((folder / "run.yaml").read_text().replace("4000steps", f"{best['step'] + 3}steps"))
     with pytest.MonkeyPatch.context() as patch:
-        real = WordProblems.evaluate
+        real = MathWordProblems.evaluate
 
         def worse(self, *args):
             found = real(self, *args)
             return found and dataclasses.replace(found, value=-0.5)
 
-        patch.setattr(WordProblems, "evaluate", worse)
+        patch.setattr(MathWordProblems, "evaluate", worse)
         result = train(None, results_dir=tmp_path, name="r", resume=True)
     assert result.status == "done"
     assert result.best == best
@@ -242,7 +242,7 @@ def virtual_time(monkeypatch: pytest.MonkeyPatch):
         now, seconds, test_s = 0.0, EVALUATION_S, math.nan
 
     time, built = Time(), build_job
-    evaluate, evaluate_test = WordProblems.evaluate, WordProblems.evaluate_test
+    evaluate, evaluate_test = MathWordProblems.evaluate, MathWordProblems.evaluate_test
 
     def build(run: RunConfig) -> Job:
         job = built(run)
@@ -266,9 +266,9 @@ def virtual_time(monkeypatch: pytest.MonkeyPatch):
         time.now += time.seconds * self.test_cost if math.isnan(time.test_s) else time.test_s
         return evaluate_test(self, *args)
 
-    monkeypatch.setattr(WordProblems, "evaluate", evaluated)
-    monkeypatch.setattr(WordProblems, "evaluate_test", scored)
-    monkeypatch.setattr(WordProblems, "time_evaluation", lambda *args: EVALUATION_S)
+    monkeypatch.setattr(MathWordProblems, "evaluate", evaluated)
+    monkeypatch.setattr(MathWordProblems, "evaluate_test", scored)
+    monkeypatch.setattr(MathWordProblems, "time_evaluation", lambda *args: EVALUATION_S)
     monkeypatch.setattr(fastpeft.trainer, "build_job", build)
     return time
 

@@ -12,12 +12,12 @@ import torch
 from huggingface_hub import errors
 
 from fastpeft.config import RunConfig, load_run
-from fastpeft.data.task import DataError
+from fastpeft.data.rows import DataError
 from fastpeft.errors import UnavailableError, UserError
 from fastpeft.hub import CHECK_S
-from fastpeft.models.backbone import load_backbone
 from fastpeft.standins import embedded_path
 from fastpeft.trainer.resolve import Resolved, resolve
+from tests.support.classifiers import load_backbone
 from tests.support.tiny import make_model
 
 OWN = {"dataset.name": "own", "dataset.path": __file__}  # a path that is there; nothing reads it

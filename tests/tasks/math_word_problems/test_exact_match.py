@@ -11,7 +11,7 @@ from torch import nn
 
 from fastpeft.models.merge import Merged
 from fastpeft.tasks.causal_lm.generate import CHECK_EVERY, Answer, Decoded
-from fastpeft.tasks.causal_lm.prompts import EncodedProblems
+from fastpeft.tasks.causal_lm.prompts import EncodedPrompts
 from fastpeft.tasks.math_word_problems import exact_match as module
 from fastpeft.tasks.math_word_problems.exact_match import (
     Decoding,
@@ -37,7 +37,7 @@ class Characters:
 def problem_set(references: list[str], unusable: tuple[int, ...] = (), lengths: list[int] | None = None) -> ProblemSet:
     """Row i's prompt is the token i, over and over."""
     lengths = lengths or [1] * len(references)
-    encoded = EncodedProblems(
+    encoded = EncodedPrompts(
         tokens=np.repeat(np.arange(len(references)), lengths).astype(np.int32),
         offsets=np.concatenate([[0], np.cumsum(lengths)]),
         pad_token=0,

@@ -15,8 +15,8 @@ from fastpeft.data.batches import IGNORE, micro_batches
 from fastpeft.device_memory import TokenLimits
 from fastpeft.errors import UserError
 from fastpeft.signals import Need
-from fastpeft.tasks import WordProblems
 from fastpeft.tasks.math_word_problems import task as module
+from fastpeft.tasks.math_word_problems.task import MathWordProblems
 from fastpeft.trainer.build import Job, build_job
 from fastpeft.trainer.probes.hooks import Probes
 from fastpeft.trainer.step import forward_backward
@@ -373,7 +373,7 @@ def test_a_context_that_is_too_short_is_refused(settings: dict, message: str, tm
 def test_a_long_context_bounds_nothing(tmp_path: Path) -> None:
     write_run(tmp_path, max_position_embeddings=4096)
     job = build(tmp_path, evaluation={"max_new_tokens": 2000})
-    assert isinstance(job.task, WordProblems)
+    assert isinstance(job.task, MathWordProblems)
     assert not len(job.task.validation.unusable)
 
 

@@ -13,7 +13,8 @@ import pytest
 from fastpeft.config import ConfigError, load_run
 from fastpeft.config.schema import ColumnsConfig, DatasetConfig
 from fastpeft.data.hub_datasets import hub_dataset, is_cached
-from fastpeft.data.task import EMBEDDED, EMBEDDED_WORD_PROBLEMS, DataError, is_word_problems
+from fastpeft.data.rows import DataError
+from fastpeft.data.task import EMBEDDED, EMBEDDED_WORD_PROBLEMS, is_word_problems
 from fastpeft.errors import UserError
 from fastpeft.tasks import load_task
 from fastpeft.tasks.math_word_problems.answers import final_number

@@ -10,9 +10,9 @@ import torch
 from sklearn.metrics import accuracy_score, f1_score
 from torch import nn
 
-from fastpeft.data.batches import Encoded
-from fastpeft.data.task import ClassificationTask, Examples
+from fastpeft.data.task import ClassificationTask
 from fastpeft.tasks.sequence_classification.scoring import score
+from fastpeft.tasks.sequences.examples import Encoded, Examples
 
 CPU = torch.device("cpu")
 

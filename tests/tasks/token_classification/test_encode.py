@@ -13,12 +13,7 @@ from fastpeft.data.batches import IGNORE, evaluation_batches
 from fastpeft.data.rows import DataError
 from fastpeft.errors import UserError
 from fastpeft.tasks.token_classification.conll import read_conll
-from fastpeft.tasks.token_classification.encode import (
-    EncodedSentences,
-    collate_tokens,
-    encode_sentences,
-    windows,
-)
+from fastpeft.tasks.token_classification.encode import EncodedSentences, collate_tokens, encode_sentences, windows
 from fastpeft.tasks.token_classification.schemes import label_names, to_iob2
 from fastpeft.tasks.token_classification.sentences import Sentences
 from tests.support.tagged_sentences import TOKENIZERS, WNUT17, sentences, tokenizer
