@@ -75,7 +75,7 @@ def adamw_step(
     if data.dtype == torch.float32:
         before = None if multiplier_K is None else data.clone()
         _step_fused(buffers, layout, lr, divisor, skipped, options)
-        if multiplier_K is not None:  # an update is proportional to its rate
+        if before is not None and multiplier_K is not None:  # an update is proportional to its rate
             torch.lerp(before, data, layout.spread(multiplier_K, fill=1.0), out=data)
     else:
         _step_plainly(buffers, layout, lr, divisor, good, multiplier_K, options)

@@ -38,7 +38,7 @@ def _gram(
     """A A^T or B^T B to gram_ptr, padded with zeros to CHUNK * NUM_CHUNKS rows and columns."""
     lanes = tl.arange(0, CHUNK)
     for pair in range(NUM_CHUNKS * NUM_CHUNKS):
-        row, column = pair // NUM_CHUNKS, pair % NUM_CHUNKS
+        row, column = pair // NUM_CHUNKS, pair % NUM_CHUNKS  # pyright: ignore[reportOperatorIssue] (constexpr)
         gram = tl.zeros((CHUNK, CHUNK), tl.float32)
         for at in range(0, num, BLOCK_N):
             left, _, _ = _load(x_ptr, row, at, rank, num, IS_A, CHUNK, BLOCK_N)
@@ -116,7 +116,9 @@ def _add_penalty(
         if PENALTY == "factors":
             if ALIGNED_ROWS:
                 length = tl.multiple_of(length, 4)
-            square, product = _add_scaled(own_ptr, to_ptr, factor, length, ADD, BLOCK)
+            square, product = _add_scaled(  # pyright: ignore[reportGeneralTypeIssues] (compiled by Triton)
+                own_ptr, to_ptr, factor, length, ADD, BLOCK
+            )
         else:
             scale = tl.load(scale_ptr + k)
             factor *= scale * scale
@@ -175,7 +177,7 @@ def weighted_frobenius_kernel(
         before = _sum_squares(grad_ptr + start, length, BLOCK)
         size = _sum_squares(data_ptr + start, length, BLOCK)
     if PENALTY != "none":
-        square, product = _add_penalty(
+        square, product = _add_penalty(  # pyright: ignore[reportGeneralTypeIssues] (compiled by Triton)
             data_ptr, into_ptr, coefficient_ptr, scale_ptr, grams_ptr, task_ptr, program, num_matrices, start, length,
             other, PENALTY, ADD, ALIGNED_ROWS, CHUNK, NUM_CHUNKS, BLOCK_N, BLOCK,
         )  # fmt: skip

@@ -164,8 +164,12 @@ def _launch(data, grad, layout, coefficient_K, penalty, into, measure) -> Froben
         ALIGNED_ROWS=layout.aligned_rows,
         **shape,
     )
+    norm, penalty_sum, penalty_norm, share = totals.unbind()
     return FrobeniusResult(
-        *totals.unbind(),
+        norm,
+        penalty_sum,
+        penalty_norm,
+        share,
         partials[2, : 2 * num].view(2, num),
         partials[3, num : 2 * num] if measure else None,
         partials[4, :num] if measure else None,

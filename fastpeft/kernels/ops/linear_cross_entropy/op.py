@@ -195,7 +195,7 @@ class _Head:
             compute_rows(
                 logits_CV, destination_CV, labels_L[start:stop], weights_C, here, self.options, found[start:stop]
             )
-            if self.wants_gradient and here:
+            if gradient_LD is not None and here:
                 torch.mm(logits_CV[:here], self.weight_VD, out=gradient_LD[start : start + here])
         return found, gradient_LD
 
@@ -275,7 +275,8 @@ class _Precomputed(torch.autograd.Function):
         return loss
 
     @staticmethod
-    def backward(ctx: Any, dloss: torch.Tensor) -> tuple[torch.Tensor, None]:
+    def backward(ctx: Any, *grad_outputs: torch.Tensor) -> tuple[torch.Tensor, None]:
+        (dloss,) = grad_outputs
         refuse_second_order("cross entropy")
         gradient_LD, rows = ctx.saved_tensors
         # In fp32: the factor, 1 / num_items among others, would lose digits or all of itself in half precision.

@@ -49,15 +49,12 @@ class PerRow:
     @classmethod
     def empty(cls, num_rows: int, logits: torch.Tensor, statistics: bool) -> PerRow:
         wide = torch.promote_types(logits.dtype, torch.float32)
-        return cls(
-            *(
-                torch.empty(num_rows, dtype=wide, device=logits.device) if wanted else None
-                for wanted in (True, statistics, statistics)
-            )
-        )
+        loss, fisher, entropy = torch.empty(3, num_rows, dtype=wide, device=logits.device).unbind()
+        return cls(loss, fisher, entropy) if statistics else cls(loss, None, None)
 
     def __getitem__(self, where: slice) -> PerRow:
-        return PerRow(*(None if v is None else v[where] for v in (self.loss_C, self.fisher_C, self.entropy_C)))
+        fisher_C, entropy_C = (None if v is None else v[where] for v in (self.fisher_C, self.entropy_C))
+        return PerRow(self.loss_C[where], fisher_C, entropy_C)
 
 
 def compute_rows(
@@ -109,12 +106,12 @@ def _pytorch(
         return
     in_place = gradient_CV is not None and gradient_CV.dtype == wide
     p_CV = torch.exp(log_p_CV, out=gradient_CV) if in_place else log_p_CV.exp()
-    if options.statistics:
+    if out.entropy_C is not None:
         log_p_CV.clamp_(min=torch.finfo(wide).min).mul_(p_CV)  # clamped: 0 times -inf is NaN
         out.entropy_C.copy_(-log_p_CV.sum(1))[:num_labelled].masked_fill_(ignored_L, 0)
     g_LV = p_CV[:num_labelled]  # p - onehot; p - 1 itself would have fewer digits than expm1
     g_LV.scatter_(1, labels_L1, label_log_p_L1.expm1())
-    if options.statistics:
+    if out.fisher_C is not None:
         squares_LV = torch.mul(g_LV, g_LV, out=log_p_CV[:num_labelled])  # sum adds in pairs; a dot loses digits
         out.fisher_C.zero_()[:num_labelled] = squares_LV.sum(1).masked_fill(ignored_L, 0)
     if gradient_CV is None:

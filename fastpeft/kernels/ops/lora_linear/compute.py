@@ -61,7 +61,8 @@ def _choose(operation: str, x: torch.Tensor, a_RI: torch.Tensor, num_out: int) -
     return dispatch.choose(operation, x, a_RI.shape[1], num_out, a_RI.shape[0], x.shape[0])
 
 
-def _kept(x_TI: torch.Tensor, seed: torch.Tensor, dropout: float) -> split.Kept:
+def _kept(x_TI: torch.Tensor, seed: torch.Tensor | None, dropout: float) -> split.Kept:
+    assert seed is not None, "dropout has a seed"
     return split.Kept(keep_mask(*x_TI.shape, dropout, seed, x_TI.dtype), 1 / (1 - dropout))
 
 
@@ -143,13 +144,13 @@ def backward(
         dx_TI, ds_all = _fused_dx(dys_TO[0], call, factors[0], choice)
     elif needs_x or any(needs[::2]):
         ds_all = _shared_gradients(dys_TO, factors, call, choice)
-    if needs_x and not in_one_kernel and not call.dropout:
+    if ds_all is not None and needs_x and not in_one_kernel and not call.dropout:
         dx_TI = ds_all @ (factors[0][0] if len(factors) == 1 else torch.cat([a for a, _ in factors]))
     ranks = [a.shape[0] for a, _ in factors]
     ds_TR = [None] * len(ranks) if ds_all is None else ds_all.split(ranks, dim=1)
     ways = [_choose("lora_factors", x_TI, a, b.shape[0]) for a, b in factors]
     das = [None] * len(ranks)
-    if not call.dropout and all(way.form == "split" for way in ways) and any(needs[::2]):
+    if ds_all is not None and not call.dropout and all(way.form == "split" for way in ways) and any(needs[::2]):
         das = split.a_gradient(ds_all, x_TI, dtypes[0]).split(ranks)
     gradients: list[torch.Tensor | None] = []
     for i, (part, way, (a, _)) in enumerate(zip(call.parts, ways, factors)):
@@ -158,10 +159,10 @@ def backward(
         kept = None
         if adds_dx or (call.dropout and way.form == "split" and needed[0]):
             kept = _kept(x_TI, part.seed, call.dropout)
-        if adds_dx:
+        if adds_dx and kept is not None:
             update = torch.empty_like(kept.mask_TI).addmm_(ds_TR[i], a, beta=0, alpha=kept.factor).mul_(kept.mask_TI)
             dx_TI = update if dx_TI is None else dx_TI.add_(update)
-        if needs_x and not in_one_kernel:
+        if dx_TI is not None and not in_one_kernel:
             dx_TI.addmm_(dys_TO[i], dequantised(part.weight, x_TI.dtype))
         one = _Factors(x_TI, ds_TR[i], dys_TO[i], s_TR[i], dtypes[2 * i : 2 * i + 2], needed, part, call)
         gradients += one.split(das[i], kept) if way.form == "split" else one.fused(way)
@@ -223,13 +224,14 @@ class _Factors:
         elif da_RI is None:
             da_RI = split.a_gradient(self.ds_TR, self.x_TI, self.dtypes[0])
         if self.needed[1]:
-            if self.wanted_rows is None:
+            measures = self.part.measures
+            if measures is None or self.wanted_rows is None:
                 db_OR = split.b_gradient(self.dy_TO, self.s_TR, self.dtypes[1])
             else:
                 db_OR, masked = split.db_with_masked(self.dy_TO, self.s_TR, self.wanted_rows, self.dtypes[1])
-                self.part.measures.db_square_masked = split.square_sum(masked)
-            if self.part.measures:
-                self.part.measures.db_square = split.square_sum(db_OR)
+                measures.db_square_masked = split.square_sum(masked)
+            if measures:
+                measures.db_square = split.square_sum(db_OR)
         return [None if da_RI is None else da_RI.to(self.dtypes[0]), db_OR]
 
     def fused(self, way: dispatch.Choice) -> list[torch.Tensor | None]:
@@ -241,7 +243,7 @@ class _Factors:
             self.x_TI, self.s_TR if self.ds_TR is None else self.ds_TR, self.dy_TO, self.s_TR, self.dtypes, self.needed,
             way.config, dropout=dropped, row_mask_T=self.wanted_rows if measured else None, measured=measured,
         )  # fmt: skip
-        if measured:
+        if measured and self.part.measures is not None and squares is not None:
             self.part.measures.db_square = squares[0]
             self.part.measures.db_square_masked = None if self.wanted_rows is None else squares[1]
         return [da_RI, db_OR]

@@ -115,8 +115,7 @@ def matmul(
         weight_OI = weight_OI.contiguous()
     num_rows, (rank, num_in), num_out = x.shape[0], a_RI.shape, b_OR.shape[0]
     inline = s_TR is None
-    if inline:
-        s_TR = skinny_buffer(x, rank)
+    s_TR = skinny_buffer(x, rank) if s_TR is None else s_TR
     sum_size, result_size = (num_in, num_out) if forward else (num_out, num_in)
     out = x.new_empty(num_rows, result_size)
     if not num_rows:

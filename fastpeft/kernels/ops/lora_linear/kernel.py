@@ -35,7 +35,9 @@ def _keep(seed_ptr, rows_M, first_column, drop_below, BLOCK_N: tl.constexpr):
     """(rows, BLOCK_N) of what dropout leaves: reference.philox_keep from `first_column` on, a multiple of 8."""
     groups = (first_column // 8 + tl.arange(0, BLOCK_N // 8))[None, :]
     zero = groups * 0
-    r0, r1, r2, r3 = tl.philox(tl.load(seed_ptr), rows_M[:, None], groups, zero, zero, n_rounds=PHILOX_ROUNDS)
+    r0, r1, r2, r3 = tl.philox(  # pyright: ignore[reportGeneralTypeIssues] (compiled by Triton)
+        tl.load(seed_ptr), rows_M[:, None], groups, zero, zero, n_rounds=PHILOX_ROUNDS
+    )
     words = tl.join(tl.join(r0, r2), tl.join(r1, r3)).reshape(rows_M.shape[0], BLOCK_N // 2)
     numbers = tl.join(words & 0xFFFF, words >> 16).reshape(rows_M.shape[0], BLOCK_N)
     return numbers.to(tl.int32) >= drop_below

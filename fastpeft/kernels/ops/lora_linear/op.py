@@ -200,9 +200,10 @@ def _check_part(
     lora_b: torch.Tensor,
 ) -> None:
     shape = weight_shape(weight)
+    rank = lora_a.shape[0] if lora_a.ndim else 0
     fits = x.ndim > 0 and len(shape) == lora_a.ndim == lora_b.ndim == 2
     if fits:
-        (num_out, num_in), rank = shape, lora_a.shape[0]
+        num_out, num_in = shape
         fits = x.shape[-1] == num_in == lora_a.shape[1] and lora_b.shape == (num_out, rank)
         fits = fits and (bias is None or bias.shape == (num_out,))
     if not fits:

@@ -24,10 +24,10 @@ def dequantised(weight: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     if not is_quantised(weight):
         return weight
     try:
-        from bitsandbytes.functional import dequantize_4bit
+        from bitsandbytes.functional import dequantize_4bit  # pyright: ignore[reportMissingImports] (extra `gpu`)
     except ImportError as error:
         raise ImportError(
             f"lora_linear: weight is a 4-bit bitsandbytes parameter, and bitsandbytes cannot be imported ({error}); "
             "install it: pip install bitsandbytes"
         ) from error
-    return dequantize_4bit(weight.data, weight.quant_state).to(dtype)
+    return dequantize_4bit(weight.data, getattr(weight, "quant_state")).to(dtype)  # noqa: B009 (no field of a Tensor)

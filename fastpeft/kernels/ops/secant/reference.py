@@ -20,6 +20,6 @@ def secant_sums(
     last = data - previous
     products = grad * last, grad * older, last * (second / divisor).sqrt() * older
     return [
-        torch.stack([sum(product[at : at + size].sum() for at, size in parts) for parts in layout.unit_parts()])
+        torch.stack([torch.cat([product[at : at + size] for at, size in parts]).sum() for parts in layout.unit_parts()])
         for product in products
     ]

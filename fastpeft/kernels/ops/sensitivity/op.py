@@ -150,10 +150,10 @@ def _direct(uses: Uses) -> torch.Tensor:
     rows = max(256, (GPU_TILE if device.type == "cuda" else CPU_TILE) // num_in)
     rows = math.ceil(num_out / math.ceil(num_out / rows))  # tiles of one size
     plain = dtype.itemsize >= 4
-    buffer_OI = torch.empty((rows, num_in), dtype=dtype, device=device) if plain else None
+    buffer_OI = torch.empty((rows if plain else 0, num_in), dtype=dtype, device=device)
     norms = []
     for start in range(0, num_out, rows):
-        tile_OI = buffer_OI[: min(rows, num_out - start)] if plain else None
+        tile_OI = buffer_OI[: min(rows, num_out - start)]
         for use, (x_TI, g_TO) in enumerate(uses):
             g_OT = g_TO[:, start : start + rows].t()
             if not plain:
@@ -194,11 +194,10 @@ def _gram(uses: Uses) -> torch.Tensor:
 def _fused(uses: Uses, config: Config | None) -> torch.Tensor:
     if len(uses) > 2:  # many micro-batches: two piles
         half = len(uses) // 2
-        uses = [tuple(torch.cat(tensors) for tensors in zip(*pile)) for pile in (uses[:half], uses[half:])]
+        uses = [(torch.cat([x for x, _ in p]), torch.cat([g for _, g in p])) for p in (uses[:half], uses[half:])]
     uses = [(x_TI.contiguous(), g_TO.contiguous()) for x_TI, g_TO in uses]
     x_TI, g_TO = uses[0]
-    num_rows = [len(x) for x, _ in uses] + [0] * (2 - len(uses))
-    shapes = (*num_rows, x_TI.shape[1], g_TO.shape[1])
+    shapes = (len(x_TI), len(uses[1][0]) if len(uses) > 1 else 0, x_TI.shape[1], g_TO.shape[1])
     num_multiprocessors = _num_multiprocessors(x_TI)
     gram = gram_config(x_TI.dtype, shapes)
     direct = config or direct_config(x_TI.dtype, shapes, num_multiprocessors)
