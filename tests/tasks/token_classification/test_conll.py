@@ -88,6 +88,7 @@ def test_comments_with_tabs_are_left_out(tmp_path):
         ("sleeps VB", "has 2 columns, most lines 3"),
         ("is asleep VB O", "has 4 columns, most lines 3"),
         ("# 1 column 2", "has 4 columns, most lines 3"),
+        ("\u3000", "has 1 column, most lines 3"),
     ],
 )
 def test_a_malformed_line_is_named_and_its_sentence_can_be_left_out(tmp_path, line, fault):
