@@ -152,7 +152,7 @@ def test_iob1_files_as_conll_2003_has_them_are_read_whole(tmp_path):
     dev = read_conll(iob1_file(tmp_path / "dev.conll", 20))
     assert (len(train), len(dev)) == (60, 20)
     assert sum("\ufe0f" in words for words in train.words) == 9
-    assert "1 -DOCSTART- line" in train.notes[0]
+    assert "1 -DOCSTART- line left out" in train.notes[0]
 
 
 @pytest.mark.parametrize(
