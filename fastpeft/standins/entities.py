@@ -175,9 +175,6 @@ def test_sentences() -> list[Tagged]:
     return _sentences(_TEST, NUM_TEST, seed=3)
 
 
-test_sentences.__test__ = False  # type: ignore[attr-defined]  # pytest, which imports it, is not to run it
-
-
 def _sentences(names: _Names, num_sentences: int, seed: int) -> list[Tagged]:
     """Distinct sentences; those without an entity are of few frames, and could otherwise repeat."""
     rng = Random(seed)

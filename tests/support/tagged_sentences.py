@@ -6,8 +6,9 @@ from pathlib import Path
 from typing import Any
 
 from fastpeft.tasks.token_classification.sentences import Sentences
+from tests.support.real_data import DATA
 
-WNUT17 = Path(__file__).resolve().parents[3] / "shared" / "data" / "wnut17"
+WNUT17 = DATA / "wnut17"
 
 TOKENIZERS = ("word pieces", "sentence pieces", "bytes with a space", "bytes")
 _TEXT = "Anna Berg lives in Oslo near the old harbour of Bergen , says Olaf Lundqvist from Trondheim University ."

@@ -188,8 +188,10 @@ class _Reader:
     def sentences(self) -> Sentences:
         if not self.words:
             raise DataError(f"{self.path}: all {self.num_skipped:,} sentences are malformed")
-        counts = ((self.num_documents, "-DOCSTART- lines"), (self.num_comments, "comment lines"))
-        notes = tuple(f"{self.path}: {count:,} {what} left out" for count, what in counts if count)
+        counts = ((self.num_documents, "-DOCSTART-"), (self.num_comments, "comment"))
+        notes = tuple(
+            f"{self.path}: {count:,} {what} line{'s' * (count != 1)} left out" for count, what in counts if count
+        )
         return Sentences(self.words, self.tags, self.where, str(self.path), self.num_skipped, notes)
 
 

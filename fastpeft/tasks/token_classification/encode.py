@@ -53,7 +53,7 @@ class EncodedSentences(TokenRows):
     def labelled(self, rows: np.ndarray) -> np.ndarray:
         """Which of all labelled tokens those of `rows` are, row after row: collate_tokens lists them in this order."""
         starts = self._labelled_before
-        parts = [np.arange(starts[row], starts[row + 1]) for row in rows]
+        parts = [np.arange(int(starts[row]), int(starts[row + 1])) for row in rows]
         return np.concatenate(parts) if parts else np.empty(0, np.int64)
 
     @cached_property
@@ -124,7 +124,7 @@ def collate_tokens(encoded: EncodedSentences, rows: np.ndarray, device: torch.de
     """
     lengths, width = encoded.lengths[rows], int(encoded.widths[rows].max())
     inside = np.arange(width) < lengths[:, None]
-    flat = np.concatenate([np.arange(encoded.offsets[row], encoded.offsets[row + 1]) for row in rows])
+    flat = np.concatenate([np.arange(int(encoded.offsets[row]), int(encoded.offsets[row + 1])) for row in rows])
     labels = _padded(encoded.labels[flat], inside, IGNORE)
     arrays = {
         "input_ids": _padded(encoded.tokens[flat], inside, encoded.pad_token),

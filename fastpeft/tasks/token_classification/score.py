@@ -53,10 +53,13 @@ def score_entities(
     # seqeval strips hyphens off types, and its averages stand among them: it is given numbers for names.
     numbered = {name: name if name == "O" else f"{name[0]}-{types.index(name[2:])}" for name in label_names}
     true, said = ([[numbered[tag] for tag in tags] for tags in split] for split in (gold, predicted))
+    zero: Any = 0  # seqeval's annotation says text
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", RuntimeWarning)  # of its macro average, unread, where there is no entity
         # Without `mode` the scheme is ignored, without `scheme` the mode, both silently.
-        report: Any = classification_report(true, said, mode="strict", scheme=IOB2, zero_division=0, output_dict=True)
+        report: Any = classification_report(
+            true, said, mode="strict", scheme=IOB2, zero_division=zero, output_dict=True
+        )
     total = _type_score(report["micro avg"])
     pairs = [(one, other) for one_s, other_s in zip(true, said) for one, other in zip(one_s, other_s)]
     return EntityScores(

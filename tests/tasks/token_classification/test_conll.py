@@ -88,6 +88,7 @@ def test_comments_with_tabs_are_left_out(tmp_path):
         ("sleeps VB", "has 2 columns, most lines 3"),
         ("is asleep VB O", "has 4 columns, most lines 3"),
         ("# 1 column 2", "has 4 columns, most lines 3"),
+        ("\u3000", "has 1 column, most lines 3"),
     ],
 )
 def test_a_malformed_line_is_named_and_its_sentence_can_be_left_out(tmp_path, line, fault):
@@ -151,7 +152,7 @@ def test_iob1_files_as_conll_2003_has_them_are_read_whole(tmp_path):
     dev = read_conll(iob1_file(tmp_path / "dev.conll", 20))
     assert (len(train), len(dev)) == (60, 20)
     assert sum("\ufe0f" in words for words in train.words) == 9
-    assert "1 -DOCSTART- line" in train.notes[0]
+    assert "1 -DOCSTART- line left out" in train.notes[0]
 
 
 @pytest.mark.parametrize(

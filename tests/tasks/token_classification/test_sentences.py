@@ -1,5 +1,7 @@
 """Tagged sentences from rows, as jsonl, parquet and the hub give them."""
 
+from typing import Any
+
 import pytest
 
 from fastpeft.data.rows import DataError, Row, Split
@@ -9,7 +11,7 @@ from tests.support.tagged_sentences import sentences
 NAMES = ("O", "B-PER", "I-PER")
 
 
-def split(*rows: dict) -> Split:
+def split(*rows: dict[str, Any]) -> Split:
     return Split("some.jsonl", [Row(line, values) for line, values in enumerate(rows, 1)])
 
 
