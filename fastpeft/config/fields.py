@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Annotated, Any
+from typing import Annotated, Any, Protocol
 
 
 @dataclass(frozen=True)
@@ -47,6 +47,33 @@ class OrOff:
             "function": {"type": "no-info", "function": lambda value: "off" if value is False else value},
             "schema": handler(source),
         }
+
+
+class _Named(Protocol):
+    @property
+    def names(self) -> tuple[str, ...]: ...
+
+
+@dataclass(frozen=True)
+class OneOf:
+    """The name of a member of a registry, or one of the words in `also`. Who is a member is asked when a run's type is
+    built, so that a member from outside counts too."""
+
+    registry: _Named
+    also: tuple[str, ...] = ()
+
+    def __get_pydantic_core_schema__(self, source: Any, handler: Callable) -> dict:
+        return {"type": "literal", "expected": [*self.also, *self.registry.names]}
+
+
+@dataclass(frozen=True)
+class Described:
+    """Documentation of a field that has no docstring because it stands in no class body."""
+
+    text: str
+
+    def __get_pydantic_json_schema__(self, core_schema: Any, handler: Callable) -> dict:
+        return handler(core_schema) | {"description": self.text}
 
 
 # Counts reach torch and NumPy as C integers.

@@ -14,6 +14,7 @@ from fastpeft.adapters import Adapter, method_class
 from fastpeft.budget import BudgetClock, Due, EnergyMeter
 from fastpeft.budget.energy import WINDOW_S
 from fastpeft.config import Budget, ConfigError, RunConfig, parse_budget, parse_interval
+from fastpeft.config.methods import METHODS
 from fastpeft.data.batches import Batches
 from fastpeft.data.task import ClassificationTask
 from fastpeft.device_memory import TokenLimits, free_memory, is_out_of_memory
@@ -24,7 +25,7 @@ from fastpeft.schedules import Schedule, make_schedule
 from fastpeft.signals import Blocks
 from fastpeft.tasks import Objective, load_task, make_objective
 from fastpeft.tasks.math_word_problems.reading import WordProblemTask
-from fastpeft.trainer.optim import Optimizer, adamw_options, make_optimizer
+from fastpeft.trainer.optim import Optimizer, adam_moments, make_optimizer
 from fastpeft.trainer.probes.hooks import Probes
 
 
@@ -61,7 +62,7 @@ def build_job(run: RunConfig) -> Job:
     torch.manual_seed(run.training.seed)
     method = method_class(run.method)
     backbone = _load_backbone(run, task, dtype, device, method.trains_backbone)
-    adapter = method.build(run, backbone)
+    adapter = method.build(run.adapter, METHODS.own_section(run), backbone)
     adapter.model.train()
     objective = make_objective(task, run, backbone, device)
     batches = Batches(objective.train, run.training.batch_size, run.training.seed)
@@ -71,7 +72,7 @@ def build_job(run: RunConfig) -> Job:
         run.schedule,
         run.training.learning_rate,
         _blocks(adapter, run),
-        adam=adamw_options(run.optimizer),
+        adam=adam_moments(run.optimizer),
         seed=run.training.seed,
     )
     optimizer = make_optimizer(adapter.flat, run.optimizer, dtype)
@@ -212,6 +213,7 @@ def _notes(task: ClassificationTask | WordProblemTask, run: RunConfig) -> list[s
     notes = [task.describe(), *task.notes]
     for split, count in task.skipped_rows.items():
         notes.append(f"{count:,} malformed rows of the {split} split were skipped")
-    if run.method != "iw_lora" and any(key.startswith("regulariser.") for key in run.overrides):
-        notes.append(f"regulariser.* was set, but method {run.method} has no penalty: it is ignored")
+    for section in METHODS.section_keys:
+        if section != METHODS[run.method].section and any(key.startswith(f"{section}.") for key in run.overrides):
+            notes.append(f"{section}.* was set, but method {run.method} does not read it: it is ignored")
     return notes

@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 
 from fastpeft.adapters import iw_lora, method_class
 from fastpeft.config import load_run
+from fastpeft.config.methods import METHODS
 from fastpeft.errors import UserError
 from fastpeft.kernels import linear_cross_entropy, logits_cross_entropy
 from fastpeft.models.backbone import load_causal_lm
@@ -51,7 +52,7 @@ def build(folder, method: str, dtype: torch.dtype = torch.float32, **overrides):
     run = load_run("lora_mnli", SETTINGS | {"model.name": str(folder), "method": method} | given)
     kind = method_class(method)
     backbone = load_causal_lm(run.model, dtype, CPU, trained=kind.trains_backbone)
-    adapter = kind.build(run, backbone)
+    adapter = kind.build(run.adapter, METHODS.own_section(run), backbone)
     adapter.model.train()
     return adapter, backbone, run
 
