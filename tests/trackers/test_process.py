@@ -209,7 +209,8 @@ import sys, time
 from pathlib import Path
 from fastpeft.trackers import Choice, Trackers
 folder = Path(sys.argv[1])
-trackers = Trackers([Choice("wandb", {"mode": "online", "project": "p"})], folder, lambda text: print(text, flush=True), print)
+choice = Choice("wandb", {"mode": "online", "project": "p"})
+trackers = Trackers([choice], folder, lambda text: print(text, flush=True), print)
 time.sleep(99)
 """
 
