@@ -27,7 +27,8 @@ class Entry:
     target: str
     """`package.module:Class`."""
     config: type | None = None
-    """Dataclass of the member's own section. Its method `problems(beside)`, if it has one, yields what is wrong with
+    """Frozen dataclass of the member's own section, with `__pydantic_config__ = STRICT_KEYS`, so that a mistyped key
+    is refused. Its method `problems(beside)`, if it has one, yields what is wrong with
     the section where the member is chosen; its class attribute TRIAL has the settings of `--mode trial`."""
     section: str | None = None
     """Key of that section; the name when absent."""

@@ -1,4 +1,4 @@
-"""A tracker from outside the package. In a module of its own, because its process imports it: torch would take seconds."""
+"""A tracker from outside the package, in a module without torch, because a process of its own imports it."""
 
 from __future__ import annotations
 
