@@ -27,13 +27,13 @@ import torch
 import transformers
 
 import fastpeft
-from fastpeft.tasks.sequences.examples import collate
 from fastpeft.data.batches import micro_batches
 from fastpeft.models.backbone import load_backbone
 from fastpeft.models.inject import match_targets
 from fastpeft.runs.system import git_commit
 from fastpeft.tasks import classification_loss
 from fastpeft.tasks.sequence_classification.scoring import score
+from fastpeft.tasks.sequences.examples import collate
 from fastpeft.trainer.build import Job, build_job
 from fastpeft.trainer.step import forward_backward, train_step
 

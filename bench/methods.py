@@ -30,11 +30,11 @@ import torch
 
 import fastpeft
 from fastpeft.compare.comparison import GLUE_TASKS, glue_average, mean_of, metric_of
-from fastpeft.tasks.sequences.examples import collate
 from fastpeft.runs.events import number
 from fastpeft.runs.store import Result, RunFolder
 from fastpeft.runs.system import environment
 from fastpeft.tasks import classification_loss
+from fastpeft.tasks.sequences.examples import collate
 from fastpeft.trainer.build import Job, build_job
 from fastpeft.trainer.step import forward_backward, train_step
 

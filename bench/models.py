@@ -11,8 +11,8 @@ import numpy as np
 import torch
 
 from fastpeft.data.batches import Batch, Batches
-from fastpeft.tasks.sequences.examples import Encoded, collate
 from fastpeft.models.backbone import Backbone, freeze, quiet_transformers
+from fastpeft.tasks.sequences.examples import Encoded, collate
 
 SHAPES: dict[str, dict[str, Any]] = {
     "minilm": {  # MiniLM-L6: 22M

@@ -51,7 +51,8 @@ from bench.report import about, json_path, print_table, write_json
 from fastpeft.adapters import Adapter, method_class
 from fastpeft.adapters.flat import FlatParameters
 from fastpeft.config import RunConfig
-from fastpeft.config.schema import AdapterConfig, ModelConfig, RegulariserConfig
+from fastpeft.config.methods import METHODS, AdapterConfig, RegulariserConfig
+from fastpeft.config.schema import ModelConfig
 from fastpeft.data.batches import Batch
 from fastpeft.errors import UserError
 from fastpeft.models.backbone import Backbone, choose_dtype, quiet_transformers
@@ -147,7 +148,7 @@ class Rows:
 
     def _adapter(self, method: str, **regulariser: Any) -> Adapter:
         run = replace(self.run, method=method, regulariser=replace(self.run.regulariser, **regulariser))
-        adapter = method_class(method).build(run, self.host.copy())
+        adapter = method_class(method).build(run.adapter, METHODS.own_section(run), self.host.copy())
         adapter.model.train()
         return adapter
 

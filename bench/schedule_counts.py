@@ -35,7 +35,7 @@ from fastpeft.models.backbone import Backbone
 from fastpeft.schedules import make_schedule
 from fastpeft.signals import Blocks, BlockSums, Measured, Need, Secants
 from fastpeft.tasks.math_word_problems.task import WordProblems
-from fastpeft.trainer.optim import adamw_options
+from fastpeft.trainer.optim import adam_moments
 from fastpeft.trainer.probes.answer_gradient import AnswerGradient
 from fastpeft.trainer.probes.hooks import SAMPLE_EVERY
 
@@ -74,7 +74,7 @@ class Shape:
             model = transformers.Qwen3ForCausalLM(transformers.Qwen3Config(**sizes)).to(torch.bfloat16)
             model.requires_grad_(False)
             backbone = Backbone(model, None, [], False, None, torch.bfloat16, "causal_lm", head_is_frozen=True)
-            self.adapter = Lora(run, backbone)
+            self.adapter = Lora(run.adapter, None, backbone)
         self._objective = object.__new__(WordProblems)  # without its data
         for name, value in (("device", META), ("dtype", torch.bfloat16), ("frozen_head", True), ("first_layer", None)):
             setattr(self._objective, f"_{name}", value)
@@ -104,7 +104,7 @@ class Shape:
 def host_s(name: str, run: RunConfig, blocks: Blocks) -> float:
     """Mean seconds of one call of `rates`, over all that happens now and then, with every figure that it asks for."""
     schedule = make_schedule(
-        run.schedule, run.training.learning_rate, blocks, adam=adamw_options(run.optimizer), seed=run.training.seed
+        run.schedule, run.training.learning_rate, blocks, adam=adam_moments(run.optimizer), seed=run.training.seed
     )
     generator, taken = np.random.default_rng(0), []
     num_units, num_blocks = len(blocks.num_elements), len(blocks)

@@ -20,11 +20,11 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import make_pipeline
 
 import fastpeft
-from fastpeft.tasks.sequences.examples import collate
 from fastpeft.data.batches import micro_batches
 from fastpeft.standins.sentence_pairs import train_pairs, validation_pairs
 from fastpeft.tasks import classification_loss
 from fastpeft.tasks.sequence_classification.scoring import score
+from fastpeft.tasks.sequences.examples import collate
 from fastpeft.trainer.build import Job, build_job
 from fastpeft.trainer.resolve import resolve
 from fastpeft.trainer.step import forward_backward

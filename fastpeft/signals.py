@@ -79,6 +79,16 @@ class Blocks:
 
 
 @dataclass(frozen=True)
+class AdamMoments:
+    """How the optimizer's moments are made, for schedules that read them."""
+
+    beta1: float = 0.9
+    beta2: float = 0.999
+    max_norm: float = 0.0
+    """The gradient is clipped to this norm before; 0: never."""
+
+
+@dataclass(frozen=True)
 class BlockSums:
     """Sums over the elements of each of the U units, float64. `g` is the gradient before clipping, penalty included."""
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import typing
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -11,7 +10,8 @@ import pytest
 
 from fastpeft.config import load_run, preset_names, trial_run
 from fastpeft.config.load import PRESETS
-from fastpeft.config.schedules import ScheduleConfig
+from fastpeft.config.methods import METHODS
+from fastpeft.config.schedules import SCHEDULES
 from fastpeft.trainer import train
 
 FILES = sorted(PRESETS.rglob("*.yaml"))
@@ -32,7 +32,7 @@ CHOSEN = {kind(path): path for path in sorted(FILES, key=lambda p: (len(p.stem),
 
 def test_every_file_has_a_name_that_loads() -> None:
     assert [path.stem for path in sorted(FILES, key=lambda p: p.stem)] == preset_names()
-    methods, tasks = ("lora", "rslora", "iwlora", "adalora", "full"), ("mnli", "sst2", "rte")
+    methods, tasks = [name.replace("iw_lora", "iwlora") for name in METHODS.names], ("mnli", "sst2", "rte")
     assert {f"{method}_{task}" for method in methods for task in tasks} <= set(preset_names())
     for path in FILES:
         assert load_run(path.stem).run_id == path.stem
@@ -42,7 +42,7 @@ def test_every_file_has_a_name_that_loads() -> None:
 @pytest.mark.parametrize("task", ["gsm8k", "mnli"])
 def test_every_schedule_has_a_preset_for_each_task_of_the_same_model_and_data(task: str) -> None:
     base = load_run({"gsm8k": "linear_gsm8k", "mnli": "lora_mnli"}[task])
-    for name in typing.get_args(typing.get_type_hints(ScheduleConfig)["name"]):
+    for name in SCHEDULES.names:
         run = load_run(f"{name}_{task}")
         assert run.schedule.name == name
         for same in ("method", "model", "dataset", "adapter", "budget", "evaluation"):

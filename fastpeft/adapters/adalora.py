@@ -10,28 +10,27 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 import peft
 import torch
 from safetensors.torch import save_file
 
-from fastpeft.adapters.adapter import NOT_SAVED, Importance, head_parameters, read_weights, register
+from fastpeft.adapters.adapter import NOT_SAVED, Importance, head_parameters, read_weights
 from fastpeft.adapters.flat import FlatParameters
 from fastpeft.adapters.lora import Lora
-from fastpeft.config import RunConfig
+from fastpeft.config.methods import AdaLoraConfig, AdapterConfig
 from fastpeft.models.backbone import Backbone
 from fastpeft.models.inject import ADAPTER_NAME, SvdBlock, inject_adalora
 from fastpeft.signals import Rates, Signals
 
 
-@register("adalora")
 class AdaLora(Lora):
     blocks: list[SvdBlock]
 
-    def __init__(self, run: RunConfig, backbone: Backbone) -> None:
-        self.config = run.adalora
-        self.model, self.blocks = inject_adalora(backbone, run.adapter, run.adalora)
+    def __init__(self, config: AdapterConfig, own: AdaLoraConfig, backbone: Backbone) -> None:
+        self.config = own
+        self.model, self.blocks = inject_adalora(backbone, config, own)
         singular = [block.lora_e for block in self.blocks]
         self.flat = FlatParameters(self.blocks, head_parameters(self.model), extra=singular)
         self._inner = self.model.base_model.model
@@ -47,10 +46,6 @@ class AdaLora(Lora):
                 self._allocator.exp_avg_unc[name] = self._deviation[part].view(parameter.shape)
         self._pruned_until = 0
         self._kept_E = torch.ones_like(self._singular_values, dtype=torch.bool)
-
-    @classmethod
-    def build(cls, run: RunConfig, backbone: Backbone) -> Self:
-        return cls(run, backbone)
 
     @property
     def _singular_values(self) -> torch.Tensor:

@@ -1,42 +1,32 @@
-"""The interface of a fine-tuning method, and the registry that finds one by its name."""
+"""The interface of a fine-tuning method, and how one is found by its name."""
 
 from __future__ import annotations
 
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
 from safetensors.torch import load_file
 from torch import nn
 
 from fastpeft.adapters.flat import FlatParameters
-from fastpeft.config import RunConfig
+from fastpeft.config.methods import METHODS, AdapterConfig
 from fastpeft.models.backbone import Backbone
 from fastpeft.models.inject import ADAPTER_NAME
 from fastpeft.signals import Rates, Signals
 
-_METHODS: dict[str, type[Adapter]] = {}
 NOT_SAVED = re.compile(rf"\.modules_to_save|\.{ADAPTER_NAME}(?=\.|$)")
 """Parts of a parameter's name in a PeftModel that its file does not have."""
 
 
-def register(name: str) -> Callable[[type[Adapter]], type[Adapter]]:
-    """Class decorator: makes an Adapter available as `method: name`."""
-
-    def add(cls: type[Adapter]) -> type[Adapter]:
-        _METHODS[name] = cls
-        return cls
-
-    return add
-
-
 def method_class(name: str) -> type[Adapter]:
-    return _METHODS[name]
+    """The class of the method that a run names, imported now."""
+    return METHODS.load(name)
 
 
 @dataclass(frozen=True)
@@ -70,8 +60,13 @@ class Adapter(ABC):
 
     @classmethod
     @abstractmethod
-    def build(cls, run: RunConfig, backbone: Backbone) -> Adapter:
-        """Attach to `backbone.model`, which is changed in place. Takes its own sections of `run`."""
+    def build(cls, config: AdapterConfig, own: Any, backbone: Backbone) -> Self:
+        """Attach to `backbone.model`, which is changed in place.
+
+        Args:
+            config: the section `adapter`, which methods share.
+            own: the method's own section; None where its entry has no Config.
+        """
 
     @contextmanager
     def calibrating(self) -> Iterator[None]:

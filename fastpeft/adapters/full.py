@@ -3,22 +3,21 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
 import torch
 
-from fastpeft.adapters.adapter import Adapter, register
+from fastpeft.adapters.adapter import Adapter
 from fastpeft.adapters.flat import FlatParameters
-from fastpeft.config import RunConfig
+from fastpeft.config.methods import AdapterConfig
 from fastpeft.models.backbone import Backbone, quiet_transformers
 
 
-@register("full")
 class FullFineTune(Adapter):
     saved_as = "model"
     trains_backbone = True
 
-    def __init__(self, run: RunConfig, backbone: Backbone) -> None:
+    def __init__(self, backbone: Backbone) -> None:
         self.model, self._tokenizer = backbone.model, backbone.tokenizer
         parts: dict[bool, list[torch.nn.Parameter]] = {True: [], False: []}
         for name, parameter in self.model.named_parameters():
@@ -29,8 +28,8 @@ class FullFineTune(Adapter):
                 module.forward = torch.autocast(self.flat.data.device.type, backbone.dtype)(module.forward)
 
     @classmethod
-    def build(cls, run: RunConfig, backbone: Backbone) -> Self:
-        return cls(run, backbone)
+    def build(cls, config: AdapterConfig, own: Any, backbone: Backbone) -> Self:
+        return cls(backbone)
 
     def save(self, folder: Path) -> None:
         """A folder that transformers loads: config, weights, tokenizer."""

@@ -19,9 +19,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from fastpeft.adapters.adapter import Importance, register, to_json
+from fastpeft.adapters.adapter import Importance, to_json
 from fastpeft.adapters.lora import Lora
-from fastpeft.config import RunConfig
+from fastpeft.config.methods import AdapterConfig, RegulariserConfig
 from fastpeft.errors import UserError
 from fastpeft.kernels import FrobeniusResult, gradient_norm, sketch_norm, weighted_frobenius
 from fastpeft.kernels.ops.lora_linear.quantised import dequantised, is_quantised
@@ -44,11 +44,10 @@ def importance_weights(sensitivity_K: torch.Tensor, normalise: str) -> torch.Ten
     return sensitivity_K / total
 
 
-@register("iw_lora")
 class IwLora(Lora):
-    def __init__(self, run: RunConfig, backbone: Backbone) -> None:
-        super().__init__(run, backbone)
-        self.config = run.regulariser
+    def __init__(self, config: AdapterConfig, own: RegulariserConfig, backbone: Backbone) -> None:
+        super().__init__(config, own, backbone)
+        self.config = own
         device = self.flat.data.device
         self._sums_K = torch.zeros(len(self.blocks), dtype=torch.float64, device=device)
         self._num_batches = 0

@@ -4,26 +4,25 @@ from __future__ import annotations
 
 from collections import Counter
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
-from fastpeft.adapters.adapter import Adapter, head_parameters, register
+from fastpeft.adapters.adapter import Adapter, head_parameters
 from fastpeft.adapters.flat import FlatParameters
-from fastpeft.config import RunConfig
+from fastpeft.config.methods import AdapterConfig
 from fastpeft.models.backbone import Backbone
 from fastpeft.models.inject import inject_lora
 
 
-@register("lora")
 class Lora(Adapter):
     _rank_stabilised = False
 
-    def __init__(self, run: RunConfig, backbone: Backbone) -> None:
-        self.model, self.blocks = inject_lora(backbone, run.adapter, self._rank_stabilised)
+    def __init__(self, config: AdapterConfig, own: Any, backbone: Backbone) -> None:
+        self.model, self.blocks = inject_lora(backbone, config, self._rank_stabilised)
         self.flat = FlatParameters(self.blocks, head_parameters(self.model))
 
     @classmethod
-    def build(cls, run: RunConfig, backbone: Backbone) -> Self:
-        return cls(run, backbone)
+    def build(cls, config: AdapterConfig, own: Any, backbone: Backbone) -> Self:
+        return cls(config, own, backbone)
 
     def save(self, folder: Path) -> None:
         self.model.save_pretrained(str(folder), save_embedding_layers=False)

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from fastpeft.adapters.adapter import register
 from fastpeft.adapters.lora import Lora
 
 
-@register("rslora")
 class RsLora(Lora):
     _rank_stabilised = True

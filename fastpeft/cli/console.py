@@ -18,6 +18,7 @@ from rich.table import Table
 
 from fastpeft.compare.comparison import Comparison, metric_of
 from fastpeft.compare.problem_sets import SetScore, difference
+from fastpeft.config.methods import METHODS
 from fastpeft.runs.events import Event, number
 from fastpeft.runs.store import Result, RunFolder
 
@@ -135,7 +136,7 @@ def closing_table(result: Result) -> Table:
     table = Table(show_header=False, box=None, pad_edge=False)
     table.add_column(style="bold")
     table.add_column()
-    budget, weights = result.budget, "model" if result.method == "full" else "adapter"
+    budget, weights = result.budget, METHODS[result.method].saved_as if result.method in METHODS else "adapter"
     rows = {
         "status": result.status,
         result.metric.get("name", "metric"): _value(result.metric),

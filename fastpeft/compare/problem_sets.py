@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fastpeft.config import RunConfig, load_run
+from fastpeft.config.methods import METHODS
 from fastpeft.errors import UserError
 from fastpeft.runs.store import RunFolder, list_runs, read_json, recover_folder, write_json
 
@@ -73,7 +74,7 @@ def make_plan(
     if pass_at is not None:
         config = dataclasses.replace(config, evaluation=dataclasses.replace(config.evaluation, pass_at=pass_at))
     which, other = ("last", "best") if last else ("best", "last")
-    saved_as = "model" if config.method == "full" else "adapter"
+    saved_as = METHODS[config.method].saved_as
     weights = folder.weights(saved_as, best=not last)
     recover_folder(weights)
     if not weights.is_dir():
@@ -132,7 +133,7 @@ def score_sets(plan: SetPlan, say: Callable[[str], None]) -> list[SetScore]:
         say(f"STAND-IN: these are numbers of {run.model.name}, trained on {result.dataset}")
     say(f"loading {run.model.name} with {plan.weights}")
     backbone = next(iter(sets.values())).load_model(run.model, dtype, device, method.trains_backbone)
-    adapter = method.build(run, backbone)
+    adapter = method.build(run.adapter, METHODS.own_section(run), backbone)
     adapter.load(plan.weights)
     adapter.model.eval()
     limits = TokenLimits(run.training.micro_batch_tokens, run.evaluation.batch_tokens)

@@ -8,15 +8,21 @@ import os
 import types
 import typing
 from collections.abc import Iterator, Mapping
-from functools import cache
+from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import yaml
 
 from fastpeft.config.contradictions import HUB_KEYS, contradictions
-from fastpeft.config.schema import RunConfig
+from fastpeft.config.registry import complete
+from fastpeft.config.schema import FAMILIES, RunConfig
+from fastpeft.config.spelling import refuse_both, respelt, respelt_key
+from fastpeft.config.trackers import TRACKERS
 from fastpeft.errors import UserError
+
+if TYPE_CHECKING:
+    from pydantic import TypeAdapter
 
 PRESETS = Path(__file__).parent / "presets"
 
@@ -55,7 +61,7 @@ def load_run(name_or_path: str | Path, overrides: Mapping[str, Any] | list[str] 
         ConfigError: with every problem found, naming the key and the nearest valid one.
     """
     path = _find(name_or_path)
-    given = dict(_flat(overrides if isinstance(overrides, Mapping) else _parse_overrides(overrides)))
+    given = _one_spelling(dict(_flat(overrides if isinstance(overrides, Mapping) else _parse_overrides(overrides))))
     values = _read_chain(path, [])
     for key, value in given.items():
         _set(values, key, value)
@@ -74,7 +80,7 @@ def run_from_values(values: dict[str, Any], source: str) -> RunConfig:
     from pydantic import ValidationError
 
     try:
-        run = _adapter().validate_python(values)
+        run = _adapter(_versions()).validate_python(values)
     except ValidationError as error:
         raise ConfigError(source, [_explain(e, values) for e in error.errors()]) from None
     problems = [*contradictions(run), *_unknown_keys(run)]
@@ -99,7 +105,7 @@ def apply_stand_in(run: RunConfig) -> RunConfig:
 
 def with_values(run: RunConfig, given: dict[str, Any]) -> RunConfig:
     """`run` with other values at some dotted keys, noted in `overrides` as if the user had set them."""
-    values = run_values(run)
+    values, given = run_values(run), _one_spelling(given)
     for key, value in given.items():
         _set(values, key, value)
     values["overrides"] |= given
@@ -107,22 +113,23 @@ def with_values(run: RunConfig, given: dict[str, Any]) -> RunConfig:
 
 
 def trial_run(run: RunConfig, num_seeds: int = 1) -> RunConfig:
-    """`--mode trial`: every code path in seconds. Two steps a seed, two calibration batches, no W&B."""
+    """`--mode trial`: every code path in seconds. Two steps a seed, and what the chosen members and the trackers say
+    of a trial: two calibration batches, no W&B."""
     values = run_values(run)
+    chosen = [(family.prefix, family.chosen(run)) for family in FAMILIES]
     trial = {
         "budget": f"{2 * num_seeds}steps",
         "evaluation.every": "1steps",
         "evaluation.max_examples": 32,
         "evaluation.max_test_examples": 32,
         "evaluation.max_new_tokens": 16,
-        "regulariser.warmup_steps": 2,
         "training.checkpoint_steps": 1,
-        "wandb.mode": "disabled",
     }
+    for prefix, entry in [*chosen, *((TRACKERS.prefix, tracker) for tracker in TRACKERS)]:
+        if entry is not None:
+            trial |= {f"{prefix}{entry.section}.{key}": value for key, value in entry.trial.items()}
     for key, value in trial.items():
         _set(values, key, value)
-    if run.method != "iw_lora":
-        del trial["regulariser.warmup_steps"]  # set, but not as a wish of the user's that his method ignores
     values["overrides"] |= trial
     return run_from_values(values, f"{run.run_id} (trial)")
 
@@ -139,17 +146,27 @@ def save_run(run: RunConfig, path: Path) -> None:
 
 def json_schema() -> dict[str, Any]:
     """JSON schema of a run file, with each field's documentation."""
-    schema = _adapter().json_schema()
+    schema = _adapter(_versions()).json_schema()
     schema["properties"]["extends"] = {"type": "string", "description": "A preset's name, or a path from this file."}
     schema["anyOf"] = [{"required": ["extends"]}, {"required": schema.pop("required")}]
     return schema
 
 
-@cache
-def _adapter():
+def _versions() -> tuple[int, ...]:
+    """Another one after a component was added from outside: choices and sections are then others."""
+    return tuple(family.version for family in FAMILIES)
+
+
+@lru_cache(maxsize=1)
+def _run_type(versions: tuple[int, ...]) -> type[RunConfig]:
+    return complete(RunConfig)
+
+
+@lru_cache(maxsize=1)
+def _adapter(versions: tuple[int, ...]) -> TypeAdapter[RunConfig]:
     from pydantic import TypeAdapter
 
-    return TypeAdapter(RunConfig)
+    return TypeAdapter(_run_type(versions))
 
 
 # ---- reading -------------------------------------------------------------------------------
@@ -228,7 +245,19 @@ def _read(path: Path) -> dict[str, Any]:
         raise ConfigError(str(path), [f"is {error}"]) from None
     if not isinstance(values, dict):
         raise ConfigError(str(path), [f"expected sections such as `model:`, got {type(values).__name__}"])
-    return values
+    try:
+        return respelt(values)
+    except ValueError as error:
+        raise ConfigError(str(path), [str(error)]) from None
+
+
+def _one_spelling(given: dict[str, Any]) -> dict[str, Any]:
+    """Overrides by dotted key, each in the spelling that is kept."""
+    try:
+        refuse_both(given)
+    except ValueError as error:
+        raise ConfigError("overrides", [str(error)]) from None
+    return {respelt_key(key): value for key, value in given.items()}
 
 
 def _merge(base: dict, over: dict) -> dict:
@@ -259,7 +288,7 @@ def _parse_overrides(texts: list[str]) -> dict[str, Any]:
 
 def _flat(given: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
     """Sections given as dicts, key by key."""
-    leaves = set(_leaf_keys(RunConfig))
+    leaves = set(_leaf_keys())
     for key, value in given.items():
         if isinstance(value, Mapping) and key not in leaves:
             yield from _flat({f"{key}.{inner}": v for inner, v in value.items()})
@@ -293,7 +322,7 @@ def _explain(error: Mapping[str, Any], values: dict[str, Any]) -> str:
     kind, got = error["type"], error.get("input")
     if kind == "unexpected_keyword_argument":
         known = _keys_at(path[:-1])
-        elsewhere = sorted(leaf for leaf in _leaf_keys(RunConfig) if leaf.endswith(f".{path[-1]}"))
+        elsewhere = sorted(leaf for leaf in _leaf_keys() if leaf.endswith(f".{path[-1]}"))
         hint = f"; did you mean {' or '.join(elsewhere)}?" if elsewhere else _nearest(path[-1], known)
         return f"{key}: unknown key{hint}; known here: {', '.join(known)}"
     if kind == "missing":
@@ -313,7 +342,7 @@ def _explain(error: Mapping[str, Any], values: dict[str, Any]) -> str:
 
 def _unknown_keys(run: RunConfig) -> Iterator[str]:
     """Dotted keys of other sections that name nothing."""
-    known = set(_leaf_keys(RunConfig))
+    known = set(_leaf_keys())
     for key in run.optuna.space:
         if key not in known:
             yield f"optuna.space.{key}: unknown key{_nearest(key, sorted(known))}"
@@ -334,7 +363,7 @@ def _section_type(annotation: Any) -> type | None:
 
 def _keys_at(path: list[str]) -> list[str]:
     """Keys of the section that `path` leads to, following dataclasses only."""
-    owner: type = RunConfig
+    owner: type = _run_type(_versions())
     for part in path:
         annotation = typing.get_type_hints(owner).get(part)
         if typing.get_origin(annotation) is dict:
@@ -343,13 +372,16 @@ def _keys_at(path: list[str]) -> list[str]:
     return [f.name for f in dataclasses.fields(owner)]
 
 
-def _leaf_keys(owner: type, prefix: str = "") -> Iterator[str]:
-    for name, annotation in typing.get_type_hints(owner).items():
-        section = _section_type(annotation)
+def _leaf_keys(owner: type | None = None, prefix: str = "") -> Iterator[str]:
+    """Dotted keys of a section, or of a whole run, that are no sections."""
+    owner = owner or _run_type(_versions())
+    hints = typing.get_type_hints(owner)
+    for field in dataclasses.fields(owner):
+        section = _section_type(hints[field.name])
         if section is not None:
-            yield from _leaf_keys(section, f"{prefix}{name}.")
+            yield from _leaf_keys(section, f"{prefix}{field.name}.")
         else:
-            yield prefix + name
+            yield prefix + field.name
 
 
 def _nearest(word: str, options: list[str]) -> str:

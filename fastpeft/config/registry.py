@@ -27,7 +27,8 @@ class Entry:
     target: str
     """`package.module:Class`."""
     config: type | None = None
-    """Dataclass of the member's own section. Its method `problems(beside)`, if it has one, yields what is wrong with
+    """Frozen dataclass of the member's own section, with `__pydantic_config__ = STRICT_KEYS`, so that a mistyped key
+    is refused. Its method `problems(beside)`, if it has one, yields what is wrong with
     the section where the member is chosen; its class attribute TRIAL has the settings of `--mode trial`."""
     section: str | None = None
     """Key of that section; the name when absent."""
@@ -206,13 +207,14 @@ def complete(cls: type[T]) -> type[T]:
 
     `cls` itself where there are none, else a subclass of it.
     """
-    known: dict[str, Any] = {f.name: f for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
+    owner: Any = cls
+    known = {f.name: f for f in dataclasses.fields(owner)}
     more: dict[str, tuple[Any, Any]] = {}
     for registry in getattr(cls, _FAMILIES, ()):
         more |= {e.section: e.field() for e in registry if e.section is not None and e.section not in known}
     for name, annotation in typing.get_type_hints(cls).items():
-        if name in known and dataclasses.is_dataclass(annotation):
-            whole = complete(typing.cast(type, annotation))
+        if name in known and isinstance(annotation, type) and dataclasses.is_dataclass(annotation):
+            whole: Any = complete(annotation)
             if whole is not annotation:
                 optional = known[name].default_factory is not dataclasses.MISSING
                 more[name] = whole, field(default_factory=whole) if optional else field()
@@ -221,5 +223,7 @@ def complete(cls: type[T]) -> type[T]:
     # Under the module and name of the original, whose source has the fields' docstrings.
     copied = {key: vars(cls)[key] for key in ("__module__", "__doc__", "__firstlineno__") if key in vars(cls)}
     specs = [(name, annotation, default) for name, (annotation, default) in more.items()]
-    made = dataclasses.make_dataclass(cls.__name__, specs, bases=(cls,), namespace=copied, frozen=True, kw_only=True)
-    return typing.cast("type[T]", made)
+    made: Any = dataclasses.make_dataclass(
+        cls.__name__, specs, bases=(cls,), namespace=copied, frozen=True, kw_only=True
+    )
+    return made

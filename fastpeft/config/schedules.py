@@ -1,19 +1,22 @@
-"""The section `schedule`: what all schedules share, and a section for each that has settings of its own."""
+"""The family of schedules and the section `schedule`: what all share, and a section for each with its own settings."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import Annotated, Literal
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal
 
 from fastpeft.config.fields import (
     STRICT_KEYS,
     Fraction,
     NonNegativeFloat,
     NonNegativeInt,
+    OneOf,
     OrOff,
     PositiveFloat,
     Range,
 )
+from fastpeft.config.registry import Beside, Entry, Registry, with_sections
 
 AtLeastOne = Annotated[float, Range(ge=1, le=100)]
 
@@ -47,6 +50,16 @@ class FotConfig:
     it is to be, and then in either direction by one factor. Gradients are mostly noise: without it, so is the rate."""
     anneal: Annotated[float, Range(ge=0, le=1)] = 0.0
     """Ours: the share of the budget, at its end, over which the rate falls linearly to 0."""
+
+    def problems(self, beside: Beside) -> Iterator[str]:
+        if self.calibrate and self.alignment:
+            yield (
+                "schedule.fot.calibrate: it corrects the bound, which schedule.fot.alignment does without; switch one "
+                "off"
+            )
+        for key, on in (("confidence", self.confidence), ("overshoot", self.overshoot)):
+            if on and not self.alignment:
+                yield f"schedule.fot.{key}: it refines schedule.fot.alignment, which is off"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,6 +99,12 @@ class GraffConfig:
     """off: the planner does not learn during the run."""
     warm_start: str | None = None
     """A planner's weights, safetensors; `shipped`: those of the package. Without one it begins as a constant rate."""
+
+    def problems(self, beside: Beside) -> Iterator[str]:
+        if self.guard == "paper" and self.curvature == "hvp":
+            yield "schedule.graff.curvature: hvp takes the secant's place, but guard: paper asks for the plain secant"
+        if self.trace_decay and (self.guard == "paper" or self.curvature == "hvp"):
+            yield "schedule.graff.trace_decay: needs the lagged secant; set guard: lagged or off, and curvature: secant"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -157,13 +176,43 @@ class BaconConfig(SnacConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
+class ScheduleEntry(Entry):
+    reads_mean: bool = False
+    """It tells signal from noise by Adam's running mean of the gradient, so that there has to be one."""
+    holds_peak: bool = False
+    """After the warm-up the learning rate stays at its peak."""
+
+
+def _at(module: str, name: str) -> str:
+    return f"fastpeft.schedules.{module}:{name}"
+
+
+SCHEDULES: Registry[ScheduleEntry] = Registry(
+    "schedule",
+    "schedule.name",
+    [
+        ScheduleEntry(name="constant", target=_at("classic", "Constant"), holds_peak=True),
+        ScheduleEntry(name="linear", target=_at("classic", "Linear")),
+        ScheduleEntry(name="cosine", target=_at("classic", "Cosine")),
+        ScheduleEntry(name="wsd", target=_at("classic", "WarmupStableDecay")),
+        ScheduleEntry(name="rex", target=_at("classic", "Rex")),
+        ScheduleEntry(name="salelr", target=_at("salelr", "Salelr"), config=SalelrConfig),
+        ScheduleEntry(name="bats", target=_at("bats", "Bats"), config=BatsConfig),
+        ScheduleEntry(name="reactor", target=_at("reactor", "Reactor"), config=ReactorConfig),
+        ScheduleEntry(name="snac", target=_at("snac", "Snac"), config=SnacConfig, reads_mean=True),
+        ScheduleEntry(name="bacon", target=_at("bacon", "Bacon"), config=BaconConfig, reads_mean=True),
+        ScheduleEntry(name="fot", target=_at("fot", "Fot"), config=FotConfig),
+        ScheduleEntry(name="graff", target=_at("graff", "Graff"), config=GraffConfig),
+    ],
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+@with_sections(SCHEDULES)
 class ScheduleConfig:
     __pydantic_config__ = STRICT_KEYS
 
-    name: Literal[
-        "constant", "linear", "cosine", "wsd", "rex",
-        "salelr", "bats", "reactor", "snac", "bacon", "fot", "graff",
-    ] = "linear"  # fmt: skip
+    name: Annotated[str, OneOf(SCHEDULES)] = "linear"
     """Shape of the learning rate after the warm-up, over the share of the budget spent."""
     warmup_steps: NonNegativeInt = 500
     """Linear warm-up; capped at 6 % of the budget."""
@@ -171,10 +220,8 @@ class ScheduleConfig:
     """The rate at the end, as a share of the peak (linear, cosine, wsd, salelr, bats)."""
     decay_fraction: Annotated[float, Range(gt=0, le=1)] = 0.2
     """wsd: the share of the budget over which the rate decays."""
-    salelr: SalelrConfig = field(default_factory=SalelrConfig)
-    bats: BatsConfig = field(default_factory=BatsConfig)
-    reactor: ReactorConfig = field(default_factory=ReactorConfig)
-    snac: SnacConfig = field(default_factory=SnacConfig)
-    bacon: BaconConfig = field(default_factory=BaconConfig)
-    fot: FotConfig = field(default_factory=FotConfig)
-    graff: GraffConfig = field(default_factory=GraffConfig)
+
+    @property
+    def own(self) -> Any:
+        """The chosen schedule's own section; None for one that has none."""
+        return SCHEDULES[self.name].section_of(self)

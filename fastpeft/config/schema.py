@@ -1,7 +1,8 @@
-"""Every configuration section, as frozen dataclasses. Nothing here imports torch or pydantic.
+"""The sections of a run file, as frozen dataclasses. Nothing here imports torch or pydantic.
 
-A component takes its own section only. The docstring under a field is its documentation and
-appears in `fastpeft runs schema`. Validation is in load.py.
+Those of a family's members are in methods.py, schedules.py, optimizers.py, trackers.py and tasks.py, beside the
+family's table. A component takes its own section only. The docstring under a field is its documentation and appears in
+`fastpeft runs schema`. Validation is in load.py.
 """
 
 from __future__ import annotations
@@ -10,17 +11,13 @@ import re
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
 
-from fastpeft.config.fields import (
-    STRICT_KEYS,
-    Fraction,
-    NonNegativeFloat,
-    NonNegativeInt,
-    Parsed,
-    PositiveFloat,
-    PositiveInt,
-    Range,
-)
-from fastpeft.config.schedules import ScheduleConfig
+from fastpeft.config.fields import STRICT_KEYS, NonNegativeInt, OneOf, Parsed, PositiveFloat, PositiveInt, Range
+from fastpeft.config.methods import METHODS, AdapterConfig
+from fastpeft.config.optimizers import OPTIMIZERS, OptimizerConfig
+from fastpeft.config.registry import Registry, with_sections
+from fastpeft.config.schedules import SCHEDULES, ScheduleConfig
+from fastpeft.config.tasks import TASKS
+from fastpeft.config.trackers import TRACKERS
 from fastpeft.config.units import parse_budget, parse_interval
 
 
@@ -50,101 +47,6 @@ class ModelConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class AdapterConfig:
-    __pydantic_config__ = STRICT_KEYS
-
-    rank: Annotated[int, Range(ge=1, le=256)] = 8
-    """Rank r of every update B A."""
-    alpha: PositiveFloat = 16.0
-    """lora_alpha: the update is scaled by alpha / rank."""
-    dropout: Fraction = 0.0
-    """Dropout on the adapter's input."""
-    target_modules: str | list[str] = "attention"
-    """Linear layers to adapt: `qv`, `attention` or `all-linear`; a regular expression that matches
-    whole module names; or a list of name endings such as [query_proj, value_proj]."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class RegulariserConfig:
-    """The importance-weighted penalty of IW-LoRA."""
-
-    __pydantic_config__ = STRICT_KEYS
-
-    alpha: NonNegativeFloat = 1e-4
-    """Strength of the penalty, added to the loss. 0 is plain LoRA."""
-    beta: NonNegativeFloat = 1.0
-    """Exponent on (1 - w_k)."""
-    penalty: Literal["product", "factors"] = "product"
-    """product: ||s B A||_F^2. factors: ||A||_F^2 + ||B||_F^2."""
-    normalise: Literal["sum", "max"] = "sum"
-    """Divide the sensitivities by their sum (the paper) or by their maximum."""
-    estimator: Literal["exact", "sketch", "lora_a"] = "exact"
-    """How the sensitivity ||dL/dW||_F is measured. lora_a needs warmup_learning_rate > 0."""
-    calibration: Literal["separate", "inline"] = "separate"
-    """separate: batches before training. inline: the sketch, during the rate's warm-up, free."""
-    warmup_steps: PositiveInt = 150
-    """Calibration batches; capped at 2 % of the budget, but at least 8."""
-    warmup_learning_rate: NonNegativeFloat = 0.0
-    """Rate at which the adapter moves while lora_a calibrates; its weights are restored after."""
-    decoupled: bool = False
-    """Shrink A and B directly, as AdamW does with weight decay, instead of adding a gradient."""
-    decoupled_alpha: NonNegativeFloat = 1.0
-    """Strength of the penalty when decoupled; `alpha` is then not used."""
-    online: bool = False
-    """Keep measuring the sketch while training and re-weight."""
-    online_decay: Annotated[float, Range(gt=0, lt=1)] = 0.99
-    """Decay of the running mean behind `online`, a step."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class AdaLoraConfig:
-    """Ranks that are pruned while training (method adalora); adapter.rank is then not used."""
-
-    __pydantic_config__ = STRICT_KEYS
-
-    initial_rank: Annotated[int, Range(ge=1, le=256)] = 12
-    """Rank of every matrix before pruning."""
-    target_rank: Annotated[int, Range(ge=1, le=256)] = 8
-    """Mean rank that is left."""
-    initial_fraction: Fraction = 0.1
-    """Share of the budget before pruning begins."""
-    final_fraction: Annotated[float, Range(gt=0, lt=1)] = 0.5
-    """Share of the budget after it has ended."""
-    virtual_steps: PositiveInt = 1000
-    """Steps that the budget is divided into for the pruning schedule, whatever the number of real ones."""
-    prune_every: PositiveInt = 5
-    """Virtual steps from one pruning to the next."""
-    beta1: Annotated[float, Range(gt=0, lt=1)] = 0.85
-    """Decay of the running mean of the sensitivity, a step."""
-    beta2: Annotated[float, Range(gt=0, lt=1)] = 0.85
-    """Decay of the running mean of its deviation."""
-    orthogonality: NonNegativeFloat = 0.5
-    """Weight of the penalty that keeps A's rows and B's columns orthonormal."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class OptimizerConfig:
-    __pydantic_config__ = STRICT_KEYS
-
-    name: Literal["adamw", "schedule_free"] = "adamw"
-    """adamw, or schedule_free: AdamW that trains at y, between the iterate z and its running average x. What is
-    evaluated, saved and exported is x; it needs no decay of the rate, so schedule.name has to be constant."""
-    beta1: Fraction = 0.9
-    """Decay of the gradient's running mean, a step; for schedule_free the share of x in y, 0.1 or more."""
-    beta2: Fraction = 0.999
-    """Decay of the squared gradient's running mean, a step."""
-    eps: PositiveFloat = 1e-8
-    weight_decay: NonNegativeFloat = 0.01
-    """Decoupled weight decay of the adapter."""
-    head_weight_decay: NonNegativeFloat = 0.01
-    """Decoupled weight decay of the task head."""
-    head_lr_ratio: PositiveFloat = 1.0
-    """The head's learning rate, as a multiple of the adapter's."""
-    max_grad_norm: NonNegativeFloat = 1.0
-    """Clip the gradient of all trainable parameters to this norm; 0 switches clipping off."""
-
-
-@dataclass(frozen=True, kw_only=True)
 class ColumnsConfig:
     """Columns by name; by number, from 0, in a table whose first line is a row and no header."""
 
@@ -161,15 +63,14 @@ class ColumnsConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+@with_sections(TASKS)
 class DatasetConfig:
     __pydantic_config__ = STRICT_KEYS
 
     name: str = "local"
     """A dataset the package knows, such as `mnli`, `conll2003` or `gsm8k`; a dataset of the hub, `owner/name`; or any
     name when `path` is given."""
-    task: Literal["auto", "classification", "token-classification", "multi-label", "regression", "word-problems"] = (
-        "auto"
-    )
+    task: Annotated[str, OneOf(TASKS, also=("auto",))] = "auto"
     """What the rows are. auto: what the name says, or else the rows, which the run then says."""
     config: str | None = None
     """Configuration of a hub dataset that has several."""
@@ -287,18 +188,6 @@ class OptunaConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class WandbConfig:
-    __pydantic_config__ = STRICT_KEYS
-
-    mode: Literal["auto", "online", "offline", "disabled"] = "auto"
-    """auto: online where a key is present, else offline; always off in trial mode. WANDB_MODE and
-    WANDB_DISABLED can ask for less."""
-    project: str | None = None
-    """When absent WANDB_PROJECT, else fastpeft. W&B takes entity, group, tags and notes from its own
-    variables: WANDB_ENTITY, WANDB_RUN_GROUP, WANDB_TAGS, WANDB_NOTES."""
-
-
-@dataclass(frozen=True, kw_only=True)
 class StandInConfig:
     """What a run uses, said loudly, when its model and data cannot be reached."""
 
@@ -313,6 +202,8 @@ class StandInConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+@with_sections(METHODS, after="adapter")
+@with_sections(TRACKERS, after="optuna")
 class RunConfig:
     """One run. `extends: NAME` in a file inherits another run's values."""
 
@@ -320,12 +211,10 @@ class RunConfig:
 
     run_id: Annotated[str, Parsed(check_run_id)]
     """Name of the run's kind; the default for --name, followed by the time."""
-    method: Literal["lora", "rslora", "iw_lora", "adalora", "full"]
+    method: Annotated[str, OneOf(METHODS)]
     """lora, rslora (alpha / sqrt(rank) as the scale), iw_lora, adalora; full trains every weight."""
     model: ModelConfig
     adapter: AdapterConfig = field(default_factory=AdapterConfig)
-    regulariser: RegulariserConfig = field(default_factory=RegulariserConfig)
-    adalora: AdaLoraConfig = field(default_factory=AdaLoraConfig)
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     dataset: DatasetConfig = field(default_factory=DatasetConfig)
@@ -334,10 +223,10 @@ class RunConfig:
     """90s, 30m, 2h, 2000steps, 5Mtok, 50kJ; without one, training.epochs decides."""
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     optuna: OptunaConfig = field(default_factory=OptunaConfig)
-    wandb: WandbConfig = field(default_factory=WandbConfig)
-    tensorboard: bool = False
-    """Write the run for TensorBoard, into its folder; needs the package tensorboard."""
     stand_in: StandInConfig | None = None
     """Applies only while the names of model and dataset are the file's own."""
     overrides: dict[str, Any] = field(default_factory=dict)
     """What the user set over the file, by dotted key; written by `fastpeft train`."""
+
+
+FAMILIES: tuple[Registry[Any], ...] = (TASKS, METHODS, SCHEDULES, OPTIMIZERS, TRACKERS)

@@ -67,7 +67,7 @@ def hub_cache() -> list[Finding]:
 
 def wandb_key() -> list[Finding]:
     """Whether there is a key. It is never shown."""
-    from fastpeft.trackers.choose import has_key
+    from fastpeft.trackers.wandb_settings import has_key
 
     if not has_key():
         fix = "wandb login, or set WANDB_API_KEY; nothing else needs it"

@@ -10,7 +10,7 @@ import peft
 import torch
 from torch import nn
 
-from fastpeft.config.schema import AdaLoraConfig, AdapterConfig
+from fastpeft.config.methods import AdaLoraConfig, AdapterConfig
 from fastpeft.errors import UserError
 from fastpeft.models.backbone import Backbone, quiet_transformers
 from fastpeft.models.fused_projections import join_settled

@@ -1,6 +1,5 @@
-"""Learning-rate schedules. Importing a module here registers its schedules."""
+"""Learning-rate schedules; config/schedules.py lists them."""
 
-from fastpeft.schedules import bacon, bats, classic, fot, graff, reactor, salelr, snac
 from fastpeft.schedules.schedule import Schedule, make_schedule
 
-__all__ = ["Schedule", "bacon", "bats", "classic", "fot", "graff", "make_schedule", "reactor", "salelr", "snac"]
+__all__ = ["Schedule", "make_schedule"]

@@ -17,19 +17,20 @@ from typing import Any
 
 import numpy as np
 
-from fastpeft.config.schedules import ScheduleConfig
+from fastpeft.config.schedules import BaconConfig, ScheduleConfig
 from fastpeft.schedules.running_curvature import RunningCurvature
-from fastpeft.schedules.schedule import WarmedSchedule, register
+from fastpeft.schedules.schedule import WarmedSchedule
 from fastpeft.schedules.snac import SignalShare
 from fastpeft.signals import Blocks, Measured, Need, Rates
 
 
-@register("bacon")
 class Bacon(WarmedSchedule):
+    own: BaconConfig
+
     def __init__(self, config: ScheduleConfig, peak_lr: float, blocks: Blocks | None = None, **more: Any) -> None:
         super().__init__(config, peak_lr, blocks, **more)
-        self.share = SignalShare(self.adam, config.bacon)
-        self.curvature = RunningCurvature(config.bacon.curvature_decay)
+        self.share = SignalShare(self.adam, self.own)
+        self.curvature = RunningCurvature(self.own.curvature_decay)
         self.reference: float | None = None
         """lambda_ref."""
 
@@ -74,7 +75,7 @@ class Bacon(WarmedSchedule):
         mean = float(curvature_K[known_K].mean()) if known_K.any() else 0.0
         if not 0 < mean < math.inf:
             return None
-        most = self.config.bacon.most
+        most = self.own.most
         least = mean / most**2
         if least == 0:
             return None

@@ -10,18 +10,18 @@ from __future__ import annotations
 
 from typing import Any
 
-from fastpeft.config.schedules import ScheduleConfig
+from fastpeft.config.schedules import BatsConfig, ScheduleConfig
 from fastpeft.schedules.classic import Linear
 from fastpeft.schedules.running import LARGEST, RunningMean, clipped
-from fastpeft.schedules.schedule import register
 from fastpeft.signals import Blocks, Measured, Need, Rates
 
 
-@register("bats")
 class Bats(Linear):
+    own: BatsConfig
+
     def __init__(self, config: ScheduleConfig, peak_lr: float, blocks: Blocks | None = None, **more: Any) -> None:
         super().__init__(config, peak_lr, blocks, **more)
-        self._running = RunningMean(config.bats.decay)
+        self._running = RunningMean(self.own.decay)
 
     @property
     def needs(self) -> frozenset[Need]:
@@ -39,7 +39,7 @@ class Bats(Linear):
             return 1.0
         before = self._running.value
         self._running.update(fisher)
-        options = self.config.bats
+        options = self.own
         if before is None or before <= 0:
             return 1.0
         return clipped((fisher / float(before)) ** options.exponent, options.most)

@@ -10,6 +10,7 @@ import torch
 from pydantic import TypeAdapter, ValidationError
 from torch.optim.lr_scheduler import LRScheduler
 
+from fastpeft.config.registry import complete
 from fastpeft.config.schedules import ScheduleConfig
 from fastpeft.errors import UserError
 from fastpeft.schedules.schedule import make_schedule
@@ -119,7 +120,7 @@ class BudgetLR(LRScheduler):
 def _config(name: str, warmup_steps: int, settings: dict[str, Any]) -> ScheduleConfig:
     values = settings | {"name": name, "warmup_steps": warmup_steps}
     try:
-        return TypeAdapter(ScheduleConfig).validate_python(values)
+        return TypeAdapter(complete(ScheduleConfig)).validate_python(values)
     except ValidationError as error:
         wrong = [f"{'.'.join(map(str, e['loc']))}: {e['msg']}, got {e['input']!r}" for e in error.errors()]
         raise UserError(f"BudgetLR: {'; '.join(wrong)}") from None

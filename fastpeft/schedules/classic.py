@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from abc import abstractmethod
 
-from fastpeft.schedules.schedule import WarmedSchedule, register
+from fastpeft.schedules.schedule import WarmedSchedule
 from fastpeft.signals import Measured, Rates
 
 
@@ -30,13 +30,11 @@ class ClassicSchedule(WarmedSchedule):
         return self.config.final_ratio + (1 - self.config.final_ratio) * share
 
 
-@register("constant")
 class Constant(ClassicSchedule):
     def shape(self, q: float) -> float:
         return 1.0
 
 
-@register("linear")
 class Linear(ClassicSchedule):
     """To zero at the end: the strongest simple choice under a budget (arXiv:1905.04753)."""
 
@@ -44,7 +42,6 @@ class Linear(ClassicSchedule):
         return self._between(1 - q)
 
 
-@register("cosine")
 class Cosine(ClassicSchedule):
     """Half a cosine (arXiv:1608.03983), without restarts."""
 
@@ -52,7 +49,6 @@ class Cosine(ClassicSchedule):
         return self._between((1 + math.cos(math.pi * q)) / 2)
 
 
-@register("wsd")
 class WarmupStableDecay(ClassicSchedule):
     """Constant, then 1 - sqrt over the last `decay_fraction` (arXiv:2405.18392)."""
 
@@ -62,7 +58,6 @@ class WarmupStableDecay(ClassicSchedule):
         return self._between(1 - math.sqrt(min(1.0, decayed)))
 
 
-@register("rex")
 class Rex(ClassicSchedule):
     """(1 - q) / (1/2 + (1 - q) / 2), the reflected exponential (arXiv:2107.04197, eq. 1)."""
 

@@ -14,11 +14,11 @@ from typing import Any
 
 import numpy as np
 
-from fastpeft.config.schedules import ScheduleConfig
+from fastpeft.config.schedules import FotConfig, ScheduleConfig
 from fastpeft.schedules.forecast import Divergences, Forecaster
 from fastpeft.schedules.fot_signals import KEEP, BlockScales, Evidence, PhaseGate, statistics
 from fastpeft.schedules.running import RunningFloat
-from fastpeft.schedules.schedule import WarmedSchedule, register
+from fastpeft.schedules.schedule import WarmedSchedule
 from fastpeft.signals import Blocks, BlockSums, Measured, Need, Rates
 
 GROWTH, FALL = 1.1, 0.9
@@ -30,18 +30,18 @@ NOTHING_LEFT = 1e-9
 ALIGNMENT_STEPS, ALIGNMENT_GROWTH = 16, 1.5
 
 
-@register("fot")
 class Fot(WarmedSchedule):
     """The rate that begins at `peak_lr` and then follows the forecast; see the module."""
 
+    own: FotConfig
+
     def __init__(self, config: ScheduleConfig, peak_lr: float, blocks: Blocks | None = None, **more: Any) -> None:
         super().__init__(config, peak_lr, blocks, **more)
-        self.options = config.fot
-        window = None if self.options.window == "auto" else self.options.window
-        self.forecaster = Forecaster(window, self.options.floor)
+        window = None if self.own.window == "auto" else self.own.window
+        self.forecaster = Forecaster(window, self.own.floor)
         self.divergences = Divergences()
         self.gate = PhaseGate()
-        self.scales = BlockScales(blocks) if self.options.block_scaling and blocks is not None else None
+        self.scales = BlockScales(blocks) if self.own.block_scaling and blocks is not None else None
         self._num_elements_U = np.array(blocks.num_elements if blocks is not None else (), dtype=np.float64)
         self.descent = RunningFloat(KEEP)
         """D: measured fall of the loss per unit of rate, along the last direction, at the step's end."""
@@ -57,9 +57,9 @@ class Fot(WarmedSchedule):
     @property
     def needs(self) -> frozenset[Need]:
         needs = {Need.LOSS, Need.BLOCKS}
-        if self.options.gate:
+        if self.own.gate:
             needs |= {Need.TOKENS, Need.PROMPT}
-        if self.options.block_scaling:
+        if self.own.block_scaling:
             needs.add(Need.ANSWER_GRADIENT)
         return frozenset(needs)
 
@@ -67,7 +67,7 @@ class Fot(WarmedSchedule):
         warm = self.warmup_factor(progress)
         if measured is not None:
             self._watch(measured, progress)
-        anneal = self.options.anneal
+        anneal = self.own.anneal
         falling = min(1.0, max(0.0, 1 - progress) / anneal) if anneal else 1.0
         return Rates(self.lr * warm * falling * self.gate.factor, self.scales.multiplier_K if self.scales else None)
 
@@ -83,13 +83,13 @@ class Fot(WarmedSchedule):
             self._counts["skipped"] += 1
         else:
             self._add_sums(measured)
-            if self.options.gate:
+            if self.own.gate:
                 self.gate.add(measured)
             if self.scales is not None:
                 self.scales.add(measured.answer_grad_sq_K)
         self._lr_before = measured.lr
         ended = self.forecaster.add(measured.step, measured.progress, progress, loss)
-        if self.options.alignment and measured.step % ALIGNMENT_STEPS == 0:
+        if self.own.alignment and measured.step % ALIGNMENT_STEPS == 0:
             self._align(progress)
         if ended:
             self._refit(progress)
@@ -134,16 +134,16 @@ class Fot(WarmedSchedule):
         forecast knows s, so that `overshoot` x can set the target D = -x s / lr: a step then is longer by the share
         x / (x + 2) than the way to the lowest point; were it twice as long, nothing would fall any more.
         """
-        annealing = self.options.anneal > 0 and progress >= 1 - self.options.anneal
+        annealing = self.own.anneal > 0 and progress >= 1 - self.own.anneal
         if self.warmup.ended_at is None or annealing or self.descent.value is None:
             return
         target = 0.0
-        if self.options.overshoot and self.forecaster.law is not None:
+        if self.own.overshoot and self.forecaster.law is not None:
             fall = self.forecaster.law.fall(self.forecaster.now)
-            target = -self.options.overshoot * fall / (self.lr * self.gate.factor)
-        if self.options.confidence:
+            target = -self.own.overshoot * fall / (self.lr * self.gate.factor)
+        if self.own.confidence:
             errors = self.evidence.errors_from(target)
-            if abs(errors) >= self.options.confidence:
+            if abs(errors) >= self.own.confidence:
                 self._set(self.lr * (ALIGNMENT_GROWTH if errors > 0 else 1 / ALIGNMENT_GROWTH))
                 self.evidence = Evidence()
             return
@@ -155,7 +155,7 @@ class Fot(WarmedSchedule):
             self.gate.decide()
             if self.scales is not None:
                 self.scales.decide()
-            bound = None if self.options.alignment else self._move()
+            bound = None if self.own.alignment else self._move()
             self.tell("forecast", **self.forecaster.forecast(), progress=progress)
             self.tell("schedule", **self._figures(bound))
         self._predicted, self._num_predicted = 0.0, 0
@@ -168,7 +168,7 @@ class Fot(WarmedSchedule):
         if not left > NOTHING_LEFT:
             self._counts["held"] += 1
             return None
-        descent = self.descent.value if self.options.calibrate else self._predicted_descent()
+        descent = self.descent.value if self.own.calibrate else self._predicted_descent()
         if descent is None:
             self._counts["skipped"] += 1
             return None
@@ -177,7 +177,7 @@ class Fot(WarmedSchedule):
             return None
         bound = left / max(1.0, horizon - self.forecaster.now) / descent
         self.at_bound = bound <= GROWTH * self.lr
-        least = FALL * self.lr if self.options.calibrate else 0.0
+        least = FALL * self.lr if self.own.calibrate else 0.0
         self._set(max(least, min(GROWTH * self.lr, bound)))
         return bound
 
@@ -210,7 +210,7 @@ class Fot(WarmedSchedule):
             "schedule",
             finished_at=progress,
             forecast_error=self.forecaster.errors(),
-            anneal=self.options.anneal,
+            anneal=self.own.anneal,
             at_bound_share=counts["at_bound"] / steps,
             at_rail_share=counts["at_rail"] / steps,
             divergences=self.divergences.count,

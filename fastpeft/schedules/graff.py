@@ -20,12 +20,12 @@ from typing import Any
 
 import numpy as np
 
-from fastpeft.config.schedules import ScheduleConfig
+from fastpeft.config.schedules import GraffConfig, ScheduleConfig
 from fastpeft.errors import UserError
 from fastpeft.schedules import planner
 from fastpeft.schedules.planner import ETA, STATE, Adam, Tape
 from fastpeft.schedules.running_curvature import RunningCurvature
-from fastpeft.schedules.schedule import WarmedSchedule, register
+from fastpeft.schedules.schedule import WarmedSchedule
 from fastpeft.signals import Blocks, Measured, Need, Rates
 
 LR_MIN, LR_MAX = 1e-6, 1e-2
@@ -84,8 +84,9 @@ class Emission:
     """<g(step + 1), u(step)>, once it is known and if the step after that is to be seen too."""
 
 
-@register("graff")
 class Graff(WarmedSchedule):
+    own: GraffConfig
+
     def __init__(self, config: ScheduleConfig, peak_lr: float, blocks: Blocks | None = None, **more: Any) -> None:
         """
         Raises:
@@ -96,14 +97,13 @@ class Graff(WarmedSchedule):
             raise UserError("schedule.name: graff plans rates for adapted matrices, and there are none here")
         if not LR_MIN <= peak_lr <= LR_MAX:
             raise UserError(f"training.learning_rate: graff keeps it in [{LR_MIN:g}, {LR_MAX:g}]; it is {peak_lr:g}")
-        self.graff = config.graff
         num_units = len(blocks.num_elements)
         self._ratio_U = np.array(blocks.rate_ratios or (1.0,) * num_units)
-        self._adjacency_KK = planner.adjacency(blocks) if self.graff.graph else None
+        self._adjacency_KK = planner.adjacency(blocks) if self.own.graph else None
         self._weights_P = self._first_weights()
-        self._adam = Adam(planner.NUM_WEIGHTS, self.graff.outer_learning_rate, self.graff.outer_max_norm)
+        self._adam = Adam(planner.NUM_WEIGHTS, self.own.outer_learning_rate, self.own.outer_max_norm)
         self._h_KD = np.zeros((len(blocks), STATE))
-        self._curvature = RunningCurvature(0.0 if self.graff.curvature == "hvp" else self.graff.curvature_decay)
+        self._curvature = RunningCurvature(0.0 if self.own.curvature == "hvp" else self.own.curvature_decay)
         self._scaled = {"curvature": Standardiser(), "entropy": Standardiser()}
         self._pending: list[Emission] = []
         self._step = 0
@@ -112,16 +112,16 @@ class Graff(WarmedSchedule):
         self._num_guarded, self._num_dropped = 0, 0
 
     def _first_weights(self) -> np.ndarray:
-        if self.graff.warm_start is None:
+        if self.own.warm_start is None:
             return planner.initial_weights()
-        shipped = self.graff.warm_start == "shipped"
+        shipped = self.own.warm_start == "shipped"
         if shipped and not planner.SHIPPED.is_file():
             raise UserError("schedule.graff.warm_start: shipped: this installation comes with none; give a file's path")
-        return planner.load_weights(planner.SHIPPED if shipped else self.graff.warm_start)
+        return planner.load_weights(planner.SHIPPED if shipped else self.own.warm_start)
 
     @property
     def needs(self) -> frozenset[Need]:
-        graff, needs = self.graff, {Need.LENS}
+        graff, needs = self.own, {Need.LENS}
         if graff.online:
             needs.add(Need.BLOCKS)
         if graff.curvature == "hvp":
@@ -142,19 +142,19 @@ class Graff(WarmedSchedule):
             features_KF = self._features(measured, progress)
             tape = self._tape(self._weights_P, self._h_KD, features_KF)
         upper = self._upper(tape)
-        if self.graff.online:
+        if self.own.online:
             self._project(tape, upper)
         self._h_KD, self._log_eta = tape.out_KD, self._next_log_eta(tape, upper)
         factor = self.warmup_factor(progress) * self._annealed(progress)
         lr = min(max(math.exp(self._log_eta) * factor, LR_MIN), LR_MAX)
-        if self.graff.online:
+        if self.own.online:
             self._pending = [*self._pending[-2:], Emission(self._step, lr, tape)]
         self._report(tape)
         return Rates(lr, tape.multiplier_K)
 
     def _tape(self, weights_P: np.ndarray, h_KD: np.ndarray, features_KF: np.ndarray) -> Tape:
-        centred = self.graff.multipliers == "centred"
-        return Tape(weights_P, self._adjacency_KK, h_KD, features_KF, self.graff.layers, centred)
+        centred = self.own.multipliers == "centred"
+        return Tape(weights_P, self._adjacency_KK, h_KD, features_KF, self.own.layers, centred)
 
     def _features(self, measured: Measured | None, progress: float) -> np.ndarray:
         """(K, F) curvature, entropy, remaining budget. What has not been measured is its running mean, which is 0."""
@@ -164,12 +164,12 @@ class Graff(WarmedSchedule):
             features_KF[:, 0] = self._scaled["curvature"](np.arcsinh(curvature_U[: len(features_KF)]))
         if measured is not None and not measured.skipped and measured.lens_entropy is not None:
             features_KF[:, 1] = self._scaled["entropy"](np.array([measured.lens_entropy]))
-        if self.graff.budget_feature:
+        if self.own.budget_feature:
             features_KF[:, 2] = min(max(1 - progress, 0.0), 1.0)
         return features_KF
 
     def _annealed(self, progress: float) -> float:
-        return min(1.0, max(0.0, 1 - progress) / self.graff.anneal) if self.graff.anneal else 1.0
+        return min(1.0, max(0.0, 1 - progress) / self.own.anneal) if self.own.anneal else 1.0
 
     # ---- guard and rails -------------------------------------------------------------------
 
@@ -183,7 +183,7 @@ class Graff(WarmedSchedule):
     def _upper(self, tape: Tape) -> float:
         """Largest log eta that rails and guard allow."""
         highest, curvature = math.log(LR_MAX), self.curvature_max(tape.multiplier_K)
-        if self.graff.guard == "off" or curvature <= 0:
+        if self.own.guard == "off" or curvature <= 0:
             return highest
         return max(math.log(LR_MIN), min(highest, math.log(STABLE / curvature)))
 
@@ -221,16 +221,16 @@ class Graff(WarmedSchedule):
             return
         if measured.secant is not None:
             self._curvature.update(measured.secant)
-        if not self.graff.online or measured.blocks is None:
+        if not self.own.online or measured.blocks is None:
             return
         gradient_P = self._hypergradient(measured)
-        self._pending = [e for e in self._pending if e.step >= measured.step - (self.graff.trace_decay > 0)]
+        self._pending = [e for e in self._pending if e.step >= measured.step - (self.own.trace_decay > 0)]
         for emission in self._pending:
             if emission.descent_U is not None and not np.isfinite(emission.descent_U).all():
                 emission.descent_U = None
         if gradient_P is None:
             return
-        if self.graff.regret == "elapsed":
+        if self.own.regret == "elapsed":
             gradient_P = gradient_P / max(measured.elapsed_s, MIN_ELAPSED_S)
         norm = float(np.linalg.norm(gradient_P))
         if not math.isfinite(norm):
@@ -251,12 +251,12 @@ class Graff(WarmedSchedule):
                 emission.descent_U, weight = measured.blocks.descent_U, 1.0
             elif emission.step == measured.step - 2 and emission.descent_U is not None and measured.secant is not None:
                 emission.descent_U = emission.descent_U - measured.secant.change_U / self._rates_of(emission)
-                weight = self.graff.trace_decay
+                weight = self.own.trace_decay
             else:
                 continue
             by_log_rate_U = -weight * self._rates_of(emission) * emission.descent_U
             if by_log_rate_U.sum() > 0:
-                by_log_rate_U *= self.graff.caution
+                by_log_rate_U *= self.own.caution
             num_blocks = len(self._h_KD)
             gradient_P = emission.tape.gradient(float(by_log_rate_U.sum()), by_log_rate_U[:num_blocks])
             total_P = gradient_P if total_P is None else total_P + gradient_P

@@ -21,7 +21,7 @@ import numpy as np
 
 from fastpeft.config.schedules import ReactorConfig, ScheduleConfig
 from fastpeft.schedules.running import LARGEST, RunningMean
-from fastpeft.schedules.schedule import WarmedSchedule, register
+from fastpeft.schedules.schedule import WarmedSchedule
 from fastpeft.signals import Blocks, Measured, Need, Rates
 
 MOST_DEVIATIONS = 3.0
@@ -118,11 +118,12 @@ class Step:
     elapsed_s: float
 
 
-@register("reactor")
 class Reactor(WarmedSchedule):
+    own: ReactorConfig
+
     def __init__(self, config: ScheduleConfig, peak_lr: float, blocks: Blocks | None = None, **more: Any) -> None:
         super().__init__(config, peak_lr, blocks, **more)
-        options = config.reactor
+        options = self.own
         self.policy = GaussianPolicy(len(STATE), options, self.seed)
         self.log_ratio = 0.0
         """Of the rate over its peak."""
@@ -143,7 +144,7 @@ class Reactor(WarmedSchedule):
         warm = self.warmup_factor(progress)
         if was_warm and measured is not None and not measured.skipped:
             self._take_in(measured)
-            if len(self._window) == self.config.reactor.window:
+            if len(self._window) == self.own.window:
                 self._end_window(progress)
         return Rates(self.peak_lr * warm * math.exp(self.log_ratio))
 
@@ -165,7 +166,7 @@ class Reactor(WarmedSchedule):
                 self._rewards.append(reward)
         features = self._features(progress)
         self._change = self.policy.act(features)
-        limit = math.log(self.config.reactor.most)
+        limit = math.log(self.own.most)
         self.log_ratio = min(max(self.log_ratio + self._change, -limit), limit)
         self._loss_before = loss
         self._window = []

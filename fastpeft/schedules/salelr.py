@@ -13,16 +13,16 @@ from typing import Any
 
 import numpy as np
 
-from fastpeft.config.schedules import ScheduleConfig
+from fastpeft.config.schedules import SalelrConfig, ScheduleConfig
 from fastpeft.errors import UserError
 from fastpeft.schedules.classic import Linear
 from fastpeft.schedules.running import RunningMean
-from fastpeft.schedules.schedule import register
 from fastpeft.signals import Blocks, Measured, Need, Rates
 
 
-@register("salelr")
 class Salelr(Linear):
+    own: SalelrConfig
+
     def __init__(self, config: ScheduleConfig, peak_lr: float, blocks: Blocks | None = None, **more: Any) -> None:
         """
         Raises:
@@ -32,7 +32,7 @@ class Salelr(Linear):
         if blocks is None or len(blocks) == 0:
             raise UserError("schedule.name: salelr scales the rates of adapted matrices, and there are none here")
         self._num_matrices = len(blocks)
-        self._norm_K = RunningMean(config.salelr.decay)
+        self._norm_K = RunningMean(self.own.decay)
 
     @property
     def needs(self) -> frozenset[Need]:
@@ -51,7 +51,7 @@ class Salelr(Linear):
         mean = norm_K[known_K].mean()
         if mean == 0:
             return None
-        options = self.config.salelr
+        options = self.own
         share_K = np.where(known_K, norm_K / mean, 1.0)
         return np.clip(share_K**options.exponent, 1 / options.most, options.most)
 

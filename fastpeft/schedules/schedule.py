@@ -1,38 +1,25 @@
-"""The interface of a learning-rate schedule, and the registry that finds one by its name.
+"""The interface of a learning-rate schedule, and how one is made from its section.
 
 A schedule never asks how many steps there will be: it sees `progress`, the share of the budget that
-is spent, from 0 to 1, and what the step before measured. It is host code: floats and NumPy. A new schedule
-is one module with one @register class, one dataclass in config/schedules.py, and one row in the tests.
+is spent, from 0 to 1, and what the step before measured. It is host code: floats and NumPy. A new schedule is one
+module with its class, and one entry in config/schedules.py with the dataclass of its settings: the tests that hold for
+all schedules take it from there.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from fastpeft.config.schedules import ScheduleConfig
-from fastpeft.kernels import AdamWOptions
-from fastpeft.signals import Blocks, Measured, Need, Rates
+from fastpeft.config.schedules import SCHEDULES, ScheduleConfig
+from fastpeft.signals import AdamMoments, Blocks, Measured, Need, Rates
 
 WARMUP_CAP = 0.06
 """Most of the budget that the warm-up may take."""
 
-ADAM = AdamWOptions()
-"""What takes the steps unless a schedule is told otherwise."""
-
-_SCHEDULES: dict[str, type[Schedule]] = {}
-
-
-def register(name: str) -> Callable[[type[Schedule]], type[Schedule]]:
-    """Class decorator: makes a Schedule available as `schedule.name`."""
-
-    def add(cls: type[Schedule]) -> type[Schedule]:
-        _SCHEDULES[name] = cls
-        return cls
-
-    return add
+ADAM = AdamMoments()
+"""What a schedule takes the optimizer's moments for unless it is told otherwise."""
 
 
 def make_schedule(
@@ -40,24 +27,31 @@ def make_schedule(
     peak_lr: float,
     blocks: Blocks | None = None,
     *,
-    adam: AdamWOptions = ADAM,
+    adam: AdamMoments = ADAM,
     seed: int = 0,
 ) -> Schedule:
     """The schedule that `config.name` names, from the start of a run.
 
     Args:
         blocks: the model's; schedules that measure nothing do without them.
-        adam: what takes the steps; schedules that read its moments have to know how they were made.
+        adam: how the moments are made that some schedules read.
         seed: of a schedule that draws at random.
 
     Raises:
         UserError: settings or a model that the schedule cannot work with.
     """
-    return _SCHEDULES[config.name](config, peak_lr, blocks, adam=adam, seed=seed)
+    return SCHEDULES.load(config.name)(config, peak_lr, blocks, adam=adam, seed=seed)
 
 
 class Schedule(ABC):
-    """Emits the learning rate of every step; `state` and `load_state` make a resume exact."""
+    """Emits the learning rate of every step; `state` and `load_state` make a resume exact.
+
+    Args:
+        config: the section `schedule`, of which a schedule reads what all share, and its own.
+    """
+
+    own: Any
+    """The schedule's own section; None where its entry has no Config."""
 
     def __init__(
         self,
@@ -65,10 +59,10 @@ class Schedule(ABC):
         peak_lr: float,
         blocks: Blocks | None = None,
         *,
-        adam: AdamWOptions = ADAM,
+        adam: AdamMoments = ADAM,
         seed: int = 0,
     ) -> None:
-        self.config = config
+        self.config, self.own = config, config.own
         self.peak_lr = peak_lr
         self.blocks = blocks
         self.adam = adam

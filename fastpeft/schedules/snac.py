@@ -27,16 +27,15 @@ import numpy as np
 
 from fastpeft.config.schedules import ScheduleConfig, SnacConfig
 from fastpeft.errors import UserError
-from fastpeft.kernels import AdamWOptions
 from fastpeft.schedules.running import LARGEST, RunningMean
-from fastpeft.schedules.schedule import WarmedSchedule, register
-from fastpeft.signals import Blocks, BlockSums, Measured, Need, Rates
+from fastpeft.schedules.schedule import WarmedSchedule
+from fastpeft.signals import AdamMoments, Blocks, BlockSums, Measured, Need, Rates
 
 
 class SignalShare:
     """|E g|^2 / (|E g|^2 + Var g) over all trained parameters. Numerator and denominator are averaged apart."""
 
-    def __init__(self, adam: AdamWOptions, options: SnacConfig) -> None:
+    def __init__(self, adam: AdamMoments, options: SnacConfig) -> None:
         """
         Raises:
             UserError: Adam has no first moment.
@@ -85,11 +84,12 @@ class SignalShare:
         self._signal_and_all.load_state(state["means"])
 
 
-@register("snac")
 class Snac(WarmedSchedule):
+    own: SnacConfig
+
     def __init__(self, config: ScheduleConfig, peak_lr: float, blocks: Blocks | None = None, **more: Any) -> None:
         super().__init__(config, peak_lr, blocks, **more)
-        self.share = SignalShare(self.adam, config.snac)
+        self.share = SignalShare(self.adam, self.own)
 
     @property
     def needs(self) -> frozenset[Need]:

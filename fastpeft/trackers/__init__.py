@@ -7,8 +7,8 @@ to close: a tracker that hangs or dies can neither slow nor stop it.
     choose.py    which trackers a run has
     process.py   the trainer's side
     __main__.py  the tracker's side: follow the log, hand its rows on
-    rows.py      events -> rows of numbers
-    wandb_run.py, tensorboard.py
+    scalars.py   events -> rows of numbers
+    tracker.py   the interface of wandb_run.py and tensorboard.py; config/trackers.py lists them
 """
 
 from fastpeft.trackers.choose import Choice, choose

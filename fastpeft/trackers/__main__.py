@@ -1,4 +1,4 @@
-"""A tracker's process: hand the rows of a run's event log to W&B or TensorBoard.
+"""A tracker's process: hand the rows of a run's event log to W&B, TensorBoard or another.
 
 The trainer starts it with --follow: it reads the log as it grows, until its standard input ends. Without,
 `python -m fastpeft.trackers results/NAME` sends the log of a run that is over, or what W&B lacks of it.
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import dataclasses
 import fcntl
 import json
 import os
@@ -17,33 +18,18 @@ import sys
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
+from fastpeft.config.registry import import_target
+from fastpeft.config.trackers import TRACKERS
 from fastpeft.errors import UnavailableError, UserError
-from fastpeft.runs.events import Event, LogTail
-from fastpeft.trackers.scalars import Row, Rows
+from fastpeft.runs.events import LogTail
+from fastpeft.trackers.scalars import Rows
+from fastpeft.trackers.tracker import Tracker
 
 POLL_S = 1.0
 _NICE = 10
 _REASON_CHARS = 300
-
-
-class Tracker(Protocol):
-    """What receives a run. Every method may raise; the process then ends."""
-
-    def start(self) -> str:
-        """Returns a line for the user: where the run can be seen."""
-
-    def describe(self, event: Event) -> None:
-        """A `run` event: settings and budget."""
-
-    def add(self, row: Row) -> None: ...
-
-    def caught_up(self) -> None:
-        """Called once, when all that the log held at the start has been added."""
-
-    def finish(self, end: Event | None) -> None:
-        """`end` is the log's end event, if it has one."""
 
 
 def follow(log: LogTail, tracker: Tracker, over: Callable[[float], bool]) -> None:
@@ -80,11 +66,13 @@ def trainer_is_over(wait_s: float, finish_s: float) -> bool:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m fastpeft.trackers", description="Send a run's event log to W&B.")
+    parser = argparse.ArgumentParser(prog="python -m fastpeft.trackers", description="Send a run's event log.")
     parser.add_argument("folder", type=Path, help="the run's folder, such as results/NAME")
-    parser.add_argument("--tracker", choices=("wandb", "tensorboard"), default="wandb")
-    parser.add_argument("--mode", choices=("auto", "online", "offline"), default="auto")
-    parser.add_argument("--project", default="")
+    parser.add_argument("--tracker", default=TRACKERS.names[0], help=" or ".join(TRACKERS.names))
+    parser.add_argument("--mode", choices=("auto", "online", "offline"), default="auto", help="as the run's wandb.mode")
+    parser.add_argument("--project", help="as the run's wandb.project")
+    parser.add_argument("--target", help=argparse.SUPPRESS)
+    parser.add_argument("--settings", type=json.loads, help=argparse.SUPPRESS)
     parser.add_argument("--follow", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--finish-s", type=float, default=10.0, help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -102,7 +90,7 @@ def _followed(options: argparse.Namespace) -> None:
     report = _reporter()
     try:
         with _alone(options, wait=True):
-            tracker = _tracker(options)
+            tracker: Tracker = import_target(options.target)(options.folder, **options.settings)
             report(say=tracker.start())
             over = partial(trainer_is_over, finish_s=options.finish_s)
             follow(LogTail(options.folder / "events.jsonl"), tracker, over)
@@ -112,18 +100,16 @@ def _followed(options: argparse.Namespace) -> None:
 
 
 def _by_hand(options: argparse.Namespace) -> None:
-    from fastpeft.config import load_run
-    from fastpeft.trackers.choose import wandb_mode, wandb_project
-
+    if options.tracker not in TRACKERS:
+        raise UserError(f"--tracker {options.tracker}: there is no such tracker; there are {', '.join(TRACKERS.names)}")
     if not (options.folder / "events.jsonl").is_file():
         raise UserError(f"{options.folder} is no run's folder: it has no events.jsonl")
-    if options.tracker == "wandb":
-        options.project = options.project or wandb_project(load_run(options.folder / "run.yaml"))
-        options.mode = wandb_mode(options.mode, print)
-        if options.mode == "disabled":
-            raise UserError("W&B is switched off: see WANDB_MODE, WANDB_DISABLED and `wandb online`")
+    kind, title = TRACKERS.load(options.tracker), TRACKERS[options.tracker].title
+    settings = kind.settings(_section(options), print)
+    if settings is None:
+        raise UserError(f"{title} is switched off" + (f": see {kind.switches}" if kind.switches else ""))
     with _alone(options, wait=False):
-        tracker = _tracker(options)
+        tracker: Tracker = kind(options.folder, **settings)
         try:
             print(tracker.start())
             follow(LogTail(options.folder / "events.jsonl"), tracker, lambda _: True)
@@ -131,19 +117,22 @@ def _by_hand(options: argparse.Namespace) -> None:
             raise UnavailableError(f"{options.tracker}: {_reason(error)}") from error
 
 
+def _section(options: argparse.Namespace) -> Any:
+    """The run's own section for the tracker, switched on, with what was asked for on the command line."""
+    from fastpeft.config import load_run
+
+    entry = TRACKERS[options.tracker]
+    if entry.config is None:
+        return True
+    stored = entry.section_of(load_run(options.folder / "run.yaml"))
+    asked = {key: value for key in ("mode", "project") if (value := getattr(options, key)) is not None}
+    known = {field.name for field in dataclasses.fields(stored)}
+    return dataclasses.replace(stored, **{key: value for key, value in asked.items() if key in known})
+
+
 def _reason(error: BaseException) -> str:
     text = " ".join(f"{type(error).__name__}: {error}".split())
     return text if len(text) <= _REASON_CHARS else f"{text[:_REASON_CHARS]}..."
-
-
-def _tracker(options: argparse.Namespace) -> Tracker:
-    if options.tracker == "wandb":
-        from fastpeft.trackers.wandb_run import WandbRun
-
-        return WandbRun(options.folder, options.mode, options.project)
-    from fastpeft.trackers.tensorboard import TensorBoardRun
-
-    return TensorBoardRun(options.folder)
 
 
 class _alone:  # noqa: N801 (used like a function)

@@ -1,22 +1,12 @@
-"""Which trackers a run has. Nothing here imports them: W&B alone takes half a second."""
+"""Which trackers a run has, and what each is started with. Only a tracker that is asked for is imported."""
 
 from __future__ import annotations
 
-import configparser
-import importlib.util
-import netrc
-import os
-from collections.abc import Callable
-from dataclasses import dataclass
-from pathlib import Path
-from urllib.parse import urlsplit
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
 
-from fastpeft.config import RunConfig
-from fastpeft.errors import UserError
-
-_MODES = ("disabled", "offline", "online")
-"""From less to more."""
-_ALIASES = {"dryrun": "offline", "run": "online"}
+from fastpeft.config.trackers import TRACKERS
 
 
 @dataclass(frozen=True)
@@ -24,91 +14,26 @@ class Choice:
     """One tracker of a run, before it is started."""
 
     name: str
-    """wandb or tensorboard."""
-    mode: str = "offline"
-    """online or offline."""
-    project: str = ""
+    """As the registry has it."""
+    settings: dict[str, str] = field(default_factory=dict)
+    """Keyword arguments of its class, besides the run's folder."""
 
 
-def choose(run: RunConfig, say: Callable[[str], None]) -> list[Choice]:
-    """The trackers that `run` asks for.
+def choose(sections: Mapping[str, Any], say: Callable[[str], None]) -> list[Choice]:
+    """The trackers that a run asks for.
 
     Args:
-        say: is told when `wandb.mode: auto` finds no W&B at all.
+        sections: every tracker's own section, by its name.
+        say: is told when one that is on by default cannot be had.
 
     Raises:
         UserError: what is asked for by name cannot be had; the message says how to get it.
     """
     chosen = []
-    mode = wandb_mode(run.wandb.mode, say)
-    if mode != "disabled":
-        chosen.append(Choice("wandb", mode, wandb_project(run)))
-    if run.tensorboard:
-        if not _installed("tensorboard"):
-            raise UserError("tensorboard: true, but it is not installed: pip install tensorboard")
-        chosen.append(Choice("tensorboard"))
-    return chosen
-
-
-def wandb_mode(asked: str, say: Callable[[str], None]) -> str:
-    """disabled, offline or online, from `wandb.mode`, what is installed, and W&B's own settings.
-
-    WANDB_MODE, WANDB_DISABLED and `wandb offline` can ask for less than `wandb.mode`, not for more.
-    """
-    stored = _stored_settings()
-    limit = os.environ.get("WANDB_MODE") or stored.get("mode", "online")
-    limit = _ALIASES.get(limit, limit)
-    if os.environ.get("WANDB_DISABLED", "").lower() in ("1", "true", "yes", "on"):
-        limit = "disabled"
-    mode = min("online" if asked == "auto" else asked, limit if limit in _MODES else "online", key=_MODES.index)
-    if mode == "disabled":
-        return mode
-    if not _installed("wandb"):
-        if asked != "auto":
-            raise UserError(f"wandb.mode: {asked}, but W&B is not installed: pip install wandb, or wandb.mode=disabled")
-        say("W&B is not installed: the run is in its event log only")
-        return "disabled"
-    if mode == "online" and not has_key():
-        if asked == "online":
-            raise UserError(
-                "wandb.mode: online, but there is no API key: set WANDB_API_KEY, run `wandb login`, or take "
-                "wandb.mode=offline"
-            )
-        mode = "offline"
-    return mode
-
-
-def wandb_project(run: RunConfig) -> str:
-    return run.wandb.project or os.environ.get("WANDB_PROJECT") or "fastpeft"
-
-
-def _installed(package: str) -> bool:
-    spec = importlib.util.find_spec(package)
-    return spec is not None and spec.origin is not None  # a folder of that name is no package: W&B makes them
-
-
-def has_key() -> bool:
-    """Whether W&B would find an API key: in the environment, its own settings, or netrc."""
-    stored = _stored_settings()
-    if any(os.environ.get(name) for name in ("WANDB_API_KEY", "WANDB_IDENTITY_TOKEN_FILE")) or stored.get("api_key"):
-        return True
-    host = urlsplit(os.environ.get("WANDB_BASE_URL") or stored.get("base_url", "https://api.wandb.ai")).netloc
-    try:
-        found = netrc.netrc(Path(os.environ.get("NETRC") or "~/.netrc").expanduser()).authenticators(host)
-    except (OSError, netrc.NetrcParseError):
-        return False
-    return bool(found and found[2])
-
-
-def _stored_settings() -> dict[str, str]:
-    """What `wandb login --host`, `wandb offline` and `wandb disabled` have written: the user's, then the folder's."""
-    found: dict[str, str] = {}
-    own = Path(os.environ.get("WANDB_CONFIG_DIR") or "~/.config/wandb").expanduser()
-    for path in (own / "settings", Path("wandb/settings")):
-        parser = configparser.ConfigParser(interpolation=None)
-        try:
-            parser.read(path, encoding="utf-8")
-            found |= dict(parser.items("default")) if parser.has_section("default") else {}
-        except (configparser.Error, UnicodeDecodeError):
+    for name, section in sections.items():
+        if not (section if isinstance(section, bool) else section.enabled):
             continue
-    return found
+        settings = TRACKERS.load(name).settings(section, say)
+        if settings is not None:
+            chosen.append(Choice(name, settings))
+    return chosen

@@ -14,13 +14,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from fastpeft.config.trackers import TRACKERS
 from fastpeft.trackers.choose import Choice
 
 FINISH_S = 10.0
 """What a tracker may take, after the last event, to hand on what is left."""
 
 _KILL_S = 2.0
-_TITLES = {"wandb": "W&B", "tensorboard": "TensorBoard"}
 _ROOT = str(Path(__file__).resolve().parents[2])
 _CODE = (  # -m would put the working directory on the path, and `wandb` is a likely name of a folder there
     f"import sys; {_ROOT!r} in sys.path or sys.path.insert(0, {_ROOT!r}); "
@@ -55,12 +55,13 @@ class _Tracker:
     """One process. It ends when its standard input does, that is also when the trainer is killed."""
 
     def __init__(self, choice: Choice, folder: Path, say: Callable[[str], None], warn: Callable[[str], None]) -> None:
-        self._name, self._title, self._folder = choice.name, _TITLES[choice.name], folder
+        entry = TRACKERS[choice.name]
+        self._name, self._title, self._folder = entry.name, entry.title, folder
         self._say, self._warn = say, warn
         self._closing = self._told = False
         self._errors = tempfile.TemporaryFile()  # noqa: SIM115 (closed by wait)
         self._process: subprocess.Popen | None = None
-        settings = ["--tracker", choice.name, "--mode", choice.mode, "--project", choice.project]
+        settings = ["--tracker", entry.name, "--target", entry.target, "--settings", json.dumps(choice.settings)]
         settings += ["--finish-s", str(FINISH_S)]
         try:
             self._process = subprocess.Popen(
@@ -115,7 +116,7 @@ class _Tracker:
             return
         self._told = True
         later = f". The event log has everything: python -m fastpeft.trackers {shlex.quote(str(self._folder))}"
-        later += " sends it" if self._name == "wandb" else " --tracker tensorboard writes it"
+        later += " sends it" if self._name == TRACKERS.names[0] else f" --tracker {self._name} sends it"
         if self._closing:
             self._say(f"{self._title}: {reason}{later}")
         else:

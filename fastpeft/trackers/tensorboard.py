@@ -3,15 +3,25 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
+from fastpeft.errors import UserError
 from fastpeft.runs.events import Event
 from fastpeft.trackers.scalars import Row
+from fastpeft.trackers.tracker import Tracker, is_installed
 
 
-class TensorBoardRun:
+class TensorBoardRun(Tracker):
     def __init__(self, folder: Path) -> None:
         self._folder = folder / "tensorboard"
+
+    @classmethod
+    def settings(cls, section: Any, say: Callable[[str], None]) -> dict[str, str]:
+        if not is_installed("tensorboard"):
+            raise UserError("tensorboard: true, but it is not installed: pip install tensorboard")
+        return {}
 
     def start(self) -> str:
         """Returns how the run can be seen."""
@@ -21,16 +31,12 @@ class TensorBoardRun:
         self._writer = EventFileWriter(str(self._folder), flush_secs=2)
         return f"TensorBoard: tensorboard --logdir {self._folder}"
 
-    def describe(self, event: Event) -> None: ...
-
     def add(self, row: Row) -> None:
         from tensorboard.compat.proto.event_pb2 import Event as Record
         from tensorboard.compat.proto.summary_pb2 import Summary
 
         scalars = [Summary.Value(tag=k, simple_value=v) for k, v in row.values.items() if k != "step"]
         self._writer.add_event(Record(wall_time=row.time_s, step=row.step, summary=Summary(value=scalars)))
-
-    def caught_up(self) -> None: ...
 
     def finish(self, end: Event | None) -> None:
         self._writer.close()

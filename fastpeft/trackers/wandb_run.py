@@ -11,13 +11,17 @@ from __future__ import annotations
 import secrets
 import shlex
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from fastpeft.config.trackers import TRACKERS, WandbConfig
 from fastpeft.runs.events import Event, number
 from fastpeft.trackers.scalars import Row
+from fastpeft.trackers.tracker import Tracker
+from fastpeft.trackers.wandb_settings import wandb_mode, wandb_project
 
-_SETTINGS = {
+_SETTINGS: dict[str, Any] = {
     "console": "off",
     "silent": True,
     "save_code": False,
@@ -29,17 +33,24 @@ _SETTINGS = {
     "x_save_requirements": False,
     "x_transaction_log_flush_interval": 2.0,
 }
-_NOT_CONFIG = ("overrides", "stand_in", "optuna", "wandb", "tensorboard")
+_NOT_CONFIG = ("overrides", "stand_in", "optuna", *TRACKERS.section_keys)
 _EXIT_CODES = {"done": 0, "stopped": 255}
 """W&B shows 255 as `killed`, other numbers as `failed`."""
 
 
-class WandbRun:
+class WandbRun(Tracker):
     """`results/NAME/wandb/`, and where W&B is online its web page."""
+
+    switches = "WANDB_MODE, WANDB_DISABLED and `wandb online`"
 
     def __init__(self, folder: Path, mode: str, project: str) -> None:
         self._folder, self._mode, self._project = folder, mode, project
         self._next = 0
+
+    @classmethod
+    def settings(cls, section: WandbConfig, say: Callable[[str], None]) -> dict[str, str] | None:
+        mode = wandb_mode(section.mode, say)
+        return None if mode == "disabled" else {"mode": mode, "project": wandb_project(section.project)}
 
     def start(self) -> str:
         """Open the run; returns where it can be seen. Raises whatever W&B raises."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import tempfile
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from fastpeft.adapters import Adapter, method_class
 from fastpeft.budget import BudgetClock, Due, EnergyMeter
 from fastpeft.budget.energy import WINDOW_S
 from fastpeft.config import Budget, ConfigError, RunConfig, parse_budget, parse_interval
+from fastpeft.config.methods import METHODS
 from fastpeft.data.batches import Batches
 from fastpeft.device_memory import TokenLimits, free_memory, is_out_of_memory
 from fastpeft.errors import UserError
@@ -22,7 +24,7 @@ from fastpeft.models.backbone import choose_dtype
 from fastpeft.schedules import Schedule, make_schedule
 from fastpeft.signals import Blocks
 from fastpeft.tasks import Task, load_task
-from fastpeft.trainer.optim import Optimizer, adamw_options, make_optimizer
+from fastpeft.trainer.optim import Optimizer, adam_moments, make_optimizer
 from fastpeft.trainer.probes.hooks import Probes
 
 
@@ -58,7 +60,7 @@ def build_job(run: RunConfig) -> Job:
     torch.manual_seed(run.training.seed)
     method = method_class(run.method)
     backbone = task.load_model(run.model, dtype, device, method.trains_backbone)
-    adapter = method.build(run, backbone)
+    adapter = method.build(run.adapter, METHODS.own_section(run), backbone)
     adapter.model.train()
     task.encode(backbone, device)
     batches = Batches(task.train, run.training.batch_size, run.training.seed)
@@ -68,7 +70,7 @@ def build_job(run: RunConfig) -> Job:
         run.schedule,
         run.training.learning_rate,
         _blocks(adapter, run),
-        adam=adamw_options(run.optimizer),
+        adam=adam_moments(run.optimizer),
         seed=run.training.seed,
     )
     optimizer = make_optimizer(adapter.flat, run.optimizer, dtype)
@@ -196,7 +198,7 @@ def untuned(adapter: Adapter, device: torch.device, dtype: torch.dtype) -> list[
     ]
 
 
-def _notes(run: RunConfig) -> list[str]:
-    if run.method != "iw_lora" and any(key.startswith("regulariser.") for key in run.overrides):
-        return [f"regulariser.* was set, but method {run.method} has no penalty: it is ignored"]
-    return []
+def _notes(run: RunConfig) -> Iterator[str]:
+    for section in METHODS.section_keys:
+        if section != METHODS[run.method].section and any(key.startswith(f"{section}.") for key in run.overrides):
+            yield f"{section}.* was set, but method {run.method} does not read it: it is ignored"

@@ -1,39 +1,27 @@
 """Optimizers over the flat buffers, with clipping, the non-finite guard and fp16 loss scaling.
 
-All of it happens on the device: no step waits for its clip factor or its guard. A new optimizer is one @register class
-and its name in config/schema.py, whence the tests that hold for all take it.
+All of it happens on the device: no step waits for its clip factor or its guard. A new optimizer is a subclass of
+Optimizer in a module of its own, and one entry in config/optimizers.py: the tests that hold for all take it from there.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 
 import numpy as np
 import torch
 
 from fastpeft.adapters.flat import FlatParameters
-from fastpeft.config.schema import OptimizerConfig
+from fastpeft.config.optimizers import OPTIMIZERS, OptimizerConfig
 from fastpeft.errors import UserError
 from fastpeft.kernels import AdamWOptions, adamw_step, weighted_frobenius
 from fastpeft.kernels.ops.adamw.reference import bias_correction
-from fastpeft.signals import Rates, Signals
+from fastpeft.signals import AdamMoments, Rates, Signals
 
 FIRST_LOSS_SCALE = 2.0**16
 SCALE_GROWTH_STEPS = 2000
-
-_OPTIMIZERS: dict[str, type[Optimizer]] = {}
-
-
-def register(name: str) -> Callable[[type[Optimizer]], type[Optimizer]]:
-    """Class decorator: makes an Optimizer available as `optimizer.name`."""
-
-    def add(cls: type[Optimizer]) -> type[Optimizer]:
-        _OPTIMIZERS[name] = cls
-        return cls
-
-    return add
 
 
 def make_optimizer(flat: FlatParameters, config: OptimizerConfig, dtype: torch.dtype) -> Optimizer:
@@ -46,11 +34,15 @@ def make_optimizer(flat: FlatParameters, config: OptimizerConfig, dtype: torch.d
     Raises:
         UserError: it needs a package that is not installed.
     """
-    return _OPTIMIZERS[config.name](flat, config, dtype)
+    return OPTIMIZERS.load(config.name)(flat, config, dtype)
 
 
 class Optimizer(ABC):
-    """Updates the flat parameters in place; `state` and `load_state` make a resume exact."""
+    """Updates the flat parameters in place; `state` and `load_state` make a resume exact.
+
+    Args:
+        config: the section `optimizer`; `config.own` is the optimizer's own section, where its entry has a Config.
+    """
 
     def __init__(self, flat: FlatParameters, config: OptimizerConfig, dtype: torch.dtype) -> None:
         self._flat, self._config, self.dtype = flat, config, dtype
@@ -145,6 +137,11 @@ class Optimizer(ABC):
     def _load_state(self, state: dict[str, torch.Tensor]) -> None: ...
 
 
+def adam_moments(config: OptimizerConfig) -> AdamMoments:
+    """What schedules that read the moments have to know of them."""
+    return AdamMoments(beta1=config.beta1, beta2=config.beta2, max_norm=config.max_grad_norm)
+
+
 def adamw_options(config: OptimizerConfig) -> AdamWOptions:
     return AdamWOptions(
         beta1=config.beta1,
@@ -157,7 +154,6 @@ def adamw_options(config: OptimizerConfig) -> AdamWOptions:
     )
 
 
-@register("adamw")
 class FlatAdamW(Optimizer):
     """AdamW (Loshchilov & Hutter, arXiv:1711.05101) on the adapter's and the head's parameters, in one launch."""
 
@@ -201,7 +197,6 @@ class FlatAdamW(Optimizer):
 _COUNTERS = ("k", "weight_sum", "lr_max")
 
 
-@register("schedule_free")
 class ScheduleFreeAdamW(Optimizer):
     """Schedule-free AdamW (Defazio et al., arXiv:2405.15682) on the adapter's and the head's parameters.
 

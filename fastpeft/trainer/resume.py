@@ -6,13 +6,11 @@ import dataclasses
 from collections.abc import Callable, Iterator
 
 from fastpeft.config import RunConfig, apply_stand_in, load_run, run_values
+from fastpeft.config.trackers import TRACKERS
 from fastpeft.errors import UserError
 from fastpeft.runs.store import Result, RunError, RunFolder
 from fastpeft.trainer.checkpoint import Checkpoint, newest_checkpoint
 from fastpeft.trainer.resolve import Resolved, resolve
-
-_TRACKING = ("wandb", "tensorboard")
-"""These change no weight: a resume may ask for others."""
 
 
 def open_run(folder: RunFolder, name: str | None) -> tuple[Result | None, RunConfig]:
@@ -30,7 +28,7 @@ def same_run(folder: RunFolder, stored: RunConfig, run: RunConfig | None, allow_
     """The stored run, after a check that `run` asks for no other one."""
     if run is not None:
         _refuse(folder, _differing(stored, resolve(run, allow_stand_in).run))
-        stored = dataclasses.replace(stored, **{key: getattr(run, key) for key in _TRACKING})
+        stored = dataclasses.replace(stored, **{key: getattr(run, key) for key in TRACKERS.section_keys})
     return resolve(stored, allow_stand_in)
 
 
@@ -41,11 +39,13 @@ def check_same(folder: RunFolder, stored: RunConfig, run: RunConfig) -> None:
 
 
 def _differing(stored: RunConfig, run: RunConfig) -> list[str]:
+    """What would be another run. Trackers change no weight: a resume may ask for others."""
+    free = ("overrides", "stand_in", *TRACKERS.section_keys)
     asked, kept = (dict(_leaves(run_values(r))) for r in (run, stored))
     return [
         f"{key}: {kept.get(key)!r} was stored, {asked.get(key)!r} is asked for"
         for key in sorted(asked.keys() | kept.keys())
-        if key.split(".")[0] not in ("overrides", "stand_in", *_TRACKING) and asked.get(key) != kept.get(key)
+        if key.split(".")[0] not in free and asked.get(key) != kept.get(key)
     ]
 
 

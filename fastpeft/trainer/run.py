@@ -10,6 +10,7 @@ from typing import Protocol
 import torch
 
 from fastpeft.config import RunConfig, save_run
+from fastpeft.config.trackers import TRACKERS
 from fastpeft.runs.events import Event, EventLog, number
 from fastpeft.runs.store import Result, RunFolder, default_name, write_json
 from fastpeft.runs.system import Heartbeat, environment, git_commit
@@ -87,7 +88,7 @@ def train(
             assert run is not None
             folder.check_free()
             resolved = resolve(run, allow_stand_in)
-        chosen = choose(resolved.run, reporter.say)
+        chosen = choose(TRACKERS.sections(resolved.run), reporter.say)
         with stop or StopRequest() as stop, _torch_settings(resolved.run), out_of_memory_is_told():
             _say_stand_in(reporter, resolved)
             reporter.say(f"loading {resolved.run.model.name} and {resolved.run.dataset.name}")

@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 
 from fastpeft.adapters import iw_lora, method_class
 from fastpeft.config import load_run
+from fastpeft.config.methods import METHODS
 from fastpeft.errors import UserError
 from fastpeft.kernels import linear_cross_entropy, logits_cross_entropy
 from fastpeft.models.backbone import load_causal_lm
@@ -22,7 +23,7 @@ from fastpeft.trainer.optim import FlatAdamW
 from tests.support.tiny import make_causal_lm
 
 CPU = torch.device("cpu")
-METHODS = ("lora", "rslora", "iw_lora", "adalora", "full")
+WITH_ADAPTER = [entry.name for entry in METHODS if not entry.trains_backbone]
 PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 SETTINGS = {
     "adapter.target_modules": "all-linear",
@@ -51,7 +52,7 @@ def build(folder, method: str, dtype: torch.dtype = torch.float32, **overrides):
     run = load_run("lora_mnli", SETTINGS | {"model.name": str(folder), "method": method} | given)
     kind = method_class(method)
     backbone = load_causal_lm(run.model, dtype, CPU, trained=kind.trains_backbone)
-    adapter = kind.build(run, backbone)
+    adapter = kind.build(run.adapter, METHODS.own_section(run), backbone)
     adapter.model.train()
     return adapter, backbone, run
 
@@ -87,7 +88,7 @@ def train(adapter, run, seed: int, num_steps: int = 3) -> None:
 
 
 @pytest.mark.parametrize("family", ["qwen3", "llama"])
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", METHODS.names)
 def test_gradients_are_those_of_the_models_own_loss(folders, family, method, seed):
     """Tied heads and untied; the model's own loss shifts the labels itself."""
     adapter, backbone, run = build(folders[family], method)
@@ -105,7 +106,7 @@ def test_gradients_are_those_of_the_models_own_loss(folders, family, method, see
     assert got.any()
 
 
-@pytest.mark.parametrize("method", METHODS[:-1])
+@pytest.mark.parametrize("method", WITH_ADAPTER)
 def test_what_is_adapted(folders, method):
     adapter, backbone, _ = build(folders["qwen3"], method)
     assert [block.projection for block in adapter.blocks] == PROJECTIONS * 2
@@ -142,7 +143,7 @@ def test_gpt2_has_no_layer_to_adapt_but_is_trained_whole(folders, seed):
 
 
 @pytest.mark.parametrize("family", ["qwen3", "llama"])
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", METHODS.names)
 def test_others_load_what_was_saved(folders, tmp_path, family, method, seed):
     adapter, _, run = build(folders[family], method)
     train(adapter, run, seed)
@@ -285,7 +286,7 @@ def test_4_bit_holds_the_blocks_only(four_bit):
     assert all(p.dtype == torch.float32 for name, p in adapter.model.named_parameters() if ".lora_" in name)
 
 
-@pytest.mark.parametrize("method", METHODS[:-1])
+@pytest.mark.parametrize("method", WITH_ADAPTER)
 def test_4_bit_trains_as_its_dequantised_weights_do(four_bit, method, tmp_path, seed):
     """After evaluations as well: on some CPUs bitsandbytes would repack the weights, which then pass no gradient."""
     adapter, backbone, run = four_bit(method)

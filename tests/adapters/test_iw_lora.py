@@ -559,5 +559,5 @@ def test_importance_is_saved_beside_the_adapter(make_job, tmp_path):
 def test_registered_under_its_name(make_run):
     run = make_run("bert")
     backbone = load_backbone(run.model, ("no", "yes"), torch.float32, torch.device("cpu"))
-    assert type(method_class("iw_lora").build(run, backbone)).__name__ == "IwLora"
+    assert type(method_class("iw_lora").build(run.adapter, run.regulariser, backbone)).__name__ == "IwLora"
     assert load_run("iwlora_mnli").method == "iw_lora"

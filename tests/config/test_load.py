@@ -42,7 +42,8 @@ def test_a_preset_survives_saving_and_loading(path, tmp_path):
 @pytest.mark.parametrize("path", PRESET_FILES, ids=lambda path: path.stem)
 def test_a_trial_of_a_preset_is_small_and_survives_saving_too(path, tmp_path):
     run = trial_run(load_run(path.stem))
-    assert (run.budget, run.regulariser.warmup_steps, run.wandb.mode) == ("2steps", 2, "disabled")
+    assert (run.budget, run.wandb.mode) == ("2steps", "disabled")
+    assert run.method != "iw_lora" or run.regulariser.warmup_steps == 2
     assert 0 < run.evaluation.max_examples <= 32
     assert (run.evaluation.every, run.training.checkpoint_steps) == ("1steps", 1)
     save_run(run, tmp_path / "run.yaml")

@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 
 from fastpeft.adapters import Adapter, method_class
 from fastpeft.config import load_run, save_run
+from fastpeft.config.methods import METHODS
 from fastpeft.export import write
 from fastpeft.export.plan import CheckError, make_plan
 from fastpeft.export.summary import closing
@@ -68,7 +69,11 @@ def make_run(home: Path, case: str, **overrides: object) -> Adapter:
     run = load_run("lora_mnli", values | {k.replace("__", "."): v for k, v in overrides.items()})
     kind = method_class(method)
     torch.manual_seed(1)
-    adapter = kind.build(run, load_causal_lm(run.model, torch.float32, CPU, trained=kind.trains_backbone))
+    adapter = kind.build(
+        run.adapter,
+        METHODS.own_section(run),
+        load_causal_lm(run.model, torch.float32, CPU, trained=kind.trains_backbone),
+    )
     adapter.flat.data.add_(torch.randn_like(adapter.flat.data), alpha=0.05)
     folder = RunFolder.at(home / "results", case)
     folder.weights(adapter.saved_as).mkdir(parents=True)

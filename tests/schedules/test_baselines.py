@@ -16,12 +16,13 @@ from fastpeft.config.schedules import BaconConfig, BatsConfig, SalelrConfig, Sch
 from fastpeft.errors import UserError
 from fastpeft.kernels import AdamWOptions, FlatLayout, adamw_step
 from fastpeft.schedules import make_schedule
-from fastpeft.schedules.schedule import ADAM, Schedule
+from fastpeft.schedules.schedule import Schedule
 from fastpeft.schedules.snac import SignalShare
 from fastpeft.signals import Blocks, BlockSums, Measured, Secants
 from tests.support.measurements import BLOCKS, PEAK, K, U, rates_of, run_of, spoilt
 
 SNAC = SnacConfig()
+ADAM = AdamWOptions()
 
 
 def make(name: str, adam: AdamWOptions = ADAM, warmup_steps: int = 0, **settings: object) -> Schedule:

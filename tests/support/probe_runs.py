@@ -13,10 +13,9 @@ import torch
 import yaml
 
 from fastpeft.config import RunConfig, load_run
-from fastpeft.config.schedules import ScheduleConfig
+from fastpeft.config.schedules import SCHEDULES, ScheduleConfig
 from fastpeft.data.batches import micro_batches
 from fastpeft.schedules import Schedule
-from fastpeft.schedules import schedule as base
 from fastpeft.signals import Blocks, Measured, Need, Rates, Signals
 from fastpeft.trainer import StopRequest
 from fastpeft.trainer.build import build_job
@@ -101,7 +100,8 @@ def figures(measured: Measured | None) -> dict[str, np.ndarray]:
 def put_in(monkeypatch: pytest.MonkeyPatch, kind: type[Schedule], wanted: frozenset[Need]) -> None:
     """Runs of `schedule.name=rex` train with a `kind` that needs `wanted`."""
     monkeypatch.setattr(kind, "wanted", wanted)
-    monkeypatch.setitem(base._SCHEDULES, STAND_IN, kind)
+    load = SCHEDULES.load
+    monkeypatch.setattr(SCHEDULES, "load", lambda name: kind if name == STAND_IN else load(name))
 
 
 def problem_run(folder: Path, **settings: Any) -> RunConfig:

@@ -6,10 +6,11 @@ from pathlib import Path
 
 import pytest
 
-from fastpeft.config import load_run, trial_run
+from fastpeft.config import RunConfig, load_run, trial_run
+from fastpeft.config.trackers import TRACKERS
 from fastpeft.errors import UserError
 from fastpeft.trackers import Choice, choose
-from fastpeft.trackers.choose import wandb_mode
+from fastpeft.trackers.wandb_settings import wandb_mode
 
 KEY = "0123456789abcdef" * 3
 
@@ -33,6 +34,10 @@ def no_packages(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def mode(asked: str) -> str:
     return wandb_mode(asked, pytest.fail)
+
+
+def chosen(run: RunConfig) -> list[Choice]:
+    return choose(TRACKERS.sections(run), pytest.fail)
 
 
 def write(path: str, text: str) -> None:
@@ -113,24 +118,24 @@ def test_without_the_package_auto_says_so_and_an_explicit_mode_is_refused(no_pac
 def test_a_folder_that_wandb_left_is_not_the_package(monkeypatch, tmp_path):
     (tmp_path / "nowhere_else").mkdir()
     monkeypatch.syspath_prepend(tmp_path)
-    from fastpeft.trackers.choose import _installed
+    from fastpeft.trackers.tracker import is_installed
 
-    assert not _installed("nowhere_else")
+    assert not is_installed("nowhere_else")
 
 
 def test_the_choices_of_a_run(monkeypatch):
     run = load_run("lora_mnli")
-    assert choose(run, pytest.fail) == [Choice("wandb", "offline", "fastpeft")]
+    assert chosen(run) == [Choice("wandb", {"mode": "offline", "project": "fastpeft"})]
     monkeypatch.setenv("WANDB_PROJECT", "theirs")
-    assert choose(run, pytest.fail) == [Choice("wandb", "offline", "theirs")]
-    assert choose(load_run("lora_mnli", ["wandb.project=mine"]), pytest.fail)[0].project == "mine"
-    assert choose(trial_run(run), pytest.fail) == []
+    assert chosen(run) == [Choice("wandb", {"mode": "offline", "project": "theirs"})]
+    assert chosen(load_run("lora_mnli", ["wandb.project=mine"]))[0].settings["project"] == "mine"
+    assert chosen(trial_run(run)) == []
 
 
 def test_tensorboard_that_is_not_installed_is_refused(no_packages):
     run = load_run("lora_mnli", ["tensorboard=true", "wandb.mode=disabled"])
     with pytest.raises(UserError, match="pip install tensorboard"):
-        choose(run, pytest.fail)
+        chosen(run)
 
 
 def test_a_key_has_no_place_in_a_run_file():

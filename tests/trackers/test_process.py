@@ -43,7 +43,7 @@ class Heard:
         self.warned: list[str] = []
 
     def track(self, folder: Path, mode: str = "offline") -> Trackers:
-        return Trackers([Choice("wandb", mode, "p")], folder, self.said.append, self.warned.append)
+        return Trackers([Choice("wandb", {"mode": mode, "project": "p"})], folder, self.said.append, self.warned.append)
 
     def until(self, heard: Callable[[], object], timeout_s: float = 20) -> None:
         deadline = time.monotonic() + timeout_s
@@ -209,7 +209,8 @@ import sys, time
 from pathlib import Path
 from fastpeft.trackers import Choice, Trackers
 folder = Path(sys.argv[1])
-trackers = Trackers([Choice("wandb", "online", "p")], folder, lambda text: print(text, flush=True), print)
+choice = Choice("wandb", {"mode": "online", "project": "p"})
+trackers = Trackers([choice], folder, lambda text: print(text, flush=True), print)
 time.sleep(99)
 """
 

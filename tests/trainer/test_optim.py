@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 from types import SimpleNamespace
-from typing import get_args, get_type_hints
 
 import pytest
 import torch
 from torch import nn
 
 from fastpeft.adapters.flat import FlatParameters
-from fastpeft.config.schema import OptimizerConfig
+from fastpeft.config.optimizers import OPTIMIZERS, OptimizerConfig
 from fastpeft.signals import Rates, Signals
 from fastpeft.trainer import optim
 from fastpeft.trainer.optim import FIRST_LOSS_SCALE, make_optimizer
@@ -69,7 +68,7 @@ class Model:
         return state | {"flat": self.flat.data.clone()}
 
 
-every_optimizer = pytest.mark.parametrize("name", get_args(get_type_hints(OptimizerConfig)["name"]))
+every_optimizer = pytest.mark.parametrize("name", OPTIMIZERS.names)
 
 CONFIGS = {
     "defaults": OptimizerConfig(),

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from fastpeft.schedules.schedule import _SCHEDULES
+from fastpeft.config.schedules import SCHEDULES
 from fastpeft.trainer import train
 from fastpeft.trainer.loop import Loop
 from fastpeft.trainer.probes.hooks import Probes
@@ -26,7 +26,7 @@ TELL = {"fot", "graff", "reactor"}
 """Those that say something of themselves."""
 
 
-@pytest.mark.parametrize("name", sorted({*_SCHEDULES, *OPTIONS}))
+@pytest.mark.parametrize("name", sorted({*SCHEDULES.names, *OPTIONS}))
 def test_a_resume_goes_on_to_the_bit(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Stopped in the middle of a window, of a forecast, of a recurrence. Each step takes a second on the clock, which
     two of them read."""

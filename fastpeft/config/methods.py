@@ -1,0 +1,144 @@
+"""The family of fine-tuning methods: the section that they share, and those that are their own."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Annotated, Any, ClassVar, Literal
+
+from fastpeft.config.fields import STRICT_KEYS, Fraction, NonNegativeFloat, PositiveFloat, PositiveInt, Range
+from fastpeft.config.registry import Beside, Entry, Registry
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdapterConfig:
+    __pydantic_config__ = STRICT_KEYS
+
+    rank: Annotated[int, Range(ge=1, le=256)] = 8
+    """Rank r of every update B A."""
+    alpha: PositiveFloat = 16.0
+    """lora_alpha: the update is scaled by alpha / rank."""
+    dropout: Fraction = 0.0
+    """Dropout on the adapter's input."""
+    target_modules: str | list[str] = "attention"
+    """Linear layers to adapt: `qv`, `attention` or `all-linear`; a regular expression that matches
+    whole module names; or a list of name endings such as [query_proj, value_proj]."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RegulariserConfig:
+    """The importance-weighted penalty of IW-LoRA."""
+
+    __pydantic_config__ = STRICT_KEYS
+
+    alpha: NonNegativeFloat = 1e-4
+    """Strength of the penalty, added to the loss. 0 is plain LoRA."""
+    beta: NonNegativeFloat = 1.0
+    """Exponent on (1 - w_k)."""
+    penalty: Literal["product", "factors"] = "product"
+    """product: ||s B A||_F^2. factors: ||A||_F^2 + ||B||_F^2."""
+    normalise: Literal["sum", "max"] = "sum"
+    """Divide the sensitivities by their sum (the paper) or by their maximum."""
+    estimator: Literal["exact", "sketch", "lora_a"] = "exact"
+    """How the sensitivity ||dL/dW||_F is measured. lora_a needs warmup_learning_rate > 0."""
+    calibration: Literal["separate", "inline"] = "separate"
+    """separate: batches before training. inline: the sketch, during the rate's warm-up, free."""
+    warmup_steps: PositiveInt = 150
+    """Calibration batches; capped at 2 % of the budget, but at least 8."""
+    warmup_learning_rate: NonNegativeFloat = 0.0
+    """Rate at which the adapter moves while lora_a calibrates; its weights are restored after."""
+    decoupled: bool = False
+    """Shrink A and B directly, as AdamW does with weight decay, instead of adding a gradient."""
+    decoupled_alpha: NonNegativeFloat = 1.0
+    """Strength of the penalty when decoupled; `alpha` is then not used."""
+    online: bool = False
+    """Keep measuring the sketch while training and re-weight."""
+    online_decay: Annotated[float, Range(gt=0, lt=1)] = 0.99
+    """Decay of the running mean behind `online`, a step."""
+
+    TRIAL: ClassVar[dict[str, Any]] = {"warmup_steps": 2}
+
+    def problems(self, beside: Beside) -> Iterator[str]:
+        if self.estimator == "lora_a":
+            if self.warmup_learning_rate <= 0:
+                yield (
+                    "regulariser.estimator: lora_a needs regulariser.warmup_learning_rate > 0: while B is "
+                    "zero the gradient of A is identically zero, so every importance would be 0 / 0"
+                )
+            if self.calibration == "inline":
+                yield "regulariser.calibration: inline takes the sketch; it does not go with estimator lora_a"
+        if self.calibration == "inline" and beside.warmup_steps == 0:
+            yield "regulariser.calibration: inline measures during the rate's warm-up, but schedule.warmup_steps is 0"
+        if self.decoupled and beside.averages:
+            yield (
+                "regulariser.decoupled: it shrinks the weights at which the run trains, behind the average of "
+                f"optimizer.name {beside.optimizer}; set regulariser.decoupled=false, or optimizer.name=adamw"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdaLoraConfig:
+    """Ranks that are pruned while training (method adalora); adapter.rank is then not used."""
+
+    __pydantic_config__ = STRICT_KEYS
+
+    initial_rank: Annotated[int, Range(ge=1, le=256)] = 12
+    """Rank of every matrix before pruning."""
+    target_rank: Annotated[int, Range(ge=1, le=256)] = 8
+    """Mean rank that is left."""
+    initial_fraction: Fraction = 0.1
+    """Share of the budget before pruning begins."""
+    final_fraction: Annotated[float, Range(gt=0, lt=1)] = 0.5
+    """Share of the budget after it has ended."""
+    virtual_steps: PositiveInt = 1000
+    """Steps that the budget is divided into for the pruning schedule, whatever the number of real ones."""
+    prune_every: PositiveInt = 5
+    """Virtual steps from one pruning to the next."""
+    beta1: Annotated[float, Range(gt=0, lt=1)] = 0.85
+    """Decay of the running mean of the sensitivity, a step."""
+    beta2: Annotated[float, Range(gt=0, lt=1)] = 0.85
+    """Decay of the running mean of its deviation."""
+    orthogonality: NonNegativeFloat = 0.5
+    """Weight of the penalty that keeps A's rows and B's columns orthonormal."""
+
+    def problems(self, beside: Beside) -> Iterator[str]:
+        if self.initial_rank <= self.target_rank:
+            yield (
+                f"adalora.initial_rank: {self.initial_rank} leaves nothing to prune; it has to be over "
+                f"adalora.target_rank, {self.target_rank}"
+            )
+        total = self.virtual_steps
+        if round(self.final_fraction * total) == 0:
+            yield "adalora.final_fraction: it is under one virtual step, so that the last pruning could come too late"
+        if round(self.initial_fraction * total) >= total - round(self.final_fraction * total):
+            yield "adalora.initial_fraction and .final_fraction: no virtual step is left between them to prune at"
+
+
+@dataclass(frozen=True, kw_only=True)
+class MethodEntry(Entry):
+    """Facts that others need without importing the method; its class says the same."""
+
+    trains_backbone: bool = False
+    """The model's own weights are trained."""
+    saved_as: str = "adapter"
+    """Folder of the weights in a run's folder."""
+    prunes: bool = False
+    """It sets weights to zero while it trains, and they have to stay zero."""
+
+
+METHODS: Registry[MethodEntry] = Registry(
+    "method",
+    "method",
+    [
+        MethodEntry(name="lora", target="fastpeft.adapters.lora:Lora"),
+        MethodEntry(name="rslora", target="fastpeft.adapters.rslora:RsLora"),
+        MethodEntry(
+            name="iw_lora",
+            target="fastpeft.adapters.iw_lora:IwLora",
+            config=RegulariserConfig,
+            section="regulariser",
+        ),
+        MethodEntry(name="adalora", target="fastpeft.adapters.adalora:AdaLora", config=AdaLoraConfig, prunes=True),
+        MethodEntry(name="full", target="fastpeft.adapters.full:FullFineTune", trains_backbone=True, saved_as="model"),
+    ],
+)

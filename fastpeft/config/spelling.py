@@ -1,0 +1,53 @@
+"""British and American spelling: a run file and overrides may use either, and one of them is kept."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+_OURS = {
+    "regularizer": "regulariser",
+    "regulariser.normalize": "regulariser.normalise",
+    "model.quantization": "model.quantisation",
+}
+"""Dotted keys in the other spelling. A key inside a section stands behind the section's."""
+_OF_KEYS = ("overrides", "optuna.space", "stand_in.overrides")
+"""Sections whose keys are dotted keys themselves."""
+
+
+def respelt_key(key: Any) -> Any:
+    """A dotted key in the spelling that is kept. What is no text is returned as it is."""
+    if not isinstance(key, str):
+        return key
+    for other, ours in _OURS.items():
+        if key == other or key.startswith(f"{other}."):
+            key = ours + key[len(other) :]
+    return key
+
+
+def respelt(values: dict[Any, Any], prefix: str = "") -> dict[Any, Any]:
+    """Nested values in the spelling that is kept, `prefix` being the dotted key that leads to them.
+
+    Raises:
+        ValueError: a key stands there in both spellings.
+    """
+    refuse_both(f"{prefix}{key}" for key in values)
+    out = {}
+    for key, value in values.items():
+        whole = respelt_key(f"{prefix}{key}") if isinstance(key, str) else key
+        if isinstance(value, dict) and whole in _OF_KEYS:
+            refuse_both(value)
+            value = {respelt_key(inner): kept for inner, kept in value.items()}
+        elif isinstance(value, dict) and isinstance(key, str) and prefix.count(".") < 1:
+            value = respelt(value, f"{whole}.")
+        out[whole.removeprefix(prefix) if isinstance(key, str) else key] = value
+    return out
+
+
+def refuse_both(keys: Iterable[Any]) -> None:
+    """Raise ValueError if two of the keys are one in two spellings."""
+    found: dict[Any, Any] = {}
+    for key in keys:
+        first = found.setdefault(respelt_key(key), key)
+        if first != key:
+            raise ValueError(f"{first} and {key}: one key in two spellings; keep one of them")
