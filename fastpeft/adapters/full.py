@@ -16,6 +16,7 @@ from fastpeft.models.backbone import Backbone, quiet_transformers
 @register("full")
 class FullFineTune(Adapter):
     saved_as = "model"
+    export_format = "transformers"
     trains_backbone = True
 
     def __init__(self, run: RunConfig, backbone: Backbone) -> None:

@@ -10,11 +10,13 @@ from fastpeft.adapters.adapter import Adapter, head_parameters, register
 from fastpeft.adapters.flat import FlatParameters
 from fastpeft.config import RunConfig
 from fastpeft.models.backbone import Backbone
-from fastpeft.models.inject import inject_lora
+from fastpeft.models.inject import LowRankBlock, inject_lora
 
 
 @register("lora")
 class Lora(Adapter):
+    blocks: list[LowRankBlock]
+    export_format = "peft"
     _rank_stabilised = False
 
     def __init__(self, run: RunConfig, backbone: Backbone) -> None:

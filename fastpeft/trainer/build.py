@@ -25,7 +25,7 @@ from fastpeft.signals import Blocks
 from fastpeft.tasks import Objective, load_task, make_objective
 from fastpeft.tasks.math_word_problems.reading import WordProblemTask
 from fastpeft.trainer.optim import Optimizer, adamw_options, make_optimizer
-from fastpeft.trainer.probes.hooks import Probes
+from fastpeft.trainer.probes.hooks import NoProbes, Probes, make_probes
 
 
 @dataclass
@@ -38,7 +38,7 @@ class Job:
     adapter: Adapter
     schedule: Schedule
     optimizer: Optimizer
-    probes: Probes
+    probes: Probes | NoProbes
     batches: Batches
     clock: BudgetClock
     evaluation_due: Due
@@ -82,7 +82,7 @@ def build_job(run: RunConfig) -> Job:
         adapter=adapter,
         schedule=schedule,
         optimizer=optimizer,
-        probes=Probes(schedule.needs, adapter, optimizer),
+        probes=make_probes(schedule.needs, adapter, optimizer),
         batches=batches,
         clock=clock,
         evaluation_due=Due(parse_interval(run.evaluation.every), len(batches)),
@@ -106,7 +106,7 @@ def _load_backbone(
 
 
 def _blocks(adapter: Adapter, run: RunConfig) -> Blocks:
-    """The adapter's, with the rates that the optimizer gives to the units that are no adapted matrices."""
+    """The adapter's, with the rates that the optimizer gives to the units that are no matrices."""
     layout = adapter.flat.layout
     is_head = [place >= layout.num_adapter for place, _ in layout.others]
     others = tuple(run.optimizer.head_lr_ratio if head else 1.0 for head in is_head)

@@ -58,7 +58,7 @@ def adamw_step(
         norm: (), norm of `grad` as it lies there, in its dtype, from weighted_frobenius.
         loss: (), watched by the guard.
         loss_scale: (), what the loss of fp16 was multiplied by.
-        multiplier_K: (K,), a factor on the rate of each matrix, in the model's order; of other parameters it is 1.
+        multiplier_K: (num_blocks,), a factor on the rate of each block; of other parameters it is 1.
         reduces: also give the sums of AdamWResult.
 
     Raises:
@@ -107,7 +107,7 @@ def _check(buffers, layout, lr, norm, loss, loss_scale, multiplier_K) -> None:
             )
     if norm.dtype != data.dtype:
         raise ValueError(f"adamw_step: norm is {norm.dtype}; expected {data.dtype}, as the buffers are")
-    wanted = (layout.num_matrices,), data.dtype, data.device
+    wanted = (layout.num_blocks,), data.dtype, data.device
     if multiplier_K is not None and (multiplier_K.shape, multiplier_K.dtype, multiplier_K.device) != wanted:
         raise ValueError(
             f"adamw_step: multiplier_K is {multiplier_K.dtype} of shape {tuple(multiplier_K.shape)} on "
@@ -260,7 +260,7 @@ def _launch(buffers, layout, lr, norm, loss, loss_scale, multiplier_K, options, 
         float(options.head_weight_decay),
         float(options.head_ratio),
         num_slices,
-        layout.num_matrices,
+        layout.num_blocks,
         HAS_LOSS=loss is not None,
         RATE_ON_DEVICE=on_device,
         SCALED=loss_scale is not None,
