@@ -68,6 +68,8 @@ class Adapter(ABC):
     export_format: str = "own"
     """What `save` writes: `peft`, an adapter that PEFT loads; `transformers`, a whole model; or another word: a format
     that only `load` of this method reads."""
+    weight_files: str = "*.safetensors"
+    """Pattern of the files of `save` that hold weights; their size is the adapter's."""
     trains_backbone: bool = False
     """The backbone's own weights are trained, so they have to be fp32."""
     calibration_batches: int = 0

@@ -156,7 +156,7 @@ def _close(job: Job, loop: Loop, folder: RunFolder, result: Result, error: str |
     result.energy_j, result.energy_method = clock.meter.joules, clock.meter.method
     result.elapsed_s, result.tokens, result.steps = clock.elapsed_s, clock.tokens, clock.steps
     result.budget["spent"] = clock.spent
-    sizes = [path.stat().st_size for path in folder.weights(job.adapter.saved_as).glob("*.safetensors")]
+    sizes = [path.stat().st_size for path in folder.weights(job.adapter.saved_as).glob(job.adapter.weight_files)]
     if sizes:
         result.adapter_mb = round(sum(sizes) / 2**20, 3)
     if job.device.type == "cuda":

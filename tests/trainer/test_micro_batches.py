@@ -17,7 +17,7 @@ from fastpeft.device_memory import OutOfMemory, TokenLimits, is_out_of_memory
 from fastpeft.errors import UserError
 from fastpeft.trainer import StopRequest, train
 from fastpeft.trainer.build import build_job
-from fastpeft.trainer.checkpoint import newest_checkpoint
+from fastpeft.trainer.checkpoint_files import newest_checkpoint
 from fastpeft.trainer.optim import FlatAdamW
 from tests.support.tiny_runs import BATCH_SIZE, Listener, strict_events, tiny_run, weights, write_run
 
@@ -189,8 +189,8 @@ def test_the_smaller_parts_survive_a_resume(files: Path, monkeypatch: pytest.Mon
     assert sum("out of memory" in w for w in listener.warnings()) >= 2
     checkpoint, _ = newest_checkpoint(files / "r" / "checkpoints")
     assert checkpoint is not None
-    assert checkpoint.values["limits"]["training"] <= 70
-    assert checkpoint.values["limits"]["evaluation"] <= 200
+    assert checkpoint.parts["limits"]["training"] <= 70
+    assert checkpoint.parts["limits"]["evaluation"] <= 200
     before = len(device.areas)
     listener = Listener()
     assert train(None, results_dir=files, name="r", resume=True, reporter=listener).status == "done"
@@ -216,7 +216,7 @@ def test_a_single_row_that_does_not_fit_ends_the_run_with_advice_and_a_checkpoin
     assert (end["type"], end["status"]) == ("end", "failed")
     checkpoint, _ = newest_checkpoint(files / "r" / "checkpoints")
     assert checkpoint is not None
-    assert checkpoint.values["steps"] == 5
+    assert checkpoint.step == 5
     train(None, results_dir=files, name="r", resume=True)  # on a larger device
     assert_close_runs(files, "r", "whole")
 
@@ -236,7 +236,7 @@ def test_out_of_memory_where_smaller_parts_do_not_help_is_told(files: Path, monk
         calls.append(None)
         raise torch.OutOfMemoryError(CUDA_SAYS)
 
-    monkeypatch.setattr(FlatAdamW, "step", step)
+    monkeypatch.setattr(FlatAdamW, "clip_guard_and_update", step)
     with pytest.raises(OutOfMemory, match=r"outside of the passes over a micro-batch: CUDA out of memory.*Set dataset"):
         run_in(files, "r")
     assert len(calls) == 1
