@@ -9,6 +9,7 @@ buffers, so that a step updates all matrices in a few operations.
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Self
 
@@ -27,7 +28,7 @@ from fastpeft.signals import Rates, Signals
 
 @register("adalora")
 class AdaLora(Lora):
-    blocks: list[SvdBlock]
+    blocks: Sequence[SvdBlock]
 
     def __init__(self, run: RunConfig, backbone: Backbone) -> None:
         self.config = run.adalora

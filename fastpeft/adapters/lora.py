@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Self
 
@@ -15,7 +16,7 @@ from fastpeft.models.inject import LowRankBlock, inject_lora
 
 @register("lora")
 class Lora(Adapter):
-    blocks: list[LowRankBlock]
+    blocks: Sequence[LowRankBlock]
     export_format = "peft"
     _rank_stabilised = False
 

@@ -79,7 +79,7 @@ def newest_checkpoint(folder: Path) -> tuple[Checkpoint | None, list[str]]:
     Raises:
         CheckpointError: that one is of another version.
     """
-    skipped = []
+    skipped: list[str] = []
     for path in _folders(folder):
         fault = _fault(path)
         if fault is None:

@@ -23,11 +23,12 @@ def set_generator_states(device: torch.device, states: list[torch.Tensor]) -> No
 def rng_state() -> dict[str, Any]:
     """Every global random generator, as tensors and JSON values."""
     version, keys, gauss = random.getstate()
-    kind, words, position, has_gauss, cached = np.random.get_state()
+    numpy: dict[str, Any] = dict(np.random.get_state(legacy=False))
+    position = {"key": numpy["state"]["key"].tolist(), "pos": numpy["state"]["pos"]}
     state: dict[str, Any] = {
         "cpu": torch.get_rng_state(),
         "python": [version, list(keys), gauss],
-        "numpy": [kind, words.tolist(), position, has_gauss, cached],
+        "numpy": numpy | {"state": position},
     }
     if torch.cuda.is_available():
         state["cuda"] = torch.cuda.get_rng_state()
@@ -40,8 +41,9 @@ def set_rng_state(state: dict[str, Any]) -> None:
         torch.cuda.set_rng_state(state["cuda"])
     version, keys, gauss = state["python"]
     random.setstate((version, tuple(keys), gauss))
-    kind, words, position, has_gauss, cached = state["numpy"]
-    np.random.set_state((kind, np.array(words, dtype=np.uint32), position, has_gauss, cached))
+    position = state["numpy"]["state"]
+    key = np.array(position["key"], dtype=np.uint32)
+    np.random.set_state(state["numpy"] | {"state": {"key": key, "pos": position["pos"]}})
 
 
 class GlobalRng:

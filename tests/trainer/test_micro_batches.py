@@ -15,10 +15,12 @@ import transformers
 
 from fastpeft.device_memory import OutOfMemory, TokenLimits, is_out_of_memory
 from fastpeft.errors import UserError
+from fastpeft.signals import Need
 from fastpeft.trainer import StopRequest, train
 from fastpeft.trainer.build import build_job
 from fastpeft.trainer.checkpoint_files import newest_checkpoint
 from fastpeft.trainer.optim import FlatAdamW
+from tests.support.probe_runs import STAND_IN, Recorder, put_in
 from tests.support.tiny_runs import BATCH_SIZE, Listener, strict_events, tiny_run, weights, write_run
 
 CUDA_SAYS = "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 8 GiB\nmore lines"
@@ -178,6 +180,25 @@ def test_dropout_is_drawn_alike_when_a_step_begins_again(tmp_path: Path, monkeyp
     for i in failed:  # each batch is a single pass until it fails
         assert torch.equal(device.rng[i], device.rng[i + 1])
     assert not torch.equal(device.rng[-1], device.rng[-2])
+
+
+@pytest.mark.parametrize("unlucky", [17, 18, 19])
+def test_a_product_is_of_passes_that_may_be_taken_again(
+    unlucky: int, files: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The seventeenth step takes three passes, two of them for the product. Nothing else is done twice."""
+    put_in(monkeypatch, Recorder, frozenset({Need.PRODUCT}))
+    schedules: list[Recorder] = []
+    monkeypatch.setattr(Recorder, "finish", lambda self, progress: schedules.append(self))
+    settings = {"method": "lora", "budget": "19steps", "schedule": {"name": STAND_IN}, "evaluation": {"every": "end"}}
+    run_in(files, "whole", **settings)
+    SmallDevice(unlucky=(unlucky,)).install(monkeypatch)
+    _, listener = run_in(files, "split", **settings)
+    assert any(w.startswith("out of memory at step 16: micro-batches of at most") for w in listener.warnings())
+    assert_close_runs(files, "split", "whole")
+    assert [len(schedule.seen) for schedule in schedules] == [19, 19]
+    whole, split = (next(m.secant for m in s.seen if m is not None and m.secant is not None) for s in schedules)
+    assert split.change_U == pytest.approx(whole.change_U, rel=1e-2, abs=1e-2 * abs(whole.change_U).max())
 
 
 def test_the_smaller_parts_survive_a_resume(files: Path, monkeypatch: pytest.MonkeyPatch) -> None:

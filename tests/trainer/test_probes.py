@@ -14,7 +14,7 @@ from fastpeft.schedules import Schedule
 from fastpeft.signals import Need
 from fastpeft.trainer import train
 from fastpeft.trainer.build import build_job
-from fastpeft.trainer.probes.hooks import NO_PROBES, Probes, make_probes
+from fastpeft.trainer.probes.hooks import NO_PROBES, NoProbes, Probes, make_probes
 from fastpeft.trainer.probes.transfer import Transfer
 from fastpeft.trainer.step import forward_backward, train_step
 from tests.support.probe_runs import (
@@ -155,6 +155,13 @@ def test_a_schedule_that_needs_nothing_costs_nothing(tmp_path: Path, monkeypatch
     assert probes.state_dict() == {}
     assert probes.take_measured() is None
     assert all(block.module.watch is None for block in adapter.blocks)
+
+
+def test_where_nothing_is_probed_every_hook_is_there() -> None:
+    def hooks(kind: type) -> set[str]:
+        return {name for name in vars(kind) if not name.startswith("_")}
+
+    assert hooks(NoProbes) == hooks(Probes) - {"before_update", "after_update"}  # those are around_update's halves
 
 
 def test_a_step_is_read_after_the_next_ones_passes_and_before_its_update(

@@ -77,7 +77,8 @@ class AnswerGradient:
 
 
 def _why(layer: torch.nn.Module) -> str:
-    return "PEFT computes it, as where a base layer has hooks" if is_fused(layer) else never_plain(layer)
+    reason = None if is_fused(layer) else never_plain(layer)
+    return reason or "PEFT computes it, as where a base layer has hooks"
 
 
 def _not_measured(name: str, reason: str) -> str:

@@ -225,12 +225,12 @@ class _Reader:
             self.in_a_row = 0
             return Measured(skipped=True, **facts)
         self.in_a_row += 1
-        statistics = {name: float(found[name]) for name in _STATISTICS if name in found}
+        statistics: dict[str, Any] = {name: float(found[name]) for name in _STATISTICS if name in found}
         blocks = self._blocks(found["sums"]) if "sums" in found else None
         self.shrink_U = pending.shrink_U
         secant = None if self.curvature is None else self.curvature.read(facts["step"], found, self.in_a_row)
-        more = {"secant": secant, "answer_grad_sq_K": found.get("answer_grad_sq")}
-        return Measured(blocks=blocks, **more, **facts, **statistics)
+        answer_grad_sq_K = found.get("answer_grad_sq")
+        return Measured(blocks=blocks, secant=secant, answer_grad_sq_K=answer_grad_sq_K, **facts, **statistics)
 
     def _blocks(self, sums_U4: np.ndarray) -> BlockSums:
         grad_sq_U, mean_sq_U, second_U, dots_U = sums_U4.T

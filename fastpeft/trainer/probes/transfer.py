@@ -9,6 +9,11 @@ import torch
 class Transfer:
     """From a GPU all figures go in one copy, which nothing waits for until `wait`."""
 
+    # Of a copy that is under way.
+    _sizes: dict[str, torch.Size]
+    _host: torch.Tensor
+    _arrived: torch.cuda.Event
+
     def __init__(self, values: dict[str, np.ndarray] | None = None) -> None:
         """`values`: what has arrived already."""
         self._values = values
