@@ -41,7 +41,7 @@ def train(job: Job, num_steps: int, head_only: bool) -> float:
         signals = forward_backward(adapter, classification_loss, parts, len(rows))
         if head_only:
             adapter.flat.adapter_grad.zero_()  # B stays zero, so the encoder stays what it was
-        job.optimizer.step(signals, job.schedule.rates(None, step / num_steps))
+        job.optimizer.clip_guard_and_update(signals, job.schedule.rates(None, step / num_steps))
     return score(adapter.model, job.task.validation, 16384, job.device).value
 
 

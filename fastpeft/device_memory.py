@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import gc
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from typing import Any
 
 import torch
 
@@ -51,6 +52,12 @@ class TokenLimits:
     def halve_evaluation(self, num_rows: int, width: int, where: str) -> str:
         before, self.evaluation = self.evaluation, _half(num_rows, width, where)
         return f"out of memory {where}: evaluation batches of at most {self.evaluation:,} tokens instead of {before:,}"
+
+    def state_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.training, self.evaluation = state["training"], state["evaluation"]
 
 
 def _half(num_rows: int, width: int, where: str) -> int:

@@ -17,9 +17,9 @@ class Need(StrEnum):
     BLOCKS = "blocks"
     """Sums over the parameters of each block, from the optimizer's own launch: Measured.blocks."""
     SECANT = "secant"
-    """Measured.secant along the direction of the step before the last: its noise is not that of the change of the
-    gradient that it is multiplied with. One buffer and one pass over the adapter more. A schedule asks for at most one
-    of the three kinds."""
+    """Measured.secant, curvature along the update before last, so that noise in the direction and noise in the gradient
+    difference are independent (lagged secant). It costs one buffer and one pass over the adapter. A schedule asks for
+    at most one of the three kinds."""
     PLAIN_SECANT = "plain_secant"
     """The same along the last step's direction."""
     PRODUCT = "product"
@@ -60,19 +60,24 @@ class Signals:
 
 @dataclass(frozen=True)
 class Blocks:
-    """The adapted matrices, in the model's order, and behind them the other trained parameters."""
+    """What a schedule knows of what is trained: the adapter's named blocks, and behind them the other parameters.
+
+    A block is what a schedule may give a learning rate of its own. For LoRA it is one adapted matrix, A and B together.
+    Another method may have blocks of any parameters; those of low rank come first.
+    """
 
     names: tuple[str, ...]
-    """Of the K adapted matrices."""
+    """Of the K blocks."""
     layers: tuple[int, ...]
     projections: tuple[str, ...]
-    """`q_proj`, `query`: what tells the matrices of a layer apart."""
+    """`q_proj`, `query`: what tells the blocks of a layer apart."""
     num_elements: tuple[int, ...]
-    """Trained elements of each of the U units: the K matrices (A and B together), then each other parameter."""
+    """Trained elements of each of the U units: the K blocks, then each other parameter."""
     num_b_elements: tuple[int, ...] = ()
-    """Elements of B of each of the K matrices."""
+    """Elements that Measured.answer_grad_sq_K sums over in each of the K blocks: those of B, or all of a block that is
+    not of low rank."""
     rate_ratios: tuple[float, ...] = ()
-    """Rate of each unit over `Rates.lr`, multipliers apart; empty: 1 everywhere."""
+    """Learning rate of each unit over `Rates.lr`, multipliers apart; empty: 1 everywhere."""
 
     def __len__(self) -> int:
         return len(self.names)
@@ -147,7 +152,8 @@ class Measured:
     answer_grad_sq_K: np.ndarray | None = None
     """||dL/dB_k||^2 of the part of the gradient that comes from labelled tokens' rows, without the penalty; None on
     steps that did not measure it. For a classifier that is the whole gradient. Of a batch of several micro-batches it
-    is an estimate: see trainer/answers.py."""
+    is an estimate: see trainer/probes/answer_gradient.py. Of a block that is not of low rank it is the square of its
+    whole gradient, and where tokens are labelled nobody can tell it: the run is refused."""
 
 
 @dataclass(frozen=True)
@@ -157,4 +163,4 @@ class Rates:
     lr: float
     """Learning rate of every parameter."""
     multiplier_K: np.ndarray | None = None
-    """A factor on `lr` of each adapted matrix, in the model's order, on the host; None: 1 everywhere."""
+    """A factor on `lr` of each of the K blocks, on the host; None: 1 everywhere."""

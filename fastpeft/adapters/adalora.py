@@ -9,6 +9,7 @@ buffers, so that a step updates all matrices in a few operations.
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,13 +27,12 @@ from fastpeft.signals import Rates, Signals
 
 
 class AdaLora(Lora):
-    blocks: list[SvdBlock]
+    blocks: Sequence[SvdBlock]
 
     def __init__(self, config: AdapterConfig, own: AdaLoraConfig, backbone: Backbone) -> None:
         self.config = own
         self.model, self.blocks = inject_adalora(backbone, config, own)
-        singular = [block.lora_e for block in self.blocks]
-        self.flat = FlatParameters(self.blocks, head_parameters(self.model), extra=singular)
+        self.flat = FlatParameters(self.blocks, head_parameters(self.model))
         self._inner = self.model.base_model.model
         self._settings = self.model.peft_config[ADAPTER_NAME]
         self._allocator = self.model.base_model.rankallocator
@@ -137,19 +137,19 @@ class AdaLora(Lora):
             ranks=ranks,
         )
 
-    def state(self) -> dict[str, torch.Tensor]:
+    def state_dict(self) -> dict[str, Any]:
         return {
             "sensitivity": self._sensitivity,
             "deviation": self._deviation,
             "kept": self._kept_E,
-            "pruned_until": torch.tensor(self._pruned_until),
+            "pruned_until": self._pruned_until,
         }
 
-    def load_state(self, state: dict[str, torch.Tensor]) -> None:
+    def load_state_dict(self, state: dict[str, Any]) -> None:
         self._sensitivity.copy_(state["sensitivity"])
         self._deviation.copy_(state["deviation"])
         self._kept_E.copy_(state["kept"])
-        self._pruned_until = int(state["pruned_until"])
+        self._pruned_until = state["pruned_until"]
         self.importance_version = int(not bool(self._kept_E.all()))
 
     def save(self, folder: Path) -> None:

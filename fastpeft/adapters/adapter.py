@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
+from fastpeft.adapters.blocks import Block
 from fastpeft.adapters.flat import FlatParameters
 from fastpeft.config.methods import METHODS, AdapterConfig
 from fastpeft.models.backbone import Backbone
@@ -31,7 +32,7 @@ def method_class(name: str) -> type[Adapter]:
 
 @dataclass(frozen=True)
 class Importance:
-    """How much each adapted matrix matters; parallel lists in the model's order."""
+    """How much each block matters; parallel lists in the adapter's order."""
 
     names: list[str]
     layer: list[int]
@@ -49,8 +50,16 @@ class Adapter(ABC):
 
     model: nn.Module
     flat: FlatParameters
+    blocks: Sequence[Block] = ()
+    """What a schedule may give learning rates of their own; parameters outside of them, as the head's, have the common
+    one."""
     saved_as: str = "adapter"
     """Folder for `save` in a run's folder; the best one goes to `<saved_as>_best`."""
+    export_format: str = "own"
+    """What `save` writes: `peft`, an adapter that PEFT loads; `transformers`, a whole model; or another word: a format
+    that only `load` of this method reads."""
+    weight_files: str = "*.safetensors"
+    """Pattern of the files of `save` that hold weights; their size is the adapter's."""
     trains_backbone: bool = False
     """The backbone's own weights are trained, so they have to be fp32."""
     calibration_batches: int = 0
@@ -96,18 +105,22 @@ class Adapter(ABC):
         """Reads the device. None while there is none."""
         return None
 
-    def state(self) -> dict[str, torch.Tensor]:
-        """What a resume needs besides the flat parameters."""
+    def state_dict(self) -> dict[str, Any]:
+        """What a resume needs besides the flat parameters: tensors and JSON values."""
         return {}
 
-    def load_state(self, state: dict[str, torch.Tensor]) -> None: ...
+    def load_state_dict(self, state: dict[str, Any]) -> None: ...
 
     @abstractmethod
     def save(self, folder: Path) -> None:
-        """Write what was trained, in a form that PEFT or transformers loads, into an existing empty folder."""
+        """Write what was trained, as `export_format` says, into an existing empty folder."""
 
     def load(self, folder: Path) -> None:
-        """Take back the weights that `save` wrote into `folder`, into the same buffers, bit for bit."""
+        """Take back the weights that `save` wrote into `folder`, into the same buffers, bit for bit.
+
+        This reads files in which parameters bear the names that PEFT or transformers gives them. A format of a method's
+        own needs its own `load`.
+        """
         stored = read_weights(folder)
         for name, parameter in self.model.named_parameters():
             if parameter.requires_grad:

@@ -1,6 +1,6 @@
 """All trainable parameters in one buffer and their gradients in another; modules hold views.
 
-Clipping, penalty, moments and checkpoints then work on a few tensors. LoRA matrices of one shape
+Clipping, penalty, moments and checkpoints then work on a few tensors. Low-rank blocks of one shape
 lie side by side, so that a whole group is one stacked view without a copy.
 
 Shape suffixes: K matrices of a group, I in, O out, R rank.
@@ -9,23 +9,25 @@ Shape suffixes: K matrices of a group, I in, O out, R rank.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
 
+from fastpeft.adapters.blocks import Block, low_rank_first
 from fastpeft.kernels import FlatLayout, MatrixGroup
-from fastpeft.models.inject import LoraBlock
+from fastpeft.models.inject import LowRankBlock
 from fastpeft.signals import Blocks
 
 
 @dataclass(frozen=True)
 class LoraGroup:
-    """The LoRA matrices of one shape. All tensors are views of the flat buffers."""
+    """The low-rank blocks of one shape. All tensors are views of the flat buffers."""
 
     index_K: torch.Tensor
-    """Position of each matrix in the list of blocks."""
+    """Position of each in the list of low-rank blocks."""
     scale: float
     a_KRI: torch.Tensor
     b_KOR: torch.Tensor
@@ -36,32 +38,31 @@ class LoraGroup:
 class FlatParameters:
     """fp32 buffers `data` and `grad`: first the adapter's parameters, then the head's.
 
-    The adapter's are the LoRA factors, grouped by shape, and behind them `extra`.
+    The adapter's are A and B of the low-rank blocks, grouped by shape; the other blocks, one behind the other; what
+    low-rank blocks have beside A and B; and `extra`, which is in no block.
     """
 
     def __init__(
-        self, blocks: list[LoraBlock], head: Iterable[nn.Parameter], extra: Iterable[nn.Parameter] = ()
+        self, blocks: Sequence[Block], head: Iterable[nn.Parameter], extra: Iterable[nn.Parameter] = ()
     ) -> None:
-        shapes: dict[tuple, list[int]] = defaultdict(list)
-        for i, block in enumerate(blocks):
-            shapes[(*block.lora_a.shape, block.lora_b.shape[0], block.scale)].append(i)
-        parameters: list[nn.Parameter] = []
-        groups, place = [], 0
-        for (rank, num_in, num_out, scale), indices in shapes.items():
-            parameters += [blocks[i].lora_a for i in indices] + [blocks[i].lora_b for i in indices]
-            groups.append(MatrixGroup(tuple(indices), rank, num_in, num_out, scale, place))
-            place = groups[-1].end
-        extra, head = list(extra), list(head)
-        parameters += extra + head
+        low_rank, others = low_rank_first(blocks)
+        groups, parameters = _grouped(low_rank)
+        extra = [p for block in low_rank for p in block.parameters[2:]] + list(extra)
+        head = list(head)
+        parameters += [p for block in others for p in block.parameters] + extra + head
         device = parameters[0].device
-        self.layout = FlatLayout(groups, [p.numel() for p in extra], [p.numel() for p in head], device)
+        sizes = [sum(p.numel() for p in block.parameters) for block in others]
+        self.layout = FlatLayout(
+            groups, sizes + [p.numel() for p in extra], [p.numel() for p in head], device, num_named=len(others)
+        )
         """Where everything lies, for the kernels."""
+        named = [*low_rank, *others]
         self.blocks = Blocks(
-            names=tuple(block.name for block in blocks),
-            layers=tuple(block.layer for block in blocks),
-            projections=tuple(block.projection for block in blocks),
+            names=tuple(block.name for block in named),
+            layers=tuple(block.layer for block in named),
+            projections=tuple(block.projection for block in named),
             num_elements=tuple(sum(size for _, size in parts) for parts in self.layout.unit_parts()),
-            num_b_elements=tuple(block.lora_b.numel() for block in blocks),
+            num_b_elements=(*(block.lora_b.numel() for block in low_rank), *sizes),
         )
         self.num_factors, self.num_adapter = self.layout.num_factors, self.layout.num_adapter
         self.data = torch.empty(self.layout.num_total, dtype=torch.float32, device=device)
@@ -81,6 +82,12 @@ class FlatParameters:
             for group, index_K in zip(groups, self.layout.index_K)
         ]
 
+    def state_dict(self) -> dict[str, Any]:
+        return {"data": self.data}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.data.copy_(state["data"])
+
     @property
     def adapter(self) -> torch.Tensor:
         return self.data[: self.num_adapter]
@@ -98,3 +105,17 @@ class FlatParameters:
         parameter.grad = self.grad[start:end].view(parameter.shape)
         parameter.requires_grad_(True)
         return end
+
+
+def _grouped(blocks: list[LowRankBlock]) -> tuple[list[MatrixGroup], list[nn.Parameter]]:
+    """Blocks of one shape and scale, and all A and B in their order in the buffers."""
+    shapes: dict[tuple, list[int]] = defaultdict(list)
+    for i, block in enumerate(blocks):
+        shapes[(*block.lora_a.shape, block.lora_b.shape[0], block.scale)].append(i)
+    parameters: list[nn.Parameter] = []
+    groups, place = [], 0
+    for (rank, num_in, num_out, scale), indices in shapes.items():
+        parameters += [blocks[i].lora_a for i in indices] + [blocks[i].lora_b for i in indices]
+        groups.append(MatrixGroup(tuple(indices), rank, num_in, num_out, scale, place))
+        place = groups[-1].end
+    return groups, parameters

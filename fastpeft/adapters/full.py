@@ -15,6 +15,7 @@ from fastpeft.models.backbone import Backbone, quiet_transformers
 
 class FullFineTune(Adapter):
     saved_as = "model"
+    export_format = "transformers"
     trains_backbone = True
 
     def __init__(self, backbone: Backbone) -> None:

@@ -212,15 +212,15 @@ class IwLora(Lora):
             weights=importance_weights(self._sensitivity_K, self.config.normalise).tolist(),
         )
 
-    def state(self) -> dict[str, torch.Tensor]:
-        state = {"sums": self._sums_K, "num_batches": torch.tensor(self._num_batches)}
+    def state_dict(self) -> dict[str, Any]:
+        state: dict[str, Any] = {"sums": self._sums_K, "num_batches": self._num_batches}
         if self._sensitivity_K is not None:
             state["sensitivity"] = self._sensitivity_K
         return state
 
-    def load_state(self, state: dict[str, torch.Tensor]) -> None:
+    def load_state_dict(self, state: dict[str, Any]) -> None:
         self._sums_K.copy_(state["sums"])
-        self._num_batches = int(state["num_batches"])
+        self._num_batches = state["num_batches"]
         if "sensitivity" in state:
             self._set_sensitivity(state["sensitivity"].to(self._sums_K.device))
         self.calibration_batches = 0 if self._sensitivity_K is not None else self.calibration_batches

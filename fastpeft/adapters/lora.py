@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Self
 
@@ -10,10 +11,12 @@ from fastpeft.adapters.adapter import Adapter, head_parameters
 from fastpeft.adapters.flat import FlatParameters
 from fastpeft.config.methods import AdapterConfig
 from fastpeft.models.backbone import Backbone
-from fastpeft.models.inject import inject_lora
+from fastpeft.models.inject import LowRankBlock, inject_lora
 
 
 class Lora(Adapter):
+    blocks: Sequence[LowRankBlock]
+    export_format = "peft"
     _rank_stabilised = False
 
     def __init__(self, config: AdapterConfig, own: Any, backbone: Backbone) -> None:

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from typing import Any
 
 from fastpeft.budget.energy import EnergyMeter
 from fastpeft.config import Budget, Interval
@@ -97,6 +98,25 @@ class BudgetClock:
             more *= self.meter.power_w
         return self.spent + more + self._reserve <= limit
 
+    def state_dict(self) -> dict[str, Any]:
+        return {
+            "steps": self.steps,
+            "tokens": self.tokens,
+            "elapsed_s": self.elapsed_s,
+            "seconds_per_token": self.seconds_per_token,
+            "final_s": self.final_s,
+            "final_j": self.final_j,
+            "energy": self.meter.state(),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Count on from what was spent, from this moment."""
+        self.steps, self.tokens = state["steps"], state["tokens"]
+        self.seconds_per_token = state["seconds_per_token"]
+        self.final_s, self.final_j = state["final_s"], state["final_j"]
+        self.meter.load_state(state["energy"])
+        self.start(state["elapsed_s"])
+
 
 class Due:
     """Says when something that happens every `interval` is due; `count` survives a resume."""
@@ -122,3 +142,9 @@ class Due:
 
     def done(self, clock: BudgetClock) -> None:
         self.count = self._periods(clock)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"count": self.count}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.count = state["count"]

@@ -1,10 +1,11 @@
 """Where the parameters of a model lie in its flat buffers, as tables that kernels read.
 
-The buffers hold K adapted matrices (A of one shape side by side, then their B, shape after shape), behind them other
+The buffers hold adapted matrices (A of one shape side by side, then their B, shape after shape), behind them other
 adapter parameters (`extra`), and behind those the task head's. A `unit` is what statistics are kept of: an adapted
-matrix (its A and B), or one other parameter.
+matrix (its A and B), or one other piece. The first K units are `blocks`, which may have learning rates of their own:
+the matrices, and of `extra` the first `num_named`.
 
-Shape suffixes: K matrices, I in, O out, R rank.
+Shape suffixes: K matrices or blocks, I in, O out, R rank.
 """
 
 from __future__ import annotations
@@ -66,11 +67,13 @@ class FlatLayout:
         extra: Sequence[int] = (),
         head: Sequence[int] = (),
         device: torch.device | str = "cpu",
+        num_named: int = 0,
     ) -> None:
         """
         Args:
             groups: without a gap from place 0; their indices are 0..K-1, each once.
-            extra, head: number of elements of each parameter that is no LoRA factor.
+            extra, head: number of elements of each piece that is no LoRA factor.
+            num_named: how many of `extra`, the first, are blocks.
 
         Raises:
             ValueError: groups that overlap, or whose indices are not 0..K-1; a size below 1.
@@ -96,6 +99,7 @@ class FlatLayout:
         for size in (*extra, *head):
             self.others.append((sum(self.others[-1]) if self.others else self.num_factors, size))
         self.num_units = self.num_matrices + len(self.others)
+        self.num_blocks = self.num_matrices + num_named
         self._place = self._places()
         self._make_tasks(device)
         self._make_slices(device)
@@ -189,23 +193,27 @@ class FlatLayout:
         return torch.cat(sums)[self._unit_order]
 
     def b_squares(self, flat: torch.Tensor) -> torch.Tensor:
-        """Sum of the squares of each matrix's B: (num_matrices,)."""
-        if not self.groups:
-            return flat.new_empty(0)
+        """Sum of the squares of each matrix's B, and of all elements of each other block: (num_blocks,)."""
         norms = [torch.linalg.vector_norm(group.stack_b(flat), dim=(1, 2)) for group in self.groups]
-        return torch.cat(norms)[self._unit_order[: self.num_matrices]].square()
+        named = self.others[: self.num_blocks - self.num_matrices]
+        norms += [torch.linalg.vector_norm(flat[at : at + size])[None] for at, size in named]
+        if not norms:
+            return flat.new_empty(0)
+        return torch.cat(norms)[self._unit_order[: self.num_blocks]].square()
 
     def spread(self, value_K: torch.Tensor, fill: float) -> torch.Tensor:
-        """A value of each matrix at all of its elements, `fill` at all others: (num_total,)."""
+        """A value of each block at all of its elements, `fill` at all others: (num_total,)."""
         if value_K.is_cpu:
             value_U = np.full(self.num_units, fill, dtype=value_K.numpy().dtype)
-            value_U[: self.num_matrices] = value_K.numpy()
+            value_U[: self.num_blocks] = value_K.numpy()
             return torch.from_numpy(np.repeat(value_U[self._unit_P], self._sizes_P))
         out = value_K.new_full((self.num_total,), fill)
         for group, index_K in zip(self.groups, self.index_K):
             own_K = value_K[index_K][:, None, None]
             group.stack_a(out).copy_(own_K.expand(-1, group.rank, group.num_in))
             group.stack_b(out).copy_(own_K.expand(-1, group.num_out, group.rank))
+        for value, (at, size) in zip(value_K[self.num_matrices :], self.others):
+            out[at : at + size] = value
         return out
 
     def check(self, name: str, **tensors: torch.Tensor) -> None:

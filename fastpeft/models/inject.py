@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import peft
 import torch
@@ -25,9 +25,10 @@ _BLOCK = re.compile(r"\.(\d+)\.")
 
 
 @dataclass
-class LoraBlock:
-    """One adapted matrix."""
+class LowRankBlock:
+    """One adapted matrix, W x + scale B A x."""
 
+    kind: ClassVar[str] = "low_rank"
     name: str
     """Module path in the bare model, such as bert.encoder.layer.0.attention.self.query."""
     layer: int
@@ -48,8 +49,13 @@ class LoraBlock:
     def scale(self) -> float:
         return self.module.scaling[ADAPTER_NAME]
 
+    @property
+    def parameters(self) -> tuple[nn.Parameter, ...]:
+        """A and B, and behind them what a method has of its own."""
+        return self.lora_a, self.lora_b
 
-class SvdBlock(LoraBlock):
+
+class SvdBlock(LowRankBlock):
     """One matrix of AdaLoRA: A (rank x in), E (rank x 1) and B (out x rank)."""
 
     module: SvdLinear
@@ -70,10 +76,14 @@ class SvdBlock(LoraBlock):
     def scale(self) -> float:
         return svd_scale(self.module, ADAPTER_NAME)
 
+    @property
+    def parameters(self) -> tuple[nn.Parameter, ...]:
+        return self.lora_a, self.lora_b, self.lora_e
+
 
 def inject_lora(
     backbone: Backbone, config: AdapterConfig, rank_stabilised: bool = False
-) -> tuple[nn.Module, list[LoraBlock]]:
+) -> tuple[nn.Module, list[LowRankBlock]]:
     """Wrap the backbone in a PeftModel with LoRA on the matched layers and a trainable head.
 
     `rank_stabilised`: scale by alpha / sqrt(rank) (Kalajdzievski, arXiv:2312.03732) instead of alpha / rank.
@@ -88,7 +98,7 @@ def inject_lora(
         layer = _module(model, name)
         layer.__class__ = fused_class(layer) or type(layer)
     _join(model)
-    return model, [LoraBlock(n, _layer(n), projection_of(n), _module(model, n)) for n in names]
+    return model, [LowRankBlock(n, _layer(n), projection_of(n), _module(model, n)) for n in names]
 
 
 def inject_adalora(

@@ -82,15 +82,15 @@ class Bacon(WarmedSchedule):
         flat_K = np.where(known_K, np.maximum(curvature_K, least), mean)
         return np.clip(np.sqrt(mean / flat_K), 1 / most, most)
 
-    def state(self) -> dict[str, Any]:
-        return super().state() | {
+    def state_dict(self) -> dict[str, Any]:
+        return super().state_dict() | {
             "share": self.share.state(),
             "curvature": self.curvature.state(),
             "reference": self.reference,
         }
 
-    def load_state(self, state: dict[str, Any]) -> None:
-        super().load_state(state)
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        super().load_state_dict(state)
         self.share.load_state(state["share"])
         self.curvature.load_state(state["curvature"])
         self.reference = state["reference"]

@@ -44,9 +44,9 @@ class Bats(Linear):
             return 1.0
         return clipped((fisher / float(before)) ** options.exponent, options.most)
 
-    def state(self) -> dict[str, Any]:
-        return super().state() | {"fisher": self._running.state()}
+    def state_dict(self) -> dict[str, Any]:
+        return super().state_dict() | {"fisher": self._running.state()}
 
-    def load_state(self, state: dict[str, Any]) -> None:
-        super().load_state(state)
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        super().load_state_dict(state)
         self._running.load_state(state["fisher"])

@@ -92,7 +92,7 @@ class BudgetLR(LRScheduler):
         """Plain values, which torch.load reads with weights_only."""
         return {
             "name": self._schedule.config.name,
-            "schedule": self._schedule.state(),
+            "schedule": self._schedule.state_dict(),
             "elapsed_s": self.elapsed_s,
             "factor": self._factor,
             "base_lrs": self.base_lrs,
@@ -110,7 +110,7 @@ class BudgetLR(LRScheduler):
         mine = self._schedule.config.name
         if state_dict.get("name") != mine:
             raise UserError(f"BudgetLR: this is {mine}, and the state is of {state_dict.get('name')}")
-        self._schedule.load_state(state_dict["schedule"])
+        self._schedule.load_state_dict(state_dict["schedule"])
         self._elapsed_before_s, self._started_s = state_dict["elapsed_s"], time.perf_counter()
         self._factor = state_dict["factor"]
         for name in ("base_lrs", "last_epoch", "_step_count", "_last_lr"):

@@ -220,9 +220,9 @@ class Fot(WarmedSchedule):
 
     # ---- resume ------------------------------------------------------------------------------
 
-    def state(self) -> dict[str, Any]:
+    def state_dict(self) -> dict[str, Any]:
         return {
-            "warmup": super().state(),
+            "warmup": super().state_dict(),
             "forecaster": self.forecaster.state(),
             "divergences": self.divergences.state(),
             "gate": self.gate.state(),
@@ -235,8 +235,8 @@ class Fot(WarmedSchedule):
             "counts": dict(self._counts),
         }
 
-    def load_state(self, state: dict[str, Any]) -> None:
-        super().load_state(state["warmup"])
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        super().load_state_dict(state["warmup"])
         self.forecaster.load_state(state["forecaster"])
         self.divergences.load_state(state["divergences"])
         self.gate.load_state(state["gate"])

@@ -283,8 +283,8 @@ class Graff(WarmedSchedule):
         )
         self._num_guarded = 0
 
-    def state(self) -> dict[str, Any]:
-        return super().state() | {
+    def state_dict(self) -> dict[str, Any]:
+        return super().state_dict() | {
             "weights": self._weights_P.tolist(),
             "adam": self._adam.state(),
             "h": self._h_KD.tolist(),
@@ -307,8 +307,8 @@ class Graff(WarmedSchedule):
             "counts": [self._num_guarded, self._num_dropped],
         }
 
-    def load_state(self, state: dict[str, Any]) -> None:
-        super().load_state(state)
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        super().load_state_dict(state)
         self._weights_P, self._h_KD = np.array(state["weights"]), np.array(state["h"])
         self._adam.load_state(state["adam"])
         self._curvature.load_state(state["curvature"])

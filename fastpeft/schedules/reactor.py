@@ -195,8 +195,8 @@ class Reactor(WarmedSchedule):
         )
         self._rewards = []
 
-    def state(self) -> dict[str, Any]:
-        return super().state() | {
+    def state_dict(self) -> dict[str, Any]:
+        return super().state_dict() | {
             "policy": self.policy.state(),
             "log_ratio": self.log_ratio,
             "standardised": self._standardised.state(),
@@ -206,8 +206,8 @@ class Reactor(WarmedSchedule):
             "rewards": list(self._rewards),
         }
 
-    def load_state(self, state: dict[str, Any]) -> None:
-        super().load_state(state)
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        super().load_state_dict(state)
         self.policy.load_state(state["policy"])
         self._standardised.load_state(state["standardised"])
         self._window = [Step(*values) for values in state["window"]]

@@ -55,9 +55,9 @@ class Salelr(Linear):
         share_K = np.where(known_K, norm_K / mean, 1.0)
         return np.clip(share_K**options.exponent, 1 / options.most, options.most)
 
-    def state(self) -> dict[str, Any]:
-        return super().state() | {"norm": self._norm_K.state()}
+    def state_dict(self) -> dict[str, Any]:
+        return super().state_dict() | {"norm": self._norm_K.state()}
 
-    def load_state(self, state: dict[str, Any]) -> None:
-        super().load_state(state)
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        super().load_state_dict(state)
         self._norm_K.load_state(state["norm"])

@@ -44,7 +44,7 @@ def make_schedule(
 
 
 class Schedule(ABC):
-    """Emits the learning rate of every step; `state` and `load_state` make a resume exact.
+    """Emits the learning rate of every step; `state_dict` and `load_state_dict` make a resume exact.
 
     Args:
         config: the section `schedule`, of which a schedule reads what all share, and its own.
@@ -89,11 +89,11 @@ class Schedule(ABC):
     def save(self, folder: Path) -> None:
         """Called after `finish`: leave in the run's folder what later runs can begin with."""
 
-    def state(self) -> dict[str, Any]:
+    def state_dict(self) -> dict[str, Any]:
         """Everything that the next rates depend on, as JSON values (finite numbers; arrays as lists)."""
         return {}
 
-    def load_state(self, state: dict[str, Any]) -> None: ...
+    def load_state_dict(self, state: dict[str, Any]) -> None: ...
 
     def tell(self, type: str, **fields: Any) -> None:
         """Queue an event for the run's log: `warning` with a message, `forecast`, or `schedule` with figures."""
@@ -153,8 +153,8 @@ class WarmedSchedule(Schedule):
             )
         return factor
 
-    def state(self) -> dict[str, Any]:
+    def state_dict(self) -> dict[str, Any]:
         return self.warmup.state()
 
-    def load_state(self, state: dict[str, Any]) -> None:
+    def load_state_dict(self, state: dict[str, Any]) -> None:
         self.warmup.load_state(state)

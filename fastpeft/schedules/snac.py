@@ -100,9 +100,9 @@ class Snac(WarmedSchedule):
             self.share.update(measured.blocks)
         return Rates(self.peak_lr * self.warmup_factor(progress) * self.share.value)
 
-    def state(self) -> dict[str, Any]:
-        return super().state() | {"share": self.share.state()}
+    def state_dict(self) -> dict[str, Any]:
+        return super().state_dict() | {"share": self.share.state()}
 
-    def load_state(self, state: dict[str, Any]) -> None:
-        super().load_state(state)
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        super().load_state_dict(state)
         self.share.load_state(state["share"])

@@ -25,7 +25,7 @@ from fastpeft.schedules import Schedule, make_schedule
 from fastpeft.signals import Blocks
 from fastpeft.tasks import Task, load_task
 from fastpeft.trainer.optim import Optimizer, adam_moments, make_optimizer
-from fastpeft.trainer.probes.hooks import Probes
+from fastpeft.trainer.probes.hooks import NoProbes, Probes, make_probes
 
 
 @dataclass
@@ -37,7 +37,7 @@ class Job:
     adapter: Adapter
     schedule: Schedule
     optimizer: Optimizer
-    probes: Probes
+    probes: Probes | NoProbes
     batches: Batches
     clock: BudgetClock
     evaluation_due: Due
@@ -80,7 +80,7 @@ def build_job(run: RunConfig) -> Job:
         adapter=adapter,
         schedule=schedule,
         optimizer=optimizer,
-        probes=Probes(schedule.needs, adapter, optimizer),
+        probes=make_probes(schedule.needs, adapter, optimizer),
         batches=batches,
         clock=clock,
         evaluation_due=Due(parse_interval(run.evaluation.every), len(batches)),
@@ -96,7 +96,7 @@ def build_job(run: RunConfig) -> Job:
 
 
 def _blocks(adapter: Adapter, run: RunConfig) -> Blocks:
-    """The adapter's, with the rates that the optimizer gives to the units that are no adapted matrices."""
+    """The adapter's, with the rates that the optimizer gives to the units that are no matrices."""
     layout = adapter.flat.layout
     is_head = [place >= layout.num_adapter for place, _ in layout.others]
     others = tuple(run.optimizer.head_lr_ratio if head else 1.0 for head in is_head)

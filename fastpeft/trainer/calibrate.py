@@ -10,15 +10,15 @@ import torch
 
 from fastpeft.signals import Signals
 from fastpeft.trainer.build import Job
-from fastpeft.trainer.checkpoint import rng_state, set_rng_state
 from fastpeft.trainer.micro_batches import MicroBatches
+from fastpeft.trainer.rng import rng_state, set_rng_state
 from fastpeft.trainer.step import forward_backward
 
 CALIBRATION_CAP = 0.02
 MIN_CALIBRATION_BATCHES = 8
 
 
-def calibrate(job: Job, micro_batches: MicroBatches, stop: Callable[[], bool], warn: Callable[[str], None]) -> int:
+def calibrate(job: Job, stop: Callable[[], bool], warn: Callable[[str], None]) -> int:
     """Let the adapter see the first batches; neither the RNG nor the data order moves. Returns how many it saw."""
     adapter, clock = job.adapter, job.clock
     wanted, start = adapter.calibration_batches, clock.spent
@@ -36,7 +36,7 @@ def calibrate(job: Job, micro_batches: MicroBatches, stop: Callable[[], bool], w
             began = time.perf_counter()
             adapter.before_calibration_batch()
             scale = job.optimizer.loss_scale
-            signals = _pass(job, micro_batches, num_batches, scale)
+            signals = _pass(job, num_batches, scale, warn)
             measured = adapter.after_calibration_batch(1.0 if scale is None else float(scale))
             clock.count_tokens(signals.num_tokens, time.perf_counter() - began)
             if measured:
@@ -46,21 +46,18 @@ def calibrate(job: Job, micro_batches: MicroBatches, stop: Callable[[], bool], w
     return num_batches
 
 
-def _pass(job: Job, micro_batches: MicroBatches, position: int, scale: torch.Tensor | None) -> Signals:
+def _pass(job: Job, position: int, scale: torch.Tensor | None, warn: Callable[[str], None]) -> Signals:
     rows = job.batches.rows(position)
-    return micro_batches.fit(
-        lambda: forward_backward(
-            job.adapter, job.task.loss, micro_batches(rows), job.task.num_items(rows), loss_scale=scale
-        ),
-        len(rows),
-        "in calibration",
+    batches, num_items = MicroBatches(job, rows, "in calibration", warn), job.task.num_items(rows)
+    return batches.until_it_fits(
+        lambda: forward_backward(job.adapter, job.task.loss, batches, num_items, loss_scale=scale)
     )
 
 
 @contextmanager
 def _rng_restored() -> Iterator[None]:
-    tensors, values = rng_state()
+    state = rng_state()
     try:
         yield
     finally:
-        set_rng_state(tensors, values)
+        set_rng_state(state)

@@ -7,9 +7,8 @@ in the penalty or the optimizer, smaller parts would not help, and an error ther
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
@@ -25,26 +24,23 @@ T = TypeVar("T")
 
 
 class MicroBatches:
-    """Splits batches for `job`. Called with the rows of a batch it gives its micro-batches, which may be iterated more
-    than once."""
+    """The micro-batches of one batch of `job`, which may be iterated more than once."""
 
-    def __init__(self, job: Job, warn: Callable[[str], None]) -> None:
-        self._job, self._warn = job, warn
+    def __init__(self, job: Job, rows: np.ndarray, where: str, warn: Callable[[str], None]) -> None:
+        """`where` tells the user which passes did not fit."""
+        self._job, self._rows, self._where, self._warn = job, rows, where, warn
         self._in_flight: tuple[int, int] | None = None
         """Rows and width of the micro-batch that the model works on."""
 
-    def __call__(self, rows: np.ndarray) -> Iterable[Batch]:
-        return _Passes(self, rows)
-
-    def split(self, rows: np.ndarray) -> Iterator[Batch]:
+    def __iter__(self) -> Iterator[Batch]:
         encoded = self._job.batches.encoded
-        for part in micro_batches(encoded, rows, self._job.limits.training):
+        for part in micro_batches(encoded, self._rows, self._job.limits.training):
             self._in_flight = len(part), int(encoded.widths[part].max())
             yield self._job.task.collate(part, self._job.device)
         self._in_flight = None
 
-    def fit(self, attempt: Callable[[], T], num_rows: int, where: str) -> T:
-        """`attempt`, which consumes this batch's micro-batches, until it fits; dropout begins anew each time.
+    def until_it_fits(self, passes: Callable[[], T]) -> T:
+        """`passes` over these micro-batches, again in smaller ones until they fit; dropout begins anew each time.
 
         Raises:
             OutOfMemory: a single row does not fit; nothing but gradients has changed.
@@ -53,7 +49,7 @@ class MicroBatches:
         while True:
             generators = generator_states(job.device)
             try:
-                return attempt()
+                return passes()
             except RuntimeError as error:
                 if self._in_flight is None or not is_out_of_memory(error):
                     raise
@@ -62,17 +58,8 @@ class MicroBatches:
             job.adapter.flat.grad.zero_()
             free_memory()
             set_generator_states(job.device, generators)
-            told = job.limits.halve_training(*too_large, where)
-            self._warn(f"{told}; the batch of {num_rows} rows stays")
-
-
-@dataclass(frozen=True)
-class _Passes:
-    owner: MicroBatches
-    rows: np.ndarray
-
-    def __iter__(self) -> Iterator[Batch]:
-        return self.owner.split(self.rows)
+            told = job.limits.halve_training(*too_large, self._where)
+            self._warn(f"{told}; the batch of {len(self._rows)} rows stays")
 
 
 @contextmanager

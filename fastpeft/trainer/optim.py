@@ -38,7 +38,7 @@ def make_optimizer(flat: FlatParameters, config: OptimizerConfig, dtype: torch.d
 
 
 class Optimizer(ABC):
-    """Updates the flat parameters in place; `state` and `load_state` make a resume exact.
+    """Updates the flat parameters in place; `state_dict` and `load_state_dict` make a resume exact.
 
     Args:
         config: the section `optimizer`; `config.own` is the optimizer's own section, where its entry has a Config.
@@ -53,21 +53,20 @@ class Optimizer(ABC):
         self._decay_U = np.where(flat.layout.in_head_U, head_decay, config.weight_decay)
         """Of each unit, in units of Rates.lr."""
         self._good_steps = torch.zeros((), device=device)
+        self.sums_blocks = False
+        """Every update also sets signals.sums."""
         if dtype == torch.float16:
             self.loss_scale = torch.tensor(FIRST_LOSS_SCALE, device=device)
 
-    def step(self, signals: Signals, rates: Rates, reduces: bool = False) -> None:
-        """Clip, guard, update. Sets signals.skipped, and signals.grad_norm unless the adapter has measured it.
+    def clip_guard_and_update(self, signals: Signals, rates: Rates) -> None:
+        """One step, all on the device. Sets signals.skipped, and signals.grad_norm unless the adapter has measured it.
 
         A step whose loss or gradient is not finite changes no bit of parameters and state, and counts as none.
-
-        Args:
-            reduces: also set signals.sums.
         """
         flat = self._flat
         if signals.grad_norm is None:
             signals.grad_norm = weighted_frobenius(flat.data, flat.grad, flat.layout).norm
-        signals.skipped = self._update(signals, signals.grad_norm, rates, reduces)
+        signals.skipped = self._update(signals, signals.grad_norm, rates)
         if self.loss_scale is not None:
             self.adjust_scale(signals.skipped)
 
@@ -82,7 +81,7 @@ class Optimizer(ABC):
         """(U,): what a step multiplies each unit's parameters by before it moves them, 1 - rate decay."""
         rate_U = rates.lr * self._decay_U
         if rates.multiplier_K is not None:
-            rate_U[: self._flat.layout.num_matrices] *= rates.multiplier_K
+            rate_U[: self._flat.layout.num_blocks] *= rates.multiplier_K
         return 1 - rate_U
 
     def clip_divisor(self, norm: torch.Tensor) -> torch.Tensor:
@@ -105,14 +104,14 @@ class Optimizer(ABC):
         self._good_steps *= 1 - grow
         self.loss_scale = (self.loss_scale * (1 + grow) * (1 - 0.5 * skipped)).clamp(1.0, 2.0**24)
 
-    def state(self) -> dict[str, torch.Tensor]:
+    def state_dict(self) -> dict[str, torch.Tensor]:
         """All that a resume needs besides the parameters, by name. What it holds may be the optimizer's own buffers."""
         state = self._state()
         if self.loss_scale is not None:
             state["loss_scale"], state["good_steps"] = self.loss_scale, self._good_steps
         return state
 
-    def load_state(self, state: dict[str, torch.Tensor]) -> None:
+    def load_state_dict(self, state: dict[str, torch.Tensor]) -> None:
         self._load_state(state)
         if self.loss_scale is not None:
             device = self._flat.data.device
@@ -126,7 +125,7 @@ class Optimizer(ABC):
         yield
 
     @abstractmethod
-    def _update(self, signals: Signals, norm: torch.Tensor, rates: Rates, reduces: bool) -> torch.Tensor:
+    def _update(self, signals: Signals, norm: torch.Tensor, rates: Rates) -> torch.Tensor:
         """Clip by `norm`, guard, update, and leave the clipped gradient in the flat buffer. Returns `skipped`: (),
         1.0 where nothing was changed."""
 
@@ -163,7 +162,7 @@ class FlatAdamW(Optimizer):
         self._exp_avg, self._exp_avg_sq = torch.zeros_like(flat.data), torch.zeros_like(flat.data)
         self._step = torch.zeros((), device=flat.data.device)
 
-    def _update(self, signals: Signals, norm: torch.Tensor, rates: Rates, reduces: bool) -> torch.Tensor:
+    def _update(self, signals: Signals, norm: torch.Tensor, rates: Rates) -> torch.Tensor:
         flat = self._flat
         found = adamw_step(
             flat.data,
@@ -177,7 +176,7 @@ class FlatAdamW(Optimizer):
             loss=signals.loss,
             multiplier_K=self._on_device(rates.multiplier_K),
             options=self._options,
-            reduces=reduces,
+            reduces=self.sums_blocks,
         )
         signals.sums = found.sums
         return found.skipped
@@ -209,8 +208,8 @@ class ScheduleFreeAdamW(Optimizer):
     The warm-up is the schedule's: its small rates weigh little in x. `averaged` puts x in place of y.
 
     A step is some forty operations, where adamw has one launch. The guard keeps copies of y, z and v while the package
-    works: three times the parameters' memory for that while. The package counts steps on the host: whether one was
-    skipped is read as the next is taken, when the device already has that one's passes to work on.
+    works: three times the parameters' memory for that while. The package counts steps on the host: the skip flag of
+    step t is read in step t + 1, after that step's passes are queued, so the host never stalls.
     """
 
     def __init__(self, flat: FlatParameters, config: OptimizerConfig, dtype: torch.dtype) -> None:
@@ -234,8 +233,8 @@ class ScheduleFreeAdamW(Optimizer):
         self._before: list[tuple] | None = None
         """Counters before the last step, until it is known whether that was skipped."""
 
-    def _update(self, signals: Signals, norm: torch.Tensor, rates: Rates, reduces: bool) -> torch.Tensor:
-        if rates.multiplier_K is not None or reduces:
+    def _update(self, signals: Signals, norm: torch.Tensor, rates: Rates) -> torch.Tensor:
+        if rates.multiplier_K is not None or self.sums_blocks:
             raise ValueError("optimizer schedule_free takes no rates per matrix: use schedule.name constant, or adamw")
         flat = self._flat
         if self._num_steps() == 0:

@@ -9,7 +9,7 @@ from fastpeft.config import RunConfig, apply_stand_in, load_run, run_values
 from fastpeft.config.trackers import TRACKERS
 from fastpeft.errors import UserError
 from fastpeft.runs.store import Result, RunError, RunFolder
-from fastpeft.trainer.checkpoint import Checkpoint, newest_checkpoint
+from fastpeft.trainer.checkpoint_files import Checkpoint, newest_checkpoint
 from fastpeft.trainer.resolve import Resolved, resolve
 
 
@@ -67,16 +67,20 @@ def _leaves(values: dict, prefix: str = "") -> Iterator[tuple[str, object]]:
 
 
 def find_checkpoint(folder: RunFolder, say: Callable[[str], None]) -> Checkpoint | None:
-    """The newest valid checkpoint; the event log is cut back to where it was written."""
+    """The newest valid checkpoint; the event log is cut back to where it was written.
+
+    Raises:
+        CheckpointError: it is of another version. Nothing has been changed.
+    """
     checkpoint, skipped = newest_checkpoint(folder.checkpoints)
     for fault in skipped:
         say(f"checkpoint passed over: {fault}")
     if checkpoint is None:
         say(f"{folder.path} has no valid checkpoint: starting over")
     else:
-        say(f"resuming {folder.path} after step {checkpoint.values['steps']:,}")
+        say(f"resuming {folder.path} after step {checkpoint.step:,}")
     if folder.events.exists():
         size = folder.events.stat().st_size
         with folder.events.open("r+b") as file:
-            file.truncate(min(size, checkpoint.values["events_bytes"] if checkpoint else 0))
+            file.truncate(min(size, checkpoint.events_bytes if checkpoint else 0))
     return checkpoint

@@ -16,12 +16,13 @@ from fastpeft.runs.store import Result, RunFolder, default_name, write_json
 from fastpeft.runs.system import Heartbeat, environment, git_commit
 from fastpeft.trackers import Choice, Trackers, choose
 from fastpeft.trainer.build import Job, build_job, gpu_uuid
-from fastpeft.trainer.checkpoint import Checkpoint, rng_state, set_rng_state
+from fastpeft.trainer.checkpoint_files import Checkpoint
 from fastpeft.trainer.interrupt import StopRequest
 from fastpeft.trainer.loop import Loop
 from fastpeft.trainer.micro_batches import out_of_memory_is_told
 from fastpeft.trainer.resolve import Resolved, resolve
 from fastpeft.trainer.resume import check_same, find_checkpoint, open_run, same_run
+from fastpeft.trainer.rng import rng_state, set_rng_state
 
 __all__ = ["Reporter", "StopRequest", "train"]
 
@@ -137,8 +138,8 @@ def _run(
     loop = Loop(job, folder, log, result, stop)
     error = trackers = None
     try:
-        trackers = Trackers(chosen, folder.path, reporter.say, loop.warn)
-        with Heartbeat(lambda **figures: loop.event("system", **figures), gpu_uuid(job.device)):
+        trackers = Trackers(chosen, folder.path, reporter.say, loop.log.warn)
+        with Heartbeat(lambda **figures: loop.log.event("system", **figures), gpu_uuid(job.device)):
             result.status = loop.run(checkpoint)
     except BaseException as caught:
         result.status, error = "failed", f"{type(caught).__name__}: {caught}"
@@ -158,7 +159,7 @@ def _close(job: Job, loop: Loop, folder: RunFolder, result: Result, error: str |
     result.energy_j, result.energy_method = clock.meter.joules, clock.meter.method
     result.elapsed_s, result.tokens, result.steps = clock.elapsed_s, clock.tokens, clock.steps
     result.budget["spent"] = clock.spent
-    sizes = [path.stat().st_size for path in folder.weights(job.adapter.saved_as).glob("*.safetensors")]
+    sizes = [path.stat().st_size for path in folder.weights(job.adapter.saved_as).glob(job.adapter.weight_files)]
     if sizes:
         result.adapter_mb = round(sum(sizes) / 2**20, 3)
     if job.device.type == "cuda":
@@ -167,8 +168,8 @@ def _close(job: Job, loop: Loop, folder: RunFolder, result: Result, error: str |
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
     result.peak_memory_mb = round(peak, 1)
     folder.write_result(result)
-    more = {"error": error} if error else {}
-    loop.event("end", status=result.status, metric=result.metric, best=result.best, energy_j=result.energy_j, **more)
+    outcome = {key: getattr(result, key) for key in ("status", "metric", "best", "energy_j")}
+    loop.log.event("end", **outcome, **({"error": error} if error else {}))
 
 
 def _say_stand_in(reporter: Reporter, resolved: Resolved) -> None:
@@ -203,4 +204,4 @@ class _torch_settings:  # noqa: N801 (used like a function)
 
     def __exit__(self, *exception: object) -> None:
         torch.set_num_threads(self._threads_before)
-        set_rng_state(*self._rng_before)
+        set_rng_state(self._rng_before)

@@ -13,10 +13,16 @@ from fastpeft.schedules import Schedule
 from fastpeft.signals import Need, Rates, Signals
 from fastpeft.tasks.base import BatchLoss
 from fastpeft.trainer.optim import Optimizer
-from fastpeft.trainer.probes.hooks import IDLE, Probes
+from fastpeft.trainer.probes.hooks import NO_PROBES, NoProbes, Probes
 
 Loss = Callable[[nn.Module, Batch, int, Collection[Need]], BatchLoss]
-"""As Objective.loss."""
+"""As Task.loss."""
+Repeat = Callable[[Callable[[], Signals]], Signals]
+"""Takes the passes over a batch, and takes them again where the memory was short: as MicroBatches.until_it_fits."""
+
+
+def once(passes: Callable[[], Signals]) -> Signals:
+    return passes()
 
 
 def train_step(
@@ -27,22 +33,22 @@ def train_step(
     batches: Iterable[Batch],
     num_items: int,
     progress: float,
-    probes: Probes = IDLE,
+    probes: Probes | NoProbes = NO_PROBES,
+    repeat: Repeat = once,
 ) -> tuple[Signals, Rates]:
     """Forward and backward over the micro-batches of one batch, then the update.
 
     Nothing here waits for what this step measures: that stays on the device, in the Signals, and `probes` tell the
-    schedule of the step before this one. Where they take a product, `batches` are iterated more than once.
+    schedule of the step before this one. Only the passes may be repeated: `batches` are iterated more than once then,
+    and where the probes take a Hessian-vector product.
     """
     scale = optimizer.loss_scale
-    probes.before_passes(lambda: forward_backward(adapter, loss, batches, num_items, loss_scale=scale))
-    signals = forward_backward(adapter, loss, batches, num_items, loss_scale=scale, probes=probes)
+    signals = repeat(lambda: forward_backward(adapter, loss, batches, num_items, scale, probes))
     adapter.after_backward(signals, progress)
-    rates = schedule.rates(probes.measured(), progress)
-    probes.before_update()
-    optimizer.step(signals, rates, probes.reduces)
-    adapter.after_step(signals, rates, progress)
-    probes.after_step(signals, rates)
+    rates = schedule.rates(probes.take_measured(), progress)
+    with probes.around_update(signals, rates):
+        optimizer.clip_guard_and_update(signals, rates)
+        adapter.after_step(signals, rates, progress)
     return signals, rates
 
 
@@ -52,18 +58,18 @@ def forward_backward(
     batches: Iterable[Batch],
     num_items: int,
     loss_scale: torch.Tensor | None = None,
-    probes: Probes = IDLE,
+    probes: Probes | NoProbes = NO_PROBES,
 ) -> Signals:
     """Gradient of the mean loss over the `num_items` of all micro-batches, unscaled, in the flat buffer."""
+    probes.before_passes(lambda: forward_backward(adapter, loss, batches, num_items, loss_scale))
     adapter.flat.grad.zero_()
     total = torch.zeros((), device=adapter.flat.data.device)
     statistics: dict[str, torch.Tensor] = {}
     num_tokens = 0
     for batch in batches:
-        probes.before_pass(batch)
-        part = loss(adapter.model, batch, num_items, probes.needs)
-        (part.loss if loss_scale is None else part.loss * loss_scale).backward()
-        probes.after_pass()
+        with probes.around_pass(batch):
+            part = loss(adapter.model, batch, num_items, probes.needs)
+            (part.loss if loss_scale is None else part.loss * loss_scale).backward()
         total += part.loss.detach()
         for name, value in part.statistics.items():
             statistics[name] = statistics[name] + value if name in statistics else value

@@ -1,19 +1,23 @@
-"""What each step measured: queued on the device, fetched now and then in one transfer, written to the log."""
+"""The run's events. What steps measured is queued on the device and fetched now and then, in one transfer."""
 
 from __future__ import annotations
 
 import math
 import time
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
+from fastpeft.adapters import Adapter, to_json
 from fastpeft.budget import BudgetClock
 from fastpeft.runs.events import EventLog
-from fastpeft.signals import Rates, Signals
+from fastpeft.signals import Blocks, Rates, Signals
 
 FETCH_S = 0.5
 FETCH_STEPS = 32
+RATES_STEPS = 32
+"""Steps between two events of the learning rates of each block."""
 _MEASURES = ("loss", "penalty", "penalty_share", "grad_norm", "skipped")
 
 
@@ -31,21 +35,54 @@ class _Pending:
 
 
 class StepLog:
-    """Writes the `step` events, and counts the steps that were not finite."""
+    """Writes a run's events in the order of its steps, and counts the steps that were not finite."""
 
-    def __init__(self, log: EventLog, device: torch.device) -> None:
+    def __init__(self, log: EventLog, clock: BudgetClock, device: torch.device) -> None:
         self.num_non_finite = 0
         """In a row, up to the last step that was fetched."""
         self.num_skipped = 0
-        self._log, self._device = log, device
+        self._log, self._clock, self._device = log, clock, device
         self._pending: list[_Pending] = []
         self._fetched_at = time.perf_counter()
+        self._rates_logged_at = -RATES_STEPS
+        self._importance_logged = 0
 
-    def note(self, clock: BudgetClock, progress: float, rates: Rates, signals: Signals) -> None:
+    def event(self, type: str, **fields: Any) -> None:
+        """Write an event of this moment; it may come before queued steps. For any thread."""
+        self._log.write(type, elapsed_s=self._clock.elapsed_s, step=self._clock.steps, **fields)
+
+    def warn(self, message: str) -> None:
+        self.event("warning", message=message)
+
+    def offset(self) -> int:
+        """Bytes of the log so far."""
+        return self._log.offset()
+
+    def importance(self, adapter: Adapter, **more: Any) -> None:
+        """If they have changed since they were last logged."""
+        if adapter.importance_version == self._importance_logged:
+            return
+        self._importance_logged = adapter.importance_version
+        importance = adapter.importance()
+        assert importance is not None
+        self.event("importance", **to_json(importance), **more)
+
+    def rates(self, blocks: Blocks, rates: Rates) -> None:
+        """Now and then, where blocks have learning rates of their own."""
+        steps = self._clock.steps
+        if rates.multiplier_K is None or steps - self._rates_logged_at < RATES_STEPS:
+            return
+        self._rates_logged_at = steps
+        self.fetch()  # the log stays in the steps' order
+        names = {"names": blocks.names, "layer": blocks.layers, "projection": blocks.projections}
+        self.event("rates", **names, multipliers=[float(m) for m in rates.multiplier_K])
+
+    def step(self, progress: float, rates: Rates, signals: Signals) -> None:
         """Queue the step's measurements; fetch the queue now and then, in one transfer."""
-        num_tokens, energy_j = signals.num_tokens, clock.meter.joules
-        pending = _Pending(clock.steps, clock.elapsed_s, progress, rates.lr, num_tokens, energy_j, signals)
-        self._pending.append(pending)
+        clock, num_tokens = self._clock, signals.num_tokens
+        self._pending.append(
+            _Pending(clock.steps, clock.elapsed_s, progress, rates.lr, num_tokens, clock.meter.joules, signals)
+        )
         if len(self._pending) >= FETCH_STEPS or time.perf_counter() - self._fetched_at >= FETCH_S:
             self.fetch()
 
@@ -88,3 +125,14 @@ class StepLog:
                     f"({self.num_non_finite} in a row, {self.num_skipped} in all)",
                 )
         self._pending.clear()
+
+    def state_dict(self) -> dict[str, Any]:
+        return {
+            "num_non_finite": self.num_non_finite,
+            "num_skipped": self.num_skipped,
+            "rates_logged_at": self._rates_logged_at,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.num_non_finite, self.num_skipped = state["num_non_finite"], state["num_skipped"]
+        self._rates_logged_at = state["rates_logged_at"]

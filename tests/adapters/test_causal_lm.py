@@ -83,7 +83,7 @@ def train(adapter, run, seed: int, num_steps: int = 3) -> None:
     for i in range(num_steps):
         signals = Signals(loss=backward(adapter, *batch(seed + i)), num_tokens=36)
         adapter.after_backward(signals, i / num_steps)
-        optimizer.step(signals, rates := Rates(lr=1e-2))
+        optimizer.clip_guard_and_update(signals, rates := Rates(lr=1e-2))
         adapter.after_step(signals, rates, i / num_steps)
 
 

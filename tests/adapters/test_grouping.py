@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 
 import pytest
@@ -113,7 +114,7 @@ def test_a_step_after_a_resume_has_the_bits_of_an_unbroken_one(make_job, grouped
     for position in range(2):
         take(unbroken, position)
     resumed.adapter.flat.data.copy_(unbroken.adapter.flat.data)
-    resumed.optimizer.load_state({name: tensor.clone() for name, tensor in unbroken.optimizer.state().items()})
+    resumed.optimizer.load_state_dict(copy.deepcopy(unbroken.optimizer.state_dict()))
     state = torch.get_rng_state()
     for job in (unbroken, resumed):
         torch.set_rng_state(state)

@@ -75,7 +75,7 @@ def perturb(job, seed: int, std: float = 0.3) -> None:
 
 def set_sensitivity(job, sensitivity: list[float]) -> None:
     values = torch.tensor(sensitivity, dtype=torch.float64)
-    job.adapter.load_state({"sums": values, "num_batches": torch.tensor(1), "sensitivity": values})
+    job.adapter.load_state_dict({"sums": values, "num_batches": 1, "sensitivity": values})
 
 
 def no_loss() -> Signals:
@@ -515,7 +515,7 @@ def test_state_round_trip(make_job):
     calibrate(job)
     other = make_job("bert")
     assert other.adapter.calibration_batches == 3
-    other.adapter.load_state({name: tensor.clone() for name, tensor in job.adapter.state().items()})
+    other.adapter.load_state_dict(copy.deepcopy(job.adapter.state_dict()))
     assert other.adapter.importance() == job.adapter.importance()
     assert other.adapter.calibration_batches == 0
     perturb(job, 1)
@@ -531,10 +531,10 @@ def test_state_in_the_middle_of_inline_calibration(make_job):
     whole, first, second = (make_job("bert", **settings) for _ in range(3))
     list(take_steps(whole, 12))
     list(take_steps(first, 5))
-    second.adapter.load_state({name: tensor.clone() for name, tensor in first.adapter.state().items()})
+    second.adapter.load_state_dict(copy.deepcopy(first.adapter.state_dict()))
     second.adapter.flat.data.copy_(first.adapter.flat.data)
-    second.optimizer.load_state(first.optimizer.state())
-    second.schedule.load_state(first.schedule.state())
+    second.optimizer.load_state_dict(first.optimizer.state_dict())
+    second.schedule.load_state_dict(first.schedule.state_dict())
     list(take_steps(second, 7, start=5))
     assert second.adapter.importance() == whole.adapter.importance()
     assert torch.equal(second.adapter.flat.data, whole.adapter.flat.data)

@@ -57,8 +57,8 @@ def test_alpha_0_is_lora_bit_for_bit(make_job, triton, penalty, request):
     lora, plain = trained(make_job, method="lora")
     other, weighted = trained(make_job, regulariser__alpha=0.0, regulariser__penalty=penalty)
     assert torch.equal(lora.adapter.flat.data, other.adapter.flat.data)
-    for name, tensor in lora.optimizer.state().items():
-        assert torch.equal(tensor, other.optimizer.state()[name]), name
+    for name, tensor in lora.optimizer.state_dict().items():
+        assert torch.equal(tensor, other.optimizer.state_dict()[name]), name
     for a, b in zip(plain, weighted):
         assert torch.equal(a.grad_norm, b.grad_norm)
         assert float(b.penalty) == float(b.penalty_share) == 0

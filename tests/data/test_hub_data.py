@@ -46,7 +46,7 @@ def refusal(of: DatasetConfig, kind: type[Exception] = UnavailableError) -> str:
     return str(error.value)
 
 
-def offline(hub: FakeHub, of: DatasetConfig) -> ClassificationTask:
+def offline(hub: FakeHub, of: DatasetConfig):
     """Loaded with a hub that would give nothing any more."""
     repositories, hub.repositories = hub.repositories, {}
     asked = len(hub.requests)

@@ -10,7 +10,7 @@ import torch
 
 from fastpeft.kernels import AdamWOptions, FlatLayout, adamw_step
 from fastpeft.kernels.launch import LAUNCHES
-from tests.support.flat_model import Random, make_layout, relative_error
+from tests.support.flat_model import SHAPES, Random, make_layout, relative_error
 
 CPU = torch.device("cpu")
 OPTIONS = {
@@ -54,7 +54,7 @@ class Oracle:
         self.ratios, groups = [], []
         for i, unit in enumerate(self.units):
             is_head = self.parts[i][0][0] >= layout.num_adapter
-            own = float(multiplier_K[i]) if multiplier_K is not None and i < layout.num_matrices else 1.0
+            own = float(multiplier_K[i]) if multiplier_K is not None and i < layout.num_blocks else 1.0
             self.ratios.append(options.head_ratio if is_head else own)
             decay = options.head_weight_decay if is_head else options.weight_decay
             groups.append({"params": unit, "weight_decay": decay})
@@ -106,7 +106,7 @@ class Oracle:
 def follow(seed, layout, options, device, dtype, bound, multiplies=False, reduces=False):
     """Several steps beside the oracle, two of them skipped."""
     random = Random(seed, dtype, device)
-    multiplier_K = random(layout.num_matrices).abs() + 0.25 if multiplies else None
+    multiplier_K = random(layout.num_blocks).abs() + 0.25 if multiplies else None
     run = Run(random(layout.num_total), layout, options)
     start = run.data.double().cpu().clone()
     oracle = Oracle(run.data, layout, options, multiplier_K)
@@ -157,6 +157,15 @@ def test_equals_torch_adamw(seed, options, multiplies, dtype):
     follow(seed, make_layout((4, 8)), options, CPU, dtype, bound, multiplies, reduces=True)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("matrices", [True, False])
+def test_blocks_that_are_no_matrices_have_rates_too(seed, matrices, dtype):
+    layout = make_layout((4, 8), num_named=1) if matrices else make_layout((), shapes=(), num_named=1)
+    assert layout.num_blocks == (4 if matrices else 1)
+    bound = 2e-5 if dtype == torch.float32 else 1e-9
+    follow(seed, layout, OPTIONS["groups"], CPU, dtype, bound, multiplies=True, reduces=True)
+
+
 def test_without_matrices_and_without_a_head(seed):
     for layout in (make_layout((), shapes=(), extra=(5000,), head=()), make_layout((), shapes=(), head=(9, 2))):
         follow(seed, layout, OPTIONS["groups"], CPU, torch.float32, 2e-5, reduces=True)
@@ -195,6 +204,11 @@ def test_triton(seed, triton_device, poisoned, name, multiplies, reduces):
     follow(seed, layout, OPTIONS[name], triton_device, torch.float32, 2e-5, multiplies, reduces)
     assert LAUNCHES["adamw_kernel"] == before + NUM_STEPS
     assert not layout.tickets.any()
+
+
+def test_triton_of_blocks_that_are_no_matrices(seed, triton_device, poisoned):
+    layout = make_layout((4, 8), triton_device, num_named=1)
+    follow(seed, layout, OPTIONS["groups"], triton_device, torch.float32, 2e-5, multiplies=True, reduces=True)
 
 
 def test_triton_of_whole_numbers_and_strided_multipliers(seed, triton_device):
@@ -240,17 +254,21 @@ def test_triton_with_every_option(seed, triton_device, poisoned, options, multip
     follow(seed, layout, options, triton_device, torch.float32, 2e-5, multiplies, True)
 
 
+@pytest.mark.parametrize("num_named", [0, 1])
 @pytest.mark.parametrize("extra", [(), (7, 40)])
 @pytest.mark.parametrize("head", [(), (33, 3)])
 @pytest.mark.parametrize("adapted", [True, False])
-def test_sums_over_units_on_either_device_are_those_of_their_parts(seed, adapted, head, extra):
+def test_sums_over_units_on_either_device_are_those_of_their_parts(seed, adapted, head, extra, num_named):
     """The model's order is not that of the buffers."""
     if not adapted and not extra + head:
         pytest.skip("no parameter at all")
-    layout = make_layout((4, 8), extra=extra, head=head) if adapted else FlatLayout([], extra, head)
+    num_named = min(num_named, len(extra))
+    ranks, shapes = ((4, 8), SHAPES) if adapted else ((), ())
+    layout = make_layout(ranks, shapes=shapes, extra=extra, head=head, num_named=num_named)
     flat = Random(seed, torch.float64)(layout.num_total)
     want = torch.stack([sum(flat[at : at + size].sum() for at, size in parts) for parts in layout.unit_parts()])
     for sums in (layout.unit_sums(flat), layout._sums_by_group(flat)):
         torch.testing.assert_close(sums, want)
-    squares = [flat[at : at + size].square().sum() for _, (at, size) in layout.unit_parts()[: layout.num_matrices]]
+    last_parts = [parts[-1] for parts in layout.unit_parts()[: layout.num_blocks]]  # of a matrix: B
+    squares = [flat[at : at + size].square().sum() for at, size in last_parts]
     torch.testing.assert_close(layout.b_squares(flat), torch.stack(squares) if squares else flat[:0])

@@ -23,7 +23,7 @@ GARBAGE = (math.nan, math.inf, -math.inf, 0.0, -0.0, -1.0, 1e-300, 1e300, -1e300
 
 def through_json(schedule: Schedule, name: str) -> Schedule:
     other = make(name)
-    other.load_state(json.loads(json.dumps(schedule.state(), allow_nan=False)))
+    other.load_state_dict(json.loads(json.dumps(schedule.state_dict(), allow_nan=False)))
     return other
 
 
@@ -56,7 +56,7 @@ def test_a_resume_is_exact_wherever_it_stops(name: str, seed: int) -> None:
         if i < 12 or rng.random() < 0.15:
             relay = through_json(relay, name)
     assert told == schedule.told()
-    assert relay.state() == schedule.state()
+    assert relay.state_dict() == schedule.state_dict()
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -64,7 +64,7 @@ def test_a_state_is_not_changed_by_the_steps_after_it(name: str) -> None:
     run = run_of(60)
     schedule = make(name)
     rates_of(schedule, run[:40])
-    state = schedule.state()
+    state = schedule.state_dict()
     text = json.dumps(state)
     rates_of(schedule, run, first=40)
     assert json.dumps(state) == text
@@ -95,7 +95,7 @@ def test_a_run_keeps_the_rails(name: str, seed: int) -> None:
     run, schedule = run_of(400, seed, skips=(1, 2, 3, 200)), make(name)
     for before, measured in zip([None, *run], run):
         check_sane(schedule, before, measured.progress)
-    json.dumps(schedule.state(), allow_nan=False)
+    json.dumps(schedule.state_dict(), allow_nan=False)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -121,10 +121,10 @@ def test_garbage_comes_to_nothing(name: str, seed: int) -> None:
         measured = (bad, good, some, None)[int(rng.integers(4))]
         check_sane(schedule, measured, min(1.0, step / num_steps))
         if step % 10 == 0:
-            json.dumps(schedule.state(), allow_nan=False)
+            json.dumps(schedule.state_dict(), allow_nan=False)
     for value in GARBAGE:
         check_sane(schedule, replace(spoilt(good, value), skipped=False), 1.0)
-        json.dumps(schedule.state(), allow_nan=False)
+        json.dumps(schedule.state_dict(), allow_nan=False)
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -116,7 +116,7 @@ def test_state_continues_in_warmup_and_in_decay(name: str, stop: int) -> None:
         scaled = [p * scale for p in progresses]
         expected = trace(unbroken, scaled)
         trace(first, scaled[:stop])
-        second.load_state(json.loads(json.dumps(first.state())))
+        second.load_state_dict(json.loads(json.dumps(first.state_dict())))
         assert trace(second, scaled[stop:]) == expected[stop:]
 
 

@@ -358,7 +358,7 @@ def test_steps_that_are_not_finite_change_nothing_and_are_counted() -> None:
     assert told["skipped_statistics"] == 38
     assert told["divergences"] == 38
     assert told["forecast_error"]["50%"] < 0.05
-    json.dumps(schedule.state(), allow_nan=False)
+    json.dumps(schedule.state_dict(), allow_nan=False)
 
 
 def test_blocks_without_any_statistic_hold_the_rate() -> None:
@@ -450,12 +450,12 @@ def test_a_resumed_schedule_goes_on_to_the_bit(stop: int, options: dict[str, Any
     unbroken, first, second = (make(warmup_steps=10, **options) for _ in range(3))
     expected = rates(unbroken, 1, total)
     assert rates(first, 1, stop) == expected[:stop]
-    second.load_state(json.loads(json.dumps(first.state(), allow_nan=False)))
+    second.load_state_dict(json.loads(json.dumps(first.state_dict(), allow_nan=False)))
     assert rates(second, stop + 1, total) == expected[stop:]
     for schedule in (unbroken, second):
         schedule.finish(1.0)
     assert figures(unbroken)[-1] == figures(second)[-1]
-    assert second.state() == unbroken.state()
+    assert second.state_dict() == unbroken.state_dict()
 
 
 # ---- closed loop ---------------------------------------------------------------------------

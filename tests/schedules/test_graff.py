@@ -153,7 +153,7 @@ def test_a_step_that_was_skipped_teaches_nothing(seed, monkeypatch):
 def test_emissions_whose_effect_is_never_measured_do_not_pile_up():
     schedule = make()
     trace(schedule, [None] * 20)
-    assert len(schedule.state()["pending"]) == 3
+    assert len(schedule.state_dict()["pending"]) == 3
 
 
 # ---- learning ------------------------------------------------------------------------------
@@ -214,9 +214,9 @@ def test_a_resume_continues_exactly(stop, options, seed):
     whole, first, second = (make(warmup_steps=20, **options) for _ in range(3))
     expected = trace(whole, readings)
     trace(first, readings[:stop])
-    state = json.loads(json.dumps(first.state(), allow_nan=False))
+    state = json.loads(json.dumps(first.state_dict(), allow_nan=False))
     assert stop < 17 or len(state["pending"]) == 2 + ("trace_decay" in options) or stop == 40
-    second.load_state(state)
+    second.load_state_dict(state)
     rates = [second.rates(readings[i], i / 500) for i in range(stop, 70)]
     assert [[r.lr, *r.multiplier_K] for r in rates] == expected[stop:]
     first.told(), second.told()

@@ -50,7 +50,7 @@ def test_guard_keeps_rate_times_curvature_under_the_limit_after_every_update(gua
         limit = STABLE / schedule.curvature_max(rates.multiplier_K)
         schedule.save(tmp_path)
         row_D = planner.views(planner.load_weights(tmp_path / planner.SHIPPED.name))["decoder.weight"][0]
-        mean_D = np.array(schedule.state()["h"]).mean(0)
+        mean_D = np.array(schedule.state_dict()["h"]).mean(0)
         log_eta = row_D @ mean_D + math.log(PEAK)
         assert mean_D @ mean_D >= planner.MIN_SQUARE
         assert log_eta <= math.log(limit) + 1e-6
@@ -124,7 +124,7 @@ def test_rates_stay_inside_the_rails_whatever_is_measured(guard, trace_decay, se
         for row in trace(schedule, garbage(random, 25)):
             assert LR_MIN <= row[0] <= LR_MAX  # false for NaN
             assert all(0 <= m <= 2 for m in row[1:])
-        json.dumps(schedule.state(), allow_nan=False)
+        json.dumps(schedule.state_dict(), allow_nan=False)
 
 
 def test_features_that_are_not_finite_are_replaced_and_counted(seed):

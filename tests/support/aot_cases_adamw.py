@@ -10,7 +10,7 @@ from tests.support.aot import Case
 
 SIGNATURE = {name: "*fp32" for name in adamw_kernel.arg_names if name.endswith("_ptr")}
 SIGNATURE |= {"slices_ptr": "*i64", "units_ptr": "*i64", "tickets_ptr": "*i32"}
-SIGNATURE |= {"num_slices": "i32", "num_matrices": "i32"}
+SIGNATURE |= {"num_slices": "i32", "num_blocks": "i32"}
 FLOATS = (
     "rate", "beta1", "rest1", "log_beta1", "beta2", "rest2", "log_beta2", "eps", "max_norm",
     "decay_adapter", "decay_head", "head_ratio",

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import torch
+from torch import nn
 
 from fastpeft.kernels import FlatLayout, MatrixGroup
 
@@ -11,13 +14,20 @@ SHAPES = (((2, 0), 17, 31, 2.0), ((1,), 129, 67, 0.5))
 EXTRA, HEAD = (7, 40), (33, 3)
 
 
-def make_layout(ranks, device="cpu", shapes=SHAPES, extra=EXTRA, head=HEAD) -> FlatLayout:
+def make_layout(ranks, device="cpu", shapes=SHAPES, extra=EXTRA, head=HEAD, num_named=0) -> FlatLayout:
     """One group a shape, of its own rank."""
     groups, place = [], 0
     for (indices, num_in, num_out, scale), rank in zip(shapes, ranks, strict=True):
         groups.append(MatrixGroup(indices, rank, num_in, num_out, scale, place))
         place = groups[-1].end
-    return FlatLayout(groups, extra, head, device)
+    return FlatLayout(groups, extra, head, device, num_named)
+
+
+def low_rank_block(layer: int, lora_a: nn.Parameter, lora_b: nn.Parameter) -> SimpleNamespace:
+    """As models.inject.LowRankBlock, without a layer behind it."""
+    place = {"name": f"layer.{layer}.query", "layer": layer, "projection": "query"}
+    factors = {"lora_a": lora_a, "lora_b": lora_b, "parameters": (lora_a, lora_b), "scale": 2.0}
+    return SimpleNamespace(kind="low_rank", **place, **factors)
 
 
 class Random:

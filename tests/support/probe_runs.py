@@ -80,10 +80,10 @@ class ReadsAll(Recorder):
         multiplier_K = 1 + 0.2 * np.sin(self.mixed * np.arange(1, 1 + len(self.blocks)))
         return Rates(self.peak_lr * (1 + 0.5 * self.mixed), multiplier_K)
 
-    def state(self) -> dict[str, Any]:
+    def state_dict(self) -> dict[str, Any]:
         return {"mixed": self.mixed, "found": sorted(self.found)}
 
-    def load_state(self, state: dict[str, Any]) -> None:
+    def load_state_dict(self, state: dict[str, Any]) -> None:
         self.mixed, self.found = state["mixed"], set(state["found"])
 
 
@@ -172,7 +172,7 @@ class Steps:
     def step(self, number: int, max_tokens: int | None) -> None:
         job, flat = self.job, self.job.adapter.flat
         self.thetas.append(flat.data.double())
-        original = job.optimizer.step
+        original = job.optimizer.clip_guard_and_update
 
         def watched(*args: Any) -> None:
             self.grads.append(flat.grad.double())
@@ -184,12 +184,12 @@ class Steps:
                 found.loss = found.loss * float("nan")
             return found
 
-        job.optimizer.step = watched
+        job.optimizer.clip_guard_and_update = watched
         self.probes.begin(number, number / 100, float(number))
         step = job.adapter, job.schedule, job.optimizer, loss, *self.batches(number, max_tokens), number / 100
         self.signals.append(train_step(*step, self.probes)[0])
-        del job.optimizer.step
-        state = job.optimizer.state()
+        del job.optimizer.clip_guard_and_update
+        state = job.optimizer.state_dict()
         count, config = float(state["step"]), job.run.optimizer
         self.moments.append(
             tuple(
@@ -201,7 +201,7 @@ class Steps:
     def finish(self) -> Steps:
         """The last step's figures too."""
         self.thetas.append(self.job.adapter.flat.data.double())
-        self.measured = [m for m in (*self.job.schedule.seen, self.probes.measured()) if m is not None]
+        self.measured = [m for m in (*self.job.schedule.seen, self.probes.take_measured()) if m is not None]
         return self
 
     # ---- by the number of a step, from 1 ----

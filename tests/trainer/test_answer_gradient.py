@@ -63,7 +63,6 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Steps:
 
 def squares(run: Steps, batches: list[Batch], num_items: int, scale: torch.Tensor | None = None) -> torch.Tensor:
     run.probes.begin(17, 0.0, 0.0)
-    run.probes.before_passes(lambda: None)
     loss = run.job.task.loss
     forward_backward(run.job.adapter, loss, batches, num_items, loss_scale=scale, probes=run.probes)
     return run.probes._found["answer_grad_sq"].double()

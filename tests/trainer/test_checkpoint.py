@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import random
 import shutil
@@ -10,26 +11,31 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import save_file
 
-from fastpeft.trainer import checkpoint as module
-from fastpeft.trainer.checkpoint import Checkpoint, newest_checkpoint, rng_state, save_checkpoint, set_rng_state
+from fastpeft.trainer import checkpoint_files as module
+from fastpeft.trainer.checkpoint_files import Checkpoint, CheckpointError, State, newest_checkpoint, save_checkpoint
+from fastpeft.trainer.checkpointing import Checkpointing
+from fastpeft.trainer.rng import GlobalRng, rng_state, set_rng_state
 
 FILES = ("state.safetensors", "state.json", "manifest.json")
 
 
 def make(step: int) -> Checkpoint:
-    tensors = {
-        "flat": torch.arange(100, dtype=torch.float32) * step,
-        "transposed": torch.arange(6.0).reshape(2, 3).T * step,
-        "count": torch.tensor(step),
-        "rng": torch.arange(50, dtype=torch.uint8),
+    parts = {
+        "parameters": {"data": torch.arange(100, dtype=torch.float32) * step},
+        "optimizer": {"count": torch.tensor(step), "inner": {"transposed": torch.arange(6.0).reshape(2, 3).T * step}},
+        "rng": {"cpu": torch.arange(50, dtype=torch.uint8), "python": [3, [1, 2], None]},
+        "schedule": {"ended_at": None, "scales": {}},
+        "clock": {"elapsed_s": 0.1 * step},
+        "adapter": {},
     }
-    return Checkpoint(tensors, {"steps": step, "schedule": {"ended_at": None}, "elapsed_s": 0.1 * step})
+    return Checkpoint(step, 10 * step, parts)
 
 
 def save(folder: Path, *steps: int) -> None:
     for step in steps:
-        save_checkpoint(folder, step, make(step))
+        save_checkpoint(folder, make(step))
 
 
 def names(folder: Path) -> list[str]:
@@ -38,12 +44,20 @@ def names(folder: Path) -> list[str]:
 
 def assert_is(found: Checkpoint | None, step: int) -> None:
     assert found is not None
-    assert found.values == make(step).values
-    expected = make(step).tensors
-    assert found.tensors.keys() == expected.keys()
-    for name, tensor in expected.items():
-        assert found.tensors[name].dtype == tensor.dtype
-        assert torch.equal(found.tensors[name], tensor), name
+    assert (found.step, found.events_bytes) == (step, 10 * step)
+    assert_same(found.parts, make(step).parts)
+
+
+def assert_same(found: State, expected: State) -> None:
+    assert found.keys() == expected.keys()
+    for name, value in expected.items():
+        if isinstance(value, dict):
+            assert_same(found[name], value)
+        elif isinstance(value, torch.Tensor):
+            assert found[name].dtype == value.dtype
+            assert torch.equal(found[name], value), name
+        else:
+            assert found[name] == value, name
 
 
 def test_reads_back_what_was_saved_and_keeps_the_newest_two(tmp_path: Path) -> None:
@@ -63,16 +77,13 @@ def test_order_is_by_number_not_by_name(tmp_path: Path) -> None:
 
 def test_the_same_step_again_replaces(tmp_path: Path) -> None:
     save(tmp_path, 3)
-    other = Checkpoint(make(3).tensors, {"steps": 3, "again": True})
-    save_checkpoint(tmp_path, 3, other)
+    save_checkpoint(tmp_path, Checkpoint(3, 30, make(3).parts | {"again": {"is": True}}))
     found, _ = newest_checkpoint(tmp_path)
     assert found is not None
-    assert found.values["again"]
+    assert found.parts["again"] == {"is": True}
 
 
 def test_manifest_fingerprints_every_other_file(tmp_path: Path) -> None:
-    import hashlib
-
     save(tmp_path, 3)
     folder = tmp_path / "step-00000003"
     assert names(folder) == sorted(FILES)
@@ -80,6 +91,106 @@ def test_manifest_fingerprints_every_other_file(tmp_path: Path) -> None:
     for name in FILES[:2]:
         content = (folder / name).read_bytes()
         assert manifest[name] == {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+
+
+def as_it_was_once_written(folder: Path, step: int) -> Path:
+    """A checkpoint of the first format, which had no number: the tensors under their parts' names, the values flat."""
+    path = folder / f"step-{step:08d}"
+    path.mkdir(parents=True)
+    save_file({"flat": torch.ones(4), "optimizer.step": torch.tensor(3.0)}, path / "state.safetensors")
+    (path / "state.json").write_text(json.dumps({"steps": step, "elapsed_s": 1.0, "events_bytes": 0, "probes": {}}))
+    contents = {name: (path / name).read_bytes() for name in FILES[:2]}
+    fingerprints = {n: {"bytes": len(c), "sha256": hashlib.sha256(c).hexdigest()} for n, c in contents.items()}
+    (path / "manifest.json").write_text(json.dumps(fingerprints))
+    return path
+
+
+def test_a_checkpoint_of_another_format_is_refused_and_stays(tmp_path: Path) -> None:
+    old = as_it_was_once_written(tmp_path, 3)
+    before = {path.name: path.read_bytes() for path in old.iterdir()}
+    with pytest.raises(CheckpointError) as caught:
+        newest_checkpoint(tmp_path)
+    for part in (str(old), "format 1", "reads format 2", "Resume the run with the version", "begin anew"):
+        assert part in str(caught.value)
+    assert {path.name: path.read_bytes() for path in old.iterdir()} == before
+
+
+def test_a_later_format_is_refused_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "FORMAT", 7)
+        save(tmp_path, 3)
+    with pytest.raises(CheckpointError, match=r"is a checkpoint of format 7, .* reads format 2"):
+        newest_checkpoint(tmp_path)
+
+
+def test_an_older_one_of_another_format_is_not_asked_for_while_the_newest_is_good(tmp_path: Path, seed: int) -> None:
+    as_it_was_once_written(tmp_path, 3)
+    save(tmp_path, 6)
+    assert_is(newest_checkpoint(tmp_path)[0], 6)
+    flip(tmp_path / "step-00000006" / "state.json", random.Random(seed))
+    with pytest.raises(CheckpointError, match="step-00000003 is a checkpoint of format 1"):
+        newest_checkpoint(tmp_path)
+
+
+def test_a_format_that_was_damaged_is_damage(tmp_path: Path) -> None:
+    save(tmp_path, 3, 6)
+    path = tmp_path / "step-00000006" / "manifest.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"format": 3}))
+    found, skipped = newest_checkpoint(tmp_path)
+    assert_is(found, 3)
+    assert skipped == ["step-00000006: manifest.json is not what was written"]
+
+
+# ---- the registry of parts -------------------------------------------------------------------
+
+
+class Part:
+    def __init__(self, value: int) -> None:
+        self.value, self.weights = value, torch.full((3,), float(value))
+
+    def state_dict(self) -> State:
+        return {"value": self.value, "weights": self.weights}
+
+    def load_state_dict(self, state: State) -> None:
+        self.value = state["value"]
+        self.weights.copy_(state["weights"])
+
+
+def test_every_part_is_saved_and_restored(tmp_path: Path) -> None:
+    first, second = ({"a": Part(start), "b": Part(start + 1)} for start in (1, 10))
+    saving, restoring = (Checkpointing(tmp_path, parts) for parts in (first, second))
+    saving.save(5, events_bytes=70)
+    checkpoint, _ = newest_checkpoint(tmp_path)
+    assert checkpoint is not None
+    restoring.restore(checkpoint)
+    assert [part.value for part in second.values()] == [1, 2]
+    assert [part.weights.tolist() for part in second.values()] == [[1.0] * 3, [2.0] * 3]
+    assert (checkpoint.events_bytes, saving.saved_at, restoring.saved_at) == (70, 5, 5)
+
+
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [
+        ("abc", "the checkpoint of step 5 lacks the part c. Resume"),
+        ("a", "the checkpoint of step 5 has a part b that is not known here. Resume"),
+        ("ac", "lacks the part c and has a part b that is not known here. Resume"),
+    ],
+)
+def test_other_parts_are_refused_by_name_and_nothing_is_restored(names: str, message: str, tmp_path: Path) -> None:
+    Checkpointing(tmp_path, {"a": Part(1), "b": Part(2)}).save(5, events_bytes=0)
+    checkpoint, _ = newest_checkpoint(tmp_path)
+    parts = {name: Part(10) for name in names}
+    with pytest.raises(CheckpointError, match=message):
+        Checkpointing(tmp_path, parts).restore(checkpoint)
+    assert {part.value for part in parts.values()} == {10}
+
+
+def test_a_name_that_could_be_a_path_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="'a/b'"):
+        save_checkpoint(tmp_path, Checkpoint(1, 0, {"adapter": {"a/b": torch.zeros(1)}}))
+
+
+# ---- damage ----------------------------------------------------------------------------------
 
 
 def truncate(path: Path, rng: random.Random) -> None:
@@ -213,13 +324,12 @@ def test_rng_round_trip_through_a_file(tmp_path: Path, seed: int) -> None:
         np.random.seed(seed)
         torch.manual_seed(seed)
         draw()  # both gauss caches hold a half-used pair now
-        tensors, values = rng_state()
-        save_checkpoint(tmp_path, 1, Checkpoint(tensors, {"rng": values}))
+        save_checkpoint(tmp_path, Checkpoint(1, 0, {"rng": GlobalRng().state_dict()}))
         expected = draw()
         draw()
         loaded, _ = newest_checkpoint(tmp_path)
         assert loaded is not None
-        set_rng_state(loaded.tensors, loaded.values["rng"])
+        GlobalRng().load_state_dict(loaded.parts["rng"])
         assert draw() == expected
     finally:
-        set_rng_state(*before)
+        set_rng_state(before)

@@ -19,7 +19,7 @@ from fastpeft.cli.console import ConsoleReporter, closing_table
 from fastpeft.errors import UserError
 from fastpeft.runs.store import Result
 from fastpeft.trainer import StopRequest, train
-from fastpeft.trainer.checkpoint import newest_checkpoint
+from fastpeft.trainer.checkpoint_files import newest_checkpoint
 from tests.support.fake_power import FakeNvml, NVMLError, SteadyCpu, write_zone
 from tests.support.tiny_runs import Listener, strict_events, tiny_run, write_run
 
@@ -87,8 +87,8 @@ def test_joules_go_on_across_a_stop_and_a_resume(tmp_path: Path, cpu: SteadyCpu)
     assert 40 < stopped.energy_j < 95
     checkpoint, _ = newest_checkpoint(tmp_path / "r" / "checkpoints")
     assert checkpoint is not None
-    saved_j = checkpoint.values["energy"]["joules"]
-    assert saved_j == pytest.approx(POWER_W * checkpoint.values["elapsed_s"], rel=0.1, abs=4)
+    saved_j = checkpoint.parts["clock"]["energy"]["joules"]
+    assert saved_j == pytest.approx(POWER_W * checkpoint.parts["clock"]["elapsed_s"], rel=0.1, abs=4)
     # What is spent between the two parts is not counted
     time.sleep(0.5)
     listener = Listener()

@@ -15,10 +15,12 @@ import transformers
 
 from fastpeft.device_memory import OutOfMemory, TokenLimits, is_out_of_memory
 from fastpeft.errors import UserError
+from fastpeft.signals import Need
 from fastpeft.trainer import StopRequest, train
 from fastpeft.trainer.build import build_job
-from fastpeft.trainer.checkpoint import newest_checkpoint
+from fastpeft.trainer.checkpoint_files import newest_checkpoint
 from fastpeft.trainer.optim import FlatAdamW
+from tests.support.probe_runs import STAND_IN, Recorder, put_in
 from tests.support.tiny_runs import BATCH_SIZE, Listener, strict_events, tiny_run, weights, write_run
 
 CUDA_SAYS = "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 8 GiB\nmore lines"
@@ -180,6 +182,25 @@ def test_dropout_is_drawn_alike_when_a_step_begins_again(tmp_path: Path, monkeyp
     assert not torch.equal(device.rng[-1], device.rng[-2])
 
 
+@pytest.mark.parametrize("unlucky", [17, 18, 19])
+def test_a_product_is_of_passes_that_may_be_taken_again(
+    unlucky: int, files: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The seventeenth step takes three passes, two of them for the product. Nothing else is done twice."""
+    put_in(monkeypatch, Recorder, frozenset({Need.PRODUCT}))
+    schedules: list[Recorder] = []
+    monkeypatch.setattr(Recorder, "finish", lambda self, progress: schedules.append(self))
+    settings = {"method": "lora", "budget": "19steps", "schedule": {"name": STAND_IN}, "evaluation": {"every": "end"}}
+    run_in(files, "whole", **settings)
+    SmallDevice(unlucky=(unlucky,)).install(monkeypatch)
+    _, listener = run_in(files, "split", **settings)
+    assert any(w.startswith("out of memory at step 16: micro-batches of at most") for w in listener.warnings())
+    assert_close_runs(files, "split", "whole")
+    assert [len(schedule.seen) for schedule in schedules] == [19, 19]
+    whole, split = (next(m.secant for m in s.seen if m is not None and m.secant is not None) for s in schedules)
+    assert split.change_U == pytest.approx(whole.change_U, rel=1e-2, abs=1e-2 * abs(whole.change_U).max())
+
+
 def test_the_smaller_parts_survive_a_resume(files: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     device = SmallDevice(training=70, evaluation=200).install(monkeypatch)
     stop = StopRequest()
@@ -189,8 +210,8 @@ def test_the_smaller_parts_survive_a_resume(files: Path, monkeypatch: pytest.Mon
     assert sum("out of memory" in w for w in listener.warnings()) >= 2
     checkpoint, _ = newest_checkpoint(files / "r" / "checkpoints")
     assert checkpoint is not None
-    assert checkpoint.values["limits"]["training"] <= 70
-    assert checkpoint.values["limits"]["evaluation"] <= 200
+    assert checkpoint.parts["limits"]["training"] <= 70
+    assert checkpoint.parts["limits"]["evaluation"] <= 200
     before = len(device.areas)
     listener = Listener()
     assert train(None, results_dir=files, name="r", resume=True, reporter=listener).status == "done"
@@ -216,7 +237,7 @@ def test_a_single_row_that_does_not_fit_ends_the_run_with_advice_and_a_checkpoin
     assert (end["type"], end["status"]) == ("end", "failed")
     checkpoint, _ = newest_checkpoint(files / "r" / "checkpoints")
     assert checkpoint is not None
-    assert checkpoint.values["steps"] == 5
+    assert checkpoint.step == 5
     train(None, results_dir=files, name="r", resume=True)  # on a larger device
     assert_close_runs(files, "r", "whole")
 
@@ -236,7 +257,7 @@ def test_out_of_memory_where_smaller_parts_do_not_help_is_told(files: Path, monk
         calls.append(None)
         raise torch.OutOfMemoryError(CUDA_SAYS)
 
-    monkeypatch.setattr(FlatAdamW, "step", step)
+    monkeypatch.setattr(FlatAdamW, "clip_guard_and_update", step)
     with pytest.raises(OutOfMemory, match=r"outside of the passes over a micro-batch: CUDA out of memory.*Set dataset"):
         run_in(files, "r")
     assert len(calls) == 1

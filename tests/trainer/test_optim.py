@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,6 +13,7 @@ from fastpeft.config.optimizers import OPTIMIZERS, OptimizerConfig
 from fastpeft.signals import Rates, Signals
 from fastpeft.trainer import optim
 from fastpeft.trainer.optim import FIRST_LOSS_SCALE, make_optimizer
+from tests.support.flat_model import low_rank_block
 
 # Two matrices of one shape, one of another; a head of a weight and a bias.
 SHAPES = ((4, 10, 6), (4, 10, 6), (2, 7, 9))
@@ -26,14 +26,7 @@ class Model:
     def __init__(self, seed: int, config: OptimizerConfig, dtype: torch.dtype = torch.float32) -> None:
         self.generator = torch.Generator().manual_seed(seed)
         blocks = [
-            SimpleNamespace(
-                name=f"layer.{i}.query",
-                layer=i,
-                projection="query",
-                lora_a=self.parameter(rank, num_in),
-                lora_b=self.parameter(num_out, rank),
-                scale=2.0,
-            )
+            low_rank_block(i, self.parameter(rank, num_in), self.parameter(num_out, rank))
             for i, (rank, num_in, num_out) in enumerate(SHAPES)
         ]
         head = [self.parameter(*shape) for shape in HEAD_SHAPES]
@@ -58,11 +51,11 @@ class Model:
 
     def step(self, lr: float, loss: float = 0.7) -> Signals:
         signals = Signals(loss=torch.tensor(loss), num_tokens=1)
-        self.optimizer.step(signals, Rates(lr))
+        self.optimizer.clip_guard_and_update(signals, Rates(lr))
         return signals
 
     def snapshot(self) -> dict[str, torch.Tensor]:
-        state = {name: tensor.clone() for name, tensor in self.optimizer.state().items()}
+        state = {name: tensor.clone() for name, tensor in self.optimizer.state_dict().items()}
         state.pop("loss_scale", None)
         state.pop("good_steps", None)
         return state | {"flat": self.flat.data.clone()}
@@ -201,7 +194,7 @@ def test_state_round_trip_continues_bit_for_bit(name: str, dtype: torch.dtype, n
         model.set_gradients(1.0 if i != 2 else float("nan"))  # the last one of three
         model.step(1e-2)
     twin.step(1e-2, loss=float("nan"))  # what a load replaces
-    twin.optimizer.load_state({name: tensor.clone() for name, tensor in model.optimizer.state().items()})
+    twin.optimizer.load_state_dict({name: tensor.clone() for name, tensor in model.optimizer.state_dict().items()})
     twin.flat.data.copy_(model.flat.data)
     twin.generator.set_state(model.generator.get_state())
     for _ in range(5):
@@ -209,7 +202,7 @@ def test_state_round_trip_continues_bit_for_bit(name: str, dtype: torch.dtype, n
             each.set_gradients(1.0)
             each.step(1e-2)
     assert torch.equal(model.flat.data, twin.flat.data)
-    ours, theirs = model.optimizer.state(), twin.optimizer.state()
+    ours, theirs = model.optimizer.state_dict(), twin.optimizer.state_dict()
     assert ours.keys() == theirs.keys()
     assert all(torch.equal(ours[key], theirs[key]) for key in ours)
 

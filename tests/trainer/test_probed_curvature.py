@@ -21,6 +21,7 @@ from fastpeft.trainer.build import build_job
 from fastpeft.trainer.optim import make_optimizer
 from fastpeft.trainer.probes.hooks import Probes
 from fastpeft.trainer.step import train_step
+from tests.support.flat_model import low_rank_block
 from tests.support.probe_runs import (
     CURVATURE,
     PRODUCT_STEP,
@@ -43,12 +44,9 @@ class Quadratic:
     def __init__(self, seed: int, needs: frozenset[Need], noise: float) -> None:
         self.random, self.noise = torch.Generator().manual_seed(seed), noise
         blocks = [
-            SimpleNamespace(
-                name=f"layer.{i}.query", layer=i, projection="query", scale=2.0,
-                lora_a=self.parameter(rank, num_in), lora_b=self.parameter(num_out, rank),
-            )
+            low_rank_block(i, self.parameter(rank, num_in), self.parameter(num_out, rank))
             for i, (rank, num_in, num_out) in enumerate(SHAPES)
-        ]  # fmt: skip
+        ]
         self.flat = FlatParameters(blocks, [self.parameter(*shape) for shape in HEAD_SHAPES])
         self.model = None
         self.thetas: list[torch.Tensor] = []
@@ -88,7 +86,7 @@ class Quadratic:
             self.probes.begin(step, 0.0, 0.0)
             self.thetas.append(self.flat.data.double())
             train_step(self, schedule, self.optimizer, self.loss, [batch], 1, 0.0, self.probes)
-        return [*measured[1:], self.probes.measured()]
+        return [*measured[1:], self.probes.take_measured()]
 
     def dots(self, step: int, other: int) -> np.ndarray:
         """<d_step, d_other> of each unit."""
@@ -184,7 +182,7 @@ def test_measuring_curvature_changes_no_bit_of_the_training(
     for needs in (frozenset(), frozenset({kind})):
         put_in(monkeypatch, Recorder, needs)
         run = Steps(config).take(PRODUCT_STEP + 1)
-        ends.append((run, torch.get_rng_state(), run.job.optimizer.state()))
+        ends.append((run, torch.get_rng_state(), run.job.optimizer.state_dict()))
     (bare, *state), (measuring, *other) = ends
     assert all(torch.equal(a, b) for a, b in zip(bare.thetas, measuring.thetas))
     assert all(torch.equal(a, b) for a, b in zip(bare.grads, measuring.grads))

@@ -14,7 +14,8 @@ from fastpeft.schedules import Schedule
 from fastpeft.signals import Need
 from fastpeft.trainer import train
 from fastpeft.trainer.build import build_job
-from fastpeft.trainer.probes.hooks import Probes, Transfer
+from fastpeft.trainer.probes.hooks import NO_PROBES, NoProbes, Probes, make_probes
+from fastpeft.trainer.probes.transfer import Transfer
 from fastpeft.trainer.step import forward_backward, train_step
 from tests.support.probe_runs import (
     CURVATURE,
@@ -130,13 +131,14 @@ def test_a_schedule_that_needs_nothing_costs_nothing(tmp_path: Path, monkeypatch
     job = build_job(tiny_run(tmp_path, method="lora", schedule={"name": "linear"}))
     adapter, rows = job.adapter, job.batches.rows(0)
     batch = job.task.collate(rows, job.device)
-    probes = Probes(job.schedule.needs, adapter, job.optimizer)
+    probes = make_probes(job.schedule.needs, adapter, job.optimizer)
+    assert probes is job.probes is NO_PROBES
 
     def bare() -> None:
         signals = forward_backward(adapter, job.task.loss, [batch], len(rows))
         adapter.after_backward(signals, 0.5)
         rates = job.schedule.rates(None, 0.5)
-        job.optimizer.step(signals, rates)
+        job.optimizer.clip_guard_and_update(signals, rates)
         adapter.after_step(signals, rates, 0.5)
 
     def whole() -> None:
@@ -150,9 +152,16 @@ def test_a_schedule_that_needs_nothing_costs_nothing(tmp_path: Path, monkeypatch
         counted.append(operations.names)
     assert len(counted[0]) > 100
     assert counted[0] == counted[1]
-    assert probes.state() == ({}, {})
-    assert probes.measured() is None
+    assert probes.state_dict() == {}
+    assert probes.take_measured() is None
     assert all(block.module.watch is None for block in adapter.blocks)
+
+
+def test_where_nothing_is_probed_every_hook_is_there() -> None:
+    def hooks(kind: type) -> set[str]:
+        return {name for name in vars(kind) if not name.startswith("_")}
+
+    assert hooks(NoProbes) == hooks(Probes) - {"before_update", "after_update"}  # those are around_update's halves
 
 
 def test_a_step_is_read_after_the_next_ones_passes_and_before_its_update(
@@ -220,7 +229,7 @@ def test_a_resumed_run_measures_and_trains_the_same_bits(
     unbroken = train(run, results_dir=tmp_path, name="unbroken")
     assert unbroken.status == "done"
     stop = StopAfter(16)
-    monkeypatch.setattr(Probes, "after_step", stop.counting(Probes.after_step))
+    monkeypatch.setattr(Probes, "after_update", stop.counting(Probes.after_update))
     train(run, results_dir=tmp_path, name="r", stop=stop)
     monkeypatch.undo()
     put_in(monkeypatch, ReadsAll, needs_with(kind))

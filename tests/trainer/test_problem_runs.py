@@ -247,13 +247,13 @@ def virtual_time(monkeypatch: pytest.MonkeyPatch):
     def build(run: RunConfig) -> Job:
         job = built(run)
         job.clock._now = lambda: time.now
-        step, count = job.optimizer.step, job.clock.count_step
+        step, count = job.optimizer.clip_guard_and_update, job.clock.count_step
 
         def slow(*args):
             time.now += STEP_S
             return step(*args)
 
-        job.optimizer.step = slow
+        job.optimizer.clip_guard_and_update = slow
         job.clock.count_step = lambda num_tokens, _: count(num_tokens, STEP_S)
         time.expected = EVALUATION_S * (1 + job.task.test_cost)
         return job

@@ -11,7 +11,7 @@ import pytest
 
 from fastpeft.runs.store import RunFolder
 from fastpeft.trainer import train
-from fastpeft.trainer.checkpoint import newest_checkpoint
+from fastpeft.trainer.checkpoint_files import newest_checkpoint
 from tests.support.tiny_runs import (
     STEPS_PER_EPOCH,
     Child,
@@ -65,7 +65,7 @@ def kill_and_resume(files: Path, num_steps: int, saves: list[bool], rng: random.
         checkpoint, skipped = newest_checkpoint(folder / "checkpoints")
         assert checkpoint is not None
         assert skipped == []
-        assert checkpoint.values["steps"] >= target
+        assert checkpoint.step >= target
         left_over.append(any((folder / "checkpoints").glob(".writing-*")))
     assert any(left_over) or not any(saves), "no kill hit a save"
     with Child(files / "last.log", *resume) as child:

@@ -19,7 +19,7 @@ from fastpeft.signals import Rates, Signals
 from fastpeft.tasks.sequence_classification import task as objective_module
 from fastpeft.trainer import StopRequest, train
 from fastpeft.trainer.build import Job, build_job
-from fastpeft.trainer.checkpoint import newest_checkpoint
+from fastpeft.trainer.checkpoint_files import newest_checkpoint
 from tests.support.tiny_runs import Listener, assert_same_outcome, assert_same_weights, strict_events, tiny_run, weights
 from tests.trainer.test_loop import peft_accuracy
 from tests.trainer.test_optim import CONFIGS, Model
@@ -91,7 +91,7 @@ def test_equals_the_papers_equations(config: OptimizerConfig, seed: int) -> None
             assert (found[part].double() - expected).norm() < 2e-5 * moved + 1e-6 * expected.norm(), name
 
     assert_are(model.flat.data, "y")
-    assert_are(model.optimizer.state()["z"], "z")
+    assert_are(model.optimizer.state_dict()["z"], "z")
     with model.optimizer.averaged():
         assert_are(model.flat.data, "x")
     assert (references[0].x - references[0].y).norm() > 1e-3  # so that one is not taken for the other
@@ -104,7 +104,7 @@ def test_steps_of_the_warm_up_weigh_the_square_of_their_rate(seed: int) -> None:
     rates = [0.01, 0.02, 0.04, 0.04]
     for lr in rates:
         model.flat.grad.fill_(-1.0)
-        model.optimizer.step(Signals(loss=torch.tensor(0.0), num_tokens=1), Rates(lr))
+        model.optimizer.clip_guard_and_update(Signals(loss=torch.tensor(0.0), num_tokens=1), Rates(lr))
     places = torch.tensor([0.01, 0.03, 0.07, 0.11])  # of z, from the start
     squares = torch.tensor(rates).square()
     expected = float((places * squares).sum() / squares.sum())
@@ -136,7 +136,7 @@ def test_rates_per_matrix_are_refused(seed: int) -> None:
     model = Model(seed, schedule_free())
     model.set_gradients(1.0)
     with pytest.raises(ValueError, match=r"no rates per matrix: use schedule\.name constant, or adamw"):
-        model.optimizer.step(Signals(torch.tensor(0.1), 1), Rates(0.1, torch.ones(3)))
+        model.optimizer.clip_guard_and_update(Signals(torch.tensor(0.1), 1), Rates(0.1, torch.ones(3)))
 
 
 def test_ends_nearer_to_the_minimum_than_adamw_at_the_same_constant_rate(seed: int) -> None:
@@ -220,7 +220,7 @@ def test_what_is_evaluated_and_saved_is_the_average(
     run = free_run(tmp_path, budget="150steps", evaluation={"every": "25steps"}, method="lora")
     result = train(run, results_dir=tmp_path, name="r")
     job = jobs[0]
-    y, z = job.adapter.flat.data.double(), job.optimizer.state()["z"].double()
+    y, z = job.adapter.flat.data.double(), job.optimizer.state_dict()["z"].double()
     x = (y - (1 - run.optimizer.beta1) * z) / run.optimizer.beta1
     assert (x - y).norm() > 1e-3 * x.norm()
     torch.testing.assert_close(evaluated[-1].double(), x, rtol=1e-5, atol=1e-6)
@@ -255,9 +255,10 @@ def test_a_resume_ends_as_an_unbroken_run(at: tuple[str, int], tmp_path: Path, s
     listener = Listener(lambda e: (e["type"], e["step"]) == at and setattr(stop, "signal", signal.SIGTERM))
     assert train(run, results_dir=tmp_path, name="r", reporter=listener, stop=stop).status == "stopped"
     checkpoint, _ = newest_checkpoint(tmp_path / "r" / "checkpoints")
-    assert {"optimizer.z", "optimizer.exp_avg_sq", "optimizer.counters"} <= checkpoint.tensors.keys()
+    assert {"z", "exp_avg_sq", "counters"} <= checkpoint.parts["optimizer"].keys()
     stopped = torch.cat([tensor.flatten() for tensor in weights(tmp_path / "r").values()])
-    assert not torch.equal(stopped.sort().values, checkpoint.tensors["flat"].sort().values)  # x there, y here
+    trained_at = checkpoint.parts["parameters"]["data"]
+    assert not torch.equal(stopped.sort().values, trained_at.sort().values)  # x there, y here
     result = train(None, results_dir=tmp_path, name="r", resume=True)
     expected = train(run, results_dir=tmp_path, name="unbroken")
     assert_same_outcome(result, expected)

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from fastpeft.runs.store import RunFolder
-from fastpeft.trainer.checkpoint import Checkpoint, newest_checkpoint
+from fastpeft.trainer.checkpoint_files import Checkpoint, newest_checkpoint
 from tests.support.tiny_runs import Child, has_event, steps_logged, strict_events, write_run
 
 EXIT_CODES = {signal.SIGTERM: 143, signal.SIGINT: 130}
@@ -41,7 +41,7 @@ def stop(child: Child, number: signal.Signals, files: Path) -> Checkpoint:
     assert skipped == []
     result = RunFolder(files / "r").read_result()
     assert result is not None
-    assert (result.status, result.steps) == ("stopped", checkpoint.values["steps"])
+    assert (result.status, result.steps) == ("stopped", checkpoint.step)
     end = strict_events(files / "r")[-1]
     assert (end["type"], end["status"]) == ("end", "stopped")
     return checkpoint
@@ -53,8 +53,8 @@ def test_sigint_in_calibration(tmp_path: Path) -> None:
         child.wait_until(lambda: has_event(tmp_path / "r", lambda e: e["type"] == "run"))
         time.sleep(0.3)
         checkpoint = stop(child, signal.SIGINT, tmp_path)
-    assert checkpoint.values["steps"] == 0
-    assert checkpoint.values["tokens"] > 0
+    assert checkpoint.step == 0
+    assert checkpoint.parts["clock"]["tokens"] > 0
     assert not has_event(tmp_path / "r", lambda e: e["type"] in ("importance", "step"))
 
 
@@ -64,7 +64,7 @@ def test_in_training(number: signal.Signals, tmp_path: Path) -> None:
     with start(tmp_path, *settings) as child:
         child.wait_until(lambda: has_event(tmp_path / "r", lambda e: e["type"] == "step" and e["step"] > 5))
         checkpoint = stop(child, number, tmp_path)
-    steps = checkpoint.values["steps"]
+    steps = checkpoint.step
     assert 6 < steps < 240
     assert steps_logged(tmp_path / "r") == list(range(steps))
     if number == signal.SIGTERM:
@@ -90,7 +90,7 @@ def test_sigterm_in_evaluation(tmp_path: Path) -> None:
         child.wait_until(lambda: has_event(tmp_path / "r", lambda e: e["type"] == "step" and e["step"] == 4))
         time.sleep(0.3)
         checkpoint = stop(child, signal.SIGTERM, tmp_path)
-    assert checkpoint.values["steps"] == 5
+    assert checkpoint.step == 5
     assert not has_event(tmp_path / "r", lambda e: e["type"] == "eval")
 
 

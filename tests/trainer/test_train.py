@@ -15,11 +15,11 @@ import torch
 from fastpeft.budget import energy
 from fastpeft.errors import UserError
 from fastpeft.tasks.sequence_classification import task as objective_module
-from fastpeft.trainer import StopRequest, train
+from fastpeft.trainer import StopRequest, checkpoint_files, train
 from fastpeft.trainer import calibrate as calibrate_module
 from fastpeft.trainer import loop as loop_module
 from fastpeft.trainer.build import build_job
-from fastpeft.trainer.checkpoint import newest_checkpoint
+from fastpeft.trainer.checkpoint_files import Checkpoint, newest_checkpoint
 from tests.support.tiny_runs import (
     STEPS_PER_EPOCH,
     Listener,
@@ -236,9 +236,9 @@ def test_a_stop_request_saves_and_a_resume_ends_as_if_nothing_had_been(
     checkpoint, skipped = newest_checkpoint(folder / "checkpoints")
     assert checkpoint is not None
     assert skipped == []
-    assert steps is None or checkpoint.values["steps"] == steps
-    assert 14 <= checkpoint.values["steps"] <= TOTAL_STEPS or phase == "calibration"
-    assert steps_logged(folder) == list(range(checkpoint.values["steps"]))
+    assert steps is None or checkpoint.step == steps
+    assert 14 <= checkpoint.step <= TOTAL_STEPS or phase == "calibration"
+    assert steps_logged(folder) == list(range(checkpoint.step))
     assert listener.events[-1]["status"] == "stopped"
     assert (folder / "adapter" / "adapter_model.safetensors").is_file()
 
@@ -275,7 +275,7 @@ def test_elapsed_time_goes_on_after_a_resume(tmp_path: Path) -> None:
     listener = Listener()
     result = train(None, results_dir=tmp_path, name="r", resume=True, reporter=listener)
     times = [e["elapsed_s"] for e in listener.events if e["type"] == "step"]
-    assert 0 < checkpoint.values["elapsed_s"] < times[0] < times[-1] < result.elapsed_s
+    assert 0 < checkpoint.parts["clock"]["elapsed_s"] < times[0] < times[-1] < result.elapsed_s
 
 
 def test_resume_of_a_finished_run_says_so_and_does_nothing(tmp_path: Path) -> None:
@@ -370,6 +370,35 @@ def test_resume_falls_back_to_the_older_checkpoint_and_says_so(tmp_path: Path) -
     assert_same_outcome(result, unbroken(tmp_path))
     assert_same_weights(weights(folder), weights(tmp_path / "unbroken"))
     assert steps_logged(folder) == list(range(TOTAL_STEPS))
+
+
+def test_a_run_with_checkpoints_of_another_format_is_refused_and_stays_as_it_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint_files, "FORMAT", 1)
+        stopped_run(tmp_path, "training")
+    before = tree(tmp_path / "r")
+    with pytest.raises(UserError, match=r"step-\d+ is a checkpoint of format 1.*begin anew under another --name"):
+        train(None, results_dir=tmp_path, name="r", resume=True)
+    assert tree(tmp_path / "r") == before
+
+
+@pytest.mark.parametrize("part", ["probes", "schedule"])
+def test_a_checkpoint_that_lacks_a_part_is_refused_by_the_parts_name(
+    part: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is still there afterwards."""
+    saved = Checkpoint
+    with monkeypatch.context() as patch:
+        without = lambda step, size, parts: saved(step, size, {n: v for n, v in parts.items() if n != part})  # noqa: E731
+        patch.setattr("fastpeft.trainer.checkpointing.Checkpoint", without)
+        stopped_run(tmp_path, "training")
+    with pytest.raises(UserError, match=rf"the checkpoint of step \d+ lacks the part {part}\."):
+        train(None, results_dir=tmp_path, name="r", resume=True)
+    checkpoint, skipped = newest_checkpoint(tmp_path / "r" / "checkpoints")
+    assert checkpoint is not None
+    assert skipped == []
 
 
 def test_an_error_while_training_is_recorded_and_can_be_resumed(

@@ -8,6 +8,7 @@ from __future__ import annotations
 import torch
 
 from fastpeft.adapters import Adapter
+from fastpeft.adapters.blocks import low_rank_first
 from fastpeft.data.batches import Batch
 from fastpeft.errors import UserError
 from fastpeft.models.layers import RowMask, Watch, is_fused, never_plain
@@ -25,12 +26,13 @@ class AnswerGradient:
     three are known. It is exact too where the labelled part is the same share of each micro-batch's gradient.
 
     Where labels belong to rows and not to tokens (classification) every token counts, and the whole gradient's norms
-    are reported: exact, whatever the micro-batches, and no layer measures anything.
+    are reported: exact, whatever the micro-batches, and no layer measures anything. So it is for blocks of any kind;
+    where tokens are labelled it takes blocks of low rank.
     """
 
     def __init__(self, adapter: Adapter) -> None:
         self._flat = adapter.flat
-        self._blocks = getattr(adapter, "blocks", [])
+        self._blocks, self._others = low_rank_first(adapter.blocks)
         self._rows = RowMask()
         self._watches = [Watch(self._rows) for _ in self._blocks]
         for block, watch in zip(self._blocks, self._watches):
@@ -52,10 +54,12 @@ class AnswerGradient:
         if self._rows.mask_T is None:
             return
         self._rows.mask_T = None
+        if self._others:
+            raise UserError(_not_measured(self._others[0].name, "it is not adapted by a low-rank product"))
         found = [(watch.measures.db_square_masked, watch.measures.db_square) for watch in self._watches]
         for block, watch, (square, _) in zip(self._blocks, self._watches, found):
             if square is None:
-                raise UserError(_not_measured(block.name, block.module))
+                raise UserError(_not_measured(block.name, _why(block.module)))
             watch.measures.db_square_masked = watch.measures.db_square = None
         if found:
             self._parts.append(torch.stack([torch.stack(column) for column in zip(*found)]))
@@ -72,8 +76,12 @@ class AnswerGradient:
         return square_K * (labelled_K / all_K.clamp_min(torch.finfo(all_K.dtype).tiny))
 
 
-def _not_measured(name: str, layer: torch.nn.Module) -> str:
-    reason = "PEFT computes it, as where a base layer has hooks" if is_fused(layer) else never_plain(layer)
+def _why(layer: torch.nn.Module) -> str:
+    reason = None if is_fused(layer) else never_plain(layer)
+    return reason or "PEFT computes it, as where a base layer has hooks"
+
+
+def _not_measured(name: str, reason: str) -> str:
     return (
         f"the schedule reads the gradient of the labelled tokens, which the layer {name} cannot tell: {reason}. Choose "
         "another schedule"

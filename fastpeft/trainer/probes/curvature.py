@@ -8,80 +8,142 @@ Shape suffixes: U units.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable
+from typing import Any
 
+import numpy as np
 import torch
 
 from fastpeft.adapters.flat import FlatParameters
 from fastpeft.kernels import secant_sums
+from fastpeft.signals import Secants
 from fastpeft.trainer.optim import Optimizer
 from fastpeft.trainer.rng import generator_states, set_generator_states
 
 PRODUCT_EVERY = 16
 """Steps from one exact product to the next."""
+Found = dict[str, torch.Tensor]
+"""What a hook leaves for `read`, by names of its class's own."""
 
 
-class Secant:
-    """Sums for Need.SECANT, along the change before the last: one pass over two buffers of the parameters' size."""
+class Curvature(ABC):
+    """One kind of curvature: hooks of a step, as those of Probes, and `read` on the host a step later."""
 
     def __init__(self, flat: FlatParameters, optimizer: Optimizer) -> None:
         optimizer.second_moment()  # refuses
         self._flat, self._optimizer = flat, optimizer
+
+    def before_passes(self, step: int, gradient: Callable[[], object]) -> Found:
+        """`gradient` fills the gradient buffer for the batch of step number `step`. Parameters and random numbers are
+        left as they were; the gradient buffer is not."""
+        return {}
+
+    def before_update(self, step: int) -> Found:
+        """g_t lies in the buffer, v_{t-1} in the optimizer, and theta has not moved since d_{t-1}."""
+        return {}
+
+    def after_update(self, step: int, grad_norm: torch.Tensor) -> Found:
+        """theta has moved by d_t; the gradient is clipped."""
+        return {}
+
+    @abstractmethod
+    def read(self, step: int, found: dict[str, np.ndarray], num_taken: int) -> Secants | None:
+        """Of a step that was taken, from what its hooks have found. None where it has none, and where a step that was
+        skipped has a part in it.
+
+        Args:
+            num_taken: steps in a row, up to this one, that were taken.
+        """
+
+    @abstractmethod
+    def state_dict(self) -> dict[str, Any]: ...
+
+    @abstractmethod
+    def load_state_dict(self, state: dict[str, Any]) -> None: ...
+
+
+class _Difference(Curvature):
+    """Of the gradients of two steps along one direction: <g_t, d> less <g_{t-1}, d>."""
+
+    _along_U: np.ndarray | None = None
+    """<g, d> of the step that was read last, for the d that the next step sees g change along."""
+
+    def _change(self, along_U: np.ndarray, next_U: np.ndarray) -> np.ndarray:
+        """Of `along_U`, <g_t, d>, since the step before; `next_U` is kept for the step behind."""
+        before, self._along_U = self._along_U, next_U
+        return along_U - (0 if before is None else before)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {} if self._along_U is None else {"along": torch.as_tensor(self._along_U)}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self._along_U = state["along"].numpy() if "along" in state else None
+
+
+class Secant(_Difference):
+    """Sums for Need.SECANT, along the change before the last: one pass over two buffers of the parameters' size."""
+
+    def __init__(self, flat: FlatParameters, optimizer: Optimizer) -> None:
+        super().__init__(flat, optimizer)
         self._previous = flat.data.clone()
         """The parameters as they were before the last update."""
         self._older = torch.zeros_like(flat.data)
         """d_{t-2} as step t begins."""
 
-    def before_update(self) -> dict[str, torch.Tensor]:
-        """g_t lies in the buffer, v_{t-1} in the optimizer, and theta has not moved since d_{t-1}."""
+    def before_update(self, step: int) -> Found:
+        """The next step's pass takes d_t from the parameters."""
         flat = self._flat
         found = secant_sums(
             flat.data, flat.grad, self._previous, self._older, *self._optimizer.second_moment(), flat.layout
         )
         return {"along": found.along_U, "along_before": found.along_before_U, "square": found.square_U}
 
-    def after_step(self, grad_norm: torch.Tensor) -> dict[str, torch.Tensor]:
-        """The next step's pass takes d_t from the parameters."""
-        return {}
+    def read(self, step: int, found: dict[str, np.ndarray], num_taken: int) -> Secants | None:
+        change_U = self._change(found["along_before"], next_U=found["along"])
+        return Secants(change_U, found["square"]) if num_taken >= 3 else None
 
-    def state(self) -> dict[str, torch.Tensor]:
-        return {"previous": self._previous, "older": self._older}
+    def state_dict(self) -> dict[str, Any]:
+        return super().state_dict() | {"previous": self._previous, "older": self._older}
 
-    def load_state(self, state: dict[str, torch.Tensor]) -> None:
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        super().load_state_dict(state)
         self._previous.copy_(state["previous"])
         self._older.copy_(state["older"])
 
 
-class PlainSecant:
+class PlainSecant(_Difference):
     """Sums for Need.PLAIN_SECANT, along the last change. It keeps one buffer of the parameters' size."""
 
     def __init__(self, flat: FlatParameters, optimizer: Optimizer) -> None:
-        optimizer.second_moment()  # refuses
-        self._flat, self._optimizer = flat, optimizer
+        super().__init__(flat, optimizer)
         self._last = torch.zeros_like(flat.data)
         """d_{t-1} as step t begins; while it is updated the parameters before, then d_t."""
 
-    def before_update(self) -> dict[str, torch.Tensor]:
-        """As Secant.before_update."""
+    def before_update(self, step: int) -> Found:
         along = self._flat.layout.unit_sums(self._flat.grad * self._last)
         square = weighted_sums(self._flat, self._optimizer, self._last, self._last)
         self._last.copy_(self._flat.data)
         return {"along": along, "square": square}
 
-    def after_step(self, grad_norm: torch.Tensor) -> dict[str, torch.Tensor]:
-        """theta has moved by d_t; the gradient is clipped."""
+    def after_update(self, step: int, grad_norm: torch.Tensor) -> Found:
         torch.sub(self._flat.data, self._last, out=self._last)
         clipped = self._flat.layout.unit_sums(self._flat.grad * self._last)
         return {"along_after": clipped * self._optimizer.clip_divisor(grad_norm)}
 
-    def state(self) -> dict[str, torch.Tensor]:
-        return {"last": self._last}
+    def read(self, step: int, found: dict[str, np.ndarray], num_taken: int) -> Secants | None:
+        change_U = self._change(found["along"], next_U=found["along_after"])
+        return Secants(change_U, found["square"]) if num_taken >= 2 else None
 
-    def load_state(self, state: dict[str, torch.Tensor]) -> None:
+    def state_dict(self) -> dict[str, Any]:
+        return super().state_dict() | {"last": self._last}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        super().load_state_dict(state)
         self._last.copy_(state["last"])
 
 
-class Product:
+class Product(Curvature):
     """Sums for Need.PRODUCT: d^T H d from a central difference, d the last change, and d sqrt(v) d.
 
     lora_linear has no second derivative. So the gradients at theta + e d and theta - e d, of the same batch with the
@@ -96,20 +158,18 @@ class Product:
     SHIFT_FP32, SHIFT_16_BITS = 2e-3, 5e-3
 
     def __init__(self, flat: FlatParameters, optimizer: Optimizer) -> None:
-        optimizer.second_moment()  # refuses
-        self._flat, self._optimizer = flat, optimizer
+        super().__init__(flat, optimizer)
         self._shift = self.SHIFT_FP32 if optimizer.dtype.itemsize >= 4 else self.SHIFT_16_BITS
         self._change = torch.zeros_like(flat.data)
         """The last change as a product is due; in the step before it, the parameters before its update."""
+        self._holds_change = False
 
     @staticmethod
     def due(step: int) -> bool:
         """At step number `step`, from 1: the first to have had PRODUCT_EVERY steps before it, and so on."""
         return step > 1 and step % PRODUCT_EVERY == 1
 
-    def before_passes(self, step: int, gradient: Callable[[], object]) -> dict[str, torch.Tensor]:
-        """`gradient` fills the gradient buffer for the batch of this step. Parameters and random numbers are left as
-        they were; the gradient buffer is not."""
+    def before_passes(self, step: int, gradient: Callable[[], object]) -> Found:
         if not self.due(step):
             return {}
         flat, change = self._flat, self._change
@@ -128,20 +188,28 @@ class Product:
         square = weighted_sums(flat, self._optimizer, change, change)
         return {"product": (sums[0] - sums[1]) / (2 * factor), "square": square}
 
-    def before_update(self, step: int) -> None:
+    def before_update(self, step: int) -> Found:
         if self.due(step + 1):
             self._change.copy_(self._flat.data)
+        return {}
 
-    def after_step(self, step: int) -> None:
-        if self.due(step + 1):
+    def after_update(self, step: int, grad_norm: torch.Tensor) -> Found:
+        self._holds_change = self.due(step + 1)
+        if self._holds_change:
             torch.sub(self._flat.data, self._change, out=self._change)
+        return {}
 
-    def state(self, step: int) -> dict[str, torch.Tensor]:
-        """After step number `step`."""
-        return {"change": self._change} if self.due(step + 1) else {}
+    def read(self, step: int, found: dict[str, np.ndarray], num_taken: int) -> Secants | None:
+        if not self.due(step) or num_taken < 2:
+            return None
+        return Secants(found["product"], found["square"])
 
-    def load_state(self, state: dict[str, torch.Tensor]) -> None:
-        if "change" in state:
+    def state_dict(self) -> dict[str, Any]:
+        return {"change": self._change} if self._holds_change else {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self._holds_change = "change" in state
+        if self._holds_change:
             self._change.copy_(state["change"])
 
 

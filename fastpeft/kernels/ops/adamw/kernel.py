@@ -53,7 +53,7 @@ def adamw_kernel(
     slices_ptr, units_ptr, multiplier_ptr, partials_ptr, sums_ptr, tickets_ptr,
     rate, beta1, rest1, log_beta1, beta2, rest2, log_beta2, eps, max_norm,
     decay_adapter, decay_head, head_ratio,
-    num_slices, num_matrices,
+    num_slices, num_blocks,
     HAS_LOSS: tl.constexpr, CLIPS: tl.constexpr, MULTIPLIES: tl.constexpr, REDUCES: tl.constexpr, ALIGNED: tl.constexpr,
     BLOCK: tl.constexpr, BLOCK_ROWS: tl.constexpr,
 ):  # fmt: skip
@@ -79,7 +79,7 @@ def adamw_kernel(
     rate = tl.where(is_head, rate * head_ratio, rate)
     decay = tl.where(is_head, decay_head, decay_adapter)
     if MULTIPLIES:
-        rate *= tl.load(multiplier_ptr + unit, mask=unit < num_matrices, other=1.0)
+        rate *= tl.load(multiplier_ptr + unit, mask=unit < num_blocks, other=1.0)
     shrink = 1 - rate * decay
     taken = tl.where(step > 0, 1.0, 0.0)
     old_bias1, old_bias2 = bias1, bias2

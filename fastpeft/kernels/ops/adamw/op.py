@@ -56,7 +56,7 @@ def adamw_step(
         lr: learning rate of the adapter.
         norm: (), norm of `grad` as it lies there, in its dtype, from weighted_frobenius.
         loss: (), watched by the guard.
-        multiplier_K: (K,), a factor on the rate of each matrix, in the model's order; of other parameters it is 1.
+        multiplier_K: (num_blocks,), a factor on the rate of each block; of other parameters it is 1.
         reduces: also give the sums of AdamWResult.
 
     Raises:
@@ -101,7 +101,7 @@ def _check(buffers, layout, norm, loss, multiplier_K) -> None:
             )
     if norm.dtype != data.dtype:
         raise ValueError(f"adamw_step: norm is {norm.dtype}; expected {data.dtype}, as the buffers are")
-    wanted = (layout.num_matrices,), data.dtype, data.device
+    wanted = (layout.num_blocks,), data.dtype, data.device
     if multiplier_K is not None and (multiplier_K.shape, multiplier_K.dtype, multiplier_K.device) != wanted:
         raise ValueError(
             f"adamw_step: multiplier_K is {multiplier_K.dtype} of shape {tuple(multiplier_K.shape)} on "
@@ -242,7 +242,7 @@ def _launch(buffers, layout, lr, norm, loss, multiplier_K, options, reduces) -> 
         float(options.head_weight_decay),
         float(options.head_ratio),
         num_slices,
-        layout.num_matrices,
+        layout.num_blocks,
         HAS_LOSS=loss is not None,
         CLIPS=options.max_norm > 0,
         MULTIPLIES=multiplier_K is not None,

@@ -1,0 +1,175 @@
+"""Score the validation split when it is due and the test split once; keep the last weights and the best."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+from contextlib import nullcontext
+from typing import Any
+
+from fastpeft.runs.curves import VALIDATION, Budgets, Evaluation, auc_of
+from fastpeft.runs.events import number
+from fastpeft.runs.store import Result, RunFolder, read_json, recover_folder, replaced_folder, write_json
+from fastpeft.tasks.base import Score
+from fastpeft.trainer.build import Job
+from fastpeft.trainer.step_log import StepLog
+
+BEST_SCORE = "best.json"
+"""Beside the best weights: their score."""
+
+
+class Evaluator:
+    """Scores `job`'s weights and saves them. It keeps what `result` says of them up to date, and the time that the
+    final evaluation and save need on the clock."""
+
+    def __init__(self, job: Job, folder: RunFolder, result: Result, log: StepLog, stop: Callable[[], bool]) -> None:
+        self._job, self._folder, self._result = job, folder, result
+        self._log, self._stop = log, stop
+        self._curve: list[Evaluation] = []
+        self._evaluated_at = -1
+        self._last_cost = 0.0, 0.0
+        """Seconds and joules of the last evaluation."""
+        self._save_s = 0.0
+
+    @property
+    def is_current(self) -> bool:
+        """The weights as they are have been scored."""
+        return self._evaluated_at == self._job.clock.steps
+
+    # ---- scores ----------------------------------------------------------------------------
+
+    def evaluate_if_it_fits(self) -> None:
+        """A periodic evaluation, unless only the final one still fits."""
+        clock = self._job.clock
+        if clock.fits(0, more_s=clock.final_s):
+            self.evaluate()
+        else:
+            self._job.evaluation_due.done(clock)
+
+    def evaluate(self) -> None:
+        """Score the validation split; keep the weights if they are the best so far. Nothing where it is interrupted."""
+        self._log.fetch()
+        job, clock = self._job, self._job.clock
+        start_s, start_j = clock.elapsed_s, clock.meter.estimate_j
+        with job.optimizer.averaged():
+            measured = job.task.evaluate(job.adapter.model, job.limits, self._stop, self._shrink)
+        if measured is None:
+            return
+        self._evaluated_at = clock.steps
+        value = self._log_score(VALIDATION, measured)
+        if math.isfinite(measured.value):
+            self._curve.append(Evaluation(clock.steps, clock.elapsed_s, clock.meter.joules, measured.value))
+        self._log.importance(job.adapter)
+        evaluation_s = clock.elapsed_s - start_s
+        cost = evaluation_s, clock.meter.spent_since(start_j, evaluation_s)
+        self._result.metric = {"name": job.task.metric} | value
+        if self._is_best(measured):
+            self._result.best = value | {"step": clock.steps, "loss": measured.loss}
+            self.save_weights(best=self._result.best)
+        self._expect_final(cost)
+        job.evaluation_due.done(clock)
+        self.write_result()
+
+    def _is_best(self, measured: Score) -> bool:
+        """Ties in the metric are broken by lower validation loss. NaN is worse than any number."""
+        best = self._result.best
+        if not best:
+            return True
+        earlier = number(best["value"]), number(best.get("loss", math.inf))
+        return _rank(measured.value, measured.loss) > _rank(*earlier)
+
+    def _expect_final(self, cost: tuple[float, float]) -> None:
+        """The larger of the last two evaluations: what decoding costs goes up and down with how many answers end."""
+        job, clock = self._job, self._job.clock
+        longest_s, longest_j = map(max, zip(self._last_cost, cost))
+        self._last_cost = cost
+        clock.final_s = longest_s * (1 + job.task.test_cost) + 2 * self._save_s
+        clock.final_j = longest_j * (1 + job.task.test_cost) + 2 * self._save_s * clock.meter.power_w
+
+    def score_test(self) -> bool:
+        """Score the test split, once, with the best weights. False if it was interrupted."""
+        job, best = self._job, self._result.best
+        is_last = best["step"] == self._evaluated_at
+        kept = job.adapter.flat.data.clone()
+        try:
+            if not is_last:
+                job.adapter.load(self._folder.weights(job.adapter.saved_as, best=True))
+            with job.optimizer.averaged() if is_last else nullcontext():
+                measured = job.task.evaluate_test(job.adapter.model, job.limits, self._stop, self._shrink)
+        finally:
+            job.adapter.flat.data.copy_(kept)
+        if measured is None:
+            return False
+        value = self._log_score("test", measured)
+        which = {"weights": "best", "step": best["step"]}
+        self._result.test = {"name": job.task.metric, "num": measured.num_rows} | value | which
+        self.write_result()
+        return True
+
+    def _shrink(self, num_rows: int, width: int) -> int:
+        limits = self._job.limits
+        self._log.warn(limits.halve_evaluation(num_rows, width, f"in the evaluation at step {self._job.clock.steps}"))
+        return limits.evaluation
+
+    def _log_score(self, split: str, measured: Score) -> dict[str, Any]:
+        """Returns what results hold of it."""
+        value: dict[str, Any] = {"value": measured.value}
+        value |= {key: found for key in ("more", "groups") if (found := getattr(measured, key))}
+        costs = {"decode_s": measured.decode_s, "decode_tokens": measured.decode_tokens}
+        self._log.event(
+            "eval",
+            split=split,
+            metric=self._job.task.metric,
+            **value,
+            **{name: cost for name, cost in costs.items() if cost is not None},
+            loss=measured.loss,
+            num=measured.num_rows,
+            energy_j=self._job.clock.meter.joules,
+        )
+        return value
+
+    # ---- what is written -------------------------------------------------------------------
+
+    def save_weights(self, best: dict[str, Any] | None = None) -> None:
+        """The last weights, or those whose score `best` holds: it lies beside them, so that a kill cannot part them."""
+        began = time.perf_counter()
+        adapter = self._job.adapter
+        with replaced_folder(self._folder.weights(adapter.saved_as, best is not None)) as temporary:
+            with self._job.optimizer.averaged():
+                adapter.save(temporary)
+            if best is not None:
+                write_json(temporary / BEST_SCORE, best)
+        self._save_s = time.perf_counter() - began
+
+    def write_result(self) -> None:
+        """Bring `result` up to the clock, and the file up to `result`."""
+        result, clock = self._result, self._job.clock
+        result.budget = {"kind": clock.budget.kind, "limit": clock.budget.limit, "spent": clock.spent}
+        result.elapsed_s, result.tokens, result.steps = clock.elapsed_s, clock.tokens, clock.steps
+        result.energy_j, result.energy_method = clock.meter.joules, clock.meter.method
+        result.auc = auc_of(self._curve, Budgets.of(result.budget, clock.elapsed_s, clock.meter.joules))
+        self._folder.write_result(result)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {
+            "metric": self._result.metric,
+            "best": self._result.best,
+            "curve": self._curve,
+            "evaluated_at": self._evaluated_at,
+            "last_cost": self._last_cost,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        kept = self._folder.weights(self._job.adapter.saved_as, best=True)
+        recover_folder(kept)
+        self._result.metric = state["metric"]
+        self._result.best = read_json(kept / BEST_SCORE) or state["best"]  # a kill may have come after a new best
+        self._curve = [Evaluation(*one) for one in state["curve"]]
+        self._evaluated_at = state["evaluated_at"]
+        seconds, joules = state["last_cost"]
+        self._last_cost = seconds, joules
+
+
+def _rank(value: float, loss: float) -> tuple[float, float]:
+    return -math.inf if math.isnan(value) else value, -math.inf if math.isnan(loss) else -loss
