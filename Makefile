@@ -11,10 +11,11 @@ run: $(STAMP)
 test: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/basedpyright --pythonpath $(BIN)/python
 	$(BIN)/pytest -n logical --dist loadfile
 
 soak: $(STAMP)
-	$(BIN)/pytest -m soak --timeout 7200 -s
+	FASTPEFT_TEST_SEED=$${FASTPEFT_TEST_SEED:-random} $(BIN)/pytest -m soak --timeout 7200 -s
 
 lint: $(STAMP)
 	$(BIN)/ruff check --fix .

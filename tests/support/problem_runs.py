@@ -9,7 +9,10 @@ from typing import Any
 
 import yaml
 
-from fastpeft.config import RunConfig, load_run
+from fastpeft.config import RunConfig
+from fastpeft.tasks.causal_lm.prompts import EncodedPrompts, encode_prompts
+from fastpeft.tasks.math_word_problems.reading import Problems, as_prompts
+from tests.support.run_files import load_with
 from tests.support.tiny import make_causal_lm
 
 NUM_TRAIN, NUM_HELD_OUT, NUM_TEST = 24, 6, 8
@@ -69,12 +72,11 @@ def problem_run(folder: Path, **sections: Any) -> RunConfig:
     path = folder / "run.yaml"
     if not path.is_file():
         write_run(folder)
-    flat = {}
-    for section, value in sections.items():
-        flat |= {f"{section}.{key}": v for key, v in value.items()} if isinstance(value, dict) else {section: value}
-    return load_run(path, flat)
+    return load_with(path, sections)
 
 
-def encode_problems(problems: Problems, tokenizer: Any, template: str, max_length: int, **options: Any):
+def encode_problems(
+    problems: Problems, tokenizer: Any, template: str, max_length: int, **options: Any
+) -> EncodedPrompts:
     """As a task encodes them."""
     return encode_prompts(as_prompts(problems, template), tokenizer, max_length, **options)

@@ -11,7 +11,6 @@ from pathlib import Path
 import pytest
 import torch
 
-import fastpeft.trainer
 from fastpeft.config import ConfigError, RunConfig
 from fastpeft.config.schema import OptimizerConfig
 from fastpeft.errors import UserError
@@ -20,9 +19,16 @@ from fastpeft.tasks.sequence_classification import task as objective_module
 from fastpeft.trainer import StopRequest, train
 from fastpeft.trainer.build import Job, build_job
 from fastpeft.trainer.checkpoint_files import newest_checkpoint
-from tests.support.tiny_runs import Listener, assert_same_outcome, assert_same_weights, strict_events, tiny_run, weights
-from tests.trainer.test_loop import peft_accuracy
-from tests.trainer.test_optim import CONFIGS, Model
+from tests.support.optimizers import CONFIGS, Model
+from tests.support.tiny_runs import (
+    Listener,
+    assert_same_outcome,
+    assert_same_weights,
+    peft_accuracy,
+    strict_events,
+    tiny_run,
+    weights,
+)
 
 # ---- the update ------------------------------------------------------------------------------
 
@@ -203,7 +209,7 @@ def jobs(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Job]]:
         built.append(build_job(run))
         return built[-1]
 
-    monkeypatch.setattr(fastpeft.trainer, "build_job", build)
+    monkeypatch.setattr("fastpeft.trainer.run.build_job", build)
     return built
 
 
