@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from fastpeft.adapters.flat import FlatParameters
-from fastpeft.config.schema import OptimizerConfig
+from fastpeft.config.optimizers import OptimizerConfig
 from fastpeft.models.layers import is_fused
 from fastpeft.signals import Measured, Need, Rates
 from fastpeft.tasks.base import BatchLoss

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from fastpeft.config import ConfigError, RunConfig
-from fastpeft.config.schema import OptimizerConfig
+from fastpeft.config.optimizers import OptimizerConfig
 from fastpeft.errors import UserError
 from fastpeft.signals import Rates, Signals
 from fastpeft.tasks.sequence_classification import task as objective_module
