@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
+import numpy as np
 import pytest
 import torch
 import yaml
@@ -19,12 +20,21 @@ from fastpeft.config.methods import METHODS, AdapterConfig, MethodEntry
 from fastpeft.config.optimizers import OPTIMIZERS, OptimizerEntry
 from fastpeft.config.registry import Beside, Entry, Registry
 from fastpeft.config.schedules import SCHEDULES, ScheduleConfig, ScheduleEntry
-from fastpeft.config.schema import FAMILIES
+from fastpeft.config.schema import FAMILIES, DatasetConfig, EvaluationConfig
+from fastpeft.config.tasks import TASKS
 from fastpeft.config.trackers import TRACKERS, TrackerEntry
+from fastpeft.data.rows import Row
+from fastpeft.data.source import Source
+from fastpeft.export.plan import make_plan
+from fastpeft.export.write import export
 from fastpeft.models.backbone import Backbone
+from fastpeft.runs.store import RunFolder
 from fastpeft.schedules import Schedule
 from fastpeft.schedules.budget_lr import BudgetLR
 from fastpeft.signals import Measured, Rates, Signals
+from fastpeft.tasks.sequences.reading import TextSplit, read_texts
+from fastpeft.tasks.sequences.scoring import Answers
+from fastpeft.tasks.sequences.task import SequenceTask
 from fastpeft.trainer import train
 from fastpeft.trainer.optim import Optimizer
 from tests.support.line_tracker import LineConfig
@@ -84,7 +94,7 @@ class DescentConfig:
 
 
 class Descent(Optimizer):
-    def _update(self, signals: Signals, norm: torch.Tensor, rates: Rates, reduces: bool) -> torch.Tensor:
+    def _update(self, signals: Signals, norm: torch.Tensor, rates: Rates) -> torch.Tensor:
         flat = self._flat
         flat.grad.div_(self.clip_divisor(norm))
         flat.data.sub_(flat.grad.sign() if self._config.own.sign_only else flat.grad, alpha=rates.lr)
@@ -96,6 +106,41 @@ class Descent(Optimizer):
     def _load_state(self, state: dict[str, torch.Tensor]) -> None: ...
 
 
+class WordCount(SequenceTask):
+    """How many words a text has, whatever its label: the model's one output is rounded."""
+
+    kind = "word-count"
+    problem_type = "regression"
+    label_dtype = np.float32
+    metric = "right"
+    num_outputs = 1
+
+    @classmethod
+    def load(cls, config: DatasetConfig, source: Source, evaluation: EvaluationConfig, seed: int) -> Self:
+        texts = read_texts(config, source, lambda values, column: None, cls._counter)
+        return cls(source.name, texts, config, evaluation)
+
+    @staticmethod
+    def _counter(split: TextSplit) -> Callable[[Row], float]:
+        return lambda row: float(len(row.values[split.columns.text].split()))
+
+    def describe(self) -> str:
+        return f"{self.name}: words of {len(self.texts.train)} texts"
+
+    def row_losses(self, logits_NC: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        return (logits_NC[:, 0] - labels).abs().sum()
+
+    def metrics(self, answers: Answers, labels: np.ndarray) -> tuple[float, dict[str, float], dict[str, dict]]:
+        off = np.abs(answers.logits_NC[:, 0].numpy() - labels)
+        return float((off < 0.5).mean()), {"off": float(off.mean())}, {"short": {"off": float(off[labels < 6].mean())}}
+
+    def card_task(self) -> str:
+        return "how many words"
+
+    def card_example(self, max_length: int, eos_token_ids: tuple[int, ...]) -> str:
+        return "print(model(**tokenizer('one text', return_tensors='pt')).logits.item())\n"
+
+
 MEMBERS: list[tuple[Registry[Any], Entry]] = [
     (SCHEDULES, ScheduleEntry(name="stairs", target=f"{__name__}:Stairs", config=StairsConfig)),
     (METHODS, MethodEntry(name="frozen_a", target=f"{__name__}:FrozenA", config=FrozenAConfig, section="frozen")),
@@ -104,6 +149,7 @@ MEMBERS: list[tuple[Registry[Any], Entry]] = [
         TRACKERS,
         TrackerEntry(name="lines", title="Lines", target="tests.support.line_tracker:LineTracker", config=LineConfig),
     ),
+    (TASKS, Entry(name="word-count", target=f"{__name__}:WordCount")),
 ]
 
 
@@ -124,6 +170,20 @@ def trained(folder: Path, name: str, **settings: Any) -> list[dict[str, Any]]:
     result = train(tiny_run(folder, **(base | settings)), results_dir=folder, name=name)
     assert (result.status, result.steps) == ("done", 2)
     return [event for event in strict_events(folder / name) if event["type"] == "step"]
+
+
+def test_a_kind_of_task_trains_is_scored_and_exported(tmp_path: Path) -> None:
+    steps = trained(tmp_path, "r", dataset={"task": "word-count"})
+    assert steps[0]["loss"] > 1.0  # words off: the head begins near 0
+    result = RunFolder(tmp_path / "r").read_result()
+    assert result is not None
+    assert result.kind == "word-count"
+    assert result.metric["name"] == "right"
+    assert result.metric["more"]["off"] > 1.0
+    assert set(result.metric["groups"]) == {"short"}
+    exported = export(make_plan("r", results_dir=tmp_path))
+    assert exported.check.difference < 1e-4
+    assert "how many words" in (exported.target / "README.md").read_text()
 
 
 def test_a_schedule_trains_with_the_settings_of_its_own_section(tmp_path: Path) -> None:

@@ -16,12 +16,14 @@ from fastpeft.config.optimizers import OPTIMIZERS
 from fastpeft.config.registry import Entry, Registry
 from fastpeft.config.schedules import SCHEDULES, ScheduleConfig, ScheduleEntry
 from fastpeft.config.schema import FAMILIES, RunConfig
+from fastpeft.config.tasks import TASKS
 from fastpeft.config.trackers import TRACKERS
 from fastpeft.schedules import Schedule
+from fastpeft.tasks import Task
 from fastpeft.trackers.tracker import Tracker
 from fastpeft.trainer.optim import Optimizer
 
-BASES = {METHODS: Adapter, SCHEDULES: Schedule, OPTIMIZERS: Optimizer, TRACKERS: Tracker}
+BASES = {TASKS: Task, METHODS: Adapter, SCHEDULES: Schedule, OPTIMIZERS: Optimizer, TRACKERS: Tracker}
 MEMBERS = [pytest.param(family, entry, id=f"{family.family}-{entry.name}") for family in FAMILIES for entry in family]
 
 
