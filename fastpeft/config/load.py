@@ -17,7 +17,7 @@ import yaml
 from fastpeft.config.contradictions import HUB_KEYS, contradictions
 from fastpeft.config.registry import complete
 from fastpeft.config.schema import FAMILIES, RunConfig
-from fastpeft.config.spelling import refuse_both, respelt, respelt_key
+from fastpeft.config.spelling import refuse_both, respelt, respelt_key, without_retired
 from fastpeft.config.trackers import TRACKERS
 from fastpeft.errors import UserError
 
@@ -246,7 +246,7 @@ def _read(path: Path) -> dict[str, Any]:
     if not isinstance(values, dict):
         raise ConfigError(str(path), [f"expected sections such as `model:`, got {type(values).__name__}"])
     try:
-        return respelt(values)
+        return without_retired(respelt(values))
     except ValueError as error:
         raise ConfigError(str(path), [str(error)]) from None
 

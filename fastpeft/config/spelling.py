@@ -1,4 +1,4 @@
-"""British and American spelling: a run file and overrides may use either, and one of them is kept."""
+"""Keys that a run file may hold and a run does not: another spelling, or one that an earlier version wrote."""
 
 from __future__ import annotations
 
@@ -51,3 +51,19 @@ def refuse_both(keys: Iterable[Any]) -> None:
         first = found.setdefault(respelt_key(key), key)
         if first != key:
             raise ValueError(f"{first} and {key}: one key in two spellings; keep one of them")
+
+
+_RETIRED = ("schedule.graff.token_weights",)
+"""Dotted keys that earlier versions wrote into run.yaml, and that could only be off."""
+
+
+def without_retired(values: dict[Any, Any]) -> dict[Any, Any]:
+    """Nested values without the retired keys that are off; one that is on stays, to be refused."""
+    for key in _RETIRED:
+        *path, last = key.split(".")
+        section: Any = values
+        for part in path:
+            section = section.get(part) if isinstance(section, dict) else None
+        if isinstance(section, dict) and section.get(last) is False:
+            del section[last]
+    return values

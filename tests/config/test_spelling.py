@@ -74,3 +74,12 @@ def test_both_spellings_in_overrides_are_refused():
 
 def test_a_mistake_is_named_in_the_spelling_that_is_kept():
     assert one_problem("lora_mnli", ["regularizer.alpha=-1"]).startswith("regulariser.alpha: expected")
+
+
+def test_a_stored_run_with_a_key_that_was_retired_still_loads(tmp_path):
+    stored = tmp_path / "run.yaml"
+    text = "extends: graff_mnli\nrun_id: old\nschedule:\n  graff: { token_weights: VALUE }\n"
+    stored.write_text(text.replace("VALUE", "false"))
+    assert load_run(stored).schedule.name == "graff"
+    stored.write_text(text.replace("VALUE", "true"))
+    assert "schedule.graff.token_weights: unknown key" in one_problem(stored)
