@@ -11,11 +11,11 @@ import pytest
 import torch
 from torch import nn
 
-from fastpeft.adapters import adapter as module
 from fastpeft.adapters.adapter import Adapter
 from fastpeft.adapters.blocks import ParameterBlock
 from fastpeft.adapters.flat import FlatParameters
 from fastpeft.config import RunConfig
+from fastpeft.config.methods import METHODS, AdapterConfig
 from fastpeft.errors import UserError
 from fastpeft.models.backbone import Backbone
 from fastpeft.models.inject import match_targets, projection_of
@@ -40,7 +40,7 @@ class ScaleAndShift(Adapter):
     export_format = "scale_and_shift"
     weight_files = "*.npz"
 
-    def __init__(self, run: RunConfig, backbone: Backbone) -> None:
+    def __init__(self, backbone: Backbone) -> None:
         self.model = backbone.model
         names = match_targets(self.model, backbone.head, "qv")
         self.blocks = [self._attach(name, self.model.get_submodule(name), i // 2) for i, name in enumerate(names)]
@@ -51,8 +51,8 @@ class ScaleAndShift(Adapter):
         self.num_steps = 0
 
     @classmethod
-    def build(cls, run: RunConfig, backbone: Backbone) -> Self:
-        return cls(run, backbone)
+    def build(cls, adapter: AdapterConfig, own: Any, backbone: Backbone) -> Self:
+        return cls(backbone)
 
     def _attach(self, name: str, linear: nn.Linear, layer: int) -> ParameterBlock:
         scale, shift = nn.Parameter(torch.ones(linear.out_features)), nn.Parameter(torch.zeros(linear.out_features))
@@ -84,7 +84,8 @@ class ScaleAndShift(Adapter):
 @pytest.fixture(autouse=True)
 def method(monkeypatch: pytest.MonkeyPatch) -> None:
     """`method: lora` is ScaleAndShift."""
-    monkeypatch.setitem(module._METHODS, "lora", ScaleAndShift)
+    load = METHODS.load
+    monkeypatch.setattr(METHODS, "load", lambda name: ScaleAndShift if name == "lora" else load(name))
 
 
 def arrays(folder: Path) -> dict[str, np.ndarray]:

@@ -50,7 +50,7 @@ def test_the_best_is_kept(
 
 def test_a_run_whose_scores_are_all_nan_ends_with_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run = tiny_run(tmp_path, method="lora", budget="4steps", evaluation={"every": "2steps"})
-    kind = type(build_job(run).objective)
+    kind = type(build_job(run).task)
     monkeypatch.setattr(kind, "evaluate", lambda *_: Score(math.nan, 1.0, 8))
     result = train(run, results_dir=tmp_path, name="r")
     assert (result.status, result.best["step"]) == ("done", 2)
