@@ -30,6 +30,12 @@ class Source(ABC):
     def has(self, split: str) -> bool:
         return split in self.splits
 
+    @property
+    def needs_held_out(self) -> bool:
+        """Training rows have to stand in for a validation split that nobody made. Where one is meant to be and is
+        not, reading it raises DataError."""
+        return not self.has(VALIDATION)
+
     @abstractmethod
     def columns(self, split: str) -> list[str]:
         """Names of a split's columns. Raises DataError where there is no such split."""

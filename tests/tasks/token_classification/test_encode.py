@@ -33,8 +33,8 @@ def labels_of(encoded: EncodedSentences) -> list[list[int]]:
 
 
 def put_back(encoded: EncodedSentences) -> list[list[int]]:
-    """The gold labels, back on the words; 9 where there is none."""
-    return [words.tolist() for words in encoded.on_words(encoded.labels[encoded.labels != IGNORE], missing=9)]
+    """The gold labels, back on the words; -1 where there is none."""
+    return [words.tolist() for words in encoded.on_words(encoded.labels[encoded.labels != IGNORE], missing=-1)]
 
 
 def numbers(read: Sentences, names: tuple[str, ...] = LABELS) -> list[list[int]]:
@@ -102,7 +102,7 @@ def test_words_without_a_piece_have_no_label_and_come_back_as_what_is_missing():
     read = sentences("\ufe0f/O Anna/B-PER \ufe0f/I-PER ./O", "\ufe0f/B-LOC")
     encoded = encode_sentences(read, LABELS, tokenizer("word pieces"), 64)
     assert (len(encoded), encoded.num_words_without_piece) == (1, 3)
-    assert put_back(encoded) == [[9, 3, 9, 0], [9]]
+    assert put_back(encoded) == [[-1, 3, -1, 0], [-1]]
     assert [row.tolist() for row in encoded.on_words(np.zeros(2, np.int64))] == [[0] * 4, [0]]
 
 
@@ -207,8 +207,8 @@ def test_wnut17_comes_back_whole_from_short_windows_and_fast():
     assert encoded.num_words_without_piece == 4
     assert encoded.num_windowed > 100
     lost = [
-        word for words, back in zip(read.sentences.words, put_back(encoded)) for word, n in zip(words, back) if n == 9
+        word for words, back in zip(read.sentences.words, put_back(encoded)) for word, n in zip(words, back) if n == -1
     ]
     assert lost == ["\ufe0f"] * 4
-    back = [[0 if n == 9 else n for n in row] for row in put_back(encoded)]
+    back = [[0 if n == -1 else n for n in row] for row in put_back(encoded)]
     assert back == numbers(read.sentences, names)
