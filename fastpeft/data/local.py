@@ -57,6 +57,9 @@ class FileSource(Source):
         problem = f"more than one of {wanted}" if found else f"no {wanted}"
         raise DataError(f"dataset.path {self.folder}: {problem} in {', '.join(SUFFIXES)}; it holds {have}")
 
+    def paths(self, split: str) -> list[Path]:
+        return list(self.files.get(split, ()))
+
     @property
     def needs_held_out(self) -> bool:
         """Of a single file only: a folder without a validation file may have one under a name that is not known."""

@@ -73,6 +73,10 @@ class Source(ABC):
         """The file that holds a split; None where it is no file."""
         return None
 
+    def paths(self, split: str) -> list[Path]:
+        """Every file that may hold it: none, or several of which nothing tells the right one."""
+        return []
+
     @abstractmethod
     def _rows(self, split: str, columns: tuple[str, ...] | None) -> Split: ...
 

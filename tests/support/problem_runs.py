@@ -10,6 +10,8 @@ from typing import Any
 import yaml
 
 from fastpeft.config import RunConfig, load_run
+from fastpeft.tasks.causal_lm.prompts import EncodedPrompts, encode_prompts
+from fastpeft.tasks.math_word_problems.reading import Problems, as_prompts
 from tests.support.tiny import make_causal_lm
 
 NUM_TRAIN, NUM_HELD_OUT, NUM_TEST = 24, 6, 8
@@ -75,6 +77,8 @@ def problem_run(folder: Path, **sections: Any) -> RunConfig:
     return load_run(path, flat)
 
 
-def encode_problems(problems: Problems, tokenizer: Any, template: str, max_length: int, **options: Any):
+def encode_problems(
+    problems: Problems, tokenizer: Any, template: str, max_length: int, **options: Any
+) -> EncodedPrompts:
     """As a task encodes them."""
     return encode_prompts(as_prompts(problems, template), tokenizer, max_length, **options)
