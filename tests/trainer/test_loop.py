@@ -146,7 +146,7 @@ def count_forward_passes(monkeypatch: pytest.MonkeyPatch, poisoned: Iterable[int
         job.adapter.model.register_forward_hook(hook, with_kwargs=True)
         return job
 
-    monkeypatch.setattr(fastpeft.trainer, "build_job", build)
+    monkeypatch.setattr(fastpeft.trainer.run, "build_job", build)
     return passes
 
 

@@ -112,7 +112,7 @@ def rigged(monkeypatch: pytest.MonkeyPatch):
 
         monkeypatch.setattr(MathWordProblems, "evaluate", evaluated)
         monkeypatch.setattr(MathWordProblems, "evaluate_test", scored)
-        monkeypatch.setattr(fastpeft.trainer, "build_job", built)
+        monkeypatch.setattr(fastpeft.trainer.run, "build_job", built)
         return tested, evaluated_at, jobs
 
     return rig
@@ -269,7 +269,7 @@ def virtual_time(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(MathWordProblems, "evaluate", evaluated)
     monkeypatch.setattr(MathWordProblems, "evaluate_test", scored)
     monkeypatch.setattr(MathWordProblems, "time_evaluation", lambda *args: EVALUATION_S)
-    monkeypatch.setattr(fastpeft.trainer, "build_job", build)
+    monkeypatch.setattr(fastpeft.trainer.run, "build_job", build)
     return time
 
 

@@ -203,7 +203,7 @@ def jobs(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Job]]:
         built.append(build_job(run))
         return built[-1]
 
-    monkeypatch.setattr(fastpeft.trainer, "build_job", build)
+    monkeypatch.setattr(fastpeft.trainer.run, "build_job", build)
     return built
 
 

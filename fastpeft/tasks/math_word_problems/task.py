@@ -47,7 +47,9 @@ print(tokenizer.decode(answer[0, batch["input_ids"].shape[1] :], skip_special_to
 
 class MathWordProblems(CausalLMTask):
     kind: ClassVar[str] = "word-problems"
+    noun: ClassVar[str] = "problems"
     datasets = DATASETS
+    scores_other_sets = True
     metric = "exact_match"
 
     def __init__(self, splits: ProblemSplits, config: DatasetConfig, evaluation: EvaluationConfig, seed: int) -> None:
