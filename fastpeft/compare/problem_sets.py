@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from fastpeft.config import RunConfig, load_run
 from fastpeft.config.methods import METHODS
+from fastpeft.config.tasks import TASKS
 from fastpeft.errors import UserError
 from fastpeft.runs.store import RunFolder, list_runs, read_json, recover_folder, write_json
 
@@ -122,6 +123,12 @@ def score_sets(plan: SetPlan, say: Callable[[str], None]) -> list[SetScore]:
 
     run, result = plan.run, plan.folder.read_result()
     kind = task_class(kind_of(run.dataset, result.kind if result else ""))
+    if not kind.scores_other_sets:
+        others = ", ".join(name for name in TASKS.names if task_class(name).scores_other_sets)
+        raise UserError(
+            f"{plan.folder.path.name}: was trained on {kind.kind} ({run.dataset.name}), and --on scores {others}; name "
+            "a run that was trained on that, or leave --on out"
+        )
     sets = {
         name: kind.read_set(path, run.dataset, run.evaluation, run.training.seed) for name, path in plan.sets.items()
     }

@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -66,18 +67,25 @@ def is_cached(source: HubDataset) -> bool:
 
 
 class HubSource(Source):
-    """Read from the cache if it holds this revision, else from the hub.
+    """Read from the cache if it holds this revision, else from the hub, when the first of it is asked for.
 
-    Raises:
-        UnavailableError: it cannot be had, or its download broke off.
-        DataError: a split that is not there.
+    Whatever reads it raises UnavailableError where it cannot be had, or its download broke off, and DataError for a
+    split that is not there.
     """
 
     def __init__(self, config: DatasetConfig, known: KnownDataset | None, names: Iterable[str] = ()) -> None:
         self.dataset = hub_dataset(config, known, names)
         super().__init__(config.name if known else str(self.dataset), known)
-        self._data = _read(self.dataset)
-        self._names = _choose_splits(config, self.dataset, list(self._data), known.validation if known else None)
+        self._config = config
+
+    @cached_property
+    def _data(self) -> DatasetDict:
+        return _read(self.dataset)
+
+    @cached_property
+    def _names(self) -> dict[str, str]:
+        usual = self.known.validation if self.known else None
+        return _choose_splits(self._config, self.dataset, list(self._data), usual)
 
     @property
     def splits(self) -> tuple[str, ...]:

@@ -16,7 +16,7 @@ SUFFIXES = (".jsonl", ".json", ".csv", ".tsv", ".parquet")
 _SPACE = re.compile(r"[ \t\r\n]*")
 _STEMS = {
     "train": ("train",),
-    "validation": ("dev", "validation", "dev_matched", "validation_matched", "valid"),
+    "validation": ("dev", "validation", "dev_matched", "validation_matched", "valid", "val"),
     "test": ("test",),
 }
 
@@ -57,8 +57,13 @@ class FileSource(Source):
         problem = f"more than one of {wanted}" if found else f"no {wanted}"
         raise DataError(f"dataset.path {self.folder}: {problem} in {', '.join(SUFFIXES)}; it holds {have}")
 
-    def has(self, split: str) -> bool:
-        return split in self.files
+    def paths(self, split: str) -> list[Path]:
+        return list(self.files.get(split, ()))
+
+    @property
+    def needs_held_out(self) -> bool:
+        """Of a single file only: a folder without a validation file may have one under a name that is not known."""
+        return self.folder.is_file()
 
     def columns(self, split: str) -> list[str]:
         return self.read(split).require_columns()
@@ -211,5 +216,5 @@ def _files_of(folder: Path) -> dict[str, list[Path]]:
 
 
 def _ends_in(stem: str, split_names: tuple[str, ...]) -> bool:
-    words = re.split(r"[.\-_]", stem.lower())
-    return words[-1] in split_names or words[-1].endswith(split_names[:1])
+    """Behind anything but a letter: wnut17train ends in train, latest does not end in test."""
+    return re.search(rf"(?:^|[^a-z])(?:{'|'.join(split_names)})$", stem.lower()) is not None

@@ -36,4 +36,5 @@ def open_source(config: DatasetConfig, known: KnownDataset | None, names: Iterab
 
 def names_by_number(columns: ColumnsConfig) -> bool:
     """Whether `dataset.columns` counts columns, because the file has no header."""
-    return any(isinstance(column, int) for column in (columns.text, columns.text_pair, columns.label))
+    labels = columns.label if isinstance(columns.label, list) else [columns.label]
+    return any(isinstance(column, int) for column in (columns.text, columns.text_pair, *labels))

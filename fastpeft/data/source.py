@@ -30,6 +30,12 @@ class Source(ABC):
     def has(self, split: str) -> bool:
         return split in self.splits
 
+    @property
+    def needs_held_out(self) -> bool:
+        """Training rows have to stand in for a validation split that nobody made. Where one is meant to be and is
+        not, reading it raises DataError."""
+        return not self.has(VALIDATION)
+
     @abstractmethod
     def columns(self, split: str) -> list[str]:
         """Names of a split's columns. Raises DataError where there is no such split."""
@@ -66,6 +72,10 @@ class Source(ABC):
     def path(self, split: str) -> Path | None:
         """The file that holds a split; None where it is no file."""
         return None
+
+    def paths(self, split: str) -> list[Path]:
+        """Every file that may hold it: none, or several of which nothing tells the right one."""
+        return []
 
     @abstractmethod
     def _rows(self, split: str, columns: tuple[str, ...] | None) -> Split: ...

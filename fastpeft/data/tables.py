@@ -6,6 +6,7 @@ join rows; other tsv files quote fields that hold line ends. A count of rows doe
 
 from __future__ import annotations
 
+import bisect
 import csv
 import io
 import re
@@ -17,16 +18,16 @@ from fastpeft.data.rows import DataError, Row
 
 _DELIMITERS = {",": "commas", "\t": "tabs", ";": "semicolons"}
 _SAMPLE_LINES = 50
+_ENCLOSED = re.compile(r'"[^"]*"\s*')
 
 
 @dataclass(frozen=True)
 class Reading:
     rows: list[Row]
+    names: list[str]
     quoted: bool
-
-    @property
-    def num_faults(self) -> int:
-        return sum(row.fault is not None for row in self.rows)
+    lines_lost: int
+    """In rows with a fault; one with quotes may stand on many lines."""
 
 
 def read_table(path: Path, text: str, header: bool = True) -> tuple[list[Row], tuple[str, ...]]:
@@ -41,13 +42,14 @@ def read_table(path: Path, text: str, header: bool = True) -> tuple[list[Row], t
     usual = "," if path.suffix == ".csv" else "\t"
     delimiter = _delimiter(text, usual)
     notes = () if delimiter == usual else (f"{path}: its columns are separated by {_DELIMITERS[delimiter]}",)
-    quoted = _parse(path, text, delimiter, header, quoted=True)
-    if '"' not in text:
-        return quoted.rows, notes
-    raw = _parse(path, text, delimiter, header, quoted=False)
-    chosen = _choose(quoted, raw, text, delimiter)
-    if chosen is raw and len(raw.rows) != len(quoted.rows):
-        notes += (f"{path}: its quotation marks are text and do not enclose fields: {len(raw.rows):,} rows",)
+    chosen = quoted = _parse(text, delimiter, header, quoted=True)
+    if '"' in text:
+        raw = _parse(text, delimiter, header, quoted=False)
+        chosen = _choose(quoted, raw, text, delimiter)
+        if chosen is raw and raw.rows != quoted.rows:
+            notes += (f"{path}: its quotation marks are text and enclose no fields: {len(raw.rows):,} rows",)
+    if len(set(chosen.names)) < len(chosen.names):
+        raise DataError(f"{path}:1: the header names a column twice: {', '.join(chosen.names)}")
     return chosen.rows, notes
 
 
@@ -67,52 +69,78 @@ def _regular(lines: list[str], delimiter: str) -> bool:
 
 
 def _choose(quoted: Reading, raw: Reading, text: str, delimiter: str) -> Reading:
-    """By faults; then, as both read every row, by whether a writer of csv could have written the file."""
-    if quoted.num_faults != raw.num_faults:
-        return min(quoted, raw, key=lambda reading: reading.num_faults)
-    if raw.num_faults:
+    """By what the marks join; then by the lines that cannot be read; then by whether a writer of quoted fields could
+    have written the file."""
+    if raw.lines_lost and delimiter != "\t":
+        return quoted  # csv is quoted by its standard, and read otherwise only where that leaves nothing open
+    joined, alone = _joined_lines(quoted, raw)
+    whole = [row for row in joined if len(row.values) > 1]
+    if len(whole) > len(joined) / 2 and (delimiter == "\t" or _are_alike(whole, alone)):
+        return raw  # lines that are rows by themselves, and that marks which open and close by accident would join
+    if quoted.lines_lost != raw.lines_lost:
+        return min(quoted, raw, key=lambda reading: reading.lines_lost)
+    if joined or delimiter != "\t":
         return quoted
-    if len(raw.rows) != len(quoted.rows):
-        return raw  # every line is whole by itself: a mark that joins lines is no field's
     end = re.escape(delimiter)
-    bare = re.compile(rf'(?m)(?:^|{end})[^"{end}\n][^{end}\n]*"')
-    if bare.search(text):
-        return raw  # a mark inside a field that does not begin with one: a writer would have enclosed and doubled it
-    needed = re.compile(rf'(?m)(?:^|{end})"(?:[^"\n]|"")*(?:""|{end})(?:[^"\n]|"")*"(?={end}|\r?$)')
-    if needed.search(text) or delimiter != "\t":
-        return quoted
-    enclosed = re.compile(rf'^"[^"]*"(?:{end}"[^"]*")*\r?$')
-    lines = [line for line in text.split("\n") if line.strip()]
-    return quoted if all(enclosed.match(line) for line in lines[:_SAMPLE_LINES]) else raw
+    if re.search(rf'(?m)(?:^|{end})[^"{end}\n][^{end}\n]*"', text):
+        return raw  # a mark inside a field that begins with none: a writer would have enclosed the field
+    if re.search(rf'(?m)(?:^|{end})"(?:[^"\n]|"")*(?:""|{end})(?:[^"\n]|"")*"(?={end}|\r?$)', text):
+        return quoted  # a field that had to be enclosed
+    columns = ([row.values.get(name, "") for row in raw.rows] for name in raw.names)
+    return quoted if any(all(map(_ENCLOSED.fullmatch, column)) for column in columns) else raw
 
 
-def _parse(path: Path, text: str, delimiter: str, header: bool, quoted: bool) -> Reading:
+def _joined_lines(quoted: Reading, raw: Reading) -> tuple[list[Row], list[Row]]:
+    """The lines that marks join with others into one row, and those that are rows by themselves in both readings."""
+    ends = sorted(row.line for row in quoted.rows)
+    places = [bisect.bisect_left(ends, row.line) for row in raw.rows]
+    num_lines = Counter(places)
+    joined, alone = [], []
+    for row, place in zip(raw.rows, places):
+        (joined if num_lines[place] > 1 else alone).append(row)
+    return joined, alone
+
+
+def _are_alike(rows: list[Row], others: list[Row]) -> bool:
+    """Whether in a column of few values, such as labels, `rows` hold none but those of `others`."""
+    others = [row for row in others if row.values]
+    for name in rows[0].values:
+        known = {row.values[name] for row in others}
+        if len(known) <= len(others) / 2 and all(row.values[name] in known for row in rows):
+            return True
+    return False
+
+
+def _parse(text: str, delimiter: str, header: bool, quoted: bool) -> Reading:
     csv.field_size_limit(2**31 - 1)
     lines = io.StringIO(text, newline="")  # str.splitlines would end a row at U+2028 and others
     quoting = csv.QUOTE_MINIMAL if quoted else csv.QUOTE_NONE
     reader = csv.reader(lines, delimiter=delimiter, quoting=quoting, strict=True)
     rows: list[Row] = []
-    names: list[str] | None = None
+    names: list[str] = []
+    end = lost = 0
     while True:
+        start, fault = end, None
         try:
             fields = next(reader)
         except StopIteration:
-            return Reading(rows, quoted)
+            return Reading(rows, names, quoted, lost)
         except csv.Error as error:
-            rows.append(Row(reader.line_num, {}, f"is malformed ({error})"))
-            if names is None:
-                return Reading(rows, quoted)
+            fields, fault = [], f"is malformed ({error})"
+        end = reader.line_num
+        if not fields and fault is None:
             continue
-        if not fields:
-            continue
-        if names is None:
+        if not names and fault is None:
             names = [name.strip() for name in fields] if header else [str(i) for i in range(len(fields))]
-            if len(set(names)) < len(names):
-                raise DataError(f"{path}:1: the header names a column twice: {', '.join(names)}")
             if header:
                 continue
-        if len(fields) == len(names):
-            rows.append(Row(reader.line_num, dict(zip(names, fields))))
-        else:
+        if fault is None and len(fields) != len(names):
             what = "the header" if header else "the first line"
-            rows.append(Row(reader.line_num, {}, f"has {len(fields)} fields, {what} {len(names)}"))
+            fault = f"has {len(fields)} fields, {what} {len(names)}"
+        if fault is None:
+            rows.append(Row(end, dict(zip(names, fields))))
+            continue
+        lost += end - start
+        rows.append(Row(end, {}, fault))
+        if not names:
+            return Reading(rows, names, quoted, text.count("\n"))

@@ -76,6 +76,7 @@ def _build(plan: Plan, source: Path, out: Path, device: torch.device, say: Calla
     if plan.full:
         with _writing(plan.target):
             shutil.copytree(source, out)
+            _complete_config(out / "config.json", task)
         backbone = load_base(ModelConfig(name=str(out)), task, device)
         model = backbone.model
     else:
@@ -139,6 +140,13 @@ def _write_weights(
     backbone.tokenizer.save_pretrained(str(out))
 
 
+def _complete_config(path: Path, task: Task) -> None:
+    """Add what a trained model's config leaves open, such as problem_type; what it says is checked later."""
+    config = read_json(path)
+    if config is not None:
+        write_json(path, {key: value for key, value in task.model_settings().items() if key not in config} | config)
+
+
 def _compare(plan: Plan, rows: ExportCheck, wanted: torch.Tensor, found: torch.Tensor) -> Check:
     difference = float((wanted - found).abs().max()) if wanted.shape == found.shape else float("inf")
     allowed = TOLERANCE if plan.merge or plan.run.model.quantisation == "none" else TOLERANCE_4_BIT
@@ -159,7 +167,7 @@ def _check_settings(plan: Plan, loaded: nn.Module, task: Task) -> None:
         found = getattr(loaded.config, key, None)
         if found != wanted:
             raise CheckError(
-                f"{plan.source}: its {_WORDS.get(key, key)} are {found} but the data's are {wanted}. Nothing was "
+                f"{plan.source}: its config says {_WORDS.get(key, key)} {found}, but the data {wanted}. Nothing was "
                 "written. Is dataset.path still what the run was trained on?"
             )
 

@@ -102,16 +102,16 @@ def load_classifier(
         raise UnavailableError(f"model.name {config.name}: its tokenizer has no padding token")
     head = _head_modules(model, info, config.name)
     freeze(model, head, torch.float32 if trained else dtype, device)
-    settings = model.config
-    positions = getattr(settings, "max_position_embeddings", None)
-    if settings.model_type in ("roberta", "xlm-roberta", "camembert"):
+    shape = model.config
+    positions = getattr(shape, "max_position_embeddings", None)
+    if shape.model_type in ("roberta", "xlm-roberta", "camembert"):
         positions -= 2  # its positions start after the padding index
-    bounded = positions and getattr(settings, "position_biased_input", True)
+    bounded = positions and getattr(shape, "position_biased_input", True)
     return Backbone(
         model=model,
         tokenizer=tokenizer,
         head=head,
-        reads_segments=getattr(settings, "type_vocab_size", 0) > 1,
+        reads_segments=getattr(shape, "type_vocab_size", 0) > 1,
         max_positions=positions if bounded else None,
         dtype=dtype,
         task_type=task_type,

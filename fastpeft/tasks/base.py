@@ -21,7 +21,6 @@ from fastpeft.data.batches import Batch, TokenRows
 from fastpeft.data.known import KnownDataset
 from fastpeft.data.source import Source
 from fastpeft.device_memory import TokenLimits
-from fastpeft.errors import UserError
 from fastpeft.models.backbone import Backbone
 from fastpeft.signals import Need
 
@@ -57,7 +56,7 @@ class Score:
 class ExportCheck(ABC):
     """A sample of validation rows that the trained and the exported model both answer, and the score of all of them."""
 
-    where: ClassVar[str]
+    where: str
     """What a logit belongs to, in words, behind a number."""
     metric: str
     """What `score` measures."""
@@ -104,6 +103,8 @@ class Task(ABC):
     """Of the hub."""
     datasets: ClassVar[Mapping[str, KnownDataset]] = {}
     """Those that are known by name."""
+    scores_other_sets: ClassVar[bool] = False
+    """A trained model can be scored on files that it was not trained with: `read_set` is there."""
 
     name: str
     """Of the dataset."""
@@ -200,9 +201,8 @@ class Task(ABC):
 
         Raises:
             DataError: no such file, a malformed row.
-            UserError: a kind that is scored on its own splits only.
         """
-        raise UserError(f"a model trained on {cls.kind} is scored on its own validation split only; leave --on out")
+        raise AssertionError("this task is scored on its own splits only")
 
     # ---- export ----------------------------------------------------------------------------
 

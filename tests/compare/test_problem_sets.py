@@ -226,17 +226,20 @@ def test_weights_that_are_not_there_are_named(tmp_path: Path, sets: Path) -> Non
         make_plan("r", [str(sets / "gsm8k")], tmp_path)
 
 
-def test_a_classifier_is_refused_by_name(trained: Path, sets: Path) -> None:
-    path = trained / "r" / "run.yaml"
-    text = path.read_text()
-    try:
-        path.write_text(text.replace("task: word-problems", "task: classification"))
-        with pytest.raises(
-            UserError, match=r"r: was trained on labelled texts \(local\), and --on scores word problems"
-        ):
-            run_on(trained, sets / "gsm8k")
-    finally:
-        path.write_text(text)
+@pytest.mark.parametrize("noted", [True, False])
+def test_a_classifier_is_refused_by_name(trained: Path, sets: Path, noted: bool, tmp_path: Path) -> None:
+    """Also one whose result does not say of which kind it is."""
+    shutil.copytree(trained / "r", tmp_path / "c")
+    for file, change in (
+        ("run.yaml", ("task: word-problems", "task: classification")),
+        ("result.json", ('"kind": "word-problems"', '"kind": "classification"' if noted else '"kind": ""')),
+    ):
+        path = tmp_path / "c" / file
+        text = path.read_text()
+        assert change[0] in text
+        path.write_text(text.replace(*change))
+    with pytest.raises(UserError, match=r"c: was trained on classification \(local\), and --on scores word-problems"):
+        score_sets(make_plan("c", [str(sets / "gsm8k")], tmp_path), lambda line: None)
 
 
 def test_unusable_prompts_are_named_and_wrong(trained: Path, sets: Path) -> None:

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import json
+from types import SimpleNamespace
 
 import pytest
 
 from fastpeft.config.schema import ColumnsConfig, DatasetConfig
-from fastpeft.data.hub_datasets import hub_dataset, is_cached
+from fastpeft.data.hub_datasets import HubDataset, is_cached
+from fastpeft.data.hub_datasets import hub_dataset as find_dataset
 from fastpeft.data.rows import DataError
 from fastpeft.errors import UnavailableError, UserError
-from fastpeft.tasks import load_task
+from fastpeft.tasks import find_known, known_names, load_task
+from tests.support.classifiers import load_texts
 from tests.support.fake_hub import FakeHub
 from tests.support.hub_files import CLASSES, GLUE, card, glue_files, glue_rows, parquet
 from tests.support.real_data import DATA
@@ -38,6 +41,12 @@ def own(hub: FakeHub, files: dict[str, bytes] | None = None, **splits: int) -> s
     return hub.add("dataset", OWN, files).refs["main"]
 
 
+def hub_dataset(of: DatasetConfig) -> HubDataset:
+    """As a run finds it."""
+    known = find_known(of)
+    return find_dataset(of, known and known.dataset, known_names())
+
+
 def refusal(of: DatasetConfig, kind: type[Exception] = UnavailableError) -> str:
     with pytest.raises(kind) as error:
         load_task(of)
@@ -46,12 +55,12 @@ def refusal(of: DatasetConfig, kind: type[Exception] = UnavailableError) -> str:
     return str(error.value)
 
 
-def offline(hub: FakeHub, of: DatasetConfig):
+def offline(hub: FakeHub, of: DatasetConfig) -> SimpleNamespace:
     """Loaded with a hub that would give nothing any more."""
     repositories, hub.repositories = hub.repositories, {}
     asked = len(hub.requests)
     try:
-        return load_task(of)
+        return load_texts(of)
     finally:
         hub.repositories = repositories
         assert hub.requests[asked:] == []
@@ -63,7 +72,7 @@ def offline(hub: FakeHub, of: DatasetConfig):
 @pytest.mark.parametrize("task", CLASSES)
 def test_a_glue_task(task, glue, fake_hub):
     fake_hub.add("dataset", GLUE, glue)
-    got = load_task(config(task))
+    got = load_texts(config(task))
     assert got.name == task
     assert got.label_names == CLASSES[task]
     for split, name in (
@@ -83,7 +92,7 @@ def test_a_glue_task(task, glue, fake_hub):
 
 def test_a_cached_task_does_not_bring_the_others(glue, fake_hub):
     fake_hub.add("dataset", GLUE, glue)
-    load_task(config("rte"))
+    load_texts(config("rte"))
     assert is_cached(hub_dataset(config("rte")))
     assert not is_cached(hub_dataset(config("sst2")))
 
@@ -106,7 +115,7 @@ def test_a_name_that_is_nothing(name):
 
 def test_class_names_of_the_dataset(fake_hub):
     own(fake_hub, train=20, test=8, validation=6)
-    task = load_task(config())
+    task = load_texts(config())
     assert (task.name, task.label_names) == (OWN, ("neg", "pos"))
     assert (len(task.train), len(task.validation)) == (20, 6)
     assert task.train.labels == [0, 1] * 10
@@ -117,7 +126,7 @@ def test_class_names_of_the_dataset(fake_hub):
 @pytest.mark.parametrize("split", ["dev", "validation"])
 def test_usual_names_of_the_validation_split(split, fake_hub):
     own(fake_hub, card_files({"train": 12, "test": 4, split: 8}))
-    assert len(load_task(config()).validation) == 8
+    assert len(load_texts(config()).validation) == 8
 
 
 def card_files(splits: dict[str, int]) -> dict[str, bytes]:
@@ -128,18 +137,18 @@ def card_files(splits: dict[str, int]) -> dict[str, bytes]:
 
 def test_the_test_split_is_not_chosen_on(fake_hub):
     own(fake_hub, train=20, test=8)
-    task = load_task(config(validation_fraction=0.25))
+    task = load_texts(config(validation_fraction=0.25))
     assert (len(task.train), len(task.validation)) == (15, 5)
     assert not set(task.train.text) & set(task.validation.text)
     assert task.notes == (f"{OWN} has no validation split: 25% of its training rows, 5, are held out",)
-    named = load_task(config(validation_split="test"))
+    named = load_texts(config(validation_split="test"))
     assert (len(named.train), len(named.validation), named.notes) == (20, 8, ())
 
 
 def test_named_splits(fake_hub):
     own(fake_hub, card_files({"a": 10, "b": 4}))
     assert "set dataset.train_split to one of a, b" in refusal(config(), DataError)
-    task = load_task(config(train_split="a", validation_split="b"))
+    task = load_texts(config(train_split="a", validation_split="b"))
     assert (len(task.train), len(task.validation)) == (10, 4)
     message = refusal(config(train_split="a", validation_split="c"), DataError)
     assert "dataset.validation_split" in message
@@ -154,7 +163,7 @@ def test_configurations(fake_hub):
     assert "set dataset.config to one of en, de" in refusal(config())
     assert "no configuration 'fr'; set dataset.config to one of en, de" in refusal(config(config="fr"))
     for name in ("en", "de"):
-        assert load_task(config(config=name)).name == f"{OWN}/{name}"
+        assert load_texts(config(config=name)).name == f"{OWN}/{name}"
         assert not is_cached(hub_dataset(config()))
 
 
@@ -162,9 +171,9 @@ def test_the_default_configuration_is_the_cards_and_not_the_one_that_is_cached(f
     files = {f"{name}.parquet": parquet([{"text": f"{name} {i}", "label": i % 2} for i in range(6)]) for name in "ab"}
     patterns = {name: {"train": f"{name}.parquet"} for name in "ab"}
     own(fake_hub, {"README.md": card(patterns, default="a"), **files})
-    assert load_task(config(config="b")).train.text[0].startswith("b")
+    assert load_texts(config(config="b")).train.text[0].startswith("b")
     assert not is_cached(hub_dataset(config()))
-    assert load_task(config()).train.text[0].startswith("a")
+    assert load_texts(config()).train.text[0].startswith("a")
     assert offline(fake_hub, config()).train.text[0].startswith("a")
 
 
@@ -181,7 +190,7 @@ def test_csv_and_a_column_map(fake_hub):
     lines = ["kind,body,stars", *(f"x,body {i},{1 + i % 3}" for i in range(30))]
     own(fake_hub, {"train.csv": "\n".join(lines).encode()})
     assert "dataset.columns.text" in refusal(config(), DataError)
-    task = load_task(config(columns=ColumnsConfig(text="body", label="stars")))
+    task = load_texts(config(columns=ColumnsConfig(text="body", label="stars")))
     assert task.label_names == ("1", "2", "3")
     assert "dataset.columns.text is 'no', but the columns are kind, body, stars" in refusal(
         config(columns=ColumnsConfig(text="no")), DataError
@@ -191,7 +200,7 @@ def test_csv_and_a_column_map(fake_hub):
 def test_jsonl_with_label_names(fake_hub):
     lines = [json.dumps({"text": f"t {i}", "label": ["no", "yes"][i % 2]}) for i in range(20)]
     own(fake_hub, {"train.jsonl": "\n".join(lines).encode()})
-    task = load_task(config(labels=["yes", "no"]))
+    task = load_texts(config(labels=["yes", "no"]))
     assert task.label_names == ("yes", "no")
     assert {label for text, label in zip(task.train.text, task.train.labels) if int(text[2:]) % 2} == {0}
 
@@ -199,8 +208,8 @@ def test_jsonl_with_label_names(fake_hub):
 def test_dataset_labels_and_the_datasets_classes(fake_hub):
     """The same names in another order are another numbering; other names rename the classes."""
     own(fake_hub, train=10, validation=4)
-    assert load_task(config(labels=["pos", "neg"])).train.labels == [1, 0] * 5
-    renamed = load_task(config(labels=["bad", "good"]))
+    assert load_texts(config(labels=["pos", "neg"])).train.labels == [1, 0] * 5
+    renamed = load_texts(config(labels=["bad", "good"]))
     assert (renamed.label_names, renamed.train.labels) == (("bad", "good"), [0, 1] * 5)
     assert "3 names are given, but column 'label'" in refusal(config(labels=["a", "b", "c"]), DataError)
 
@@ -212,7 +221,7 @@ def test_class_names_that_are_numbers(fake_hub):
         fake_hub,
         {"train.parquet": parquet(rows, ("1", "2", "3")), "validation.parquet": parquet(rows, ("1", "2", "3"))},
     )
-    task = load_task(config())
+    task = load_texts(config())
     assert (task.label_names, task.train.labels) == (("1", "2", "3"), [0, 1, 2] * 3)
 
 
@@ -224,7 +233,7 @@ def test_rows_without_a_gold_label(split, fake_hub):
     message = refusal(config(), DataError)
     assert f"{OWN} {split}:3: column 'label' holds -1" in message
     assert "on_bad_row=skip" in message
-    task = load_task(config(on_bad_row="skip"))
+    task = load_texts(config(on_bad_row="skip"))
     assert task.skipped_rows == {split: 1}
     assert len(getattr(task, split)) == len(rows[split]) - 1
 
@@ -242,7 +251,7 @@ def test_pinned_revisions(fake_hub):
     fake_hub.repositories["dataset", OWN].refs["v1"] = first
     second = own_again(fake_hub, train=14, validation=4)
     for revision, count in ((first, 10), (second, 14), ("v1", 10), ("main", 14)):
-        assert len(load_task(config(revision=revision)).train) == count
+        assert len(load_texts(config(revision=revision)).train) == count
         assert len(offline(fake_hub, config(revision=revision)).train) == count
     assert "it has no revision 'v2'" in refusal(config(revision="v2"))
 
@@ -255,9 +264,9 @@ def own_again(hub: FakeHub, **splits: int) -> str:
 def test_a_branch_that_moved_is_the_cached_one(fake_hub):
     """A run that is resumed, or repeated, has the same rows."""
     own(fake_hub, train=10, validation=4)
-    before = load_task(config())
+    before = load_texts(config())
     own_again(fake_hub, train=14, validation=4)
-    assert load_task(config()) == before
+    assert load_texts(config()) == before
 
 
 def test_a_folder_of_the_same_name_is_not_the_dataset(fake_hub, tmp_path, monkeypatch):
@@ -266,7 +275,7 @@ def test_a_folder_of_the_same_name_is_not_the_dataset(fake_hub, tmp_path, monkey
     folder.mkdir(parents=True)
     (folder / "train.csv").write_text("text,label\nlocal,neg\n")
     monkeypatch.chdir(tmp_path)
-    assert len(load_task(config()).train) == 10
+    assert len(load_texts(config()).train) == 10
 
 
 # ---- what the hub refuses, and what breaks off ---------------------------------------------
@@ -304,19 +313,19 @@ def test_a_download_that_breaks_off(fault, fake_hub):
     assert "Run the same again" in message
     assert not is_cached(hub_dataset(config()))
     fake_hub.faults.clear()
-    task = load_task(config())
+    task = load_texts(config())
     assert (len(task.train), len(task.validation)) == (60, 8)
 
 
 def test_the_hub_that_goes_away_while_a_dataset_is_read_is_not_replaced_by_another_revision(fake_hub):
     """`datasets` then takes whatever revision it has, and says so in a log."""
     own(fake_hub, train=10, validation=4)
-    load_task(config())
+    load_texts(config())
     other = own_again(fake_hub, train=14, validation=4)
     fake_hub.answers["/tree/"] = (503, "")
     assert OWN in refusal(config(revision=other))
     fake_hub.answers.clear()
-    assert len(load_task(config(revision=other)).train) == 14
+    assert len(load_texts(config(revision=other)).train) == 14
 
 
 def test_a_broken_parquet_file(fake_hub):
@@ -332,7 +341,7 @@ def test_a_broken_parquet_file(fake_hub):
 @pytest.mark.skipif(not DATA.is_dir(), reason=f"no real data at {DATA}")
 @pytest.mark.parametrize(("task", "num_train", "num_dev"), [("rte", 2_490, 277), ("sst2", 67_349, 872)])
 def test_a_task_name_on_local_files_keeps_its_labels_and_metrics(task, num_train, num_dev):
-    got = load_task(config(task, path=str(DATA / task)))
+    got = load_texts(config(task, path=str(DATA / task)))
     assert (got.name, got.label_names) == (task, CLASSES[task])
     assert (len(got.train), len(got.validation)) == (num_train, num_dev)
     assert got.f1_class == (0 if task == "rte" else None)

@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 
 from fastpeft.config.schema import ColumnsConfig, DatasetConfig
+from fastpeft.data.local import read_split
 from fastpeft.data.rows import DataError
 from fastpeft.errors import UserError
-from fastpeft.tasks import load_task
 from tests.support.classifiers import load_texts
 from tests.support.real_data import DATA
 from tests.support.row_files import write_jsonl, write_rows
@@ -175,7 +175,7 @@ def test_numbers_stand_for_named_labels_in_their_order(tmp_path):
     folder = folder_of(tmp_path, single([("a", 1), ("b", 0), ("c", 2)]))
     task = load_texts(config(folder, labels=["entailment", "neutral", "contradiction"]))
     assert task.train.labels == [1, 0, 2]
-    known = load_task(config(folder, name="mnli"))
+    known = load_texts(config(folder, name="mnli"))
     assert known.label_names == ("entailment", "neutral", "contradiction")
     assert known.train.labels == [1, 0, 2]
 
@@ -341,7 +341,7 @@ def test_quoted_fields_over_several_lines(tmp_path, seed):
     rows = single([(text, ["no", "yes"][i % 2]) for i, text in enumerate(texts)])
     for suffix in ("csv", "tsv"):
         path = write_rows(tmp_path / suffix / f"data.{suffix}", rows)
-        read = list(read_rows(path))
+        read = read_split(path).rows
         assert [row.values["sentence"] for row in read] == texts
         assert read[-1].line == path.read_text().count("\n")
 
@@ -350,7 +350,7 @@ def test_stray_quotes_in_a_tsv_are_text(tmp_path):
     path = tmp_path / "train.tsv"
     texts = ['"an unclosed quote', 'a 5" disk', 'closed" early', "plain", '"whole" and more']
     path.write_text("sentence\tlabel\n" + "".join(f"{text}\t{i % 2}\n" for i, text in enumerate(texts)))
-    assert [row.values["sentence"] for row in read_rows(path)] == texts
+    assert [row.values["sentence"] for row in read_split(path).rows] == texts
 
 
 def test_only_line_ends_end_a_row(tmp_path):
@@ -359,7 +359,7 @@ def test_only_line_ends_end_a_row(tmp_path):
     rows = single([(text, ["no", "yes"][i % 2]) for i, text in enumerate(texts)])
     for suffix in ("csv", "tsv", "jsonl"):
         path = write_rows(tmp_path / f"data.{suffix}", rows)
-        assert [row.values["sentence"] for row in read_rows(path)] == texts, suffix
+        assert [row.values["sentence"] for row in read_split(path).rows] == texts, suffix
 
 
 def test_huge_field(tmp_path):
@@ -367,7 +367,7 @@ def test_huge_field(tmp_path):
     huge = "word " * 100_000
     for suffix in ("csv", "tsv", "jsonl"):
         path = write_rows(tmp_path / f"data.{suffix}", single([(huge, "no"), ("b", "yes")]))
-        assert next(read_rows(path)).values["sentence"] == huge, suffix
+        assert read_split(path).rows[0].values["sentence"] == huge, suffix
 
 
 @pytest.mark.parametrize("name", ["dev", "validation", "dev_matched", "validation_matched", "valid"])
@@ -441,7 +441,7 @@ def test_single_file_is_split_the_same_way_every_time(tmp_path, seed):
     ],
 )
 def test_real_files(path, num_train, num_dev, num_labels, paired):
-    task = load_task(config(DATA / path))
+    task = load_texts(config(DATA / path))
     assert (len(task.train), len(task.validation), len(task.label_names)) == (num_train, num_dev, num_labels)
     assert (task.train.text_pair is not None) == paired
     assert set(task.train.labels) == set(task.validation.labels) == set(range(num_labels))

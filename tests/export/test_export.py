@@ -21,13 +21,14 @@ from safetensors.torch import load_file, save_file
 from fastpeft.config import load_run, run_values, save_run
 from fastpeft.errors import UnavailableError, UserError
 from fastpeft.export import loading, write
-from fastpeft.export.check_rows import logits
+from fastpeft.export.exported import Exported
 from fastpeft.export.plan import make_plan
 from fastpeft.export.summary import closing, opening
-from fastpeft.export.write import Exported, export
+from fastpeft.export.write import export
 from fastpeft.models.inject import ADAPTER_NAME
 from fastpeft.runs.store import RunFolder, read_json
 from fastpeft.tasks.sequences.examples import encode
+from fastpeft.tasks.sequences.task import sample_logits as logits
 from tests.support.exported_runs import CASES, Trained
 from tests.support.tiny import make_model
 
@@ -107,7 +108,7 @@ def test_the_tokenizer_comes_along_and_reads_alike(merge, trained, home, tmp_pat
     export_to(tmp_path / "out", "roberta", home / "results", merge=merge)
     run = trained["roberta"]
     tokenizer = transformers.AutoTokenizer.from_pretrained(str(tmp_path / "out"))
-    again = encode(run.job.task.validation, tokenizer, 64, segments=False)
+    again = encode(run.job.task.texts.validation, tokenizer, 64, segments=False)
     assert again.tokens.tolist() == run.rows.tokens.tolist()
 
 

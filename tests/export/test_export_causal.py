@@ -196,7 +196,7 @@ def token_accuracy(model: torch.nn.Module, problems: Path, tokenizer_folder: Pat
     task = load_task(DatasetConfig(name="sums", path=str(problems), task="word-problems", held_out=20))
     tokenizer = transformers.AutoTokenizer.from_pretrained(str(tokenizer_folder))
     right = total = 0
-    for question, answer in zip(task.validation.question, task.validation.answer):
+    for question, answer in zip(task.splits.validation.question, task.splits.validation.answer):
         prompt = tokenizer(f"Question: {question}\nAnswer:")["input_ids"]
         ids = torch.tensor([prompt + tokenizer(f" {answer}")["input_ids"] + [1]])
         with torch.inference_mode():

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import torch
 
-from fastpeft.export.check_rows import logits
 from fastpeft.runs.store import RunFolder
 from fastpeft.tasks.sequences.examples import Encoded
+from fastpeft.tasks.sequences.task import sample_logits
 from fastpeft.trainer.build import Job
 
 CASES = ("deberta-v2", "bert", "roberta", "distilbert", "bert-without-pooler", "bert-rslora", "bert-adalora")
@@ -29,7 +29,7 @@ class Trained:
     def logits(self) -> torch.Tensor:
         """Of the last weights on every validation row."""
         self.job.adapter.model.eval()
-        return logits(self.job.adapter.model, self.rows, self.job.device)
+        return sample_logits(self.job.adapter.model, self.rows, self.job.device)
 
 
 def run_values(model: Path, pairs: Path, method: str = "lora") -> dict:

@@ -30,6 +30,8 @@ class CausalLMTask(Task):
     auto_class: ClassVar[str] = "AutoModelForCausalLM"
     peft_task_type: ClassVar[str] = "CAUSAL_LM"
     pipeline_tag: ClassVar[str] = "text-generation"
+    noun: ClassVar[str] = "rows"
+    """What a row is called."""
 
     train: EncodedPrompts
     validation: EncodedPrompts
@@ -88,13 +90,13 @@ class CausalLMTask(Task):
             backbone.tokenizer,
             self.max_length(backbone),
             self.batch_tokens,
+            self.noun,
         )
 
 
 class TokenAccuracy(ExportCheck):
     """The share of the answers' tokens that the model puts first, given those before them."""
 
-    where = "answer tokens of validation rows"
     metric = "token_accuracy"
 
     def __init__(
@@ -104,7 +106,9 @@ class TokenAccuracy(ExportCheck):
         tokenizer: Any,
         max_length: int,
         batch_tokens: int,
+        noun: str,
     ) -> None:
+        self.where = f"answer tokens of validation {noun}"
         self._encode, self.num_validation, self._tokenizer = encode, num_validation, tokenizer
         self.max_length, self._batch_tokens = max_length, batch_tokens
 

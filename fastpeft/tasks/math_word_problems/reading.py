@@ -104,21 +104,14 @@ def read_problem_splits(config: DatasetConfig, source: Source) -> ProblemSplits:
             raise DataError(f"dataset.{key}: {_NOT_OURS[key]}")
     train, notes = _read_split(config, source, TRAIN), []
     test = _read_split(config, source, TEST) if source.has(TEST) else None
-    if source.has(VALIDATION) and source.path(TRAIN) is not None:
-        notes.append(
-            f"{source.path(VALIDATION)} is not read: {config.held_out:,} training problems are held out instead"
-        )
+    instead = f"is not read: {config.held_out:,} training problems are held out instead"
+    notes += [f"{path} {instead}" for path in source.paths(VALIDATION)]
     if test is None:
         notes.append(
             f"{source.name} has no test split: nothing is scored but the {config.held_out:,} problems held out"
         )
     kept, held_out = _hold_out(source.name, train, config.held_out)
     notes += [*kept.notes, *(test.notes if test else ())]
-    notes += [
-        f"{split.num_skipped:,} malformed rows of the {name} split were skipped"
-        for name, split in ((TRAIN, train), (TEST, test))
-        if split is not None and split.num_skipped
-    ]
     return ProblemSplits(source.name, kept, held_out, test, tuple(notes))
 
 
@@ -218,7 +211,8 @@ def _read(split: Split, columns: ColumnsConfig, on_bad_row: str) -> Problems:
     if not question:
         raise DataError(f"{split.source}: all {len(faults):,} rows are malformed; the first: {faults[0]}")
     note = left_out_note(len(faults), "bad rows", faults[:NUM_NAMED])
-    return Problems(question, answer, where, split.source, len(faults), (note,) if faults else ())
+    notes = (*split.notes, note) if faults else split.notes
+    return Problems(question, answer, where, split.source, len(faults), notes)
 
 
 def _answer(value: Any, column: str, worked: bool) -> tuple[str, str | None]:

@@ -47,7 +47,9 @@ print(tokenizer.decode(answer[0, batch["input_ids"].shape[1] :], skip_special_to
 
 class MathWordProblems(CausalLMTask):
     kind: ClassVar[str] = "word-problems"
+    noun: ClassVar[str] = "problems"
     datasets = DATASETS
+    scores_other_sets = True
     metric = "exact_match"
 
     def __init__(self, splits: ProblemSplits, config: DatasetConfig, evaluation: EvaluationConfig, seed: int) -> None:
@@ -204,8 +206,9 @@ def _max_prompt(config: DatasetConfig, evaluation: EvaluationConfig, backbone: B
     longest = backbone.max_positions - evaluation.max_new_tokens
     if longest < 1:
         raise UserError(
-            f"evaluation.max_new_tokens: the model takes {backbone.max_positions:,} tokens, prompt and answer "
-            f"together, so that {evaluation.max_new_tokens:,} new ones leave no room for a prompt. Set it lower"
+            f"evaluation.max_new_tokens: model {backbone.model.name_or_path} takes {backbone.max_positions:,} tokens, "
+            f"prompt and answer together, so that {evaluation.max_new_tokens:,} new ones leave no room for a prompt. "
+            "Set it lower"
         )
     return longest
 

@@ -55,16 +55,15 @@ class MultiLabel(SequenceTask):
 
     @classmethod
     def recognises(cls, config: DatasetConfig, source: Source) -> str | None:
-        """Labels in lists, or several columns of zeros and ones."""
+        """Labels in lists, in most rows, or several columns of zeros and ones."""
         if isinstance(config.columns.label, list):
             return f"dataset.columns.label names {len(config.columns.label)} columns"
         column = guess_columns(config, source).label
         if column is None:
             return None
         values = [row.values.get(column) for row in source.read(TRAIN, [column]).rows if not row.fault]
-        return (
-            f"column {column!r} holds lists of labels" if any(_listed(value) is not None for value in values) else None
-        )
+        num_lists = sum(_listed(value) is not None for value in values)
+        return f"column {column!r} holds lists of labels" if num_lists > len(values) / 2 else None
 
     @classmethod
     def load(cls, config: DatasetConfig, source: Source, evaluation: EvaluationConfig, seed: int) -> Self:

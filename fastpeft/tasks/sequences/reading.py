@@ -56,7 +56,7 @@ class TextSplit:
         Raises:
             DataError: a missing column, a malformed row, or no row at all.
         """
-        self.source, self.num_skipped = split.source, 0
+        self.source, self.notes, self.num_skipped = split.source, split.notes, 0
         self.columns = choose_columns(split.source, split.require_columns(), config.columns, known)
         self.rows: list[Row] = []
         for row in split.rows:
@@ -109,10 +109,12 @@ def read_texts(
         return TextSplit(source.read(split, wanted, names), config, known, label_fault)
 
     train = read(TRAIN)
-    examples, skipped, notes = train.examples(label_of(train)), {TRAIN: train.num_skipped}, []
+    examples, skipped = train.examples(label_of(train)), {TRAIN: train.num_skipped}
+    notes = list(train.notes)
     paired = examples.text_pair is not None
-    if source.has(VALIDATION):
+    if not source.needs_held_out:
         validation = read(VALIDATION)
+        notes += validation.notes
         held_out = validation.examples(label_of(validation))
         skipped[VALIDATION] = validation.num_skipped
         if paired != (held_out.text_pair is not None):

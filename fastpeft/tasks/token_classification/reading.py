@@ -49,9 +49,8 @@ def read_tagged_splits(config: DatasetConfig, source: Source) -> TaggedSplits:
         DataError: a missing split, a malformed line or row, tags of another scheme.
     """
     train = to_iob2(_read(config, source, TRAIN), config.scheme)
-    others = {
-        split: to_iob2(_read(config, source, split), train.scheme) for split in (VALIDATION, TEST) if source.has(split)
-    }
+    wanted = [VALIDATION] * (not source.needs_held_out) + [TEST] * source.has(TEST)
+    others = {split: to_iob2(_read(config, source, split), train.scheme) for split in wanted}
     every = {TRAIN: train} | others
     notes = [note for split in every.values() for note in (*split.sentences.notes, split.note)]
     notes += [

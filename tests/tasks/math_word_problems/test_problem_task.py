@@ -15,7 +15,8 @@ from fastpeft.data.batches import IGNORE, micro_batches
 from fastpeft.device_memory import TokenLimits
 from fastpeft.errors import UserError
 from fastpeft.signals import Need
-from fastpeft.tasks.math_word_problems import task as module
+from fastpeft.tasks.causal_lm import loss as loss_module
+from fastpeft.tasks.math_word_problems import task as task_module
 from fastpeft.tasks.math_word_problems.task import MathWordProblems
 from fastpeft.trainer.build import Job, build_job
 from fastpeft.trainer.probes.hooks import Probes
@@ -184,7 +185,7 @@ def prompt_places(job: Job, batch) -> list[range]:
 
 @pytest.mark.parametrize("most", [1024, 12])
 def test_prompt_statistics_are_those_of_prompt_tokens(most: int, job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "PROMPT_TOKENS", most)
+    monkeypatch.setattr(loss_module, "PROMPT_TOKENS", most)
     batch, num_items = first_batch(job)
     ids, logits = batch.inputs["input_ids"], rows_of_logits(job, batch)
     each = min(most // len(ids), ids.shape[1])  # of a row
@@ -212,7 +213,7 @@ def test_prompt_statistics_are_those_of_prompt_tokens(most: int, job: Job, monke
 def test_lens_entropy_is_that_behind_the_first_adapted_layer(
     method: str, targets: str, layer: int, most: int, tmp_path: Path, seed: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(module, "LENS_TOKENS", most)
+    monkeypatch.setattr(loss_module, "LENS_TOKENS", most)
     write_run(tmp_path, num_hidden_layers=3)
     job = build(tmp_path, seed, method=method, adapter={"target_modules": targets})
     batch, num_items = first_batch(job)
@@ -230,14 +231,14 @@ def test_lens_entropy_is_that_behind_the_first_adapted_layer(
 
 
 def test_nothing_more_is_computed_than_what_is_asked_for(job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
-    calls, watched, real = [], [], module.linear_cross_entropy
+    calls, watched, real = [], [], loss_module.linear_cross_entropy
 
     def noted(*args, **more):
         calls.append(more)
         return real(*args, **more)
 
-    monkeypatch.setattr(module, "linear_cross_entropy", noted)
-    monkeypatch.setattr(module, "FirstLayer", lambda model: watched.append(model))
+    monkeypatch.setattr(loss_module, "linear_cross_entropy", noted)
+    monkeypatch.setattr(loss_module, "FirstLayer", lambda model: watched.append(model))
     batch, num_items = first_batch(job)
     assert job.task.loss(job.adapter.model, batch, num_items).statistics == {}
     assert job.task.loss(job.adapter.model, batch, num_items, (Need.LOSS, Need.BLOCKS)).statistics == {}
@@ -290,7 +291,7 @@ def test_a_stop_ends_the_evaluation_wherever_it_is(calls: int, job: Job) -> None
 
 def test_test_split_costs_its_problems_and_samples(tmp_path: Path) -> None:
     six, eight = 6, 8
-    assert build(tmp_path).objective.test_cost == eight / six
+    assert build(tmp_path).task.test_cost == eight / six
     job = build(tmp_path, evaluation={"pass_at": 2, "num_samples": 4, "max_test_examples": 3})
     assert job.task.test_cost == 5 * 3 / six
     score = job.task.evaluate_test(job.adapter.model, LIMITS, go_on, None)
@@ -306,8 +307,9 @@ def test_test_split_costs_its_problems_and_samples(tmp_path: Path) -> None:
 def test_expected_seconds_count_the_loss_and_every_new_token(job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
     """On this machine as it is: within a factor, and rising with what is asked for."""
     expected = job.task.time_evaluation(job.adapter.model, LIMITS)
-    assert expected > job.task._expected_loss_s(job.adapter.model, LIMITS) * 0.2 > 0
-    monkeypatch.setattr(module, "expected_decode_s", lambda *args: 100.0)
+    loss_s = job.task.answer_loss.expected_s(job.adapter.model, job.task.validation, LIMITS)
+    assert expected > loss_s * 0.2 > 0
+    monkeypatch.setattr(task_module, "expected_decode_s", lambda *args: 100.0)
     assert 100 < job.task.time_evaluation(job.adapter.model, LIMITS) < 130
 
 

@@ -14,11 +14,11 @@ from fastpeft.config import ConfigError, load_run
 from fastpeft.config.schema import ColumnsConfig, DatasetConfig
 from fastpeft.data.hub_datasets import hub_dataset, is_cached
 from fastpeft.data.rows import DataError
-from fastpeft.data.task import EMBEDDED, EMBEDDED_WORD_PROBLEMS, is_word_problems
 from fastpeft.errors import UserError
-from fastpeft.tasks import load_task
+from fastpeft.tasks import find_known, kind_of, load_task
 from fastpeft.tasks.math_word_problems.answers import final_number
-from fastpeft.tasks.math_word_problems.reading import Problems, WordProblemTask, fill_prompt, load_problems
+from fastpeft.tasks.math_word_problems.reading import Problems, ProblemSplits, fill_prompt, load_problems
+from fastpeft.tasks.math_word_problems.task import MathWordProblems
 from tests.support.fake_hub import FakeHub
 from tests.support.hub_files import card, parquet
 from tests.support.real_data import DATA
@@ -26,6 +26,7 @@ from tests.support.row_files import write_jsonl, write_rows
 
 needs_data = pytest.mark.skipif(not DATA.is_dir(), reason=f"no real data at {DATA}")
 REPOSITORY = "openai/gsm8k"
+GENERATED = "embedded-word-problems"
 
 
 def problem(i: int, **more) -> dict:
@@ -38,6 +39,17 @@ def problems(count: int, first: int = 0) -> list[dict]:
 
 def config(path: Path | None = None, name: str = "gsm8k", held_out: int = 4, **fields) -> DatasetConfig:
     return DatasetConfig(path=str(path) if path else None, name=name, held_out=held_out, **fields)
+
+
+def load_splits(of: DatasetConfig) -> ProblemSplits:
+    task = load_task(of)
+    assert isinstance(task, MathWordProblems)
+    return task.splits
+
+
+def num_skipped(splits: ProblemSplits) -> dict[str, int]:
+    every = {"train": splits.train, "test": splits.test}
+    return {name: part.num_skipped for name, part in every.items() if part and part.num_skipped}
 
 
 def refusal(of: DatasetConfig) -> str:
@@ -66,33 +78,34 @@ def test_a_folder_in_every_format(tmp_path, suffix):
     train, test = problems(20), problems(6, first=100)
     for name, rows in (("train", train), ("test", test)):
         write_rows(tmp_path / f"{name}.{suffix}", rows)
-    task = load_task(config(tmp_path))
-    assert isinstance(task, WordProblemTask)
+    task = load_splits(config(tmp_path))
     assert (len(task.train), len(task.validation), len(task.test)) == (16, 4, 6)
     assert rows_of(task.train, task.validation) == {(r["question"], r["answer"]) for r in train}
     assert task.test.question == [r["question"] for r in test]
     assert task.test.answer == [r["answer"] for r in test]
-    assert (task.name, task.metric, task.skipped_rows, task.notes) == ("gsm8k", "exact_match", {}, ())
-    assert task.describe() == "gsm8k: 16 training problems, 4 held out of them, 6 test problems"
+    assert (task.name, num_skipped(task), task.notes) == ("gsm8k", {}, ())
+    said = "gsm8k: 16 training problems, 4 held out of them, 6 test problems"
+    whole = load_task(config(tmp_path))
+    assert (whole.metric, whole.describe(), whole.notes) == ("exact_match", said, [said])
     assert task.test.source == str(tmp_path / f"test.{suffix}")
 
 
 def test_what_is_held_out_depends_on_the_rows_only(tmp_path, seed):
     write_jsonl(tmp_path / "train.jsonl", problems(200))
-    task = load_task(config(tmp_path, held_out=50))
+    task = load_splits(config(tmp_path, held_out=50))
     random.seed(seed)
-    assert load_task(config(tmp_path, held_out=50)) == task
+    assert load_splits(config(tmp_path, held_out=50)) == task
     assert len(task.validation) == 50
     assert not rows_of(task.train) & rows_of(task.validation)
     numbers = sorted(int(where.rpartition(":")[2]) for where in task.validation.where)
     assert numbers not in (list(range(1, 51)), list(range(151, 201)))
-    more = load_task(config(tmp_path, held_out=60))
+    more = load_splits(config(tmp_path, held_out=60))
     assert rows_of(task.validation) < rows_of(more.validation)
 
 
 def test_rows_know_their_line(tmp_path):
     path = write_jsonl(tmp_path / "train.jsonl", problems(12))
-    task = load_task(config(path, held_out=5))
+    task = load_splits(config(path, held_out=5))
     for part in (task.train, task.validation):
         for question, where in zip(part.question, part.where):
             file, _, line = where.rpartition(":")
@@ -103,18 +116,22 @@ def test_rows_know_their_line(tmp_path):
 @pytest.mark.parametrize("single", [True, False])
 def test_without_a_test_split(tmp_path, single):
     path = write_jsonl(tmp_path / "train.jsonl", problems(10))
-    task = load_task(config(path if single else tmp_path))
+    task = load_splits(config(path if single else tmp_path))
     assert task.test is None
     assert "has no test split" in task.notes[0]
-    assert task.describe() == "gsm8k: 6 training problems, 4 held out of them"
+    assert load_task(config(path if single else tmp_path)).describe() == (
+        "gsm8k: 6 training problems, 4 held out of them"
+    )
 
 
 def test_a_validation_file_is_not_read_and_that_is_said(tmp_path):
     write_jsonl(tmp_path / "train.jsonl", problems(10))
     write_jsonl(tmp_path / "test.jsonl", problems(3, first=50))
     (tmp_path / "dev.jsonl").write_text("?\n")
-    task = load_task(config(tmp_path))
-    assert task.notes == (f"{tmp_path / 'dev.jsonl'} is not read: 4 training problems are held out instead",)
+    told = "is not read: 4 training problems are held out instead"
+    assert load_splits(config(tmp_path)).notes == (f"{tmp_path / 'dev.jsonl'} {told}",)
+    (tmp_path / "valid.csv").write_text("?\n")
+    assert load_splits(config(tmp_path)).notes == tuple(f"{tmp_path / n} {told}" for n in ("dev.jsonl", "valid.csv"))
 
 
 @pytest.mark.parametrize("held_out", [10, 11, 512])
@@ -123,13 +140,13 @@ def test_too_few_rows_to_hold_out(tmp_path, held_out):
     assert f"dataset.held_out: {held_out} rows" in message
     assert "10 training rows" in message
     assert "Set it lower" in message
-    task = load_task(config(tmp_path / "train.jsonl", held_out=9))
+    task = load_splits(config(tmp_path / "train.jsonl", held_out=9))
     assert (len(task.train), len(task.validation)) == (1, 9)
 
 
 def test_a_question_that_is_held_out_is_not_trained_on(tmp_path):
     write_jsonl(tmp_path / "train.jsonl", problems(10) * 2)
-    task = load_task(config(tmp_path))
+    task = load_splits(config(tmp_path))
     assert not set(task.train.question) & set(task.validation.question)
     left_out = 20 - 4 - len(task.train)
     assert left_out > 0
@@ -148,42 +165,46 @@ def test_keys_that_are_not_for_word_problems(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("name", "task", "expected"),
+    ("name", "task", "kind"),
     [
-        ("gsm8k", "auto", True),
-        (EMBEDDED_WORD_PROBLEMS, "auto", True),
-        ("mnli", "auto", False),
-        ("local", "auto", False),
-        ("owner/name", "auto", False),
-        ("local", "word-problems", True),
-        ("owner/name", "word-problems", True),
-        ("gsm8k", "classification", False),
+        ("gsm8k", "auto", "word-problems"),
+        (GENERATED, "auto", "word-problems"),
+        ("mnli", "auto", "classification"),
+        ("local", "word-problems", "word-problems"),
+        ("owner/name", "word-problems", "word-problems"),
+        ("gsm8k", "classification", "classification"),
     ],
 )
-def test_what_is_word_problems(name, task, expected):
-    assert is_word_problems(DatasetConfig(name=name, task=task)) == expected
+def test_what_is_word_problems(name, task, kind):
+    assert kind_of(DatasetConfig(name=name, task=task)) == kind
+
+
+def test_nothing_is_word_problems_by_its_columns_alone(tmp_path):
+    """A question with an answer is a pair to classify just as well."""
+    write_jsonl(tmp_path / "train.jsonl", problems(20))
+    assert kind_of(config(tmp_path, name="local")) == "classification"
+    assert find_known(DatasetConfig(name="owner/name")) is None
 
 
 def test_files_of_ones_own(tmp_path):
     write_jsonl(tmp_path / "train.jsonl", problems(200))
     write_jsonl(tmp_path / "dev.jsonl", problems(20))
     assert "dataset.task=word-problems" in refusal(config(tmp_path, name="local"))
-    task = load_task(config(tmp_path, name="local", task="word-problems"))
+    task = load_splits(config(tmp_path, name="local", task="word-problems"))
     assert (task.name, len(task.train)) == (tmp_path.name, 196)
-    assert load_task(config(tmp_path, name="mine", task="word-problems")).name == "mine"
+    assert load_splits(config(tmp_path, name="mine", task="word-problems")).name == "mine"
 
 
 def test_the_generated_task(monkeypatch):
     module = ModuleType("embedded_problems")
-    module.train_problems = lambda: [(row["question"], row["answer"]) for row in problems(30)]
-    module.test_problems = lambda: [(row["question"], row["answer"]) for row in problems(5, first=90)]
+    module.splits = lambda: {"train": problems(30), "test": problems(5, first=90)}
     monkeypatch.setitem(sys.modules, "fastpeft.standins.problems", module)
-    task = load_task(config(name=EMBEDDED_WORD_PROBLEMS))
-    assert (task.name, len(task.train), len(task.validation), len(task.test)) == (EMBEDDED_WORD_PROBLEMS, 26, 4, 5)
+    task = load_splits(config(name=GENERATED))
+    assert (task.name, len(task.train), len(task.validation), len(task.test)) == (GENERATED, 26, 4, 5)
     assert task.test.question[0] == "What is 90 + 1?"
     assert task.notes == ()
-    assert "dataset.task=classification" in refusal(config(name=EMBEDDED_WORD_PROBLEMS, task="classification"))
-    assert "dataset.task=word-problems" in refusal(config(name=EMBEDDED, task="word-problems"))
+    assert "dataset.task=classification" in refusal(config(name=GENERATED, task="classification"))
+    assert "dataset.task=word-problems" in refusal(config(name="embedded-nli", task="word-problems"))
 
 
 # ---- the prompt ----------------------------------------------------------------------------
@@ -204,7 +225,8 @@ def test_a_prompt_without_its_question(prompt):
 def test_a_prompt_of_ones_own(tmp_path):
     run = load_run("lora_mnli", {"dataset.prompt": "Solve: {question}", "dataset.name": "gsm8k", "dataset.held_out": 2})
     write_jsonl(tmp_path / "train.jsonl", problems(10))
-    assert load_task(config(tmp_path, prompt=run.dataset.prompt)).prompt == "Solve: {question}"
+    task = load_task(config(tmp_path, prompt=run.dataset.prompt))
+    assert task.facts()["prompt"] == "Solve: {question}"
 
 
 # ---- shapes --------------------------------------------------------------------------------
@@ -329,8 +351,8 @@ def test_a_bad_row_is_named_or_left_out_and_counted(tmp_path, bad, split):
     assert message.startswith(f"{path}:3: ")
     assert "(and 4 more bad rows)" in message
     assert "on_bad_row=skip" in message
-    task = load_task(config(tmp_path, on_bad_row="skip"))
-    assert task.skipped_rows == {split: 5}
+    task = load_splits(config(tmp_path, on_bad_row="skip"))
+    assert num_skipped(task) == {split: 5}
     assert (len(task.train), len(task.validation), len(task.test)) == (8, 4, 3)
     note = task.notes[-1]
     assert note.startswith("5 bad rows are left out: ")
@@ -401,24 +423,24 @@ def gsm8k_files(num_train: int = 20, num_test: int = 6) -> dict[str, bytes]:
 
 def test_gsm8k_from_the_hub(fake_hub: FakeHub):
     fake_hub.add("dataset", REPOSITORY, gsm8k_files())
-    task = load_task(config())
+    task = load_splits(config())
     assert (task.name, len(task.train), len(task.validation), len(task.test)) == ("gsm8k", 16, 4, 6)
     assert rows_of(task.train, task.validation) == {(r["question"], r["answer"]) for r in problems(20)}
     assert task.test.answer == [r["answer"] for r in problems(6, 100)]
     assert task.test.where[0] == f"{REPOSITORY}/main test:1"
     assert task.notes == ()
-    assert is_cached(hub_dataset(config()))
+    assert is_cached(hub_dataset(config(), find_known(config()).dataset))
     assert not any("socratic" in path for path in fake_hub.downloads())
     asked = len(fake_hub.requests)
-    assert load_task(config()) == task
+    assert load_splits(config()) == task
     assert len(fake_hub.requests) == asked
-    assert load_task(config(config="socratic")).test.question[0] == "What is 600 + 1?"
+    assert load_splits(config(config="socratic")).test.question[0] == "What is 600 + 1?"
 
 
 def test_another_dataset_of_the_hub(fake_hub: FakeHub):
     rows = [{"ID": str(i), "Body": f"There are {i}.", "Question": "How many?", "Answer": f"{i}.0"} for i in range(12)]
     fake_hub.add("dataset", "someone/SVAMP", {"train.parquet": parquet(rows)})
-    task = load_task(config(name="someone/SVAMP", task="word-problems"))
+    task = load_splits(config(name="someone/SVAMP", task="word-problems"))
     assert (task.name, len(task.train), task.test) == ("someone/SVAMP", 8, None)
     assert "#### 11" in task.train.answer + task.validation.answer
     rows[3]["Answer"] = "none"
@@ -434,9 +456,9 @@ def test_another_dataset_of_the_hub(fake_hub: FakeHub):
 
 @needs_data
 def test_real_gsm8k():
-    task = load_task(DatasetConfig(name="gsm8k", path=str(DATA / "gsm8k")))
+    task = load_splits(DatasetConfig(name="gsm8k", path=str(DATA / "gsm8k")))
     assert (len(task.train), len(task.validation), len(task.test)) == (6_961, 512, 1_319)
-    assert (task.notes, task.skipped_rows) == ((), {})
+    assert (task.notes, num_skipped(task)) == ((), {})
     assert all(final_number(answer) is not None for answer in task.train.answer)
     assert sum("<<" in answer for answer in task.train.answer) > 6_800
 

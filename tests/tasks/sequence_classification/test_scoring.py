@@ -7,14 +7,16 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from sklearn.metrics import accuracy_score, f1_score
+from sklearn.metrics import accuracy_score, f1_score, log_loss
 from torch import nn
 
-from fastpeft.data.task import ClassificationTask
-from fastpeft.tasks.sequence_classification.scoring import score
-from fastpeft.tasks.sequences.examples import Encoded, Examples
+from fastpeft.tasks.base import Score
+from fastpeft.tasks.sequences.examples import Encoded
+from fastpeft.tasks.sequences.scoring import answer_rows
+from tests.support.classifiers import classifier_task
 
 CPU = torch.device("cpu")
+NAMES = ("a", "b", "c")
 
 
 class Guesses(nn.Module):
@@ -43,30 +45,49 @@ def rows(labels: np.ndarray, guesses: np.ndarray) -> Encoded:
     )
 
 
+def score(num_labels: int, labels: np.ndarray, guesses: np.ndarray, f1_label: str | None = None) -> Score:
+    """As a run scores its validation split."""
+    task, encoded = classifier_task(NAMES[:num_labels], f1_label), rows(labels, guesses)
+    answers = answer_rows(Guesses(num_labels), encoded, task.row_losses, 64, CPU)
+    value, more, groups = task.metrics(answers, encoded.labels)
+    return Score(value, answers.mean_loss, len(labels), more, groups)
+
+
 @pytest.mark.parametrize(("num_labels", "positive"), [(2, 0), (2, 1), (3, 2)])
-def test_accuracy_and_f1(num_labels, positive, seed):
+def test_accuracy_loss_and_f1(num_labels, positive, seed):
     rng = np.random.default_rng(seed)
     for _ in range(20):
         shares = rng.dirichlet(np.ones(num_labels))  # lopsided, too
         labels, guesses = rng.choice(num_labels, (2, 77), p=shares)
-        got = score(Guesses(num_labels), rows(labels, guesses), 64, CPU, f1_class=positive)
+        got = score(num_labels, labels, guesses, NAMES[positive])
         assert got.value == pytest.approx(accuracy_score(labels, guesses))
         wanted = f1_score(labels == positive, guesses == positive, zero_division=0)
         assert got.more == {"f1": pytest.approx(wanted)}
+        probabilities = np.exp(np.eye(num_labels))[guesses]
+        probabilities /= probabilities.sum(1, keepdims=True)
+        assert got.loss == pytest.approx(log_loss(labels, probabilities, labels=range(num_labels)), rel=1e-5)
+
+
+def test_answers_are_in_the_order_of_the_rows(seed):
+    """And not in that of the batches, which are sorted by length."""
+    guesses = np.random.default_rng(seed).choice(3, 77)
+    encoded = rows(guesses, guesses)
+    answers = answer_rows(Guesses(3), encoded, classifier_task(NAMES).row_losses, 24, CPU)
+    assert answers.logits_NC.argmax(1).tolist() == guesses.tolist()
+    assert answers.logits_NC.dtype == torch.float32
 
 
 def test_f1_of_a_class_that_is_nowhere():
     ones = np.ones(6, dtype=np.int64)
-    assert score(Guesses(2), rows(ones, ones), 64, CPU, f1_class=0).more == {"f1": 0.0}
+    assert score(2, ones, ones, f1_label="a").more == {"f1": 0.0}
 
 
 def test_no_f1_unless_it_is_asked_for():
     labels = np.array([0, 1, 1])
-    assert score(Guesses(2), rows(labels, labels), 64, CPU).more == {}
+    assert score(2, labels, labels).more == {}
 
 
 def test_the_class_of_f1_is_named_by_its_label():
-    one = Examples(["a"], None, [0])
-    task = ClassificationTask("t", ("not_entailment", "entailment"), one, one, f1_label="entailment")
-    assert task.f1_class == 1
-    assert ClassificationTask("t", ("a", "b"), one, one).f1_class is None
+    assert classifier_task(("not_entailment", "entailment"), f1_label="entailment").f1_class == 1
+    assert classifier_task(("a", "b")).f1_class is None
+    assert classifier_task(("yes", "no"), f1_label="entailment").f1_class is None
