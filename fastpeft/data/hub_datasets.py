@@ -6,7 +6,7 @@ import difflib
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 from fastpeft import hub
 from fastpeft.config.schema import DatasetConfig
@@ -77,7 +77,9 @@ class HubSource(Source):
         self.dataset = hub_dataset(config, known, names)
         super().__init__(config.name if known else str(self.dataset), known)
         self._data = _read(self.dataset)
-        self._names = _choose_splits(config, self.dataset, list(self._data), known.validation if known else None)
+        self._names = _choose_splits(
+            config, self.dataset, [str(split) for split in self._data], known.validation if known else None
+        )
 
     @property
     def splits(self) -> tuple[str, ...]:
@@ -103,7 +105,8 @@ class HubSource(Source):
 
 
 def _read(source: HubDataset) -> DatasetDict:
-    return (_cached_builder(source) or _download(source)).as_dataset()
+    data = (_cached_builder(source) or _download(source)).as_dataset()
+    return cast("DatasetDict", data)  # as no split is asked for
 
 
 # ---- the cache -----------------------------------------------------------------------------
@@ -114,14 +117,14 @@ def _prepared(source: HubDataset) -> Path | None:
     commit = hub.cached_commit("dataset", source.repository, source.revision)
     if commit is None:
         return None
-    import datasets
+    from datasets import config as settings
     from datasets.naming import camelcase_to_snakecase
 
     config = source.config or _default_config(hub.snapshot("dataset", source.repository, commit) / hub.CARD)
     if config is None:
         return None
     owner, name = source.repository.split("/")
-    cache = Path(datasets.config.HF_DATASETS_CACHE).expanduser()
+    cache = Path(settings.HF_DATASETS_CACHE).expanduser()
     folder = cache / f"{owner}___{camelcase_to_snakecase(name)}" / config
     return next((p for p in folder.glob(f"*/{commit}") if (p / "dataset_info.json").is_file()), None)
 

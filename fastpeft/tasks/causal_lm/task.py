@@ -24,15 +24,12 @@ CHECK_ROWS, CHECK_POSITIONS = 16, 16
 _CHUNK_ROWS = 256
 
 
-class CausalLMTask(Task):
+class CausalLMTask(Task[EncodedPrompts]):
     """What a kind adds: its rows as prompts and answers, and how answers are decoded and scored."""
 
     auto_class: ClassVar[str] = "AutoModelForCausalLM"
     peft_task_type: ClassVar[str] = "CAUSAL_LM"
     pipeline_tag: ClassVar[str] = "text-generation"
-
-    train: EncodedPrompts
-    validation: EncodedPrompts
 
     def __init__(self, name: str, config: DatasetConfig, batch_tokens: int) -> None:
         """
