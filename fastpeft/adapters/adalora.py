@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import peft
 import torch
@@ -27,15 +27,19 @@ from fastpeft.signals import Rates, Signals
 
 
 class AdaLora(Lora):
-    blocks: Sequence[SvdBlock]
+    svd_blocks: Sequence[SvdBlock]
+    """The blocks, with A, B and E each."""
 
     def __init__(self, config: AdapterConfig, own: AdaLoraConfig, backbone: Backbone) -> None:
         self.config = own
-        self.model, self.blocks = inject_adalora(backbone, config, own)
-        self.flat = FlatParameters(self.blocks, head_parameters(self.model))
-        self._inner = self.model.base_model.model
-        self._settings = self.model.peft_config[ADAPTER_NAME]
-        self._allocator = self.model.base_model.rankallocator
+        self.model, self.svd_blocks = inject_adalora(backbone, config, own)
+        self.blocks = self.matrices = self.svd_blocks
+        self.flat = FlatParameters(self.svd_blocks, head_parameters(self.model))
+        self._inner = self.model.get_base_model()
+        settings = self.model.peft_config[ADAPTER_NAME]
+        assert isinstance(settings, peft.AdaLoraConfig)
+        self._settings = settings
+        self._allocator = cast(Any, self.model.base_model).rankallocator
         self._sensitivity = torch.zeros_like(self.flat.adapter)
         self._deviation = torch.zeros_like(self.flat.adapter)
         for name, parameter in self._inner.named_parameters():
@@ -52,9 +56,16 @@ class AdaLora(Lora):
         """E of all matrices, one behind the other: a view."""
         return self.flat.data[self.flat.num_factors : self.flat.num_adapter]
 
+    @property
+    def _total_steps(self) -> int:
+        """Virtual ones."""
+        total = self._settings.total_step
+        assert total is not None
+        return total
+
     def ranks(self) -> list[int]:
         """Live rank of each matrix. Reads the device."""
-        return self._kept_E.view(len(self.blocks), -1).sum(1).tolist()
+        return self._kept_E.view(len(self.svd_blocks), -1).sum(1).tolist()
 
     # ---- the step --------------------------------------------------------------------------
 
@@ -63,7 +74,7 @@ class AdaLora(Lora):
 
         The norms are not squared: that is PEFT's form.
         """
-        weight = self.config.orthogonality / (2 * len(self.blocks))
+        weight = self.config.orthogonality / (2 * len(self.svd_blocks))
         total = torch.zeros((), device=self.flat.data.device)
         square = torch.zeros_like(total)
         for group in self.flat.groups:
@@ -84,8 +95,8 @@ class AdaLora(Lora):
     def after_step(self, signals: Signals, rates: Rates, progress: float) -> None:
         """Measure importances, prune when a pruning is due, and keep what is pruned at zero in the end."""
         settings = self._settings
-        step = min(settings.total_step, round(progress * settings.total_step) + 1)
-        last = settings.total_step - settings.tfinal
+        step = min(self._total_steps, round(progress * self._total_steps) + 1)
+        last = self._total_steps - settings.tfinal
         if step < last:
             assert signals.skipped is not None
             self._measure(signals.skipped)
@@ -96,7 +107,7 @@ class AdaLora(Lora):
             self._pruned_until = due[-1]
             budget, _ = self._allocator.budget_schedule(due[-1])
             pattern = self._allocator.mask_to_budget(self._inner, budget)
-            kept = [pattern[f"{block.name}.lora_E.{ADAPTER_NAME}"] for block in self.blocks]
+            kept = [pattern[f"{block.name}.lora_E.{ADAPTER_NAME}"] for block in self.svd_blocks]
             self._kept_E = torch.tensor(kept, device=self._kept_E.device).flatten()
             self.importance_version += 1
         elif self._pruned_until == last:
@@ -115,7 +126,7 @@ class AdaLora(Lora):
     def _pruning_steps(self, after: int, until: int) -> list[int]:
         """Virtual steps in (after, until] at which PEFT prunes."""
         settings = self._settings
-        last = settings.total_step - settings.tfinal
+        last = self._total_steps - settings.tfinal
         return [
             step
             for step in range(max(after, settings.tinit) + 1, until + 1)
@@ -127,11 +138,11 @@ class AdaLora(Lora):
     def importance(self) -> Importance | None:
         """Sensitivity: of each matrix's singular values. Weights: its share of the live ranks."""
         ranks = self.ranks()
-        values = self._sensitivity[self.flat.num_factors :].view(len(self.blocks), -1).sum(1)
+        values = self._sensitivity[self.flat.num_factors :].view(len(self.svd_blocks), -1).sum(1)
         return Importance(
-            names=[block.name for block in self.blocks],
-            layer=[block.layer for block in self.blocks],
-            projection=[block.projection for block in self.blocks],
+            names=[block.name for block in self.svd_blocks],
+            layer=[block.layer for block in self.svd_blocks],
+            projection=[block.projection for block in self.svd_blocks],
             sensitivity=values.tolist(),
             weights=[rank / sum(ranks) for rank in ranks],
             ranks=ranks,
@@ -154,7 +165,7 @@ class AdaLora(Lora):
 
     def save(self, folder: Path) -> None:
         """As plain LoRA at one rank, the largest live one; PEFT's own form with lora_E lies in adalora/."""
-        live_KR = (self._singular_values != 0).view(len(self.blocks), -1)
+        live_KR = (self._singular_values != 0).view(len(self.svd_blocks), -1)
         live_KR[live_KR.sum(1) == 0, 0] = True  # PEFT takes no matrix of rank 0
         rank = int(live_KR.sum(1).max())
         state = {
@@ -162,7 +173,7 @@ class AdaLora(Lora):
             for name, tensor in peft.get_peft_model_state_dict(self.model, save_embedding_layers=False).items()
             if ".lora_" not in name
         }
-        for block, live_R in zip(self.blocks, live_KR):
+        for block, live_R in zip(self.svd_blocks, live_KR):
             num_live = int(live_R.sum())
             lora_a = block.lora_a.new_zeros(rank, block.lora_a.shape[1])
             lora_b = block.lora_b.new_zeros(block.lora_b.shape[0], rank)
@@ -178,7 +189,7 @@ class AdaLora(Lora):
         stored = read_weights(folder / "adalora")
         own = json.loads((folder / "adalora" / "adapter_config.json").read_text()).get("rank_pattern") or {}
         self.flat.adapter.zero_()
-        for block in self.blocks:
+        for block in self.svd_blocks:
             live_R = torch.tensor(own.get(f"{block.name}.lora_E", [True] * block.lora_a.shape[0]))
             live_R = live_R.to(block.lora_a.device)
             a, b, e = (stored[f"base_model.model.{block.name}.lora_{k}"].to(block.lora_a) for k in "ABE")
@@ -191,13 +202,14 @@ class AdaLora(Lora):
         own = self._settings
         shared = ("task_type", "target_modules", "modules_to_save", "base_model_name_or_path", "lora_dropout")
         values: dict[str, Any] = {key: getattr(own, key) for key in shared}
-        return peft.LoraConfig(r=rank, lora_alpha=rank * self.blocks[0].scale, inference_mode=True, **values)
+        values["lora_alpha"] = rank * self.svd_blocks[0].scale  # PEFT's annotation is int, and it takes any number
+        return peft.LoraConfig(r=rank, inference_mode=True, **values)
 
     def _save_native(self, folder: Path, live_KR: torch.Tensor) -> None:
         if self.importance_version:
             rows = live_KR.tolist()
-            self._settings.rank_pattern = {f"{block.name}.lora_E": row for block, row in zip(self.blocks, rows)}
-        self.model.save_pretrained(str(folder), save_embedding_layers=False)
+            self._settings.rank_pattern = {f"{block.name}.lora_E": row for block, row in zip(self.svd_blocks, rows)}
+        self.peft_model.save_pretrained(str(folder), save_embedding_layers=False)
         self._settings.rank_pattern = None
 
     def describe(self) -> list[str]:

@@ -22,14 +22,17 @@ class Block(Protocol):
     @property
     def name(self) -> str:
         """Unique in the adapter: the path of what it adapts in the bare model."""
+        ...
 
     @property
     def layer(self) -> int:
         """Index of the transformer layer; 0 for what is in none."""
+        ...
 
     @property
     def projection(self) -> str:
         """What tells the blocks of one layer apart."""
+        ...
 
     @property
     def kind(self) -> str: ...
@@ -37,6 +40,7 @@ class Block(Protocol):
     @property
     def parameters(self) -> Sequence[nn.Parameter]:
         """In the order in which they lie in the flat buffers; each in one block only."""
+        ...
 
 
 @dataclass(frozen=True, eq=False)

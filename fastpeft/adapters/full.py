@@ -19,7 +19,8 @@ class FullFineTune(Adapter):
     trains_backbone = True
 
     def __init__(self, backbone: Backbone) -> None:
-        self.model, self._tokenizer = backbone.model, backbone.tokenizer
+        self.model = self._pretrained = backbone.model
+        self._tokenizer = backbone.tokenizer
         parts: dict[bool, list[torch.nn.Parameter]] = {True: [], False: []}
         for name, parameter in self.model.named_parameters():
             parts[any(name.startswith(f"{module}.") for module in backbone.head)].append(parameter)
@@ -41,7 +42,7 @@ class FullFineTune(Adapter):
                 copies[place] = tensor.detach().clone()
             state[name] = copies[place]
         with quiet_transformers():
-            self.model.save_pretrained(str(folder), state_dict=state)
+            self._pretrained.save_pretrained(str(folder), state_dict=state)
         self._tokenizer.save_pretrained(str(folder))
 
     def describe(self) -> list[str]:

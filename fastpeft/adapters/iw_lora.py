@@ -67,17 +67,17 @@ class IwLora(Lora):
         self._sums_K.zero_()
         self._num_batches = 0
         initial = self.flat.data.clone()
-        dropouts = [m for block in self.blocks for m in block.module.lora_dropout.values()]
+        dropouts = [m for block in self.matrices for m in block.module.lora_dropout.values()]
         modes = [dropout.training for dropout in dropouts]
         for dropout in dropouts:
             dropout.eval()
         if self.config.estimator == "exact":
-            for block in self.blocks:
+            for block in self.matrices:
                 block.module.probe = _GradientProbe()
         try:
             yield
         finally:
-            for block in self.blocks:
+            for block in self.matrices:
                 block.module.probe = None
             for dropout, mode in zip(dropouts, modes):
                 dropout.train(mode)
@@ -88,25 +88,25 @@ class IwLora(Lora):
         self._set_sensitivity(self._mean_sensitivity())
 
     def discard_pass(self) -> None:
-        for block in self.blocks:
+        for block in self.matrices:
             if block.module.probe is not None:
                 block.module.probe.discard()
 
     def before_calibration_batch(self) -> None:
         """The sketch's spread comes from the draw of A, not from the batches: draw A anew."""
         if self.config.estimator == "sketch":
-            for block in self.blocks:
+            for block in self.matrices:
                 nn.init.kaiming_uniform_(block.lora_a.data, a=math.sqrt(5))
 
     def after_calibration_batch(self, loss_scale: float) -> bool:
         estimator = self.config.estimator
         if estimator == "exact":
-            norms = [block.module.probe.take() for block in self.blocks]
+            norms = [block.module.probe.take() for block in self.matrices]
             measured_K = torch.stack(norms) / loss_scale
         elif estimator == "sketch":
             measured_K = self._sketch(self._frobenius(None, measure=True))
         else:
-            measured_K = torch.stack([block.lora_a.grad.square().sum() for block in self.blocks])
+            measured_K = torch.stack([_grad(block.lora_a).square().sum() for block in self.matrices])
             self.flat.adapter.sub_(self.flat.adapter_grad, alpha=self.config.warmup_learning_rate)
         if loss_scale > 1 and not bool(measured_K.isfinite().all()):
             return False
@@ -132,7 +132,7 @@ class IwLora(Lora):
         mean_K = self._sums_K / max(1, self._num_batches)
         total = float(mean_K.sum())
         if not math.isfinite(total) or total <= 0:
-            worst = [b.name for b, s in zip(self.blocks, mean_K.tolist()) if not math.isfinite(s)]
+            worst = [b.name for b, s in zip(self.matrices, mean_K.tolist()) if not math.isfinite(s)]
             cause = f"the gradient is not finite at {', '.join(worst[:3])}" if worst else "every gradient is zero"
             raise UserError(
                 f"IW-LoRA: the importances cannot be normalised after {self._num_batches} calibration "
@@ -205,9 +205,9 @@ class IwLora(Lora):
         if self._sensitivity_K is None:
             return None
         return Importance(
-            names=[block.name for block in self.blocks],
-            layer=[block.layer for block in self.blocks],
-            projection=[block.projection for block in self.blocks],
+            names=[block.name for block in self.matrices],
+            layer=[block.layer for block in self.matrices],
+            projection=[block.projection for block in self.matrices],
             sensitivity=self._sensitivity_K.tolist(),
             weights=importance_weights(self._sensitivity_K, self.config.normalise).tolist(),
         )
@@ -232,6 +232,11 @@ class IwLora(Lora):
         if importance is not None:
             settings = {"normalise": self.config.normalise, "estimator": self.config.estimator}
             write_json(folder / "importance.json", to_json(importance, **settings))
+
+
+def _grad(parameter: nn.Parameter) -> torch.Tensor:
+    assert parameter.grad is not None, "FlatParameters has given it one"
+    return parameter.grad
 
 
 class _GradientProbe:
@@ -283,7 +288,7 @@ class _ProbedLinear(torch.autograd.Function):
         return torch.nn.functional.linear(x, dequantised(ctx.weight, x.dtype), bias)
 
     @staticmethod
-    def backward(ctx: Any, dy: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        (x,) = ctx.saved_tensors
+    def backward(ctx: Any, *grad_outputs: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        (dy,), (x,) = grad_outputs, ctx.saved_tensors
         ctx.keep(x.detach(), dy)
         return (dy @ dequantised(ctx.weight, dy.dtype) if ctx.needs_input_grad[0] else None), None, None

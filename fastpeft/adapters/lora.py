@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Self
 
+import peft
+
 from fastpeft.adapters.adapter import Adapter, head_parameters
 from fastpeft.adapters.flat import FlatParameters
 from fastpeft.config.methods import AdapterConfig
@@ -15,20 +17,27 @@ from fastpeft.models.inject import LowRankBlock, inject_lora
 
 
 class Lora(Adapter):
-    blocks: Sequence[LowRankBlock]
+    matrices: Sequence[LowRankBlock]
+    """The blocks, all of which are of low rank here."""
     export_format = "peft"
     _rank_stabilised = False
 
     def __init__(self, config: AdapterConfig, own: Any, backbone: Backbone) -> None:
-        self.model, self.blocks = inject_lora(backbone, config, self._rank_stabilised)
+        self.model, self.matrices = inject_lora(backbone, config, self._rank_stabilised)
+        self.blocks = self.matrices
         self.flat = FlatParameters(self.blocks, head_parameters(self.model))
 
     @classmethod
     def build(cls, config: AdapterConfig, own: Any, backbone: Backbone) -> Self:
         return cls(config, own, backbone)
 
+    @property
+    def peft_model(self) -> peft.PeftModel:
+        assert isinstance(self.model, peft.PeftModel)
+        return self.model
+
     def save(self, folder: Path) -> None:
-        self.model.save_pretrained(str(folder), save_embedding_layers=False)
+        self.peft_model.save_pretrained(str(folder), save_embedding_layers=False)
 
     def describe(self) -> list[str]:
         matched = Counter(block.projection for block in self.blocks)

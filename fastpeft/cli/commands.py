@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import shlex
@@ -10,7 +11,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, cast
 
 import typer
 
@@ -36,7 +37,7 @@ def main() -> None:
     # OpenMP threads that spin while they wait make a step 100 times slower (measured) as soon as
     # another process wants one of the cores. It is read when torch is loaded.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    sys.stdout.reconfigure(errors="backslashreplace")  # a name may hold what the terminal cannot show
+    cast(io.TextIOWrapper, sys.stdout).reconfigure(errors="backslashreplace")  # a name may hold what no terminal shows
     try:
         app()
     except UserError as error:

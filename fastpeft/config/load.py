@@ -7,7 +7,7 @@ import difflib
 import os
 import types
 import typing
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -49,7 +49,7 @@ def preset_names() -> list[str]:
     return sorted(_presets())
 
 
-def load_run(name_or_path: str | Path, overrides: Mapping[str, Any] | list[str] = ()) -> RunConfig:
+def load_run(name_or_path: str | Path, overrides: Mapping[str, Any] | Sequence[str] = ()) -> RunConfig:
     """Load a preset or a YAML file.
 
     Args:
@@ -268,7 +268,7 @@ def _merge(base: dict, over: dict) -> dict:
     return out
 
 
-def _parse_overrides(texts: list[str]) -> dict[str, Any]:
+def _parse_overrides(texts: Sequence[str]) -> dict[str, Any]:
     out, problems = {}, []
     for text in texts:
         key, equals, value = text.partition("=")
@@ -354,7 +354,7 @@ def _unknown_keys(run: RunConfig) -> Iterator[str]:
 
 def _section_type(annotation: Any) -> type | None:
     """The dataclass inside `X`, `X | None` or Annotated[X, ...]."""
-    if dataclasses.is_dataclass(annotation):
+    if isinstance(annotation, type) and dataclasses.is_dataclass(annotation):
         return annotation
     if typing.get_origin(annotation) in (types.UnionType, typing.Union):
         return next(filter(None, map(_section_type, typing.get_args(annotation))), None)

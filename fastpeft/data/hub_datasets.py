@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 from fastpeft import hub
 from fastpeft.config.schema import DatasetConfig
@@ -85,7 +85,7 @@ class HubSource(Source):
     @cached_property
     def _names(self) -> dict[str, str]:
         usual = self.known.validation if self.known else None
-        return _choose_splits(self._config, self.dataset, list(self._data), usual)
+        return _choose_splits(self._config, self.dataset, [str(split) for split in self._data], usual)
 
     @property
     def splits(self) -> tuple[str, ...]:
@@ -111,7 +111,8 @@ class HubSource(Source):
 
 
 def _read(source: HubDataset) -> DatasetDict:
-    return (_cached_builder(source) or _download(source)).as_dataset()
+    data = (_cached_builder(source) or _download(source)).as_dataset()
+    return cast("DatasetDict", data)  # as no split is asked for
 
 
 # ---- the cache -----------------------------------------------------------------------------
@@ -122,14 +123,14 @@ def _prepared(source: HubDataset) -> Path | None:
     commit = hub.cached_commit("dataset", source.repository, source.revision)
     if commit is None:
         return None
-    import datasets
+    from datasets import config as settings
     from datasets.naming import camelcase_to_snakecase
 
     config = source.config or _default_config(hub.snapshot("dataset", source.repository, commit) / hub.CARD)
     if config is None:
         return None
     owner, name = source.repository.split("/")
-    cache = Path(datasets.config.HF_DATASETS_CACHE).expanduser()
+    cache = Path(settings.HF_DATASETS_CACHE).expanduser()
     folder = cache / f"{owner}___{camelcase_to_snakecase(name)}" / config
     return next((p for p in folder.glob(f"*/{commit}") if (p / "dataset_info.json").is_file()), None)
 

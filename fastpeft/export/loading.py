@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import peft
 import torch
@@ -42,7 +42,7 @@ def load_base(config: ModelConfig, task: Task, device: torch.device) -> Backbone
             for name, module in task.load_model(config, torch.float32, device).model.named_modules():
                 weight = getattr(module, "weight", None)
                 if weight is not None and is_quantised(weight):
-                    backbone.model.get_submodule(name).weight.data.copy_(dequantised(weight, torch.float32))
+                    backbone.model.get_parameter(f"{name}.weight").data.copy_(dequantised(weight, torch.float32))
         return backbone
 
 
@@ -101,7 +101,7 @@ def load_exported(
 def save_merged(model: nn.Module, folder: Path) -> None:
     """Add every update to its weight and save the whole model in fp32."""
     with quiet_transformers():
-        model.merge_and_unload().save_pretrained(str(folder))
+        cast(peft.PeftModel, model).merge_and_unload().save_pretrained(str(folder))
 
 
 @contextmanager

@@ -18,6 +18,7 @@ from torch import nn
 from fastpeft.errors import UserError
 from fastpeft.models.inject import ADAPTER_NAME
 from fastpeft.models.layers import LoraLinear
+from fastpeft.models.lm_head import bare_model
 
 
 @dataclass(frozen=True)
@@ -93,7 +94,7 @@ class Trimmed:
 def trim_model(model: nn.Module, share: float) -> Trimmed:
     """Truncate every LoRA layer of a PEFT model in place, its factors padded with zeros to the old rank."""
     matrices, factors = [], {}
-    for name, module in model.base_model.model.named_modules():
+    for name, module in bare_model(model).named_modules():
         if not isinstance(module, LoraLinear):
             continue
         a_RI, b_OR = module.lora_A[ADAPTER_NAME].weight, module.lora_B[ADAPTER_NAME].weight

@@ -228,6 +228,7 @@ def _writing(target: Path) -> Iterator[None]:
 
 def _snapshot(source: Path, copy: Path) -> None:
     """A copy that no running trainer replaces. It does so by a rename, so the folder may be away for a moment."""
+    reason: OSError | None = None
     for attempt in range(_SNAPSHOT_TRIES):
         try:
             shutil.copytree(source, copy)

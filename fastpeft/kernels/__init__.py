@@ -7,7 +7,19 @@ is free and cannot fail.
 from __future__ import annotations
 
 from importlib import import_module
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from fastpeft.kernels.flat_layout import FlatLayout, MatrixGroup
+    from fastpeft.kernels.ops.adamw.op import adamw_step
+    from fastpeft.kernels.ops.adamw.reference import AdamWOptions
+    from fastpeft.kernels.ops.frobenius.op import FrobeniusResult, weighted_frobenius
+    from fastpeft.kernels.ops.linear_cross_entropy.op import linear_cross_entropy, logits_cross_entropy
+    from fastpeft.kernels.ops.lora_linear.compute import LoraMeasures
+    from fastpeft.kernels.ops.lora_linear.dropout import dropout_mask
+    from fastpeft.kernels.ops.lora_linear.op import lora_linear, lora_linear_grouped
+    from fastpeft.kernels.ops.secant.op import SecantSums, secant_sums
+    from fastpeft.kernels.ops.sensitivity.op import gradient_norm, sketch_norm
 
 _PUBLIC = {
     "AdamWOptions": "ops.adamw.reference",
@@ -28,7 +40,24 @@ _PUBLIC = {
     "weighted_frobenius": "ops.frobenius.op",
 }
 
-__all__ = list(_PUBLIC)
+__all__ = [
+    "AdamWOptions",
+    "FlatLayout",
+    "FrobeniusResult",
+    "LoraMeasures",
+    "MatrixGroup",
+    "SecantSums",
+    "adamw_step",
+    "dropout_mask",
+    "gradient_norm",
+    "linear_cross_entropy",
+    "logits_cross_entropy",
+    "lora_linear",
+    "lora_linear_grouped",
+    "secant_sums",
+    "sketch_norm",
+    "weighted_frobenius",
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from typing import Any
 
 from peft.tuners.lora import LoraLayer
 from torch import nn
@@ -73,7 +74,7 @@ def accelerate(model: nn.Module) -> Accelerated:
     """
     if not isinstance(model, nn.Module):
         raise UserError(f"accelerate: expected a model, got {type(model).__name__}")
-    layers = {name: module for name, module in model.named_modules() if isinstance(module, LoraLayer)}
+    layers: dict[str, Any] = {name: module for name, module in model.named_modules() if isinstance(module, LoraLayer)}
     if not layers:
         raise UserError(
             f"accelerate: {type(model).__name__} has no LoRA layer of PEFT's; wrap it first, with "
@@ -86,7 +87,9 @@ def accelerate(model: nn.Module) -> Accelerated:
         elif (reason := never_plain(layer)) is not None:
             done.kept[name] = reason
         else:
+            fused = fused_class(layer)
+            assert fused is not None, "never_plain has said why not"
             done._swapped[name] = (layer, type(layer))
-            layer.__class__ = fused_class(layer)
+            layer.__class__ = fused
     done._hooks = join(model)
     return done

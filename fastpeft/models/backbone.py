@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import nn
@@ -18,6 +18,9 @@ from fastpeft.errors import UnavailableError, UserError, first_line
 from fastpeft.models.files import fetch_model
 from fastpeft.models.lm_head import check_causal_lm
 from fastpeft.standins import embedded_path
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 _HEAD_NAMES = ("classifier", "score")
 _OTHER_TASKS = ("Classification", "MaskedLM", "QuestionAnswering", "MultipleChoice", "NextSentencePrediction")
@@ -29,7 +32,7 @@ _LOCAL = {"local_files_only": True, "trust_remote_code": False}
 class Backbone:
     """A pretrained model, and what a trainer has to know of it."""
 
-    model: nn.Module
+    model: PreTrainedModel
     """A transformers model in eval mode that asks for no gradient."""
     tokenizer: Any
     """Has a padding token; a causal LM's without one pads with its end of sequence."""
@@ -102,16 +105,16 @@ def load_classifier(
         raise UnavailableError(f"model.name {config.name}: its tokenizer has no padding token")
     head = _head_modules(model, info, config.name)
     freeze(model, head, torch.float32 if trained else dtype, device)
-    shape = model.config
-    positions = getattr(shape, "max_position_embeddings", None)
-    if shape.model_type in ("roberta", "xlm-roberta", "camembert"):
+    loaded = model.config
+    positions: int | None = getattr(loaded, "max_position_embeddings", None)
+    if positions is not None and loaded.model_type in ("roberta", "xlm-roberta", "camembert"):
         positions -= 2  # its positions start after the padding index
-    bounded = positions and getattr(shape, "position_biased_input", True)
+    bounded = positions and getattr(loaded, "position_biased_input", True)
     return Backbone(
         model=model,
         tokenizer=tokenizer,
         head=head,
-        reads_segments=getattr(shape, "type_vocab_size", 0) > 1,
+        reads_segments=getattr(loaded, "type_vocab_size", 0) > 1,
         max_positions=positions if bounded else None,
         dtype=dtype,
         task_type=task_type,
@@ -137,9 +140,10 @@ def load_causal_lm(config: ModelConfig, dtype: torch.dtype, device: torch.device
         settings = transformers.AutoConfig.from_pretrained(folder, **_LOCAL)
         _check_config(settings, config.name)
         tokenizer = transformers.AutoTokenizer.from_pretrained(folder, **_LOCAL)
-        model, info = transformers.AutoModelForCausalLM.from_pretrained(
+        found: Any = transformers.AutoModelForCausalLM.from_pretrained(
             folder, output_loading_info=True, dtype=torch.float32 if trained else dtype, **quantised, **_LOCAL
         )
+        model, info = cast("tuple[PreTrainedModel, dict[str, Any]]", found)  # a pair where the info is asked for
     lacking = sorted({*info["missing_keys"], *(key for key, *_ in info.get("mismatched_keys", ()))})
     if lacking:
         raise UnavailableError(
@@ -151,7 +155,7 @@ def load_causal_lm(config: ModelConfig, dtype: torch.dtype, device: torch.device
     if quantised:
         never_repack(model)
     else:
-        model.to(device)
+        cast(nn.Module, model).to(device)  # the signature of transformers' own takes no device
     model.eval()
     eos_token_ids = _end_tokens(model, tokenizer, config.name)
     if tokenizer.pad_token_id is None:
@@ -187,7 +191,7 @@ def _loading(config: ModelConfig, what: str) -> Iterator[Path]:
         raise UnavailableError(f"model.name {config.name}: cannot be loaded as {what}: {reason}") from error
 
 
-def _name_base(model: nn.Module, config: ModelConfig) -> None:
+def _name_base(model: PreTrainedModel, config: ModelConfig) -> None:
     """What the adapter names as its base: a hub model's name, and not its folder in the cache."""
     if embedded_path(config.name) is None and not Path(config.name).expanduser().is_dir():
         model.name_or_path = model.config._name_or_path = config.name
@@ -234,15 +238,15 @@ def nf4_arguments(dtype: torch.dtype, device: torch.device) -> dict[str, Any]:
 
 def never_repack(model: nn.Module) -> None:
     """Some CPUs repack 4-bit weights at the first evaluation, and those compute in bf16 and pass no gradient."""
-    for module in model.modules():
+    for module in cast("Iterator[Any]", model.modules()):
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False
 
 
-def _end_tokens(model: nn.Module, tokenizer: Any, name: str) -> tuple[int, ...]:
+def _end_tokens(model: PreTrainedModel, tokenizer: Any, name: str) -> tuple[int, ...]:
     listed = model.generation_config.eos_token_id
     listed = listed if isinstance(listed, (list, tuple)) else [listed]
-    num_rows = model.get_input_embeddings().num_embeddings
+    num_rows: int = cast(Any, model.get_input_embeddings()).num_embeddings
     if len(tokenizer) > num_rows:
         raise UnavailableError(
             f"model.name {name}: its tokenizer has {len(tokenizer):,} tokens, but the model only {num_rows:,}"

@@ -10,14 +10,14 @@ from __future__ import annotations
 
 import threading
 import weakref
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeGuard
 
 import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from fastpeft.kernels import lora_linear_grouped
-from fastpeft.models.layers import Call, RowMask, SvdLinear, is_fused
+from fastpeft.models.layers import Call, FusedLayer, RowMask, SvdLinear, is_fused
 
 _LESSONS = 3
 """So many runs of the parent are looked at; one whose calls vary is left alone after that."""
@@ -105,10 +105,10 @@ class Siblings:
 
     # ---- calls of the layers ----
 
-    def compute(self, layer: nn.Module, x: torch.Tensor, call: Call) -> torch.Tensor:
+    def compute(self, layer: FusedLayer, x: torch.Tensor, call: Call) -> torch.Tensor:
         run = self._now.run
         name = None if run is None else self._name(layer, run)
-        if name is None:
+        if run is None or name is None:
             return call(x)
         run.note(name, x)
         if run.waiting:
@@ -129,9 +129,9 @@ class Siblings:
 def _compute_group(run: _Run, names: list[str], x: torch.Tensor, call: Call) -> torch.Tensor:
     """y of the first of `names`; those of the others wait."""
     others = [run.parent._modules.get(name) for name in names[1:]]
-    calls = [call, *(layer.plain_call(x) if is_fused(layer) else None for layer in others)]
-    alike = all(c is not None and c[-3:] == call[-3:] and _rows(c) is _rows(call) for c in calls)
-    if not alike or any(tensor.is_inference() for c in calls for tensor in _tensors(c)):
+    plain = [layer.plain_call(x) if is_fused(layer) else None for layer in others]
+    calls = [call, *(c for c in plain if c is not None and c[-3:] == call[-3:] and _rows(c) is _rows(call))]
+    if len(calls) < len(names) or any(tensor.is_inference() for c in calls for tensor in _tensors(c)):
         return call(x)
     rows = _rows(call)
     ys = lora_linear_grouped(
@@ -143,7 +143,7 @@ def _compute_group(run: _Run, names: list[str], x: torch.Tensor, call: Call) -> 
         [c.scale for c in calls],
         dropout=call.dropout,
         row_mask=None if rows is None else rows.mask_T,
-        measures=None if rows is None else [c.watch.measures for c in calls],
+        measures=None if rows is None else [c.watch.measures for c in calls if c.watch is not None],
     )
     y, *rest = (y.to(call.y_dtype) for y in ys)
     run.waiting = [_Result(n, r, _basis(x, c), (x, c)) for n, c, r in zip(names[1:], calls[1:], rest)]
@@ -170,7 +170,8 @@ def _may_group(x: torch.Tensor, call: Call) -> bool:
     if x.is_inference() or torch.is_inference_mode_enabled():
         return False
     try:
-        saves_elsewhere = torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
+        autograd = torch._C._autograd  # pyright: ignore[reportAttributeAccessIssue] (a submodule that torch has loaded)
+        saves_elsewhere = autograd._top_saved_tensors_default_hooks(True) is not None
         in_backward = torch._C._current_graph_task_id() != -1
     except (AttributeError, TypeError):
         return False  # another torch, which cannot be asked
@@ -195,7 +196,7 @@ def join(model: nn.Module) -> list[RemovableHandle]:
     return hooks
 
 
-def _can_join(layer: nn.Module) -> bool:
+def _can_join(layer: nn.Module) -> TypeGuard[FusedLayer]:
     """SvdLinear makes its A anew at each call, so that no result would be known to be its own."""
     return is_fused(layer) and not isinstance(layer, SvdLinear)
 

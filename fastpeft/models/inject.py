@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
-from typing import Any, ClassVar
+from dataclasses import dataclass, field
+from typing import Any, cast
 
 import peft
 import torch
@@ -14,7 +14,7 @@ from fastpeft.config.methods import AdaLoraConfig, AdapterConfig
 from fastpeft.errors import UserError
 from fastpeft.models.backbone import Backbone, quiet_transformers
 from fastpeft.models.fused_projections import join_settled
-from fastpeft.models.layers import LoraLinear, PeftSvdLinear, SvdLinear, fused_class, svd_scale
+from fastpeft.models.layers import FusedLayer, PeftSvdLinear, SvdLinear, fused_class, svd_scale
 from fastpeft.models.lm_head import output_embeddings
 
 ADAPTER_NAME = "default"
@@ -28,14 +28,15 @@ _BLOCK = re.compile(r"\.(\d+)\.")
 class LowRankBlock:
     """One adapted matrix, W x + scale B A x."""
 
-    kind: ClassVar[str] = "low_rank"
     name: str
     """Module path in the bare model, such as bert.encoder.layer.0.attention.self.query."""
     layer: int
     """Index of the transformer layer."""
     projection: str
     """Last part of the name that tells projections apart, such as query or intermediate.dense."""
-    module: LoraLinear
+    module: FusedLayer
+    """PEFT's own class where fused_class knows none."""
+    kind: str = field(default="low_rank", init=False)
 
     @property
     def lora_a(self) -> nn.Parameter:
@@ -58,8 +59,6 @@ class LowRankBlock:
 class SvdBlock(LowRankBlock):
     """One matrix of AdaLoRA: A (rank x in), E (rank x 1) and B (out x rank)."""
 
-    module: SvdLinear
-
     @property
     def lora_a(self) -> nn.Parameter:
         return self.module.lora_A[ADAPTER_NAME]
@@ -70,7 +69,7 @@ class SvdBlock(LowRankBlock):
 
     @property
     def lora_e(self) -> nn.Parameter:
-        return self.module.lora_E[ADAPTER_NAME]
+        return cast(PeftSvdLinear, self.module).lora_E[ADAPTER_NAME]
 
     @property
     def scale(self) -> float:
@@ -83,7 +82,7 @@ class SvdBlock(LowRankBlock):
 
 def inject_lora(
     backbone: Backbone, config: AdapterConfig, rank_stabilised: bool = False
-) -> tuple[nn.Module, list[LowRankBlock]]:
+) -> tuple[peft.PeftModel, list[LowRankBlock]]:
     """Wrap the backbone in a PeftModel with LoRA on the matched layers and a trainable head.
 
     `rank_stabilised`: scale by alpha / sqrt(rank) (Kalajdzievski, arXiv:2312.03732) instead of alpha / rank.
@@ -103,7 +102,7 @@ def inject_lora(
 
 def inject_adalora(
     backbone: Backbone, config: AdapterConfig, adalora: AdaLoraConfig
-) -> tuple[nn.Module, list[SvdBlock]]:
+) -> tuple[peft.PeftModel, list[SvdBlock]]:
     """The same with AdaLoRA's layers, at their initial rank, and PEFT's rank allocator in the model.
 
     Raises:
@@ -127,9 +126,9 @@ def inject_adalora(
     blocks = []
     for name in names:
         layer = _module(model, name)
+        blocks.append(SvdBlock(name, _layer(name), projection_of(name), layer))
         if type(layer) is PeftSvdLinear:  # over 4 bits it stays PEFT's
             layer.__class__ = SvdLinear
-        blocks.append(SvdBlock(name, _layer(name), projection_of(name), layer))
     return model, blocks
 
 
@@ -143,7 +142,7 @@ def _common(backbone: Backbone, config: AdapterConfig, names: list[str]) -> dict
     }
 
 
-def _wrap(backbone: Backbone, settings: peft.PeftConfig) -> nn.Module:
+def _wrap(backbone: Backbone, settings: peft.PeftConfig) -> peft.PeftModel:
     with quiet_transformers():
         return peft.get_peft_model(backbone.model, settings, adapter_name=ADAPTER_NAME)
 
@@ -155,8 +154,8 @@ def _join(model: nn.Module) -> None:
         join_settled(model, input_ids=tokens, attention_mask=torch.ones_like(tokens))
 
 
-def _module(model: nn.Module, name: str) -> Any:
-    return model.base_model.model.get_submodule(name)
+def _module(model: peft.PeftModel, name: str) -> Any:
+    return model.get_base_model().get_submodule(name)
 
 
 def match_targets(model: nn.Module, head: list[str], wanted: str | list[str]) -> list[str]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import sys
 from functools import cache
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, TypeGuard, TypeVar
 
 import torch
 from peft.tuners.adalora import SVDLinear as PeftSvdLinear
@@ -68,11 +68,24 @@ class Together(Protocol):
 
     settled: bool
 
-    def compute(self, layer: nn.Module, x: torch.Tensor, call: Call) -> torch.Tensor: ...
+    def compute(self, layer: FusedLayer, x: torch.Tensor, call: Call) -> torch.Tensor: ...
 
 
-class _Fused:
-    """Over a layer of PEFT's."""
+class FusedLayer(nn.Module):
+    """Goes before a layer class of PEFT's, which has what is only declared here."""
+
+    base_layer: Any
+    """nn.Linear, or bitsandbytes' Linear4bit."""
+    lora_A: Any
+    lora_B: Any
+    """By adapter name: nn.Linear; of AdaLoRA's layers nn.Parameter."""
+    lora_dropout: nn.ModuleDict
+    lora_variant: dict[str, Any]
+    scaling: dict[str, float]
+    r: dict[str, int]
+    in_features: int
+    out_features: int
+    cast_input_dtype_enabled: bool
 
     siblings: Together | None = None
     """The projections that may be computed together with this one."""
@@ -135,23 +148,23 @@ class _Fused:
         return (x.dtype, x.dtype) if lora_a.dtype == x.dtype or self.cast_input_dtype_enabled else None
 
 
-class LoraLinear(_Fused, PeftLoraLinear):
+class LoraLinear(FusedLayer, PeftLoraLinear):
     """PEFT's LoRA layer over nn.Linear."""
 
 
-class SvdLinear(_Fused, PeftSvdLinear):
+class SvdLinear(FusedLayer, PeftSvdLinear):
     """PEFT's AdaLoRA layer, W x + s B diag(E) A x."""
 
     def factors(self, name: str) -> tuple[torch.Tensor, torch.Tensor, float]:
         return self.lora_A[name] * self.lora_E[name], self.lora_B[name], svd_scale(self, name)
 
 
-def svd_scale(layer: PeftSvdLinear, name: str) -> float:
+def svd_scale(layer: FusedLayer, name: str) -> float:
     """What PEFT multiplies B diag(E) A by: `ranknum` stays the initial rank."""
     return layer.scaling[name] / (layer.r[name] + 1e-5)
 
 
-class _Fused4bit(_Fused):
+class _Fused4bit(FusedLayer):
     """Over a base in 4 bits, computed in the base's own compute dtype."""
 
     def _dtypes(self, x: torch.Tensor, lora_a: torch.Tensor, dropout: float) -> tuple[torch.dtype, torch.dtype] | None:
@@ -188,8 +201,8 @@ def _fused_4bit(theirs: type[nn.Module]) -> type[nn.Module]:
     return type("LoraLinear4bit", (_Fused4bit, theirs), {"__doc__": "PEFT's LoRA layer over bitsandbytes' Linear4bit."})
 
 
-def is_fused(layer: nn.Module) -> bool:
-    return isinstance(layer, _Fused)
+def is_fused(layer: object) -> TypeGuard[FusedLayer]:
+    return isinstance(layer, FusedLayer)
 
 
 def never_plain(layer: Any) -> str | None:
@@ -202,7 +215,8 @@ def never_plain(layer: Any) -> str | None:
     if has_hooks(base) or "forward" in layer.__dict__:
         return "the base layer has hooks, or its forward is wrapped"
     reasons = [_never_plain_adapter(layer, name) for name in layer.lora_A]
-    return None if None in reasons else ", ".join(sorted(set(reasons))) or "the layer has no adapter"
+    told = {reason for reason in reasons if reason is not None}
+    return None if None in reasons else ", ".join(sorted(told)) or "the layer has no adapter"
 
 
 def _never_plain_adapter(layer: Any, name: str) -> str | None:
@@ -216,12 +230,13 @@ def _never_plain_adapter(layer: Any, name: str) -> str | None:
 
 # ---- what makes a layer plain ----------------------------------------------------------------
 
+_Module = TypeVar("_Module", bound=nn.Module)
 _PLAIN = {nn.Parameter, torch.Tensor}
 # A torch that cannot be asked refuses lora_linear under vmap and the like with a message of its own.
 _transforms_active = getattr(torch._C, "_are_functorch_transforms_active", lambda: False)
 
 
-def is_bare(module: nn.Module, kind: type[nn.Module]) -> bool:
+def is_bare(module: nn.Module, kind: type[_Module]) -> TypeGuard[_Module]:
     """Exactly of this class, and calling it does no more than the class's forward."""
     return type(module) is kind and not has_hooks(module)
 

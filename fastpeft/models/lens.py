@@ -8,13 +8,16 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
 from fastpeft.errors import UserError
 from fastpeft.models.lm_head import bare_model, output_embeddings
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 MOST_ROWS = 256
 """Of a classifier's rows in a micro-batch, at most so many are read."""
@@ -98,7 +101,7 @@ class FirstLayer:
         return hidden_NLD
 
 
-def _norm(model: nn.Module) -> nn.Module | None:
+def _norm(model: PreTrainedModel) -> nn.Module | None:
     """The norm before a causal LM's head."""
     if output_embeddings(model) is None:
         return None
@@ -106,7 +109,7 @@ def _norm(model: nn.Module) -> nn.Module | None:
     return norms[-1] if norms else None
 
 
-def _class_head(model: nn.Module) -> list[nn.Module]:
+def _class_head(model: PreTrainedModel) -> list[nn.Module]:
     """What a classifier's last hidden states go through; nothing where that is not known."""
     classifier = getattr(model, "classifier", None)
     if isinstance(classifier, nn.Linear) and type(model).__name__.endswith("ForTokenClassification"):
@@ -117,6 +120,6 @@ def _class_head(model: nn.Module) -> list[nn.Module]:
     return [classifier] if before is None else [before, classifier]
 
 
-def _pooler(model: nn.Module) -> nn.Module | None:
+def _pooler(model: PreTrainedModel) -> nn.Module | None:
     """Of DeBERTa the classifier's, of BERT the encoder's; RoBERTa's and DistilBERT's heads do without."""
     return getattr(model, "pooler", None) or getattr(model.base_model, "pooler", None)

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING, Any, cast
+
 import torch
 from torch import nn
 
 from fastpeft.errors import UnavailableError, UserError, first_line
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 _BEYOND_LINEAR = {
     "final_logit_softcapping": None,
@@ -39,22 +44,25 @@ def hidden_states(model: nn.Module, input_ids: torch.Tensor) -> tuple[torch.Tens
     """
     bare = bare_model(model)
     decoder, head = bare.get_decoder(), bare.get_output_embeddings()
+    assert head is not None, "check_causal_lm has found one"
     output = decoder(input_ids=input_ids, use_cache=False)
     return output.last_hidden_state, head.weight, getattr(head, "bias", None)
 
 
-def bare_model(model: nn.Module) -> nn.Module:
+def bare_model(model: nn.Module) -> PreTrainedModel:
     """The transformers model in a PeftModel, its adapted layers included; any other model as it is."""
-    return model.get_base_model() if hasattr(model, "peft_config") and hasattr(model, "get_base_model") else model
+    if hasattr(model, "peft_config") and hasattr(model, "get_base_model"):
+        return cast(Any, model).get_base_model()
+    return cast("PreTrainedModel", model)
 
 
 def output_embeddings(model: nn.Module) -> nn.Module | None:
     """The head of a language model; None where there is none."""
-    return model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    return cast(Any, model).get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
 
 
 @torch.no_grad()
-def check_causal_lm(model: nn.Module, name: str) -> None:
+def check_causal_lm(model: PreTrainedModel, name: str) -> None:
     """That hidden_states says what the model says, and that the model is causal, tried on a few tokens.
 
     Raises:

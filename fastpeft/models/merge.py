@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 import psutil
 import torch
@@ -50,7 +50,9 @@ def merged(model: nn.Module) -> Iterator[Merged]:
     """
     done, memory = Merged(), _Memory()
     sharing = Counter(p.data_ptr() for _, p in model.named_parameters(remove_duplicate=False))
-    layers = [(path, module) for path, module in model.named_modules() if isinstance(module, LoraLayer)]
+    layers: list[tuple[str, Any]] = [
+        (n, module) for n, module in model.named_modules() if isinstance(module, LoraLayer)
+    ]
     with ExitStack() as undo:
         for path, layer in layers:
             factors = _factors(layer)
@@ -118,7 +120,7 @@ def _merge(base: nn.Linear, factors: tuple[torch.Tensor, torch.Tensor, float], u
         weight.copy_(total)
         merged_weight = base.weight
     plain = copy.copy(base)
-    plain._parameters = {**base._parameters, "weight": merged_weight}
+    plain._parameters = {**base._parameters, "weight": cast("nn.Parameter", merged_weight)}
     return plain
 
 

@@ -114,7 +114,7 @@ def nvml_device(uuid: str) -> tuple[Any, Any]:
 
 
 def _gpu_reader(uuid: str) -> Callable[[], dict[str, float | None]]:
-    nothing = dict.fromkeys(("util", "memory_mb", "power_w", "temp_c"))
+    nothing: dict[str, float | None] = dict.fromkeys(("util", "memory_mb", "power_w", "temp_c"))
     try:
         pynvml, handle = nvml_device(uuid)
     except Exception:

@@ -77,6 +77,8 @@ class Forecaster:
         self.law = fit_power_law(*self._arrays(), self.now, self.law, self.with_floor) or self.law
         for mark in MARKS:
             if before < mark <= progress and self.ready:
+                assert self.law is not None
+                assert self.horizon is not None
                 self._made[str(mark)] = self.law(self.horizon)
 
     def _look_ahead(self, progress: float) -> None:

@@ -95,8 +95,9 @@ class Fot(WarmedSchedule):
             self._refit(progress)
 
     def _add_sums(self, measured: Measured) -> None:
-        found = None if measured.blocks is None else statistics(measured.blocks, self._num_elements_U)
-        descent = math.nan if found is None else self._measured_descent(measured.blocks)
+        sums = measured.blocks
+        found = None if sums is None else statistics(sums, self._num_elements_U)
+        descent = math.nan if sums is None or found is None else self._measured_descent(sums)
         if found is None or not math.isfinite(descent):
             self._counts["skipped"] += 1
             return
@@ -175,6 +176,7 @@ class Fot(WarmedSchedule):
         if descent <= 0:  # only a measured one: it says that the last steps were too long
             self._set(self.lr * FALL)
             return None
+        assert horizon is not None, "the forecast is ready"
         bound = left / max(1.0, horizon - self.forecaster.now) / descent
         self.at_bound = bound <= GROWTH * self.lr
         least = FALL * self.lr if self.own.calibrate else 0.0

@@ -246,6 +246,7 @@ class Graff(WarmedSchedule):
         that of the step before, whose <g(t+2), u(t)> is <g(t+1), u(t)> and what the secant adds to it.
         """
         total_P = None
+        assert measured.blocks is not None
         for emission in self._pending:
             if emission.step == measured.step - 1:
                 emission.descent_U, weight = measured.blocks.descent_U, 1.0
@@ -272,6 +273,7 @@ class Graff(WarmedSchedule):
     def _report(self, tape: Tape) -> None:
         if self._step % LOG_STEPS:
             return
+        assert self._log_eta is not None
         self.tell(
             "schedule",
             eta=math.exp(self._log_eta),

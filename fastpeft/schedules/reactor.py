@@ -45,6 +45,7 @@ class Standardised:
         distance = np.where(good & known, values - before, 0.0)
         self._mean.update(np.where(good, values, np.nan))
         self._variance.update(np.where(good & known, distance**2, np.nan))
+        assert self._variance.value is not None
         spread = np.maximum(np.sqrt(np.nan_to_num(self._variance.value)), 1e-9 * np.abs(before) + 1e-300)
         return np.clip(distance / spread, -MOST_DEVIATIONS, MOST_DEVIATIONS)
 

@@ -63,7 +63,7 @@ class SignalShare:
         power = beta**self.num_steps
         rho = (1 - beta) / (1 + beta) * (1 + power) / (1 - power)
         mean_square = self._square / (1 - power)
-        self._signal_and_all.update([mean_sq - rho * mean_square, (1 - rho) * mean_square])
+        self._signal_and_all.update(np.array([mean_sq - rho * mean_square, (1 - rho) * mean_square]))
 
     @property
     def value(self) -> float:

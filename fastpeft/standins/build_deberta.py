@@ -9,6 +9,7 @@ import json
 import time
 from pathlib import Path
 from random import Random
+from typing import Any
 
 import torch
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
@@ -60,17 +61,16 @@ def save_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
 
 
 def build_config(vocab_size: int, hidden_size: int, num_layers: int) -> DebertaV2Config:
+    without_field: dict[str, Any] = {"share_att_key": True, "norm_rel_ebd": "layer_norm", "position_buckets": 32}
     return DebertaV2Config(
+        **without_field,
         vocab_size=vocab_size,
         hidden_size=hidden_size,
         num_hidden_layers=num_layers,
         num_attention_heads=4,
         intermediate_size=2 * hidden_size,
         relative_attention=True,
-        share_att_key=True,
         pos_att_type=["c2p", "p2c"],
-        norm_rel_ebd="layer_norm",
-        position_buckets=32,
         max_position_embeddings=128,
         position_biased_input=False,
         type_vocab_size=0,
@@ -213,7 +213,7 @@ def pretrain(model: DebertaV2ForMaskedLM, tokenizer: Tokenizer, options: argpars
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--out", type=Path, default=PATHS["deberta_tiny"])
     parser.add_argument("--steps", type=int, default=9000)
     parser.add_argument("--batch-size", type=int, default=32)

@@ -16,6 +16,8 @@ NUM_TRAIN_PAIRS, NUM_VALIDATION_PAIRS = 20_000, 2_000
 AFFIRMATIVE_SHARE = 0.7
 """Premises that affirm their property. At 0.5 no single word is informative, and training starts from a plateau."""
 
+_VOICES = ("active", "passive")
+
 
 @dataclass(frozen=True)
 class Cell:
@@ -62,7 +64,7 @@ def _transitive_cells() -> Iterator[Cell]:
     relations = [("same", "same"), ("same", "up"), ("same", "down"), ("up", "same"), ("down", "same"), ("up", "up"),
                  ("down", "down"), ("same", "disjoint"), ("disjoint", "same"), ("swap", "swap")]  # fmt: skip
     for premise, hypothesis in product(CORNERS, CORNERS):
-        for (agent, patient), voices in product(relations, product(("active", "passive"), repeat=2)):
+        for (agent, patient), voices in product(relations, product(_VOICES, _VOICES)):
             if voices[0] != voices[1] and premise not in _SYMMETRIC and hypothesis not in _SYMMETRIC:
                 continue
             # A symmetric sentence is read in the other's voice, so that both quantify over the same role.
@@ -140,6 +142,7 @@ class Words:
             cell.is_class,
         )
         first, second = {}, {}
+        names: list[str] = []
         if cell.premise[0] == "name":
             names = self.rng.sample(lexicon.names, 2)
             first["name"], second["name"] = names[0], names[0 if cell.noun == "same" else 1]

@@ -10,7 +10,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, Generic, Self, TypeVar
 
 import numpy as np
 import torch
@@ -27,6 +27,8 @@ from fastpeft.signals import Need
 Stop = Callable[[], bool]
 Shrink = Callable[[int, int], int]
 """Told the rows and the width of an evaluation batch that ran out of memory; returns a smaller limit of tokens."""
+Rows = TypeVar("Rows", bound=TokenRows)
+"""What a kind's splits become by `encode`."""
 
 
 @dataclass
@@ -91,7 +93,7 @@ class OtherSet(ABC):
     def score(self, model: nn.Module, limits: TokenLimits, shrink: Shrink) -> Score: ...
 
 
-class Task(ABC):
+class Task(ABC, Generic[Rows]):
     """One kind of task with its data. `load` reads the rows; `encode` makes tokens of them for a model."""
 
     kind: ClassVar[str]
@@ -112,8 +114,8 @@ class Task(ABC):
     notes: list[str]
     """What the user should know of how the data were read and encoded."""
     label_names: tuple[str, ...] = ()
-    train: TokenRows
-    validation: TokenRows
+    train: Rows
+    validation: Rows
     has_test: bool = False
     """A test split is there, to be scored once, at the end."""
     test_cost: float = 0.0

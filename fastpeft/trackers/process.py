@@ -81,6 +81,7 @@ class _Tracker:
     def end(self) -> None:
         self._closing = True
         if self._process is not None:
+            assert self._process.stdin is not None
             self._process.stdin.close()
 
     def wait(self) -> None:
@@ -96,7 +97,10 @@ class _Tracker:
 
     def _listen(self) -> None:
         """Until the process closes its standard output."""
-        for line in self._process.stdout:
+        process = self._process
+        assert process is not None
+        assert process.stdout is not None
+        for line in process.stdout:
             try:
                 message: dict[str, Any] = json.loads(line)
             except ValueError:
@@ -105,7 +109,7 @@ class _Tracker:
                 self._say(message["say"])
             if "stopped" in message:
                 self._failed(message["stopped"])
-        code = self._process.wait()
+        code = process.wait()
         if code in (-signal.SIGALRM, -signal.SIGKILL) and self._closing:
             self._failed(f"not finished within {FINISH_S:g} s")
         elif code:

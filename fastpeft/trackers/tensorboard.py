@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -32,11 +33,10 @@ class TensorBoardRun(Tracker):
         return f"TensorBoard: tensorboard --logdir {self._folder}"
 
     def add(self, row: Row) -> None:
-        from tensorboard.compat.proto.event_pb2 import Event as Record
-        from tensorboard.compat.proto.summary_pb2 import Summary
-
-        scalars = [Summary.Value(tag=k, simple_value=v) for k, v in row.values.items() if k != "step"]
-        self._writer.add_event(Record(wall_time=row.time_s, step=row.step, summary=Summary(value=scalars)))
+        record = import_module("tensorboard.compat.proto.event_pb2").Event  # protobuf makes its classes at import
+        summary = import_module("tensorboard.compat.proto.summary_pb2").Summary
+        scalars = [summary.Value(tag=k, simple_value=v) for k, v in row.values.items() if k != "step"]
+        self._writer.add_event(record(wall_time=row.time_s, step=row.step, summary=summary(value=scalars)))
 
     def finish(self, end: Event | None) -> None:
         self._writer.close()

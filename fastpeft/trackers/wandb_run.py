@@ -13,7 +13,7 @@ import shlex
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from fastpeft.config.trackers import TRACKERS, WandbConfig
 from fastpeft.runs.events import Event, number
@@ -33,6 +33,7 @@ _SETTINGS: dict[str, Any] = {
     "x_save_requirements": False,
     "x_transaction_log_flush_interval": 2.0,
 }
+Mode = Literal["online", "offline", "shared"]
 _NOT_CONFIG = ("overrides", "stand_in", "optuna", *TRACKERS.section_keys)
 _EXIT_CODES = {"done": 0, "stopped": 255}
 """W&B shows 255 as `killed`, other numbers as `failed`."""
@@ -43,8 +44,9 @@ class WandbRun(Tracker):
 
     switches = "WANDB_MODE, WANDB_DISABLED and `wandb online`"
 
-    def __init__(self, folder: Path, mode: str, project: str) -> None:
-        self._folder, self._mode, self._project = folder, mode, project
+    def __init__(self, folder: Path, mode: Mode, project: str) -> None:
+        self._folder, self._project = folder, project
+        self._mode: Mode = mode
         self._next = 0
 
     @classmethod

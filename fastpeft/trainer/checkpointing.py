@@ -14,6 +14,7 @@ class Stateful(Protocol):
 
     def state_dict(self) -> State:
         """Tensors and JSON values, by names. Tensors may be the part's own, not to be changed."""
+        ...
 
     def load_state_dict(self, state: State) -> None:
         """Become what gave `state`. It was made with the same settings."""

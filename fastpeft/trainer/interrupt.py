@@ -6,6 +6,7 @@ import os
 import signal
 import threading
 from types import FrameType
+from typing import Any
 
 
 class StopRequest:
@@ -14,7 +15,7 @@ class StopRequest:
 
     def __init__(self) -> None:
         self.signal: signal.Signals | None = None
-        self._handlers: dict[signal.Signals, object] = {}
+        self._handlers: dict[signal.Signals, Any] = {}
         self._depth = 0
 
     def __call__(self) -> bool:

@@ -66,6 +66,7 @@ class Optimizer(ABC):
         flat = self._flat
         if signals.grad_norm is None:
             signals.grad_norm = weighted_frobenius(flat.data, flat.grad, flat.layout).norm
+        assert signals.grad_norm is not None
         signals.skipped = self._update(signals, signals.grad_norm, rates)
         if self.loss_scale is not None:
             self.adjust_scale(signals.skipped)

@@ -45,7 +45,7 @@ class Forecast:
 def newest(tail: RunTail) -> Forecast | None:
     """The last one that is a number."""
     table = _table(tail)
-    rows = np.flatnonzero(np.isfinite(table["value"])) if table else ()
+    rows = np.flatnonzero(np.isfinite(table["value"])) if table else np.array([], dtype=np.intp)
     return _forecast(table, rows[-1]) if len(rows) else None
 
 
@@ -73,11 +73,11 @@ def came(tail: RunTail) -> float | None:
 
 def band(forecast: Forecast, loss: Series, axis: str) -> Band | None:
     """From where it was made to the budget's end; None while the end's place on the axis is not known."""
-    ends = [loss.at_step(axis, step) for step in (forecast.at, forecast.horizon)]
-    if None in ends or not ends[0] <= ends[1]:
+    first, last = (loss.at_step(axis, step) for step in (forecast.at, forecast.horizon))
+    if first is None or last is None or not first <= last:
         return None
     low, high, value = (np.full(2, edge) for edge in (forecast.low, forecast.high, forecast.value))
-    return Band(np.array(ends), low, high, COLOR, f"forecast {forecast} at the end", value)
+    return Band(np.array([first, last]), low, high, COLOR, f"forecast {forecast} at the end", value)
 
 
 def summary(tail: RunTail) -> Text:

@@ -135,7 +135,8 @@ def _kind(value: dict[str, Any]) -> str:
     if "anyOf" in value:
         return " or ".join(_kind(one) for one in value["anyOf"] if one.get("type") != "null")
     names = {"string": "text", "integer": "whole number", "boolean": "true | false", "array": "list", "object": "keys"}
-    return names.get(value.get("type", ""), value.get("type", "any"))
+    named: str = value.get("type", "any")
+    return names.get(named, named)
 
 
 def last_key(overrides: str) -> str:

@@ -18,7 +18,7 @@ from fastpeft.tui.format import printable
 from fastpeft.tui.series import Floats, StepTable
 
 _STEP = StepTable.READ[:-1]  # penalty_share is the one that a method may not have
-_STEP_ROW = np.dtype((np.float64, len(_STEP)))
+_STEP_ROW: np.dtype[Any] = np.dtype((np.float64, len(_STEP)))
 _step_values = itemgetter(*_STEP)
 _TYPE_OF = itemgetter("type")
 

@@ -203,6 +203,8 @@ def _loss(line: bytes) -> float | None:
 
 def _with_header(row: RunRow, event: Event | None) -> RunRow:
     """A run without a result.json: what its first event says."""
+    if event is None:
+        return row
     try:
         config, budget = event["config"], event["budget"]
         return replace(
@@ -247,7 +249,7 @@ def _progress(lines: bytes) -> dict[str, float]:
     places = (lines.find(b'{"type":"step"'), lines.rfind(b'{"type":"step"'))
     events = [parse_event(lines[place:].partition(b"\n")[0]) for place in places if place >= 0]
     try:
-        first, last = ((float(e["progress"]), float(e["elapsed_s"])) for e in events)
+        first, last = ((float(e["progress"]), float(e["elapsed_s"])) for e in events if e is not None)
     except (KeyError, TypeError, ValueError):
         return {}
     found = {"progress": min(max(last[0], 0.0), 1.0)}

@@ -205,9 +205,11 @@ def stop(folder: RunFolder) -> int:
     pid, host = event.get("pid"), event.get("host")
     if host != socket.gethostname():
         raise SteerError(f"{name} runs on {host}: stop it there with `kill {pid}`")
+    if not isinstance(pid, int):
+        raise SteerError(f"{name} is not running: there is no process {pid}")
     try:
         handle = os.pidfd_open(pid)
-    except (OSError, TypeError, ValueError, OverflowError):
+    except (OSError, ValueError, OverflowError):
         raise SteerError(f"{name} is not running: there is no process {pid}") from None
     try:
         if not _holds(pid, folder.path / ".lock"):

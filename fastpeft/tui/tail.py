@@ -264,18 +264,18 @@ class RunTail:
         data = os.pread(file, num, place.offset) if num > 0 else b""
         self.bytes_read += len(data)
         offset = place.offset + len(data)
-        reaches = sample is not None and offset == sample.start
-        if not data and not reaches:
+        reached = sample if sample is not None and offset == sample.start else None
+        if not data and reached is None:
             return False
-        carry = state.carry + data + (sample.head if reaches else b"")
+        carry = state.carry + data + (b"" if reached is None else reached.head)
         cut = carry.rfind(b"\n") + 1
         state.carry = carry[cut:] if len(carry) - cut <= MAX_LINE_BYTES else b"\0"  # malformed, once it ends
         if cut:
             self._take(parse(carry[:cut]))
         fingerprint = place.fingerprint + data
-        if reaches:
-            self._take_sample(sample)
-            offset, fingerprint = sample.end, sample.fingerprint
+        if reached is not None:
+            self._take_sample(reached)
+            offset, fingerprint = reached.end, reached.fingerprint
         self._place = _Place(place.inode, offset, fingerprint[-_FINGERPRINT_BYTES:])
         return True
 

@@ -78,7 +78,8 @@ def ratio_color(share: float) -> tuple[int, int, int]:
 def _between(stops: tuple[tuple[int, int, int], ...], share: float) -> tuple[int, int, int]:
     at = min(max(share, 0.0), 1.0) * (len(stops) - 1)
     i = min(int(at), len(stops) - 2)
-    return tuple(round(a + (b - a) * (at - i)) for a, b in zip(stops[i], stops[i + 1]))
+    red, green, blue = (round(a + (b - a) * (at - i)) for a, b in zip(stops[i], stops[i + 1]))
+    return red, green, blue
 
 
 def shade(share: float) -> str:

@@ -98,7 +98,7 @@ def test_plots_and_parts_obey_their_keys(results):
         plot = screen.query_one("#plot_loss", LinePlot)
         assert screen.focused is plot
         await pilot.press("y", "s", "right")
-        assert (plot.log, plot.smoothing > 0) == (True, True)
+        assert (plot.log_scale, plot.smoothing > 0) == (True, True)
         assert plot.cursor_x is not None
         await pilot.press("plus", "0", "x")
         assert plot.view_x is None

@@ -238,7 +238,7 @@ def test_log_scale_leaves_out_and_says_so():
     async def act(plot, pilot):
         await pilot.press("y")
         await pilot.pause()
-        assert plot.log
+        assert plot.log_scale
         assert "log" in readout(plot.app)
         assert "2 ≤ 0 left out" in readout(plot.app)
         assert any("10M" in line for line in lines_of(plot.app.screen)[1:])

@@ -76,7 +76,9 @@ class Notes:
         return self._tokenizer.encode(text, add_special_tokens=False)
 
     def _text(self, tokens: list[int]) -> str:
-        return self._tokenizer.decode(tokens, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+        text = self._tokenizer.decode(tokens, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+        assert isinstance(text, str)
+        return text
 
 
 def open_expression(text: str) -> str | None:

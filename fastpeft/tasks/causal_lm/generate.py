@@ -12,7 +12,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import torch
@@ -25,7 +25,7 @@ from fastpeft.models.merge import Merged, merged
 from fastpeft.tasks.causal_lm.calculator_notes import Notes
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 CHECK_EVERY = 8
 """Steps between two looks at which rows have ended: each look waits for the device."""
@@ -265,7 +265,7 @@ class _Batch:
         column_C = np.arange(columns)
         mask_BC = (column_C >= width - lengths[:, None]) & (column_C < width)
         self.model, self.pad_token, self.device = model, pad_token, device
-        self.cache = StaticCache(config=model.config, max_cache_len=columns)
+        self.cache = StaticCache(config=cast("PreTrainedModel", model).config, max_cache_len=columns)
         self.rows = list(range(len(prompts)))
         self.rows_B = torch.arange(len(prompts), device=device)
         """Of `new_BN`, those that are still decoded."""
@@ -303,7 +303,7 @@ class _Batch:
         kept = [i for i, is_alive in enumerate(alive) if is_alive]
         if kept and len(kept) <= _COMPACT_AT * len(alive):
             kept_B = torch.tensor(kept, device=self.device)
-            self.cache.reorder_cache(kept_B)
+            self.cache.reorder_cache(cast(torch.LongTensor, kept_B))
             self.rows = [self.rows[i] for i in kept]
             self.rows_B, self.alive_B = self.rows_B[kept_B], self.alive_B[kept_B]
             self._ids, self._positions = self._ids[kept_B], self._positions[kept_B]

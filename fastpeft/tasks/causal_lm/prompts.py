@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import torch
@@ -79,6 +79,7 @@ def encode_prompts(
     end = tokenizer.eos_token_id
     if end is None:
         raise UserError(f"model {tokenizer.name_or_path}: its tokenizer has no end-of-text token to end answers with")
+    assert isinstance(end, int)
     noun = texts.noun
     prompts = _prompts(list(texts.prompts), tokenizer)
     answers = _token_lists(list(texts.answers), tokenizer, split_special_tokens=True)
@@ -107,7 +108,7 @@ def encode_prompts(
     return EncodedPrompts(
         tokens=concatenate([rows[row][:max_length] for row in kept], np.int32),
         offsets=np.concatenate([[0], np.cumsum(lengths)]),
-        pad_token=end if tokenizer.pad_token_id is None else tokenizer.pad_token_id,
+        pad_token=end if tokenizer.pad_token_id is None else cast(int, tokenizer.pad_token_id),
         max_length=max_length,
         prompt_lengths=np.minimum(prompt_lengths[kept], max_length),
         rows=kept,
@@ -146,8 +147,8 @@ def _prompts(texts: list[str], tokenizer: PreTrainedTokenizerBase) -> list[list[
 
 
 def _token_lists(texts: list[str], tokenizer: PreTrainedTokenizerBase, **options: bool) -> list[list[int]]:
-    plain = {"add_special_tokens": False, "return_attention_mask": False, "verbose": False}
-    return tokenizer(texts, **plain, **options)["input_ids"]
+    plain: dict[str, Any] = {"add_special_tokens": False, "return_attention_mask": False, "verbose": False}
+    return cast(Any, tokenizer)(texts, **plain, **options)["input_ids"]
 
 
 def _notes(texts: Prompted, unusable: np.ndarray, lengths: np.ndarray, what: str) -> tuple[str, ...]:

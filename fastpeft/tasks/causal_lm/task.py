@@ -24,7 +24,7 @@ CHECK_ROWS, CHECK_POSITIONS = 16, 16
 _CHUNK_ROWS = 256
 
 
-class CausalLMTask(Task):
+class CausalLMTask(Task[EncodedPrompts]):
     """What a kind adds: its rows as prompts and answers, and how answers are decoded and scored."""
 
     auto_class: ClassVar[str] = "AutoModelForCausalLM"
@@ -32,9 +32,6 @@ class CausalLMTask(Task):
     pipeline_tag: ClassVar[str] = "text-generation"
     noun: ClassVar[str] = "rows"
     """What a row is called."""
-
-    train: EncodedPrompts
-    validation: EncodedPrompts
 
     def __init__(self, name: str, config: DatasetConfig, batch_tokens: int) -> None:
         """

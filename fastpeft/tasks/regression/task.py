@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Collection
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, Self, cast
 
 import numpy as np
 import torch
@@ -31,7 +31,10 @@ class Regression(SequenceTask):
     label_dtype: ClassVar[type] = np.float32
     datasets = DATASETS
     metric = "spearman"
-    num_outputs = 1
+
+    @property
+    def num_outputs(self) -> int:
+        return 1
 
     @classmethod
     def recognises(cls, config: DatasetConfig, source: Source) -> str | None:
@@ -97,7 +100,8 @@ def correlations(predicted: np.ndarray, gold: np.ndarray) -> tuple[float, float]
 
     if len(gold) < 2 or not np.isfinite(predicted).all() or np.ptp(predicted) == 0 or np.ptp(gold) == 0:
         return 0.0, 0.0
-    return float(spearmanr(predicted, gold).statistic), float(pearsonr(predicted, gold).statistic)
+    rho, r = cast(Any, spearmanr(predicted, gold)), cast(Any, pearsonr(predicted, gold))  # made without type hints
+    return float(rho.statistic), float(r.statistic)
 
 
 def number_of(value: Any) -> float | None:

@@ -101,7 +101,7 @@ def read_texts(
         DataError: a missing split or column, a malformed row, an unknown label.
     """
     columns = source_columns(config, source)
-    extra = config.columns.label if isinstance(config.columns.label, list) else []
+    extra = [str(column) for column in config.columns.label] if isinstance(config.columns.label, list) else []
     wanted = [column for column in (*columns, *extra) if column]
     known = source.known.columns if source.known else {}
 

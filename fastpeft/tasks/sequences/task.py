@@ -29,7 +29,7 @@ CHECK_ROWS = 64
 _CHECK_BATCH = 16
 
 
-class SequenceTask(Task):
+class SequenceTask(Task[Encoded]):
     """What a kind adds: how labels are read, `problem_type`, the loss of rows, and the metrics of all answers."""
 
     auto_class: ClassVar[str] = "AutoModelForSequenceClassification"
@@ -38,9 +38,6 @@ class SequenceTask(Task):
     problem_type: ClassVar[str]
     """Of transformers: which loss and which activation a reader of the export takes."""
     label_dtype: ClassVar[type]
-
-    train: Encoded
-    validation: Encoded
 
     def __init__(self, name: str, texts: LabelledTexts, config: DatasetConfig, evaluation: EvaluationConfig) -> None:
         self.name, self.texts = name, texts

@@ -41,16 +41,13 @@ print([(words[word], model.config.id2label[tags[i]]) for word, i in sorted(first
 """
 
 
-class TokenClassification(Task):
+class TokenClassification(Task[EncodedSentences]):
     kind: ClassVar[str] = "token-classification"
     auto_class: ClassVar[str] = "AutoModelForTokenClassification"
     peft_task_type: ClassVar[str] = "TOKEN_CLS"
     pipeline_tag: ClassVar[str] = "token-classification"
     datasets = DATASETS
     metric = "f1"
-
-    train: EncodedSentences
-    validation: EncodedSentences
 
     def __init__(self, splits: TaggedSplits, config: DatasetConfig, evaluation: EvaluationConfig) -> None:
         self.name, self.splits, self.label_names = splits.name, splits, splits.label_names
@@ -285,19 +282,19 @@ def _predict(
         while groups:
             if stop():
                 return None
-            rows, failed = groups[0], False
+            rows, found = groups[0], None
             try:
-                labels, loss_of_batch = _predict_batch(model, collate_tokens(encoded, rows, device))
+                found = _predict_batch(model, collate_tokens(encoded, rows, device))
             except RuntimeError as error:
                 if shrink is None or not is_out_of_memory(error):
                     raise
-                failed = True
-            if failed:  # outside of the handler, whose frames hold the activations
+            if found is None:  # outside of the handler, whose frames hold the activations
                 assert shrink is not None
                 free_memory()
                 max_tokens = shrink(len(rows), int(encoded.widths[rows].max()))
                 groups = deque(micro_batches(encoded, np.concatenate(groups), max_tokens))
                 continue
+            labels, loss_of_batch = found
             parts.append((encoded.labelled(rows), labels))
             loss += loss_of_batch
             groups.popleft()

@@ -220,7 +220,10 @@ class _Reader:
     """Steps that were taken since the last that was skipped."""
 
     def read(self, pending: _Pending, found: dict[str, np.ndarray]) -> Measured:
-        facts = pending.launched | {"loss": float(found["loss"]), "grad_norm": float(found["grad_norm"])}
+        facts: dict[str, Any] = pending.launched | {
+            "loss": float(found["loss"]),
+            "grad_norm": float(found["grad_norm"]),
+        }
         if found["skipped"]:
             self.in_a_row = 0
             return Measured(skipped=True, **facts)

@@ -12,6 +12,7 @@ from textual.app import ComposeResult
 from textual.binding import Binding, BindingType
 from textual.containers import Vertical, VerticalScroll
 from textual.widgets import DataTable, Footer, Static
+from textual.widgets.data_table import ColumnKey
 
 from fastpeft.compare.comparison import Comparison, compare
 from fastpeft.runs.store import RunFolder
@@ -251,7 +252,7 @@ class CompareScreen(RunsKeys):
         self.dismiss()
 
 
-def column_index(table: DataTable, key: object) -> int:
+def column_index(table: DataTable, key: ColumnKey) -> int:
     return [column.key for column in table.ordered_columns].index(key)
 
 

@@ -5,13 +5,14 @@ from __future__ import annotations
 import asyncio
 import shlex
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from rich.text import Text
 from textual import work
 from textual.app import ComposeResult
 from textual.binding import Binding, BindingType
 from textual.containers import Grid, Horizontal, VerticalScroll
+from textual.content import Content
 from textual.screen import Screen
 from textual.suggester import Suggester, SuggestFromList
 from textual.widgets import Button, Checkbox, Footer, Input, Label, Static
@@ -45,7 +46,9 @@ class _Settings(Suggester):
 class Switch(Checkbox):
     """The toolkit's shows the same X on and off, in other colours."""
 
-    BUTTON_INNER = property(lambda self: "X" if self.value else " ")
+    def render(self) -> Content:
+        self.BUTTON_INNER = "X" if self.value else " "
+        return super().render()
 
 
 class StartScreen(Screen[steer.Launch | None]):
@@ -98,9 +101,9 @@ class StartScreen(Screen[steer.Launch | None]):
         self.query_one("#presets", Static).update(Text("presets  " + "  ".join(names) if names else "", style="dim"))
 
     def draft(self) -> orders.Draft:
-        texts = {key: self.query_one(f"#{key}", Input).value for key in FIELDS}
-        switches = {key: self.query_one(f"#{key}", Checkbox).value for key in ("trial", "no_stand_in")}
-        return orders.Draft(**texts, **switches)
+        fields: dict[str, Any] = {key: self.query_one(f"#{key}", Input).value for key in FIELDS}
+        fields |= {key: self.query_one(f"#{key}", Checkbox).value for key in ("trial", "no_stand_in")}
+        return orders.Draft(**fields)
 
     def on_input_changed(self) -> None:
         self._list_presets()

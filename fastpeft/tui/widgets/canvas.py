@@ -195,7 +195,9 @@ class PlotCanvas(PlotWidget, can_focus=False, inherit_bindings=False):
 
     def _draw_shade(self, canvas: Canvas, shade: Shade) -> None:
         """Each column's middle, from the band's low to its high."""
-        (low_x, high_x), width = self._scene.x, self._scale_rectangle.width
+        scene = self._scene
+        assert scene is not None
+        (low_x, high_x), width = scene.x, self._scale_rectangle.width
         x = low_x + (np.arange(width) + 0.5) / width * (high_x - low_x)
         inside = (x >= shade.x[0]) & (x <= shade.x[-1]) if len(shade.x) else np.zeros(width, bool)
         for column in np.flatnonzero(inside).tolist():
@@ -248,12 +250,12 @@ class PlotCanvas(PlotWidget, can_focus=False, inherit_bindings=False):
         return x, 1 - (offset.y - 1 + 0.5) / self.num_rows
 
     def on_mouse_scroll_down(self, event: events.MouseScrollDown) -> None:
-        self._zoom(event, -1)
+        self._zoom_at(event, -1)
 
     def on_mouse_scroll_up(self, event: events.MouseScrollUp) -> None:
-        self._zoom(event, 1)
+        self._zoom_at(event, 1)
 
-    def _zoom(self, event: events.MouseEvent, direction: int) -> None:
+    def _zoom_at(self, event: events.MouseEvent, direction: int) -> None:
         """Of y in the margin of its numbers, else of x."""
         event.stop()
         share = self._share(event)

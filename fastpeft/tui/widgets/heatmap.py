@@ -260,7 +260,8 @@ class Heatmap(ScrollView, can_focus=True):
     def _share(self, value: float, limits: tuple[float, float]) -> float:
         if not self.grid.is_ratio:
             return share(value, limits)
-        return share(math.log(value), tuple(map(math.log, limits))) if value > 0 else 0.0
+        low, high = map(math.log, limits)
+        return share(math.log(value), (low, high)) if value > 0 else 0.0
 
     def _color(self, part: float) -> tuple[int, int, int]:
         return ratio_color(part) if self.grid.is_ratio else scale_color(part)

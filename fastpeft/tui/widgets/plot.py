@@ -85,7 +85,7 @@ class LinePlot(Widget, can_focus=True):
     ]
 
     axis: reactive[str] = reactive("time", init=False)
-    log: reactive[bool] = reactive(False, init=False)
+    log_scale: reactive[bool] = reactive(False, init=False)
     smoothing: reactive[float] = reactive(0.0, init=False)
     cursor_x: reactive[float | None] = reactive(None, init=False)
 
@@ -113,7 +113,7 @@ class LinePlot(Widget, can_focus=True):
         super().__init__(id=id, classes=classes)
         self.title, self.axes = title, tuple(axes)
         self.set_reactive(LinePlot.axis, axis)
-        self.set_reactive(LinePlot.log, log)
+        self.set_reactive(LinePlot.log_scale, log)
         self.curves: tuple[Curve, ...] = ()
         self.bands: tuple[Band, ...] = ()
         self.notes: tuple[str, ...] = ()
@@ -158,7 +158,7 @@ class LinePlot(Widget, can_focus=True):
         self._shown_x = low, high = self.view_x or self._all_x()
         buckets = max(2 * canvas.num_columns, 2)
         windows = [
-            c.series.window(self.axis, low, high, buckets, self.smoothing, positive=self.log) for c in self.curves
+            c.series.window(self.axis, low, high, buckets, self.smoothing, positive=self.log_scale) for c in self.curves
         ]
         self.num_not_finite = sum(w.num_not_finite for w in windows)
         self.num_not_positive = sum(w.num_not_positive for w in windows)
@@ -171,7 +171,7 @@ class LinePlot(Widget, can_focus=True):
         ]
         marks = [Marks(w.gaps_x, w.gaps_y) for w in windows if len(w.gaps_x)]
         x_format = Durations() if self.axis == "time" else Numbers()
-        y_format = Powers() if self.log else Numbers()
+        y_format = Powers() if self.log_scale else Numbers()
         canvas.draw(Scene(lines, bands, marks, self._shown_x, self._shown_y, self.cursor_x), x_format, y_format)
         self._say(colors)
 
@@ -186,15 +186,15 @@ class LinePlot(Widget, can_focus=True):
         return (low, high) if high > low else (low - 0.5, low + 0.5)
 
     def _scaled(self, y: Floats) -> Floats:
-        return np.log10(y) if self.log else y
+        return np.log10(y) if self.log_scale else y
 
     def _shade(self, band: Band) -> Shade:
         low, high = band.low, band.high
-        if self.log:
+        if self.log_scale:
             positive = high > 0
             least = float(high[positive].min()) / 10 if positive.any() else 1.0
             low, high = np.log10(np.maximum(low, least)), np.log10(np.maximum(high, least))
-        level = None if band.level is None or (self.log and (band.level <= 0).any()) else band.level
+        level = None if band.level is None or (self.log_scale and (band.level <= 0).any()) else band.level
         level = level if level is None else self._scaled(level)
         return Shade(band.x, low, high, band.color, level)
 
@@ -207,7 +207,7 @@ class LinePlot(Widget, can_focus=True):
             edges = np.clip(edges, values.min() - room, values.max() + room)
         values = np.concatenate([values, edges])
         if not len(values):
-            return (-1.0, 0.0) if self.log else (0.0, 1.0)
+            return (-1.0, 0.0) if self.log_scale else (0.0, 1.0)
         low, high = float(values.min()), float(values.max())
         room = 0.05 * (high - low) or 0.05 * abs(low) or 0.5
         return low - room, high + room
@@ -244,7 +244,7 @@ class LinePlot(Widget, can_focus=True):
         return "–" if value is None else short(value)
 
     def _flags(self) -> list[str]:
-        said = ["log"] if self.log else []
+        said = ["log"] if self.log_scale else []
         if self.smoothing:
             said.append(f"smoothed {self.smoothing:g}")
         if self.num_not_positive:
@@ -261,7 +261,7 @@ class LinePlot(Widget, can_focus=True):
         self.view_x = self.cursor_x = None
         self.redraw()
 
-    def watch_log(self) -> None:
+    def watch_log_scale(self) -> None:
         self.view_y = None
         self.redraw()
 
@@ -284,8 +284,10 @@ class LinePlot(Widget, can_focus=True):
 
     def action_zoom(self, direction: int) -> None:
         low, high = self._shown_x
-        inside = self.cursor_x is not None and low <= self.cursor_x <= high
-        self.zoom_x(self.cursor_x if inside else (low + high) / 2, direction)
+        at = self.cursor_x
+        if at is None or not low <= at <= high:
+            at = (low + high) / 2
+        self.zoom_x(at, direction)
 
     def action_zoom_y(self, direction: int) -> None:
         self.zoom_y(sum(self._shown_y) / 2, direction)
@@ -295,7 +297,7 @@ class LinePlot(Widget, can_focus=True):
         self.pan(columns * max(canvas.num_columns // 10, 1), rows * max(canvas.num_rows // 10, 1))
 
     def action_log(self) -> None:
-        self.log = not self.log
+        self.log_scale = not self.log_scale
 
     def action_smooth(self, direction: int) -> None:
         at = min(range(len(SMOOTHING)), key=lambda i: abs(SMOOTHING[i] - self.smoothing))

@@ -106,7 +106,11 @@ def linear_cross_entropy(
     if wants_gradient:
         loss = _Precomputed.apply(hidden, (loss, gradient_LD, rows, scale))
     fisher, entropy = (_put(v, rows, labels) if statistics else None for v in (labelled.fisher_C, labelled.entropy_C))
-    return CrossEntropy(loss, fisher, entropy, None if lens_hidden is None else found.entropy_C[len(labels_L) :])
+    lens_entropy = None
+    if lens_hidden is not None:
+        assert found.entropy_C is not None, "options ask for statistics"
+        lens_entropy = found.entropy_C[len(labels_L) :]
+    return CrossEntropy(loss, fisher, entropy, lens_entropy)
 
 
 def logits_cross_entropy(

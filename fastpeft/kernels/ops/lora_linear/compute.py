@@ -5,6 +5,7 @@ Shape suffixes: T tokens, I in, O out, R rank.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from types import ModuleType
 
@@ -63,7 +64,8 @@ def _choose(operation: str, x: torch.Tensor, a_RI: torch.Tensor, num_out: int) -
 
 def _kept(x_TI: torch.Tensor, seed: torch.Tensor | None, dropout: float) -> split.Kept:
     assert seed is not None, "dropout has a seed"
-    return split.Kept(keep_mask(*x_TI.shape, dropout, seed, x_TI.dtype), 1 / (1 - dropout))
+    num_rows, num_columns = x_TI.shape
+    return split.Kept(keep_mask(num_rows, num_columns, dropout, seed, x_TI.dtype), 1 / (1 - dropout))
 
 
 # ---- forward ---------------------------------------------------------------------------------
@@ -85,6 +87,7 @@ def forward(x_TI: torch.Tensor, call: Call, factors: list[Pair]) -> tuple[list[t
         if s is None and not inline[i]:
             s = _product(x_TI, a, part, call.dropout, choice)
         if choice.form == "split":
+            assert s is not None, "split is never inline"
             y = split.forward(x_TI, weight, part.bias, s, b)
         else:
             y, s = _fused().matmul(x_TI, weight, part.bias, a, b, s, part.scale, choice.config, forward=True)
@@ -147,7 +150,7 @@ def backward(
     if ds_all is not None and needs_x and not in_one_kernel and not call.dropout:
         dx_TI = ds_all @ (factors[0][0] if len(factors) == 1 else torch.cat([a for a, _ in factors]))
     ranks = [a.shape[0] for a, _ in factors]
-    ds_TR = [None] * len(ranks) if ds_all is None else ds_all.split(ranks, dim=1)
+    ds_TR: Sequence[torch.Tensor | None] = [None] * len(ranks) if ds_all is None else ds_all.split(ranks, dim=1)
     ways = [_choose("lora_factors", x_TI, a, b.shape[0]) for a, b in factors]
     das = [None] * len(ranks)
     if ds_all is not None and not call.dropout and all(way.form == "split" for way in ways) and any(needs[::2]):
@@ -160,7 +163,9 @@ def backward(
         if adds_dx or (call.dropout and way.form == "split" and needed[0]):
             kept = _kept(x_TI, part.seed, call.dropout)
         if adds_dx and kept is not None:
-            update = torch.empty_like(kept.mask_TI).addmm_(ds_TR[i], a, beta=0, alpha=kept.factor).mul_(kept.mask_TI)
+            ds = ds_TR[i]
+            assert ds is not None
+            update = torch.empty_like(kept.mask_TI).addmm_(ds, a, beta=0, alpha=kept.factor).mul_(kept.mask_TI)
             dx_TI = update if dx_TI is None else dx_TI.add_(update)
         if dx_TI is not None and not in_one_kernel:
             dx_TI.addmm_(dys_TO[i], dequantised(part.weight, x_TI.dtype))
@@ -220,8 +225,10 @@ class _Factors:
         if not self.needed[0]:
             da_RI = None
         elif kept is not None:
+            assert self.ds_TR is not None
             da_RI = split.a_gradient(self.ds_TR, kept.mask_TI.mul_(self.x_TI), self.dtypes[0], kept.factor)
         elif da_RI is None:
+            assert self.ds_TR is not None
             da_RI = split.a_gradient(self.ds_TR, self.x_TI, self.dtypes[0])
         if self.needed[1]:
             measures = self.part.measures

@@ -151,7 +151,7 @@ class _LoraLinear(torch.autograd.Function):
 
         cast = pairs(factors)
         dx_TI, found = compute.backward(
-            [dys_TO[i] for i in used], x_TI, replace(ctx.call, parts=[ctx.call.parts[i] for i in used]),
+            [dy for dy in dys_TO if dy is not None], x_TI, replace(ctx.call, parts=[ctx.call.parts[i] for i in used]),
             [s_TR[i] for i in used], list(zip(cast[::2], cast[1::2])), needs_x, pairs(needs), pairs(ctx.dtypes),
         )  # fmt: skip
         gradients: list[torch.Tensor | None] = [None] * (2 * size)
