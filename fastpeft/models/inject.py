@@ -119,6 +119,7 @@ def inject_adalora(
         layer = _module(model, name)
         if type(layer) is PeftSvdLinear:  # over 4 bits it stays PEFT's
             layer.__class__ = SvdLinear
+        layer.ranknum[ADAPTER_NAME].requires_grad_(False)  # PEFT forgets it where it turns 16 bits into 32
         blocks.append(SvdBlock(name, _layer(name), projection_of(name), layer))
     return model, blocks
 
