@@ -52,17 +52,19 @@ def write_rows(folder: Path, kind: str, num_train: int = 96, num_dev: int = 64, 
     return folder
 
 
-def kind_run(folder: Path, kind: str, family: str = "bert", **sections: Any) -> RunConfig:
+def kind_run(folder: Path, kind: str, family: str = "bert", dropout: float = 0.1, **sections: Any) -> RunConfig:
     """A run of `kind` in `folder`, with settings over it: `training={"seed": 1}` or `budget="9steps"`."""
     path = folder / "run.yaml"
     if not path.is_file():
-        dropout = {"hidden_dropout_prob": 0.1, "attention_probs_dropout_prob": 0.1}
-        make_model(folder / "model", family, **({} if family == "distilbert" else dropout))
+        names = ("hidden_dropout_prob", "attention_probs_dropout_prob")
+        if family == "distilbert":
+            names = ("dropout", "attention_dropout", "seq_classif_dropout")
+        make_model(folder / "model", family, **dict.fromkeys(names, dropout))
         values = {
             "run_id": "tiny",
             "method": "lora",
             "model": {"name": str(folder / "model")},
-            "adapter": {"target_modules": "all-linear", "rank": 4, "dropout": 0.1},
+            "adapter": {"target_modules": "all-linear", "rank": 4, "dropout": dropout},
             "schedule": {"warmup_steps": 4},
             "dataset": {"path": str(write_rows(folder / "rows", kind)), "max_length": 64},
             "training": {
