@@ -52,14 +52,38 @@ def write_rows(folder: Path, kind: str, num_train: int = 96, num_dev: int = 64, 
     return folder
 
 
-def kind_run(folder: Path, kind: str, family: str = "bert", dropout: float = 0.1, **sections: Any) -> RunConfig:
-    """A run of `kind` in `folder`, with settings over it: `training={"seed": 1}` or `budget="9steps"`."""
+def save_pieces(folder: Path) -> None:
+    """A tokenizer that cuts every word of three letters or more in two."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
+    from transformers import PreTrainedTokenizerFast
+
+    special = ["[PAD]", "[CLS]", "[SEP]", "[UNK]", "[MASK]"]
+    pieces = sorted({piece for word in WORDS for piece in (word[:2], f"##{word[2:]}") if piece != "##"})
+    vocab = {piece: i for i, piece in enumerate([*special, "a", *pieces])}
+    raw = Tokenizer(models.WordPiece(vocab, unk_token="[UNK]"))
+    raw.pre_tokenizer, raw.decoder = pre_tokenizers.BertPreTokenizer(), decoders.WordPiece()
+    ends = [("[CLS]", vocab["[CLS]"]), ("[SEP]", vocab["[SEP]"])]
+    raw.post_processor = processors.TemplateProcessing(single="[CLS] $A [SEP]", special_tokens=ends)
+    names = dict(zip(("pad_token", "cls_token", "sep_token", "unk_token", "mask_token"), special))
+    PreTrainedTokenizerFast(tokenizer_object=raw, model_max_length=64, **names).save_pretrained(folder)
+
+
+def kind_run(
+    folder: Path, kind: str, family: str = "bert", dropout: float = 0.1, pieces: bool = False, **sections: Any
+) -> RunConfig:
+    """A run of `kind` in `folder`, with settings over it: `training={"seed": 1}` or `budget="9steps"`.
+
+    Args:
+        pieces: words of several pieces.
+    """
     path = folder / "run.yaml"
     if not path.is_file():
         names = ("hidden_dropout_prob", "attention_probs_dropout_prob")
         if family == "distilbert":
             names = ("dropout", "attention_dropout", "seq_classif_dropout")
-        make_model(folder / "model", family, **dict.fromkeys(names, dropout))
+        make_model(folder / "model", family, **dict.fromkeys(names, dropout), **({"vocab_size": 64} if pieces else {}))
+        if pieces:
+            save_pieces(folder / "model")
         values = {
             "run_id": "tiny",
             "method": "lora",

@@ -156,3 +156,10 @@ class MultiLabel(SequenceTask):
 
     def card_example(self, max_length: int, eos_token_ids: tuple[int, ...]) -> str:
         return _EXAMPLE.format(texts=self._texts_of_card(), max_length=max_length, threshold=self.threshold)
+
+    def card_pipeline(self) -> str:
+        return (
+            '`pipeline("text-classification", model=folder, top_k=None)` tells the probability of every label. It does '
+            f"not know the threshold: those from {self.threshold:g} on are given. Without `top_k` it tells the "
+            "likeliest label only."
+        )

@@ -103,6 +103,12 @@ class Regression(SequenceTask):
         example = float(np.median(self.texts.train.labels))
         return _EXAMPLE.format(texts=self._texts_of_card(), max_length=max_length, example=example)
 
+    def card_pipeline(self) -> str:
+        return (
+            '`pipeline("text-classification", model=folder)` tells the same number as `score`; its label, LABEL_0, '
+            "says nothing."
+        )
+
 
 def correlations(predicted: np.ndarray, gold: np.ndarray) -> tuple[float, float]:
     """(Spearman's rho with ties at their mean rank, Pearson's r); 0 where one side is constant or not finite."""
