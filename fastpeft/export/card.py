@@ -66,6 +66,8 @@ def card_text(plan: Plan, exported: Exported, task: Task, eos_token_ids: tuple[i
         parts.append(f"**{STAND_IN_WARNING}.**\n")
     usage = _load(plan, task) + task.card_example(exported.max_length, eos_token_ids)
     parts += [_facts(plan, exported, task), "## Use\n", f"```python\n{usage}```\n"]
+    if plan.merge and task.card_pipeline():
+        parts.append(f"{task.card_pipeline()}\n")
     if not plan.merge:
         parts.append(_about_base(plan))
     elif plan.run.model.quantisation != "none":
@@ -105,8 +107,10 @@ def _facts(plan: Plan, exported: Exported, task: Task) -> str:
         )
     rows["checked"] = (
         f"loaded again, its logits differ by at most {check.difference:.1e} from the trained model's on "
-        f"{check.num_rows} {check.where} (fp32); the largest is the same on {check.num_same}"
+        f"{check.num_rows} {check.where} (fp32)"
     )
+    if check.num_same is not None:
+        rows["checked"] += f"; the largest is the same on {check.num_same}"
     rows["made by"] = f"fastpeft {__version__}; more in export.json"
     lines = [f"| {name} | {value.replace('|', '&#124;')} |" for name, value in rows.items()]
     return "\n".join(["| | |", "|---|---|", *lines, ""])

@@ -14,8 +14,8 @@ class Check:
     """Compared: rows, or positions in answers."""
     where: str
     """What they are, in words."""
-    num_same: int
-    """How many of them have the same largest logit."""
+    num_same: int | None
+    """How many of them have the same largest logit; None where there is one logit only."""
     difference: float
     """Largest absolute difference of a logit between the trained model and the one that was loaded."""
     tolerance: float

@@ -43,9 +43,10 @@ def closing(plan: Plan, exported: Exported) -> Iterator[str]:
             )
     loader = "transformers" if plan.merge else "PEFT"
     apart = f"{check.difference:.1e}" if check.difference else "0"
+    same = "" if check.num_same is None else f", the largest one the same on {check.num_same}"
     yield (
         f"checked   loaded in {loader}: largest difference of a logit {apart} on {check.num_rows} {check.where} "
-        f"({check.tolerance:.0e} allowed), the largest one the same on {check.num_same}"
+        f"({check.tolerance:.0e} allowed){same}"
     )
     was = f" (adapter before: {exported.mb_before:.3f} MB)" if trimmed is not None or plan.merge else ""
     yield f"size      {exported.mb:.3f} MB{was}"

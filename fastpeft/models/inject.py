@@ -129,6 +129,7 @@ def inject_adalora(
         blocks.append(SvdBlock(name, _layer(name), projection_of(name), layer))
         if type(layer) is PeftSvdLinear:  # over 4 bits it stays PEFT's
             layer.__class__ = SvdLinear
+        layer.ranknum[ADAPTER_NAME].requires_grad_(False)  # PEFT forgets it where it turns 16 bits into 32
     return model, blocks
 
 

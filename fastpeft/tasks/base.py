@@ -230,3 +230,7 @@ class Task(ABC, Generic[Rows]):
     @abstractmethod
     def card_example(self, max_length: int, eos_token_ids: tuple[int, ...]) -> str:
         """Python that asks the model something; `model` and `tokenizer` are loaded."""
+
+    def card_pipeline(self) -> str:
+        """How transformers' own pipeline answers from a merged model, and where that is not as it was scored."""
+        return ""

@@ -1,12 +1,25 @@
-"""Several labels a text: binary cross entropy of each label, micro and macro F1 over the validation rows.
+"""Several labels a text: any number of labels for a text, or for a pair of texts.
+
+What a user has to know:
+
+- The labels of a row stand in one column, as a list of names or of class numbers, which a csv file holds as JSON
+  (`["a", "b"]`) or as Python writes it; or as a vector of zeros and ones; or in a column for each label:
+  `dataset.columns.label: [a, b, c]`. All three are told from the rows, and the run says so.
+- An empty list is a row without any label. A label that only validation rows have stops the run, unless dataset.labels
+  names it.
+- The loss is binary cross entropy, the mean over the labels, as transformers computes it for problem_type
+  multi_label_classification.
+- A label is given from the probability `evaluation.threshold` on. The metric is micro F1, over all pairs of a row and a
+  label; macro F1, the share of rows whose labels are all right, and each label's own figures stand beside it.
+- An export keeps the threshold, in export.json and in a merged model's config. transformers' pipeline reads neither: it
+  tells probabilities, of the largest label only unless it is called with `top_k=None`.
 
 Shapes: N rows, C labels.
 """
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Collection
+from collections.abc import Collection
 from typing import Any, ClassVar, Self
 
 import numpy as np
@@ -14,11 +27,12 @@ import torch
 from torch import nn
 
 from fastpeft.config.schema import DatasetConfig, EvaluationConfig
-from fastpeft.data.rows import DataError, Row, label_text
 from fastpeft.data.source import TRAIN, Source
 from fastpeft.signals import Need
-from fastpeft.tasks.sequences.labels import LabelIndex
-from fastpeft.tasks.sequences.reading import LabelledTexts, TextSplit, guess_columns, read_texts
+from fastpeft.tasks.multi_label.datasets import DATASETS
+from fastpeft.tasks.multi_label.labels import LabelColumns, ListedLabels, listed
+from fastpeft.tasks.sequences.labels import class_names
+from fastpeft.tasks.sequences.reading import MOSTLY, LabelledTexts, guess_columns, read_texts, source_columns
 from fastpeft.tasks.sequences.scoring import Answers
 from fastpeft.tasks.sequences.task import SequenceTask
 
@@ -30,13 +44,13 @@ batch = tokenizer({texts}, truncation=True, max_length={max_length}, return_tens
 probabilities = model(**batch).logits.sigmoid()[0]
 print([model.config.id2label[i] for i, p in enumerate(probabilities.tolist()) if p >= {threshold:g}])
 """
-_YES, _NO = (1, True, "1", "1.0", "true", "True"), (0, False, "0", "0.0", "false", "False", "")
 
 
 class MultiLabel(SequenceTask):
     kind: ClassVar[str] = "multi-label"
     problem_type: ClassVar[str] = "multi_label_classification"
     label_dtype: ClassVar[type] = np.float32
+    datasets = DATASETS
     metric = "micro_f1"
 
     def __init__(
@@ -62,16 +76,20 @@ class MultiLabel(SequenceTask):
         if column is None:
             return None
         values = [row.values.get(column) for row in source.read(TRAIN, [column]).rows if not row.fault]
-        num_lists = sum(_listed(value) is not None for value in values)
-        return f"column {column!r} holds lists of labels" if num_lists > len(values) / 2 else None
+        num_lists = sum(listed(value) is not None for value in values)
+        return f"column {column!r} holds lists of labels" if values and num_lists >= MOSTLY * len(values) else None
 
     @classmethod
     def load(cls, config: DatasetConfig, source: Source, evaluation: EvaluationConfig, seed: int) -> Self:
-        one_hot = isinstance(config.columns.label, list)
-        labels = _OneHot(config) if one_hot else _Lists(config, _class_names(config, source))
-        names = {labels.column: labels.classes} if labels.classes else None
-        texts = read_texts(config, source, labels.fault, labels.reader, names)
-        return cls(source.name, texts, labels.names, config, evaluation)
+        if isinstance(config.columns.label, list):
+            columns = LabelColumns(config)
+            texts = read_texts(config, source, columns.fault, columns.reader, several_columns=True)
+            return cls(source.name, texts, columns.names, config, evaluation)
+        given, column = tuple(config.labels) if config.labels else None, source_columns(config, source).label
+        classes = class_names(source, column, given)
+        lists = ListedLabels(given or classes)
+        texts = read_texts(config, source, lists.fault, lists.reader, {column: classes} if classes else None)
+        return cls(source.name, texts, lists.names, config, evaluation)
 
     def describe(self) -> str:
         given_NC = np.array(self.texts.train.labels)
@@ -139,91 +157,9 @@ class MultiLabel(SequenceTask):
     def card_example(self, max_length: int, eos_token_ids: tuple[int, ...]) -> str:
         return _EXAMPLE.format(texts=self._texts_of_card(), max_length=max_length, threshold=self.threshold)
 
-
-class _Lists:
-    """Labels of a row in one list, by names or numbers."""
-
-    def __init__(self, config: DatasetConfig, found: tuple[str, tuple[str, ...] | None]) -> None:
-        self.column, self.classes = found
-        given = tuple(config.labels) if config.labels else self.classes
-        self.index = LabelIndex(given) if given else None
-
-    @property
-    def names(self) -> tuple[str, ...]:
-        assert self.index is not None
-        return self.index.names
-
-    def fault(self, values: dict[str, Any], column: str) -> str | None:
-        if _listed(values.get(column)) is None:
-            return f"column {column!r} holds {values.get(column)!r:.80}, expected a list of labels"
-        return None
-
-    def reader(self, split: TextSplit) -> Callable[[Row], list[float]]:
-        column = split.columns.label
-        if self.index is None:
-            found = {label for row in split.rows for label in _listed(row.values[column]) or ()}
-            if not found:
-                raise DataError(f"{split.source}: no row has a label; set dataset.columns.label")
-            self.index = LabelIndex.from_values(found)
-        index = self.index
-
-        def zeros_and_ones(row: Row) -> list[float]:
-            given = [0.0] * len(index.names)
-            for label in _listed(row.values[column]) or ():
-                number = index(label)
-                if number is None:
-                    raise DataError(
-                        f"{split.source}:{row.line}: unknown label {label!r}; known: {', '.join(index.names)}. "
-                        "Name every label in dataset.labels, in the order of their numbers"
-                    )
-                given[number] = 1.0
-            return given
-
-        return zeros_and_ones
-
-
-class _OneHot:
-    """A column of zeros and ones for each label."""
-
-    classes = None
-    column = ""
-
-    def __init__(self, config: DatasetConfig) -> None:
-        assert isinstance(config.columns.label, list)
-        self._columns = [str(column) for column in config.columns.label]
-        self.names = tuple(config.labels or self._columns)
-        if len(self.names) != len(self._columns):
-            raise DataError(
-                f"dataset.labels: {len(self.names)} names are given for the {len(self._columns)} columns of "
-                "dataset.columns.label"
-            )
-
-    def fault(self, values: dict[str, Any], column: str) -> str | None:
-        for name in self._columns:
-            if values.get(name) not in (*_YES, *_NO):
-                return f"column {name!r} holds {values.get(name)!r:.80}, expected 0 or 1"
-        return None
-
-    def reader(self, split: TextSplit) -> Callable[[Row], list[float]]:
-        return lambda row: [float(row.values[name] in _YES) for name in self._columns]
-
-
-def _listed(value: Any) -> list[str] | None:
-    """The labels in a list, or in a JSON list as csv files hold one; None for anything else."""
-    if isinstance(value, str) and value.lstrip().startswith("["):
-        try:
-            value = json.loads(value)
-        except ValueError:
-            return None
-    if not isinstance(value, list):
-        return None
-    labels = [label_text(one) for one in value]
-    return [label for label in labels if label is not None] if all(labels) else None
-
-
-def _class_names(config: DatasetConfig, source: Source) -> tuple[str, tuple[str, ...] | None]:
-    """(label column, names of its class numbers)."""
-    column = guess_columns(config, source).label
-    if column is None:
-        return "", None
-    return column, source.class_names(TRAIN, column)
+    def card_pipeline(self) -> str:
+        return (
+            '`pipeline("text-classification", model=folder, top_k=None)` tells the probability of every label. It does '
+            f"not know the threshold: those from {self.threshold:g} on are given. Without `top_k` it tells the "
+            "likeliest label only."
+        )

@@ -6,4 +6,5 @@ from fastpeft.data.known import KnownDataset
 
 DATASETS = {
     "stsb": KnownDataset(repository="nyu-mll/glue", config="stsb", one_config=True, validation="validation"),
+    "embedded-similarity": KnownDataset(columns={"label": "score"}, generated="fastpeft.standins.similarity:splits"),
 }

@@ -1,8 +1,21 @@
-"""Regression: squared error of one output, Spearman's and Pearson's correlation over the validation rows."""
+"""Regression: a number for a text, or for a pair of texts, such as how alike two sentences are.
+
+What a user has to know:
+
+- `dataset.task=regression` asks for it. Left at `auto`, a label column whose values are numbers, not all of them whole,
+  is taken for scores, and the run says so. Whole numbers are classes, so that stars from 1 to 5 need the word.
+- A file without a header is read by numbers of columns, from 0: of STS-B's files `dataset.columns.text=5
+  dataset.columns.text_pair=6 dataset.columns.label=4`.
+- Scores are learned as they stand: the model has one output and its loss is the mean squared error, as transformers
+  computes it for problem_type regression. Scores in the hundreds ask for a smaller learning rate, or for other units.
+- The metric is Spearman's rank correlation, from -1 to 1; Pearson's and the mean squared error stand beside it. Where
+  the model says the same of every row there is no correlation, and 0 is reported.
+- A score that is empty, no number, NaN or infinite stops the run with its line, or is left out by
+  `dataset.on_bad_row=skip`.
+"""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Collection
 from typing import Any, ClassVar, Self, cast
 
@@ -15,9 +28,11 @@ from fastpeft.data.rows import Row
 from fastpeft.data.source import TRAIN, Source
 from fastpeft.signals import Need
 from fastpeft.tasks.regression.datasets import DATASETS
-from fastpeft.tasks.sequences.reading import TextSplit, guess_columns, read_texts
+from fastpeft.tasks.sequences.reading import MOSTLY, TextSplit, guess_columns, read_texts
 from fastpeft.tasks.sequences.scoring import Answers
 from fastpeft.tasks.sequences.task import SequenceTask
+
+LARGEST = float(np.finfo(np.float32).max)
 
 _EXAMPLE = """\
 batch = tokenizer({texts}, truncation=True, max_length={max_length}, return_tensors="pt")
@@ -38,17 +53,15 @@ class Regression(SequenceTask):
 
     @classmethod
     def recognises(cls, config: DatasetConfig, source: Source) -> str | None:
-        """Every label is a number, and not every one is whole: whole numbers are classes unless dataset.task says."""
+        """The labels are numbers, and not every one is whole: whole numbers are classes unless dataset.task says."""
         column = guess_columns(config, source).label
         if column is None or config.labels or source.class_names(TRAIN, column) is not None:
             return None
         found = [number_of(row.values.get(column)) for row in source.read(TRAIN, [column]).rows if not row.fault]
         scores = [number for number in found if number is not None]
-        if len(scores) < max(1, len(found)) or all(score.is_integer() for score in scores):
+        if len(scores) < MOSTLY * len(found) or all(score.is_integer() for score in scores):
             return None
-        return (
-            f"every value of column {column!r} is a number, from {min(scores):g} to {max(scores):g}, and not all whole"
-        )
+        return f"column {column!r} holds numbers from {min(scores):g} to {max(scores):g}, not all of them whole"
 
     @classmethod
     def load(cls, config: DatasetConfig, source: Source, evaluation: EvaluationConfig, seed: int) -> Self:
@@ -93,6 +106,12 @@ class Regression(SequenceTask):
         example = float(np.median(self.texts.train.labels))
         return _EXAMPLE.format(texts=self._texts_of_card(), max_length=max_length, example=example)
 
+    def card_pipeline(self) -> str:
+        return (
+            '`pipeline("text-classification", model=folder)` tells the same number as `score`; its label, LABEL_0, '
+            "says nothing."
+        )
+
 
 def correlations(predicted: np.ndarray, gold: np.ndarray) -> tuple[float, float]:
     """(Spearman's rho with ties at their mean rank, Pearson's r); 0 where one side is constant or not finite."""
@@ -105,14 +124,15 @@ def correlations(predicted: np.ndarray, gold: np.ndarray) -> tuple[float, float]
 
 
 def number_of(value: Any) -> float | None:
-    """The finite number that a label holds; None for anything else, True and False included."""
-    if isinstance(value, bool) or not isinstance(value, (int, float, str)):
+    """The number that a label holds; None for anything else, True and False included, and for one that is not finite in
+    fp32."""
+    if isinstance(value, bool) or not isinstance(value, (int, float, str)) or "_" in str(value):
         return None
     try:
         number = float(value)
-    except ValueError:
+    except (ValueError, OverflowError):
         return None
-    return number if math.isfinite(number) else None
+    return number if abs(number) <= LARGEST else None
 
 
 def _fault(values: dict[str, Any], column: str) -> str | None:

@@ -12,10 +12,10 @@ from torch import nn
 
 from fastpeft.config.schema import DatasetConfig, EvaluationConfig
 from fastpeft.data.rows import DataError, Row, label_text
-from fastpeft.data.source import TRAIN, Source
+from fastpeft.data.source import Source
 from fastpeft.signals import Need
 from fastpeft.tasks.sequence_classification.datasets import DATASETS
-from fastpeft.tasks.sequences.labels import LabelIndex
+from fastpeft.tasks.sequences.labels import LabelIndex, class_names
 from fastpeft.tasks.sequences.reading import LabelledTexts, TextSplit, read_texts, source_columns
 from fastpeft.tasks.sequences.scoring import Answers
 from fastpeft.tasks.sequences.task import SequenceTask
@@ -61,7 +61,7 @@ class SequenceClassification(SequenceTask):
         known = source.known
         given = tuple(config.labels) if config.labels else known.labels if known else None
         column = source_columns(config, source).label
-        classes = _class_names(source, column, given)
+        classes = class_names(source, column, given)
         labels = _Labels(config, given or classes)
         names = {column: classes} if classes else None
         texts = read_texts(config, source, labels.fault, labels.reader, names)
@@ -157,16 +157,3 @@ class _Labels:
                 "in dataset.labels"
             )
         return index
-
-
-def _class_names(source: Source, column: str, labels: tuple[str, ...] | None) -> tuple[str, ...] | None:
-    """Name of each class number in the data; None for a column that holds the labels themselves."""
-    names = source.class_names(TRAIN, column)
-    if names is None or labels is None or set(labels) == set(names):
-        return names
-    if len(labels) != len(names):
-        raise DataError(
-            f"dataset.labels: {len(labels)} names are given, but column {column!r} of {source.name} has {len(names)} "
-            f"classes: {', '.join(names)}"
-        )
-    return labels

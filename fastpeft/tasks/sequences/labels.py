@@ -5,6 +5,9 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 
+from fastpeft.data.rows import DataError
+from fastpeft.data.source import TRAIN, Source
+
 
 class LabelIndex:
     """Label names to numbers. Takes a name, or a name's number if no name is itself a number."""
@@ -27,6 +30,26 @@ class LabelIndex:
 
     def __call__(self, value: str | None) -> int | None:
         return None if value is None else self._numbers.get(value)
+
+
+def class_names(source: Source, column: str, labels: tuple[str, ...] | None) -> tuple[str, ...] | None:
+    """Name of each class number in the data; None for a column that holds the labels themselves.
+
+    Args:
+        labels: as the user or what is known of the dataset names them.
+
+    Raises:
+        DataError: another number of labels than of classes.
+    """
+    names = source.class_names(TRAIN, column)
+    if names is None or labels is None or set(labels) == set(names):
+        return names
+    if len(labels) != len(names):
+        raise DataError(
+            f"dataset.labels: {len(labels)} names are given, but column {column!r} of {source.name} has {len(names)} "
+            f"classes: {', '.join(names)}"
+        )
+    return labels
 
 
 def _is_whole_number(name: str) -> bool:

@@ -18,6 +18,8 @@ _TEXT_PAIRS = (
     ("text", "text_pair"),
 )
 _TEXTS = ("sentence", "text", "review", "content")
+MOSTLY = 0.9
+"""Share of the rows by whose labels a kind of task is told. The others are faults, named when the rows are read."""
 _LABELS = ("label", "labels", "gold_label", "answer", "class", "score")
 
 
@@ -90,16 +92,24 @@ def read_texts(
     label_fault: Callable[[dict[str, Any], str], str | None],
     label_of: Callable[[TextSplit], Callable[[Row], Any]],
     names: Mapping[str, tuple[str, ...]] | None = None,
+    *,
+    several_columns: bool = False,
 ) -> LabelledTexts:
     """Both splits; without a validation split a part of the training rows is held out.
 
     Args:
         label_of: of a split, what makes a row's label; called for the training split first.
         names: column -> names of its class numbers.
+        several_columns: dataset.columns.label may name more than one.
 
     Raises:
         DataError: a missing split or column, a malformed row, an unknown label.
     """
+    if isinstance(config.columns.label, list) and not several_columns:
+        raise DataError(
+            f"dataset.columns.label names {len(config.columns.label)} columns, but dataset.task={config.task} takes "
+            "one; dataset.task=multi-label takes several"
+        )
     columns = source_columns(config, source)
     extra = [str(column) for column in config.columns.label] if isinstance(config.columns.label, list) else []
     wanted = [column for column in (*columns, *extra) if column]

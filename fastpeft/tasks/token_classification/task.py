@@ -1,4 +1,18 @@
-"""Token classification: cross entropy of each word's tag, strict F1 of the entities over the validation sentences.
+"""Token classification: a tag for each word, such as those of named entities.
+
+What a user has to know:
+
+- Sentences come in columns of words, as CoNLL has them (first the word, last the tag, or dataset.columns by number), or
+  as rows with a list of words and a list of tags. Tags in IOB1, IOB2, IOBES or BILOU are brought to IOB2
+  (`dataset.scheme: auto`), and the run says what it found.
+- A word's tag is learned, and read, on its first piece. The loss is the mean over the words of a batch.
+- Sentences that are longer than the model takes are read in windows, so that no entity is lost. A word without any
+  piece counts as predicted O.
+- The metric is strict F1: an entity counts if its type and both ends are right. An I- tag without the beginning of its
+  entity before it is none. Each type's precision, recall and F1 stand beside it.
+- A test split is scored once, at the end, with the best weights.
+- An export answers in transformers' pipeline with `aggregation_strategy="first"`, which reads first pieces too.
+  "simple" reads every piece, and may cut words of several pieces. Either takes a lone I- tag for an entity.
 
 Shapes: N rows, L tokens of a row, M labelled tokens of a batch, C tags.
 """
@@ -209,6 +223,14 @@ class TokenClassification(Task[EncodedSentences]):
     def card_example(self, max_length: int, eos_token_ids: tuple[int, ...]) -> str:
         words = next((words for words in self.splits.validation.words if 3 <= len(words) <= 12), ["A", "sentence"])
         return _EXAMPLE.format(words=words, max_length=max_length)
+
+    def card_pipeline(self) -> str:
+        return (
+            '`pipeline("token-classification", model=folder, aggregation_strategy="first")` tells the entities of a '
+            'text: tags were learned on the first piece of each word. "simple" gives the same where every word is one '
+            "piece, and may cut the others. Either takes an I- tag without its B- for an entity, which the F1 above "
+            "does not."
+        )
 
 
 class _Check(ExportCheck):
