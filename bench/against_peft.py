@@ -1,12 +1,14 @@
-"""Accuracy against wall clock: fastpeft beside a bare PEFT loop, on a local model and local data.
+"""The trainer's metric beside that of Hugging Face's Trainer with PEFT: same rows, model, settings and epochs.
 
-    python bench/against_peft.py --model DIR --data DIR [--epochs 2] [--rows peft,lora,iw_lora] [--json OUT]
+    python bench/against_peft.py --task wnut17 --model DIR --data DIR [--seeds 1,2,3] [--epochs 5] [--max-length 128]
+                                 [--rows trainer,lora,iw_lora] [--json OUT] [key=value ...]
 
-All rows train in one process, in turns of a few seconds each, so that noise of the machine meets them
-alike; each has its own clock, which runs only in its turns and not while it is scored. Model, data,
-rank, targets, batch size and peak rate are the same. The PEFT row is what its documentation shows:
-LoraConfig, AdamW, transformers' linear schedule over a known number of steps, batches padded to their
-longest row, fp32.
+The row `trainer` is what the documentation of both libraries shows (bench/hf_trainer.py): their tokenising, collators,
+sampling, AdamW and linear schedule. The other rows are `fastpeft.train` by its public interface. All have the same
+rank, targets, batch size, learning rate, warm-up and weight decay, compute in fp32 on one thread, and are scored by
+the same function on the weights of the last step. Rows take turns, the seeds outside, so that load on the machine
+meets them alike; `train s` is the training loop alone. `--data` holds train.* and dev.* files as fastpeft reads them.
+What OUT holds already, under the same settings, is not run again.
 """
 
 from __future__ import annotations
@@ -14,19 +16,20 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
-import time
-from collections.abc import Iterator
+import statistics
+import sys
+import tempfile
+from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import numpy as np
-import peft
 import torch
-import transformers
 
 import fastpeft
+<<<<<<< HEAD
 from fastpeft.data.batches import micro_batches
 from fastpeft.models.backbone import load_backbone
 from fastpeft.models.inject import match_targets
@@ -36,138 +39,156 @@ from fastpeft.tasks.sequence_classification.scoring import score
 from fastpeft.tasks.sequences.examples import collate
 from fastpeft.trainer.build import Job, build_job
 from fastpeft.trainer.step import forward_backward, train_step
+=======
+from bench.hf_trainer import Trained, train_with_trainer
+from bench.report import about, json_path, print_table, write_json
+from fastpeft.compare.comparison import mean_of
+from fastpeft.config import RunConfig
+from fastpeft.runs.events import read_events
+>>>>>>> bench
 
-TURN_S = 10.0
-WARMUP_STEPS = 50
-
-
-def peft_steps(job: Job, epochs: float) -> Iterator[torch.nn.Module]:
-    """A bare PEFT loop over the job's data; yields the model after each step."""
-    run = job.run
-    torch.manual_seed(run.training.seed)
-    backbone = load_backbone(run.model, job.task.label_names, torch.float32, job.device)
-    targets = match_targets(backbone.model, backbone.head, run.adapter.target_modules)
-    config = peft.LoraConfig(
-        task_type=peft.TaskType.SEQ_CLS, r=run.adapter.rank, lora_alpha=run.adapter.alpha, target_modules=targets
-    )
-    model = peft.get_peft_model(backbone.model, config).train()
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=run.training.learning_rate)
-    num_steps = round(epochs * len(job.batches))
-    schedule = transformers.get_linear_schedule_with_warmup(optimizer, WARMUP_STEPS, num_steps)
-    generator = np.random.default_rng(run.training.seed)
-    order: list[int] = []
-    for _ in range(num_steps):
-        if len(order) < run.training.batch_size:
-            order = list(generator.permutation(len(job.batches.encoded)))
-        rows, order = np.array(order[: run.training.batch_size]), order[run.training.batch_size :]
-        batch = collate(job.batches.encoded, rows, job.device)
-        model(**batch.inputs, labels=batch.labels).loss.backward()
-        optimizer.step()
-        schedule.step()
-        optimizer.zero_grad()
-        yield model
-
-
-def fastpeft_steps(job: Job, epochs: float) -> Iterator[torch.nn.Module]:
-    """The trainer's own step over the same number of passes, calibration included."""
-    adapter, encoded, num_steps = job.adapter, job.batches.encoded, round(epochs * len(job.batches))
-
-    def batches(rows: np.ndarray) -> Iterator:
-        for part in micro_batches(encoded, rows, job.run.training.micro_batch_tokens):
-            yield collate(encoded, part, job.device)
-
-    if adapter.calibration_batches:
-        with adapter.calibrating():
-            for i in range(max(8, num_steps // 50)):
-                adapter.before_calibration_batch()
-                rows = job.batches.rows(i)
-                forward_backward(adapter, classification_loss, batches(rows), len(rows))
-                adapter.after_calibration_batch(1.0)
-        adapter.finish_calibration()
-    for step in range(num_steps):
-        rows = job.batches.rows(step)
-        train_step(adapter, job.schedule, job.optimizer, job.task.loss, batches(rows), len(rows), step / num_steps)
-        yield adapter.model
+TASKS: dict[str, dict[str, Any]] = {
+    "mnli": {"preset": "lora_mnli", "training.epochs": 2, "dataset.max_length": 256},
+    "wnut17": {"preset": "lora_wnut17", "training.epochs": 5, "dataset.max_length": 128},
+    "stsb": {
+        "preset": "lora_mnli",
+        "training.epochs": 3,
+        "dataset.max_length": 64,
+        "dataset.name": "stsb",
+        "dataset.columns.text": 5,
+        "dataset.columns.text_pair": 6,
+        "dataset.columns.label": 4,
+    },
+    "boolq": {"preset": "lora_boolq", "training.epochs": 3, "dataset.max_length": 192},
+    "amazon": {"preset": "lora_amazon", "training.epochs": 3, "dataset.max_length": 192},
+}
+"""Preset, and what differs from it."""
+COMMON = {
+    "adapter.target_modules": "all-linear",
+    "schedule.warmup_steps": 8,  # under the 6 % of the steps that a warm-up is capped at, so that both take all of it
+    "training.learning_rate": 1e-3,
+    "training.precision": "fp32",
+    "training.threads": 1,
+    "training.checkpoint_steps": 1_000_000,
+    "evaluation.every": "end",
+    "wandb.mode": "disabled",
+}
+TRAINER = "trainer"
+ROWS = (TRAINER, "lora", "iw_lora")
 
 
-class Row:
-    """One way of training: its steps, its own clock, its scores."""
-
-    def __init__(self, name: str, job: Job, epochs: float) -> None:
-        self.name, self.job = name, job
-        self.precision = "torch.float32" if name.startswith("peft") else str(job.dtype)
-        steps = peft_steps if name.startswith("peft") else fastpeft_steps
-        self._steps = steps(job, epochs)
-        self._marks = [round(epochs * len(job.batches) * q / 4) for q in (1, 2, 3, 4)]
-        self.seconds = 0.0
-        self.num_steps = 0
-        self.scores: list[dict] = []
-        self.done = False
-        self.model: torch.nn.Module | None = None
-
-    def turn(self) -> None:
-        began = time.perf_counter()
-        while time.perf_counter() - began < TURN_S:
-            try:
-                self.model = next(self._steps)
-            except StopIteration:
-                self.done = True
-                break
-            self.num_steps += 1
-            if self.num_steps in self._marks:
-                break
-        self.seconds += time.perf_counter() - began
-        if self.num_steps in self._marks[len(self.scores) :]:
-            self._score()
-
-    def _score(self) -> None:
-        measured = score(self.model, self.job.task.validation, 16384, self.job.device)
-        self.scores.append({"step": self.num_steps, "seconds": round(self.seconds, 1), "accuracy": measured.value})
-        print(f"{self.name:14} step {self.num_steps:5} {self.seconds:7.1f} s  {measured.value:.4f}", flush=True)
+def run_of(args: argparse.Namespace, row: str, seed: int) -> RunConfig:
+    settings = TASKS[args.task] | COMMON
+    preset = settings.pop("preset")
+    settings |= {"model.name": args.model, "dataset.path": args.data, "training.seed": seed}
+    if args.epochs is not None:
+        settings["training.epochs"] = args.epochs
+    if args.max_length is not None:
+        settings["dataset.max_length"] = args.max_length
+    settings |= dict(pair.split("=", 1) for pair in args.settings)
+    return fastpeft.load_run(preset, method="lora" if row == TRAINER else row, **settings)
 
 
-def main() -> None:
+def train_with_fastpeft(run: RunConfig) -> Trained:
+    with tempfile.TemporaryDirectory() as folder:
+        result = fastpeft.train(run, results_dir=folder, name="run", allow_stand_in=False)
+        steps = [e for e in read_events(Path(folder) / "run" / "events.jsonl") if e["type"] == "step"]
+    return Trained(result.metric["value"], result.test.get("value"), result.steps, steps[-1]["elapsed_s"])
+
+
+def measure(args: argparse.Namespace) -> dict[str, Any]:
+    settings = run_settings(run_of(args, args.rows[0], args.seeds[0]))
+    runs = earlier_runs(args, settings)
+    report = about(torch.device("cpu")) | {"task": args.task, "settings": settings, "runs": runs}
+    for turn, seed in enumerate(args.seeds):
+        for i in range(len(args.rows)):
+            row = args.rows[(turn + i) % len(args.rows)]
+            if any((run["row"], run["seed"]) == (row, seed) for run in runs):
+                continue
+            run = run_of(args, row, seed)
+            trained = train_with_trainer(run) if row == TRAINER else train_with_fastpeft(run)
+            runs.append({"row": row, "seed": seed} | asdict(trained))
+            print(f"{args.task} {row:8} seed {seed}: {trained}", flush=True)
+            if args.json:
+                write_json(args.json, report)
+    return report
+
+
+def earlier_runs(args: argparse.Namespace, settings: dict[str, Any]) -> list[dict[str, Any]]:
+    if not (args.json and args.json.is_file()):
+        return []
+    earlier = json.loads(args.json.read_text())
+    if (earlier["task"], earlier["settings"]) != (args.task, settings):
+        raise SystemExit(f"--json {args.json}: holds runs of other settings; give another file")
+    return earlier["runs"]
+
+
+def run_settings(run: RunConfig) -> dict[str, Any]:
+    """What the rows share."""
+    keys = {
+        "adapter": ("rank", "alpha", "dropout", "target_modules"),
+        "optimizer": ("weight_decay", "max_grad_norm"),
+        "training": ("learning_rate", "batch_size", "epochs", "precision"),
+        "schedule": ("name", "warmup_steps"),
+        "dataset": ("max_length", "cut"),
+    }
+    return {f"{part}.{key}": getattr(getattr(run, part), key) for part, names in keys.items() for key in names}
+
+
+def summarise(report: dict[str, Any]) -> list[dict[str, Any]]:
+    """Each row's means over the seeds, and its differences from the Trainer's, paired by seed."""
+    table = []
+    for row in ROWS:
+        own = {run["seed"]: run for run in report["runs"] if run["row"] == row}
+        if not own:
+            continue
+        entry: dict[str, Any] = {"row": row}
+        entry["train_s"] = round(statistics.fmean(run["train_s"] for run in own.values()), 1)
+        for score in ("value", "test"):
+            values = {seed: run[score] for seed, run in own.items() if run[score] is not None}
+            if not values:
+                continue
+            entry[score], entry[f"{score}s"] = str(mean_of(list(values.values()))), list(values.values())
+            theirs = {run["seed"]: run[score] for run in report["runs"] if run["row"] == TRAINER}
+            if row != TRAINER and values.keys() & theirs.keys():
+                entry[f"{score}_minus_trainer"] = str(mean_of([values[s] - theirs[s] for s in values if s in theirs]))
+        table.append(entry)
+    return table
+
+
+def show(report: dict[str, Any]) -> None:
+    columns = ["", "validation", "minus trainer", "test", "minus trainer", "train s"]
+    keys = ["row", "value", "value_minus_trainer", "test", "test_minus_trainer", "train_s"]
+    title = f"{report['task']}: mean over {len({run['seed'] for run in report['runs']})} seeds, 95 % t-interval"
+    print_table(title, columns, [[entry.get(key) for key in keys] for entry in report["summary"]])
+
+
+def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--task", choices=TASKS, default="mnli")
     parser.add_argument("--model", required=True)
     parser.add_argument("--data", required=True)
-    parser.add_argument("--epochs", type=float, default=2.0)
-    parser.add_argument(
-        "--rows", default="peft,lora,iw_lora", help="peft, lora, iw_lora; with -fp32 for that precision"
-    )
-    parser.add_argument("--dev-rows", type=int, default=2000)
-    parser.add_argument("--seed", type=int, default=42)
-    parser.add_argument("--json", type=Path)
-    args = parser.parse_args()
-    rows = []
-    for name in args.rows.split(","):
-        method, _, precision = name.partition("-")
-        settings = {
-            "method": "iw_lora" if method == "iw_lora" else "lora",
-            "model.name": args.model,
-            "dataset.path": args.data,
-            "adapter.target_modules": "all-linear",
-            "training.learning_rate": 1e-3,
-            "training.seed": args.seed,
-            "training.precision": precision or "auto",
-            "schedule.warmup_steps": WARMUP_STEPS,
-            "evaluation.max_examples": args.dev_rows,
-        }
-        rows.append(Row(name, build_job(fastpeft.load_run("iwlora_mnli", **settings)), args.epochs))
-    while not all(row.done for row in rows):
-        for row in rows:
-            if not row.done:
-                row.turn()
-    report = {
-        "machine": platform.processor() or platform.machine(),
-        "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
-        "peft": peft.__version__,
-        "commit": git_commit(),
-        "epochs": args.epochs,
-        "rows": [{"name": row.name, "precision": row.precision, "scores": row.scores} for row in rows],
-    }
+    parser.add_argument("--seeds", type=lambda text: [int(part) for part in text.split(",")], default=[1, 2, 3])
+    parser.add_argument("--epochs", type=float, help="the task's own when absent")
+    parser.add_argument("--max-length", type=int, help="the task's own when absent")
+    parser.add_argument("--rows", type=lambda text: text.split(","), default=list(ROWS))
+    parser.add_argument("--json", type=json_path)
+    parser.add_argument("settings", nargs="*", metavar="key=value", help="of every row, as `fastpeft train` takes them")
+    args = parser.parse_args(argv)
+    unknown = sorted(set(args.rows) - set(ROWS))
+    if unknown:
+        parser.error(f"--rows {', '.join(unknown)}: known are {', '.join(ROWS)}")
+    return args
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = parse(argv)
+    torch.set_num_threads(1)
+    report = measure(args)
+    report["summary"] = summarise(report)
+    show(report)
     if args.json:
-        args.json.write_text(json.dumps(report, indent=2) + "\n")
+        write_json(args.json, report)
 
 
 if __name__ == "__main__":

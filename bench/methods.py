@@ -33,8 +33,11 @@ from fastpeft.compare.comparison import GLUE_TASKS, glue_average, mean_of, metri
 from fastpeft.runs.events import number
 from fastpeft.runs.store import Result, RunFolder
 from fastpeft.runs.system import environment
+<<<<<<< HEAD
 from fastpeft.tasks import classification_loss
 from fastpeft.tasks.sequences.examples import collate
+=======
+>>>>>>> bench
 from fastpeft.trainer.build import Job, build_job
 from fastpeft.trainer.step import forward_backward, train_step
 
@@ -82,9 +85,7 @@ def calibrate_once(job: Job) -> None:
         with job.adapter.calibrating():
             rows = job.batches.rows(0)
             job.adapter.before_calibration_batch()
-            forward_backward(
-                job.adapter, classification_loss, [collate(job.batches.encoded, rows, job.device)], len(rows)
-            )
+            forward_backward(job.adapter, job.task.loss, [job.task.collate(rows, job.device)], len(rows))
             job.adapter.after_calibration_batch(1.0)
         job.adapter.finish_calibration()
 
@@ -127,7 +128,7 @@ class Bench:
             for method, job in jobs.items():
                 rows = job.batches.rows(i)
                 began = time.perf_counter()
-                batch = collate(job.batches.encoded, rows, job.device)
+                batch = job.task.collate(rows, job.device)
                 train_step(job.adapter, job.schedule, job.optimizer, job.task.loss, [batch], len(rows), (i + 1) / 100)
                 seconds[method].append(time.perf_counter() - began)
         first = next(iter(seconds.values()))[1:]  # the first round warms up

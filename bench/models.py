@@ -3,15 +3,22 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from torch import nn
 
 from fastpeft.data.batches import Batch, Batches
 from fastpeft.models.backbone import Backbone, freeze, quiet_transformers
+<<<<<<< HEAD
+=======
+from fastpeft.signals import Need
+from fastpeft.tasks.base import BatchLoss
+>>>>>>> bench
 from fastpeft.tasks.sequences.examples import Encoded, collate
 
 SHAPES: dict[str, dict[str, Any]] = {
@@ -79,14 +86,15 @@ class Host:
         ]
         freeze(model, head, dtype, device)
         segments = getattr(config, "type_vocab_size", 0) > 1
-        return cls(Backbone(model.train(), None, head, segments, None, dtype), name)
+        return cls(Backbone(model.train(), None, head, segments, None, dtype, "SEQ_CLS", [model]), name)
 
     def copy(self) -> Backbone:
         """Modules of its own and a head of its own, on the same frozen weights."""
         backbone = self.backbone
         inner = getattr(backbone.model, backbone.model.base_model_prefix)
         shared = {id(tensor): tensor for tensor in [*inner.parameters(), *inner.buffers()]}
-        return Backbone(**vars(backbone) | {"model": copy.deepcopy(backbone.model, shared)})
+        model = copy.deepcopy(backbone.model, shared)
+        return Backbone(**vars(backbone) | {"model": model, "entry_points": [model]})
 
     @property
     def frozen_mb(self) -> float:
@@ -97,6 +105,12 @@ class Host:
         config = self.backbone.model.config
         names = ("model_type", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")
         return {name: getattr(config, name, None) for name in (*names, "vocab_size")}
+
+
+def classification_loss(model: nn.Module, batch: Batch, num_items: int, needs: Collection[Need] = ()) -> BatchLoss:
+    """As Task.loss of a classifier, for models and batches that belong to no task."""
+    logits = model(**batch.inputs).logits.float()
+    return BatchLoss(nn.functional.cross_entropy(logits, batch.labels, reduction="sum") / num_items)
 
 
 def random_batches(host: Host, batch_size: int, num_batches: int, device: torch.device) -> list[Batch]:

@@ -46,7 +46,7 @@ from torch import nn
 
 from bench.cost import count_launches, launches_kind, peak_mb
 from bench.interleave import Times, choose_device, host_timer, interleave, names_in, positive, timer
-from bench.models import Host, random_batches
+from bench.models import Host, classification_loss, random_batches
 from bench.report import about, json_path, print_table, write_json
 from fastpeft.adapters import Adapter, method_class
 from fastpeft.adapters.flat import FlatParameters
@@ -58,7 +58,6 @@ from fastpeft.errors import UserError
 from fastpeft.models.backbone import Backbone, choose_dtype, quiet_transformers
 from fastpeft.models.inject import match_targets
 from fastpeft.schedules import make_schedule
-from fastpeft.tasks import classification_loss
 from fastpeft.trainer.optim import FlatAdamW
 from fastpeft.trainer.step import forward_backward, train_step
 
