@@ -29,23 +29,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import torch
 
 import fastpeft
-<<<<<<< HEAD
-from fastpeft.data.batches import micro_batches
-from fastpeft.models.backbone import load_backbone
-from fastpeft.models.inject import match_targets
-from fastpeft.runs.system import git_commit
-from fastpeft.tasks import classification_loss
-from fastpeft.tasks.sequence_classification.scoring import score
-from fastpeft.tasks.sequences.examples import collate
-from fastpeft.trainer.build import Job, build_job
-from fastpeft.trainer.step import forward_backward, train_step
-=======
 from bench.hf_trainer import Trained, train_with_trainer
 from bench.report import about, json_path, print_table, write_json
 from fastpeft.compare.comparison import mean_of
 from fastpeft.config import RunConfig
 from fastpeft.runs.events import read_events
->>>>>>> bench
 
 TASKS: dict[str, dict[str, Any]] = {
     "mnli": {"preset": "lora_mnli", "training.epochs": 2, "dataset.max_length": 256},

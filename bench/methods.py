@@ -33,11 +33,6 @@ from fastpeft.compare.comparison import GLUE_TASKS, glue_average, mean_of, metri
 from fastpeft.runs.events import number
 from fastpeft.runs.store import Result, RunFolder
 from fastpeft.runs.system import environment
-<<<<<<< HEAD
-from fastpeft.tasks import classification_loss
-from fastpeft.tasks.sequences.examples import collate
-=======
->>>>>>> bench
 from fastpeft.trainer.build import Job, build_job
 from fastpeft.trainer.step import forward_backward, train_step
 

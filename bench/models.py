@@ -14,11 +14,8 @@ from torch import nn
 
 from fastpeft.data.batches import Batch, Batches
 from fastpeft.models.backbone import Backbone, freeze, quiet_transformers
-<<<<<<< HEAD
-=======
 from fastpeft.signals import Need
 from fastpeft.tasks.base import BatchLoss
->>>>>>> bench
 from fastpeft.tasks.sequences.examples import Encoded, collate
 
 SHAPES: dict[str, dict[str, Any]] = {

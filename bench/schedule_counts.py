@@ -34,13 +34,8 @@ from fastpeft.data.batches import IGNORE, Batch
 from fastpeft.models.backbone import Backbone
 from fastpeft.schedules import make_schedule
 from fastpeft.signals import Blocks, BlockSums, Measured, Need, Secants
-<<<<<<< HEAD
-from fastpeft.tasks.math_word_problems.task import WordProblems
-from fastpeft.trainer.optim import adam_moments
-=======
 from fastpeft.tasks.causal_lm.loss import AnswerLoss
-from fastpeft.trainer.optim import adamw_options
->>>>>>> bench
+from fastpeft.trainer.optim import adam_moments
 from fastpeft.trainer.probes.answer_gradient import AnswerGradient
 from fastpeft.trainer.probes.hooks import SAMPLE_EVERY
 
@@ -78,18 +73,10 @@ class Shape:
         with META:
             model = transformers.Qwen3ForCausalLM(transformers.Qwen3Config(**sizes)).to(torch.bfloat16)
             model.requires_grad_(False)
-<<<<<<< HEAD
-            backbone = Backbone(model, None, [], False, None, torch.bfloat16, "causal_lm", head_is_frozen=True)
-            self.adapter = Lora(run.adapter, None, backbone)
-        self._objective = object.__new__(WordProblems)  # without its data
-        for name, value in (("device", META), ("dtype", torch.bfloat16), ("frozen_head", True), ("first_layer", None)):
-            setattr(self._objective, f"_{name}", value)
-=======
             entries = [model, model.get_decoder()]
             backbone = Backbone(model, None, [], False, None, torch.bfloat16, "CAUSAL_LM", entries, head_is_frozen=True)
-            self.adapter = Lora(run, backbone)
+            self.adapter = Lora(run.adapter, None, backbone)
         self._loss = AnswerLoss(META, torch.bfloat16, frozen_head=True)
->>>>>>> bench
         self._size = rows, width, prompt
 
     def flops(self, needs: set[Need]) -> int:

@@ -22,12 +22,6 @@ from sklearn.pipeline import make_pipeline
 import fastpeft
 from fastpeft.data.batches import micro_batches
 from fastpeft.standins.sentence_pairs import train_pairs, validation_pairs
-<<<<<<< HEAD
-from fastpeft.tasks import classification_loss
-from fastpeft.tasks.sequence_classification.scoring import score
-from fastpeft.tasks.sequences.examples import collate
-=======
->>>>>>> bench
 from fastpeft.trainer.build import Job, build_job
 from fastpeft.trainer.resolve import resolve
 from fastpeft.trainer.step import forward_backward
@@ -43,15 +37,10 @@ def train(job: Job, num_steps: int, head_only: bool) -> float:
         signals = forward_backward(adapter, job.task.loss, parts, job.task.num_items(rows))
         if head_only:
             adapter.flat.adapter_grad.zero_()  # B stays zero, so the encoder stays what it was
-<<<<<<< HEAD
         job.optimizer.clip_guard_and_update(signals, job.schedule.rates(None, step / num_steps))
-    return score(adapter.model, job.task.validation, 16384, job.device).value
-=======
-        job.optimizer.step(signals, job.schedule.rates(None, step / num_steps))
     score = job.task.evaluate(adapter.model, job.limits, lambda: False, None)
     assert score is not None
     return score.value
->>>>>>> bench
 
 
 def word_baseline(texts: list[str], held_out: list[str]) -> float:
