@@ -9,7 +9,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from fastpeft.tui.app import FastpeftApp
+from fastpeft.tui.program import FastpeftApp
 
 HERE = Path(__file__).resolve().parent
 RUNS = (

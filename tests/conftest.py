@@ -97,7 +97,7 @@ class Outcome(NamedTuple):
 @pytest.fixture
 def fastpeft_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> Callable[..., Outcome]:
     """Call the entry point in this process, in an empty folder."""
-    from fastpeft.cli import app as cli
+    from fastpeft.cli import commands as cli
 
     monkeypatch.chdir(tmp_path)
 

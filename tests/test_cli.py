@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 import fastpeft
-from fastpeft.cli import app as cli
+from fastpeft.cli import commands as cli
 from fastpeft.config import load_run, preset_names
 from fastpeft.runs.store import Result, RunFolder
 

@@ -1,5 +1,5 @@
 """The command line. Importing it loads no torch."""
 
-from fastpeft.cli.app import main
+from fastpeft.cli.commands import main
 
 __all__ = ["main"]

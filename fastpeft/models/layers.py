@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import sys
 from functools import cache
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from peft.tuners.adalora import SVDLinear as PeftSvdLinear
@@ -17,9 +17,6 @@ from torch import nn
 
 from fastpeft.kernels import GradientMeasures, lora_linear
 from fastpeft.kernels.ops.lora_linear.op import DTYPES, LARGEST_RANK
-
-if TYPE_CHECKING:
-    from fastpeft.models.fused_projections import Siblings
 
 
 class RowMask:
@@ -66,10 +63,18 @@ class Call(NamedTuple):
         return y.to(self.y_dtype)
 
 
+class Together(Protocol):
+    """Computes the layers of one parent in one go where they are given the same x."""
+
+    settled: bool
+
+    def compute(self, layer: nn.Module, x: torch.Tensor, call: Call) -> torch.Tensor: ...
+
+
 class _Fused:
     """Over a layer of PEFT's."""
 
-    siblings: Siblings | None = None
+    siblings: Together | None = None
     """The projections that may be computed together with this one."""
     probe: Any = None
     """While calibrating: called as probe(x, weight, bias) in place of the layer."""

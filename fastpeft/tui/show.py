@@ -25,7 +25,7 @@ def show(results_dir: Path, order: Order | None = None) -> None:
         pass  # it may be made later
     except OSError as error:
         raise UserError(f"{results_dir} cannot be read: {error.strerror}") from None
-    from fastpeft.tui.app import FastpeftApp
+    from fastpeft.tui.program import FastpeftApp
 
     launch = None if order is None else start(order, results_dir)
     app = FastpeftApp(results_dir, launch)

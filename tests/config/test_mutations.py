@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import yaml
 
-from fastpeft.cli import app as cli
+from fastpeft.cli import commands as cli
 from fastpeft.config import load_run, preset_names, run_values, save_run, trial_run
 from fastpeft.errors import UserError
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from textual.pilot import Pilot
 from textual.screen import Screen
 
-from fastpeft.tui.app import FastpeftApp
+from fastpeft.tui.program import FastpeftApp
 
 SIZES = ((80, 24), (120, 40), (200, 60))
 Script = Callable[[FastpeftApp, Pilot], Awaitable[None]]

@@ -18,7 +18,7 @@ import transformers
 from typer.testing import CliRunner
 
 import fastpeft.trainer
-from fastpeft.cli.app import EXIT_DIVERGED, app
+from fastpeft.cli.commands import EXIT_DIVERGED, app
 from fastpeft.config import run_values
 from fastpeft.data.batches import collate, micro_batches
 from fastpeft.runs.events import number

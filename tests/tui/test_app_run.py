@@ -13,12 +13,12 @@ from textual.widgets import Checkbox, Input
 
 from fastpeft.runs.store import RunFolder
 from fastpeft.tui import steer
-from fastpeft.tui.screens import start as start_module
-from fastpeft.tui.screens.compare import CompareScreen, CompareTable
+from fastpeft.tui.screens import start_screen as start_module
+from fastpeft.tui.screens.compare_screen import CompareScreen, CompareTable
 from fastpeft.tui.screens.dialogs import Ask, Reading
-from fastpeft.tui.screens.run import PLOTS, RunScreen
-from fastpeft.tui.screens.runs import RunsScreen
-from fastpeft.tui.screens.start import StartScreen
+from fastpeft.tui.screens.run_screen import PLOTS, RunScreen
+from fastpeft.tui.screens.runs_screen import RunsScreen
+from fastpeft.tui.screens.start_screen import StartScreen
 from fastpeft.tui.steer import Launch
 from fastpeft.tui.widgets.event_list import EventLog
 from fastpeft.tui.widgets.heatmap import Heatmap

@@ -10,11 +10,11 @@ from textual.binding import Binding
 from textual.widgets import DataTable, Input
 
 from fastpeft.tui import cells
-from fastpeft.tui.screens.compare import CompareScreen
+from fastpeft.tui.screens.compare_screen import CompareScreen
 from fastpeft.tui.screens.dialogs import Ask, Help, Reading
-from fastpeft.tui.screens.run import RunScreen
-from fastpeft.tui.screens.runs import RunsScreen
-from fastpeft.tui.screens.start import StartScreen
+from fastpeft.tui.screens.run_screen import RunScreen
+from fastpeft.tui.screens.runs_screen import RunsScreen
+from fastpeft.tui.screens.start_screen import StartScreen
 from tests.support.pilots import SIZES, drive, text_of, until, until_shown
 from tests.support.tui_logs import evaluation, header, lines, make_run, step, usual
 

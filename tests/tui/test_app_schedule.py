@@ -13,8 +13,8 @@ from fastpeft.tui import cells
 from fastpeft.tui import forecast_band as forecasts
 from fastpeft.tui.parse import MAX_FIGURES, SplitScore
 from fastpeft.tui.runs_index import RunsIndex
-from fastpeft.tui.screens.compare import CompareScreen
-from fastpeft.tui.screens.run import MAX_PLOTS, RunScreen
+from fastpeft.tui.screens.compare_screen import CompareScreen
+from fastpeft.tui.screens.run_screen import MAX_PLOTS, RunScreen
 from fastpeft.tui.tail import MAX_SNAPSHOTS, RunTail
 from fastpeft.tui.widgets.heatmap import Heatmap
 from fastpeft.tui.widgets.plot import LinePlot

@@ -72,7 +72,7 @@ def test_a_stream_that_is_no_terminal_is_refused(monkeypatch, tmp_path, redirect
 def test_a_folder_that_cannot_be_listed_is_refused_and_one_to_be_made_is_not(monkeypatch, tmp_path):
     monkeypatch.setenv("TEXTUAL_DRIVER", "textual.drivers.headless_driver:HeadlessDriver")
     shown = []
-    monkeypatch.setattr("fastpeft.tui.app.FastpeftApp.run", lambda app: shown.append(app.results_dir))
+    monkeypatch.setattr("fastpeft.tui.program.FastpeftApp.run", lambda app: shown.append(app.results_dir))
     (tmp_path / "file").write_text("x")
     with pytest.raises(UserError, match="file cannot be read: Not a directory"):
         show_module.show(tmp_path / "file")
@@ -82,6 +82,6 @@ def test_a_folder_that_cannot_be_listed_is_refused_and_one_to_be_made_is_not(mon
 
 def test_a_program_that_failed_says_so_by_its_exit_code(monkeypatch, tmp_path):
     monkeypatch.setenv("TEXTUAL_DRIVER", "textual.drivers.headless_driver:HeadlessDriver")
-    monkeypatch.setattr("fastpeft.tui.app.FastpeftApp.run", lambda app: app.exit(return_code=1))
+    monkeypatch.setattr("fastpeft.tui.program.FastpeftApp.run", lambda app: app.exit(return_code=1))
     with pytest.raises(SystemExit, match="1"):
         show_module.show(tmp_path)

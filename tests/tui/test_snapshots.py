@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from fastpeft.tui.screens.compare import CompareScreen
-from fastpeft.tui.screens.run import RunScreen
+from fastpeft.tui.screens.compare_screen import CompareScreen
+from fastpeft.tui.screens.run_screen import RunScreen
 from tests.support.pilots import drive, until
 from tests.support.tui_logs import evaluation, header, heartbeat, importance, make_run, planned, step
 

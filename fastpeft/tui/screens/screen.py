@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from typing import TYPE_CHECKING, ClassVar
+from typing import ClassVar
 
 from rich.text import Text
 from textual import work
@@ -14,11 +14,8 @@ from textual.screen import Screen
 from fastpeft.errors import UserError
 from fastpeft.runs.store import RunFolder
 from fastpeft.tui import steer
+from fastpeft.tui.runs_app import RunsApp
 from fastpeft.tui.screens.dialogs import Ask, Reading
-
-if TYPE_CHECKING:
-    from fastpeft.tui.app import FastpeftApp
-
 
 STOP = "Stop the run: it saves a checkpoint and can be resumed"
 RESUME = "Resume the run from its newest checkpoint"
@@ -27,7 +24,7 @@ RESUME = "Resume the run from its newest checkpoint"
 class RunsKeys(Screen[None]):
     """Keys that steer `self.target()`: the run in question on this screen."""
 
-    app: FastpeftApp
+    app: RunsApp
     BINDINGS: ClassVar[list[BindingType]] = [
         Binding(
             "T",

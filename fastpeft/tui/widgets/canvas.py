@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 import numpy as np
 from rich.style import Style
@@ -20,9 +20,6 @@ from textual_plot.plot_widget import Legend
 from fastpeft.tui.series import Floats
 from fastpeft.tui.widgets.axes import Durations, Numbers
 from fastpeft.tui.widgets.raster import BLANK, braille
-
-if TYPE_CHECKING:
-    from fastpeft.tui.widgets.plot import LinePlot
 
 MARGIN_LEFT = 9
 _BAND = "░"
@@ -70,6 +67,26 @@ class Scene:
     cursor_x: float | None
 
 
+class Steered(Protocol):
+    """What the mouse on a canvas steers: the plot that it belongs to."""
+
+    view_y: tuple[float, float] | None
+
+    def at(self, x: float, y: float) -> tuple[float, float]: ...
+
+    def zoom_x(self, center: float, direction: int) -> None: ...
+
+    def zoom_y(self, center: float, direction: int) -> None: ...
+
+    def pan(self, columns: int, rows: int) -> None: ...
+
+    def point_at(self, x: float | None) -> None: ...
+
+    def action_reset(self) -> None: ...
+
+    def focus(self) -> object: ...
+
+
 class _Cells(Canvas):
     _style: Style | None = None
 
@@ -100,7 +117,7 @@ class PlotCanvas(PlotWidget, can_focus=False, inherit_bindings=False):
     PlotCanvas > .plot--tick { color: $foreground 75%; text-style: none; }
     """
 
-    def __init__(self, plot: LinePlot) -> None:
+    def __init__(self, plot: Steered) -> None:
         super().__init__(allow_pan_and_zoom=False)
         self._plot = plot
         self._scene: Scene | None = None

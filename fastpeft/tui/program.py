@@ -12,27 +12,25 @@ from typing import ClassVar
 
 from rich.text import Text
 from textual import work
-from textual.app import App, SystemCommand
+from textual.app import SystemCommand
 from textual.binding import Binding, BindingType
 from textual.screen import Screen
 
+from fastpeft.tui.runs_app import RunsApp
 from fastpeft.tui.runs_index import RunRow, RunsIndex
-from fastpeft.tui.screens.compare import CompareScreen
+from fastpeft.tui.screens.compare_screen import CompareScreen
 from fastpeft.tui.screens.dialogs import Help, Reading
-from fastpeft.tui.screens.run import RunScreen
-from fastpeft.tui.screens.runs import RunsScreen
+from fastpeft.tui.screens.run_screen import RunScreen
+from fastpeft.tui.screens.runs_screen import RunsScreen
 from fastpeft.tui.screens.screen import RunsKeys
-from fastpeft.tui.screens.start import StartScreen
+from fastpeft.tui.screens.start_screen import StartScreen
 from fastpeft.tui.steer import Launch, left_behind
-from fastpeft.tui.tail import RunTail
 from fastpeft.tui.theme import THEMES
 
 LIST_EVERY_S = 1.0
-MAX_TAILS = 12
-"""Logs kept open, so that a run that is looked at again is not read again."""
 
 
-class FastpeftApp(App[None]):
+class FastpeftApp(RunsApp):
     """`fastpeft tui`."""
 
     TITLE = "fastpeft"
@@ -49,18 +47,11 @@ class FastpeftApp(App[None]):
     ]
 
     def __init__(self, results_dir: Path, launch: Launch | None = None) -> None:
-        super().__init__()
-        self.results_dir = Path(results_dir)
-        self.rows: list[RunRow] = []
+        super().__init__(results_dir, launch)
         self.num_reads = 0
         """How often the list of runs was read."""
-        self.marked: dict[str, None] = {}
-        """Names, in the order in which they were marked."""
-        self.launches: list[Launch] = [] if launch is None else [launch]
         self._open_when_there = launch
         self._index = RunsIndex(self.results_dir)
-        self._tails: dict[Path, RunTail] = {}
-        self._wanted = asyncio.Event()
 
     def on_mount(self) -> None:
         for theme in THEMES:
@@ -73,23 +64,7 @@ class FastpeftApp(App[None]):
         self._watch()
         self._look_back()
 
-    @property
-    def is_exiting(self) -> bool:
-        return self._exit
-
     # ---- reading ---------------------------------------------------------------------------
-
-    def tail(self, name: str) -> RunTail:
-        """The log of a run. The same one as before, so that nothing is read twice."""
-        path = self.results_dir / name / "events.jsonl"
-        tail = self._tails.pop(path, None) or RunTail(path)
-        self._tails[path] = tail
-        while len(self._tails) > MAX_TAILS:
-            self._tails.pop(next(iter(self._tails)))
-        return tail
-
-    def read_soon(self) -> None:
-        self._wanted.set()
 
     @work(group="watch")
     async def _watch(self) -> None:
@@ -120,15 +95,6 @@ class FastpeftApp(App[None]):
             self._tell_failure(f"{name} ended before its training began", text)
 
     # ---- trainers --------------------------------------------------------------------------
-
-    def watch_launch(self, launch: Launch) -> None:
-        self.launches = [*self.launches, launch]
-        self.read_soon()
-
-    @property
-    def starting(self) -> list[Launch]:
-        """Trainers that have no run folder yet."""
-        return [launch for launch in self.launches if launch.output.parent != launch.folder]
 
     def _tell_launches(self) -> None:
         """Show the run that `train --tui` started once it is there; say what failed at its start."""
