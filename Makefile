@@ -14,7 +14,7 @@ test: $(STAMP)
 	$(BIN)/pytest -n logical --dist loadfile
 
 soak: $(STAMP)
-	$(BIN)/pytest -m soak --timeout 7200 -s
+	FASTPEFT_TEST_SEED=$${FASTPEFT_TEST_SEED:-random} $(BIN)/pytest -m soak --timeout 7200 -s
 
 lint: $(STAMP)
 	$(BIN)/ruff check --fix .

@@ -17,8 +17,6 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
 import contextlib
 import importlib
-import json
-import random
 import secrets
 import socket
 import subprocess
@@ -42,10 +40,13 @@ if not torch.cuda.is_available():
         ):
             importlib.import_module(f"fastpeft.kernels.ops.{path.parent.name}.kernel")
 
+from tests.support.row_files import write_equal_pairs
+
 if TYPE_CHECKING:
     from tests.support.wandb_server import WandbServer
 
 ROOT = Path(__file__).resolve().parent.parent
+SEED = 20
 
 
 @pytest.fixture(autouse=True)
@@ -63,8 +64,12 @@ def no_network(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def seed() -> int:
-    """Fresh for every run; pytest shows it when the test fails."""
-    value = int(os.environ.get("FASTPEFT_TEST_SEED", secrets.randbelow(2**31)))
+    """The same in every run, so that a failure comes again; FASTPEFT_TEST_SEED names another, or `random` a fresh one.
+
+    pytest shows it when the test fails.
+    """
+    named = os.environ.get("FASTPEFT_TEST_SEED", str(SEED))
+    value = secrets.randbelow(2**31) if named == "random" else int(named)
     print(f"FASTPEFT_TEST_SEED={value}")
     return value
 
@@ -135,22 +140,22 @@ def fake_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
         yield hub
 
 
-def write_pairs(folder: Path, num_train: int = 96, num_dev: int = 32, seed: int = 0) -> Path:
-    """A tiny learnable pair task: `train.jsonl` and `dev.jsonl` with labels yes / no."""
-    rng = random.Random(seed)
-    words = ["dog", "cat", "bird", "every", "some", "no", "ran", "slept", "the", "a"]
-    folder.mkdir(parents=True, exist_ok=True)
-    for name, count in (("train", num_train), ("dev", num_dev)):
-        with (folder / f"{name}.jsonl").open("w") as file:
-            for i in range(count):
-                label = i % 2
-                text = " ".join(rng.choices(words, k=rng.randint(3, 12)))
-                other = text if label else " ".join(rng.choices(words, k=rng.randint(3, 12)))
-                row = {"premise": text, "hypothesis": other, "label": ["no", "yes"][label]}
-                file.write(json.dumps(row) + "\n")
-    return folder
+@pytest.fixture
+def pairs_folder(tmp_path: Path) -> Path:
+    return write_equal_pairs(tmp_path / "pairs")
 
 
 @pytest.fixture
-def pairs_folder(tmp_path: Path) -> Path:
-    return write_pairs(tmp_path / "pairs")
+def grouped(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Sizes of the groups of projections that were computed together."""
+    from fastpeft.models import fused_projections
+
+    sizes: list[int] = []
+    real = fused_projections.lora_linear_grouped
+
+    def counted(x: torch.Tensor, weights: list[torch.Tensor], *args: object, **kwargs: object) -> object:
+        sizes.append(len(weights))
+        return real(x, weights, *args, **kwargs)
+
+    monkeypatch.setattr(fused_projections, "lora_linear_grouped", counted)
+    return sizes

@@ -20,20 +20,6 @@ GROUPS = {"bert": [3, 3], "roberta": [3, 3], "distilbert": [3, 3], "deberta-v2":
 
 
 @pytest.fixture
-def grouped(monkeypatch) -> list[int]:
-    """Sizes of the groups that were computed."""
-    sizes = []
-    real = siblings.lora_linear_grouped
-
-    def counted(x, weights, *args, **kwargs):
-        sizes.append(len(weights))
-        return real(x, weights, *args, **kwargs)
-
-    monkeypatch.setattr(siblings, "lora_linear_grouped", counted)
-    return sizes
-
-
-@pytest.fixture
 def make_single(make_job, monkeypatch) -> Callable[..., Job]:
     """As make_job, but each layer is alone."""
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import json
 import random
 from dataclasses import replace
@@ -16,35 +15,9 @@ from fastpeft.data.task import DataError
 from fastpeft.errors import UserError
 from fastpeft.tasks import load_task
 from tests.support.real_data import DATA
+from tests.support.row_files import write_jsonl, write_rows
 
 ROWS = [("a dog ran", "no"), ("a cat slept", "yes"), ("the bird, it ran", "no"), ('she said "no"', "yes")]
-
-
-def write_jsonl(path: Path, rows: list[dict]) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    return path
-
-
-def write_rows(path: Path, rows: list[dict]) -> Path:
-    """In the format that the path's suffix names."""
-    if path.suffix == ".jsonl":
-        return write_jsonl(path, rows)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    if path.suffix == ".json":
-        path.write_text(json.dumps(rows, indent=4), encoding="utf-8")
-        return path
-    if path.suffix == ".parquet":
-        import pyarrow
-        import pyarrow.parquet
-
-        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path)
-        return path
-    with path.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, list(rows[0]), delimiter="," if path.suffix == ".csv" else "\t")
-        writer.writeheader()
-        writer.writerows(rows)
-    return path
 
 
 def single(rows=ROWS) -> list[dict]:

@@ -10,7 +10,8 @@ import torch
 
 from fastpeft.kernels import AdamWOptions, FlatLayout, adamw_step
 from fastpeft.kernels.launch import LAUNCHES
-from tests.support.flat_model import Random, make_layout, relative_error
+from tests.support.closeness import relative_error
+from tests.support.flat_model import Random, make_layout
 
 CPU = torch.device("cpu")
 OPTIONS = {

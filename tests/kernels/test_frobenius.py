@@ -13,7 +13,8 @@ from fastpeft.kernels import FlatLayout, MatrixGroup, weighted_frobenius
 from fastpeft.kernels.launch import LAUNCHES
 from fastpeft.kernels.ops.frobenius import reference
 from fastpeft.kernels.ops.frobenius.op import gram_side
-from tests.support.flat_model import EXTRA, HEAD, SHAPES, Random, make_layout, relative_error
+from tests.support.closeness import relative_error
+from tests.support.flat_model import EXTRA, HEAD, SHAPES, Random, make_layout
 
 RANKS = [1, 4, 8, 16, 64]
 CPU = torch.device("cpu")

@@ -6,13 +6,13 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastpeft.kernels import linear_cross_entropy, logits_cross_entropy
 from fastpeft.kernels.dispatch import Choice, Config, forced
 from fastpeft.kernels.launch import LAUNCHES
 from fastpeft.kernels.ops.linear_cross_entropy.op import _Head
 from fastpeft.kernels.ops.linear_cross_entropy.reference import cross_entropy_reference, entropy_reference
+from tests.support.closeness import Largest, relative_error
 
 LIMITS = {torch.float64: 1e-8, torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 2e-2}
 IGNORED = -100
@@ -38,11 +38,6 @@ def wide(tensor):
     return None if tensor is None else tensor.detach().double().clone()
 
 
-def relative(got, want):
-    got, want = got.detach().double().cpu(), want.detach().double().cpu()
-    return float((got - want).norm() / want.norm().clamp_min(1e-300))
-
-
 def reference(hidden, weight, bias, labels, factor=1.0, token_weights=None, **options):
     """(loss, Fisher, entropy, gradient of factor * loss) in float64."""
     leaf = wide(hidden).requires_grad_(True)
@@ -65,32 +60,11 @@ def assert_like_reference(hidden, weight, bias, labels, lens=None, *, rows=None,
     pairs = [("loss", got.loss, loss), ("fisher", got.fisher, fisher), ("entropy", got.entropy, entropy)]
     for name, mine, theirs in [*pairs, ("gradient", gradient, want)]:
         assert mine.shape == theirs.shape, name
-        assert relative(mine, theirs) <= limit, f"{name}: {relative(mine, theirs)}"
+        assert relative_error(mine, theirs) <= limit, f"{name}: {relative_error(mine, theirs)}"
     if lens is not None:
         logits = wide(lens) @ wide(weight).t() + (0 if bias is None else wide(bias))
-        assert relative(got.lens_entropy, entropy_reference(logits)) <= limit
+        assert relative_error(got.lens_entropy, entropy_reference(logits)) <= limit
     return got
-
-
-@pytest.fixture
-def poisoned():
-    """torch.empty is full of NaN."""
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    assert torch.empty(3).isnan().all()
-    yield
-    torch.use_deterministic_algorithms(False)
-
-
-class Largest(TorchDispatchMode):
-    """The size of the largest tensor that any operation made; views are none."""
-
-    elements = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        out = func(*args, **(kwargs or {}))
-        if isinstance(out, torch.Tensor) and not func.is_view:
-            self.elements = max(self.elements, out.numel())
-        return out
 
 
 # ---- against the reference -----------------------------------------------------------------
@@ -141,7 +115,7 @@ def test_dtypes(seed, poisoned, dtype, num_tokens, vocab):
     loss, fisher, entropy = cross_entropy_reference(leaf, labels, token_weights=wide(weights), label_smoothing=0.1)
     (want,) = torch.autograd.grad(loss, leaf)
     for mine, theirs in ((got.loss, loss), (got.fisher, fisher), (got.entropy, entropy), (gradient, want)):
-        assert relative(mine, theirs) <= LIMITS[dtype]
+        assert relative_error(mine, theirs) <= LIMITS[dtype]
     assert gradient.dtype == dtype
     assert got.lens_entropy is None
 
@@ -230,7 +204,7 @@ def test_huge_logits(dtype):
     loss, fisher, entropy = cross_entropy_reference(leaf, labels, reduction="sum")
     (want,) = torch.autograd.grad(loss, leaf)
     for mine, theirs in ((got.loss, loss), (got.fisher, fisher), (got.entropy, entropy), (gradient, want)):
-        assert relative(mine, theirs) <= 1e-5
+        assert relative_error(mine, theirs) <= 1e-5
 
 
 # ---- what it does not do -------------------------------------------------------------------
@@ -305,7 +279,7 @@ def test_half_precision_gradients_outlast_a_small_factor(seed):
     leaf = hidden.clone().requires_grad_(True)
     (linear_cross_entropy(leaf, weight, labels, num_items=10**8).loss * 10**8).backward()
     *_, want = reference(hidden, weight, None, labels, reduction="sum")
-    assert relative(leaf.grad, want) <= 2e-2
+    assert relative_error(leaf.grad, want) <= 2e-2
 
 
 def test_the_same_bits_twice(seed):
@@ -357,7 +331,7 @@ def test_triton(seed, triton_device, poisoned, dtype, num_tokens, width, vocab, 
     )
     (want,) = torch.autograd.grad(loss, exact)
     pairs = ((got.loss, loss), (got.fisher, fisher), (got.entropy, entropy), (gradient, want))
-    assert [relative(mine, theirs) <= LIMITS[dtype] for mine, theirs in pairs] == [True] * 4
+    assert [relative_error(mine, theirs) <= LIMITS[dtype] for mine, theirs in pairs] == [True] * 4
     assert all(torch.equal(one, two) for one, two in zip(got[:3], again[:3]))
     assert torch.equal(leaf.detach(), logits)
 
@@ -377,7 +351,7 @@ def test_triton_ignores_and_selects_rows(seed, triton_device, poisoned):
         )
         got.loss.backward()
         pairs = ((got.loss, want_loss), (got.fisher, want_fisher), (got.entropy, want_entropy), (leaf.grad, want))
-        assert max(relative(mine, theirs) for mine, theirs in pairs) <= 1e-5
+        assert max(relative_error(mine, theirs) for mine, theirs in pairs) <= 1e-5
 
 
 def test_triton_of_huge_logits(triton_device, poisoned):
@@ -393,7 +367,7 @@ def test_triton_of_huge_logits(triton_device, poisoned):
     loss, fisher, entropy = cross_entropy_reference(exact, labels, reduction="sum")
     loss.backward()
     pairs = ((got.loss, loss), (got.fisher, fisher), (got.entropy, entropy), (leaf.grad, exact.grad))
-    assert max(relative(mine, theirs) for mine, theirs in pairs) <= 1e-5
+    assert max(relative_error(mine, theirs) for mine, theirs in pairs) <= 1e-5
 
 
 def test_triton_of_strided_weights_and_of_one_row_of_any_stride(seed, triton_device):
@@ -416,7 +390,7 @@ def test_triton_of_a_sure_token(triton_device):
     label = torch.tensor([1], device=triton_device)
     got = logits_cross_entropy(logits, label, statistics=True)
     _, fisher, _ = cross_entropy_reference(logits.double(), label)
-    assert relative(got.fisher, fisher) < 1e-5
+    assert relative_error(got.fisher, fisher) < 1e-5
 
 
 def test_triton_of_a_label_that_is_no_class(triton_device):

@@ -6,13 +6,13 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastpeft.kernels import gradient_norm, sketch_norm
 from fastpeft.kernels.dispatch import Choice, Config, forced
 from fastpeft.kernels.launch import LAUNCHES
 from fastpeft.kernels.ops.sensitivity import op
 from fastpeft.kernels.ops.sensitivity.reference import gradient_norm_reference
+from tests.support.closeness import Largest, relative_error
 
 SHAPES = [  # tokens, in, out: the Gram form is taken where T < I O / (I + O)
     (1, 33, 47),
@@ -34,39 +34,14 @@ def draw(seed, rows, num_in, num_out, dtype=torch.float64, device="cpu"):
     return [x.to(dtype).to(device) for x in xs], [g.to(dtype).to(device) for g in gs]
 
 
-def relative_error(got, want):
-    return float((got.double().cpu() - want.double().cpu()).abs() / want.double().cpu().abs().clamp_min(1e-300))
-
-
 def exact(xs, gs):
     return gradient_norm_reference([x.double() for x in xs], [g.double() for g in gs])
-
-
-@pytest.fixture
-def poisoned():
-    """torch.empty is full of NaN."""
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    assert torch.empty(3).isnan().all()
-    yield
-    torch.use_deterministic_algorithms(False)
 
 
 @pytest.fixture
 def small_tiles(monkeypatch):
     """The PyTorch path takes several tiles at shapes of a test."""
     monkeypatch.setattr(op, "CPU_TILE", 1)
-
-
-class Largest(TorchDispatchMode):
-    """The size of the largest tensor that any operation made; views are none."""
-
-    elements = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        out = func(*args, **(kwargs or {}))
-        if isinstance(out, torch.Tensor) and not func.is_view:
-            self.elements = max(self.elements, out.numel())
-        return out
 
 
 # ---- PyTorch -------------------------------------------------------------------------------

@@ -57,20 +57,6 @@ def make_pair(seed, **config):
 
 
 @pytest.fixture
-def grouped(monkeypatch):
-    """Sizes of the groups that were computed."""
-    sizes = []
-    real = siblings.lora_linear_grouped
-
-    def counted(x, weights, *args, **kwargs):
-        sizes.append(len(weights))
-        return real(x, weights, *args, **kwargs)
-
-    monkeypatch.setattr(siblings, "lora_linear_grouped", counted)
-    return sizes
-
-
-@pytest.fixture
 def alone(monkeypatch):
     """One entry for each layer that was computed by itself."""
     calls = []

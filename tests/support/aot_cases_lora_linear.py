@@ -1,4 +1,4 @@
-"""The kernels of lora_linear for tests/kernels/aot.py."""
+"""The kernels of lora_linear for tests/support/aot.py."""
 
 from __future__ import annotations
 

@@ -30,9 +30,3 @@ class Random:
     def __call__(self, *shape: int, scale: float = 1.0) -> torch.Tensor:
         drawn = torch.randn(shape, generator=self.generator, dtype=torch.float64) * scale
         return drawn.to(self.dtype).to(self.device)
-
-
-def relative_error(got: torch.Tensor, want: torch.Tensor) -> float:
-    """Relative L2 distance in fp64; NaN anywhere makes it NaN, which no bound passes."""
-    got, want = got.double().cpu(), want.double().cpu()
-    return float((got - want).norm() / want.norm().clamp_min(1e-300))

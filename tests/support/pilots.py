@@ -42,4 +42,8 @@ async def until_shown(pilot: Pilot, text: str) -> None:
 
 
 def text_of(screen: Screen) -> str:
-    return "\n".join(strip.text.rstrip() for strip in screen._compositor.render_strips())
+    return "\n".join(line.rstrip() for line in lines_of(screen))
+
+
+def lines_of(screen: Screen) -> list[str]:
+    return [strip.text for strip in screen._compositor.render_strips()]

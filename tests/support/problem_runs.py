@@ -9,7 +9,8 @@ from typing import Any
 
 import yaml
 
-from fastpeft.config import RunConfig, load_run
+from fastpeft.config import RunConfig
+from tests.support.run_files import load_with
 from tests.support.tiny import make_causal_lm
 
 NUM_TRAIN, NUM_HELD_OUT, NUM_TEST = 24, 6, 8
@@ -69,7 +70,4 @@ def problem_run(folder: Path, **sections: Any) -> RunConfig:
     path = folder / "run.yaml"
     if not path.is_file():
         write_run(folder)
-    flat = {}
-    for section, value in sections.items():
-        flat |= {f"{section}.{key}": v for key, v in value.items()} if isinstance(value, dict) else {section: value}
-    return load_run(path, flat)
+    return load_with(path, sections)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from fastpeft.config import ConfigError, load_run
+from fastpeft.config import ConfigError, RunConfig, load_run
 
 SMALL = "run_id: small\nmethod: lora\nmodel: {name: some/model}\n"
 
@@ -28,3 +30,11 @@ def one_problem(name_or_path: str | Path, overrides=()) -> str:
     found = problems(name_or_path, overrides)
     assert len(found) == 1, found
     return found[0]
+
+
+def load_with(path: Path, sections: Mapping[str, Any]) -> RunConfig:
+    """A run with settings over it: `{"training": {"seed": 1}, "budget": "9steps"}`."""
+    flat = {}
+    for section, value in sections.items():
+        flat |= {f"{section}.{key}": v for key, v in value.items()} if isinstance(value, dict) else {section: value}
+    return load_run(path, flat)

@@ -12,13 +12,16 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import peft
 import torch
+import transformers
 import yaml
 from safetensors.torch import load_file
 
-from fastpeft.config import RunConfig, load_run
+from fastpeft.config import RunConfig
 from fastpeft.runs.events import Event
 from fastpeft.runs.store import Result
+from tests.support.run_files import load_with
 from tests.support.tiny import WORDS, make_model
 
 NUM_TRAIN, BATCH_SIZE, STEPS_PER_EPOCH = 96, 8, 12
@@ -72,10 +75,7 @@ def tiny_run(folder: Path, **sections: Any) -> RunConfig:
     path = folder / "run.yaml"
     if not path.is_file():
         write_run(folder)
-    flat = {}
-    for section, value in sections.items():
-        flat |= {f"{section}.{key}": v for key, v in value.items()} if isinstance(value, dict) else {section: value}
-    return load_run(path, flat)
+    return load_with(path, sections)
 
 
 class Listener:
@@ -114,6 +114,19 @@ def steps_logged(folder: Path) -> list[int]:
 
 def weights(folder: Path, adapter: str = "adapter") -> dict[str, torch.Tensor]:
     return load_file(folder / adapter / "adapter_model.safetensors")
+
+
+def peft_accuracy(files: Path, adapter: Path) -> float:
+    """Of an adapter on the development rows of a run by `write_run`, with transformers and PEFT alone."""
+    rows = [json.loads(line) for line in (files / "pairs" / "dev.jsonl").read_text().splitlines()]
+    tokenizer = transformers.AutoTokenizer.from_pretrained(files / "model")
+    base = transformers.AutoModelForSequenceClassification.from_pretrained(files / "model", num_labels=2)
+    model = peft.PeftModel.from_pretrained(base, adapter).eval()
+    pairs = [row["premise"] for row in rows], [row["hypothesis"] for row in rows]
+    inputs = tokenizer(*pairs, padding=True, return_tensors="pt", return_token_type_ids=True)
+    with torch.inference_mode():
+        predicted = model(**inputs).logits.argmax(-1).tolist()
+    return sum(["no", "yes"][p] == row["label"] for p, row in zip(predicted, rows)) / len(rows)
 
 
 def assert_same_weights(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> None:

@@ -9,7 +9,7 @@ import pytest
 pytest.importorskip("tensorboard", reason="tensorboard is not installed")
 
 from fastpeft.trackers import Choice, Trackers
-from tests.trackers.test_process import write_log
+from tests.support.tracked_logs import write_log
 
 
 def scalars(folder: Path, tag: str) -> list[tuple[int, float]]:

@@ -11,10 +11,8 @@ import signal
 from collections.abc import Iterable
 from pathlib import Path
 
-import peft
 import pytest
 import torch
-import transformers
 from typer.testing import CliRunner
 
 import fastpeft.trainer
@@ -32,6 +30,7 @@ from fastpeft.trainer.step_log import FETCH_STEPS
 from tests.support.tiny_runs import (
     BATCH_SIZE,
     Listener,
+    peft_accuracy,
     steps_logged,
     strict_events,
     tiny_run,
@@ -66,19 +65,6 @@ def test_a_schedule_is_told_of_the_end_once_and_what_it_says_is_logged(tmp_path:
     assert said["finished_at"] == 1.0
     assert said["step"] == 3
     assert events.index(said) < [e["type"] for e in events].index("eval")
-
-
-def peft_accuracy(files: Path, adapter: Path) -> float:
-    """With transformers and PEFT alone."""
-    rows = [json.loads(line) for line in (files / "pairs" / "dev.jsonl").read_text().splitlines()]
-    tokenizer = transformers.AutoTokenizer.from_pretrained(files / "model")
-    base = transformers.AutoModelForSequenceClassification.from_pretrained(files / "model", num_labels=2)
-    model = peft.PeftModel.from_pretrained(base, adapter).eval()
-    pairs = [row["premise"] for row in rows], [row["hypothesis"] for row in rows]
-    inputs = tokenizer(*pairs, padding=True, return_tensors="pt", return_token_type_ids=True)
-    with torch.inference_mode():
-        predicted = model(**inputs).logits.argmax(-1).tolist()
-    return sum(["no", "yes"][p] == row["label"] for p, row in zip(predicted, rows)) / len(rows)
 
 
 def test_micro_batches_give_the_gradient_of_the_whole_batch(tmp_path: Path, seed: int) -> None:

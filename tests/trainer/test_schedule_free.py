@@ -20,9 +20,16 @@ from fastpeft.tasks.sequence_classification import task as objective_module
 from fastpeft.trainer import StopRequest, train
 from fastpeft.trainer.build import Job, build_job
 from fastpeft.trainer.checkpoint import newest_checkpoint
-from tests.support.tiny_runs import Listener, assert_same_outcome, assert_same_weights, strict_events, tiny_run, weights
-from tests.trainer.test_loop import peft_accuracy
-from tests.trainer.test_optim import CONFIGS, Model
+from tests.support.optimizers import CONFIGS, Model
+from tests.support.tiny_runs import (
+    Listener,
+    assert_same_outcome,
+    assert_same_weights,
+    peft_accuracy,
+    strict_events,
+    tiny_run,
+    weights,
+)
 
 # ---- the update ------------------------------------------------------------------------------
 

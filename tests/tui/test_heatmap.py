@@ -13,6 +13,7 @@ from textual.pilot import Pilot
 from fastpeft.tui.parse import Importance, Rates
 from fastpeft.tui.theme import CURVES, SHADES, THEMES, curve_color, ratio_color, scale_color, shade
 from fastpeft.tui.widgets.heatmap import LEAST_RATIO, Grid, Heatmap, abbreviated, importance_grid, rates_grid, share
+from tests.support.pilots import lines_of
 
 SIZES = [(80, 24), (120, 40), (200, 60)]
 PROJECTIONS = ("query_proj", "key_proj", "value_proj", "attention.output.dense", "intermediate.dense", "output.dense")
@@ -47,10 +48,6 @@ def drive(grid: Grid | None, act: Callable[[Heatmap, Pilot], Awaitable[None]], s
     asyncio.run(run())
 
 
-def screen(app: App) -> list[str]:
-    return [strip.text for strip in app.screen._compositor.render_strips()]
-
-
 def backgrounds(app: App, y: int) -> set[str]:
     return {s.style.bgcolor.name for s in app.screen._compositor.render_strips()[y] if s.style and s.style.bgcolor}
 
@@ -72,7 +69,7 @@ def snapshot(weights, step=0, **more) -> Importance:
 @pytest.mark.parametrize("size", SIZES)
 def test_every_cell_of_a_small_model_is_in_view(size):
     async def act(heatmap, pilot):
-        shown = screen(pilot.app)
+        shown = lines_of(pilot.app.screen)
         assert [line.split()[0] for line in shown[1:5]] == ["0", "1", "2", "3"]
         assert "query_proj"[:4] in shown[0]
         assert heatmap.visible_cells().size == (6, 4)
@@ -88,21 +85,21 @@ def test_every_cell_of_a_small_model_is_in_view(size):
 
 def test_a_large_model_scrolls_both_ways_and_says_where_it_is():
     async def act(heatmap, pilot):
-        assert "rows 1-21 of 48" in screen(pilot.app)[-2]
-        assert "columns 1-19 of 30" in screen(pilot.app)[-2]
+        assert "rows 1-21 of 48" in lines_of(pilot.app.screen)[-2]
+        assert "columns 1-19 of 30" in lines_of(pilot.app.screen)[-2]
         await pilot.press("G")
         for _ in range(40):
             await pilot.press("l")
         await pilot.pause()
         assert heatmap.cursor == (47, 29)
-        shown = screen(pilot.app)
+        shown = lines_of(pilot.app.screen)
         assert "rows 28-48 of 48" in shown[-2]
         assert "columns 12-30 of 30" in shown[-2]
         assert shown[-3].startswith("47 ")
         assert shown[-1].startswith("47 projection_29  weight 0.9993")
         await pilot.press("g")
         await pilot.pause()
-        assert screen(pilot.app)[1].startswith(" 0 ")
+        assert lines_of(pilot.app.screen)[1].startswith(" 0 ")
 
     drive(grid(48, 30), act)
 
@@ -115,7 +112,7 @@ def test_a_screen_too_small_is_no_fault(size):
         await pilot.pause()
         await pilot.pause()
         assert heatmap.cursor == (3, 1)
-        assert screen(pilot.app)[4].startswith("3")
+        assert lines_of(pilot.app.screen)[4].startswith("3")
 
     drive(grid(), act, size)
 
@@ -123,13 +120,13 @@ def test_a_screen_too_small_is_no_fault(size):
 @pytest.mark.parametrize("empty", [None, Grid((), (), np.empty((0, 0)))])
 def test_nothing_yet(empty):
     async def act(heatmap, pilot):
-        assert screen(pilot.app)[0].startswith("nothing measured yet")
+        assert lines_of(pilot.app.screen)[0].startswith("nothing measured yet")
         await pilot.press("j", "l", "G", "g", "pagedown")
         await pilot.hover(Heatmap, (5, 1))
         assert heatmap.cursor == (0, 0)
         heatmap.show(grid())
         await pilot.pause()
-        assert screen(pilot.app)[1].startswith("0")
+        assert lines_of(pilot.app.screen)[1].startswith("0")
 
     drive(empty, act)
 
@@ -138,13 +135,13 @@ def test_holes_infinities_and_one_value_for_all():
     values = np.array([[np.nan, np.inf], [2.0, 2.0]])
 
     async def act(heatmap, pilot):
-        shown = screen(pilot.app)
+        shown = lines_of(pilot.app.screen)
         assert "·" in shown[1]
         assert "+inf" in shown[1]
         assert "no such matrix" in shown[-1]
         await pilot.press("l")
         await pilot.pause()
-        assert "weight inf" in screen(pilot.app)[-1]
+        assert "weight inf" in lines_of(pilot.app.screen)[-1]
 
     drive(Grid(("0", "1"), ("a", "b"), values, "weight"), act)
 
@@ -153,7 +150,7 @@ def test_without_colour_shades_stand_for_it(monkeypatch):
     monkeypatch.setenv("NO_COLOR", "1")
 
     async def act(heatmap, pilot):
-        shown = screen(pilot.app)
+        shown = lines_of(pilot.app.screen)
         assert "░" in shown[1]
         assert "█" in shown[4]
         assert "░░░░▒▒▒▒▓▓▓▓████" in shown[-2]
@@ -184,7 +181,7 @@ def test_keys_move_the_cursor(keys, cursor):
         await pilot.press(*keys)
         await pilot.pause()
         assert heatmap.cursor == cursor
-        assert screen(pilot.app)[-1].startswith(f"{cursor[0]} {PROJECTIONS[cursor[1]]}")
+        assert lines_of(pilot.app.screen)[-1].startswith(f"{cursor[0]} {PROJECTIONS[cursor[1]]}")
         assert pilot.app.heard[-1] == cursor
 
     drive(grid(), act)
@@ -269,8 +266,8 @@ def test_factors_lie_on_a_log_scale_around_1():
         assert heatmap._limits() == (0.25, pytest.approx(4.0))
         shares = [heatmap._share(value, heatmap._limits()) for value in (0.25, 0.5, 1.0, 2.0, 4.0, 0.0, 9.0)]
         assert shares == pytest.approx([0.0, 0.25, 0.5, 0.75, 1.0, 0.0, 1.292481])
-        assert "multiplier 0.25" in screen(pilot.app)[-2]
-        assert "4 (log)" in screen(pilot.app)[-2]
+        assert "multiplier 0.25" in lines_of(pilot.app.screen)[-2]
+        assert "4 (log)" in lines_of(pilot.app.screen)[-2]
         blue, red = (tuple(map(round, ratio_color(part))) for part in (0.0, 1.0))
         cells = pilot.app.screen._compositor.render_strips()[1:3]
         colors = [s.style.bgcolor.triplet for strip in cells for s in strip if s.style and s.style.bgcolor]

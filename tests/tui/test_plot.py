@@ -21,6 +21,7 @@ from fastpeft.tui.widgets.axes import Durations, Numbers, Powers, clock, nice_ti
 from fastpeft.tui.widgets.canvas import MARGIN_LEFT, PlotCanvas
 from fastpeft.tui.widgets.plot import SMOOTHING, Band, Curve, LinePlot
 from fastpeft.tui.widgets.raster import DASHES, braille
+from tests.support.pilots import lines_of
 
 SIZES = [(80, 24), (120, 40), (200, 60)]
 
@@ -51,12 +52,8 @@ def drive(app: PlotApp, act: Callable[[LinePlot, Pilot], Awaitable[None]], size=
     asyncio.run(run())
 
 
-def screen(app: App) -> list[str]:
-    return [strip.text for strip in app.screen._compositor.render_strips()]
-
-
 def readout(app: App) -> str:
-    return screen(app)[0]
+    return lines_of(app.screen)[0]
 
 
 def cells(plot: LinePlot) -> list[str]:
@@ -87,7 +84,7 @@ def test_the_whole_range_fills_the_frame(size):
         rows = cells(plot)
         assert any(ord(sign) > 0x2800 for sign in "".join(row[-3:] for row in rows[:4]))
         assert any(ord(sign) > 0x2800 for sign in "".join(row[:3] for row in rows[-4:]))
-        shown = screen(plot.app)
+        shown = lines_of(plot.app.screen)
         assert "loss" in shown[0]
         assert "101" in shown[0], "the last value"
         assert "time" in shown[0]
@@ -244,7 +241,7 @@ def test_log_scale_leaves_out_and_says_so():
         assert plot.log
         assert "log" in readout(plot.app)
         assert "2 ≤ 0 left out" in readout(plot.app)
-        assert any("10M" in line for line in screen(plot.app)[1:])
+        assert any("10M" in line for line in lines_of(plot.app.screen)[1:])
         low, high = plot._shown_y
         assert (low, high) == (pytest.approx(1 - 0.35), pytest.approx(8 + 0.35))
         await pilot.press("y")

@@ -18,10 +18,10 @@ from fastpeft.errors import UserError
 from fastpeft.tasks import load_task
 from fastpeft.tasks.math_word_problems.answers import final_number
 from fastpeft.tasks.math_word_problems.reading import Problems, WordProblemTask, fill_prompt, load_problems
-from tests.data.test_local import write_jsonl, write_rows
 from tests.support.fake_hub import FakeHub
 from tests.support.hub_files import card, parquet
 from tests.support.real_data import DATA
+from tests.support.row_files import write_jsonl, write_rows
 
 needs_data = pytest.mark.skipif(not DATA.is_dir(), reason=f"no real data at {DATA}")
 REPOSITORY = "openai/gsm8k"
