@@ -34,7 +34,7 @@ def trained(home: Path) -> dict[str, Trained]:
 
     runs = {}
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(fastpeft.trainer, "build_job", keep)
+        patch.setattr("fastpeft.trainer.run.build_job", keep)
         for case in CASES:
             family = next(family for family in FAMILIES if case.startswith(family))
             variant = case.removeprefix(family).removeprefix("-")

@@ -134,7 +134,7 @@ def test_an_nvml_that_dies_neither_ends_nor_stalls_a_run(
     """A run that believes that it is on a GPU of 100 W, whose driver is gone after a second."""
     for name, value in (("WINDOW_S", WINDOW_S), ("LOST_AFTER_S", 1.0), ("LAST_READING_S", 0.2)):
         monkeypatch.setattr(energy, name, value)
-    for module in ("fastpeft.trainer", "fastpeft.trainer.build"):
+    for module in ("fastpeft.trainer.run", "fastpeft.trainer.build"):
         monkeypatch.setattr(f"{module}.gpu_uuid", lambda _: "GPU-1234")
     monkeypatch.setattr("fastpeft.trainer.build.WINDOW_S", WINDOW_S)
     nvml, gone, wakes, began = FakeNvml(), threading.Event(), threading.Event(), time.monotonic()

@@ -15,7 +15,6 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-import fastpeft.trainer
 from fastpeft.cli.commands import EXIT_DIVERGED, app
 from fastpeft.config import run_values
 from fastpeft.data.batches import collate, micro_batches
@@ -131,7 +130,7 @@ def count_forward_passes(monkeypatch: pytest.MonkeyPatch, poisoned: Iterable[int
         job.adapter.model.register_forward_hook(hook, with_kwargs=True)
         return job
 
-    monkeypatch.setattr(fastpeft.trainer, "build_job", build)
+    monkeypatch.setattr("fastpeft.trainer.run.build_job", build)
     return passes
 
 

@@ -13,7 +13,6 @@ from pathlib import Path
 import pytest
 import torch
 
-import fastpeft.trainer
 from fastpeft.config import ConfigError, RunConfig
 from fastpeft.device_memory import TokenLimits
 from fastpeft.runs.curves import auc
@@ -112,7 +111,7 @@ def rigged(monkeypatch: pytest.MonkeyPatch):
 
         monkeypatch.setattr(WordProblems, "evaluate", evaluated)
         monkeypatch.setattr(WordProblems, "evaluate_test", scored)
-        monkeypatch.setattr(fastpeft.trainer, "build_job", built)
+        monkeypatch.setattr("fastpeft.trainer.run.build_job", built)
         return tested, evaluated_at, jobs
 
     return rig
@@ -269,7 +268,7 @@ def virtual_time(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(WordProblems, "evaluate", evaluated)
     monkeypatch.setattr(WordProblems, "evaluate_test", scored)
     monkeypatch.setattr(WordProblems, "time_evaluation", lambda *args: EVALUATION_S)
-    monkeypatch.setattr(fastpeft.trainer, "build_job", build)
+    monkeypatch.setattr("fastpeft.trainer.run.build_job", build)
     return time
 
 

@@ -11,7 +11,6 @@ from pathlib import Path
 import pytest
 import torch
 
-import fastpeft.trainer
 from fastpeft.config import ConfigError, RunConfig
 from fastpeft.config.schema import OptimizerConfig
 from fastpeft.errors import UserError
@@ -210,7 +209,7 @@ def jobs(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Job]]:
         built.append(build_job(run))
         return built[-1]
 
-    monkeypatch.setattr(fastpeft.trainer, "build_job", build)
+    monkeypatch.setattr("fastpeft.trainer.run.build_job", build)
     return built
 
 
