@@ -41,6 +41,7 @@ if not torch.cuda.is_available():
             importlib.import_module(f"fastpeft.kernels.ops.{path.parent.name}.kernel")
 
 from tests.support.row_files import write_equal_pairs
+from tests.support.tiny import CAUSAL_FAMILIES, FAMILIES, make_causal_lm, make_model
 
 if TYPE_CHECKING:
     from tests.support.wandb_server import WandbServer
@@ -159,3 +160,15 @@ def grouped(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
     monkeypatch.setattr(fused_projections, "lora_linear_grouped", counted)
     return sizes
+
+
+@pytest.fixture(scope="session")
+def model_folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """A saved encoder of each family; tests leave it as it is."""
+    return {family: make_model(tmp_path_factory.mktemp("models") / family, family) for family in FAMILIES}
+
+
+@pytest.fixture(scope="session")
+def causal_folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """A saved causal language model of each family; tests leave it as it is."""
+    return {family: make_causal_lm(tmp_path_factory.mktemp("causal") / family, family) for family in CAUSAL_FAMILIES}

@@ -12,6 +12,7 @@ import pytest
 from fastpeft.config import load_run, preset_names, trial_run
 from fastpeft.config.load import PRESETS
 from fastpeft.config.schedules import ScheduleConfig
+from fastpeft.standins import problems, sentence_pairs
 from fastpeft.trainer import train
 
 FILES = sorted(PRESETS.rglob("*.yaml"))
@@ -28,6 +29,14 @@ def kind(path: Path) -> tuple[str, ...]:
 
 # Of each kind the preset with the shortest name, and of those the first.
 CHOSEN = {kind(path): path for path in sorted(FILES, key=lambda p: (len(p.stem), p.stem), reverse=True)}
+
+
+@pytest.fixture
+def fewer_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A tenth: two steps read few of a stand-in's rows, and drawing and encoding all takes longer than the trial."""
+    monkeypatch.setattr(problems, "NUM_TRAIN_PROBLEMS", 800)
+    monkeypatch.setattr(problems, "NUM_TEST_PROBLEMS", 100)
+    monkeypatch.setattr(sentence_pairs, "NUM_TRAIN_PAIRS", 2000)
 
 
 def test_every_file_has_a_name_that_loads() -> None:
@@ -50,6 +59,7 @@ def test_every_schedule_has_a_preset_for_each_task_of_the_same_model_and_data(ta
 
 
 @pytest.mark.parametrize("path", sorted(CHOSEN.values()), ids=lambda path: path.stem)
+@pytest.mark.usefixtures("fewer_rows")
 def test_trial_on_the_stand_in(path: Path, tmp_path: Path) -> None:
     check_trial(path, tmp_path)
 
@@ -87,6 +97,7 @@ def test_a_preset_of_another_task_differs_in_little_and_has_a_stand_in(task: str
     assert len((PRESETS / f"lora_{task}.yaml").read_text().splitlines()) < 20
 
 
+@pytest.mark.usefixtures("fewer_rows")
 def test_a_trial_of_plain_lora_speaks_of_no_regulariser(tmp_path):
     said: list[str] = []
     reporter = SimpleNamespace(say=said.append, on_event=lambda e: said.extend(e.get("notes", ())))

@@ -244,14 +244,12 @@ def kernels() -> list[Finding]:
     import torch
 
     from fastpeft import kernels as ours
-    from fastpeft.kernels import dispatch
+    from fastpeft.kernels import dispatch, ops
 
     for name in ours.__all__:
         getattr(ours, name)  # an operation that cannot be imported is a finding
-    modules = [
-        m.name.removeprefix(f"{ours.__name__}.") for m in pkgutil.walk_packages(ours.__path__, f"{ours.__name__}.")
-    ]
-    written = sorted(name.removesuffix(".kernel") for name in modules if name.endswith(".kernel"))
+    modules = (module.name.split(".") for module in pkgutil.walk_packages(ops.__path__, f"{ops.__name__}."))
+    written = sorted(operation for *_, operation, module in modules if module == "kernel")
     used = f"Triton kernels: {', '.join(written)}" if written else "this release has no Triton kernels"
     try:
         import triton

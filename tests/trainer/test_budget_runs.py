@@ -12,7 +12,7 @@ from fastpeft.trainer import train
 from tests.support.tiny_runs import Listener, strict_events, tiny_run, write_run
 
 
-@pytest.mark.parametrize(("budget_s", "method"), [(20, "iw_lora"), (60, "lora")])
+@pytest.mark.parametrize(("budget_s", "method"), [(20, "iw_lora"), pytest.param(60, "lora", marks=pytest.mark.soak)])
 def test_seconds_are_kept_and_used(budget_s: int, method: str, tmp_path: Path) -> None:
     write_run(tmp_path, num_dev=600)
     run = tiny_run(
