@@ -82,7 +82,8 @@ def _load(task: Task, run: RunConfig) -> nn.Module:
 
 
 def _with_lora(model: nn.Module, task: Task, run: RunConfig) -> nn.Module:
-    """On the layers that the run adapts; the head is trained whole, as PEFT does by itself for these kinds of task."""
+    """On the layers that the run adapts. PEFT trains the classifier whole by itself, but not a pooler that has no
+    pretrained weights, as fastpeft does: compare on a model that has one."""
     import peft
 
     head = [name for name, _ in model.named_children() if name in ("classifier", "score")]
@@ -210,7 +211,8 @@ def _plain_metric(task: SequenceTask, logits: np.ndarray, labels: np.ndarray) ->
     from scipy.stats import spearmanr
 
     if isinstance(task, Regression):
-        return float(spearmanr(logits[:, 0].astype(np.float64), labels.astype(np.float64)).statistic)
+        predicted = logits[:, 0].astype(np.float64)
+        return 0.0 if np.ptp(predicted) == 0 else float(spearmanr(predicted, labels.astype(np.float64)).statistic)
     return float(np.mean(logits.argmax(-1) == labels))
 
 
