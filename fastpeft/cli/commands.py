@@ -131,7 +131,7 @@ def _train_one(config: Any, results_dir: Path, name: str | None, resume: bool, a
         from fastpeft.runs.store import RunFolder
 
         RunFolder.at(results_dir, name).check_free()
-    from fastpeft.cli.console import ConsoleReporter, closing_table
+    from fastpeft.cli.console import ConsoleReporter, closing
 
     with ConsoleReporter() as reporter:
         reporter.console.print("loading torch", style="dim")
@@ -149,7 +149,7 @@ def _train_one(config: Any, results_dir: Path, name: str | None, resume: bool, a
             reporter=reporter,
             stop=stop,
         )
-    reporter.console.print(closing_table(result))
+    reporter.console.print(closing(result))
     print(f"\nrun folder   {results_dir / result.name}")
     if result.status == "stopped":
         print(
@@ -165,7 +165,7 @@ def _train_seeds(
 ) -> None:
     if config is None or (resume and name is None):
         raise UserError("--seeds needs --run, and with --resume also --name: which group is to be continued?")
-    from fastpeft.cli.console import ConsoleReporter, closing_table, group_table
+    from fastpeft.cli.console import ConsoleReporter, closing, group_table
     from fastpeft.runs.store import default_name
 
     group = name or default_name(config.run_id)
@@ -188,7 +188,7 @@ def _train_seeds(
             reporter=reporter,
         )
     if len(results) == 1:
-        reporter.console.print(closing_table(results[0]))
+        reporter.console.print(closing(results[0]))
     reporter.console.print(group_table(results))
     where = shlex.quote(str(results_dir))
     if stop():
@@ -330,7 +330,7 @@ def evaluate(
         list[str] | None, typer.Argument(metavar="[RUN]...", help="Runs or groups; all when absent.")
     ] = None,
     target: Annotated[
-        float | None, typer.Option(help="Say when each run reached this metric, in 0..1.", show_default=False)
+        float | None, typer.Option(help="Say when each run reached this metric, at most 1.", show_default=False)
     ] = None,
     on: Annotated[
         list[str] | None,

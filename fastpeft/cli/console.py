@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import time
 from collections import deque
+from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
+from rich.console import Console, Group
 from rich.markup import escape
 from rich.progress import BarColumn, Progress, TextColumn
 from rich.table import Table
@@ -20,6 +21,7 @@ from fastpeft.compare.comparison import Comparison, metric_of
 from fastpeft.compare.problem_sets import SetScore, difference
 from fastpeft.config.methods import METHODS
 from fastpeft.runs.events import Event, number
+from fastpeft.runs.parts import figure, table_of
 from fastpeft.runs.store import Result, RunFolder
 
 PLAIN_EVERY_S = 10.0
@@ -93,7 +95,7 @@ class ConsoleReporter(AbstractContextManager):
             self.say(f"{line}  {progress:.0%} of the budget  {eta}")
 
     def _on_eval(self, event: Event) -> None:
-        more = "".join(f", {name} {number(value):.4f}" for name, value in event.get("more", {}).items())
+        more = "".join(f", {name} {figure(value)}" for name, value in event.get("more", {}).items())
         what = "test split, best weights," if event["split"] == "test" else "evaluation"
         self.say(
             f"{what} at step {event['step']:,}, {event['elapsed_s']:.0f} s: {event['metric']} "
@@ -131,6 +133,25 @@ class ConsoleReporter(AbstractContextManager):
         return f"ETA {int(left // 60)}:{int(left % 60):02d}"
 
 
+def closing(result: Result) -> Group:
+    """What a run came to: its facts, and behind them the metrics of parts of the data, where its task has such."""
+    parts = _parts_tables(result)
+    return Group(closing_table(result), *(row for table in parts for row in ("", table)))
+
+
+def _parts_tables(result: Result) -> Iterator[Table]:
+    for split, score in (("validation", result.metric), ("test", result.test)):
+        if score.get("groups"):
+            names, rows = table_of(score["groups"])
+            table = Table(box=None, pad_edge=False)
+            table.add_column(split, overflow="fold")
+            for name in names:
+                table.add_column(name, justify="right")
+            for row in rows:
+                table.add_row(*map(escape, row))
+            yield table
+
+
 def closing_table(result: Result) -> Table:
     """One row a fact, of a run that has ended."""
     table = Table(show_header=False, box=None, pad_edge=False)
@@ -140,10 +161,10 @@ def closing_table(result: Result) -> Table:
     rows = {
         "status": result.status,
         result.metric.get("name", "metric"): _value(result.metric),
-        **{name: f"{number(value):.4f}" for name, value in result.metric.get("more", {}).items()},
+        **{name: figure(value) for name, value in result.metric.get("more", {}).items()},
         "best": f"{_value(result.best)} at step {result.best['step']:,}" if result.best else "none",
         "test": f"{_value(result.test)} on {result.test['num']:,} rows, best weights" if result.test else None,
-        **{f"test {name}": f"{number(value):.4f}" for name, value in result.test.get("more", {}).items()},
+        **{f"test {name}": figure(value) for name, value in result.test.get("more", {}).items()},
         "mean over budget": f"{number(auc):.4f}" if (auc := result.auc.get("seconds")) is not None else None,
         "budget": _spent(budget) if budget else "none",
         "time": f"{result.elapsed_s:.1f} s, and {result.setup_s:.1f} s of set-up",
@@ -180,6 +201,7 @@ def comparison_table(comparison: Comparison) -> Table:
         "task": [row.task for row in rows],
         "method": [row.label for row in rows],
         "seeds": [row.metric.count for row in rows],
+        "measures": [row.measures for row in rows],
         "metric": [row.metric for row in rows],
         "best": [row.best for row in rows],
         "test": [row.test for row in rows],
@@ -198,7 +220,7 @@ def comparison_table(comparison: Comparison) -> Table:
     for cells in zip(*columns.values()):
         table.add_row(*("-" if cell is None else str(cell) for cell in cells))
     for label, mean in comparison.glue.items():
-        table.add_row("GLUE average", label, str(mean.count), str(mean), *["-"] * (len(columns) - 4), style="bold")
+        table.add_row("GLUE average", label, str(mean.count), "-", str(mean), *["-"] * (len(columns) - 5), style="bold")
     return table
 
 

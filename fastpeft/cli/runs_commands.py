@@ -41,7 +41,7 @@ def runs_show(
     import yaml
     from rich.console import Console
 
-    from fastpeft.cli.console import closing_table
+    from fastpeft.cli.console import closing
     from fastpeft.config import load_run, preset_names, run_values
     from fastpeft.runs.store import RunFolder
 
@@ -49,7 +49,7 @@ def runs_show(
     if folder.config.is_file():
         result = folder.read_result()
         if result is not None:
-            Console(highlight=False).print(closing_table(result))
+            Console(highlight=False).print(closing(result))
             print()
         print(folder.config.read_text(), end="")
     elif run in preset_names():

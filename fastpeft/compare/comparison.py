@@ -117,6 +117,8 @@ class Row:
     """Over `seconds` and over `joules`, for those that every run has."""
     target: Reached | None = None
     """Where a target was asked for."""
+    measures: str = "metric"
+    """The metric's name."""
 
 
 @dataclass(frozen=True)
@@ -136,7 +138,7 @@ def compare(results: list[Result], curves: Sequence[Curve] | None = None, target
 
     Args:
         curves: one a result; where absent the areas are those that result.json holds.
-        target: the metric that `curves` hold the way to, in 0..1.
+        target: the metric that `curves` hold the way to, over 0 and at most 1.
     """
     labels = labels_of(results)
     groups: dict[tuple[str, str], list[tuple[Result, Curve]]] = {}
@@ -175,6 +177,7 @@ def _row(
         test=metric_of(runs, "test") if all("value" in run.test for run in runs) else None,
         auc={unit: mean for unit, mean in areas.items() if mean is not None},
         target=None if target is None else _reached(curves),
+        measures=str(runs[0].metric.get("name", "metric")),
     )
 
 

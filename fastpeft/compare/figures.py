@@ -37,7 +37,7 @@ def draw_run(folder: RunFolder, result: Result, target: Path) -> None:
     losses = [number(event["loss"]) for event in steps]
     loss.plot(seconds, losses, color="0.8", linewidth=0.8, label="each step")
     loss.plot(seconds, smooth(losses), color=_COLOURS[0], label="mean of about 20 steps")
-    loss.set_ylabel("task loss, nats")
+    loss.set_ylabel("task loss")
     loss.legend()
     rate.plot(seconds, [event["lr"] for event in steps], color=_COLOURS[0])
     rate.set_ylabel("learning rate")

@@ -20,13 +20,13 @@ def report(names: list[str], results_dir: Path, target: float | None = None) -> 
 
     Args:
         names: of runs, or of groups of `--seeds`; all runs when empty.
-        target: a metric in 0..1; how long and how many joules each run took to reach it is reported.
+        target: a metric over 0 and at most 1; how long and how many joules each run took to reach it is reported.
 
     Raises:
-        UserError: a name that is no run, no run that has been evaluated, or a target that is no share.
+        UserError: a name that is no run, no run that has been evaluated, or a target out of bounds.
     """
     if target is not None and not 0 < target <= 1:
-        raise UserError(f"--target {target:g}: metrics lie in 0..1, so write 0.6 for 60 %")
+        raise UserError(f"--target {target:g}: give a metric over 0 and at most 1; write 0.6 for 60 %")
     runs = find_runs(names, results_dir)
     curves = [curve_of(folder, result, target) for folder, result in runs]
     for (folder, result), curve in zip(runs, curves):

@@ -9,6 +9,7 @@ from fastpeft.export.exported import Exported
 from fastpeft.export.loading import base_name
 from fastpeft.export.plan import Plan
 from fastpeft.runs.events import number
+from fastpeft.runs.parts import figure
 from fastpeft.standins import EMBEDDED_PREFIX
 from fastpeft.tasks import Task
 
@@ -97,7 +98,7 @@ def _facts(plan: Plan, exported: Exported, task: Task) -> str:
         "budget": _budget(plan),
     }
     if metric.get("more"):
-        rows["also"] = ", ".join(f"{name} {number(value):.4f}" for name, value in metric["more"].items())
+        rows["also"] = ", ".join(f"{name} {figure(value)}" for name, value in metric["more"].items())
     if exported.trimmed is not None and exported.metric is not None:
         summary = exported.trimmed.summary()
         rows["trimmed"] = (

@@ -25,7 +25,7 @@ class Evaluation(NamedTuple):
     energy_j: float | None
     """Spent until then; None without a meter."""
     value: float
-    """Of the task's metric, in 0..1."""
+    """Of the task's metric: at most 1, and under 0 for a correlation the wrong way."""
 
 
 def is_validation(event: Event) -> bool:
@@ -45,7 +45,7 @@ def evaluations(events: Iterable[Event]) -> list[Evaluation]:
 
 
 def auc(x: Sequence[float], values: Sequence[float], budget: float, from_start: bool = False) -> float:
-    """The area under `values` over [0, budget], divided by `budget`: the metric's mean over the budget, in 0..1.
+    """The area under `values` over [0, budget], divided by `budget`: the metric's mean over the budget.
 
     Args:
         x: where each value was measured, rising, in the unit of `budget`. What lies beyond it counts only as far as

@@ -78,19 +78,30 @@ def _by(name: str) -> Callable[[RunRow], float]:
     return number
 
 
+def _best_or_last(row: RunRow) -> float:
+    """To sort by: without an evaluation it comes last."""
+    best = best_of(row)
+    return best if best is not None and math.isfinite(best) else -math.inf
+
+
+def _score(value: float | None) -> Text:
+    """In six characters; a correlation may be negative."""
+    return Text(decimal(value, 4 if value is None or value >= 0 else 3))
+
+
 def best_of(row: RunRow) -> float | None:
     return row.metric if row.best is None else row.best
 
 
 _NARROWED = {"name": 17, "budget": 9}
-_TEST = Column("test", "test", (6, 6, 6), lambda r, w: Text(decimal(r.test)), _by("test"), True)
+_TEST = Column("test", "test", (6, 6, 6), lambda r, w: _score(r.test), _by("test"), True)
 COLUMNS = (
     Column("status", "status", (10, 10, 10), lambda r, w: status_badge(r.status), lambda r: r.status),
     Column("name", "run", (21, 28, 36), lambda r, w: Text(shortened(r.name, w)), lambda r: r.name),
     Column("budget", "budget", (12, 14, 18), _budget, _by("progress")),
     Column("eta", "ETA", (6, 6, 6), lambda r, w: Text(duration(r.eta_s)), _by("eta_s"), True),
     Column("loss", "loss", (7, 7, 7), lambda r, w: Text(decimal(r.last_loss)), _by("last_loss"), True),
-    Column("best", "best", (6, 6, 6), lambda r, w: Text(decimal(best_of(r))), lambda r: best_of(r) or -1.0, True),
+    Column("best", "best", (6, 6, 6), lambda r, w: _score(best_of(r)), _best_or_last, True),
     Column("method", "method", (7, 8, 8), lambda r, w: Text(r.method), lambda r: r.method),
     Column("tokens", "tok/s", (6, 6, 6), lambda r, w: Text(short(r.tokens_per_s)), _by("tokens_per_s"), True),
     Column("energy", "energy", (7, 7, 7), lambda r, w: Text(short(r.energy_j, "J")), _by("energy_j"), True),

@@ -14,6 +14,7 @@ import orjson
 
 from fastpeft.runs.curves import VALIDATION, is_validation
 from fastpeft.runs.events import Event, number
+from fastpeft.runs.parts import Groups
 from fastpeft.tui.format import printable
 from fastpeft.tui.series import Floats, StepTable
 
@@ -67,6 +68,15 @@ class SplitScore(NamedTuple):
     value: float
 
 
+@dataclass(frozen=True)
+class PartScores:
+    """Metrics of parts of a split, such as entity types, at one evaluation."""
+
+    split: str
+    step: int
+    groups: Groups
+
+
 @dataclass
 class Parsed:
     """What some whole lines hold."""
@@ -78,6 +88,7 @@ class Parsed:
     importance: list[Importance] = field(default_factory=list)
     rates: list[Rates] = field(default_factory=list)
     tests: list[SplitScore] = field(default_factory=list)
+    parts: list[PartScores] = field(default_factory=list)
     header: Event | None = None
     end: Event | None = None
     malformed: int = 0
@@ -186,6 +197,8 @@ def _other(event: Event, parsed: Parsed, values: dict[str, list[list[float]]]) -
         raise ValueError("no place on the axes")
     text = _TEXTS[kind](event) if kind in _TEXTS else ""
     rows = _ROWS[kind](event) if kind in _ROWS else {}
+    if kind == "eval" and event.get("groups"):
+        parsed.parts.append(_parts(event))
     if kind == "eval" and not is_validation(event):
         split, metric = printable(str(event["split"])), printable(str(event["metric"]))
         parsed.tests.append(SplitScore(split, metric, number(event["value"])))
@@ -217,6 +230,18 @@ def _measured(event: Event) -> dict[str, Any]:
 def _eval_rows(event: Event) -> dict[str, list[float]]:
     energy_j = _float(event.get("energy_j"))
     return {f"eval/{key}": [number(value), energy_j] for key, value in _measured(event).items()}
+
+
+def _parts(event: Event) -> PartScores:
+    groups = {
+        printable(str(part)): {printable(str(name)): value for name, value in metrics.items() if _is_number(value)}
+        for part, metrics in event["groups"].items()
+    }
+    return PartScores(printable(str(event.get("split", VALIDATION))), int(event["step"]), groups)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) or value in ("nan", "inf", "-inf")
 
 
 def _forecast_rows(event: Event) -> dict[str, list[float]]:

@@ -56,7 +56,7 @@ class RunRow:
     """May be nan."""
     metric_name: str = ""
     metric: float | None = None
-    """0..1, of the last evaluation."""
+    """Of the last evaluation; at most 1."""
     best: float | None = None
     test: float | None = None
     """Of the test split, scored once."""

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 
-from fastpeft.tui.parse import Blocks, Importance, Notable, Parsed, Rates, SplitScore, columns_of, parse
+from fastpeft.tui.parse import Blocks, Importance, Notable, Parsed, PartScores, Rates, SplitScore, columns_of, parse
 from fastpeft.tui.series import Series, StepTable, Table
 
 CHUNK_BYTES = 1 << 18
@@ -70,6 +70,8 @@ class _State:
     importance: list[Importance] = field(default_factory=list)
     rates: list[Rates] = field(default_factory=list)
     tests: list[SplitScore] = field(default_factory=list)
+    parts: dict[str, PartScores] = field(default_factory=dict)
+    """The last of each split."""
     header: dict[str, Any] | None = None
     end: dict[str, Any] | None = None
     malformed: int = 0
@@ -135,6 +137,13 @@ class RunTail:
         state = self._state
         found = [*state.tests, *(t for s in state.samples for t in s.parsed.tests)]
         return list({test.split: test for test in found}.values())
+
+    @property
+    def parts(self) -> list[PartScores]:
+        """The last scores of parts of each split, in order of the splits' first."""
+        state = self._state
+        ahead = {one.split: one for s in state.samples for one in s.parsed.parts}
+        return [*(state.parts | ahead).values()]
 
     @property
     def header(self) -> dict[str, Any] | None:
@@ -307,6 +316,8 @@ class RunTail:
             state.importance = _thinned([*state.importance, *parsed.importance])
         if parsed.rates:
             state.rates = _thinned([*state.rates, *parsed.rates])
+        if parsed.parts:
+            state.parts = state.parts | {one.split: one for one in parsed.parts}
         if parsed.tests:
             state.tests = [*state.tests, *parsed.tests][-MAX_SNAPSHOTS:]
         if parsed.header is not None:

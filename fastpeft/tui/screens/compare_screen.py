@@ -30,9 +30,6 @@ MAX_RUNS = 24
 SMOOTHING = 0.9
 """At first: several curves of single steps hide each other."""
 _FIRST = (
-    "loss",
-    "eval/accuracy",
-    "eval/exact_match",
     "eval/loss",
     "lr",
     "tokens_per_s",
@@ -167,7 +164,9 @@ class CompareScreen(RunsKeys):
     def metrics(self) -> list[str]:
         """What some run has measured."""
         there = {name for tail in self._tails.values() for name in tail.series if not name.startswith("system/")}
-        return [*(n for n in _FIRST if n in there), *sorted(there - {*_FIRST, "tokens"})] or ["loss"]
+        scores = {f"eval/{row.metric_name}" for row in self.app.rows if row.name in self._tails}
+        first = ["loss", *sorted(scores), *_FIRST]
+        return [*(n for n in first if n in there), *sorted(there - {*first, "tokens"})] or ["loss"]
 
     def line_colors(self) -> dict[str, str]:
         rows = {row.name: row for row in self.app.rows}

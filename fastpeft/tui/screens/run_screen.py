@@ -13,10 +13,11 @@ from textual.binding import Binding, BindingType
 from textual.containers import Container, Vertical, VerticalScroll
 from textual.widgets import Footer, Static
 
-from fastpeft.tui import cells, forecast_band
+from fastpeft.tui import cells, forecast_band, metrics
 from fastpeft.tui.format import amount, bar, decimal, duration, printable, short
 from fastpeft.tui.parse import MAX_FIGURES
 from fastpeft.tui.runs_index import RunRow
+from fastpeft.tui.screens.dialogs import Reading
 from fastpeft.tui.screens.screen import RunsKeys
 from fastpeft.tui.tail import RunTail
 from fastpeft.tui.theme import STATUS, curve_color
@@ -43,7 +44,6 @@ PLOTS = {
 schedule."""
 MAX_PLOTS = 8
 """Shown at once."""
-_NO_SHARES = ("eval/loss", "eval/decode_s")
 MAPS = {"importance": importance_grid, "multipliers": rates_grid}
 """What a heatmap shows of each matrix: importances, or the factors on its learning rate."""
 LABELS = {
@@ -68,6 +68,7 @@ class RunScreen(RunsKeys):
         Binding("left_square_bracket", "step(-1)", "Plot before", key_display="[", show=False, id="run.before"),
         Binding("right_square_bracket", "step(1)", "Next", key_display="]", tooltip="Next plot", id="run.next"),
         Binding("m", "map", "Matrices", tooltip="Importances, or factors on the rate", show=False, id="run.map"),
+        Binding("p", "parts", "Parts", tooltip="Scores of parts of the data", show=False, id="run.parts"),
         Binding("f", "forecast", "Forecast", tooltip="Show or hide the forecast", show=False, id="run.forecast"),
         Binding("z", "zoom", "Maximise", tooltip="The part in focus alone, and back", show=False, id="run.zoom"),
         Binding("c", "compare", "Compare", tooltip="Compare it with the marked runs", show=False, id="run.compare"),
@@ -191,10 +192,11 @@ class RunScreen(RunsKeys):
         self.query_one("#curves").set_class(len(shown) > 1, "-several")
 
     def _add_plots(self, tail: RunTail) -> None:
-        """One for each figure of the schedule that has none yet."""
-        figures = [name for name in tail.series if name.startswith("schedule/") and name not in self._plots]
+        """One for each figure of the schedule, and for each metric on a scale of its own, that has none yet."""
+        named = [name for name in tail.series if name.startswith("schedule/")]
+        figures = [name for name in (*named, *metrics.others(tail.series)) if name not in self._plots]
         for name in figures[: len(PLOTS) + MAX_FIGURES - len(self._plots)]:
-            title = name.removeprefix("schedule/").replace("_", " ")
+            title = name.partition("/")[2].replace("_", " ")
             axis = self._plots["loss"].axis
             self._plots[name] = plot = LinePlot(title, axis=axis, id=f"plot_{len(self._plots)}")
             plot.display = False
@@ -219,7 +221,7 @@ class RunScreen(RunsKeys):
         series = self._tail.series
         names = PLOTS[key][1] if key in PLOTS else (key,)
         if key == "metric":
-            names = tuple(name for name in series if name.startswith("eval/") and name not in _NO_SHARES)
+            names = metrics.shares(series)
         if key == "penalty" and "penalty" in series and not series["penalty"].y.any():
             return []
         if "power_w" in series and key == "power":
@@ -242,9 +244,12 @@ class RunScreen(RunsKeys):
         return [band] if band else []
 
     def _notes(self, key: str) -> list[str]:
-        """What was scored once stands beside the curve of the validation split."""
+        """What was scored once stands beside the curve of the validation split; and where parts' scores are."""
         assert self._tail is not None
-        return [f"{t.split} {decimal(t.value)}" for t in self._tail.tests] if key == "metric" else []
+        if key != "metric":
+            return []
+        parts = ["p: parts"] if self._tail.parts else []
+        return [*(f"{t.split} {decimal(t.value)}" for t in self._tail.tests), *parts]
 
     def _snapshots(self) -> dict[str, list]:
         """Of the maps that the log has any of; importances first."""
@@ -312,6 +317,14 @@ class RunScreen(RunsKeys):
             return
         self.map, self.snapshot = there[(there.index(self.map) + 1) % len(there)], -1
         self._draw_importance(self._tail)
+
+    def check_action(self, action: str, parameters: tuple[object, ...]) -> bool | None:
+        """Parts have a key where there are any."""
+        return bool(self._tail is not None and self._tail.parts) if action == "parts" else True
+
+    def action_parts(self) -> None:
+        assert self._tail is not None
+        self.app.push_screen(Reading(f"Parts of the data in {self.run}", metrics.parts_table(self._tail.parts)))
 
     def action_forecast(self) -> None:
         self.with_forecast = not self.with_forecast
