@@ -111,9 +111,13 @@ def _norm(model: PreTrainedModel) -> nn.Module | None:
 
 def _class_head(model: PreTrainedModel) -> list[nn.Module]:
     """What a classifier's last hidden states go through; nothing where that is not known."""
-    classifier = getattr(model, "classifier", None)
+    classifier: nn.Module | None = getattr(model, "classifier", None)
     own = getattr(classifier, "original_module", classifier)  # PEFT wraps a head that is trained
-    if isinstance(own, nn.Linear) and type(model).__name__.endswith("ForTokenClassification"):
+    if (
+        classifier is not None
+        and isinstance(own, nn.Linear)
+        and type(model).__name__.endswith("ForTokenClassification")
+    ):
         return [classifier]
     before = _pooler(model) or getattr(model, "pre_classifier", None)
     if classifier is None or (before is None and getattr(model, "base_model_prefix", None) != "roberta"):

@@ -9,7 +9,7 @@ from typing import Any
 
 from fastpeft.config.schema import DatasetConfig
 from fastpeft.data.rows import DataError, Row, label_text
-from fastpeft.tasks.sequences.labels import LabelIndex
+from fastpeft.tasks.sequences.label_index import LabelIndex
 from fastpeft.tasks.sequences.reading import TextSplit
 
 Reader = Callable[[Row], list[float]]

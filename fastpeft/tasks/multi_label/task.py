@@ -31,7 +31,7 @@ from fastpeft.data.source import TRAIN, Source
 from fastpeft.signals import Need
 from fastpeft.tasks.multi_label.datasets import DATASETS
 from fastpeft.tasks.multi_label.labels import LabelColumns, ListedLabels, listed
-from fastpeft.tasks.sequences.labels import class_names
+from fastpeft.tasks.sequences.label_index import class_names
 from fastpeft.tasks.sequences.reading import MOSTLY, LabelledTexts, guess_columns, read_texts, source_columns
 from fastpeft.tasks.sequences.scoring import Answers
 from fastpeft.tasks.sequences.task import SequenceTask

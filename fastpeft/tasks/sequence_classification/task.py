@@ -15,7 +15,7 @@ from fastpeft.data.rows import DataError, Row, label_text
 from fastpeft.data.source import Source
 from fastpeft.signals import Need
 from fastpeft.tasks.sequence_classification.datasets import DATASETS
-from fastpeft.tasks.sequences.labels import LabelIndex, class_names
+from fastpeft.tasks.sequences.label_index import LabelIndex, class_names
 from fastpeft.tasks.sequences.reading import LabelledTexts, TextSplit, read_texts, source_columns
 from fastpeft.tasks.sequences.scoring import Answers
 from fastpeft.tasks.sequences.task import SequenceTask
