@@ -54,12 +54,15 @@ def read_table(path: Path, text: str, header: bool = True) -> tuple[list[Row], t
 
 
 def _delimiter(text: str, usual: str) -> str:
-    """The usual one, unless exactly one other splits each of the first lines into the same number of fields."""
+    """The usual one, unless the first line holds another and not that, or exactly one other splits each of the first
+    lines into the same number of fields."""
     lines = [line for line in text.split("\n", _SAMPLE_LINES)[:_SAMPLE_LINES] if line.strip()]
     if not lines or _regular(lines, usual):
         return usual
-    found = [delimiter for delimiter in _DELIMITERS if delimiter != usual and _regular(lines, delimiter)]
-    return found[0] if len(found) == 1 else usual
+    others = [delimiter for delimiter in _DELIMITERS if delimiter in lines[0] and delimiter != usual]
+    if usual in lines[0] or len(others) != 1:
+        others = [delimiter for delimiter in others if _regular(lines, delimiter)]
+    return others[0] if len(others) == 1 else usual
 
 
 def _regular(lines: list[str], delimiter: str) -> bool:

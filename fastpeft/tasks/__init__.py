@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from fastpeft.config.schema import DatasetConfig, EvaluationConfig
 from fastpeft.config.tasks import TASKS
@@ -44,7 +44,7 @@ def known_names() -> list[str]:
 
 
 def find_known(config: DatasetConfig) -> Known | None:
-    """What is known of `dataset.name`.
+    """What is known of `dataset.name`; of a dataset of another kind than dataset.task, only where it is.
 
     Raises:
         DataError: dataset.task names another kind than a dataset that the package makes itself.
@@ -57,7 +57,7 @@ def find_known(config: DatasetConfig) -> Known | None:
             raise DataError(
                 f"dataset.task={config.task}: {config.name} is of the kind {known.kind}; leave dataset.task out"
             )
-        return None
+        return Known(config.task, replace(known.dataset, labels=None, columns={}, f1_label=None))
     return known
 
 

@@ -55,7 +55,7 @@ def qwen3(causal_folders, tmp_path) -> Path:
 @pytest.mark.parametrize("family", CAUSAL_FAMILIES)
 def test_families(causal_folders, family):
     backbone = load(causal_folders[family])
-    assert (backbone.kind, backbone.head, backbone.head_is_frozen) == ("causal_lm", [], True)
+    assert (backbone.task_type, backbone.head, backbone.head_is_frozen) == ("CAUSAL_LM", [], True)
     assert (backbone.max_positions, backbone.reads_segments) == (MAX_POSITIONS, False)
     assert backbone.eos_token_ids == (backbone.tokenizer.eos_token_id,) == (1,)
     assert backbone.tokenizer.decode(backbone.tokenizer("2 + 2\n= 4")["input_ids"]) == "2 + 2\n= 4"
@@ -232,7 +232,7 @@ def test_a_head_that_is_not_linear_is_refused_by_name(tmp_path, monkeypatch, fam
 @pytest.mark.parametrize("family", ["gemma3_text", "granite"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_same_families_with_a_linear_head_are_taken(tmp_path, family, dtype):
-    assert load(make_causal_lm(tmp_path, family), dtype).kind == "causal_lm"
+    assert load(make_causal_lm(tmp_path, family), dtype).task_type == "CAUSAL_LM"
 
 
 def test_a_decoder_that_transformers_does_not_find_is_refused(causal_folders, monkeypatch):

@@ -104,8 +104,8 @@ def test_a_model_with_another_head_is_refused() -> None:
         "electra", vocab_size=32, hidden_size=16, embedding_size=16, num_hidden_layers=1, num_attention_heads=2,
         intermediate_size=16,
     )  # fmt: skip
-    model = transformers.AutoModelForMultipleChoice.from_config(config)
-    with pytest.raises(UserError, match=r"ElectraForMultipleChoice has no list of layers.*another schedule"):
+    model = transformers.AutoModelForQuestionAnswering.from_config(config)
+    with pytest.raises(UserError, match=r"ElectraForQuestionAnswering has no list of layers.*another schedule"):
         FirstLayer(model)
 
 

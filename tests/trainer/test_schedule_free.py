@@ -15,7 +15,7 @@ from fastpeft.config import ConfigError, RunConfig
 from fastpeft.config.optimizers import OptimizerConfig
 from fastpeft.errors import UserError
 from fastpeft.signals import Rates, Signals
-from fastpeft.tasks.sequence_classification import task as objective_module
+from fastpeft.tasks.sequences import task as task_module
 from fastpeft.trainer import StopRequest, train
 from fastpeft.trainer.build import Job, build_job
 from fastpeft.trainer.checkpoint_files import newest_checkpoint
@@ -216,13 +216,13 @@ def jobs(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Job]]:
 def test_what_is_evaluated_and_saved_is_the_average(
     tmp_path: Path, jobs: list[Job], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    evaluated, score = [], objective_module.score
+    evaluated, answer_rows = [], task_module.answer_rows
 
     def watched(*args):
         evaluated.append(jobs[-1].adapter.flat.data.clone())
-        return score(*args)
+        return answer_rows(*args)
 
-    monkeypatch.setattr(objective_module, "score", watched)
+    monkeypatch.setattr(task_module, "answer_rows", watched)
     run = free_run(tmp_path, budget="150steps", evaluation={"every": "25steps"}, method="lora")
     result = train(run, results_dir=tmp_path, name="r")
     job = jobs[0]

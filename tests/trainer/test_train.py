@@ -14,7 +14,7 @@ import torch
 
 from fastpeft.budget import energy
 from fastpeft.errors import UserError
-from fastpeft.tasks.sequence_classification import task as objective_module
+from fastpeft.tasks.sequences import task as task_module
 from fastpeft.trainer import StopRequest, checkpoint_files, train
 from fastpeft.trainer import calibrate as calibrate_module
 from fastpeft.trainer import loop as loop_module
@@ -200,7 +200,7 @@ def stopped_run(files: Path, phase: str, monkeypatch: pytest.MonkeyPatch | None 
 
         monkeypatch.setattr(calibrate_module, "forward_backward", third_asks)
     if monkeypatch is not None and phase in ("evaluation", "final evaluation"):
-        score = objective_module.score
+        answer_rows = task_module.answer_rows
         at = {"evaluation": 2, "final evaluation": 3}[phase]
         calls = []
 
@@ -208,9 +208,9 @@ def stopped_run(files: Path, phase: str, monkeypatch: pytest.MonkeyPatch | None 
             calls.append(None)
             if len(calls) == at:
                 request()
-            return score(*args, **kwargs)
+            return answer_rows(*args, **kwargs)
 
-        monkeypatch.setattr(objective_module, "score", asks)
+        monkeypatch.setattr(task_module, "answer_rows", asks)
     listener = Listener(on)
     run = tiny_run(files, budget=f"{TOTAL_STEPS}steps", regulariser={"warmup_steps": 6})
     result = train(run, results_dir=files, name="r", reporter=listener, stop=stop)
