@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from fastpeft.tui.screens.compare_screen import CompareScreen
+from fastpeft.tui.screens.dialogs import Reading
 from fastpeft.tui.screens.run_screen import RunScreen
 from tests.support.pilots import drive, until
 from tests.support.tui_logs import evaluation, header, heartbeat, importance, make_run, planned, step
@@ -107,6 +108,12 @@ async def _multipliers(app, pilot):
     await pilot.press("2", "j")
 
 
+async def _parts(app, pilot):
+    await _run(app, pilot)
+    await pilot.press("p")
+    await until(pilot, lambda: isinstance(app.screen, Reading))
+
+
 async def _panel(app, pilot):
     await pilot.press("j")
     await _run(app, pilot)
@@ -126,6 +133,19 @@ PLANNED = {
     "multipliers_80x24": (_multipliers, (80, 24)),
     "schedule_80x24": (_panel, (80, 24)),
 }
+
+
+def test_parts_look_as_they_did(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    parts = {
+        name: {"precision": 0.9 - i / 10, "recall": 0.8 - i / 9, "f1": 0.85 - i / 8, "support": 10 ** (i + 1)}
+        for i, name in enumerate(("LOC", "MISC", "ORG", "PER"))
+    }
+    events = [header(), *(step(k) for k in range(20)), evaluation(19, 0.7, metric="f1", groups=parts)]
+    events.append(evaluation(19, 0.6, metric="f1", split="test", groups=parts))
+    facts = {"model": "embedded/deberta-tiny", "dataset": "embedded-entities", "stand_in": True}
+    make_run(Path("results"), "entities", events, status="done", metric={"name": "f1", "value": 0.7}, **facts)
+    compare(Path("results"), "parts_80x24", _parts, (80, 24))
 
 
 @pytest.mark.parametrize("name", SNAPSHOTS)
