@@ -9,9 +9,9 @@ import pytest
 from fastpeft.tui import cells
 from fastpeft.tui.parse import PartScores, parse
 from fastpeft.tui.runs_index import RunRow
-from fastpeft.tui.screens.compare import CompareScreen
+from fastpeft.tui.screens.compare_screen import CompareScreen
 from fastpeft.tui.screens.dialogs import Help, Reading
-from fastpeft.tui.screens.run import RunScreen
+from fastpeft.tui.screens.run_screen import RunScreen
 from fastpeft.tui.tail import RunTail
 from fastpeft.tui.widgets.plot import LinePlot
 from tests.support.pilots import SIZES, drive, text_of, until, until_shown
