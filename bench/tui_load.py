@@ -192,7 +192,7 @@ async def measure_redraw(log: Path, size: tuple[int, int], rounds: int) -> dict[
         for _ in range(rounds + 1):
             for name, setting in VARIANTS.items():
                 plot.set_reactive(LinePlot.smoothing, setting.get("smoothing", 0.0))
-                plot.set_reactive(LinePlot.log, setting.get("log", False))
+                plot.set_reactive(LinePlot.log_scale, setting.get("log", False))
                 low, high = tail.series["loss"].limits("time")
                 plot.view_x = (low + 0.45 * (high - low), low + 0.55 * (high - low)) if setting.get("zoomed") else None
                 if setting.get("grown"):
