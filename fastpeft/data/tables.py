@@ -25,9 +25,10 @@ _ENCLOSED = re.compile(r'"[^"]*"\s*')
 class Reading:
     rows: list[Row]
     names: list[str]
-    quoted: bool
-    lines_lost: int
-    """In rows with a fault; one with quotes may stand on many lines."""
+
+    @property
+    def num_faults(self) -> int:
+        return sum(row.fault is not None for row in self.rows)
 
 
 def read_table(path: Path, text: str, header: bool = True) -> tuple[list[Row], tuple[str, ...]]:
@@ -72,16 +73,16 @@ def _regular(lines: list[str], delimiter: str) -> bool:
 
 
 def _choose(quoted: Reading, raw: Reading, text: str, delimiter: str) -> Reading:
-    """By what the marks join; then by the lines that cannot be read; then by whether a writer of quoted fields could
+    """By what the marks join; then by the rows that cannot be read; then by whether a writer of quoted fields could
     have written the file."""
-    if raw.lines_lost and delimiter != "\t":
+    if raw.num_faults and delimiter != "\t":
         return quoted  # csv is quoted by its standard, and read otherwise only where that leaves nothing open
     joined, alone = _joined_lines(quoted, raw)
     whole = [row for row in joined if len(row.values) > 1]
     if len(whole) > len(joined) / 2 and (delimiter == "\t" or _are_alike(whole, alone)):
         return raw  # lines that are rows by themselves, and that marks which open and close by accident would join
-    if quoted.lines_lost != raw.lines_lost:
-        return min(quoted, raw, key=lambda reading: reading.lines_lost)
+    if quoted.num_faults != raw.num_faults:
+        return min(quoted, raw, key=lambda reading: reading.num_faults)
     if joined or delimiter != "\t":
         return quoted
     end = re.escape(delimiter)
@@ -121,16 +122,14 @@ def _parse(text: str, delimiter: str, header: bool, quoted: bool) -> Reading:
     reader = csv.reader(lines, delimiter=delimiter, quoting=quoting, strict=True)
     rows: list[Row] = []
     names: list[str] = []
-    end = lost = 0
     while True:
-        start, fault = end, None
+        fault = None
         try:
             fields = next(reader)
         except StopIteration:
-            return Reading(rows, names, quoted, lost)
+            return Reading(rows, names)
         except csv.Error as error:
             fields, fault = [], f"is malformed ({error})"
-        end = reader.line_num
         if not fields and fault is None:
             continue
         if not names and fault is None:
@@ -141,9 +140,8 @@ def _parse(text: str, delimiter: str, header: bool, quoted: bool) -> Reading:
             what = "the header" if header else "the first line"
             fault = f"has {len(fields)} fields, {what} {len(names)}"
         if fault is None:
-            rows.append(Row(end, dict(zip(names, fields))))
+            rows.append(Row(reader.line_num, dict(zip(names, fields))))
             continue
-        lost += end - start
-        rows.append(Row(end, {}, fault))
+        rows.append(Row(reader.line_num, {}, fault))
         if not names:
-            return Reading(rows, names, quoted, text.count("\n"))
+            return Reading(rows, names)

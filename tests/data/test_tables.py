@@ -146,6 +146,22 @@ def test_a_csv_with_a_broken_row_is_still_quoted(tmp_path):
     assert faults == {22: "has 3 fields, the header 2"}
 
 
+def test_a_csv_with_a_mark_that_never_closes_is_still_quoted(tmp_path):
+    path = tmp_path / "train.csv"
+    rows = "".join(f"text {i},yes\n" for i in range(20))
+    path.write_text(f'sentence,label\n"one, two",no\n{rows}"and so it began,yes\n{rows}')
+    faults = {row.line: row.fault for row in read_split(path).rows if row.fault}
+    assert faults == {43: "is malformed (unexpected end of data)"}
+
+
+def test_a_bad_row_of_many_lines_is_one_bad_row(tmp_path):
+    path = tmp_path / "train.tsv"
+    path.write_text('sentence\tlabel\n"one\ntwo\nthree\tmore\nfour"\tyes\tagain\nfive\tno\n')
+    split = read_split(path)
+    assert [row.fault for row in split.rows] == ["has 3 fields, the header 2", None]
+    assert split.rows[1].values == {"sentence": "five", "label": "no"}
+
+
 # ---- delimiters and headers ----------------------------------------------------------------
 
 
