@@ -18,8 +18,8 @@ from pathlib import Path
 from fastpeft.data.rows import DataError
 from fastpeft.tasks.token_classification.sentences import OnBadRow, Sentences
 
-SUFFIXES = (".conll", ".conll2003", ".annotated", ".bio", ".iob", ".iob2", ".ner", ".txt", ".tsv")
-"""Of files that may be CoNLL; looks_like_conll tells."""
+CONLL_SUFFIXES = (".conll", ".conll2003", ".annotated", ".bio", ".iob", ".iob2", ".ner")
+"""Of files that are nothing else; of others looks_like_conll tells."""
 
 WORD_COLUMN, TAG_COLUMN = 0, -1
 """The columns where nobody says otherwise: first the word, last the tag."""
@@ -99,7 +99,7 @@ class _Form:
         separator = _separator(usual)
         fields = [_columns(line, separator) for line in usual]
         [(width, _)] = Counter(map(len, fields)).most_common(1)
-        for key, column in (("words", word_column), ("tags", tag_column)):
+        for key, column in (("text", word_column), ("label", tag_column)):
             if not -width <= column < width:
                 raise DataError(
                     f"{path}: dataset.columns.{key} is {column}, but the lines have {width} columns, from 0"

@@ -3,11 +3,19 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 from fastpeft.config.schema import DatasetConfig
+from fastpeft.data.local import SUFFIXES
 from fastpeft.data.rows import DataError, choose_held_out, configured_columns
 from fastpeft.data.source import TEST, TRAIN, VALIDATION, Source
-from fastpeft.tasks.token_classification.conll import TAG_COLUMN, WORD_COLUMN, looks_like_conll, read_conll
+from fastpeft.tasks.token_classification.conll import (
+    CONLL_SUFFIXES,
+    TAG_COLUMN,
+    WORD_COLUMN,
+    looks_like_conll,
+    read_conll,
+)
 from fastpeft.tasks.token_classification.schemes import OUTSIDE, label_names, to_iob2
 from fastpeft.tasks.token_classification.sentences import Sentences, choose_columns, sentences_from_rows
 
@@ -27,7 +35,7 @@ class TaggedSplits:
 def holds_tagged_words(config: DatasetConfig, source: Source) -> str | None:
     """Why the training rows are words with tags; None where they are not."""
     path = source.path(TRAIN)
-    if path is not None and looks_like_conll(path):
+    if path is not None and _in_columns(config, path):
         return f"{path.name} has a word and its tag on each line"
     split = source.read(TRAIN)
     try:
@@ -90,13 +98,19 @@ def _label_names(config: DatasetConfig, *types: tuple[str, ...]) -> tuple[str, .
 
 def _read(config: DatasetConfig, source: Source, split: str) -> Sentences:
     path = source.path(split)
-    if path is not None and looks_like_conll(path):
+    if path is not None and _in_columns(config, path):
         word, tag = _numbers(config)
         return read_conll(path, word, tag, config.on_bad_row)
     words, tags = _configured(config, source)
     rows = source.read(split)
     column = choose_columns(rows, words, tags)[1]
     return sentences_from_rows(rows, words, tags, source.class_names(split, column), config.on_bad_row)
+
+
+def _in_columns(config: DatasetConfig, path: Path) -> bool:
+    """Whether a file has a word on each line: by its suffix, or by its lines, or because it is no other format."""
+    nothing_else = path.suffix in CONLL_SUFFIXES or (config.task != "auto" and path.suffix not in SUFFIXES)
+    return nothing_else or looks_like_conll(path)
 
 
 def _configured(config: DatasetConfig, source: Source) -> tuple[str | None, str | None]:

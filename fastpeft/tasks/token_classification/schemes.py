@@ -94,7 +94,7 @@ def detect_scheme(sentences: Sentences) -> Scheme:
         if OUTSIDE not in tags:
             raise DataError(
                 f"{sentences.source}: the tags are {_listed(plain)}, and none is O, so that every word would be an "
-                "entity; expected tags such as O, B-PER, I-PER. Name the right column in dataset.columns.tags"
+                "entity; expected tags such as O, B-PER, I-PER. Name the right column in dataset.columns.label"
             )
         return "io"
     if plain:
@@ -196,7 +196,7 @@ def _place(sentences: Sentences, sentence: int, word: int) -> str:
 def _foreign(sentences: Sentences, tag: str, what: str, fix: str = "") -> str:
     sentence = next(i for i, tags in enumerate(sentences.tags) if tag in tags)
     word = sentences.tags[sentence].index(tag)
-    return f"{_place(sentences, sentence, word)} {what}. Mend the tag or name the column in dataset.columns.tags{fix}"
+    return f"{_place(sentences, sentence, word)} {what}. Mend the tag or name the column in dataset.columns.label{fix}"
 
 
 def _listed(tags: list[str]) -> str:

@@ -90,7 +90,7 @@ def choose_columns(split: Split, words_column: str | None = None, tags_column: s
     if not have:
         first = split.rows[0]
         raise DataError(f"{split.source}:{first.line}: {first.fault or 'is empty'}, and so is every other row")
-    for key, column in (("words", words_column), ("tags", tags_column)):
+    for key, column in (("text", words_column), ("label", tags_column)):
         if column is not None and column not in have:
             raise DataError(
                 f"{split.source}: dataset.columns.{key} is {column!r}, but the columns are {', '.join(have)}"
@@ -98,10 +98,10 @@ def choose_columns(split: Split, words_column: str | None = None, tags_column: s
     lists = {name for row in split.rows for name, value in row.values.items() if isinstance(value, (list, tuple))}
     words = words_column or next((name for name in _WORD_COLUMNS if name in lists), None)
     tags = tags_column or next((name for name in _TAG_COLUMNS if name in lists and name != words), None)
-    for key, column in (("words", words), ("tags", tags)):
+    for what, key, column in (("words", "text", words), ("tags", "label", tags)):
         if column is None:
             raise DataError(
-                f"{split.source}: which column holds each row's list of {key}? Set dataset.columns.{key}; the columns "
+                f"{split.source}: which column holds each row's list of {what}? Set dataset.columns.{key}; the columns "
                 f"are {', '.join(have)}"
             )
     assert words is not None

@@ -4,7 +4,9 @@ from pathlib import Path
 
 import pytest
 
+from fastpeft.config.schema import DatasetConfig
 from fastpeft.data.rows import DataError
+from fastpeft.tasks import load_task
 from fastpeft.tasks.token_classification.conll import looks_like_conll, read_conll
 from tests.support.tagged_sentences import WNUT17, iob1_file
 
@@ -125,8 +127,8 @@ def test_a_first_line_that_is_malformed_spoils_its_sentence_only(tmp_path):
         ("", (0, -1), "has no sentences"),
         ("-DOCSTART- O\n\n", (0, -1), "has no sentences"),
         ("Anna\nsleeps\n", (0, -1), "have one column only"),
-        ("Anna B-PER\n", (0, 3), "dataset.columns.tags is 3, but the lines have 2 columns"),
-        ("Anna B-PER\n", (-3, -1), "dataset.columns.words is -3"),
+        ("Anna B-PER\n", (0, 3), "dataset.columns.label is 3, but the lines have 2 columns"),
+        ("Anna B-PER\n", (-3, -1), "dataset.columns.text is -3"),
         ("Anna x B-PER\n", (2, -1), "are to have words and tags in column 2"),
         (b"Anna B-PER\n\xff O\n", (0, -1), ":2: is not UTF-8 text"),
     ],
@@ -189,3 +191,13 @@ def test_wnut17_is_read_whole(name, num_sentences, num_without_piece):
     selectors = [tag for words, tags in zip(read.words, read.tags) for w, tag in zip(words, tags) if w == "\ufe0f"]
     assert selectors == ["O"] * num_without_piece
     assert looks_like_conll(WNUT17 / name)
+
+
+def test_a_file_whose_suffix_says_conll_is_read_as_such_though_half_of_it_is_damaged(tmp_path):
+    """Its lines alone would not tell."""
+    path = tmp_path / "train.conll"
+    path.write_text("EU B-ORG\nrejects O\n\nPeter B-PER\nBlackburn\n\n")
+    assert not looks_like_conll(path)
+    (tmp_path / "dev.conll").write_text("EU B-ORG\n")
+    with pytest.raises(DataError, match=r"train\.conll:5: .*Blackburn"):
+        load_task(DatasetConfig(path=str(tmp_path)))

@@ -110,7 +110,7 @@ def test_a_type_may_hold_hyphens():
 @pytest.mark.parametrize(
     ("line", "scheme", "message"),
     [
-        ("NN VB DT", "auto", "none is O.*dataset.columns.tags"),
+        ("NN VB DT", "auto", "none is O.*dataset.columns.label"),
         ("B-X PER O", "auto", "PER on word 2, 'w2', of the sentence at here:1 is no tag of IOB1"),
         (
             "B-X S-X O L-X",

@@ -79,9 +79,9 @@ def test_class_numbers_without_names_are_refused_with_the_key_that_names_them():
     ("row", "columns", "message"),
     [
         ({"text": "a b", "label": 1}, (None, None), "which column holds each row's list of words"),
-        ({"tokens": ["a"], "mine": ["O"]}, (None, None), r"list of tags\? Set dataset.columns.tags.*tokens, mine"),
-        ({"tokens": ["a"], "tags": ["O"]}, ("word", None), "dataset.columns.words is 'word', but the columns are"),
-        ({"tokens": ["a"], "tags": ["O"]}, (None, "tag"), "dataset.columns.tags is 'tag'"),
+        ({"tokens": ["a"], "mine": ["O"]}, (None, None), r"list of tags\? Set dataset.columns.label.*tokens, mine"),
+        ({"tokens": ["a"], "tags": ["O"]}, ("word", None), "dataset.columns.text is 'word', but the columns are"),
+        ({"tokens": ["a"], "tags": ["O"]}, (None, "tag"), "dataset.columns.label is 'tag'"),
     ],
 )
 def test_columns_that_are_not_there_are_named(row, columns, message):
