@@ -111,6 +111,7 @@ def _arguments(run: RunConfig, folder: Path) -> Any:
         warmup_steps=run.schedule.warmup_steps,
         weight_decay=optimizer.weight_decay,
         max_grad_norm=optimizer.max_grad_norm,
+        train_sampling_strategy="group_by_length",  # as a careful user sets it, and as fastpeft does
         seed=training.seed,
         save_strategy="no",
         report_to="none",
