@@ -80,6 +80,8 @@ def run_of(args: argparse.Namespace, row: str, seed: int) -> RunConfig:
 def train_with_fastpeft(run: RunConfig) -> Trained:
     with tempfile.TemporaryDirectory() as folder:
         result = fastpeft.train(run, results_dir=folder, name="run", allow_stand_in=False)
+        if result.status != "done":
+            raise SystemExit(f"the run with seed {run.training.seed} has {result.status} after {result.steps} steps")
         steps = [e for e in read_events(Path(folder) / "run" / "events.jsonl") if e["type"] == "step"]
     return Trained(result.metric["value"], result.test.get("value"), result.steps, steps[-1]["elapsed_s"])
 

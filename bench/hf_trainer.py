@@ -69,6 +69,7 @@ def train_with_trainer(run: RunConfig) -> Trained:
             processing_class=tokenizer,
         )
         found = trainer.train()
+        trainer.args.train_sampling_strategy = "sequential"  # by length, predictions would come back in that order too
         value = splits.score(trainer.predict)
         test = splits.score_test(trainer.predict)
     return Trained(value, test, found.global_step, found.metrics["train_runtime"])
@@ -149,6 +150,7 @@ class _TextRows:
     def score(self, predict: Predict) -> float:
         found = predict(self._dataset(self._validation))
         logits, labels = torch.from_numpy(found.predictions), np.array(self._validation.labels)
+        assert np.array_equal(found.label_ids, labels.astype(found.label_ids.dtype)), "predictions of another order"
         value = self._task.metrics(Answers(logits, math.nan), labels)[0]
         _same(value, _plain_metric(self._task, found.predictions, labels))
         return value
@@ -201,6 +203,7 @@ class _TaggedRows:
         found = predict(rows.remove_columns(_FIRST_WORDS))
         tags = [["O"] * len(words) for words in sentences.words]
         for row, (logits, labels) in enumerate(zip(found.predictions, found.label_ids)):
+            assert labels[: len(rows[row]["labels"])].tolist() == rows[row]["labels"], "predictions of another order"
             for word, number in zip(rows[row][_FIRST_WORDS], logits[labels != IGNORE].argmax(-1)):
                 tags[row][word] = self._task.label_names[number]
         value = score_entities(sentences.tags, tags, self._task.label_names).f1
