@@ -65,7 +65,6 @@ def load_classifier(
     dtype: torch.dtype,
     device: torch.device,
     trained: bool = False,
-    tokenizer_settings: dict[str, Any] | None = None,
 ) -> Backbone:
     """Load weights, tokenizer and a head; a missing head is initialised from torch's RNG.
 
@@ -75,7 +74,6 @@ def load_classifier(
         auto_class: of transformers, such as AutoModelForSequenceClassification.
         task_type: PEFT's name for it.
         settings: of the model's config, such as num_labels and id2label.
-        tokenizer_settings: of the tokenizer's loading.
 
     Raises:
         UnavailableError: a folder or repository that holds no usable model.
@@ -89,7 +87,7 @@ def load_classifier(
             "classifier; leave it out"
         )
     with _loading(config, "a classifier") as folder:
-        tokenizer = transformers.AutoTokenizer.from_pretrained(folder, **(tokenizer_settings or {}), **_LOCAL)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(folder, **_LOCAL)
         model, info = getattr(transformers, auto_class).from_pretrained(
             folder,
             **{key: value for key, value in settings.items() if key in _LABELS},
@@ -105,21 +103,24 @@ def load_classifier(
         raise UnavailableError(f"model.name {config.name}: its tokenizer has no padding token")
     head = _head_modules(model, info, config.name)
     freeze(model, head, torch.float32 if trained else dtype, device)
-    loaded = model.config
-    positions: int | None = getattr(loaded, "max_position_embeddings", None)
-    if positions is not None and loaded.model_type in ("roberta", "xlm-roberta", "camembert"):
-        positions -= 2  # its positions start after the padding index
-    bounded = positions and getattr(loaded, "position_biased_input", True)
     return Backbone(
         model=model,
         tokenizer=tokenizer,
         head=head,
-        reads_segments=getattr(loaded, "type_vocab_size", 0) > 1,
-        max_positions=positions if bounded else None,
+        reads_segments=getattr(model.config, "type_vocab_size", 0) > 1,
+        max_positions=_max_positions(model.config),
         dtype=dtype,
         task_type=task_type,
         entry_points=[model],
     )
+
+
+def _max_positions(settings: Any) -> int | None:
+    """Of an encoder: the longest row that it has positions for; None where they are relative only."""
+    positions: int | None = getattr(settings, "max_position_embeddings", None)
+    if positions is not None and settings.model_type in ("roberta", "xlm-roberta", "camembert"):
+        positions -= 2  # its positions start after the padding index
+    return positions if positions and getattr(settings, "position_biased_input", True) else None
 
 
 def load_causal_lm(config: ModelConfig, dtype: torch.dtype, device: torch.device, trained: bool = False) -> Backbone:

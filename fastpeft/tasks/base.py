@@ -21,7 +21,7 @@ from fastpeft.data.batches import Batch, TokenRows
 from fastpeft.data.known import KnownDataset
 from fastpeft.data.source import Source
 from fastpeft.device_memory import TokenLimits
-from fastpeft.models.backbone import Backbone
+from fastpeft.models.backbone import Backbone, load_classifier
 from fastpeft.signals import Need
 
 Stop = Callable[[], bool]
@@ -146,16 +146,29 @@ class Task(ABC, Generic[Rows]):
 
     # ---- model and tokens ------------------------------------------------------------------
 
-    @abstractmethod
+    @property
+    def num_outputs(self) -> int:
+        """Of the head that the task puts on an encoder."""
+        return len(self.label_names)
+
     def load_model(
         self, config: ModelConfig, dtype: torch.dtype, device: torch.device, trained: bool = False
     ) -> Backbone:
-        """The pretrained model with a head for this task.
+        """The pretrained model with a head for this task: here an encoder with a head of `num_outputs`.
 
         Raises:
             UnavailableError: a folder or repository that holds no usable model.
             UserError: settings that do not go with this task.
         """
+        return load_classifier(
+            config,
+            auto_class=self.auto_class,
+            task_type=self.peft_task_type,
+            settings=self.model_settings() | {"num_labels": self.num_outputs},
+            dtype=dtype,
+            device=device,
+            trained=trained,
+        )
 
     @abstractmethod
     def encode(self, backbone: Backbone, device: torch.device) -> None:

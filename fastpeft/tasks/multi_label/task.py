@@ -99,10 +99,6 @@ class MultiLabel(SequenceTask):
             f"{len(self.texts.validation):,} validation rows"
         )
 
-    @property
-    def num_outputs(self) -> int:
-        return len(self.label_names)
-
     def row_losses(self, logits_NC: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         """Of a row the mean over its labels, as transformers has it."""
         total = nn.functional.binary_cross_entropy_with_logits(logits_NC, labels, reduction="sum")

@@ -19,6 +19,7 @@ from fastpeft.tasks.sequences.label_index import LabelIndex, class_names
 from fastpeft.tasks.sequences.reading import LabelledTexts, TextSplit, read_texts, source_columns
 from fastpeft.tasks.sequences.scoring import Answers
 from fastpeft.tasks.sequences.task import SequenceTask
+from fastpeft.tasks.statistics import class_statistics
 
 MAX_INFERRED_LABELS = 100
 """More different values, and more than one in ten rows: not labels, unless they are named."""
@@ -75,22 +76,13 @@ class SequenceClassification(SequenceTask):
         labels = ", ".join(f"{name} {shares[i] / len(train):.0%}" for i, name in enumerate(self.label_names))
         return f"{self.name}: {len(train):,} training rows ({labels}), {len(self.texts.validation):,} validation rows"
 
-    @property
-    def num_outputs(self) -> int:
-        return len(self.label_names)
-
     def row_losses(self, logits_NC: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         return nn.functional.cross_entropy(logits_NC, labels, reduction="sum")
 
     def statistics(
         self, logits_NC: torch.Tensor, labels: torch.Tensor, num_items: int, needs: Collection[Need]
     ) -> dict[str, torch.Tensor]:
-        if Need.TOKENS not in needs:
-            return {}
-        probability = logits_NC.softmax(1)
-        entropy = torch.special.entr(probability).sum() / num_items
-        error = probability.scatter_(1, labels[:, None], -1, reduce="add")
-        return {"entropy": entropy, "answer_fisher": error.square_().sum() / num_items}
+        return class_statistics(logits_NC, labels, num_items, needs)
 
     def metrics(self, answers: Answers, labels: np.ndarray) -> tuple[float, dict[str, float], dict[str, dict]]:
         """Accuracy. F1 is 2 TP / (2 TP + FP + FN), and 0 where the class neither is there nor is predicted."""

@@ -14,10 +14,10 @@ import numpy as np
 import torch
 from torch import nn
 
-from fastpeft.config.schema import DatasetConfig, EvaluationConfig, ModelConfig
+from fastpeft.config.schema import DatasetConfig, EvaluationConfig
 from fastpeft.data.batches import Batch, evaluation_batches
 from fastpeft.device_memory import TokenLimits
-from fastpeft.models.backbone import Backbone, load_classifier
+from fastpeft.models.backbone import Backbone
 from fastpeft.models.lens import FirstLayer
 from fastpeft.signals import Need
 from fastpeft.tasks.base import BatchLoss, ExportCheck, Score, Shrink, Stop, Task
@@ -49,11 +49,6 @@ class SequenceTask(Task[Encoded]):
             f"{count:,} malformed rows of the {split} split were skipped" for split, count in texts.skipped_rows.items()
         ]
 
-    @property
-    @abstractmethod
-    def num_outputs(self) -> int:
-        """C."""
-
     @abstractmethod
     def row_losses(self, logits_NC: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         """The rows' losses, summed, of fp32 logits."""
@@ -69,19 +64,6 @@ class SequenceTask(Task[Encoded]):
         return {}
 
     # ---- model and tokens ------------------------------------------------------------------
-
-    def load_model(
-        self, config: ModelConfig, dtype: torch.dtype, device: torch.device, trained: bool = False
-    ) -> Backbone:
-        return load_classifier(
-            config,
-            auto_class=self.auto_class,
-            task_type=self.peft_task_type,
-            settings=self.model_settings() | {"num_labels": self.num_outputs},
-            dtype=dtype,
-            device=device,
-            trained=trained,
-        )
 
     def encode(self, backbone: Backbone, device: torch.device) -> None:
         self._device = device

@@ -29,14 +29,15 @@ import numpy as np
 import torch
 from torch import nn
 
-from fastpeft.config.schema import DatasetConfig, EvaluationConfig, ModelConfig
+from fastpeft.config.schema import DatasetConfig, EvaluationConfig
 from fastpeft.data.batches import Batch, evaluation_batches, micro_batches
 from fastpeft.data.source import Source
 from fastpeft.device_memory import TokenLimits, free_memory, is_out_of_memory
-from fastpeft.models.backbone import Backbone, load_classifier
+from fastpeft.models.backbone import Backbone
 from fastpeft.models.lens import FirstLayer
 from fastpeft.signals import Need
 from fastpeft.tasks.base import BatchLoss, ExportCheck, Score, Shrink, Stop, Task
+from fastpeft.tasks.statistics import class_statistics
 from fastpeft.tasks.token_classification.datasets import DATASETS
 from fastpeft.tasks.token_classification.encode import EncodedSentences, collate_tokens, encode_sentences
 from fastpeft.tasks.token_classification.reading import TaggedSplits, holds_tagged_words, read_tagged_splits
@@ -92,19 +93,6 @@ class TokenClassification(Task[EncodedSentences]):
 
     # ---- model and tokens ------------------------------------------------------------------
 
-    def load_model(
-        self, config: ModelConfig, dtype: torch.dtype, device: torch.device, trained: bool = False
-    ) -> Backbone:
-        return load_classifier(
-            config,
-            auto_class=self.auto_class,
-            task_type=self.peft_task_type,
-            settings=self.model_settings() | {"num_labels": len(self.label_names)},
-            dtype=dtype,
-            device=device,
-            trained=trained,
-        )
-
     def encode(self, backbone: Backbone, device: torch.device) -> None:
         self._device = device
         self.train = self._encode(self.splits.train, backbone)
@@ -152,7 +140,7 @@ class TokenClassification(Task[EncodedSentences]):
             logits_MC, labels_M = _labelled_logits(model, batch)
         loss = nn.functional.cross_entropy(logits_MC, labels_M, reduction="sum") / num_items
         with torch.no_grad():
-            statistics = _statistics(logits_MC.detach(), labels_M, num_items, needs)
+            statistics = class_statistics(logits_MC.detach(), labels_M, num_items, needs)
             if lens is not None:
                 entropy = torch.special.entr(lens.read_tokens(_spread(batch.rows, LENS_TOKENS)).softmax(1)).sum(1)
                 statistics["lens_entropy"] = entropy.mean() * (len(labels_M) / num_items)
@@ -263,17 +251,6 @@ def _labelled_logits(model: nn.Module, batch: Batch) -> tuple[torch.Tensor, torc
     assert batch.rows is not None
     logits_NLC = model(**batch.inputs).logits
     return logits_NLC.flatten(0, 1)[batch.rows].float(), batch.labels.flatten()[batch.rows]
-
-
-def _statistics(
-    logits_MC: torch.Tensor, labels_M: torch.Tensor, num_items: int, needs: Collection[Need]
-) -> dict[str, torch.Tensor]:
-    if Need.TOKENS not in needs:
-        return {}
-    probability = logits_MC.softmax(1)
-    entropy = torch.special.entr(probability).sum() / num_items
-    error = probability.scatter_(1, labels_M[:, None], -1, reduce="add")
-    return {"entropy": entropy, "answer_fisher": error.square_().sum() / num_items}
 
 
 @torch.inference_mode()
