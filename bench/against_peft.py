@@ -1,10 +1,11 @@
 """The trainer's metric beside that of Hugging Face's Trainer with PEFT: same rows, model, settings and epochs.
 
     python bench/against_peft.py --task wnut17 --model DIR --data DIR [--seeds 1,2,3] [--epochs 5] [--max-length 128]
-                                 [--rows trainer,lora,iw_lora] [--json OUT] [key=value ...]
+                                 [--rows trainer,trainer_by_length,lora,iw_lora] [--json OUT] [key=value ...]
 
 The row `trainer` is what the documentation of both libraries shows (bench/hf_trainer.py): their tokenising, collators,
-sampling, AdamW and linear schedule. The other rows are `fastpeft.train` by its public interface. All have the same
+AdamW, linear schedule, and rows in random order. `trainer_by_length` groups rows of similar length, as a careful user
+would for speed. The other rows are `fastpeft.train` by its public interface. All have the same
 rank, targets, batch size, learning rate, warm-up and weight decay, compute in fp32 on one thread, and are scored by
 the same function on the weights of the last step. Rows take turns, the seeds outside, so that load on the machine
 meets them alike; `train s` is the training loop alone. `--data` holds train.* and dev.* files as fastpeft reads them.
@@ -61,8 +62,9 @@ COMMON = {
     "evaluation.every": "end",
     "wandb.mode": "disabled",
 }
-TRAINER = "trainer"
-ROWS = (TRAINER, "lora", "iw_lora")
+TRAINERS = {"trainer": "random", "trainer_by_length": "group_by_length"}
+"""Row -> train_sampling_strategy."""
+ROWS = (*TRAINERS, "lora", "iw_lora")
 
 
 def run_of(args: argparse.Namespace, row: str, seed: int) -> RunConfig:
@@ -74,7 +76,7 @@ def run_of(args: argparse.Namespace, row: str, seed: int) -> RunConfig:
     if args.max_length is not None:
         settings["dataset.max_length"] = args.max_length
     settings |= dict(pair.split("=", 1) for pair in args.settings)
-    return fastpeft.load_run(preset, method="lora" if row == TRAINER else row, **settings)
+    return fastpeft.load_run(preset, method="lora" if row in TRAINERS else row, **settings)
 
 
 def train_with_fastpeft(run: RunConfig) -> Trained:
@@ -96,7 +98,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
             if any((run["row"], run["seed"]) == (row, seed) for run in runs):
                 continue
             run = run_of(args, row, seed)
-            trained = train_with_trainer(run) if row == TRAINER else train_with_fastpeft(run)
+            trained = train_with_trainer(run, TRAINERS[row]) if row in TRAINERS else train_with_fastpeft(run)
             runs.append({"row": row, "seed": seed} | asdict(trained))
             print(f"{args.task} {row:8} seed {seed}: {trained}", flush=True)
             if args.json:
@@ -126,7 +128,7 @@ def run_settings(run: RunConfig) -> dict[str, Any]:
 
 
 def summarise(report: dict[str, Any]) -> list[dict[str, Any]]:
-    """Each row's means over the seeds, and its differences from the Trainer's, paired by seed."""
+    """Each row's means over the seeds, and its differences from the Trainer's rows, paired by seed."""
     table = []
     for row in ROWS:
         own = {run["seed"]: run for run in report["runs"] if run["row"] == row}
@@ -139,18 +141,24 @@ def summarise(report: dict[str, Any]) -> list[dict[str, Any]]:
             if not values:
                 continue
             entry[score], entry[f"{score}s"] = str(mean_of(list(values.values()))), list(values.values())
-            theirs = {run["seed"]: run[score] for run in report["runs"] if run["row"] == TRAINER}
-            if row != TRAINER and values.keys() & theirs.keys():
-                entry[f"{score}_minus_trainer"] = str(mean_of([values[s] - theirs[s] for s in values if s in theirs]))
+            for trainer in set(TRAINERS) - {row}:
+                theirs = {run["seed"]: run[score] for run in report["runs"] if run["row"] == trainer}
+                pairs = [values[seed] - theirs[seed] for seed in values if seed in theirs]
+                if pairs and row not in TRAINERS:
+                    entry[f"{score}_minus_{trainer}"] = str(mean_of(pairs))
         table.append(entry)
     return table
 
 
 def show(report: dict[str, Any]) -> None:
-    columns = ["", "validation", "minus trainer", "test", "minus trainer", "train s"]
-    keys = ["row", "value", "value_minus_trainer", "test", "test_minus_trainer", "train_s"]
-    title = f"{report['task']}: mean over {len({run['seed'] for run in report['runs']})} seeds, 95 % t-interval"
-    print_table(title, columns, [[entry.get(key) for key in keys] for entry in report["summary"]])
+    table, seeds = report["summary"], {run["seed"] for run in report["runs"]}
+    found = set().union(*table)
+    columns = {"row": "", "value": "validation"}
+    columns |= {f"value_minus_{trainer}": f"minus {trainer}" for trainer in TRAINERS}
+    columns |= {"test": "test"} | {f"test_minus_{trainer}": f"minus {trainer}" for trainer in TRAINERS}
+    columns = {key: title for key, title in (columns | {"train_s": "train s"}).items() if key in found}
+    title = f"{report['task']}: mean over {len(seeds)} seeds, 95 % t-interval"
+    print_table(title, list(columns.values()), [[entry.get(key) for key in columns] for entry in table])
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:

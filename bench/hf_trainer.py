@@ -41,8 +41,11 @@ class Trained:
     """Seconds of the training loop: no loading, no tokenising, no evaluation."""
 
 
-def train_with_trainer(run: RunConfig) -> Trained:
+def train_with_trainer(run: RunConfig, sampling: str = "random") -> Trained:
     """Train on the rows that the run reads, tokenised and batched by transformers.
+
+    Args:
+        sampling: train_sampling_strategy of TrainingArguments.
 
     Raises:
         AssertionError: the task's metric is not what seqeval, scipy or a plain mean make of the same predictions.
@@ -63,7 +66,7 @@ def train_with_trainer(run: RunConfig) -> Trained:
     with tempfile.TemporaryDirectory() as folder:
         trainer = transformers.Trainer(
             model=model,
-            args=_arguments(run, Path(folder)),
+            args=_arguments(run, Path(folder), sampling),
             train_dataset=splits.train,
             data_collator=collator,
             processing_class=tokenizer,
@@ -98,7 +101,7 @@ def _with_lora(model: nn.Module, task: Task, run: RunConfig) -> nn.Module:
     return peft.get_peft_model(model, config)
 
 
-def _arguments(run: RunConfig, folder: Path) -> Any:
+def _arguments(run: RunConfig, folder: Path, sampling: str) -> Any:
     import transformers
 
     training, optimizer = run.training, run.optimizer
@@ -112,7 +115,7 @@ def _arguments(run: RunConfig, folder: Path) -> Any:
         warmup_steps=run.schedule.warmup_steps,
         weight_decay=optimizer.weight_decay,
         max_grad_norm=optimizer.max_grad_norm,
-        train_sampling_strategy="group_by_length",  # as a careful user sets it, and as fastpeft does
+        train_sampling_strategy=sampling,
         seed=training.seed,
         save_strategy="no",
         report_to="none",

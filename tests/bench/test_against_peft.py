@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from bench import against_peft, hf_trainer
-from bench.against_peft import TRAINER, parse, run_of, summarise
+from bench.against_peft import parse, run_of, summarise
 from fastpeft.adapters import method_class
 from fastpeft.data.batches import IGNORE
 from fastpeft.standins import embedded_path
@@ -36,7 +36,7 @@ def arguments(data: str, task: str, *more: str) -> list[str]:
 @pytest.fixture
 def tagged(tmp_path: Path):
     args = parse(arguments(files(tmp_path, SENTENCES), "wnut17"))
-    run = run_of(args, TRAINER, seed=1)
+    run = run_of(args, "trainer", seed=1)
     return run, load_task(run.dataset)
 
 
@@ -75,18 +75,20 @@ def test_a_label_stands_on_a_words_first_piece_and_a_word_that_is_cut_off_counts
 
 def test_the_whole_in_miniature(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     out = tmp_path / "out.json"
-    args = arguments(files(tmp_path, PAIRS), "stsb", "--epochs", "1", "--rows", "trainer,lora", "--json", str(out))
+    args = arguments(
+        files(tmp_path, PAIRS), "stsb", "--epochs", "1", "--rows", "trainer_by_length,lora", "--json", str(out)
+    )
     monkeypatch.setitem(against_peft.TASKS, "stsb", {"preset": "lora_mnli", "dataset.task": "regression"})
     against_peft.main([*args, "--seeds", "1", "dataset.name=local"])
     first = json.loads(out.read_text())
-    assert [run["row"] for run in first["runs"]] == ["trainer", "lora"]
+    assert [run["row"] for run in first["runs"]] == ["trainer_by_length", "lora"]
     assert all(run["steps"] == 1 and run["train_s"] > 0 for run in first["runs"])
     assert first["settings"]["training.precision"] == "fp32"
 
     against_peft.main([*args, "--seeds", "1,2", "dataset.name=local"])
     second = json.loads(out.read_text())
     assert second["runs"][:2] == first["runs"]
-    assert [(run["row"], run["seed"]) for run in second["runs"][2:]] == [("lora", 2), ("trainer", 2)]
+    assert [(run["row"], run["seed"]) for run in second["runs"][2:]] == [("lora", 2), ("trainer_by_length", 2)]
     with pytest.raises(SystemExit, match="other settings"):
         against_peft.main([*args, "--seeds", "3", "--max-length", "16", "dataset.name=local"])
 
@@ -107,4 +109,4 @@ def test_differences_are_paired_by_seed() -> None:
 def test_an_unknown_row_is_refused(capsys: pytest.CaptureFixture) -> None:
     with pytest.raises(SystemExit):
         parse(arguments("data", "mnli", "--rows", "trainer,dora"))
-    assert "--rows dora: known are trainer, lora, iw_lora" in capsys.readouterr().err
+    assert "--rows dora: known are trainer, trainer_by_length, lora, iw_lora" in capsys.readouterr().err
