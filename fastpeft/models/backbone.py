@@ -40,7 +40,8 @@ class Backbone:
     """Top-level modules that are trained whole, in fp32: a classifier's head and whatever has no pretrained weights.
     Empty for a causal LM, whose head is pretrained."""
     reads_segments: bool
-    """Whether the model has token type embeddings."""
+    """Whether the model has token type embeddings and its tokenizer gives their numbers. Where it gives none, whoever
+    calls the model later leaves them at 0, and so does training."""
     max_positions: int | None
     """Longest sequence that the model can take; None if unbounded."""
     dtype: torch.dtype
@@ -107,7 +108,8 @@ def load_classifier(
         model=model,
         tokenizer=tokenizer,
         head=head,
-        reads_segments=getattr(model.config, "type_vocab_size", 0) > 1,
+        reads_segments=getattr(model.config, "type_vocab_size", 0) > 1
+        and "token_type_ids" in tokenizer.model_input_names,
         max_positions=_max_positions(model.config),
         dtype=dtype,
         task_type=task_type,

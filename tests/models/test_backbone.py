@@ -51,6 +51,15 @@ def test_families(model_folders, family):
     assert model(**inputs(backbone)).logits.shape == (2, 3)
 
 
+def test_segments_are_those_that_the_tokenizer_gives(tmp_path):
+    """Where it names none, whoever loads the model later leaves them at 0."""
+    folder = make_model(tmp_path, "bert")
+    settings = json.loads((folder / "tokenizer_config.json").read_text())
+    del settings["model_input_names"]
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    assert not load(folder).reads_segments
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_encoder_weights_are_the_checkpoint(model_folders, family):
     from safetensors.torch import load_file
