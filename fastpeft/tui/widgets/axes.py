@@ -49,22 +49,36 @@ def nice_ticks(low: float, high: float, most: int) -> list[float]:
     return []
 
 
-class Numbers(AxisFormatter):
-    """`most` ticks: the plot sets it by its size."""
+class _Fitted(AxisFormatter):
+    """`most` ticks, as the plot sets it by its size, and of an axis `columns` long none whose label ends beyond it."""
 
     most = 6
+    columns: int | None = None
+    """None: of an axis that is upright."""
+
+    def get_ticks_and_labels(self, min_: float, max_: float, max_ticks: int = 8) -> tuple[list[float], list[str]]:
+        ticks, labels = super().get_ticks_and_labels(min_, max_, max_ticks)
+        if self.columns is None:
+            return ticks, labels
+        places = [(tick - min_) / (max_ - min_) * self.columns for tick in ticks]
+        fit = [i for i, label in enumerate(labels) if ticks[i] == max_ or places[i] + len(label) // 2 <= self.columns]
+        return [ticks[i] for i in fit], [labels[i] for i in fit]
+
+
+class Numbers(_Fitted):
+    """Multiples of 1, 2 or 5 times a power of ten."""
 
     def get_ticks(self, min_: float, max_: float, max_ticks: int = 8) -> list[float]:
         return nice_ticks(min_, max_, min(self.most, max_ticks))
 
     def get_labels_for_ticks(self, ticks: Sequence[float]) -> list[str]:
-        return [short(round(tick, 12)) if abs(tick) >= 1e-3 else short(tick) for tick in ticks]
+        """In as many digits as it takes to tell them apart."""
+        labels = [short(round(tick, 12)) if abs(tick) >= 1e-3 else short(tick) for tick in ticks]
+        return labels if len(set(labels)) == len(labels) else [f"{tick:.7g}" for tick in ticks]
 
 
-class Durations(DurationFormatter):
+class Durations(_Fitted, DurationFormatter):
     """As Numbers, of seconds."""
-
-    most = 6
 
     def get_ticks(self, min_: float, max_: float, max_ticks: int = 8) -> list[float]:
         _, unit = self._select_unit(min_, max_)

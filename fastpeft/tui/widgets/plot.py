@@ -16,6 +16,7 @@ from textual.reactive import reactive
 from textual.widget import Widget
 from textual.widgets import Static
 
+from fastpeft.tui.format import joined, shortened
 from fastpeft.tui.series import AXES, Floats, Series, Window
 from fastpeft.tui.theme import curve_color
 from fastpeft.tui.widgets.axes import Durations, Numbers, Powers, position, short
@@ -28,6 +29,8 @@ ZOOM = 1.5
 AHEAD = 0.25
 _LEVEL_SIGN = "╌"
 _LINE_SIGNS = ("━", "╍", "┅", "┉")
+_LEAST_LABEL = 8
+"""Characters, of a curve without a mark."""
 
 
 @dataclass(frozen=True)
@@ -36,6 +39,32 @@ class Curve:
     series: Series
     color: str = ""
     """#rrggbb; the palette's next where empty."""
+    mark: str = ""
+    """A sign that tells it from others of its colour, and without colour from more than there are dashes."""
+
+
+@dataclass(frozen=True)
+class Look:
+    """How a curve is told from the others of its plot."""
+
+    color: str
+    dash: int
+    """Of DASHES."""
+    mark: str
+
+    @property
+    def sign(self) -> str:
+        return _LINE_SIGNS[self.dash] + self.mark
+
+
+def looks(curves: Sequence[Curve], no_color: bool) -> list[Look]:
+    """No two alike, as long as curves have marks of their own or are no more than there are colours and dashes."""
+    found: list[Look] = []
+    for i, curve in enumerate(curves):
+        color = curve.color or curve_color(i)
+        before = i if no_color else sum(look.color == color for look in found)
+        found.append(Look(color, before % len(DASHES), curve.mark))
+    return found
 
 
 @dataclass(frozen=True)
@@ -77,11 +106,11 @@ class LinePlot(Widget, can_focus=True):
         Binding("shift+down", "pan(0, -1)", "Pan down", id="plot.pan-down", show=False),
         Binding("K", "zoom_y(1)", "Zoom in on y", id="plot.zoom-y-in", show=False),
         Binding("J", "zoom_y(-1)", "Zoom out on y", id="plot.zoom-y-out", show=False),
-        Binding("y", "log", "Log scale", id="plot.log"),
-        Binding("s", "smooth(1)", "Smooth", id="plot.smooth"),
+        Binding("y", "log", "Log", tooltip="Log scale", id="plot.log"),
+        Binding("s", "smooth(1)", "Smooth", tooltip="Smooth more", id="plot.smooth"),
         Binding("S", "smooth(-1)", "Smooth less", id="plot.smooth-less", show=False),
-        Binding("x", "axis", "X axis", id="plot.axis"),
-        Binding("0", "reset", "Reset", id="plot.reset"),
+        Binding("x", "axis", "Axis", tooltip="The next x axis", id="plot.axis"),
+        Binding("0", "reset", "Reset", tooltip="Show everything again", id="plot.reset"),
     ]
 
     axis: reactive[str] = reactive("time", init=False)
@@ -117,6 +146,8 @@ class LinePlot(Widget, can_focus=True):
         self.curves: tuple[Curve, ...] = ()
         self.bands: tuple[Band, ...] = ()
         self.notes: tuple[str, ...] = ()
+        self.looks: list[Look] = []
+        """Of the curves, as they were last drawn."""
         self.view_x: tuple[float, float] | None = None
         """The range that is zoomed to; None: all there is."""
         self.view_y: tuple[float, float] | None = None
@@ -164,16 +195,16 @@ class LinePlot(Widget, can_focus=True):
         self.num_not_positive = sum(w.num_not_positive for w in windows)
         bands = [self._shade(band) for band in self.bands]
         self._shown_y = self.view_y or self._needed_y(windows, bands)
-        colors = [c.color or curve_color(i) for i, c in enumerate(self.curves)]
+        self.looks = looks(self.curves, self.app.no_color)
         lines = [
-            Line(w.x, self._scaled(w.y), color, DASHES[i % len(DASHES)] if self.app.no_color else DASHES[0])
-            for i, (w, color) in enumerate(zip(windows, colors))
+            Line(w.x, self._scaled(w.y), look.color, DASHES[look.dash], look.mark)
+            for w, look in zip(windows, self.looks)
         ]
         marks = [Marks(w.gaps_x, w.gaps_y) for w in windows if len(w.gaps_x)]
         x_format = Durations() if self.axis == "time" else Numbers()
         y_format = Powers() if self.log_scale else Numbers()
         canvas.draw(Scene(lines, bands, marks, self._shown_x, self._shown_y, self.cursor_x), x_format, y_format)
-        self._say(colors)
+        self._say()
 
     def _all_x(self) -> tuple[float, float]:
         limits = [found for c in self.curves if (found := c.series.limits(self.axis)) is not None]
@@ -214,26 +245,33 @@ class LinePlot(Widget, can_focus=True):
 
     # ---- the line above --------------------------------------------------------------------
 
-    def _say(self, colors: list[str]) -> None:
-        text = Text(no_wrap=True, overflow="ellipsis", end="")
-        at = self.cursor_x
-        if self.title:
-            text.append(f"{self.title}  ", "bold")
-        if at is not None:
-            text.append(f"{position(self.axis, at)}  ", "reverse")
-        for i, (curve, color) in enumerate(zip(self.curves, colors)):
-            sign = _LINE_SIGNS[i % len(_LINE_SIGNS)] if self.app.no_color else _LINE_SIGNS[0]
-            text.append(f"{sign} {curve.label} ", color)
-            text.append(f"{self._value(curve, at)}  ")
-        for band in self.bands:
-            if band.label:
-                text.append(f"{_LEVEL_SIGN} {band.label}  ", band.color)
-        for note in self.notes:
-            text.append(f"{note}  ")
-        text.append(f"· {self.axis}", "dim")
-        for said in self._flags():
-            text.append(f" · {said}", "dim")
+    def _say(self) -> None:
+        """With labels as long as there is room for; of curves that find none, how many they are."""
+        values = [self._value(curve, self.cursor_x) for curve in self.curves]
+        longest = max([len(curve.label) for curve in self.curves], default=0)
+        widths = [*range(longest, _LEAST_LABEL, -1), min(longest, _LEAST_LABEL)]
+        widths += [0] if self.looks and all(look.mark for look in self.looks) else []
+        tries = [(len(values), width) for width in widths] + [(num, widths[-1]) for num in range(len(values) - 1, 0, -1)]
+        texts = (self._said(values[:num], width) for num, width in tries)
+        text = next((text for text in texts if text.cell_len <= self.size.width), self._said(values[:1], widths[-1]))
         self.query_one("#readout", Static).update(text, layout=False)
+
+    def _said(self, values: Sequence[str], width: int) -> Text:
+        """The line above, of as many curves as there are values, whose labels get `width` characters."""
+        parts = [Text(self.title, "bold")]
+        if self.cursor_x is not None:
+            parts.append(Text(position(self.axis, self.cursor_x), "reverse"))
+        for curve, look, value in zip(self.curves, self.looks, values):
+            label = f" {shortened(curve.label, width)}" if width else ""
+            parts.append(Text.assemble((f"{look.sign}{label}", look.color), f" {value}"))
+        if len(values) < len(self.curves):
+            parts.append(Text(f"{len(self.curves) - len(values)} more"))
+        parts += [Text(f"{_LEVEL_SIGN} {band.label}", band.color) for band in self.bands if band.label]
+        parts += map(Text, self.notes)
+        parts.append(Text(" · ".join(["", self.axis, *self._flags()])[1:], "dim"))
+        text = joined(parts)
+        text.no_wrap, text.overflow, text.end = True, "ellipsis", ""
+        return text
 
     def _value(self, curve: Curve, at: float | None) -> str:
         if at is None:
