@@ -15,7 +15,7 @@ from fastpeft.runs.events import Event
 from fastpeft.tui.program import FastpeftApp
 from fastpeft.tui.screens.compare_screen import CompareScreen
 from fastpeft.tui.screens.run_screen import RunScreen
-from tests.support.pilots import until
+from tests.support.pilots import until, until_shown
 from tests.support.tui_logs import (
     START_S,
     STEP_S,
@@ -64,7 +64,8 @@ def trained(num_steps: int, base: float = 0.5, noise: float = 0.05, metric: str 
 def make_gallery(results: Path) -> None:
     """About twenty runs: long and short names, each status, each method's own events, missing and huge values."""
     running = {"status": "running", "elapsed_s": 30.0, "stand_in": True}
-    done = {"status": "done", "elapsed_s": 30.0, "tokens": 150_000, "steps": 300, "energy_j": 6000.0}
+    spent = {"budget": {"kind": "seconds", "limit": 30.0, "spent": 30.0}}
+    done = spent | {"status": "done", "elapsed_s": 30.0, "tokens": 150_000, "steps": 300, "energy_j": 6000.0}
     scored = {"metric": {"name": "accuracy", "value": 0.8125}, "best": {"value": 0.8215, "step": 250}}
     where = {"model": "microsoft/deberta-v3-base", "dataset": "glue/mnli"}
     embedded = {"model": "embedded/deberta-tiny", "dataset": "embedded-nli", "stand_in": True}
@@ -80,7 +81,9 @@ def make_gallery(results: Path) -> None:
     runs.append(("adalora", ranked, done | where | scored | {"method": "adalora"}))
     forecast = [*planned(120), rates(119, [math.exp(w) for w in wave(196)], **blocks(28, DECODER))]
     facts = {"model": "Qwen/Qwen3-0.6B-Base", "dataset": "openai/gsm8k", "method": "lora"}
-    runs.append(("fot_gsm8k", forecast, running | facts | {"budget": {"kind": "seconds", "limit": 20.0, "spent": 12.0}}))
+    runs.append(
+        ("fot_gsm8k", forecast, running | facts | {"budget": {"kind": "seconds", "limit": 20.0, "spent": 12.0}})
+    )
     exact = {"name": "exact_match", "value": 0.6}
     runs.append(("fot-done", planned(200), done | facts | {"metric": exact, "test": exact | {"value": 0.584}}))
     parts = {
@@ -115,7 +118,9 @@ def make_gallery(results: Path) -> None:
     make_run(results, "no-result", None, result=False)
     dead = make_run(results, "dead", trained(30), **running | where)
     os.utime(dead.events, (time.time() - 3600,) * 2)
-    (results / "adalora" / "output.log").write_text("\n".join(f"said the trainer, line {i}: {'=' * i}" for i in range(99)))
+    (results / "adalora" / "output.log").write_text(
+        "\n".join(f"said the trainer, line {i}: {'=' * i}" for i in range(99))
+    )
 
 
 # ---- the screens ---------------------------------------------------------------------------
@@ -148,16 +153,16 @@ async def dialogs(app: FastpeftApp, pilot: Pilot) -> AsyncIterator[str]:
     await pilot.press("escape", "ctrl+p")
     yield "palette"
     await pilot.press("escape", "n")
-    await pilot.pause(0.3)
+    await until_shown(pilot, "✗ Run:")
     yield "start"
     app.screen.query_one("#run", Input).value = "lora_mn"
     app.screen.query_one("#overrides", Input).value = "adapter.rank=999 training."
-    await pilot.pause(0.3)
+    await until_shown(pilot, "✗ 'lora_mn'")
     yield "start-wrong"
     app.screen.query_one("#run", Input).value = "iwlora_mnli"
     app.screen.query_one("#name", Input).value = LONG
-    app.screen.query_one("#overrides", Input).value = "adapter.rank=8 regulariser.alpha"
-    await pilot.pause(0.3)
+    app.screen.query_one("#overrides", Input).value = "adapter.rank=8 regulariser.alpha="
+    await pilot.pause(0.5)
     yield "start-right"
     await pilot.press("escape")
 
@@ -165,7 +170,7 @@ async def dialogs(app: FastpeftApp, pilot: Pilot) -> AsyncIterator[str]:
 async def run_views(app: FastpeftApp, pilot: Pilot, name: str) -> AsyncIterator[str]:
     """Every pane of a run, and every plot where one is shown at a time."""
     app.open_run(name)
-    await until(pilot, lambda: isinstance(app.screen, RunScreen) and app.screen._tail.is_caught_up)
+    await until(pilot, lambda: isinstance(app.screen, RunScreen) and app.screen.is_mounted and app.screen._tail.is_caught_up)
     await pilot.pause(0.3)
     screen = app.screen
     short = name[:9]

@@ -54,7 +54,13 @@ def test_what_a_text_asks_for(text, least):
 def test_only_the_foreground_changes():
     behind = Color.parse("#ffffff")
     yellow, on_black = Style(color="#F0E442", bold=True), Style(color="#F0E442", bgcolor="#000000")
-    segments = [Segment("a", yellow), Segment("b", on_black), Segment("  ", yellow), Segment("c"), Segment("d", Style())]
+    segments = [
+        Segment("a", yellow),
+        Segment("b", on_black),
+        Segment("  ", yellow),
+        Segment("c"),
+        Segment("d", Style()),
+    ]
     found = Contrast().apply(segments, behind)
     assert found[1:] == segments[1:]
     assert found[0].style.bold

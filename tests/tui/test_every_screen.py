@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
@@ -98,9 +99,9 @@ def outside(app: FastpeftApp) -> list[str]:
     for widget, (region, clip) in app.screen._compositor.visible_widgets.items():
         holders = [*widget.ancestors_with_self]
         scrolls = any(holder.allow_vertical_scroll for holder in holders if not isinstance(holder, Footer))
-        if isinstance(widget, (Static, Canvas, Heatmap)) or isinstance(widget.parent, Footer):
-            if not scrolls and region.intersection(clip) != region:
-                found.append(f"{widget} {region} in {clip}")
+        holds_text = isinstance(widget, (Static, Canvas, Heatmap)) or isinstance(widget.parent, Footer)
+        if holds_text and not scrolls and region.intersection(clip) != region:
+            found.append(f"{widget} {region} in {clip}")
     return found
 
 
@@ -110,9 +111,9 @@ def cut_texts(app: FastpeftApp) -> list[str]:
     for widget in shown(app, Static):
         width, height = widget.content_size
         visual = widget._render()
-        if visual.get_height(widget.styles, width) > height:
-            found.append(f"{widget}: {visual}")
-        elif isinstance(widget.parent, LinePlot) and visual.get_optimal_width(widget.styles, 999) > width:
+        if visual.get_height(widget.styles, width) > height or (
+            isinstance(widget.parent, LinePlot) and visual.get_optimal_width(widget.styles, 999) > width
+        ):
             found.append(f"{widget}: {visual}")
     return found
 
@@ -125,7 +126,7 @@ def run_together(app: FastpeftApp) -> list[str]:
         if any(y == row for row, _ in typed) or "palette" in str(app.screen).lower():
             continue
         segments = [segment for segment in Segment.simplify(strip) if segment.text]
-        for one, other in zip(segments, segments[1:]):
+        for one, other in itertools.pairwise(segments):
             if one.text[-1].isalnum() and other.text[0].isalnum() and one.style != other.style:
                 found.append(f"{one.text!r} and {other.text!r} in {strip.text!r}")
     return found

@@ -6,7 +6,6 @@ import math
 import random
 
 import pytest
-
 from rich.text import Text
 
 from fastpeft.tui.format import decimal, fitted, flowed, headed, joined, printable, sparkline
@@ -76,7 +75,7 @@ def test_parts_have_blanks_between_them_and_those_without_room_are_left_out_whol
     assert fitted(PARTS, 28).plain == "compare  4 runs   STAND-IN "
     assert fitted(PARTS, 26).plain == "compare  4 runs"
     assert fitted(PARTS, 5).plain == "comp…"
-    assert flowed(PARTS, 26).plain == "compare  4 runs\n STAND-IN   several metrics".replace("   several", "\nseveral")
+    assert flowed(PARTS, 26).plain == "compare  4 runs\n STAND-IN \nseveral metrics"
 
 
 def test_a_heading_keeps_its_facts_and_cuts_what_is_long():

@@ -257,7 +257,7 @@ def test_a_thin_line_lies_before_a_thick_one():
 
     async def act(plot, pilot):
         found = styles(plot)
-        thin = [plot.looks[i].color for i, curve in enumerate(plot.curves) if curve.label == "thin"][0]
+        thin = next(plot.looks[i].color for i, curve in enumerate(plot.curves) if curve.label == "thin")
         assert found[thin] == plot.query_one(PlotCanvas).num_columns
 
     thin = Curve("thin", Series.of(np.array([0.0, 4999.0]), np.zeros(2)))

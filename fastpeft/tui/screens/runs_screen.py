@@ -334,11 +334,13 @@ def _strip(row: RunRow, width: int) -> Text:
     badge = [cells.stand_in_badge()] if row.stand_in else []
     second = [
         "" if row.test is None else f"test {decimal(row.test)}",
-        f"{short(row.tokens_per_s)} tok/s",
+        "" if row.tokens_per_s is None else f"{short(row.tokens_per_s)} tok/s",
         "" if row.energy_j is None else short(row.energy_j, "J"),
-        _budget(row),
+        "" if row.budget_limit is None else _budget(row),
         Text(sparkline(row.sparkline, 24), SPARK),
     ]
+    if not any(second):
+        second = ["nothing is logged yet"]
     first = headed(row.name, badge, cells.method_and_where(row), width)
     return Text("\n").join([first, fitted(second, width)])
 

@@ -72,9 +72,7 @@ class Numbers(_Fitted):
         return nice_ticks(min_, max_, min(self.most, max_ticks))
 
     def get_labels_for_ticks(self, ticks: Sequence[float]) -> list[str]:
-        """In as many digits as it takes to tell them apart."""
-        labels = [short(round(tick, 12)) if abs(tick) >= 1e-3 else short(tick) for tick in ticks]
-        return labels if len(set(labels)) == len(labels) else [f"{tick:.7g}" for tick in ticks]
+        return _told_apart([round(tick, 12) if abs(tick) >= 1e-3 else tick for tick in ticks])
 
 
 class Durations(_Fitted, DurationFormatter):
@@ -104,4 +102,14 @@ class Powers(Numbers):
         return [math.log10(tick) for tick in nice_ticks(10**min_, 10**max_, most) if tick > 0]
 
     def get_labels_for_ticks(self, ticks: Sequence[float]) -> list[str]:
-        return [short(10**tick) for tick in ticks]
+        return _told_apart([10**tick for tick in ticks])
+
+
+def _told_apart(values: Sequence[float]) -> list[str]:
+    """In as many digits as it takes."""
+    labels = [short(value) for value in values]
+    for digits in (5, 6):
+        if len(set(labels)) == len(labels):
+            break
+        labels = [f"{value:.{digits}g}" for value in values]
+    return labels

@@ -141,6 +141,7 @@ def rows_in(num_rows: int, num_lines: int, first: int, *, halves: bool, spread_f
     num_shown = min(num_rows, num_lines)
     if not num_shown:
         return Rows(first, ())
+    first = max(0, min(first, num_rows - num_shown))
     if num_lines < spread_from * num_shown:
         edges = [2 * i for i in range(num_shown + 1)]
     elif halves:

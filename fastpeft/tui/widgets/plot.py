@@ -29,6 +29,8 @@ ZOOM = 1.5
 AHEAD = 0.25
 _LEVEL_SIGN = "╌"
 _LINE_SIGNS = ("━", "╍", "┅", "┉")
+_FLAT = 1e-9
+"""Of the values: a smaller range is what arithmetic leaves of a constant."""
 _LEAST_LABEL = 8
 """Characters, of a curve without a mark."""
 
@@ -240,7 +242,8 @@ class LinePlot(Widget, can_focus=True):
         if not len(values):
             return (-1.0, 0.0) if self.log_scale else (0.0, 1.0)
         low, high = float(values.min()), float(values.max())
-        room = 0.05 * (high - low) or 0.05 * abs(low) or 0.5
+        flat = high - low <= _FLAT * (1.0 if self.log_scale else max(abs(low), abs(high)))
+        room = 0.05 * (abs(low) if flat else high - low) or 0.5
         return low - room, high + room
 
     # ---- the line above --------------------------------------------------------------------
@@ -251,7 +254,9 @@ class LinePlot(Widget, can_focus=True):
         longest = max([len(curve.label) for curve in self.curves], default=0)
         widths = [*range(longest, _LEAST_LABEL, -1), min(longest, _LEAST_LABEL)]
         widths += [0] if self.looks and all(look.mark for look in self.looks) else []
-        tries = [(len(values), width) for width in widths] + [(num, widths[-1]) for num in range(len(values) - 1, 0, -1)]
+        tries = [(len(values), width) for width in widths] + [
+            (num, widths[-1]) for num in range(len(values) - 1, 0, -1)
+        ]
         texts = (self._said(values[:num], width) for num, width in tries)
         text = next((text for text in texts if text.cell_len <= self.size.width), self._said(values[:1], widths[-1]))
         self.query_one("#readout", Static).update(text, layout=False)
