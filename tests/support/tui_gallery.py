@@ -170,7 +170,8 @@ async def dialogs(app: FastpeftApp, pilot: Pilot) -> AsyncIterator[str]:
 async def run_views(app: FastpeftApp, pilot: Pilot, name: str) -> AsyncIterator[str]:
     """Every pane of a run, and every plot where one is shown at a time."""
     app.open_run(name)
-    await until(pilot, lambda: isinstance(app.screen, RunScreen) and app.screen.is_mounted and app.screen._tail.is_caught_up)
+    await until(pilot, lambda: isinstance(app.screen, RunScreen) and app.screen.focused is not None)
+    await until(pilot, lambda: app.screen._tail.is_caught_up)
     await pilot.pause(0.3)
     screen = app.screen
     short = name[:9]
@@ -198,7 +199,8 @@ async def run_views(app: FastpeftApp, pilot: Pilot, name: str) -> AsyncIterator[
 
 async def comparisons(app: FastpeftApp, pilot: Pilot, names: list[str]) -> AsyncIterator[str]:
     app.compare(names)
-    await until(pilot, lambda: isinstance(app.screen, CompareScreen) and app.screen._comparison.rows)
+    await until(pilot, lambda: isinstance(app.screen, CompareScreen) and app.screen.focused is not None)
+    await until(pilot, lambda: app.screen._comparison.rows, 60)
     await until(pilot, lambda: all(tail.is_caught_up for tail in app.screen._tails.values()))
     await pilot.pause(0.3)
     num = len(names)

@@ -82,6 +82,7 @@ class CompareScreen(RunsKeys):
         self._comparison = Comparison(None, [], {})
         self._drawn: object = None
         self._name_width = 0
+        self._is_comparing = False
 
     def compose(self) -> ComposeResult:
         yield Lines(id="title")
@@ -118,9 +119,17 @@ class CompareScreen(RunsKeys):
                 stale = False
             await asyncio.sleep(DRAW_EVERY_S)
 
-    @work(group="compare", exclusive=True)
+    @work(group="compare")
     async def _compare(self) -> None:
-        comparison = await asyncio.to_thread(self._read_results)
+        """One at a time: on a busy machine the first takes many seconds, and threads that wait for it would leave none
+        to read the logs with."""
+        if self._is_comparing:
+            return
+        self._is_comparing = True
+        try:
+            comparison = await asyncio.to_thread(self._read_results)
+        finally:
+            self._is_comparing = False
         if comparison != self._comparison:
             self._comparison = comparison
             self.draw_again()

@@ -376,14 +376,14 @@ def _title(row: RunRow | None, run: str, tail: RunTail | None, width: int) -> Te
         budget.append(f" of {amount(row.budget_limit, row.budget_kind)}{unit}")
     if row.eta_s is not None:
         facts.append(f"{duration(row.eta_s)} left")
-    facts += [f"step {row.steps or 0:,}"] if width >= 110 else []
-    facts.append(f"loss {decimal(row.last_loss)}")
+    facts += [f"step {row.steps:,}"] if row.steps and width >= 110 else []
+    facts += [] if row.last_loss is None else [f"loss {decimal(row.last_loss)}"]
     if row.metric is not None:
         last = "" if width < 110 else f"{row.metric_name} {decimal(row.metric)}, "
         facts.append(f"{last}best {decimal(cells.best_of(row))}")
     if row.test is not None:
         facts.append(f"test {decimal(row.test)}")
-    facts.append(f"{short(row.tokens_per_s)} tok/s")
+    facts += [] if row.tokens_per_s is None else [f"{short(row.tokens_per_s)} tok/s"]
     if row.energy_j is not None:
         facts.append(short(row.energy_j, "J"))
     return Text("\n").join([first, fitted([budget, *facts], width - 2)])

@@ -111,5 +111,5 @@ def _told_apart(values: Sequence[float]) -> list[str]:
     for digits in (5, 6):
         if len(set(labels)) == len(labels):
             break
-        labels = [f"{value:.{digits}g}" for value in values]
+        labels = [scientific(v, digits - 3) if 0 < abs(v) < 1e-3 else f"{v:.{digits}g}" for v in values]
     return labels

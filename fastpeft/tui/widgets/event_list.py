@@ -46,7 +46,7 @@ class EventLog(RichLog):
             num = 0
         follow = self.is_vertical_scroll_end
         for event in wanted[num:]:
-            self.write(_lines(event, width), scroll_end=follow)
+            self.write(_lines(event, width), width, scroll_end=follow)
         self.shown, self._width = wanted, width
 
     def on_resize(self) -> None:

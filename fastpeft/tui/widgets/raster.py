@@ -30,7 +30,9 @@ def braille(x: Floats, y: Floats, width: int, height: int, dash: tuple[int, int]
     if len(x) == 1:
         x, y = np.repeat(x, 2), np.repeat(y, 2)
     dots_YX = np.zeros((height * 4, width * 2), dtype=bool)
-    starts, ends = _clipped(np.column_stack([x * 2, y * 4]), np.array([width * 2 - 1e-9, height * 4 - 1e-9]))
+    points_N2, size = np.column_stack([x * 2, y * 4]), np.array([width * 2, height * 4])
+    last = size - 1e-9  # what lies on the edge is in the last cell
+    starts, ends = _clipped(np.where(np.isclose(points_N2, size, rtol=1e-9, atol=0), last, points_N2), last)
     if len(starts):
         starts, ends = np.floor(starts).astype(int), np.floor(ends).astype(int)
         steep = np.abs(ends[:, 0] - starts[:, 0]) <= 1
