@@ -306,6 +306,9 @@ def _comparison(comparison: Comparison, width: int) -> Table | Text:
     if width < 110 or not any(columns["AUC"]):
         del columns["AUC"]
     table = Table(box=None, pad_edge=False)
+    if len(tasks := {row.task for row in rows}) == 1 and not comparison.glue:  # said once
+        del columns["task"]
+        table.title, table.title_style, table.title_justify = *tasks, "dim", "left"
     for name in columns:
         table.add_column(name, header_style="dim", no_wrap=name not in ("method", "task"))
     for values in zip(*columns.values()):

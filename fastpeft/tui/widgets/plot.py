@@ -185,9 +185,10 @@ class LinePlot(Widget, can_focus=True):
 
     def _draw(self) -> None:
         self._is_stale = False
-        if not self.is_mounted or not self.size.area:
+        canvases = self.query(PlotCanvas)
+        if not self.is_mounted or not self.size.area or not canvases:  # not there yet, or being taken down
             return
-        canvas = self.query_one(PlotCanvas)
+        canvas = canvases.first()
         self._shown_x = low, high = self.view_x or self._all_x()
         buckets = max(2 * canvas.num_columns, 2)
         windows = [
