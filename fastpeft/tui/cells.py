@@ -108,7 +108,7 @@ COLUMNS = (
     Column("eta", "ETA", (6, 6, 6), lambda r, w: Text(duration(r.eta_s)), _by("eta_s"), True),
     Column("loss", "loss", (7, 7, 7), lambda r, w: Text(decimal(r.last_loss)), _by("last_loss"), True),
     Column("best", "best", (6, 6, 6), lambda r, w: _score(best_of(r)), _best_or_last, True),
-    Column("method", "method", (7, 8, 8), lambda r, w: Text(shortened(r.method, w)), lambda r: r.method),
+    Column("method", "method", (7, 8, 12), lambda r, w: Text(shortened(r.method, w)), lambda r: r.method),
     Column("tokens", "tok/s", (6, 6, 6), lambda r, w: Text(short(r.tokens_per_s)), _by("tokens_per_s"), True),
     Column("energy", "energy", (7, 7, 7), lambda r, w: Text(short(r.energy_j, "J")), _by("energy_j"), True),
     Column("curve", "loss curve", (12, 10, 24), lambda r, w: Text(sparkline(r.sparkline, w), style=SPARK)),

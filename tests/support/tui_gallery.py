@@ -157,7 +157,7 @@ async def dialogs(app: FastpeftApp, pilot: Pilot) -> AsyncIterator[str]:
     yield "start"
     app.screen.query_one("#run", Input).value = "lora_mn"
     app.screen.query_one("#overrides", Input).value = "adapter.rank=999 training."
-    await until_shown(pilot, "✗ 'lora_mn'")
+    await until_shown(pilot, "did you mean lora_mnli")
     yield "start-wrong"
     app.screen.query_one("#run", Input).value = "iwlora_mnli"
     app.screen.query_one("#name", Input).value = LONG

@@ -98,6 +98,7 @@ class CompareScreen(RunsKeys):
         self._lay_legend()
         self.query_one("#overlay", LinePlot).smoothing = SMOOTHING
         self.action_part("overlay")
+        self.draw()  # what the runs are, before their logs are read
         self._follow()
         self._compare()
 
