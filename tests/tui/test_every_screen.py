@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import re
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterable
 from pathlib import Path
 
 import numpy as np
@@ -55,32 +55,45 @@ VIEWS: dict[str, Views] = {
 }
 
 
-@pytest.mark.parametrize("size", SIZES, ids=lambda size: f"{size[0]}x{size[1]}")
-@pytest.mark.parametrize("views", VIEWS)
+QUICK = {("list", SIZES[0]), ("compare 4", SIZES[1]), ("run iwlora_mn", SIZES[2]), ("list", "fastpeft-light")}
+"""Of many seconds each; the others are for the soak."""
+
+
+def cases(views: Iterable[str], others: Iterable) -> list:
+    return [
+        pytest.param(one, other, marks=[] if (one, other) in QUICK else pytest.mark.soak, id=f"{one}-{other}")
+        for one in views
+        for other in others
+    ]
+
+
+@pytest.mark.parametrize(("views", "size"), cases(VIEWS, SIZES))
 def test_nothing_is_cut_hidden_or_run_together(results, views, size):
     async def script(app, pilot):
         async for name in VIEWS[views](app, pilot):
             await pilot.pause()
-            found.update({name: what for what in [faults(app)] if what})
+            found[name] = faults(app)
 
     found: dict[str, list[str]] = {}
     drive(results, script, size)
-    assert not found
+    assert not {name: what for name, what in found.items() if what}
 
 
-@pytest.mark.parametrize("theme", ["fastpeft-light", "textual-light", "fastpeft-dark", "nord"])
-@pytest.mark.parametrize("views", ["list", "run iwlora_mn", "compare 9"])
+@pytest.mark.parametrize(
+    ("views", "theme"),
+    cases(["list", "run iwlora_mn", "compare 9"], ["fastpeft-light", "textual-light", "fastpeft-dark", "nord"]),
+)
 def test_everything_stands_out_in_every_theme(results, views, theme):
     async def script(app, pilot):
         app.theme = theme
         await pilot.pause()
         async for name in VIEWS[views](app, pilot):
             await pilot.pause()
-            found.update({name: what for what in [faint(app)] if what})
+            found[name] = faint(app)
 
     found: dict[str, list[str]] = {}
     drive(results, script, (120, 40))
-    assert not found
+    assert not {name: what for name, what in found.items() if what}
 
 
 # ---- faults --------------------------------------------------------------------------------

@@ -45,7 +45,7 @@ def nice_ticks(low: float, high: float, most: int) -> list[float]:
     for step in (power, 2 * power, 5 * power, 10 * power, 20 * power):
         first, last = math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9)
         if last - first < most:
-            return [i * step for i in range(first, last + 1)]
+            return [min(max(i * step, low), high) for i in range(first, last + 1)]
     return []
 
 
