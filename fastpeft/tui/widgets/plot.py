@@ -17,10 +17,10 @@ from textual.widget import Widget
 from textual.widgets import Static
 
 from fastpeft.tui.format import joined, shortened
-from fastpeft.tui.series import AXES, Floats, Series, Window
-from fastpeft.tui.theme import curve_color
+from fastpeft.tui.series import AXES, Floats, Window
 from fastpeft.tui.widgets.axes import Durations, Numbers, Powers, position, short
 from fastpeft.tui.widgets.canvas import Line, Marks, PlotCanvas, Scene, Shade
+from fastpeft.tui.widgets.looks import Curve, Look, looks
 from fastpeft.tui.widgets.raster import DASHES
 
 SMOOTHING = (0.0, 0.6, 0.9, 0.97, 0.99)
@@ -28,45 +28,10 @@ SMOOTHING = (0.0, 0.6, 0.9, 0.97, 0.99)
 ZOOM = 1.5
 AHEAD = 0.25
 _LEVEL_SIGN = "╌"
-_LINE_SIGNS = ("━", "╍", "┅", "┉")
 _FLAT = 1e-9
 """Of the values: a smaller range is what arithmetic leaves of a constant."""
 _LEAST_LABEL = 8
 """Characters, of a curve without a mark."""
-
-
-@dataclass(frozen=True)
-class Curve:
-    label: str
-    series: Series
-    color: str = ""
-    """#rrggbb; the palette's next where empty."""
-    mark: str = ""
-    """A sign that tells it from others of its colour, and without colour from more than there are dashes."""
-
-
-@dataclass(frozen=True)
-class Look:
-    """How a curve is told from the others of its plot."""
-
-    color: str
-    dash: int
-    """Of DASHES."""
-    mark: str
-
-    @property
-    def sign(self) -> str:
-        return _LINE_SIGNS[self.dash] + self.mark
-
-
-def looks(curves: Sequence[Curve], no_color: bool) -> list[Look]:
-    """No two alike, as long as curves have marks of their own or are no more than there are colours and dashes."""
-    found: list[Look] = []
-    for i, curve in enumerate(curves):
-        color = curve.color or curve_color(i)
-        before = i if no_color else sum(look.color == color for look in found)
-        found.append(Look(color, before % len(DASHES), curve.mark))
-    return found
 
 
 @dataclass(frozen=True)
