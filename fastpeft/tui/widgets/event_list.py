@@ -8,6 +8,7 @@ from typing import ClassVar
 
 from rich.text import Text
 from textual.binding import Binding, BindingType
+from textual.events import Resize
 from textual.widgets import RichLog
 
 from fastpeft.tui.parse import Notable
@@ -49,7 +50,7 @@ class EventLog(RichLog):
             self.write(_lines(event, width), width, scroll_end=follow)
         self.shown, self._width = wanted, width
 
-    def on_resize(self) -> None:
+    def on_resize(self, event: Resize) -> None:
         """Lines are as long as the list was wide when they were written."""
         self.show(self.shown)
 
