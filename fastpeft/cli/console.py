@@ -5,6 +5,7 @@ It reads events only, as every display does.
 
 from __future__ import annotations
 
+import math
 import time
 from collections import deque
 from collections.abc import Iterator
@@ -14,7 +15,7 @@ from typing import Any
 
 from rich.console import Console, Group
 from rich.markup import escape
-from rich.progress import BarColumn, Progress, TextColumn
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 from fastpeft.compare.comparison import Comparison, metric_of
@@ -37,9 +38,12 @@ class ConsoleReporter(AbstractContextManager):
         self.console.soft_wrap = not self.console.is_terminal  # a file has no edge to wrap at
         self._progress: Progress | None = None
         self._task: Any = None
+        self._phase: str | None = ""
+        """The text of the phase that was told last; None: steps are told."""
+        self._estimate_is_told = False
         self._recent: deque[tuple[float, int]] = deque(maxlen=_WINDOW_STEPS)
         self._losses: deque[float] = deque(maxlen=_WINDOW_STEPS)
-        self._printed_at = 0.0
+        self._printed_at = -math.inf
         self._first: tuple[float, float] | None = None
 
     def say(self, message: str) -> None:
@@ -67,15 +71,41 @@ class ConsoleReporter(AbstractContextManager):
             self.say(note)
         budget = event["budget"]
         self.say(f"budget: {budget['limit']:,.0f} {budget['kind']}")
-        if self.console.is_terminal:
-            columns = (
-                TextColumn("{task.description}"),
-                BarColumn(bar_width=20),
-                TextColumn("{task.fields[tail]}"),
+        self._phase, self._estimate_is_told = "", False
+
+    def _on_phase(self, event: Event) -> None:
+        is_new = event["text"] != self._phase
+        if is_new:
+            self._phase = event["text"]
+            self._begin_live(event["text"])
+        text = f"{event['done']:,} of {event['total']:,} {event['unit']}" if "done" in event else ""
+        estimate = _estimate(event)
+        if self._progress is not None:
+            figures = {"completed": event["done"], "total": event["total"]} if text else {}
+            self._progress.update(self._task, tail=f"{text}{estimate}", **figures)
+            return
+        is_first_estimate = bool(estimate) and not self._estimate_is_told
+        if is_new or is_first_estimate or self._is_time_for_a_line():
+            self._estimate_is_told |= is_first_estimate
+            self._printed_at = time.monotonic()
+            self.say(f"{event['text']}{': ' if text else ''}{text}{estimate}")
+
+    def _begin_live(self, description: str, total: float | None = None) -> None:
+        """A live line that begins anew, in a terminal; without a total its bar only moves."""
+        if not self.console.is_terminal:
+            return
+        if self._progress is None:
+            columns = TextColumn("{task.description}"), BarColumn(bar_width=20), TextColumn("{task.fields[tail]}")
+            self._progress = Progress(
+                *columns, TimeElapsedColumn(), console=self.console, refresh_per_second=4, transient=True
             )
-            self._progress = Progress(*columns, console=self.console, refresh_per_second=4, transient=True)
-            self._task = self._progress.add_task("starting", total=1.0, tail="")
             self._progress.start()
+        else:
+            self._progress.remove_task(self._task)
+        self._task = self._progress.add_task(description, total=total, tail="")
+
+    def _is_time_for_a_line(self) -> bool:
+        return time.monotonic() - self._printed_at >= PLAIN_EVERY_S
 
     def _on_step(self, event: Event) -> None:
         self._recent.append((event["elapsed_s"], event["tokens"]))
@@ -87,10 +117,13 @@ class ConsoleReporter(AbstractContextManager):
         if event.get("energy_j") is not None:
             line += f"  {event['energy_j']:,.0f} J"
         progress, eta = event["progress"], self._eta(event)
+        is_first, self._phase = self._phase is not None, None
+        if is_first:
+            self._begin_live(line, total=1.0)
         if self._progress is not None:
             tail = f"{progress:4.0%}  {eta}"
             self._progress.update(self._task, completed=progress, description=line, tail=tail)
-        elif time.monotonic() - self._printed_at >= PLAIN_EVERY_S or event["step"] == 0:
+        elif is_first or self._is_time_for_a_line():
             self._printed_at = time.monotonic()
             self.say(f"{line}  {progress:.0%} of the budget  {eta}")
 
@@ -129,8 +162,22 @@ class ConsoleReporter(AbstractContextManager):
         gained = progress - self._first[1]
         if gained <= 0:
             return "ETA --"
-        left = (now - self._first[0]) / gained * (1 - progress)
-        return f"ETA {int(left // 60)}:{int(left % 60):02d}"
+        return f"ETA {_clock((now - self._first[0]) / gained * (1 - progress))}"
+
+
+def _estimate(event: Event) -> str:
+    """Of a first step under way: when it ends, and what training takes from here on."""
+    if "left_s" not in event:
+        return ""
+    steps = f"{event['whole_steps']:,} steps" if "whole_steps" in event else ""
+    training = f"; training about {_clock(event['whole_s'])} for {steps}" if "whole_s" in event else ""
+    return f", its line in about {_clock(event['left_s'])}{training}"
+
+
+def _clock(seconds: float) -> str:
+    """m:ss, and from an hour on h:mm:ss."""
+    minutes, rest = divmod(int(seconds), 60)
+    return f"{minutes}:{rest:02d}" if minutes < 60 else f"{minutes // 60}:{minutes % 60:02d}:{rest:02d}"
 
 
 def closing(result: Result) -> Group:

@@ -36,6 +36,12 @@ def number(value: Any) -> float:
     return _NON_FINITE[value] if isinstance(value, str) else float(value)
 
 
+def make_event(type: str, *, elapsed_s: float, step: int, **fields: Any) -> Event:
+    """An event of this moment."""
+    at = {"type": type, "time_s": round(time.time(), 3), "elapsed_s": round(elapsed_s, 4), "step": step}
+    return at | finite(fields)
+
+
 class EventLog:
     """Appends events; may be called from several threads. A line is in the file when `write` returns.
 
@@ -50,20 +56,17 @@ class EventLog:
         self._lock = threading.Lock()
 
     def write(self, type: str, *, elapsed_s: float, step: int, **fields: Any) -> None:
-        event = {
-            "type": type,
-            "time_s": round(time.time(), 3),
-            "elapsed_s": round(elapsed_s, 4),
-            "step": step,
-        }
-        event |= finite(fields)
+        self.append(make_event(type, elapsed_s=elapsed_s, step=step, **fields), self._listeners)
+
+    def append(self, event: Event, listeners: tuple[Callable[[Event], None], ...] = ()) -> None:
+        """An event that was made before; the log's own listeners have heard of it."""
         line = json.dumps(event, allow_nan=False, separators=(",", ":")).encode() + b"\n"
         with self._lock:
             if self._file.closed:
                 return
             self._file.write(line)
             self._file.flush()
-            for listener in self._listeners:
+            for listener in listeners:
                 listener(event)
 
     def offset(self) -> int:

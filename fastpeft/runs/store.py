@@ -113,7 +113,7 @@ class RunFolder:
 
     def check_free(self) -> None:
         """Raises RunError if the name is taken."""
-        if os.path.lexists(self.path):
+        if os.path.lexists(self.path) and not self._is_remains():
             what = "has this name" if self.config.is_file() else "is in the way"
             raise RunError(f"{self.path} {what}: choose another --name, or continue it with --resume")
 
@@ -121,10 +121,23 @@ class RunFolder:
         """Make the folder and lock it. Raises RunError if the name is taken."""
         self.check_free()
         try:
+            if self.path.exists():
+                shutil.rmtree(self.path)
             self.path.mkdir(parents=True)
         except OSError as error:
             raise RunError(f"{self.path} cannot be made: {error.strerror}") from None
         self.lock()
+
+    def _is_remains(self) -> bool:
+        """A run that was killed while it was set up left this: it has a log, no settings, and nobody holds it."""
+        if self.config.exists() or not self.events.is_file():
+            return False
+        try:
+            with (self.path / ".lock").open("r") as file:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            return False
+        return True
 
     def lock(self) -> None:
         """Raises RunError while another process trains this run."""

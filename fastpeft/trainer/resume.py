@@ -5,9 +5,12 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Iterator
 
+import torch
+
 from fastpeft.config import RunConfig, apply_stand_in, load_run, run_values
 from fastpeft.config.trackers import TRACKERS
 from fastpeft.errors import UserError
+from fastpeft.models.precision import DTYPES
 from fastpeft.runs.store import Result, RunError, RunFolder
 from fastpeft.trainer.checkpoint_files import Checkpoint, newest_checkpoint
 from fastpeft.trainer.resolve import Resolved, resolve
@@ -84,3 +87,8 @@ def find_checkpoint(folder: RunFolder, say: Callable[[str], None]) -> Checkpoint
         with folder.events.open("r+b") as file:
             file.truncate(min(size, checkpoint.events_bytes if checkpoint else 0))
     return checkpoint
+
+
+def dtype_of(checkpoint: Checkpoint) -> torch.dtype:
+    """What the run computes in, so that it goes on to the same bits."""
+    return next(dtype for dtype in DTYPES.values() if str(dtype) == checkpoint.parts["loop"]["dtype"])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from rich.syntax import Syntax
 from rich.text import Text
@@ -384,7 +384,17 @@ def _title(row: RunRow | None, run: str, tail: RunTail | None, width: int) -> Te
     facts.append(f"{short(row.tokens_per_s)} tok/s")
     if row.energy_j is not None:
         facts.append(short(row.energy_j, "J"))
+    if tail is not None and tail.phase is not None:
+        facts = [_phase(tail.phase)]
     second.append(" " + "  ".join(facts))
     for line in (first, second):
         line.truncate(width - 2, overflow="ellipsis")
     return Text("\n").join([first, second])
+
+
+def _phase(event: dict[str, Any]) -> str:
+    """What the trainer is busy with, how far it is, and when the first step ends."""
+    text = printable(str(event["text"]))
+    if "done" in event:
+        text += f": {event['done']:,} of {event['total']:,} {printable(str(event['unit']))}"
+    return text + (f", {duration(event['left_s'])} left of it" if "left_s" in event else "")
