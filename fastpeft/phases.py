@@ -1,7 +1,7 @@
 """What a run is busy with before its first step has ended, said by whoever does the work.
 
-Reading, loading, tokenising and calibrating may each take minutes. They call `begin` and `progress`; `told_to` names who
-hears of it, and where nobody does nothing happens. No step calls anything of this.
+Reading, loading, tokenising and calibrating may each take minutes. They call `begin` and `progress`; `told_to` names
+who hears of it, and where nobody does nothing happens. No step calls anything of this.
 """
 
 from __future__ import annotations

@@ -40,7 +40,8 @@ class ConsoleReporter(AbstractContextManager):
         self._task: Any = None
         self._phase: str | None = ""
         """The text of the phase that was told last; None: steps are told."""
-        self._estimate_is_told = False
+        self._whole_s: float | None = None
+        """Estimated by the first step while it was under way."""
         self._recent: deque[tuple[float, int]] = deque(maxlen=_WINDOW_STEPS)
         self._losses: deque[float] = deque(maxlen=_WINDOW_STEPS)
         self._printed_at = -math.inf
@@ -71,7 +72,7 @@ class ConsoleReporter(AbstractContextManager):
             self.say(note)
         budget = event["budget"]
         self.say(f"budget: {budget['limit']:,.0f} {budget['kind']}")
-        self._phase, self._estimate_is_told = "", False
+        self._phase, self._whole_s = "", None
 
     def _on_phase(self, event: Event) -> None:
         is_new = event["text"] != self._phase
@@ -79,14 +80,13 @@ class ConsoleReporter(AbstractContextManager):
             self._phase = event["text"]
             self._begin_live(event["text"])
         text = f"{event['done']:,} of {event['total']:,} {event['unit']}" if "done" in event else ""
-        estimate = _estimate(event)
+        estimate, is_first_estimate = _estimate(event), bool(event.get("left_s")) and self._whole_s is None
+        self._whole_s = event.get("whole_s", self._whole_s)
         if self._progress is not None:
             figures = {"completed": event["done"], "total": event["total"]} if text else {}
             self._progress.update(self._task, tail=f"{text}{estimate}", **figures)
             return
-        is_first_estimate = bool(estimate) and not self._estimate_is_told
         if is_new or is_first_estimate or self._is_time_for_a_line():
-            self._estimate_is_told |= is_first_estimate
             self._printed_at = time.monotonic()
             self.say(f"{event['text']}{': ' if text else ''}{text}{estimate}")
 
@@ -161,7 +161,7 @@ class ConsoleReporter(AbstractContextManager):
             self._first = (now, progress)
         gained = progress - self._first[1]
         if gained <= 0:
-            return "ETA --"
+            return "ETA --" if self._whole_s is None else f"ETA about {_clock(self._whole_s)}"
         return f"ETA {_clock((now - self._first[0]) / gained * (1 - progress))}"
 
 

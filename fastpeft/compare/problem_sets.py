@@ -20,6 +20,8 @@ from fastpeft.errors import UserError
 from fastpeft.runs.store import RunFolder, list_runs, read_json, recover_folder, write_json
 
 if TYPE_CHECKING:
+    import torch
+
     from fastpeft.tasks.base import OtherSet, Score
 
 SETS = "sets.json"

@@ -14,7 +14,7 @@ PART_ROWS = 2048
 def tokenised(
     tokenizer: Any, texts: Sequence[str], pairs: Sequence[str] | None = None, **call: Any
 ) -> dict[str, list[list[int]]]:
-    """What `tokenizer(texts, pairs, **call)` returns, by the same names; it is called for a part of the rows at a time."""
+    """What `tokenizer(texts, pairs, **call)` returns, by the same names; it is called for some rows at a time."""
     found: dict[str, list[list[int]]] = {}
     for start in range(0, max(1, len(texts)), PART_ROWS):
         part = slice(start, start + PART_ROWS)

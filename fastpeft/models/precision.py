@@ -68,8 +68,10 @@ def name_of(dtype: torch.dtype) -> str:
 
 
 def slowdown(dtype: torch.dtype, device: torch.device, shape: Shape) -> float:
-    """Time of a linear layer's products in `dtype` over their time in fp32: the best of several, taken in turns, so that
-    what else the machine does meets both. Takes MEASURE_S, and where one product takes longer, two of each."""
+    """Time of a linear layer's products in `dtype` over their time in fp32.
+
+    The best of several, taken in turns, so that what else the machine does meets both. It takes MEASURE_S, or two of
+    each where one takes longer."""
     timers = [_times(kind, device, shape) for kind in (torch.float32, dtype)]
     best = [math.inf, math.inf]
     rounds, until = 0, time.perf_counter() + MEASURE_S

@@ -27,8 +27,8 @@ attention cost twice its forward pass. It counts until a micro-batch is through.
 class FirstStep(AbstractContextManager):
     """Iterates over the micro-batches of a step, as often as the step does, and tells how far it is.
 
-    On the CPU it also counts the model's blocks as they are passed, for one micro-batch may be the whole step. On a GPU,
-    which is behind what was launched, it waits for each micro-batch: in this step only.
+    On the CPU it also counts the model's blocks as they are passed, for one micro-batch may be the whole step. On a
+    GPU, which is behind what was launched, it waits for each micro-batch: in this step only.
 
     Args:
         num_tokens: of the whole step.
