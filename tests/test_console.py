@@ -1,4 +1,4 @@
-"""What `fastpeft train` prints: at once, a live line in a terminal, few plain lines elsewhere, and nobody else's words."""
+"""What `fastpeft train` prints: a line at once, a live one in a terminal, few elsewhere, and nobody else's words."""
 
 from __future__ import annotations
 
