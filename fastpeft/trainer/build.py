@@ -54,11 +54,11 @@ class Job:
         return self.precision.dtype
 
 
-def build_job(run: RunConfig, began_in: torch.dtype | None = None) -> Job:
+def build_job(run: RunConfig, precision: Precision | None = None) -> Job:
     """Load data and model, tokenise, attach the adapter.
 
     Args:
-        began_in: what a run that goes on has computed in until now, and does from here on. Nothing is measured then.
+        precision: that a run which goes on began in; else as training.precision says, which may mean to measure.
 
     Raises:
         UserError: data, model or configuration that cannot be used.
@@ -67,7 +67,7 @@ def build_job(run: RunConfig, began_in: torch.dtype | None = None) -> Job:
     phases.begin("data", f"reading {run.dataset.path or run.dataset.name}")
     task = load_task(run.dataset, run.evaluation, run.training.seed)
     phases.begin("model", f"loading {run.model.name}")
-    precision = _precision(run, device) if began_in is None else Precision(began_in)
+    precision = precision or choose_precision(run.training.precision, device, lambda: layer_shape(run.model))
     dtype = precision.dtype
     torch.manual_seed(run.training.seed)
     method = method_class(run.method)
@@ -107,10 +107,6 @@ def build_job(run: RunConfig, began_in: torch.dtype | None = None) -> Job:
     if clock.budget.kind in ("seconds", "joules"):
         _expect_final(job)
     return job
-
-
-def _precision(run: RunConfig, device: torch.device) -> Precision:
-    return choose_precision(run.training.precision, device, lambda: layer_shape(run.model))
 
 
 def _blocks(adapter: Adapter, run: RunConfig) -> Blocks:

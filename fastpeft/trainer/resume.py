@@ -5,13 +5,11 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Iterator
 
-import torch
-
 from fastpeft.config import RunConfig, apply_stand_in, load_run, run_values
 from fastpeft.config.trackers import TRACKERS
 from fastpeft.errors import UserError
-from fastpeft.models.precision import DTYPES
-from fastpeft.runs.store import Result, RunError, RunFolder
+from fastpeft.models.precision import DTYPES, Precision
+from fastpeft.runs.store import Result, RunError, RunFolder, read_json
 from fastpeft.trainer.checkpoint_files import Checkpoint, newest_checkpoint
 from fastpeft.trainer.resolve import Resolved, resolve
 
@@ -89,6 +87,9 @@ def find_checkpoint(folder: RunFolder, say: Callable[[str], None]) -> Checkpoint
     return checkpoint
 
 
-def dtype_of(checkpoint: Checkpoint) -> torch.dtype:
-    """What the run computes in, so that it goes on to the same bits."""
-    return next(dtype for dtype in DTYPES.values() if str(dtype) == checkpoint.parts["loop"]["dtype"])
+def began_in(folder: RunFolder, checkpoint: Checkpoint | None) -> Precision | None:
+    """What the run computes in, so that it goes on to the same bits; None where it starts over."""
+    if checkpoint is None:
+        return None
+    dtype = next(dtype for dtype in DTYPES.values() if str(dtype) == checkpoint.parts["loop"]["dtype"])
+    return Precision(dtype, ratio=(read_json(folder.environment) or {}).get("precision_ratio"))

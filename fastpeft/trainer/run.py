@@ -22,7 +22,7 @@ from fastpeft.trainer.interrupt import StopRequest
 from fastpeft.trainer.loop import Loop
 from fastpeft.trainer.micro_batches import out_of_memory_is_told
 from fastpeft.trainer.resolve import Resolved, resolve
-from fastpeft.trainer.resume import check_same, dtype_of, find_checkpoint, open_run, same_run
+from fastpeft.trainer.resume import began_in, check_same, find_checkpoint, open_run, same_run
 from fastpeft.trainer.rng import rng_state, set_rng_state
 from fastpeft.trainer.set_up import SetUp
 
@@ -95,7 +95,7 @@ def train(
         with stop or StopRequest() as stop, _torch_settings(resolved.run), out_of_memory_is_told():
             _say_stand_in(reporter, resolved)
             with SetUp(folder, reporter.on_event, resume, checkpoint) as set_up:
-                job = build_job(resolved.run, None if checkpoint is None else dtype_of(checkpoint))
+                job = build_job(resolved.run, began_in(folder, checkpoint))
                 save_run(resolved.run, folder.config)
                 write_json(folder.environment, environment() | _device_facts(job))
             result = _new_result(job, resolved, folder, group)

@@ -249,7 +249,8 @@ def test_a_resume_keeps_the_precision_and_measures_nothing(tmp_path: Path, monke
     assert train(run, results_dir=tmp_path, name="r", reporter=on, stop=stop).status == "stopped"
     monkeypatch.setattr(precision, "slowdown", lambda *_: pytest.fail("measured again"))
     assert train(None, results_dir=tmp_path, name="r", resume=True).metric == unbroken.metric
-    assert json.loads((tmp_path / "r" / "environment.json").read_text())["dtype"] == "torch.bfloat16"
+    kept = json.loads((tmp_path / "r" / "environment.json").read_text())
+    assert (kept["dtype"], kept["precision_ratio"]) == ("torch.bfloat16", 0.5)
     assert_same_weights(weights(tmp_path / "r"), weights(tmp_path / "unbroken"))
 
 
