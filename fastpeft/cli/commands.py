@@ -137,14 +137,13 @@ def _train_one(config: Any, results_dir: Path, name: str | None, resume: bool, a
         from fastpeft.runs.store import RunFolder
 
         RunFolder.at(results_dir, name).check_free()
-    _say_first(config)
-    from fastpeft.cli.console import ConsoleReporter, closing
+    with _ctrl_c_ends_at_once():
+        _say_first(config)
+        from fastpeft.cli.console import ConsoleReporter, closing
+        from fastpeft.trainer import StopRequest
+        from fastpeft.trainer import train as train_run
 
     with ConsoleReporter() as reporter:
-        with _ctrl_c_ends_at_once():
-            from fastpeft.trainer import StopRequest
-            from fastpeft.trainer import train as train_run
-
         stop = StopRequest()
         result = train_run(
             config,
@@ -171,16 +170,16 @@ def _train_seeds(
 ) -> None:
     if config is None or (resume and name is None):
         raise UserError("--seeds needs --run, and with --resume also --name: which group is to be continued?")
-    _say_first(config)
-    from fastpeft.cli.console import ConsoleReporter, closing, group_table
     from fastpeft.runs.store import default_name
 
     group = name or default_name(config.run_id)
-    with ConsoleReporter() as reporter:
-        with _ctrl_c_ends_at_once():
-            from fastpeft.trainer import StopRequest
-            from fastpeft.trainer.seeds import train_seeds
+    with _ctrl_c_ends_at_once():
+        _say_first(config)
+        from fastpeft.cli.console import ConsoleReporter, closing, group_table
+        from fastpeft.trainer import StopRequest
+        from fastpeft.trainer.seeds import train_seeds
 
+    with ConsoleReporter() as reporter:
         stop = StopRequest()
         results = train_seeds(
             config,
