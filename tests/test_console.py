@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import io
-import os
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,9 @@ from rich.console import Console
 
 from fastpeft.cli import console as console_module
 from fastpeft.cli.console import ConsoleReporter
+from fastpeft.config import load_run, trial_run
 from fastpeft.runs.events import Event, make_event
+from fastpeft.trainer import train
 from tests.support.tui_logs import header, step
 
 
@@ -27,8 +29,8 @@ def first_step(done: int, **figures: Any) -> Event:
     return phase("first_step", "step 1 under way", done=done, total=13_000, unit="tokens", **figures)
 
 
-def slow_run() -> Iterator[Event]:
-    """Of a model and data that take their time."""
+def slow_run(pause_s: float = 0.0) -> Iterator[Event]:
+    """Of a model and data that take their time; a live line is drawn in a pause."""
     yield phase("data", "reading mnli")
     yield phase("model", "loading a/model")
     yield phase("tokenise", "tokenising")
@@ -37,6 +39,7 @@ def slow_run() -> Iterator[Event]:
     yield first_step(0)
     for i in range(1, 200):
         yield first_step(65 * i, left_s=200.0 - i, whole_s=40_000.0 - i, whole_steps=201)
+    time.sleep(pause_s)
     yield step(0, progress=0.005)
 
 
@@ -82,7 +85,7 @@ def test_the_first_step_of_the_next_seed_is_estimated_anew() -> None:
 
 
 def test_a_terminal_gets_one_live_line_and_keeps_only_what_was_said() -> None:
-    text = told(slow_run(), force_terminal=True, width=160, color_system=None)
+    text = told(slow_run(pause_s=0.6), force_terminal=True, width=160, color_system=None)
     for shown in ("tokenising", "1 under way", "its line in about", "step 1  loss 2.0000", "ETA about"):
         assert shown in text
     assert screen_of(text) == ["precision auto is fp32", "budget: 100 seconds"]
@@ -128,11 +131,9 @@ def test_the_first_line_comes_before_torch_is_imported(tmp_path: Path) -> None:
     assert done.stdout == "loading torch, then microsoft/deberta-v3-base and mnli\n"
 
 
-def test_no_library_says_anything_beside_us(tmp_path: Path) -> None:
-    """A language model's trial in a process as a user starts it, with every warning that Python would show."""
-    environment = {k: v for k, v in os.environ.items() if k not in ("PYTHONWARNINGS", "TOKENIZERS_PARALLELISM")}
-    command = [sys.executable, "-m", "fastpeft", "train", "--run", "linear_gsm8k", "--mode", "trial", "--name", "r"]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, timeout=200, env=environment)
-    assert done.returncode == 0, done.stderr
-    assert done.stderr == ""
-    assert "STAND-IN" in done.stdout
+@pytest.mark.usefixtures("fewer_rows")
+@pytest.mark.parametrize("preset", ["linear_gsm8k", "full_mnli"])
+def test_no_library_says_anything_beside_us(preset: str, tmp_path: Path, capfd, recwarn) -> None:
+    train(trial_run(load_run(preset)), results_dir=tmp_path, name="r")
+    assert capfd.readouterr() == ("", "")
+    assert not [str(warning.message) for warning in recwarn]

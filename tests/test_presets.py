@@ -12,7 +12,6 @@ from fastpeft.config import load_run, preset_names, trial_run
 from fastpeft.config.load import PRESETS
 from fastpeft.config.methods import METHODS
 from fastpeft.config.schedules import SCHEDULES
-from fastpeft.standins import problems, sentence_pairs
 from fastpeft.trainer import train
 
 FILES = sorted(PRESETS.rglob("*.yaml"))
@@ -31,14 +30,6 @@ def kind(path: Path) -> tuple[str, ...]:
 
 # Of each kind the preset with the shortest name, and of those the first.
 CHOSEN = {kind(path): path for path in sorted(FILES, key=lambda p: (len(p.stem), p.stem), reverse=True)}
-
-
-@pytest.fixture
-def fewer_rows(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A tenth: two steps read few of a stand-in's rows, and drawing and encoding all takes longer than the trial."""
-    monkeypatch.setattr(problems, "NUM_TRAIN_PROBLEMS", 800)
-    monkeypatch.setattr(problems, "NUM_TEST_PROBLEMS", 100)
-    monkeypatch.setattr(sentence_pairs, "NUM_TRAIN_PAIRS", 2000)
 
 
 def test_every_file_has_a_name_that_loads() -> None:

@@ -16,7 +16,7 @@ def tokenised(
 ) -> dict[str, list[list[int]]]:
     """What `tokenizer(texts, pairs, **call)` returns, by the same names; it is called for some rows at a time."""
     found: dict[str, list[list[int]]] = {}
-    for start in range(0, max(1, len(texts)), PART_ROWS):
+    for start in range(0, len(texts), PART_ROWS):
         part = slice(start, start + PART_ROWS)
         rows = tokenizer(list(texts[part]), None if pairs is None else list(pairs[part]), **call)
         for name, lists in rows.items():

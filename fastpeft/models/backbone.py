@@ -264,16 +264,18 @@ def _end_tokens(model: PreTrainedModel, tokenizer: Any, name: str) -> tuple[int,
 
 
 @contextmanager
-def quiet_transformers() -> Iterator[None]:
-    """No progress bars and no advice from transformers on the user's screen, and no warnings of PEFT about it."""
+def quiet_transformers(keep_bars: bool = False) -> Iterator[None]:
+    """No progress bars and no advice from transformers on the user's screen, and no warnings about its own names, which
+    PEFT and we call as every release has them. `keep_bars`: those of downloads are the user's to see."""
     from transformers.utils import logging
 
-    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled() and not keep_bars
     logging.set_verbosity_error()
-    logging.disable_progress_bar()
+    if bars:
+        logging.disable_progress_bar()
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", FutureWarning)  # PEFT reads a property that transformers renames
+            warnings.simplefilter("ignore", FutureWarning)
             yield
     finally:
         logging.set_verbosity(verbosity)

@@ -119,22 +119,26 @@ class RunFolder:
 
     def create(self) -> None:
         """Make the folder and lock it. Raises RunError if the name is taken."""
-        self.check_free()
+        if not self._is_remains(remove=True):
+            self.check_free()
         try:
-            if self.path.exists():
-                shutil.rmtree(self.path)
             self.path.mkdir(parents=True)
         except OSError as error:
             raise RunError(f"{self.path} cannot be made: {error.strerror}") from None
         self.lock()
 
-    def _is_remains(self) -> bool:
-        """A run that was killed while it was set up left this: it has a log, no settings, and nobody holds it."""
+    def _is_remains(self, remove: bool = False) -> bool:
+        """Whether a run left this that was killed while it was set up: a log, no settings, and nobody holds the lock."""
+        lock = self.path / ".lock"
         if self.config.exists() or not self.events.is_file():
             return False
         try:
-            with (self.path / ".lock").open("r") as file:
+            with lock.open() as file:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                if not os.path.samestat(os.fstat(file.fileno()), lock.stat()):
+                    return False  # another process was quicker, and this is its run
+                if remove:
+                    shutil.rmtree(self.path)
         except OSError:
             return False
         return True

@@ -12,6 +12,7 @@ import torch
 
 from fastpeft.config import RunConfig, save_run
 from fastpeft.config.trackers import TRACKERS
+from fastpeft.models.backbone import quiet_transformers
 from fastpeft.runs.events import Event, EventLog, number
 from fastpeft.runs.store import Result, RunFolder, default_name, write_json
 from fastpeft.runs.system import Heartbeat, environment, git_commit
@@ -92,7 +93,12 @@ def train(
             folder.check_free()
             resolved = resolve(run, allow_stand_in)
         chosen = choose(TRACKERS.sections(resolved.run), reporter.say)
-        with stop or StopRequest() as stop, _torch_settings(resolved.run), out_of_memory_is_told():
+        with (
+            stop or StopRequest() as stop,
+            _torch_settings(resolved.run),
+            out_of_memory_is_told(),
+            quiet_transformers(),
+        ):
             _say_stand_in(reporter, resolved)
             with SetUp(folder, reporter.on_event, resume, checkpoint) as set_up:
                 job = build_job(resolved.run, began_in(folder, checkpoint))

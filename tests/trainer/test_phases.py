@@ -130,12 +130,12 @@ def test_a_resume_that_fails_writes_no_event(tmp_path: Path, monkeypatch: pytest
     with pytest.raises(UserError):
         train(None, results_dir=tmp_path, name="r", resume=True, reporter=listener)
     assert of_phase(strict_events(tmp_path / "r"), "data") == before
-    assert [event["step"] for event in listener.events] == [3]
+    assert [event["step"] for event in listener.events] == [4]  # it goes on from there
 
     (tmp_path / "pairs" / "dev.jsonl").write_text(rows)
     assert train(None, results_dir=tmp_path, name="r", resume=True).status == "done"
     assert len(of_phase(strict_events(tmp_path / "r"), "data")) == 2
-    assert [e["text"] for e in of_phase(strict_events(tmp_path / "r"), "first_step")][-1] == "step 4 under way"
+    assert [e["text"] for e in of_phase(strict_events(tmp_path / "r"), "first_step")][-1] == "step 5 under way"
 
 
 # ---- the first step --------------------------------------------------------------------------
