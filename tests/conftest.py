@@ -88,7 +88,7 @@ def fastpeft_cli(tmp_path: Path) -> Callable[..., subprocess.CompletedProcess]:
 
 @pytest.fixture
 def fewer_rows(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A tenth of the stand-ins' rows: two steps read few of them, and drawing and encoding all takes longer than that."""
+    """A tenth of the stand-ins' rows: two steps read few of them, and drawing and encoding all takes longer."""
     from fastpeft.standins import problems, sentence_pairs
 
     monkeypatch.setattr(problems, "NUM_TRAIN_PROBLEMS", 800)

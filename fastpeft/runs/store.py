@@ -128,7 +128,7 @@ class RunFolder:
         self.lock()
 
     def _is_remains(self, remove: bool = False) -> bool:
-        """Whether a run left this that was killed while it was set up: a log, no settings, and nobody holds the lock."""
+        """Whether a run that was killed while it was set up left this: a log, no settings, and a lock that is free."""
         lock = self.path / ".lock"
         if self.config.exists() or not self.events.is_file():
             return False

@@ -97,7 +97,7 @@ def train(
             stop or StopRequest() as stop,
             _torch_settings(resolved.run),
             out_of_memory_is_told(),
-            quiet_transformers(),
+            quiet_transformers(keep_bars=True),
         ):
             _say_stand_in(reporter, resolved)
             with SetUp(folder, reporter.on_event, resume, checkpoint) as set_up:
