@@ -15,8 +15,9 @@ from typing import Any
 
 from rich.console import Console, Group
 from rich.markup import escape
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, Progress, Task, TextColumn, TimeElapsedColumn
 from rich.table import Table
+from rich.text import Text
 
 from fastpeft.compare.comparison import Comparison, metric_of
 from fastpeft.compare.problem_sets import SetScore, difference
@@ -26,8 +27,16 @@ from fastpeft.runs.parts import figure, table_of
 from fastpeft.runs.store import Result, RunFolder
 
 PLAIN_EVERY_S = 10.0
+_WIDE = 110
 _WINDOW_STEPS = 32
 """The loss and the rate shown are means over this many steps."""
+
+
+class _Elapsed(TimeElapsedColumn):
+    """Since a phase began; steps have the time that is left instead."""
+
+    def render(self, task: Task) -> Text:
+        return super().render(task) if task.fields["is_phase"] else Text()
 
 
 class ConsoleReporter(AbstractContextManager):
@@ -84,7 +93,7 @@ class ConsoleReporter(AbstractContextManager):
         self._whole_s = event.get("whole_s", self._whole_s)
         if self._progress is not None:
             figures = {"completed": event["done"], "total": event["total"]} if text else {}
-            self._progress.update(self._task, tail=f"{text}{estimate}", **figures)
+            self._progress.update(self._task, tail=f"{text}{_estimate(event, short=True)}", **figures)
             return
         if is_new or is_first_estimate or self._is_time_for_a_line():
             self._printed_at = time.monotonic()
@@ -95,14 +104,17 @@ class ConsoleReporter(AbstractContextManager):
         if not self.console.is_terminal:
             return
         if self._progress is None:
-            columns = TextColumn("{task.description}"), BarColumn(bar_width=20), TextColumn("{task.fields[tail]}")
-            self._progress = Progress(
-                *columns, TimeElapsedColumn(), console=self.console, refresh_per_second=4, transient=True
+            columns = (
+                TextColumn("{task.description}"),
+                BarColumn(bar_width=20 if self.console.width >= _WIDE else 5),
+                TextColumn("{task.fields[tail]}"),
+                _Elapsed(),
             )
+            self._progress = Progress(*columns, console=self.console, refresh_per_second=4, transient=True)
             self._progress.start()
         else:
             self._progress.remove_task(self._task)
-        self._task = self._progress.add_task(description, total=total, tail="")
+        self._task = self._progress.add_task(description, total=total, tail="", is_phase=total is None)
 
     def _is_time_for_a_line(self) -> bool:
         return time.monotonic() - self._printed_at >= PLAIN_EVERY_S
@@ -165,13 +177,15 @@ class ConsoleReporter(AbstractContextManager):
         return f"ETA {_clock((now - self._first[0]) / gained * (1 - progress))}"
 
 
-def _estimate(event: Event) -> str:
+def _estimate(event: Event, short: bool = False) -> str:
     """Of a first step under way: when it ends, and what training takes from here on."""
     if "left_s" not in event:
         return ""
-    steps = f"{event['whole_steps']:,} steps" if "whole_steps" in event else ""
-    training = f"; training about {_clock(event['whole_s'])} for {steps}" if "whole_s" in event else ""
-    return f", its line in about {_clock(event['left_s'])}{training}"
+    line, is_known = _clock(event["left_s"]), "whole_s" in event
+    if short:
+        return f", line in {line}" + (f", all in {_clock(event['whole_s'])}" if is_known else "")
+    training = f"; training about {_clock(event['whole_s'])}, {event['whole_steps']:,} steps" if is_known else ""
+    return f", its line in about {line}{training}"
 
 
 def _clock(seconds: float) -> str:
