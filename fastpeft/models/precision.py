@@ -1,7 +1,7 @@
 """What a run computes in: as asked, or for `auto` what is faster on this processor, measured and not looked up.
 
-A processor that lacks a data type still computes in it, through conversions: bf16 takes 20 times as long as fp32 on
-x86 without AVX-512 (measured). What a processor says it has is no better guide, for the library has to use it.
+A processor that lacks a data type still computes in it, through conversions: bf16 takes 15 times as long as fp32 on
+an x86 without AVX-512 (measured). What a processor says it has is no better guide, for the library has to use it.
 """
 
 from __future__ import annotations
@@ -71,7 +71,8 @@ def slowdown(dtype: torch.dtype, device: torch.device, shape: Shape) -> float:
     """Time of a linear layer's products in `dtype` over their time in fp32.
 
     The best of several, taken in turns, so that what else the machine does meets both. It takes MEASURE_S, or two of
-    each where one takes longer."""
+    each where one takes longer.
+    """
     timers = [_times(kind, device, shape) for kind in (torch.float32, dtype)]
     best = [math.inf, math.inf]
     rounds, until = 0, time.perf_counter() + MEASURE_S
