@@ -1,4 +1,4 @@
-"""What `fastpeft train` prints: a line at once, a live one in a terminal, few elsewhere, and nobody else's words."""
+"""What `fastpeft train` prints: a line at once, a live one in a terminal, few elsewhere."""
 
 from __future__ import annotations
 
@@ -15,9 +15,7 @@ from rich.console import Console
 
 from fastpeft.cli import console as console_module
 from fastpeft.cli.console import ConsoleReporter
-from fastpeft.config import load_run, trial_run
 from fastpeft.runs.events import Event, make_event
-from fastpeft.trainer import train
 from tests.support.tui_logs import header, step
 
 
@@ -129,11 +127,3 @@ def test_the_first_line_comes_before_torch_is_imported(tmp_path: Path) -> None:
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path, timeout=60)
     assert (done.returncode, done.stderr) == (9, "")
     assert done.stdout == "loading torch, then microsoft/deberta-v3-base and mnli\n"
-
-
-@pytest.mark.usefixtures("fewer_rows")
-@pytest.mark.parametrize("preset", ["linear_gsm8k", "full_mnli"])
-def test_no_library_says_anything_beside_us(preset: str, tmp_path: Path, capfd, recwarn) -> None:
-    train(trial_run(load_run(preset)), results_dir=tmp_path, name="r")
-    assert capfd.readouterr() == ("", "")
-    assert not [str(warning.message) for warning in recwarn]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -32,6 +33,15 @@ def kind(path: Path) -> tuple[str, ...]:
 CHOSEN = {kind(path): path for path in sorted(FILES, key=lambda p: (len(p.stem), p.stem), reverse=True)}
 
 
+@pytest.fixture
+def no_words(capfd: pytest.CaptureFixture[str], recwarn: pytest.WarningsRecorder) -> Iterator[None]:
+    """Nothing is printed, by no library either, and no warning given that Python would show."""
+    yield
+    assert capfd.readouterr() == ("", "")
+    hidden = DeprecationWarning, PendingDeprecationWarning, ImportWarning, ResourceWarning
+    assert not [str(warning.message) for warning in recwarn if not issubclass(warning.category, hidden)]
+
+
 def test_every_file_has_a_name_that_loads() -> None:
     assert [path.stem for path in sorted(FILES, key=lambda p: p.stem)] == preset_names()
     methods, tasks = [name.replace("iw_lora", "iwlora") for name in METHODS.names], ("mnli", "sst2", "rte")
@@ -53,13 +63,13 @@ def test_every_schedule_has_a_preset_for_each_task_of_the_same_model_and_data(ta
 
 @pytest.mark.parametrize("path", sorted(CHOSEN.values()), ids=lambda path: path.stem)
 @pytest.mark.usefixtures("fewer_rows")
-def test_trial_on_the_stand_in(path: Path, tmp_path: Path) -> None:
+def test_trial_on_the_stand_in(path: Path, tmp_path: Path, no_words: None) -> None:
     check_trial(path, tmp_path)
 
 
 @pytest.mark.soak
 @pytest.mark.parametrize("path", sorted(set(FILES) - set(CHOSEN.values())), ids=lambda path: path.stem)
-def test_trial_of_every_other_on_the_stand_in(path: Path, tmp_path: Path) -> None:
+def test_trial_of_every_other_on_the_stand_in(path: Path, tmp_path: Path, no_words: None) -> None:
     check_trial(path, tmp_path)
 
 
