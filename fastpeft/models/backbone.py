@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 
 _HEAD_NAMES = ("classifier", "score")
 _OTHER_TASKS = ("Classification", "MaskedLM", "QuestionAnswering", "MultipleChoice", "NextSentencePrediction")
+_USUAL_WIDTH = 768
+_INNER_WIDTHS = ("intermediate_size", "ffn_dim", "n_inner", "hidden_dim", "d_ff")
 _LABELS = ("num_labels", "id2label", "label2id")
 _LOCAL = {"local_files_only": True, "trust_remote_code": False}
 
@@ -264,16 +266,18 @@ def _end_tokens(model: PreTrainedModel, tokenizer: Any, name: str) -> tuple[int,
 
 
 @contextmanager
-def quiet_transformers() -> Iterator[None]:
-    """No progress bars and no advice from transformers on the user's screen, and no warnings of PEFT about it."""
+def quiet_transformers(keep_bars: bool = False) -> Iterator[None]:
+    """No progress bars and no advice from transformers on the user's screen, and no warnings about its own names, which
+    PEFT and we call as every release has them. `keep_bars`: those of downloads are the user's to see."""
     from transformers.utils import logging
 
-    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled() and not keep_bars
     logging.set_verbosity_error()
-    logging.disable_progress_bar()
+    if bars:
+        logging.disable_progress_bar()
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", FutureWarning)  # PEFT reads a property that transformers renames
+            warnings.simplefilter("ignore", FutureWarning)
             yield
     finally:
         logging.set_verbosity(verbosity)
@@ -281,17 +285,18 @@ def quiet_transformers() -> Iterator[None]:
             logging.enable_progress_bar()
 
 
-def choose_dtype(precision: str, device: torch.device) -> torch.dtype:
-    """Of frozen weights and activations. `auto` is bf16 where it is native and faster, else fp32."""
-    named = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-    if precision != "auto":
-        return named[precision]
-    if device.type == "cuda":
-        fast = torch.cuda.get_device_capability(device) >= (8, 0)
-    else:
-        can = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
-        fast = can.get("amx_bf16", False) or can.get("avx512_bf16", False)
-    return torch.bfloat16 if fast else torch.float32
+def layer_shape(config: ModelConfig) -> tuple[int, int]:
+    """Inputs and outputs of the model's feed-forward layers, as its config has them or else as most models do."""
+    import transformers
+
+    with _loading(config, "a model") as folder:
+        try:
+            settings: Any = transformers.AutoConfig.from_pretrained(folder, **_LOCAL).get_text_config()
+        except Exception:  # the load that comes next says what is wrong with the config
+            settings = None
+    width = getattr(settings, "hidden_size", _USUAL_WIDTH)
+    named = (getattr(settings, name, None) for name in _INNER_WIDTHS)
+    return width, next((inner for inner in named if isinstance(inner, int)), 4 * width)
 
 
 def freeze(model: nn.Module, head: list[str], dtype: torch.dtype, device: torch.device) -> None:

@@ -8,7 +8,8 @@ from collections.abc import Callable, Iterator
 from fastpeft.config import RunConfig, apply_stand_in, load_run, run_values
 from fastpeft.config.trackers import TRACKERS
 from fastpeft.errors import UserError
-from fastpeft.runs.store import Result, RunError, RunFolder
+from fastpeft.models.precision import DTYPES, Precision
+from fastpeft.runs.store import Result, RunError, RunFolder, read_json
 from fastpeft.trainer.checkpoint_files import Checkpoint, newest_checkpoint
 from fastpeft.trainer.resolve import Resolved, resolve
 
@@ -84,3 +85,11 @@ def find_checkpoint(folder: RunFolder, say: Callable[[str], None]) -> Checkpoint
         with folder.events.open("r+b") as file:
             file.truncate(min(size, checkpoint.events_bytes if checkpoint else 0))
     return checkpoint
+
+
+def began_in(folder: RunFolder, checkpoint: Checkpoint | None) -> Precision | None:
+    """What the run computes in, so that it goes on to the same bits; None where it starts over."""
+    if checkpoint is None:
+        return None
+    dtype = next(dtype for dtype in DTYPES.values() if str(dtype) == checkpoint.parts["loop"]["dtype"])
+    return Precision(dtype, ratio=(read_json(folder.environment) or {}).get("precision_ratio"))

@@ -11,7 +11,7 @@ import torch
 
 from fastpeft.config.schema import AdapterConfig, ModelConfig
 from fastpeft.errors import UnavailableError
-from fastpeft.models.backbone import Backbone, choose_dtype
+from fastpeft.models.backbone import Backbone
 from fastpeft.models.inject import inject_lora
 from fastpeft.standins import PATHS
 from tests.support.classifiers import load_backbone
@@ -132,13 +132,6 @@ def test_dtypes_with_a_head_in_fp32(tmp_path, family, masked_lm, dtype):
     heads = [p for name, p in model.named_parameters() if p.requires_grad and ".lora_" not in name]
     assert len(heads) >= 2
     assert all(p.dtype == torch.float32 and p.grad.isfinite().all() for p in heads)
-
-
-def test_choose_dtype():
-    assert choose_dtype("fp32", CPU) == torch.float32
-    assert choose_dtype("bf16", CPU) == torch.bfloat16
-    assert choose_dtype("fp16", CPU) == torch.float16
-    assert choose_dtype("auto", CPU) in (torch.float32, torch.bfloat16)
 
 
 @pytest.mark.parametrize("name", PATHS)

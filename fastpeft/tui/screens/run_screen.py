@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from rich.syntax import Syntax
 from rich.text import Text
@@ -14,7 +14,7 @@ from textual.containers import Container, Vertical, VerticalScroll
 from textual.widgets import Footer, Static
 
 from fastpeft.tui import cells, forecast_band, metrics
-from fastpeft.tui.format import amount, bar, decimal, duration, fitted, headed, printable, short
+from fastpeft.tui.format import amount, bar, decimal, duration, fitted, headed, joined, printable, short
 from fastpeft.tui.grids import Grid, importance_grid, rates_grid
 from fastpeft.tui.parse import MAX_FIGURES
 from fastpeft.tui.runs_index import RunRow
@@ -386,4 +386,16 @@ def _title(row: RunRow | None, run: str, tail: RunTail | None, width: int) -> Te
     facts += [] if row.tokens_per_s is None else [f"{short(row.tokens_per_s)} tok/s"]
     if row.energy_j is not None:
         facts.append(short(row.energy_j, "J"))
-    return Text("\n").join([first, fitted([budget, *facts], width - 2)])
+    second = fitted([budget, *facts], width - 2)
+    if tail is not None and tail.phase is not None:
+        second = joined([budget, _phase(tail.phase)])
+        second.truncate(width - 2, overflow="ellipsis")
+    return Text("\n").join([first, second])
+
+
+def _phase(event: dict[str, Any]) -> str:
+    """What the trainer is busy with, how far it is, and when the first step ends."""
+    text = printable(str(event["text"]))
+    if "done" in event:
+        text += f": {event['done']:,} of {event['total']:,} {printable(str(event['unit']))}"
+    return text + (f", {duration(event['left_s'])} left of it" if "left_s" in event else "")
