@@ -24,6 +24,7 @@ from fastpeft.models.backbone import choose_dtype
 from fastpeft.schedules import Schedule, make_schedule
 from fastpeft.signals import Blocks
 from fastpeft.tasks import Task, load_task
+from fastpeft.tasks.trained_on import TrainedOn
 from fastpeft.trainer.optim import Optimizer, adam_moments, make_optimizer
 from fastpeft.trainer.probes.hooks import NoProbes, Probes, make_probes
 
@@ -34,6 +35,7 @@ class Job:
 
     run: RunConfig
     task: Task
+    trained_on: TrainedOn
     adapter: Adapter
     schedule: Schedule
     optimizer: Optimizer
@@ -77,6 +79,7 @@ def build_job(run: RunConfig) -> Job:
     job = Job(
         run=run,
         task=task,
+        trained_on=task.trained_on(),
         adapter=adapter,
         schedule=schedule,
         optimizer=optimizer,
@@ -87,7 +90,7 @@ def build_job(run: RunConfig) -> Job:
         limits=TokenLimits(run.training.micro_batch_tokens, run.evaluation.batch_tokens),
         device=device,
         dtype=dtype,
-        notes=[*task.notes, *_notes(run)],
+        notes=[*task.notes, *backbone.notes, *_notes(run)],
     )
     job.notes += adapter.describe() + untuned(adapter, device, dtype)
     if clock.budget.kind in ("seconds", "joules"):
@@ -199,6 +202,8 @@ def untuned(adapter: Adapter, device: torch.device, dtype: torch.dtype) -> list[
 
 
 def _notes(run: RunConfig) -> Iterator[str]:
+    if METHODS[run.method].trains_backbone and any(key.startswith("adapter.") for key in run.overrides):
+        yield f"adapter.* was set, but method {run.method} trains every weight and adapts no layer: it is ignored"
     for section in METHODS.section_keys:
         if section != METHODS[run.method].section and any(key.startswith(f"{section}.") for key in run.overrides):
             yield f"{section}.* was set, but method {run.method} does not read it: it is ignored"

@@ -14,6 +14,7 @@ from fastpeft.config.trackers import TRACKERS
 from fastpeft.runs.events import Event, EventLog, number
 from fastpeft.runs.store import Result, RunFolder, default_name, write_json
 from fastpeft.runs.system import Heartbeat, environment, git_commit
+from fastpeft.tasks.trained_on import TrainedOn
 from fastpeft.trackers import Choice, Trackers, choose
 from fastpeft.trainer.build import Job, build_job, gpu_uuid
 from fastpeft.trainer.checkpoint_files import Checkpoint
@@ -21,7 +22,7 @@ from fastpeft.trainer.interrupt import StopRequest
 from fastpeft.trainer.loop import Loop
 from fastpeft.trainer.micro_batches import out_of_memory_is_told
 from fastpeft.trainer.resolve import Resolved, resolve
-from fastpeft.trainer.resume import check_same, find_checkpoint, open_run, same_run
+from fastpeft.trainer.resume import check_same, check_same_data, cut_events, find_checkpoint, open_run, same_run
 from fastpeft.trainer.rng import rng_state, set_rng_state
 
 __all__ = ["Reporter", "StopRequest", "train"]
@@ -94,8 +95,13 @@ def train(
             _say_stand_in(reporter, resolved)
             reporter.say(f"loading {resolved.run.model.name} and {resolved.run.dataset.name}")
             job = build_job(resolved.run)
-            if not resume:
+            if resume:
+                job.notes += check_same_data(folder, job.trained_on, checkpoint)
+                cut_events(folder, checkpoint)
+            else:
                 folder.create()
+            if TrainedOn.read(folder.path) is None:
+                job.trained_on.write(folder.path)  # before run.yaml, so that a run that can be resumed has it
             save_run(resolved.run, folder.config)
             write_json(folder.environment, environment() | _device_facts(job))
             result = _new_result(job, resolved, folder, group)
@@ -118,6 +124,7 @@ def _new_result(job: Job, resolved: Resolved, folder: RunFolder, group: str | No
         dataset=job.task.name,
         kind=job.task.kind,
         labels=list(job.task.label_names),
+        data=job.trained_on.data.to_json(),
         budget={"kind": job.clock.budget.kind, "limit": job.clock.budget.limit, "spent": 0.0},
         git=git_commit(),
     )
