@@ -233,6 +233,7 @@ def closing_table(result: Result) -> Table:
         "trained on": f"{result.tokens:,} tokens in {result.steps:,} steps",
         weights: "-" if result.adapter_mb is None else f"{result.adapter_mb:.2f} MB",
         "peak memory": "-" if result.peak_memory_mb is None else f"{result.peak_memory_mb:,.0f} MB",
+        "rows": _rows(result),
         "model, data": f"{result.model} on {result.dataset}{' (STAND-IN)' if result.stand_in else ''}",
     }
     for name, value in rows.items():
@@ -347,6 +348,14 @@ def _group_row(results: list[Result]) -> list[str]:
 def _spent(budget: dict[str, Any]) -> str:
     digits = 1 if budget["kind"] == "seconds" else 0
     return f"{budget['spent']:,.{digits}f} of {budget['limit']:,.0f} {budget['kind']}"
+
+
+def _rows(result: Result) -> str | None:
+    """Of each split, and the hash by which the data are known again."""
+    if not result.data:
+        return None
+    counts = ", ".join(f"{name} {split['rows']:,}" for name, split in result.data["splits"].items())
+    return f"{counts}; SHA-256 {result.data['sha256'][:12]}"
 
 
 def _energy(result: Result) -> str:

@@ -99,13 +99,12 @@ def _facts(plan: Plan, exported: Exported, task: Task) -> str:
     }
     if metric.get("more"):
         rows["also"] = ", ".join(f"{name} {figure(value)}" for name, value in metric["more"].items())
-    if exported.trimmed is not None and exported.metric is not None:
-        summary = exported.trimmed.summary()
+    if exported.trimmed is not None:
+        summary, change = exported.trimmed.summary(), exported.metric
         rows["trimmed"] = (
             f"to {summary['share']:.4g} of each update's energy: ranks {summary['rank_min']} to "
             f"{summary['rank_max']}, {summary['rank_total']:,} of {summary['rank_before_total']:,} in total; "
-            f"{exported.metric.name} {exported.metric.before:.4f} before, {exported.metric.after:.4f} after"
-        )
+        ) + (f"{change.name} {change.before:.4f} before, {change.after:.4f} after" if change else "not scored again")
     rows["checked"] = (
         f"loaded again, its logits differ by at most {check.difference:.1e} from the trained model's on "
         f"{check.num_rows} {check.where} (fp32)"

@@ -18,18 +18,17 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from fastpeft._version import __version__
-from fastpeft.config.schema import ModelConfig
 from fastpeft.device_memory import free_memory, is_out_of_memory
 from fastpeft.export.card import card_text
 from fastpeft.export.exported import Check, Exported, MetricChange
-from fastpeft.export.loading import base_name, load_base, load_exported, save_merged, trained_model
+from fastpeft.export.loading import base_name, load_base, load_exported, load_whole, save_merged, trained_model
 from fastpeft.export.plan import CheckError, ExportError, Plan
+from fastpeft.export.trained_task import TrainedTask, trained_task
 from fastpeft.export.trim import Trimmed, trim_model, trimmed_config
 from fastpeft.models.backbone import Backbone
 from fastpeft.runs.store import read_json, write_json
-from fastpeft.tasks import Task, load_task
+from fastpeft.tasks import Task
 from fastpeft.tasks.base import ExportCheck
-from fastpeft.trainer.resolve import resolve
 
 TOLERANCE, TOLERANCE_4_BIT = 1e-4, 1e-3
 """Largest difference of a logit, times the largest logit where that is over 1. Sound exports: about 1e-6; a base in 4
@@ -68,25 +67,26 @@ def export(plan: Plan, say: Callable[[str], None] = lambda _: None) -> Exported:
 
 
 def _build(plan: Plan, source: Path, out: Path, device: torch.device, say: Callable[[str], None]) -> Exported:
-    resolved = resolve(plan.run)
-    run = resolved.run
-    say(f"loading {run.model.name} and {run.dataset.name}")
-    task = load_task(run.dataset, run.evaluation, run.training.seed)
+    trained = trained_task(plan, say)
+    task, run = trained.task, plan.run
     before = trimmed = metric = None
     if plan.full:
         with _writing(plan.target):
             shutil.copytree(source, out)
             _complete_config(out / "config.json", task)
-        backbone = load_base(ModelConfig(name=str(out)), task, device)
+        backbone = load_whole(out, task, device)
         model = backbone.model
     else:
         backbone = load_base(run.model, task, device)
         model = trained_model(backbone, source)
-    rows = task.export_check(backbone)
+    rows, num_scored = trained.export_check(backbone), trained.num_scored(run.evaluation.max_examples)
     eos_token_ids = backbone.eos_token_ids
     if plan.trim is not None:
-        say(f"measuring {rows.metric} before trimming")
-        before = rows.score(model, device)
+        if trained.has_rows:
+            say(f"measuring {rows.metric} before trimming")
+            before = rows.score(model, device)
+        else:
+            say("what trimming costs is not measured: that takes the run's own validation rows")
         trimmed = trim_model(model, plan.trim)
     wanted = rows.answers(model, backbone.tokenizer, device)
     if not plan.full:
@@ -100,11 +100,11 @@ def _build(plan: Plan, source: Path, out: Path, device: torch.device, say: Calla
     if before is not None:
         say("measuring it after")
         metric = MetricChange(rows.metric, before, rows.score(loaded, device), rows.num_validation)
-    stand_in = resolved.stand_in or (plan.result is not None and plan.result.stand_in)
+    stand_in = trained.stand_in or (plan.result is not None and plan.result.stand_in)
     sizes = _megabytes(source), _megabytes(out)
-    exported = Exported(plan.target, stand_in, check, *sizes, trimmed, metric, rows.max_length, rows.num_validation)
+    exported = Exported(plan.target, stand_in, check, *sizes, trimmed, metric, rows.max_length, num_scored)
     with _writing(plan.target):
-        write_json(out / "export.json", _facts(plan, exported, task))
+        write_json(out / "export.json", _facts(plan, exported, trained))
         card = out / "README.md"
         card.write_text(card_text(plan, exported, task, eos_token_ids), encoding="utf-8")
         for path in out.iterdir():
@@ -172,9 +172,10 @@ def _check_settings(plan: Plan, loaded: nn.Module, task: Task) -> None:
             )
 
 
-def _facts(plan: Plan, exported: Exported, task: Task) -> dict[str, Any]:
+def _facts(plan: Plan, exported: Exported, trained: TrainedTask) -> dict[str, Any]:
     """What export.json holds."""
     name, _ = base_name(plan.run.model)
+    task = trained.task
     return {
         "run": plan.folder.path.name,
         "method": plan.run.method,
@@ -187,6 +188,7 @@ def _facts(plan: Plan, exported: Exported, task: Task) -> dict[str, Any]:
         "dataset": task.name,
         "kind": task.kind,
         **task.facts(),
+        "data": trained.noted.data.to_json(),
         "stand_in": exported.stand_in,
         "metric_of_the_run": plan.metric,
         "mb_before": exported.mb_before,

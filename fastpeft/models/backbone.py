@@ -17,6 +17,7 @@ from fastpeft.config.schema import ModelConfig
 from fastpeft.errors import UnavailableError, UserError, first_line
 from fastpeft.models.files import fetch_model
 from fastpeft.models.lm_head import check_causal_lm
+from fastpeft.models.pretrained_head import fit_head
 from fastpeft.standins import embedded_path
 
 if TYPE_CHECKING:
@@ -26,7 +27,6 @@ _HEAD_NAMES = ("classifier", "score")
 _OTHER_TASKS = ("Classification", "MaskedLM", "QuestionAnswering", "MultipleChoice", "NextSentencePrediction")
 _USUAL_WIDTH = 768
 _INNER_WIDTHS = ("intermediate_size", "ffn_dim", "n_inner", "hidden_dim", "d_ff")
-_LABELS = ("num_labels", "id2label", "label2id")
 _LOCAL = {"local_files_only": True, "trust_remote_code": False}
 
 
@@ -57,6 +57,8 @@ class Backbone:
     head_is_frozen: bool = False
     """A causal LM's head is the pretrained one for good, as linear_cross_entropy needs it. False where the whole model
     is trained, and for classifiers."""
+    notes: tuple[str, ...] = ()
+    """What the user should know of how it was loaded."""
 
 
 def load_classifier(
@@ -69,7 +71,8 @@ def load_classifier(
     device: torch.device,
     trained: bool = False,
 ) -> Backbone:
-    """Load weights, tokenizer and a head; a missing head is initialised from torch's RNG.
+    """Load weights, tokenizer and a head, which is the checkpoint's own only where its labels are the task's by name.
+    Another, or a missing one, is drawn from torch's RNG.
 
     The weights are cast to `dtype`, but stay fp32 if they are to be `trained`.
 
@@ -91,20 +94,22 @@ def load_classifier(
         )
     with _loading(config, "a classifier") as folder:
         tokenizer = transformers.AutoTokenizer.from_pretrained(folder, **_LOCAL)
+        stored, asked = (transformers.AutoConfig.from_pretrained(folder, **_LOCAL) for _ in range(2))
+        for key, value in ({"problem_type": None} | settings).items():  # the checkpoint's own would outlive its task
+            setattr(asked, key, value)
         model, info = getattr(transformers, auto_class).from_pretrained(
             folder,
-            **{key: value for key, value in settings.items() if key in _LABELS},
+            config=asked,
             ignore_mismatched_sizes=True,
             output_loading_info=True,
             dtype=torch.float32,
             **_LOCAL,
         )
-    for key, value in settings.items():
-        setattr(model.config, key, value)
     _name_base(model, config)
     if tokenizer.pad_token_id is None:
         raise UnavailableError(f"model.name {config.name}: its tokenizer has no padding token")
-    head = _head_modules(model, info, config.name)
+    output, notes = fit_head(model, stored, settings, info)
+    head = _head_modules(model, info, config.name, output)
     freeze(model, head, torch.float32 if trained else dtype, device)
     return Backbone(
         model=model,
@@ -116,6 +121,7 @@ def load_classifier(
         dtype=dtype,
         task_type=task_type,
         entry_points=[model],
+        notes=notes,
     )
 
 
@@ -307,8 +313,8 @@ def freeze(model: nn.Module, head: list[str], dtype: torch.dtype, device: torch.
         _keep_fp32(model.get_submodule(module))
 
 
-def _head_modules(model: nn.Module, info: dict[str, Any], name: str) -> list[str]:
-    """The classifier, and modules beside the encoder that the checkpoint has no weights for."""
+def _head_modules(model: nn.Module, info: dict[str, Any], name: str, output: str | None) -> list[str]:
+    """The module of the output layer, and those beside the encoder that the checkpoint has no weights for."""
     children = dict(model.named_children())
     lacking = set(info["missing_keys"]) | {key for key, *_ in info.get("mismatched_keys", ())}
     fresh = {key.split(".")[0] for key in lacking}
@@ -320,7 +326,8 @@ def _head_modules(model: nn.Module, info: dict[str, Any], name: str) -> list[str
                 f"model.name {name}: the checkpoint lacks {len(inner)} weights of the encoder, such as {inner[0]}"
             )
         fresh = (fresh - {encoder}) | {f"{encoder}.pooler"}
-    return [n for n in children if n in fresh or n in _HEAD_NAMES] + sorted(n for n in fresh if "." in n)
+    named = (*_HEAD_NAMES, (output or "").split(".")[0])
+    return [n for n in children if n in fresh or n in named] + sorted(n for n in fresh if "." in n)
 
 
 def _keep_fp32(module: nn.Module) -> None:

@@ -70,6 +70,8 @@ class Result:
     """Of task, as in dataset.task."""
     labels: list[str] = field(default_factory=list)
     """Label names in the order of their numbers, where the task has them."""
+    data: dict[str, Any] = field(default_factory=dict)
+    """{sha256, splits: {name: {rows, and hashes of them}}}: what the run was trained and scored on, as it was read."""
     adapter_mb: float | None = None
     peak_memory_mb: float | None = None
     git: str | None = None

@@ -26,6 +26,7 @@ from fastpeft.models.precision import Precision, choose_precision
 from fastpeft.schedules import Schedule, make_schedule
 from fastpeft.signals import Blocks
 from fastpeft.tasks import Task, load_task
+from fastpeft.tasks.trained_on import TrainedOn
 from fastpeft.trainer.optim import Optimizer, adam_moments, make_optimizer
 from fastpeft.trainer.probes.hooks import NoProbes, Probes, make_probes
 
@@ -36,6 +37,7 @@ class Job:
 
     run: RunConfig
     task: Task
+    trained_on: TrainedOn
     adapter: Adapter
     schedule: Schedule
     optimizer: Optimizer
@@ -90,6 +92,7 @@ def build_job(run: RunConfig, precision: Precision | None = None) -> Job:
     job = Job(
         run=run,
         task=task,
+        trained_on=task.trained_on(),
         adapter=adapter,
         schedule=schedule,
         optimizer=optimizer,
@@ -100,7 +103,7 @@ def build_job(run: RunConfig, precision: Precision | None = None) -> Job:
         limits=TokenLimits(run.training.micro_batch_tokens, run.evaluation.batch_tokens),
         device=device,
         precision=precision,
-        notes=[*task.notes, *_notes(run)],
+        notes=[*task.notes, *backbone.notes, *_notes(run)],
     )
     job.notes += adapter.describe() + untuned(adapter, device, dtype)
     job.notes += [precision.note] if precision.note else []
@@ -214,6 +217,8 @@ def untuned(adapter: Adapter, device: torch.device, dtype: torch.dtype) -> list[
 
 
 def _notes(run: RunConfig) -> Iterator[str]:
+    if METHODS[run.method].trains_backbone and any(key.startswith("adapter.") for key in run.overrides):
+        yield f"adapter.* was set, but method {run.method} trains every weight and adapts no layer: it is ignored"
     for section in METHODS.section_keys:
         if section != METHODS[run.method].section and any(key.startswith(f"{section}.") for key in run.overrides):
             yield f"{section}.* was set, but method {run.method} does not read it: it is ignored"

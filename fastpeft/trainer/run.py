@@ -16,6 +16,7 @@ from fastpeft.models.backbone import quiet_transformers
 from fastpeft.runs.events import Event, EventLog, number
 from fastpeft.runs.store import Result, RunFolder, default_name, write_json
 from fastpeft.runs.system import Heartbeat, environment, git_commit
+from fastpeft.tasks.trained_on import TrainedOn
 from fastpeft.trackers import Choice, Trackers, choose
 from fastpeft.trainer.build import Job, build_job, gpu_uuid
 from fastpeft.trainer.checkpoint_files import Checkpoint
@@ -23,7 +24,15 @@ from fastpeft.trainer.interrupt import StopRequest
 from fastpeft.trainer.loop import Loop
 from fastpeft.trainer.micro_batches import out_of_memory_is_told
 from fastpeft.trainer.resolve import Resolved, resolve
-from fastpeft.trainer.resume import began_in, check_same, find_checkpoint, open_run, same_run
+from fastpeft.trainer.resume import (
+    began_in,
+    check_same,
+    check_same_data,
+    cut_events,
+    find_checkpoint,
+    open_run,
+    same_run,
+)
 from fastpeft.trainer.rng import rng_state, set_rng_state
 from fastpeft.trainer.set_up import SetUp
 
@@ -102,6 +111,11 @@ def train(
             _say_stand_in(reporter, resolved)
             with SetUp(folder, reporter.on_event, resume, checkpoint) as set_up:
                 job = build_job(resolved.run, began_in(folder, checkpoint))
+                if resume:
+                    job.notes += check_same_data(folder, job.trained_on, checkpoint)
+                    cut_events(folder, checkpoint)
+                if TrainedOn.read(folder.path) is None:
+                    job.trained_on.write(folder.path)  # before run.yaml, so that a run that can be resumed has it
                 save_run(resolved.run, folder.config)
                 write_json(folder.environment, environment() | _device_facts(job))
             result = _new_result(job, resolved, folder, group)
@@ -124,6 +138,7 @@ def _new_result(job: Job, resolved: Resolved, folder: RunFolder, group: str | No
         dataset=job.task.name,
         kind=job.task.kind,
         labels=list(job.task.label_names),
+        data=job.trained_on.data.to_json(),
         budget={"kind": job.clock.budget.kind, "limit": job.clock.budget.limit, "spent": 0.0},
         git=git_commit(),
     )
