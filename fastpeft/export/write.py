@@ -83,7 +83,7 @@ def _build(plan: Plan, source: Path, out: Path, device: torch.device, say: Calla
         backbone = load_base(run.model, task, device)
         model = trained_model(backbone, source)
     rows = task.export_check(backbone)
-    eos_token_ids = backbone.eos_token_ids
+    eos_token_ids, fitting = backbone.eos_token_ids, backbone.fitting
     if plan.trim is not None:
         say(f"measuring {rows.metric} before trimming")
         before = rows.score(model, device)
@@ -93,7 +93,7 @@ def _build(plan: Plan, source: Path, out: Path, device: torch.device, say: Calla
         with _writing(plan.target):
             _write_weights(plan, model, backbone, source, out, trimmed)
     del model, backbone
-    loaded, tokenizer = load_exported(out, plan.merge, run.model, task, device)
+    loaded, tokenizer = load_exported(out, plan.merge, run.model, task, fitting, device)
     check = _compare(plan, rows, wanted, rows.answers(loaded, tokenizer, device))
     if plan.merge:
         _check_settings(plan, loaded, task)
@@ -102,7 +102,9 @@ def _build(plan: Plan, source: Path, out: Path, device: torch.device, say: Calla
         metric = MetricChange(rows.metric, before, rows.score(loaded, device), rows.num_validation)
     stand_in = resolved.stand_in or (plan.result is not None and plan.result.stand_in)
     sizes = _megabytes(source), _megabytes(out)
-    exported = Exported(plan.target, stand_in, check, *sizes, trimmed, metric, rows.max_length, rows.num_validation)
+    exported = Exported(
+        plan.target, stand_in, check, *sizes, trimmed, metric, rows.max_length, rows.num_validation, fitting
+    )
     with _writing(plan.target):
         write_json(out / "export.json", _facts(plan, exported, task))
         card = out / "README.md"

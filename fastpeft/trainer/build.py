@@ -63,6 +63,8 @@ def build_job(run: RunConfig) -> Job:
     adapter = method.build(run.adapter, METHODS.own_section(run), backbone)
     adapter.model.train()
     task.encode(backbone, device)
+    if run.model.check:
+        task.check(adapter.model, backbone)
     batches = Batches(task.train, run.training.batch_size, run.training.seed)
     meter = EnergyMeter.open(gpu_uuid(device))
     clock = BudgetClock(_budget(run, batches, meter), meter=meter)
@@ -87,7 +89,7 @@ def build_job(run: RunConfig) -> Job:
         limits=TokenLimits(run.training.micro_batch_tokens, run.evaluation.batch_tokens),
         device=device,
         dtype=dtype,
-        notes=[*task.notes, *_notes(run)],
+        notes=[*task.notes, *backbone.notes, *_notes(run)],
     )
     job.notes += adapter.describe() + untuned(adapter, device, dtype)
     if clock.budget.kind in ("seconds", "joules"):
