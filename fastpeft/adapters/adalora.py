@@ -200,8 +200,8 @@ class AdaLora(Lora):
 
     def _plain_config(self, rank: int) -> peft.LoraConfig:
         own = self._settings
-        shared = ("task_type", "target_modules", "modules_to_save", "base_model_name_or_path", "lora_dropout")
-        values: dict[str, Any] = {key: getattr(own, key) for key in shared}
+        shared = ("task_type", "target_modules", "modules_to_save", "trainable_token_indices", "lora_dropout")
+        values: dict[str, Any] = {key: getattr(own, key) for key in (*shared, "base_model_name_or_path")}
         values["lora_alpha"] = rank * self.svd_blocks[0].scale  # PEFT's annotation is int, and it takes any number
         return peft.LoraConfig(r=rank, inference_mode=True, **values)
 

@@ -153,6 +153,8 @@ def score_sets(plan: SetPlan, say: Callable[[str], None]) -> list[SetScore]:
     weights = {"which": plan.which, "step": plan.step, "sha256": _fingerprint(plan.weights.glob("*.safetensors"))}
     for one in sets.values():
         one.encode(backbone)
+        if run.model.check:
+            one.check(adapter.model, backbone)
     scores = []
     for name, one in sets.items():
         for note in one.notes:

@@ -44,6 +44,9 @@ class ModelConfig:
     """Branch, tag or commit of a hub model."""
     quantisation: Literal["none", "nf4"] = "none"
     """nf4 holds a causal language model's frozen weights in 4 bits; needs the package bitsandbytes."""
+    check: bool = True
+    """Before training, try on a few rows that batches, decoding, token numbers and positions suit the model. off skips
+    it."""
 
 
 @dataclass(frozen=True, kw_only=True)

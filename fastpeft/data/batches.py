@@ -31,6 +31,8 @@ class TokenRows:
     pad_token: int
     max_length: int
     """Longest row that the model takes."""
+    padded: bool = True
+    """Rows of unequal lengths may share a batch. False for a model that computes other outputs for a padded row."""
 
     def __len__(self) -> int:
         return len(self.offsets) - 1
@@ -42,6 +44,8 @@ class TokenRows:
     @property
     def widths(self) -> np.ndarray:
         """What each row would be padded to by itself."""
+        if not self.padded:
+            return self.lengths
         return np.minimum(-(-self.lengths // WIDTH_MULTIPLE) * WIDTH_MULTIPLE, self.max_length)
 
 
@@ -95,17 +99,20 @@ class Batches:
 def micro_batches(encoded: TokenRows, rows: np.ndarray, max_tokens: int) -> Iterator[np.ndarray]:
     """Split `rows` so that each part, padded to its longest row, has at most `max_tokens` tokens.
 
-    A single row over the limit is a part of its own.
+    A single row over the limit is a part of its own. Where rows are not to be padded, a part has rows of one length.
     """
-    yield from split_by_width(rows, encoded.lengths, encoded.widths, max_tokens)
+    yield from split_by_width(rows, encoded.lengths, encoded.widths, max_tokens, encoded.padded)
 
 
-def split_by_width(rows: np.ndarray, lengths: np.ndarray, widths: np.ndarray, max_tokens: int) -> Iterator[np.ndarray]:
+def split_by_width(
+    rows: np.ndarray, lengths: np.ndarray, widths: np.ndarray, max_tokens: int, padded: bool = True
+) -> Iterator[np.ndarray]:
     """The same for rows of any kind, given the lengths and widths of all rows; the widths rise with the lengths."""
     rows = rows[np.argsort(lengths[rows], kind="stable")]
     start = 0
     for end in range(1, len(rows) + 1):
-        if end == len(rows) or (end + 1 - start) * widths[rows[end]] > max_tokens:
+        is_full = end == len(rows) or (end + 1 - start) * widths[rows[end]] > max_tokens
+        if is_full or not (padded or lengths[rows[end]] == lengths[rows[start]]):
             yield rows[start:end]
             start = end
 

@@ -23,11 +23,11 @@ from peft import PeftModel
 from transformers import {imports}
 
 folder = "path/to/this/folder"
+tokenizer = AutoTokenizer.from_pretrained(folder)
 base = {auto}.from_pretrained(
     {base},{options}
 )
-model = PeftModel.from_pretrained(base, folder).eval()
-tokenizer = AutoTokenizer.from_pretrained(folder)
+{fitting}model = PeftModel.from_pretrained(base, folder).eval()
 """
 
 _LOAD_MERGED = """\
@@ -65,7 +65,7 @@ def card_text(plan: Plan, exported: Exported, task: Task, eos_token_ids: tuple[i
     parts = [f"---\n{yaml.safe_dump(head, sort_keys=False)}---\n", f"# {plan.folder.path.name}\n"]
     if exported.stand_in:
         parts.append(f"**{STAND_IN_WARNING}.**\n")
-    usage = _load(plan, task) + task.card_example(exported.max_length, eos_token_ids)
+    usage = _load(plan, exported, task) + task.card_example(exported.max_length, eos_token_ids)
     parts += [_facts(plan, exported, task), "## Use\n", f"```python\n{usage}```\n"]
     if plan.merge and task.card_pipeline():
         parts.append(f"{task.card_pipeline()}\n")
@@ -125,7 +125,7 @@ def _budget(plan: Plan) -> str:
     return f"{spent}; {result.steps:,} steps, {result.elapsed_s:,.0f} s; the run is {plan.status}"
 
 
-def _load(plan: Plan, task: Task) -> str:
+def _load(plan: Plan, exported: Exported, task: Task) -> str:
     auto = task.auto_class
     imports = f"{auto}, AutoTokenizer"
     if plan.merge:
@@ -141,7 +141,8 @@ def _load(plan: Plan, task: Task) -> str:
             options += f"\n    {key}={value!r}," + _REMARKS.get(key, "")
     if plan.run.model.quantisation == "nf4":
         options, imports = _FOUR_BITS, f"{imports}, BitsAndBytesConfig"
-    return _LOAD_ADAPTER.format(auto=auto, imports=imports, base=base, options=options)
+    fitting = "".join(f"{line}\n" for line in exported.fitting)
+    return _LOAD_ADAPTER.format(auto=auto, imports=imports, base=base, options=options, fitting=fitting)
 
 
 _HELD = {"none": "", "nf4": ", held in 4 bits (NF4) while training"}

@@ -47,3 +47,5 @@ class Exported:
     """Tokens that rows were cut to."""
     num_validation: int
     """Rows of the validation split that the run was scored on."""
+    fitting: list[str]
+    """As in Backbone: what the base needs before the adapter is put on it."""

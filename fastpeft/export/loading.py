@@ -17,7 +17,7 @@ from fastpeft.config.schema import ModelConfig
 from fastpeft.errors import first_line
 from fastpeft.export.plan import CheckError, ExportError
 from fastpeft.kernels.ops.lora_linear.quantised import dequantised, is_quantised
-from fastpeft.models.backbone import Backbone, never_repack, nf4_arguments, quiet_transformers
+from fastpeft.models.backbone import GROW, PAD, Backbone, never_repack, nf4_arguments, quiet_transformers
 from fastpeft.models.layers import LoraLinear
 from fastpeft.standins import embedded_path
 from fastpeft.tasks import Task
@@ -78,9 +78,12 @@ def trained_model(backbone: Backbone, folder: Path) -> nn.Module:
 
 
 def load_exported(
-    folder: Path, merged: bool, config: ModelConfig, task: Task, device: torch.device
+    folder: Path, merged: bool, config: ModelConfig, task: Task, fitting: list[str], device: torch.device
 ) -> tuple[nn.Module, Any]:
     """Model and tokenizer as a user loads them, with transformers and PEFT alone.
+
+    Args:
+        fitting: as in Backbone.
 
     Raises:
         CheckError: they do not load.
@@ -100,6 +103,10 @@ def load_exported(
             adapter = peft.PeftConfig.from_pretrained(str(folder))
             revision = adapter.revision or "main"
             base = auto.from_pretrained(adapter.base_model_name_or_path, revision=revision, **common)
+            if GROW in fitting:
+                base.resize_token_embeddings(len(tokenizer))
+            if PAD in fitting:
+                base.config.get_text_config().pad_token_id = tokenizer.pad_token_id
             model = peft.PeftModel.from_pretrained(base, str(folder))
     except Exception as error:  # whatever it is, a user would meet it too
         reason = f"{type(error).__name__}: {first_line(error)}"

@@ -80,7 +80,7 @@ def _build(plan: Plan, source: Path, out: Path, device: torch.device, say: Calla
         backbone = load_base(run.model, task, device)
         model = trained_model(backbone, source)
     rows, num_scored = trained.export_check(backbone), trained.num_scored(run.evaluation.max_examples)
-    eos_token_ids = backbone.eos_token_ids
+    eos_token_ids, fitting = backbone.eos_token_ids, backbone.fitting
     if plan.trim is not None:
         if trained.has_rows:
             say(f"measuring {rows.metric} before trimming")
@@ -93,7 +93,7 @@ def _build(plan: Plan, source: Path, out: Path, device: torch.device, say: Calla
         with _writing(plan.target):
             _write_weights(plan, model, backbone, source, out, trimmed)
     del model, backbone
-    loaded, tokenizer = load_exported(out, plan.merge, run.model, task, device)
+    loaded, tokenizer = load_exported(out, plan.merge, run.model, task, fitting, device)
     check = _compare(plan, rows, wanted, rows.answers(loaded, tokenizer, device))
     if plan.merge:
         _check_settings(plan, loaded, task)
@@ -102,7 +102,7 @@ def _build(plan: Plan, source: Path, out: Path, device: torch.device, say: Calla
         metric = MetricChange(rows.metric, before, rows.score(loaded, device), rows.num_validation)
     stand_in = trained.stand_in or (plan.result is not None and plan.result.stand_in)
     sizes = _megabytes(source), _megabytes(out)
-    exported = Exported(plan.target, stand_in, check, *sizes, trimmed, metric, rows.max_length, num_scored)
+    exported = Exported(plan.target, stand_in, check, *sizes, trimmed, metric, rows.max_length, num_scored, fitting)
     with _writing(plan.target):
         write_json(out / "export.json", _facts(plan, exported, trained))
         card = out / "README.md"

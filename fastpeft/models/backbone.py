@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -16,12 +16,18 @@ from torch import nn
 from fastpeft.config.schema import ModelConfig
 from fastpeft.errors import UnavailableError, UserError, first_line
 from fastpeft.models.files import fetch_model
-from fastpeft.models.lm_head import check_causal_lm
+from fastpeft.models.lm_head import check_causal_lm, hidden_states, output_embeddings
+from fastpeft.models.positions import position_limit
 from fastpeft.models.pretrained_head import fit_head
+from fastpeft.models.vocabulary import add_embeddings, missing_tokens, num_embeddings
 from fastpeft.standins import embedded_path
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+GROW = "base.resize_token_embeddings(len(tokenizer))"
+PAD = "base.config.get_text_config().pad_token_id = tokenizer.pad_token_id"
+"""Of Backbone.fitting."""
 
 _HEAD_NAMES = ("classifier", "score")
 _OTHER_TASKS = ("Classification", "MaskedLM", "QuestionAnswering", "MultipleChoice", "NextSentencePrediction")
@@ -56,9 +62,18 @@ class Backbone:
     """A causal LM's ends of sequence: the tokenizer's first, then those of its generation config."""
     head_is_frozen: bool = False
     """A causal LM's head is the pretrained one for good, as linear_cross_entropy needs it. False where the whole model
-    is trained, and for classifiers."""
-    notes: tuple[str, ...] = ()
-    """What the user should know of how it was loaded."""
+    is trained or the head has rows for new tokens, and for classifiers."""
+    num_embeddings: int | None = None
+    """Tokens that the model has an embedding for; None for one that reads characters or bytes."""
+    trains_all: bool = False
+    """Every weight is trained."""
+    new_tokens: dict[str, list[int]] = field(default_factory=dict)
+    """Names of embeddings, and of a language model's head -> the numbers of the rows that the pretrained model lacks:
+    they are trained, whatever else is."""
+    notes: list[str] = field(default_factory=list)
+    """What the user should know of how the model was loaded."""
+    fitting: list[str] = field(default_factory=list)
+    """Lines of Python after which a freshly loaded `base` goes with `tokenizer`, as this model does."""
 
 
 def load_classifier(
@@ -106,10 +121,13 @@ def load_classifier(
             **_LOCAL,
         )
     _name_base(model, config)
-    if tokenizer.pad_token_id is None:
-        raise UnavailableError(f"model.name {config.name}: its tokenizer has no padding token")
-    output, notes = fit_head(model, stored, settings, info)
+    output, head_notes = fit_head(model, stored, settings, info)
     head = _head_modules(model, info, config.name, output)
+    new_tokens, notes = _grow_vocabulary(model, tokenizer, config)
+    fitting = [GROW] if new_tokens else []
+    if model.config.get_text_config().pad_token_id != tokenizer.pad_token_id or tokenizer.pad_token_id is None:
+        notes += _set_padding(model, tokenizer, config.name)
+        fitting.append(PAD)
     freeze(model, head, torch.float32 if trained else dtype, device)
     return Backbone(
         model=model,
@@ -117,20 +135,62 @@ def load_classifier(
         head=head,
         reads_segments=getattr(model.config, "type_vocab_size", 0) > 1
         and "token_type_ids" in tokenizer.model_input_names,
-        max_positions=_max_positions(model.config),
+        max_positions=_max_positions(model, tokenizer, lambda ids_1L: model(input_ids=ids_1L)),
+        num_embeddings=num_embeddings(model),
         dtype=dtype,
         task_type=task_type,
         entry_points=[model],
-        notes=notes,
+        trains_all=trained,
+        new_tokens={} if trained else new_tokens,
+        notes=[*head_notes, *notes],
+        fitting=fitting,
     )
 
 
-def _max_positions(settings: Any) -> int | None:
-    """Of an encoder: the longest row that it has positions for; None where they are relative only."""
-    positions: int | None = getattr(settings, "max_position_embeddings", None)
-    if positions is not None and settings.model_type in ("roberta", "xlm-roberta", "camembert"):
-        positions -= 2  # its positions start after the padding index
-    return positions if positions and getattr(settings, "position_biased_input", True) else None
+def _grow_vocabulary(
+    model: PreTrainedModel, tokenizer: Any, config: ModelConfig
+) -> tuple[dict[str, list[int]], list[str]]:
+    """(Backbone.new_tokens, what to tell the user)."""
+    missing = missing_tokens(model, tokenizer, config.name)
+    if not missing:
+        return {}, []
+    if config.quantisation != "none":
+        raise UserError(
+            f"model.quantisation {config.quantisation}: the tokenizer of {config.name} has {len(missing):,} tokens "
+            "that the model has no embedding for, and a model in 4 bits does not grow. Leave it out, or add the "
+            "embeddings to the model first, with resize_token_embeddings"
+        )
+    with quiet_transformers():
+        note = add_embeddings(model, tokenizer, missing)
+    grown = [model.get_input_embeddings(), output_embeddings(model)]
+    return {name: missing for name, module in model.named_modules() if any(module is g for g in grown)}, [note]
+
+
+def _set_padding(model: PreTrainedModel, tokenizer: Any, name: str) -> list[str]:
+    """A padding token that tokenizer and model agree on: a decoder used as a classifier reads each row's last token
+    that is not it. Returns what to tell the user."""
+    notes = []
+    if tokenizer.pad_token_id is None:
+        if tokenizer.eos_token_id is None:
+            raise UnavailableError(f"model.name {name}: its tokenizer has no padding token")
+        tokenizer.pad_token = tokenizer.eos_token
+        notes.append(f"the tokenizer has no padding token: its end of sequence {tokenizer.eos_token!r} pads")
+    for settings in {id(found): found for found in (model.config, model.config.get_text_config())}.values():
+        settings.pad_token_id = tokenizer.pad_token_id
+    return notes
+
+
+def _max_positions(model: PreTrainedModel, tokenizer: Any, run: Callable[[torch.Tensor], Any]) -> int | None:
+    """The longest row that the model has positions for; None where nothing bounds it."""
+    rows = num_embeddings(model)
+    token = next(number for number in range((rows or 3) - 1, -1, -1) if number != tokenizer.pad_token_id)
+    training = model.training
+    model.eval()
+    try:
+        with quiet_transformers():
+            return position_limit(model.config.get_text_config(decoder=True), token, model.device, run)
+    finally:
+        model.train(training)
 
 
 def load_causal_lm(config: ModelConfig, dtype: torch.dtype, device: torch.device, trained: bool = False) -> Backbone:
@@ -162,6 +222,7 @@ def load_causal_lm(config: ModelConfig, dtype: torch.dtype, device: torch.device
             f"{type(model).__name__}, such as {lacking[0]}"
         )
     _name_base(model, config)
+    new_tokens, notes = _grow_vocabulary(model, tokenizer, config)
     model.requires_grad_(False)
     if quantised:
         never_repack(model)
@@ -178,12 +239,17 @@ def load_causal_lm(config: ModelConfig, dtype: torch.dtype, device: torch.device
         tokenizer=tokenizer,
         head=[],
         reads_segments=False,
-        max_positions=getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None),
+        max_positions=_max_positions(model, tokenizer, lambda ids_1L: hidden_states(model, ids_1L)),
+        num_embeddings=num_embeddings(model),
         dtype=dtype,
         task_type="CAUSAL_LM",
         entry_points=[model, model.get_decoder()],
         eos_token_ids=eos_token_ids,
-        head_is_frozen=not trained,
+        head_is_frozen=not trained and not new_tokens,
+        trains_all=trained,
+        new_tokens={} if trained else new_tokens,
+        notes=notes,
+        fitting=[GROW] if new_tokens else [],
     )
 
 
@@ -257,11 +323,8 @@ def never_repack(model: nn.Module) -> None:
 def _end_tokens(model: PreTrainedModel, tokenizer: Any, name: str) -> tuple[int, ...]:
     listed = model.generation_config.eos_token_id
     listed = listed if isinstance(listed, (list, tuple)) else [listed]
-    num_rows: int = cast(Any, model.get_input_embeddings()).num_embeddings
-    if len(tokenizer) > num_rows:
-        raise UnavailableError(
-            f"model.name {name}: its tokenizer has {len(tokenizer):,} tokens, but the model only {num_rows:,}"
-        )
+    num_rows = num_embeddings(model)
+    assert num_rows is not None, "check_causal_lm comes after"
     known = dict.fromkeys(i for i in (tokenizer.eos_token_id, *listed) if i is not None and i < num_rows)
     if not known:
         raise UnavailableError(

@@ -24,6 +24,8 @@ ADAPTER_NAME = "default"
 _QUERY_VALUE = r"q|query|q_proj|query_proj|q_lin|v|value|v_proj|value_proj|v_lin"
 _KEYWORDS = ("qv", "attention", "all-linear")
 _ATTENTION = _QUERY_VALUE + r"|k|key|k_proj|key_proj|k_lin|o_proj|out_proj|out_lin|qkv_proj|query_key_value"
+_EXPERTS = "PEFT adapts the experts' stacked weights in place of layers of such names"
+_KINDS = ("qv", "attention", "all-linear")
 _BLOCK = re.compile(r"\.(\d+)\.")
 
 
@@ -91,9 +93,11 @@ def inject_lora(
     `rank_stabilised`: scale by alpha / sqrt(rank) (Kalajdzievski, arXiv:2312.03732) instead of alpha / rank.
 
     Raises:
-        UserError: no linear layer matches; the message lists those that there are.
+        UserError: no linear layer matches; the message lists those that there are. A layer was asked for by name that
+            PEFT takes for something else.
     """
     names = match_targets(backbone.model, backbone.head, config.target_modules)
+    names = _adaptable(backbone, config.target_modules, names)
     lora = peft.LoraConfig(r=config.rank, use_rslora=rank_stabilised, **_common(backbone, config, names))
     model = _wrap(backbone, lora)
     for name in names:
@@ -112,6 +116,7 @@ def inject_adalora(
         UserError: no linear layer matches.
     """
     names = match_targets(backbone.model, backbone.head, config.target_modules)
+    names = _adaptable(backbone, config.target_modules, names)
     total = adalora.virtual_steps
     settings = peft.AdaLoraConfig(
         init_r=adalora.initial_rank,
@@ -143,6 +148,7 @@ def _common(backbone: Backbone, config: AdapterConfig, names: list[str]) -> dict
         "lora_dropout": config.dropout,
         "target_modules": _shortest(names, backbone.model),
         "modules_to_save": list(backbone.head) or None,
+        "trainable_token_indices": dict(backbone.new_tokens) or None,
     }
 
 
@@ -241,6 +247,42 @@ def _matches(name: str, wanted: str | list[str]) -> bool:
         raise UserError(f"adapter.target_modules {wanted!r} is no regular expression: {error}") from None
 
 
+def _adaptable(backbone: Backbone, wanted: str | list[str], names: list[str]) -> list[str]:
+    """Those of the layers that PEFT puts an adapter on, and on nothing in their place. The others are left out of what
+    is asked for as a kind, such as all-linear, and that is said.
+
+    Raises:
+        UserError: one that was asked for by name; nothing is left.
+    """
+    faults = {name: fault for name in names if (fault := _why_not(backbone.model, name))}
+    if not faults:
+        return names
+    kept = [name for name in names if name not in faults]
+    lost = ", ".join(sorted({projection_of(name) for name in faults}))
+    why = f"{type(backbone.model).__name__}'s {lost}: {next(iter(faults.values()))}"
+    if wanted not in _KINDS or not kept:
+        raise UserError(f"adapter.target_modules {wanted!r}: {why}. Name others, or take attention or all-linear")
+    backbone.notes.append(f"{why}; {wanted} leaves them out")
+    return kept
+
+
+def _why_not(model: nn.Module, name: str) -> str | None:
+    """What PEFT has against an adapter on this layer."""
+    from peft.tuners.tuners_utils import _check_lora_target_modules_mamba
+    from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
+
+    settings = peft.LoraConfig(target_modules=[name])
+    try:
+        _check_lora_target_modules_mamba(settings, model, name.rsplit(".", 1)[-1])
+    except ValueError:
+        return "Mamba's kernels read the weights of such layers past an adapter"
+    try:
+        convert_peft_config_for_transformers(settings, model, None)
+    except ValueError:  # half of two that are fused
+        return _EXPERTS
+    return _EXPERTS if settings.target_parameters else None
+
+
 def projection_of(name: str) -> str:
     """What tells the matrices of one layer apart: `query`, `attention.output.dense`, `up_proj`."""
     inside = _BLOCK.split(name)[-1]
@@ -256,9 +298,5 @@ def _layer(name: str) -> int:
 def _shortest(names: list[str], model: nn.Module) -> list[str]:
     """Name endings if they mean exactly `names`, as other tools read them; else the full names."""
     endings = sorted({name.rsplit(".", 1)[-1] for name in names})
-    meant = {
-        name
-        for name, module in model.named_modules()
-        if isinstance(module, nn.Linear) and name.rsplit(".", 1)[-1] in endings
-    }
+    meant = {name for name, _ in model.named_modules() if name.rsplit(".", 1)[-1] in endings}
     return endings if meant == set(names) else names

@@ -92,6 +92,10 @@ class OtherSet(ABC):
         """Raises UserError for rows that the model cannot take."""
 
     @abstractmethod
+    def check(self, model: nn.Module, backbone: Backbone) -> None:
+        """As Task.check, of what scoring takes for granted."""
+
+    @abstractmethod
     def score(self, model: nn.Module, limits: TokenLimits, shrink: Shrink) -> Score: ...
 
 
@@ -197,6 +201,20 @@ class Task(ABC, Generic[Rows]):
 
         Raises:
             UserError: rows that the model cannot take.
+        """
+
+    @abstractmethod
+    def check(self, model: nn.Module, backbone: Backbone) -> None:
+        """Try on a few rows, after `encode`, that the model does with them what training and scoring take for granted.
+
+        Where a slower way is exact, the task goes that way from here on and says so in `notes`. Leaves the model and
+        global random numbers as they were.
+
+        Args:
+            model: the backbone's, with the adapter in it.
+
+        Raises:
+            UserError: a model that no way is right for, and what differed.
         """
 
     # ---- training --------------------------------------------------------------------------

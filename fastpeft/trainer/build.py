@@ -78,6 +78,9 @@ def build_job(run: RunConfig, precision: Precision | None = None) -> Job:
     adapter.model.train()
     phases.begin("tokenise", "tokenising")
     task.encode(backbone, device)
+    if run.model.check:
+        phases.begin("check", "checking the model")
+        task.check(adapter.model, backbone)
     batches = Batches(task.train, run.training.batch_size, run.training.seed)
     meter = EnergyMeter.open(gpu_uuid(device))
     clock = BudgetClock(_budget(run, batches, meter), meter=meter)

@@ -11,11 +11,11 @@ import torch
 
 from fastpeft.config.schema import AdapterConfig, ModelConfig
 from fastpeft.errors import UnavailableError
-from fastpeft.models.backbone import Backbone
+from fastpeft.models.backbone import PAD, Backbone
 from fastpeft.models.inject import inject_lora
 from fastpeft.standins import PATHS
 from tests.support.classifiers import load_backbone
-from tests.support.tiny import FAMILIES, MAX_POSITIONS, NUM_LAYERS, make_model
+from tests.support.tiny import FAMILIES, MAX_POSITIONS, NUM_LAYERS, make_causal_lm, make_model
 
 CPU = torch.device("cpu")
 LABELS = ("no", "maybe", "yes")
@@ -202,6 +202,23 @@ def test_tokenizer_without_padding(tmp_path, model_folders):
     del settings["pad_token"]
     (folder / "tokenizer_config.json").write_text(json.dumps(settings))
     assert "no padding token" in refusal(folder)
+
+
+@pytest.mark.parametrize("family", ["qwen3", "gpt2"])
+@pytest.mark.parametrize("pad", [True, False])
+def test_a_decoder_as_a_classifier_reads_each_rows_last_token(tmp_path, family, pad):
+    """Its config names no padding token, by which it would find it; the tokenizer may have none either."""
+    backbone = load(make_causal_lm(tmp_path, family, pad=pad, pad_token_id=None))
+    tokenizer, model = backbone.tokenizer, backbone.model
+    assert model.config.pad_token_id == tokenizer.pad_token_id == (0 if pad else 1)
+    assert backbone.fitting == [PAD]
+    assert ["its end of sequence '</s>' pads" in note for note in backbone.notes] == [True] * (not pad)
+    texts = ["2 + 2", "a much longer text", "= 4."]
+    options = {"return_tensors": "pt", "return_token_type_ids": False}
+    with torch.no_grad():
+        together = model(**tokenizer(texts, padding=True, **options)).logits
+        alone = torch.cat([model(**tokenizer(text, **options)).logits for text in texts])
+    torch.testing.assert_close(together, alone, rtol=0, atol=1e-6)
 
 
 # ---- code in a repository ------------------------------------------------------------------

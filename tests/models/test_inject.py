@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import copy
+from types import SimpleNamespace
 
 import peft
 import pytest
 import torch
+import transformers
 from peft.tuners.lora import Linear as PeftLoraLinear
 
 from fastpeft.adapters.adapter import method_class
@@ -15,11 +17,11 @@ from fastpeft.config.methods import METHODS
 from fastpeft.config.schema import AdapterConfig, ModelConfig
 from fastpeft.errors import UserError
 from fastpeft.kernels import dropout_mask
-from fastpeft.models.backbone import Backbone
-from fastpeft.models.inject import inject_lora, match_targets, projection_of
+from fastpeft.models.backbone import Backbone, load_causal_lm
+from fastpeft.models.inject import _why_not, inject_lora, match_targets, projection_of
 from fastpeft.models.layers import LoraLinear
 from tests.support.classifiers import load_backbone
-from tests.support.tiny import FAMILIES, NUM_LAYERS
+from tests.support.tiny import FAMILIES, NUM_LAYERS, save_character_tokenizer
 
 CPU = torch.device("cpu")
 SECOND_LAYER = r".*\.layer\.1\..*"
@@ -49,6 +51,51 @@ def inject(model_folders, family: str, target_modules="all-linear", **fields):
 
 
 # ---- which layers --------------------------------------------------------------------------
+
+
+def causal(folder, family, **settings) -> Backbone:
+    vocab = save_character_tokenizer(folder)
+    tokens = {"pad_token_id": vocab["<pad>"], "eos_token_id": vocab["</s>"], "bos_token_id": None}
+    sizes = {"vocab_size": 104, "hidden_size": 32, "num_hidden_layers": 2}
+    config = transformers.AutoConfig.for_model(family, **tokens | sizes | settings)
+    transformers.AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    return load_causal_lm(ModelConfig(name=str(folder)), torch.float32, CPU)
+
+
+def test_layers_that_peft_would_not_adapt_are_left_out_and_said(tmp_path):
+    """By name they are refused."""
+    backbone = causal(tmp_path, "mamba", state_size=8)
+    with pytest.raises(UserError, match=r"MambaForCausalLM's out_proj: .* past an adapter"):
+        inject_lora(backbone, AdapterConfig(target_modules=["out_proj"]))
+    model, blocks = inject_lora(backbone, AdapterConfig(target_modules="all-linear"))
+    assert blocks
+    assert "out_proj" not in {block.projection for block in blocks}
+    (note,) = backbone.notes
+    assert "all-linear leaves them out" in note
+    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    assert len(trained) == 2 * len(blocks)
+
+
+@pytest.mark.parametrize(("kind", "name", "taken"), [
+    ("deepseek_v3", "shared_experts.down_proj", True),
+    ("deepseek_v3", "shared_experts.up_proj", True),
+    ("deepseek_v3", "self_attn.o_proj", False),
+    ("qwen3", "mlp.down_proj", False),
+])  # fmt: skip
+def test_names_that_peft_takes_for_experts(kind, name, taken):
+    """It would adapt the experts' stacked weights, and not the layer of that name."""
+    model = SimpleNamespace(config=SimpleNamespace(model_type=kind))
+    why = _why_not(model, f"model.layers.1.mlp.{name}")
+    assert (why is not None and "in place of" in why) is taken
+
+
+def test_names_that_end_as_other_modules_do_are_given_whole(tmp_path):
+    """CTRL's linear layers are ffn.0 and ffn.2, and its blocks h.0 and h.1."""
+    settings = {"n_embd": 32, "n_layer": 2, "n_head": 2, "dff": 16, "n_positions": 32, "tie_word_embeddings": True}
+    backbone = causal(tmp_path, "ctrl", **settings)
+    _, blocks = inject_lora(backbone, AdapterConfig(target_modules="all-linear"))
+    assert any(block.name.endswith("ffn.0") for block in blocks)
+    assert all(isinstance(block.module, PeftLoraLinear) for block in blocks)
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -1,7 +1,6 @@
-"""Decoding in batches, greedily or by sampling, with a static cache and merged weights; pass@k.
+"""Decoding in batches, greedily or by sampling, with merged weights; pass@k.
 
-Shapes: B rows of a batch, W columns of its prompts, C columns of the cache, N most new tokens, V vocabulary, E tokens
-that end an answer.
+Shapes: B rows of a batch, N most new tokens, V vocabulary, E tokens that end an answer.
 """
 
 from __future__ import annotations
@@ -12,26 +11,24 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from peft import PeftModel
 from torch import nn
 
-from fastpeft.data.batches import WIDTH_MULTIPLE, split_by_width
+from fastpeft.data.batches import split_by_width
 from fastpeft.device_memory import free_memory, is_out_of_memory
 from fastpeft.models.merge import Merged, merged
 from fastpeft.tasks.causal_lm.calculator_notes import Notes
+from fastpeft.tasks.causal_lm.decode_batches import BATCHES, FASTEST, DecodeBatch, DecodeMethod, cache_columns
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedTokenizerBase
 
 CHECK_EVERY = 8
 """Steps between two looks at which rows have ended: each look waits for the device."""
-
-_COMPACT_AT = 0.75
-"""Share of a batch's rows that are still decoded, below which the others are taken out: that copies the cache."""
 
 
 @dataclass(frozen=True)
@@ -87,6 +84,7 @@ def decode(
     stop: Callable[[], bool] = lambda: False,
     shrink: Callable[[int, int], int] | None = None,
     merge: bool = True,
+    method: DecodeMethod = FASTEST,
     complete: Callable[[str], str | None] | None = None,
     tokenizer: PreTrainedTokenizerBase | None = None,
 ) -> Decoded | None:
@@ -103,6 +101,7 @@ def decode(
         shrink: told the rows and the width of a batch that ran out of memory; returns a smaller `max_tokens`, and the
             prompts that are left, with those of that batch, go on in such batches.
         merge: fold the LoRA layers into their weights for the time (fastpeft.models.merge).
+        method: that is right for the model, as fastpeft.tasks.causal_lm.decode_check finds it.
         complete: the result of a calculator note `<<EXPR=`, or None where it has none; with `tokenizer`. See Notes.
 
     Raises:
@@ -116,7 +115,7 @@ def decode(
     start = time.perf_counter()
     with _evaluating(model), merged(model) if merge else nullcontext(Merged()) as how, torch.inference_mode():
         core = model.get_base_model() if isinstance(model, PeftModel) else model
-        decoder = _Decoder(core, prompts, options, eos_tokens, pad_token, stop, complete, tokenizer)
+        decoder = _Decoder(core, prompts, options, method, eos_tokens, pad_token, stop, complete, tokenizer)
         try:
             answers = _all_rows(decoder, lengths, max_tokens, shrink)
         except _Stopped:
@@ -154,15 +153,12 @@ def _evaluating(model: nn.Module) -> Iterator[None]:
             module.training = training
 
 
-def batches_of(lengths: np.ndarray, max_new_tokens: int, max_tokens: int) -> list[np.ndarray]:
+def batches_of(
+    lengths: np.ndarray, max_new_tokens: int, max_tokens: int, method: DecodeMethod = FASTEST
+) -> list[np.ndarray]:
     """Which prompts, of these lengths, `decode` puts side by side."""
     widths = cache_columns(lengths, max_new_tokens)
-    return list(split_by_width(np.arange(len(lengths)), lengths, widths, max_tokens))
-
-
-def cache_columns(lengths: Any, max_new_tokens: int) -> Any:
-    """Of the cache for prompts of these lengths; of kernels' favourite sizes."""
-    return _round_up(lengths) + _round_up(max_new_tokens)
+    return list(split_by_width(np.arange(len(lengths)), lengths, widths, max_tokens, method.padded))
 
 
 def _all_rows(
@@ -170,7 +166,7 @@ def _all_rows(
 ) -> list[Answer]:
     widths = cache_columns(lengths, decoder.options.max_new_tokens)
     answers: dict[int, Answer] = {}
-    groups = deque(batches_of(lengths, decoder.options.max_new_tokens, max_tokens))
+    groups = deque(batches_of(lengths, decoder.options.max_new_tokens, max_tokens, decoder.method))
     while groups:
         if decoder.stop():
             raise _Stopped
@@ -179,7 +175,8 @@ def _all_rows(
             assert shrink is not None
             free_memory()
             max_tokens = shrink(len(groups[0]), int(widths[groups[0]].max()))
-            groups = deque(split_by_width(np.concatenate(groups), lengths, widths, max_tokens))
+            rows = np.concatenate(groups)
+            groups = deque(split_by_width(rows, lengths, widths, max_tokens, decoder.method.padded))
             continue
         answers |= zip(groups.popleft().tolist(), found, strict=True)
     return [answers[row] for row in range(len(lengths))]
@@ -192,6 +189,7 @@ class _Decoder:
     model: nn.Module
     prompts: Sequence[Sequence[int] | np.ndarray]
     options: DecodeOptions
+    method: DecodeMethod
     eos_tokens: Sequence[int]
     pad_token: int
     stop: Callable[[], bool]
@@ -217,7 +215,8 @@ class _Decoder:
         samples, most = self.options.num_samples, self.options.max_new_tokens
         device = next(self.model.parameters()).device
         eos_E = torch.tensor(self.eos_tokens, dtype=torch.int64, device=device)
-        batch = _Batch(self.model, [self.prompts[row // samples] for row in rows], most, self.pad_token, device)
+        prompts = [self.prompts[row // samples] for row in rows]
+        batch = BATCHES[self.method.caching](self.model, prompts, most, self.pad_token, device)
         uniform_BN = _uniforms(self.options, rows).to(device) if self.options.temperature else None
         notes = None if self.complete is None else Notes(self.complete, self.tokenizer, len(rows), self.eos_tokens)
         logits_BV = batch.forward()
@@ -234,85 +233,10 @@ class _Decoder:
             logits_BV = batch.forward()
         return batch.new_BN.cpu().numpy()
 
-    def _go_on(self, batch: _Batch) -> bool:
+    def _go_on(self, batch: DecodeBatch) -> bool:
         if self.stop():
             raise _Stopped
         return batch.drop_ended()
-
-
-class _Batch:
-    """Rows that are decoded side by side, fewer and fewer of them.
-
-    Of transformers it needs a StaticCache whose layers count their columns themselves, and its reorder_cache.
-    """
-
-    def __init__(
-        self,
-        model: nn.Module,
-        prompts: list[Sequence[int] | np.ndarray],
-        most: int,
-        pad_token: int,
-        device: torch.device,
-    ) -> None:
-        from transformers import StaticCache
-
-        lengths = np.array([len(prompt) for prompt in prompts])
-        width = int(_round_up(lengths.max()))
-        columns = int(cache_columns(width, most))
-        ids_BW = np.full((len(prompts), width), pad_token, dtype=np.int64)
-        for ids_W, prompt in zip(ids_BW, prompts):
-            ids_W[width - len(prompt) :] = prompt
-        column_C = np.arange(columns)
-        mask_BC = (column_C >= width - lengths[:, None]) & (column_C < width)
-        self.model, self.pad_token, self.device = model, pad_token, device
-        self.cache = StaticCache(config=cast("PreTrainedModel", model).config, max_cache_len=columns)
-        self.rows = list(range(len(prompts)))
-        self.rows_B = torch.arange(len(prompts), device=device)
-        """Of `new_BN`, those that are still decoded."""
-        self.new_BN = torch.full((len(prompts), most), pad_token, device=device)
-        self.alive_B = torch.ones(len(prompts), dtype=torch.bool, device=device)
-        self.width = width
-        self._ids = torch.from_numpy(ids_BW).to(device)
-        self._mask_BC = torch.from_numpy(mask_BC.astype(np.int64)).to(device)
-        self._positions = (self._mask_BC[:, :width].cumsum(-1) - 1).clamp(min=0)
-
-    def forward(self) -> torch.Tensor:
-        """Logits (B x V) after the prompts, and later after the tokens that were appended last."""
-        out = self.model(
-            input_ids=self._ids,
-            attention_mask=self._mask_BC,
-            position_ids=self._positions,
-            past_key_values=self.cache,
-            use_cache=True,
-            logits_to_keep=1,
-        )
-        return out.logits[:, -1]
-
-    def append(self, next_B: torch.Tensor, eos_E: torch.Tensor, step: int) -> None:
-        """The next token of each row, or padding where it has ended. Does not wait for the device."""
-        next_B = next_B.where(self.alive_B, self.pad_token)
-        self.new_BN[self.rows_B, step] = next_B
-        self.alive_B &= (next_B[:, None] != eos_E).all(-1)
-        self._ids = next_B[:, None]
-        self._mask_BC[:, self.width + step] = 1
-        self._positions = self._positions[:, -1:] + 1
-
-    def drop_ended(self) -> bool:
-        """Waits for the device. Goes on without the rows that have ended if they are many; False if all have."""
-        alive = self.alive_B.tolist()
-        kept = [i for i, is_alive in enumerate(alive) if is_alive]
-        if kept and len(kept) <= _COMPACT_AT * len(alive):
-            kept_B = torch.tensor(kept, device=self.device)
-            self.cache.reorder_cache(cast(torch.LongTensor, kept_B))
-            self.rows = [self.rows[i] for i in kept]
-            self.rows_B, self.alive_B = self.rows_B[kept_B], self.alive_B[kept_B]
-            self._ids, self._positions = self._ids[kept_B], self._positions[kept_B]
-            self._mask_BC = self._mask_BC[kept_B]
-        return bool(kept)
-
-
-def _round_up(length: Any) -> Any:
-    return -(-length // WIDTH_MULTIPLE) * WIDTH_MULTIPLE
 
 
 def _uniforms(options: DecodeOptions, rows: np.ndarray) -> torch.Tensor:

@@ -34,10 +34,11 @@ class AnswerLoss:
     Args:
         dtype: that the model computes in.
         frozen_head: the head is the pretrained one, whose logits need not be kept.
+        trains_all: every weight is trained, and held in fp32.
     """
 
-    def __init__(self, device: torch.device, dtype: torch.dtype, frozen_head: bool) -> None:
-        self._device, self._dtype, self._frozen_head = device, dtype, frozen_head
+    def __init__(self, device: torch.device, dtype: torch.dtype, frozen_head: bool, trains_all: bool = False) -> None:
+        self._device, self._dtype, self._frozen_head, self._trains_all = device, dtype, frozen_head, trains_all
         self._first_layer: FirstLayer | None = None
 
     def batch(self, model: nn.Module, batch: Batch, num_items: int, needs: Collection[Need] = ()) -> BatchLoss:
@@ -100,8 +101,8 @@ class AnswerLoss:
 
     def _autocast(self) -> AbstractContextManager:
         """A model that is trained whole keeps its weights in fp32."""
-        trains_all = not self._frozen_head and self._dtype != torch.float32
-        return torch.autocast(self._device.type, self._dtype) if trains_all else nullcontext()
+        is_cast = self._trains_all and self._dtype != torch.float32
+        return torch.autocast(self._device.type, self._dtype) if is_cast else nullcontext()
 
     def _cross_entropy(
         self,

@@ -66,7 +66,8 @@ def encode_prompts(
     """Tokenise prompts and answers by themselves, so that a prompt's tokens are those that decoding starts from.
 
     Special tokens are those that the tokenizer puts before a text, those written in the prompt, and the end of text
-    after the answer. In an answer their names are text, so that none ends it early.
+    after the answer. A prompt that is written with the former has them once. In an answer their names are text, so that
+    none ends it early.
 
     Args:
         max_length: most tokens of a row.
@@ -82,7 +83,7 @@ def encode_prompts(
         raise UserError(f"model {tokenizer.name_or_path}: its tokenizer has no end-of-text token to end answers with")
     assert isinstance(end, int)
     noun = texts.noun
-    prompts = _prompts(list(texts.prompts), tokenizer)
+    prompts, num_begun = _prompts(list(texts.prompts), tokenizer)
     answers = _token_lists(list(texts.answers), tokenizer, split_special_tokens=True)
     rows = [prompt + answer + [end] for prompt, answer in zip(prompts, answers)]
     lengths = np.array([len(row) for row in rows])
@@ -114,7 +115,7 @@ def encode_prompts(
         prompt_lengths=np.minimum(prompt_lengths[kept], max_length),
         rows=kept,
         unusable=unusable,
-        notes=_notes(texts, unusable, named, what.format(max_length)),
+        notes=_notes(texts, unusable, named, what.format(max_length)) + (training * _begun(tokenizer, num_begun)),
     )
 
 
@@ -138,13 +139,27 @@ def collate_prompts(encoded: EncodedPrompts, rows: np.ndarray, device: torch.dev
     return Batch(inputs, move(labels, device), int(lengths.sum()), move(np.flatnonzero(labelled), device))
 
 
-def _prompts(texts: list[str], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
-    """Tokens of each, after what the tokenizer puts before any text."""
+def writes_start(text: str, tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether the text begins with what the tokenizer would put before it, so that no more of it is wanted."""
+    return _prompts([text], tokenizer)[1] == 1
+
+
+def _prompts(texts: list[str], tokenizer: PreTrainedTokenizerBase) -> tuple[list[list[int]], int]:
+    """(tokens of each, after what the tokenizer puts before any text; how many begin with that by themselves)."""
     plain = _token_lists(texts, tokenizer)
     with_special = tokenizer(texts[0], return_attention_mask=False, verbose=False)["input_ids"]
     first = plain[0]
     start = next(i for i in range(len(with_special) + 1) if with_special[i : i + len(first)] == first)
-    return [with_special[:start] + prompt for prompt in plain]
+    before = with_special[:start]
+    begun = [bool(before) and prompt[:start] == before for prompt in plain]
+    return [prompt if has else before + prompt for prompt, has in zip(plain, begun)], sum(begun)
+
+
+def _begun(tokenizer: PreTrainedTokenizerBase, count: int) -> tuple[str, ...]:
+    if not count:
+        return ()
+    token = tokenizer.bos_token or tokenizer.cls_token
+    return (f"{count:,} prompts begin with {token!r}, which the tokenizer puts there itself: it stands there once",)
 
 
 def _token_lists(texts: list[str], tokenizer: PreTrainedTokenizerBase, **options: bool) -> list[list[int]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Callable, Collection, Sequence
+from dataclasses import replace
 from typing import Any, ClassVar
 
 import numpy as np
@@ -18,6 +19,7 @@ from fastpeft.signals import Need
 from fastpeft.tasks.base import BatchLoss, ExportCheck, Task
 from fastpeft.tasks.causal_lm.loss import AnswerLoss
 from fastpeft.tasks.causal_lm.prompts import EncodedPrompts, collate_prompts
+from fastpeft.tasks.self_check import check_batches, check_tokens
 
 CHECK_ROWS, CHECK_POSITIONS = 16, 16
 """Of each of so many rows, so many of the answer's first tokens: a model's logits at all of them fill gigabytes."""
@@ -54,7 +56,13 @@ class CausalLMTask(Task[EncodedPrompts]):
         return load_causal_lm(config, dtype, device, trained)
 
     def encode(self, backbone: Backbone, device: torch.device) -> None:
-        self._loss = AnswerLoss(device, backbone.dtype, backbone.head_is_frozen)
+        self._loss = AnswerLoss(device, backbone.dtype, backbone.head_is_frozen, backbone.trains_all)
+
+    def check(self, model: nn.Module, backbone: Backbone) -> None:
+        check_tokens(backbone, {"training": self.train, "validation": self.validation})
+        padded, notes = check_batches(model, backbone, self.train, _trained_logits, _own_logits)
+        self.train, self.validation = replace(self.train, padded=padded), replace(self.validation, padded=padded)
+        self.notes += notes
 
     def max_length(self, backbone: Backbone) -> int:
         return min(self.config.max_length, backbone.max_positions or self.config.max_length)
@@ -89,6 +97,21 @@ class CausalLMTask(Task[EncodedPrompts]):
             self.batch_tokens,
             self.noun,
         )
+
+
+def _trained_logits(model: nn.Module, inputs: dict[str, torch.Tensor], lengths: Sequence[int]) -> list[torch.Tensor]:
+    """As the loss has them, round their mean, of which no probability depends."""
+    hidden_NLD, weight, bias = hidden_states(model, inputs["input_ids"])
+    rows = (hidden_LD[:length].to(weight.dtype) for hidden_LD, length in zip(hidden_NLD, lengths))
+    return [_centred(nn.functional.linear(row, weight, bias)) for row in rows]
+
+
+def _own_logits(model: nn.Module, inputs: dict[str, torch.Tensor], lengths: Sequence[int]) -> list[torch.Tensor]:
+    return list(_centred(model(input_ids=inputs["input_ids"], use_cache=False).logits))
+
+
+def _centred(logits: torch.Tensor) -> torch.Tensor:
+    return logits.float() - logits.float().mean(-1, keepdim=True)
 
 
 class TokenAccuracy(ExportCheck):

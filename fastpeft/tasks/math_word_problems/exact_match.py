@@ -13,15 +13,8 @@ import torch
 from torch import nn
 
 from fastpeft.tasks.base import Score
-from fastpeft.tasks.causal_lm.generate import (
-    CHECK_EVERY,
-    Decoded,
-    DecodeOptions,
-    batches_of,
-    cache_columns,
-    decode,
-    pass_at_k,
-)
+from fastpeft.tasks.causal_lm.decode_batches import FASTEST, DecodeMethod, cache_columns
+from fastpeft.tasks.causal_lm.generate import CHECK_EVERY, Decoded, DecodeOptions, batches_of, decode, pass_at_k
 from fastpeft.tasks.causal_lm.prompts import EncodedPrompts
 from fastpeft.tasks.math_word_problems.answers import final_number, same_answer
 from fastpeft.tasks.math_word_problems.calculator import evaluate
@@ -63,6 +56,7 @@ class Decoding:
     calculator: bool
     """Results of calculator notes are computed, and not the model's."""
     sampling: Sampling | None = None
+    method: DecodeMethod = FASTEST
 
 
 def score_problems(
@@ -167,6 +161,7 @@ def _decode(
         max_tokens=max_tokens,
         stop=stop,
         shrink=shrink,
+        method=decoding.method,
         complete=evaluate if decoding.calculator else None,
         tokenizer=decoding.tokenizer if decoding.calculator else None,
     )
@@ -213,6 +208,6 @@ def _largest_batch(problem_set: ProblemSet, decoding: Decoding, max_tokens: int)
     encoded = problem_set.encoded
     usable = _usable(encoded)
     lengths = encoded.prompt_lengths[usable]
-    batches = batches_of(lengths, decoding.max_new_tokens, max_tokens)
+    batches = batches_of(lengths, decoding.max_new_tokens, max_tokens, decoding.method)
     largest = max(batches, key=lambda rows: len(rows) * cache_columns(lengths[rows].max(), decoding.max_new_tokens))
     return usable[largest], lengths[largest], len(batches)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
@@ -16,7 +17,8 @@ from fastpeft.device_memory import TokenLimits
 from fastpeft.errors import UserError
 from fastpeft.models.backbone import Backbone, load_causal_lm
 from fastpeft.tasks.base import OtherSet, Score, Shrink, Stop
-from fastpeft.tasks.causal_lm.prompts import EncodedPrompts, encode_prompts
+from fastpeft.tasks.causal_lm.decode_check import find_decode_method
+from fastpeft.tasks.causal_lm.prompts import EncodedPrompts, encode_prompts, writes_start
 from fastpeft.tasks.causal_lm.task import CausalLMTask
 from fastpeft.tasks.math_word_problems.answers import MARK
 from fastpeft.tasks.math_word_problems.datasets import DATASETS
@@ -35,11 +37,12 @@ from fastpeft.tasks.math_word_problems.reading import (
     read_problem_set,
     read_problem_splits,
 )
+from fastpeft.tasks.self_check import check_tokens
 
 _EXAMPLE = """\
 question = "Ann has 3 apples and buys 2 more. How many apples does she have?"
 prompt = {prompt!r}.replace("{{question}}", question)
-batch = tokenizer(prompt, return_tensors="pt", return_token_type_ids=False).to(model.device)
+batch = tokenizer(prompt, return_tensors="pt", return_token_type_ids=False{options}).to(model.device)
 answer = model.generate(
     **batch, max_new_tokens={max_new_tokens}, do_sample=False, eos_token_id={eos}, pad_token_id=tokenizer.pad_token_id
 )
@@ -59,6 +62,7 @@ class MathWordProblems(CausalLMTask):
         self.splits, self.evaluation, self._seed = splits, evaluation, seed
         self._held_out = splits.validation.head(evaluation.max_examples)
         self._test: ProblemSet | None = None
+        self._writes_start = False
         self.has_test = splits.test is not None
         self.notes = [self.describe(), *splits.notes]
 
@@ -102,6 +106,18 @@ class MathWordProblems(CausalLMTask):
             self.notes.append(f"dataset.max_length is {config.max_length}, but the model takes {max_length} tokens")
         self.notes += _sampling_notes(evaluation, self.has_test)
 
+    def check(self, model: nn.Module, backbone: Backbone) -> None:
+        if self._test is not None:
+            check_tokens(backbone, {"test": self._test.encoded})
+        super().check(model, backbone)
+        self._validation = replace(self._validation, encoded=self.validation)
+        if self._test is not None:
+            encoded = replace(self._test.encoded, padded=self.validation.padded)
+            self._test = replace(self._test, encoded=encoded)
+        method, notes = find_decode_method(model, backbone, self.validation, self.evaluation.max_new_tokens)
+        self._plain, self._sampled = replace(self._plain, method=method), replace(self._sampled, method=method)
+        self.notes += notes
+
     # ---- evaluation ------------------------------------------------------------------------
 
     def evaluate(self, model: nn.Module, limits: TokenLimits, stop: Stop, shrink: Shrink | None) -> Score | None:
@@ -141,6 +157,7 @@ class MathWordProblems(CausalLMTask):
 
     def encode_validation(self, rows: Sequence[int] | None, tokenizer: Any, max_length: int) -> EncodedPrompts:
         problems = self._held_out if rows is None else self._held_out.pick(rows)
+        self._writes_start = writes_start(self.config.prompt, tokenizer)
         return encode_prompts(as_prompts(problems, self.config.prompt), tokenizer, max_length)
 
     @property
@@ -154,7 +171,10 @@ class MathWordProblems(CausalLMTask):
         return f"{self.name}, word problems"
 
     def card_example(self, max_length: int, eos_token_ids: tuple[int, ...]) -> str:
-        return _EXAMPLE.format(prompt=self.config.prompt, max_new_tokens=max_length, eos=list(eos_token_ids))
+        """After encode_validation, which has the tokenizer."""
+        options = ", add_special_tokens=False" if self._writes_start else ""
+        prompt = self.config.prompt
+        return _EXAMPLE.format(prompt=prompt, options=options, max_new_tokens=max_length, eos=list(eos_token_ids))
 
 
 class _OtherProblems(OtherSet):
@@ -169,6 +189,12 @@ class _OtherProblems(OtherSet):
         self._set = make_problem_set(self._problems, self._config, self._evaluation, backbone)
         self._decoding = decoding_of(self._evaluation, backbone, sampling_of(self._evaluation, self._seed))
         self.notes += self._set.encoded.notes
+
+    def check(self, model: nn.Module, backbone: Backbone) -> None:
+        check_tokens(backbone, {"test": self._set.encoded})
+        method, notes = find_decode_method(model, backbone, self._set.encoded, self._decoding.max_new_tokens)
+        self._decoding = replace(self._decoding, method=method)
+        self.notes += notes
 
     def score(self, model: nn.Module, limits: TokenLimits, shrink: Shrink) -> Score:
         found = score_problems(model, self._set, self._decoding, limits.evaluation, shrink=shrink)

@@ -8,6 +8,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import nullcontext
+from dataclasses import replace
 from typing import Any, ClassVar
 
 import numpy as np
@@ -23,6 +24,7 @@ from fastpeft.models.backbone import Backbone
 from fastpeft.models.lens import FirstLayer
 from fastpeft.signals import Need
 from fastpeft.tasks.base import BatchLoss, ExportCheck, Score, Shrink, Stop, Task
+from fastpeft.tasks.self_check import check_batches, check_tokens
 from fastpeft.tasks.sequences.examples import Encoded, Examples, collate, encode
 from fastpeft.tasks.sequences.reading import LabelledTexts
 from fastpeft.tasks.sequences.scoring import Answers, answer_rows, time_rows
@@ -102,6 +104,12 @@ class SequenceTask(Task[Encoded]):
             self.notes.append(
                 f"dataset.max_length is {self._config.max_length}, but the model takes {max_length} tokens"
             )
+
+    def check(self, model: nn.Module, backbone: Backbone) -> None:
+        check_tokens(backbone, {"training": self.train, "validation": self.validation})
+        padded, notes = check_batches(model, backbone, self.train, _rows_logits)
+        self.train, self.validation = replace(self.train, padded=padded), replace(self.validation, padded=padded)
+        self.notes += notes
 
     def _encode(self, examples: Examples, tokenizer: Any, max_length: int, segments: bool) -> Encoded:
         return encode(examples, tokenizer, max_length, segments, cut=self._config.cut, dtype=self.label_dtype)
@@ -191,6 +199,10 @@ class _Check(ExportCheck):
         answers = answer_rows(model, self._encoded, task.row_losses, task._evaluation.batch_tokens, device)
         assert answers is not None
         return task._score(answers, self._encoded.labels).value
+
+
+def _rows_logits(model: nn.Module, inputs: dict[str, torch.Tensor], lengths: Sequence[int]) -> list[torch.Tensor]:
+    return list(model(**inputs).logits)
 
 
 @torch.inference_mode()

@@ -21,8 +21,9 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Sequence
 from contextlib import nullcontext
+from dataclasses import replace
 from typing import Any, ClassVar, Self
 
 import numpy as np
@@ -38,6 +39,7 @@ from fastpeft.models.backbone import Backbone
 from fastpeft.models.lens import FirstLayer
 from fastpeft.signals import Need
 from fastpeft.tasks.base import BatchLoss, ExportCheck, Score, Shrink, Stop, Task
+from fastpeft.tasks.self_check import check_batches, check_tokens
 from fastpeft.tasks.statistics import class_statistics
 from fastpeft.tasks.token_classification.datasets import DATASETS
 from fastpeft.tasks.token_classification.encode import EncodedSentences, collate_tokens, encode_sentences
@@ -121,6 +123,14 @@ class TokenClassification(Task[EncodedSentences]):
                     f"{encoded.num_words_without_piece:,} {split} words have no word piece: they are not learnt, and "
                     "count as predicted O"
                 )
+
+    def check(self, model: nn.Module, backbone: Backbone) -> None:
+        splits = {"training": self.train, "validation": self.validation}
+        check_tokens(backbone, splits if self._test is None else splits | {"test": self._test})
+        padded, notes = check_batches(model, backbone, self.train, _tokens_logits)
+        self.train, self.validation = replace(self.train, padded=padded), replace(self.validation, padded=padded)
+        self._test = self._test and replace(self._test, padded=padded)
+        self.notes += notes
 
     def _encode(self, sentences: Sentences, backbone: Backbone, tokenizer: Any = None) -> EncodedSentences:
         return encode_sentences(
@@ -254,6 +264,10 @@ class _Check(ExportCheck):
         score = task._score(model, encoded, task._sentences, task._evaluation.batch_tokens)
         assert score is not None
         return score.value
+
+
+def _tokens_logits(model: nn.Module, inputs: dict[str, torch.Tensor], lengths: Sequence[int]) -> list[torch.Tensor]:
+    return [logits_LC[:length] for logits_LC, length in zip(model(**inputs).logits, lengths)]
 
 
 def _labelled_logits(model: nn.Module, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:

@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastpeft
 from fastpeft.models import layers
-from fastpeft.tasks.causal_lm import generate
+from fastpeft.tasks.causal_lm import decode_batches, generate
 from fastpeft.tasks.causal_lm.generate import Answer, DecodeOptions, decode, pass_at_k
 from tests.support.tiny import causal_model
 
@@ -286,7 +286,7 @@ def test_nothing_is_left_behind(fails, monkeypatch):
     model.base_model.model.model.layers[0].eval()
     before = traces(model)
     if fails:
-        monkeypatch.setattr(generate._Batch, "append", lambda *_: 1 / 0)
+        monkeypatch.setattr(decode_batches.DecodeBatch, "append", lambda *_: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             run(model, make_prompts(3))
     else:

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from fastpeft.config.schema import DatasetConfig
 from fastpeft.data.batches import IGNORE, Batches, evaluation_batches, micro_batches
 from fastpeft.errors import UserError
-from fastpeft.tasks.causal_lm.prompts import collate_prompts
+from fastpeft.tasks.causal_lm.prompts import collate_prompts, writes_start
 from fastpeft.tasks.math_word_problems.reading import Problems
 from tests.support.problem_runs import encode_problems
 from tests.support.tiny import causal_model
@@ -183,6 +183,27 @@ def test_special_tokens_that_are_written_in_an_answer_are_text():
     tokens = encoded.tokens.tolist()
     assert [i for i, token in enumerate(tokens) if token in (PAD, START, END)] == [0, len(tokens) - 1]
     assert tokenizer().decode(tokens) == "<s>q a</s>b #### 1</s>"
+
+
+@pytest.mark.parametrize("special", ["start", "both"])
+def test_a_prompt_that_begins_with_the_start_has_it_once(special):
+    problems = Problems(["q", "qq"], ["#### 1"] * 2)
+    written = encode_problems(problems, tokenizer(special), "<s>Question: {question}", 64)
+    plain = encode_problems(problems, tokenizer(special), "Question: {question}", 64)
+    assert written.tokens.tolist() == plain.tokens.tolist()
+    assert [written.prompt(row).tolist().count(START) for row in range(2)] == [1, 1]
+    assert written.notes == ("2 prompts begin with '<s>', which the tokenizer puts there itself: it stands there once",)
+    assert plain.notes == ()
+    assert encode_problems(problems, tokenizer(special), "<s>{question}", 64, training=False).notes == ()
+
+
+def test_a_start_that_the_tokenizer_does_not_put_there_stays():
+    encoded = encode_problems(Problems(["q"], ["#### 1"]), tokenizer(), "<s><s>{question}", 64)
+    assert encoded.prompt(0).tolist()[:2] == [START, START]
+    assert encoded.notes == ()
+    assert writes_start("<s>Q: {question}", tokenizer("start"))
+    assert not writes_start("<s>Q: {question}", tokenizer())
+    assert not writes_start("Q: {question}", tokenizer("start"))
 
 
 def test_a_tokenizer_without_padding_or_end():

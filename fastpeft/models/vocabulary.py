@@ -1,0 +1,55 @@
+"""Tokens that a tokenizer has and its model has no embedding for."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from fastpeft.errors import UnavailableError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+def num_embeddings(model: PreTrainedModel) -> int | None:
+    """Tokens that the model has an embedding for; None for one that reads no tokens, but characters or bytes."""
+    try:
+        weight = getattr(model.get_input_embeddings(), "weight", None)
+    except NotImplementedError:
+        return None
+    return None if weight is None else weight.shape[0]
+
+
+def missing_tokens(model: PreTrainedModel, tokenizer: Any, name: str) -> list[int]:
+    """Numbers of the tokens that were added to the tokenizer and have no embedding.
+
+    Raises:
+        UnavailableError: it lacks tokens of the tokenizer's own vocabulary, so that they do not belong together.
+    """
+    num_rows = num_embeddings(model)
+    if num_rows is None or len(tokenizer) <= num_rows:
+        return []
+    added = set(tokenizer.get_added_vocab().values())
+    missing = sorted(number for number in tokenizer.get_vocab().values() if number >= num_rows)
+    others = [number for number in missing if number not in added]
+    if others:
+        raise UnavailableError(
+            f"model.name {name}: its tokenizer has {len(tokenizer):,} tokens, but the model only {num_rows:,}, and "
+            f"{len(others):,} of the others were not added to it, such as "
+            f"{tokenizer.convert_ids_to_tokens(others[0])!r}: they do not belong together"
+        )
+    return missing
+
+
+def add_embeddings(model: PreTrainedModel, tokenizer: Any, missing: list[int]) -> str:
+    """Give the model a row for each missing token, drawn round the mean of the others; returns what to tell the user.
+
+    A language model's head grows with them.
+    """
+    num_rows = num_embeddings(model)
+    model.resize_token_embeddings(missing[-1] + 1)
+    names = ", ".join(map(repr, tokenizer.convert_ids_to_tokens(missing[:3]))) + ", ..." * (len(missing) > 3)
+    count = f"{len(missing):,} added token{'s' * (len(missing) > 1)}"
+    return (
+        f"the tokenizer has {count} that the model has no embedding for ({names}): its embeddings grow from "
+        f"{num_rows:,} to {missing[-1] + 1:,} rows, and the new ones are trained and saved"
+    )

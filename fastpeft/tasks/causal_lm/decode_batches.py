@@ -1,0 +1,260 @@
+"""Rows that are decoded side by side, and what is kept of the tokens that the model has read of them.
+
+Which of the three kinds is right is a matter of the model, and tried: see fastpeft.tasks.causal_lm.decode_check.
+
+Shapes: B rows of a batch, T tokens of the longest row, W columns of its prompts, C columns of the cache, N most new
+tokens, V vocabulary, E tokens that end an answer.
+"""
+
+from __future__ import annotations
+
+import inspect
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Any, cast
+
+import numpy as np
+import torch
+from torch import nn
+
+from fastpeft.data.batches import WIDTH_MULTIPLE
+from fastpeft.models.lm_head import hidden_states
+
+_COMPACT_AT = 0.75
+"""Share of a batch's rows that are still decoded, below which the others are taken out: that copies the cache."""
+
+Prompt = Sequence[int] | np.ndarray
+
+
+class Caching(StrEnum):
+    """What is kept of the tokens that were read."""
+
+    STATIC = "static"
+    """Keys and values in a cache of all columns from the start: nothing is copied, and shapes stay."""
+    GROWING = "growing"
+    """Whatever transformers' own `generate` keeps for the model."""
+    NONE = "none"
+    """Nothing: each token reads its whole row again, as in training."""
+
+
+@dataclass(frozen=True)
+class DecodeMethod:
+    caching: Caching = Caching.STATIC
+    padded: bool = True
+    """Prompts of unequal lengths go side by side."""
+
+    def __str__(self) -> str:
+        cache = {Caching.STATIC: "a static cache", Caching.GROWING: "a cache that grows", Caching.NONE: "no cache"}
+        return f"{cache[self.caching]}, prompts {'padded' if self.padded else 'of one length side by side'}"
+
+
+FASTEST = DecodeMethod()
+
+
+class DecodeBatch(ABC):
+    """Rows that are decoded side by side, fewer and fewer of them."""
+
+    def __init__(
+        self, model: nn.Module, prompts: Sequence[Prompt], most: int, pad_token: int, device: torch.device
+    ) -> None:
+        """
+        Args:
+            model: a bare causal LM.
+            most: new tokens a row.
+        """
+        self.model, self.pad_token, self.device = cast(Any, model), pad_token, device
+        self.rows = list(range(len(prompts)))
+        self.rows_B = torch.arange(len(prompts), device=device)
+        """Of `new_BN`, those that are still decoded."""
+        self.new_BN = torch.full((len(prompts), most), pad_token, device=device)
+        self.alive_B = torch.ones(len(prompts), dtype=torch.bool, device=device)
+
+    @abstractmethod
+    def forward(self) -> torch.Tensor:
+        """Logits (B x V) after the prompts, and later after the tokens that were appended last."""
+
+    @abstractmethod
+    def _read_next(self, next_B: torch.Tensor, step: int) -> None:
+        """What the next forward pass reads."""
+
+    @abstractmethod
+    def _keep(self, kept_B: torch.Tensor) -> bool:
+        """Go on with these rows only; False if that cannot be done."""
+
+    def append(self, next_B: torch.Tensor, eos_E: torch.Tensor, step: int) -> None:
+        """The next token of each row, or padding where it has ended. Does not wait for the device."""
+        next_B = next_B.where(self.alive_B, self.pad_token)
+        self.new_BN[self.rows_B, step] = next_B
+        self.alive_B &= (next_B[:, None] != eos_E).all(-1)
+        self._read_next(next_B, step)
+
+    def drop_ended(self) -> bool:
+        """Waits for the device. Goes on without the rows that have ended if they are many; False if all have."""
+        alive = self.alive_B.tolist()
+        kept = [i for i, is_alive in enumerate(alive) if is_alive]
+        if kept and len(kept) <= _COMPACT_AT * len(alive):
+            kept_B = torch.tensor(kept, device=self.device)
+            if self._keep(kept_B):
+                self.rows = [self.rows[i] for i in kept]
+                self.rows_B, self.alive_B = self.rows_B[kept_B], self.alive_B[kept_B]
+        return bool(kept)
+
+
+class StaticBatch(DecodeBatch):
+    """Prompts padded on their left, with a StaticCache whose layers count their columns themselves."""
+
+    def __init__(
+        self, model: nn.Module, prompts: Sequence[Prompt], most: int, pad_token: int, device: torch.device
+    ) -> None:
+        from transformers import StaticCache
+
+        super().__init__(model, prompts, most, pad_token, device)
+        lengths = np.array([len(prompt) for prompt in prompts])
+        is_padded = len(set(lengths.tolist())) > 1
+        self.width = int(round_up(lengths.max()) if is_padded else lengths[0])
+        columns = int(cache_columns(self.width, most))
+        column_C = np.arange(columns)
+        mask_BC = (column_C >= self.width - lengths[:, None]) & (column_C < self.width)
+        self.cache = StaticCache(config=self.model.config, max_cache_len=columns)
+        self._name = cache_name(model)
+        self._ids = torch.from_numpy(_padded_left(prompts, self.width, pad_token)).to(device)
+        self._mask_BC = torch.from_numpy(mask_BC.astype(np.int64)).to(device)
+        self._seen = self.width
+        self._positions = (self._mask_BC[:, : self.width].cumsum(-1) - 1).clamp(min=0)
+
+    def forward(self) -> torch.Tensor:
+        """The mask ends at the last token read: recurrent and convolutional layers take its last columns for theirs."""
+        out = self.model(
+            input_ids=self._ids,
+            attention_mask=self._mask_BC[:, : self._seen],
+            position_ids=self._positions,
+            use_cache=True,
+            logits_to_keep=1,
+            **{self._name: self.cache},
+        )
+        return out.logits[:, -1]
+
+    def _read_next(self, next_B: torch.Tensor, step: int) -> None:
+        self._ids = next_B[:, None]
+        self._mask_BC[:, self._seen] = 1
+        self._seen += 1
+        self._positions = self._positions[:, -1:] + 1
+
+    def _keep(self, kept_B: torch.Tensor) -> bool:
+        self.cache.reorder_cache(cast(torch.LongTensor, kept_B))
+        self._ids, self._positions = self._ids[kept_B], self._positions[kept_B]
+        self._mask_BC = self._mask_BC[kept_B]
+        return True
+
+
+class GrowingBatch(DecodeBatch):
+    """Prompts padded on their left, read as transformers' `generate` has the model read them.
+
+    So it takes the models whose memory is none of transformers' caches, such as RWKV's state. Besides the public
+    prepare_inputs_for_generation it needs the two methods by which models say what they keep and hand on.
+    """
+
+    def __init__(
+        self, model: nn.Module, prompts: Sequence[Prompt], most: int, pad_token: int, device: torch.device
+    ) -> None:
+        from transformers import DynamicCache
+
+        super().__init__(model, prompts, most, pad_token, device)
+        lengths = np.array([len(prompt) for prompt in prompts])
+        width = int(lengths.max())
+        mask_BW = torch.from_numpy((np.arange(width) >= width - lengths[:, None]).astype(np.int64)).to(device)
+        self._ids_BT = torch.from_numpy(_padded_left(prompts, width, pad_token)).to(device)
+        self._is_first = True
+        parameters = inspect.signature(self.model.forward).parameters
+        self._state: dict[str, Any] = {"attention_mask": mask_BW, "use_cache": True}
+        if "position_ids" in parameters:
+            self._state["position_ids"] = (mask_BW.cumsum(-1) - 1).clamp(min=0)
+        if "logits_to_keep" in parameters:
+            self._state["logits_to_keep"] = 1
+        self._cache = cache_name(model)
+        if self.model._supports_default_dynamic_cache():
+            self._state[self._cache] = DynamicCache(config=self.model.config.get_text_config(decoder=True))
+
+    def forward(self) -> torch.Tensor:
+        more = {"is_first_iteration": True} if self._is_first else {"next_sequence_length": 1}
+        inputs = self.model.prepare_inputs_for_generation(self._ids_BT, **more, **self._state)
+        out = self.model(**inputs, return_dict=True)
+        self._is_first = False
+        self._state = self.model._update_model_kwargs_for_generation(out, self._state)
+        return out.logits[:, -1]
+
+    def _read_next(self, next_B: torch.Tensor, step: int) -> None:
+        self._ids_BT = torch.cat([self._ids_BT, next_B[:, None]], dim=-1)
+
+    def _keep(self, kept_B: torch.Tensor) -> bool:
+        from transformers import Cache
+
+        held = {name: value for name, value in self._state.items() if isinstance(value, Cache | torch.Tensor)}
+        known = {"attention_mask", "position_ids", self._cache}
+        memory = self._state.keys() - known - {"use_cache", "logits_to_keep"}
+        if memory or not isinstance(held.get(self._cache), Cache):
+            return False
+        held[self._cache].reorder_cache(kept_B)
+        self._state |= {name: value[kept_B] for name, value in held.items() if isinstance(value, torch.Tensor)}
+        self._ids_BT = self._ids_BT[kept_B]
+        return True
+
+
+class UncachedBatch(DecodeBatch):
+    """Rows padded on their right, of which training's own forward pass is run from the start for each token."""
+
+    def __init__(
+        self, model: nn.Module, prompts: Sequence[Prompt], most: int, pad_token: int, device: torch.device
+    ) -> None:
+        super().__init__(model, prompts, most, pad_token, device)
+        lengths = np.array([len(prompt) for prompt in prompts])
+        ids_BT = np.full((len(prompts), int(lengths.max()) + most), pad_token, dtype=np.int64)
+        for ids_T, prompt in zip(ids_BT, prompts):
+            ids_T[: len(prompt)] = prompt
+        self._ids_BT = torch.from_numpy(ids_BT).to(device)
+        self._lengths_B = torch.from_numpy(lengths).to(device)
+        self._width = int(lengths.max())
+
+    def forward(self) -> torch.Tensor:
+        hidden_BTD, weight, bias = hidden_states(self.model, self._ids_BT[:, : self._width])
+        rows_B = torch.arange(len(hidden_BTD), device=self.device)
+        return nn.functional.linear(hidden_BTD[rows_B, self._lengths_B - 1].to(weight.dtype), weight, bias)
+
+    def _read_next(self, next_B: torch.Tensor, step: int) -> None:
+        self._ids_BT[torch.arange(len(next_B), device=self.device), self._lengths_B] = next_B
+        self._lengths_B = self._lengths_B + 1
+        self._width += 1
+
+    def _keep(self, kept_B: torch.Tensor) -> bool:
+        self._ids_BT, self._lengths_B = self._ids_BT[kept_B], self._lengths_B[kept_B]
+        return True
+
+
+BATCHES: dict[Caching, type[DecodeBatch]] = {
+    Caching.STATIC: StaticBatch,
+    Caching.GROWING: GrowingBatch,
+    Caching.NONE: UncachedBatch,
+}
+
+
+def cache_columns(lengths: Any, max_new_tokens: int) -> Any:
+    """Of the cache for prompts of these lengths; of kernels' favourite sizes."""
+    return round_up(lengths) + round_up(max_new_tokens)
+
+
+def round_up(length: Any) -> Any:
+    return -(-length // WIDTH_MULTIPLE) * WIDTH_MULTIPLE
+
+
+def cache_name(model: nn.Module) -> str:
+    """Of the argument that takes a cache: `cache` since transformers 5.20 or so, `past_key_values` before."""
+    return "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
+
+
+def _padded_left(prompts: Sequence[Prompt], width: int, pad_token: int) -> np.ndarray:
+    ids_BW = np.full((len(prompts), width), pad_token, dtype=np.int64)
+    for ids_W, prompt in zip(ids_BW, prompts):
+        ids_W[width - len(prompt) :] = prompt
+    return ids_BW

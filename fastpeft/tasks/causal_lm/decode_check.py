@@ -1,0 +1,128 @@
+"""How a model is to be decoded: each way is compared with the model's own forward pass, run anew for each token.
+
+Recurrent and convolutional layers, windows, and caches of a family's own each have their way to be wrong, and answers
+that are wrong in this way look like a model that learns badly.
+
+Shapes: V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import nn
+
+from fastpeft.device_memory import is_out_of_memory
+from fastpeft.errors import UserError, first_line
+from fastpeft.models.backbone import Backbone
+from fastpeft.models.lm_head import bare_model
+from fastpeft.tasks.causal_lm.decode_batches import BATCHES, FASTEST, Caching, DecodeMethod
+from fastpeft.tasks.causal_lm.prompts import EncodedPrompts
+from fastpeft.tasks.self_check import apart, longest_row, tolerance, trying
+
+_NUM_PROMPTS, _NUM_TOKENS = 3, 4
+
+_METHODS = (
+    FASTEST,
+    DecodeMethod(Caching.GROWING),
+    DecodeMethod(Caching.GROWING, padded=False),
+    DecodeMethod(Caching.NONE),
+    DecodeMethod(Caching.NONE, padded=False),
+)
+"""From the fastest on."""
+
+
+def find_decode_method(
+    model: nn.Module, backbone: Backbone, encoded: EncodedPrompts, max_new_tokens: int
+) -> tuple[DecodeMethod, list[str]]:
+    """The fastest way that is right, and what to tell the user.
+
+    Args:
+        model: the one that is decoded.
+        encoded: whose prompts are continued; caches are as large as the longest of them needs.
+
+    Raises:
+        UserError: none is right.
+    """
+    core, most = bare_model(model), int(encoded.prompt_lengths.max()) + max_new_tokens
+    failures: list[str] = []
+    with trying(model):
+        prompts = _prompts(core, encoded)
+        continued = [_continue(core, prompt) for prompt in prompts]
+        for method in _METHODS:
+            fault = _fault(core, backbone, method, prompts, continued, most)
+            if fault is None:
+                return method, _notes(backbone, method, failures)
+            failures.append(f"with {method}, {fault}")
+    raise UserError(
+        f"model {backbone.model.name_or_path}: {type(backbone.model).__name__} cannot be decoded as its own forward "
+        f"pass would: {'; '.join(failures)}. Choose another model; model.check=off decodes it all the same"
+    )
+
+
+def _notes(backbone: Backbone, method: DecodeMethod, failures: list[str]) -> list[str]:
+    if not failures:
+        return []
+    return [f"{type(backbone.model).__name__} is decoded with {method}, which is exact and slower: {failures[0]}"]
+
+
+def _prompts(model: nn.Module, encoded: EncodedPrompts) -> list[list[int]]:
+    """Of unequal lengths."""
+    order = np.argsort(encoded.prompt_lengths, kind="stable")
+    longest = min(longest_row(model), int(encoded.prompt_lengths.max()))
+    rows = [order[round(i * (len(order) - 1) / (_NUM_PROMPTS - 1))] for i in range(_NUM_PROMPTS)]
+    return [encoded.prompt(row)[: max(1, longest * (i + 1) // _NUM_PROMPTS)].tolist() for i, row in enumerate(rows)]
+
+
+def _continue(model: nn.Module, prompt: list[int]) -> tuple[list[int], list[torch.Tensor]]:
+    """The likeliest tokens, and the logits (V) that each was taken from, of a row that is read anew for each."""
+    device, tokens, logits = next(model.parameters()).device, list(prompt), []
+    for _ in range(_NUM_TOKENS):
+        logits.append(model(input_ids=torch.tensor([tokens], device=device), use_cache=False).logits[0, -1].float())
+        tokens.append(int(logits[-1].argmax()))
+    return tokens[len(prompt) :], logits
+
+
+def _fault(
+    model: nn.Module,
+    backbone: Backbone,
+    method: DecodeMethod,
+    prompts: Sequence[list[int]],
+    continued: Sequence[tuple[list[int], list[torch.Tensor]]],
+    most: int,
+) -> str | None:
+    """What is wrong with the method, in words."""
+    rows = list(zip(prompts, continued))
+    groups = [rows] if method.padded else [[row, row] for row in rows]
+    try:
+        largest = max(_largest_difference(model, backbone, method, group, most) for group in groups)
+    except Exception as error:  # models refuse what they cannot take in ways of their own
+        if is_out_of_memory(error):
+            raise
+        return f"{type(error).__name__}: {first_line(error)}"
+    return None if largest <= tolerance(backbone) else f"logits differ by {largest:.2g} of their size"
+
+
+def _largest_difference(
+    model: nn.Module,
+    backbone: Backbone,
+    method: DecodeMethod,
+    rows: Sequence[tuple[list[int], tuple[list[int], list[torch.Tensor]]]],
+    most: int,
+) -> float:
+    """Of the logits after each token, when all ways have continued with the same tokens."""
+    device = next(model.parameters()).device
+    none_E = torch.empty(0, dtype=torch.int64, device=device)
+    batch = BATCHES[method.caching](
+        model, [prompt for prompt, _ in rows], most, backbone.tokenizer.pad_token_id, device
+    )
+    largest = 0.0
+    for step in range(_NUM_TOKENS):
+        logits_BV = batch.forward().float()
+        wanted_BV = torch.stack([logits[step] for _, (_, logits) in rows])
+        centred = (logits - logits.mean(-1, keepdim=True) for logits in (logits_BV, wanted_BV))
+        largest = max(largest, apart(*centred))
+        batch.append(torch.tensor([tokens[step] for _, (tokens, _) in rows], device=device), none_E, step)
+    return largest
