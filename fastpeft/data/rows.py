@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import random
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -96,13 +95,6 @@ def _is_unicode(text: str) -> bool:
     except UnicodeEncodeError:
         return False
     return True
-
-
-def choose_held_out(num_rows: int, num_held_out: int) -> tuple[list[int], list[int]]:
-    """(rows to train on, rows held out), each in order; the same ones whatever the training seed."""
-    order = list(range(num_rows))
-    random.Random(0).shuffle(order)
-    return sorted(order[num_held_out:]), sorted(order[:num_held_out])
 
 
 def left_out_note(count: int, what: str, named: Iterable[str]) -> str:

@@ -174,6 +174,8 @@ class Loop:
             notes=self.job.notes,
             resumed=resumed,
         )
+        for warning in self.job.task.warnings():
+            self.log.warn(warning)
 
     def watch_meter(self) -> None:
         """Say it once when the energy meter is lost."""

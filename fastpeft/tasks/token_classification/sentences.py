@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from fastpeft.data.rows import DataError, Row, Split
+from fastpeft.data.splitting import sample
 
 OnBadRow = Literal["error", "skip"]
 
@@ -31,9 +32,9 @@ class Sentences:
     def __len__(self) -> int:
         return len(self.words)
 
-    def head(self, num_sentences: int) -> Sentences:
-        """The first sentences; 0 means all."""
-        return self.pick(range(min(num_sentences, len(self)))) if num_sentences else self
+    def sample(self, limit: int) -> Sentences:
+        """As many sentences, drawn at random, the same ones whatever the seed; 0 means all."""
+        return self.pick(sample(len(self), limit)) if limit else self
 
     def pick(self, rows: Iterable[int]) -> Sentences:
         """The sentences at `rows`, in that order."""
@@ -44,6 +45,11 @@ class Sentences:
             tags=[self.tags[i] for i in rows],
             where=[self.where[i] for i in rows],
         )
+
+    @property
+    def texts(self) -> list[tuple[tuple[str, ...]]]:
+        """Of each sentence its words, as one text."""
+        return [(tuple(words),) for words in self.words]
 
     @property
     def num_words(self) -> int:

@@ -32,15 +32,18 @@ from torch import nn
 from fastpeft.config.schema import DatasetConfig, EvaluationConfig
 from fastpeft.data.batches import Batch, evaluation_batches, micro_batches
 from fastpeft.data.source import Source
+from fastpeft.data.splitting import sample_note
 from fastpeft.device_memory import TokenLimits, free_memory, is_out_of_memory
 from fastpeft.models.backbone import Backbone
 from fastpeft.models.lens import FirstLayer
 from fastpeft.signals import Need
 from fastpeft.tasks.base import BatchLoss, ExportCheck, Score, Shrink, Stop, Task
+from fastpeft.tasks.label_spelling import spelling_warnings
 from fastpeft.tasks.statistics import class_statistics
 from fastpeft.tasks.token_classification.datasets import DATASETS
 from fastpeft.tasks.token_classification.encode import EncodedSentences, collate_tokens, encode_sentences
 from fastpeft.tasks.token_classification.reading import TaggedSplits, holds_tagged_words, read_tagged_splits
+from fastpeft.tasks.token_classification.schemes import OUTSIDE
 from fastpeft.tasks.token_classification.score import score_entities
 from fastpeft.tasks.token_classification.sentences import Sentences
 
@@ -67,13 +70,15 @@ class TokenClassification(Task[EncodedSentences]):
     def __init__(self, splits: TaggedSplits, config: DatasetConfig, evaluation: EvaluationConfig) -> None:
         self.name, self.splits, self.label_names = splits.name, splits, splits.label_names
         self._config, self._evaluation = config, evaluation
-        self._sentences = splits.validation.head(evaluation.max_examples)
-        self._test_sentences = splits.test and splits.test.head(evaluation.max_test_examples)
+        self._sentences = splits.validation.sample(evaluation.max_examples)
+        self._test_sentences = splits.test and splits.test.sample(evaluation.max_test_examples)
         self.has_test = self._test_sentences is not None
         if self._test_sentences is not None:
             self.test_cost = self._test_sentences.num_words / max(1, self._sentences.num_words)
         self._first_layer: FirstLayer | None = None
         self.notes = [self.describe(), *splits.notes]
+        self.notes += sample_note(len(splits.validation), evaluation.max_examples, "validation sentences")
+        self.notes += sample_note(len(splits.test or ()), evaluation.max_test_examples, "test sentences")
 
     @classmethod
     def recognises(cls, config: DatasetConfig, source: Source) -> str | None:
@@ -90,6 +95,12 @@ class TokenClassification(Task[EncodedSentences]):
             f"{self.name}: {len(splits.train):,} training sentences of {splits.train.num_words:,} words (entities "
             f"{', '.join(types)}), {len(splits.validation):,} validation sentences{test}"
         )
+
+    def warnings(self) -> list[str]:
+        types = [name[2:] for name in self.label_names if name.startswith("B-")]
+        there = any(tag != OUTSIDE for tags in self._sentences.tags for tag in tags)
+        only = [] if there else ["no validation sentence has an entity: F1 is 0 whatever is predicted"]
+        return only + spelling_warnings(types)
 
     # ---- model and tokens ------------------------------------------------------------------
 
