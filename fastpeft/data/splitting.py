@@ -76,6 +76,20 @@ def num_shared(texts: Sequence[Texts], others: Sequence[Texts]) -> tuple[int, li
     ]
 
 
+def shared_note(texts: Sequence[Texts], others: Sequence[Texts], what: str, columns: Sequence[str] = ()) -> list[str]:
+    """Counts the rows of another split whose texts are trained on: what is scored on them is partly memory.
+
+    Args:
+        what: the other split's rows are called.
+        columns: names of the texts, where a row has several.
+    """
+    whole, by_column = num_shared(texts, others)
+    parts = [(whole, " as a whole" if len(columns) > 1 else "")]
+    parts += [(num, f" by {name!r}") for num, name in zip(by_column, columns) if len(columns) > 1]
+    said = [f"{num:,} ({num / len(others):.1%}){how}" for num, how in parts if num]
+    return [f"of {len(others):,} {what} these stand in the training rows too: {', '.join(said)}"] if said else []
+
+
 def _groupings(texts: Sequence[Texts]) -> Iterator[list[list[int]]]:
     """Rows that share a text of any column; of one column, that of the longest texts first; rows that are equal."""
     yield _groups(texts)

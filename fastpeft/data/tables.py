@@ -100,6 +100,7 @@ def _decisions(table: Table, usual: str, marks_are_text: bool) -> Iterator[str]:
         yield f"its quotation marks enclose fields of several lines: {num_rows:,} rows in {num_lines:,} lines"
     num_mended = table.num_stray - sum(row.fault == STRAY for row in table.rows)
     if num_mended:
-        yield f"{num_mended:,} rows have a quotation mark that encloses nothing and is text"
+        rows_have = "row has" if num_mended == 1 else "rows have"
+        yield f"{num_mended:,} {rows_have} a quotation mark that encloses nothing and is text"
     if table.num_blank:
         yield f"{table.num_blank:,} rows without any text are left out"

@@ -326,8 +326,8 @@ def test_no_text_is_on_both_sides_of_a_split_that_is_made(tmp_path):
 def test_the_lines_that_are_left_out_are_named(tmp_path):
     folder = folder_of(tmp_path, [*labelled({"yes": 5, "no": 5}), {"sentence": "", "label": "no"}, {"label": "no"}])
     notes = load_texts(config(folder, on_bad_row="skip")).notes
-    said = f"2 malformed rows of the train split were skipped, the first {folder}/train.jsonl:11: column 'sentence' is empty"
-    assert said in notes
+    first = f"{folder}/train.jsonl:11: column 'sentence' is empty"
+    assert f"2 malformed rows of the train split were skipped, the first {first}" in notes
 
 
 def test_one_label_only(tmp_path):

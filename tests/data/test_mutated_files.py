@@ -1,4 +1,4 @@
-"""Damaged files of rows: as many rows come out as went in, or the difference is named; or the file is refused in words."""
+"""Damaged files of rows: all rows come out, or those that do not are counted, or the file is refused in words."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from fastpeft.config.schema import DatasetConfig
 from fastpeft.errors import UserError
 from fastpeft.tasks import load_task
 
-WORDS = "good bad film book a very long day; night, 5 don't so-so café".split()
+WORDS = ("good", "bad", "film", "book", "a", "very", "long", "day;", "night,", "5", "don't", "so-so", "café")
 LABELS = {"no": ("No", "NO", " no", "no "), "yes": ("Yes", "YES", "yes  ", "\tyes")}
 
 
@@ -164,8 +164,7 @@ def check(data: st.DataObject, folder: Path) -> bool:
     try:
         task = load_task(DatasetConfig(path=str(folder), on_bad_row=on_bad_row, validation_fraction=0.25))
     except UserError as error:
-        assert str(folder) in str(error), error
-        return False
+        return str(folder) not in str(error) and pytest.fail(f"names no file: {error}")
     finally:
         content = path.read_bytes()
         path.unlink()

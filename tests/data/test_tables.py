@@ -156,7 +156,7 @@ def test_a_csv_with_a_mark_that_never_closes_is_still_quoted(tmp_path):
     path.write_text("\n".join(["sentence,label", '"one, two",no', *rows, '"and so it began,yes', *rows]))
     split = read_split(path)
     assert texts_of(split) == ["one, two", *(texts := [f"text {i}" for i in range(20)]), '"and so it began', *texts]
-    assert split.notes == (f"{path}: 1 rows have a quotation mark that encloses nothing and is text",)
+    assert split.notes == (f"{path}: 1 row has a quotation mark that encloses nothing and is text",)
 
 
 def test_a_mark_that_never_closes_in_a_line_that_is_no_row_is_one_bad_row(tmp_path):

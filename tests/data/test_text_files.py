@@ -113,7 +113,7 @@ def test_a_broken_gzip_file_is_named(tmp_path, damage):
 def test_a_pointer_of_git_lfs_is_no_data(tmp_path, suffix):
     path = tmp_path / f"train.{suffix}"
     path.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n")
-    with pytest.raises(DataError, match="pointer of Git LFS.*git lfs pull"):
+    with pytest.raises(DataError, match=r"pointer of Git LFS.*git lfs pull"):
         read_split(path)
 
 

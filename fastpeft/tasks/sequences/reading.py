@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Collection, Hashable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from fastpeft.config.schema import ColumnsConfig, DatasetConfig
 from fastpeft.data.rows import DataError, Row, Split, configured_columns, text_fault
 from fastpeft.data.source import TEST, TRAIN, VALIDATION, Source
-from fastpeft.data.splitting import held_out_note, hold_out, num_shared
+from fastpeft.data.splitting import held_out_note, hold_out, shared_note
 from fastpeft.tasks.sequences.examples import Examples
 
 _TEXT_PAIRS = (
@@ -158,20 +158,10 @@ def read_texts(
         for name, split in splits.items()
         if split.num_skipped
     ]
-    notes += _shared_notes(examples, held_out, train.columns)
+    names_of_texts = [column for column in train.columns[:2] if column]
+    notes += shared_note(examples.texts, held_out.texts, "validation rows", names_of_texts)
     skipped = {name: split.num_skipped for name, split in splits.items() if split.num_skipped}
     return LabelledTexts(examples, held_out, skipped, tuple(notes))
-
-
-def _shared_notes(train: Examples, validation: Examples, columns: Columns) -> Iterator[str]:
-    """Texts on both sides: what is scored on them is partly memory."""
-    whole, by_column = num_shared(train.texts, validation.texts)
-    count = len(validation)
-    shared = dict(zip(filter(None, columns[:2]), by_column))
-    found = [f"{num:,} ({num / count:.1%}) by {name!r}" for name, num in shared.items() if num and len(shared) > 1]
-    if whole or found:
-        parts = [f"{whole:,} ({whole / count:.1%})" + " as a whole" * (len(shared) > 1), *found]
-        yield f"of {count:,} validation rows these stand in the training rows too: {', '.join(parts)}"
 
 
 def source_columns(config: DatasetConfig, source: Source) -> Columns:

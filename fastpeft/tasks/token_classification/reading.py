@@ -9,7 +9,7 @@ from fastpeft.config.schema import DatasetConfig
 from fastpeft.data.rows import DataError, configured_columns
 from fastpeft.data.source import TEST, TRAIN, VALIDATION, Source
 from fastpeft.data.split_files import SUFFIXES
-from fastpeft.data.splitting import held_out_note, hold_out, num_shared
+from fastpeft.data.splitting import held_out_note, hold_out, shared_note
 from fastpeft.data.text_files import format_of
 from fastpeft.tasks.token_classification.conll import (
     CONLL_SUFFIXES,
@@ -73,17 +73,13 @@ def read_tagged_splits(config: DatasetConfig, source: Source) -> TaggedSplits:
         kept, validation = _hold_out(kept, config.validation_fraction)
         count = len(validation)
         notes.append(held_out_note(source.name, config.validation_fraction, count, "sentences", source.others))
-    shared, _ = num_shared(kept.texts, validation.texts)
-    if shared:
-        notes.append(
-            f"of {len(validation):,} validation sentences {shared:,} ({shared / len(validation):.1%}) stand in the "
-            "training sentences too"
-        )
+    test = others[TEST].sentences if TEST in others else None
+    for name, sentences in (("validation", validation), ("test", test)):
+        notes += shared_note(kept.texts, sentences.texts, f"{name} sentences") if sentences is not None else []
     names = _label_names(config, *(split.types for split in every.values()))
     unseen = sorted({name for split in others.values() for name in split.types} - set(train.types))
     if unseen:
         notes.append(f"no training sentence has an entity of {', '.join(unseen)}: they count, and cannot be learnt")
-    test = others[TEST].sentences if TEST in others else None
     return TaggedSplits(source.name, names, kept, validation, test, tuple(notes))
 
 
