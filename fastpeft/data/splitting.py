@@ -61,9 +61,10 @@ def hold_out(
         fraction: share of the rows that is held out; at least one row is.
     """
     wanted = max(1, round(len(texts) * fraction))
-    groups = next((found for found in _groupings(texts) if _leaves_room(found, wanted)), [])
+    groups = next((found for found in _groupings(texts) if _leaves_room(found, wanted)), _equal_rows(texts))
     held_out = {row for group in _stratified(groups, classes, wanted) for row in group}
-    held_out = held_out or set(choose_held_out(len(texts), wanted)[1])
+    if not held_out:  # every class is of one group
+        held_out = set(min(groups, key=len) if len(groups) > 1 else choose_held_out(len(texts), wanted)[1])
     return [row for row in range(len(texts)) if row not in held_out], sorted(held_out)
 
 
@@ -91,12 +92,15 @@ def shared_note(texts: Sequence[Texts], others: Sequence[Texts], what: str, colu
 
 
 def _groupings(texts: Sequence[Texts]) -> Iterator[list[list[int]]]:
-    """Rows that share a text of any column; of one column, that of the longest texts first; rows that are equal."""
+    """Rows that share a text of any column; of one column, that of the longest texts first."""
     yield _groups(texts)
     columns = sorted(zip(*texts), key=lambda column: sum(len(str(text)) for text in column), reverse=True)
     if len(columns) > 1:
         yield from (_groups([(text,) for text in column]) for column in columns)
-        yield _groups([(row,) for row in texts])
+
+
+def _equal_rows(texts: Sequence[Texts]) -> list[list[int]]:
+    return _groups([(row,) for row in texts])
 
 
 def _leaves_room(groups: list[list[int]], wanted: int) -> bool:

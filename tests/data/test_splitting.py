@@ -48,8 +48,9 @@ def test_equal_rows_are_on_one_side(data, num_texts, num_columns, fraction):
     rows = data.draw(st.lists(st.sampled_from(texts), min_size=2 * num_texts, max_size=4 * num_texts))
     classes = data.draw(st.lists(st.sets(st.integers(0, 3)), min_size=len(rows), max_size=len(rows)))
     kept, held_out = parted(rows, classes, fraction)
-    if max(Counter(rows).values()) <= len(held_out):  # else a text is larger than what is to be held out
-        assert not {rows[row] for row in kept} & {rows[row] for row in held_out}
+    assert kept
+    assert held_out
+    assert len(set(rows)) == 1 or not {rows[row] for row in kept} & {rows[row] for row in held_out}
 
 
 def test_rows_that_share_a_text_of_either_column_are_on_one_side():
