@@ -36,15 +36,17 @@ def sample_note(num_rows: int, limit: int, what: str) -> list[str]:
     return [f"scored on {limit:,} of {num_rows:,} {what}, drawn at random, the same ones for every seed"]
 
 
-def held_out_note(name: str, fraction: float, count: int, what: str, unread: Iterable[Path]) -> str:
+def held_out_note(name: str, count: int, num_rows: int, what: str, unread: Iterable[Path]) -> str:
     """Of a dataset without a validation split.
 
     Args:
+        count: are held out of `num_rows`.
+        what: they are called.
         unread: files that might have been meant for one.
     """
-    files = ", ".join(path.name for path in unread)
+    files, share = ", ".join(path.name for path in unread), f"{count / num_rows:.0%}"
     beside = f"; not read: {files}" if files else ""
-    return f"{name} has no validation split: {fraction:.0%} of its training {what}, {count:,}, are held out{beside}"
+    return f"{name} has no validation split: {share} of its training {what}, {count:,}, are held out{beside}"
 
 
 def hold_out(
@@ -61,7 +63,8 @@ def hold_out(
         fraction: share of the rows that is held out; at least one row is.
     """
     wanted = max(1, round(len(texts) * fraction))
-    groups = next((found for found in _groupings(texts) if _leaves_room(found, wanted)), _equal_rows(texts))
+    groups = next((found for found in _groupings(texts) if _leaves_room(found, wanted)), None)
+    groups = groups or _equal_rows(texts)
     held_out = {row for group in _stratified(groups, classes, wanted) for row in group}
     if not held_out:  # every class is of one group
         held_out = set(min(groups, key=len) if len(groups) > 1 else choose_held_out(len(texts), wanted)[1])

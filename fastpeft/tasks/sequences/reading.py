@@ -149,7 +149,7 @@ def read_texts(
     notes = [note for split in splits.values() for note in split.notes]
     if source.needs_held_out:
         unread = (*source.paths(TEST), *source.others)
-        notes.append(held_out_note(source.name, config.validation_fraction, len(held_out), "rows", unread))
+        notes.append(held_out_note(source.name, len(held_out), len(train.rows), "rows", unread))
     for split, rows in (("training", examples), ("validation", held_out)):
         if not len(rows):
             raise DataError(f"dataset {source.name}: the {split} split is empty")

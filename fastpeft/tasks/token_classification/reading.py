@@ -72,7 +72,7 @@ def read_tagged_splits(config: DatasetConfig, source: Source) -> TaggedSplits:
     if validation is None:
         kept, validation = _hold_out(kept, config.validation_fraction)
         count = len(validation)
-        notes.append(held_out_note(source.name, config.validation_fraction, count, "sentences", source.others))
+        notes.append(held_out_note(source.name, count, len(train.sentences), "sentences", source.others))
     test = others[TEST].sentences if TEST in others else None
     for name, sentences in (("validation", validation), ("test", test)):
         notes += shared_note(kept.texts, sentences.texts, f"{name} sentences") if sentences is not None else []
