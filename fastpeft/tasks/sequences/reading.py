@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
+from collections.abc import Callable, Collection, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -131,37 +131,41 @@ def read_texts(
     def read(split: str) -> TextSplit:
         return TextSplit(source.read(split, wanted, names), config, known, label_fault)
 
-    train = read(TRAIN)
-    examples, splits = train.examples(label_of(train)), {TRAIN: train}
-    paired = examples.text_pair is not None
-    if not source.needs_held_out:
-        validation = splits[VALIDATION] = read(VALIDATION)
+    splits = {TRAIN: (train := read(TRAIN))}
+    examples = train.examples(label_of(train))
+    if source.needs_held_out:
+        classes = [classes_of(label) for label in examples.labels]
+        kept, rows = hold_out(examples.texts, classes, config.validation_fraction)
+        examples, held_out = examples.pick(kept), examples.pick(rows)
+    else:
+        splits[VALIDATION] = validation = read(VALIDATION)
         held_out = validation.examples(label_of(validation))
+        paired = examples.text_pair is not None
         if paired != (held_out.text_pair is not None):
             raise DataError(
                 f"{train.source} holds {_kind(paired)} but {validation.source} {_kind(not paired)}: "
                 "name the columns in dataset.columns"
             )
-    else:
-        classes = [classes_of(label) for label in examples.labels]
-        kept, rows = hold_out(examples.texts, classes, config.validation_fraction)
-        examples, held_out = examples.pick(kept), examples.pick(rows)
-    notes = [note for split in splits.values() for note in split.notes]
-    if source.needs_held_out:
-        unread = (*source.paths(TEST), *source.others)
-        notes.append(held_out_note(source.name, len(held_out), len(train.rows), "rows", unread))
     for split, rows in (("training", examples), ("validation", held_out)):
         if not len(rows):
             raise DataError(f"dataset {source.name}: the {split} split is empty")
-    notes += [
-        f"{split.num_skipped:,} malformed rows of the {name} split were skipped, the first {split.first_skipped}"
-        for name, split in splits.items()
-        if split.num_skipped
-    ]
-    names_of_texts = [column for column in train.columns[:2] if column]
-    notes += shared_note(examples.texts, held_out.texts, "validation rows", names_of_texts)
     skipped = {name: split.num_skipped for name, split in splits.items() if split.num_skipped}
-    return LabelledTexts(examples, held_out, skipped, tuple(notes))
+    return LabelledTexts(examples, held_out, skipped, tuple(_notes(source, splits, examples, held_out)))
+
+
+def _notes(source: Source, splits: Mapping[str, TextSplit], train: Examples, validation: Examples) -> Iterator[str]:
+    """How the files were read, what was left out of them, what is held out, and what stands on both sides."""
+    for split in splits.values():
+        yield from split.notes
+    if source.needs_held_out:
+        unread = (*source.paths(TEST), *source.others)
+        yield held_out_note(source.name, len(validation), len(train) + len(validation), "rows", unread)
+    for name, split in splits.items():
+        if split.num_skipped:
+            count, first = split.num_skipped, split.first_skipped
+            yield f"{count:,} malformed rows of the {name} split were skipped, the first {first}"
+    columns = [column for column in splits[TRAIN].columns[:2] if column]
+    yield from shared_note(train.texts, validation.texts, "validation rows", columns)
 
 
 def source_columns(config: DatasetConfig, source: Source) -> Columns:
