@@ -226,6 +226,7 @@ BAD_LINES = {
     "text is absent": '{"label": "no"}',
     "text is blank": '{"sentence": "  ", "label": "no"}',
     "half a character": '{"sentence": "a \\ud800 b", "label": "no"}',
+    "half a character of a label": '{"sentence": "a", "label": "\\ud800"}',
     "label is null": '{"sentence": "a", "label": null}',
     "label is absent": '{"sentence": "a"}',
     "label is empty": '{"sentence": "a", "label": " "}',

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from fastpeft.config.schema import DatasetConfig, EvaluationConfig
-from fastpeft.data.rows import DataError, Row, label_text
+from fastpeft.data.rows import HALF_PAIR, DataError, Row, is_unicode, label_text
 from fastpeft.data.source import TRAIN, Source
 from fastpeft.runs.store import MAJORITY
 from fastpeft.signals import Need
@@ -146,7 +146,7 @@ class _Labels:
         label = values.get(column)
         text = None if isinstance(label, (dict, list)) else label_text(label)
         if text not in self._no_label:
-            return None
+            return None if is_unicode(str(text)) else f"column {column!r} {HALF_PAIR}"
         advice = "; where it is a class, name every label in dataset.labels" if text in _MARKS else ""
         return f"column {column!r} holds {label!r}, which is no label{advice}"
 

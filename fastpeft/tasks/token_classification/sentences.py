@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
-from fastpeft.data.rows import DataError, Row, Split
+from fastpeft.data.rows import DataError, Row, Split, is_unicode
 from fastpeft.data.splitting import sample
 
 OnBadRow = Literal["error", "skip"]
@@ -152,12 +152,3 @@ def _tag(value: str | int, names: Sequence[str] | None) -> str:
         return value
     assert names is not None
     return names[value]
-
-
-def is_unicode(text: str) -> bool:
-    """Whether the text can be written; half of a surrogate pair, as JSON may hold, cannot."""
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
