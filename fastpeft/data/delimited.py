@@ -52,8 +52,8 @@ class Table:
     form: Form
     names: list[str] = field(default_factory=list)
     rows: list[Row] = field(default_factory=list)
-    num_lines: list[int] = field(default_factory=list)
-    """Of each row."""
+    num_lines: dict[int, int] = field(default_factory=dict)
+    """Of the rows of several lines: the row's place -> its lines."""
     num_blank: int = 0
     """Rows of empty fields only, left out."""
     num_enclosed: int = 0
@@ -68,32 +68,32 @@ class Table:
         return sum(row.fault is not None for row in self.rows)
 
     def add(self, line: int, fields: list[str], num_lines: int = 1) -> None:
+        names, header = self.names, self.form.header
         if not fields[0].strip() and not any(part.strip() for part in fields):
             self.num_blank += len(fields) > 1
             return
-        if not self.names:
-            self.names = _names(fields) if self.form.header else [str(i) for i in range(len(fields))]
-            if self.form.header:
+        if not names:
+            self.names = names = _names(fields) if header else [str(i) for i in range(len(fields))]
+            if header:
                 return
-        self.num_lines.append(num_lines)
-        if len(fields) == len(self.names):
-            fault = "repeats the header" if self.form.header and fields == self.names else None
-            self.rows.append(Row(line, {} if fault else dict(zip(self.names, fields)), fault))
-            return
-        what = "the header" if self.form.header else "the first line"
-        self.rows.append(Row(line, {}, f"has {len(fields)} fields, {what} {len(self.names)}"))
-
-    def add_fault(self, line: int, fault: str) -> None:
-        self.num_lines.append(1)
-        self.rows.append(Row(line, {}, fault))
+        if num_lines > 1:
+            self.num_lines[len(self.rows)] = num_lines
+        if len(fields) != len(names):
+            what = "the header" if header else "the first line"
+            self.rows.append(Row(line, {}, f"has {len(fields)} fields, {what} {len(names)}"))
+        elif header and fields == names:
+            self.rows.append(Row(line, {}, "repeats the header"))
+        else:
+            self.rows.append(Row(line, dict(zip(names, fields))))
 
 
 def read_plain(text: str, form: Form) -> Table:
     """A line a row; all marks are text."""
     table = Table(form)
-    for number, line in enumerate(text.split("\n"), 1):
+    split, add = form.split, table.add
+    for number, line in enumerate(text.replace("\r\n", "\n").split("\n"), 1):
         if line:
-            table.add(number, form.split(line.removesuffix("\r")))
+            add(number, split(line))
     return table
 
 
@@ -128,7 +128,7 @@ def _read_records(lines: list[str], form: Form, likeness: _Likeness | None) -> T
             table.add(end, form.split(_content(lines[begin])))
         elif fields is None:
             stray.append((begin, len(table.rows)))
-            table.add_fault(end, STRAY)
+            table.rows.append(Row(end, {}, STRAY))
     if stray and table.names:
         _read_stray_lines(table, lines, stray, likeness or _Likeness.of(table, lines))
     return table
@@ -214,8 +214,9 @@ class _Likeness:
 
 def _may_be_rows(table: Table, lines: list[str]) -> Iterator[bool]:
     """Of each row, whether it is of several lines, most of which have as many fields as a row."""
-    for row, num_lines in zip(table.rows, table.num_lines):
-        own = lines[row.line - num_lines : row.line] if num_lines > 1 else []
+    for place, row in enumerate(table.rows):
+        num_lines = table.num_lines.get(place, 0)
+        own = lines[row.line - num_lines : row.line]
         yield sum(len(table.form.split(line)) == len(table.names) for line in own) > num_lines / 2
 
 

@@ -95,8 +95,8 @@ def _decisions(table: Table, usual: str, marks_are_text: bool) -> Iterator[str]:
         yield f"its quotation marks are text and enclose no fields: {num_rows:,} rows"
     if table.form.escape:
         yield "backslashes stand before the quotation marks that are text"
-    if any(count > 1 for count in table.num_lines):
-        num_lines = sum(table.num_lines)
+    if table.num_lines:
+        num_lines = num_rows + sum(count - 1 for count in table.num_lines.values())
         yield f"its quotation marks enclose fields of several lines: {num_rows:,} rows in {num_lines:,} lines"
     num_mended = table.num_stray - sum(row.fault == STRAY for row in table.rows)
     if num_mended:
