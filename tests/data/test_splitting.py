@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import random
 from collections import Counter
 
@@ -9,7 +10,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fastpeft.data.splitting import hold_out, num_shared, sample, sample_note
+from fastpeft.data.splitting import hold_out, num_shared, sample, sample_note, shared_note
+from tests.support.real_data import DATA
 
 
 def parted(texts, classes, fraction):
@@ -93,3 +95,26 @@ def test_a_sample_is_no_head():
 def test_what_is_shared_is_counted_as_a_whole_and_by_column():
     texts = [("q1", "p1"), ("q2", "p1"), ("q3", "p2")]
     assert num_shared(texts, [("q1", "p1"), ("q1", "p2"), ("q9", "p1"), ("q9", "p9")]) == (1, [2, 3])
+
+
+# ---- real files ----------------------------------------------------------------------------
+
+
+def pairs_of(path: str, *columns: str) -> list[tuple[str, ...]]:
+    rows = map(json.loads, (DATA / path).read_text(encoding="utf-8").splitlines())
+    return [tuple(row[column] for column in columns) for row in rows]
+
+
+@pytest.mark.skipif(not DATA.is_dir(), reason=f"no real data at {DATA}")
+def test_passages_of_boolq_stand_in_both_of_its_splits():
+    train, dev = (pairs_of(f"boolq/{split}.jsonl", "question", "passage") for split in ("train", "dev"))
+    said = "of 500 validation rows these stand in the training rows too: 80 (16.0%) by 'passage'"
+    assert shared_note(train, dev, "validation rows", ("question", "passage")) == [said]
+
+
+@pytest.mark.skipif(not DATA.is_dir(), reason=f"no real data at {DATA}")
+def test_no_premise_and_no_hypothesis_of_snli_stands_on_both_sides():
+    texts = pairs_of("snli/dev.jsonl", "premise", "hypothesis")
+    kept, held_out = parted(texts, [()] * len(texts), 0.1)
+    assert num_shared([texts[row] for row in kept], [texts[row] for row in held_out]) == (0, [0, 0])
+    assert len(held_out) == 984
