@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import io
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -182,13 +181,13 @@ def _count_marks(table: Table, lines: list[str], fields: list[str]) -> None:
 
 
 class _Likeness:
-    """What the fields of most rows are like: of few values, as labels are, or numbers."""
+    """What the fields of most rows are like: of few values, as labels are, in whatever case, or numbers."""
 
     def __init__(self, rows: list[list[str]], num_fields: int, delimiter: str) -> None:
         self._num_fields = num_fields
         self._checks: list[tuple[int, Callable[[str], bool]]] = []
         for place in range(num_fields):
-            values = Counter(row[place] for row in rows)
+            values = {_plain(row[place]) for row in rows}
             if len(values) <= len(rows) / 2:
                 self._checks.append((place, values.__contains__))
             elif all(map(_is_number, values)):
@@ -208,7 +207,7 @@ class _Likeness:
     def is_row(self, fields: list[str]) -> bool:
         if len(fields) != self._num_fields:
             return False
-        are_alike = bool(self._checks) and all(check(fields[place]) for place, check in self._checks)
+        are_alike = bool(self._checks) and all(check(_plain(fields[place])) for place, check in self._checks)
         return are_alike or self._takes_any
 
 
@@ -222,6 +221,10 @@ def _may_be_rows(table: Table, lines: list[str]) -> Iterator[bool]:
 
 def _content(line: str) -> str:
     return line.removesuffix("\n").removesuffix("\r")
+
+
+def _plain(field: str) -> str:
+    return field.strip().casefold()
 
 
 def _is_number(text: str) -> bool:

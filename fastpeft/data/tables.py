@@ -31,7 +31,7 @@ def read_table(path: Path, text: str, header: bool = True) -> tuple[list[Row], t
         DataError: a header that names a column twice.
     """
     usual = "," if format_of(path) == ".csv" else "\t"
-    first_line = text.lstrip("\r\n").partition("\n")[0]
+    first_line = text.lstrip().partition("\n")[0]
     delimiters = [usual, *(other for other in _DELIMITERS if other != usual)]
     found = [one for one in delimiters if one in first_line] or [usual]
     readings = [_read(text, _form(one, first_line, header)) for one in found]

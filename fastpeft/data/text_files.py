@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import codecs
 import gzip
+import re
 import zlib
 from pathlib import Path
 from typing import BinaryIO, cast
@@ -20,6 +21,7 @@ _MARKS = (
     (codecs.BOM_UTF16_LE, "utf-16"),
     (codecs.BOM_UTF16_BE, "utf-16"),
 )
+_LINE_END = re.compile(r"\r\n|\r|\n")
 _CONVERT = "Save it as UTF-8, or convert it: iconv -f {encoding} -t UTF-8"
 
 
@@ -68,10 +70,17 @@ def read_text(path: Path) -> tuple[str, tuple[str, ...]]:
     except UnicodeDecodeError as error:
         raise DataError(_not_text(path, content, encoding, error)) from None
     notes = () if encoding.startswith("utf-8") else (f"{path}: is {encoding.upper()} text",)
-    if "\n" not in text and "\r" in text:
+    if "\r" in text and _ends_in_returns(text):
         text = text.replace("\r", "\n")
         notes += (f"{path}: its lines end in carriage returns",)
     return text, notes
+
+
+def _ends_in_returns(text: str) -> bool:
+    """Whether a carriage return alone ends the first line, and many others: a line feed may stand inside a field."""
+    returns, feeds = text.count("\r") - text.count("\r\n"), text.count("\n")
+    first = _LINE_END.search(text)
+    return first is not None and first[0] == "\r" and 2 * returns > feeds
 
 
 def _not_text(path: Path, content: bytes, encoding: str, error: UnicodeDecodeError) -> str:

@@ -62,8 +62,8 @@ class File:
         if self.is_plain:
             return self.delimiter.join(row)
         text = io.StringIO()
-        csv.writer(text, delimiter=self.delimiter, quoting=self.quoting, lineterminator="").writerow(row)
-        return text.getvalue()
+        csv.writer(text, delimiter=self.delimiter, quoting=self.quoting, lineterminator="\n").writerow(row)
+        return text.getvalue().removesuffix("\n")  # without a line end of its own it encloses no field that holds one
 
     # ---- what may happen to it -------------------------------------------------------------
 

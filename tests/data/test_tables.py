@@ -183,6 +183,20 @@ def test_marks_that_join_rows_of_a_quoted_csv_by_accident_join_none(tmp_path):
     assert texts_of(read_split(path)) == texts
 
 
+def test_marks_that_join_two_rows_of_a_label_spelt_once(tmp_path):
+    lines = [f"text {i}\t{LABELS[i % 2]}" for i in range(20)]
+    lines[7], lines[8] = '"text 7\tYes', 'text 8"\tno'
+    path = tmp_path / "train.tsv"
+    path.write_text("sentence\tlabel\n" + "\n".join(lines) + "\n")
+    assert texts_of(read_split(path))[6:9] == ["text 6", '"text 7', 'text 8"']
+
+
+def test_a_blank_line_before_the_header(tmp_path):
+    path = tmp_path / "train.csv"
+    path.write_text("  \n\nsentence;label\na;no\nb;yes\n")
+    assert texts_of(read_split(path)) == ["a", "b"]
+
+
 def test_one_broken_row_of_a_file_whose_fields_are_all_enclosed(tmp_path):
     path = write_quoted(tmp_path / "train.csv", [f"text {i}" for i in range(30)], ",", csv.QUOTE_ALL)
     path.write_text(path.read_text() + '"text" and more,"no"\n')

@@ -74,6 +74,12 @@ def test_lines_that_end_in_carriage_returns(tmp_path, suffix):
     assert split.notes == (f"{path}: its lines end in carriage returns",)
 
 
+def test_a_line_feed_in_a_field_of_a_file_whose_lines_end_in_carriage_returns(tmp_path):
+    path = tmp_path / "train.csv"
+    path.write_bytes(b'text,label\r"one\ntwo",no\rthree,yes\r')
+    assert [row.values["text"] for row in read_split(path).rows] == ["one\ntwo", "three"]
+
+
 def test_a_carriage_return_inside_a_line_is_text(tmp_path):
     path = tmp_path / "train.tsv"
     path.write_bytes(b"text\tlabel\na\rb\tno\nc\tyes\n")
