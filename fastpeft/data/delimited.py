@@ -117,7 +117,7 @@ def _read_records(lines: list[str], form: Form, likeness: _Likeness | None) -> T
         if likeness is None or not table.names:
             return False
         rows = [form.split(_content(line)) for line in lines[begin:end]]
-        return sum(map(likeness.is_row, rows)) > len(rows) / 2
+        return sum(map(likeness.begins_like_a_row, rows)) > len(rows) / 2
 
     for begin, end, fields in _records(lines, form, joins_rows):
         if fields:
@@ -205,18 +205,22 @@ class _Likeness:
         return cls(max(known, plain, key=len), num, table.form.delimiter)
 
     def is_row(self, fields: list[str]) -> bool:
-        if len(fields) != self._num_fields:
+        return len(fields) == self._num_fields and self.begins_like_a_row(fields)
+
+    def begins_like_a_row(self, fields: list[str]) -> bool:
+        """A row, or one with fields too many."""
+        if len(fields) < self._num_fields:
             return False
         are_alike = bool(self._checks) and all(check(_plain(fields[place])) for place, check in self._checks)
         return are_alike or self._takes_any
 
 
 def _may_be_rows(table: Table, lines: list[str]) -> Iterator[bool]:
-    """Of each row, whether it is of several lines, most of which have as many fields as a row."""
+    """Of each row, whether it is of several lines, most of which have as many fields as a row, or more."""
     for place, row in enumerate(table.rows):
         num_lines = table.num_lines.get(place, 0)
         own = lines[row.line - num_lines : row.line]
-        yield sum(len(table.form.split(line)) == len(table.names) for line in own) > num_lines / 2
+        yield sum(len(table.form.split(line)) >= len(table.names) for line in own) > num_lines / 2
 
 
 def _content(line: str) -> str:

@@ -75,7 +75,7 @@ def _marks_enclose(enclosed: Table, plain: Table) -> bool:
 
 def _has_enclosed_column(plain: Table) -> bool:
     rows = [row for row in plain.rows if row.fault is None]
-    if len(rows) < _MOSTLY * len(plain.rows):
+    if 2 * len(rows) < len(plain.rows):
         return False
     counts = (sum(_ENCLOSED.fullmatch(row.values[name]) is not None for row in rows) for name in plain.names)
     return bool(rows) and any(count >= _MOSTLY * len(rows) for count in counts)
