@@ -70,8 +70,10 @@ class SequenceClassification(SequenceTask):
         given = tuple(config.labels) if config.labels else known.labels if known else None
         column = source_columns(config, source).label
         classes = class_names(source, column, given)
-        values = () if given or classes else (row.values.get(column) for row in source.read(TRAIN, [column]).rows)
-        labels = _Labels(config, given or classes, Counter(map(label_text, values)))
+        counts: Counter[str | None] = Counter()
+        for value, count in () if given or classes else _tally(source.read(TRAIN, [column]).rows, column).items():
+            counts[label_text(value)] += count
+        labels = _Labels(config, given or classes, counts)
         names = {column: classes} if classes else None
         texts = read_texts(config, source, labels.fault, labels.reader, names, classes_of=lambda label: (label,))
         assert labels.index is not None
@@ -137,6 +139,8 @@ class _Labels:
         """
         self._config, self._given, self._counts = config, names, counts
         self._no_label = set(LabelIndex.MISSING) - set(names) if names else marks_no_label(counts)
+        self._usable: set[str] = set()
+        """Labels that were looked at."""
         self._num_padded: dict[str, int] = {}
         """Of each split the labels with blanks at their ends."""
         self._other = config.name if config.path is not None and config.name != "local" else None
@@ -145,8 +149,11 @@ class _Labels:
     def fault(self, values: dict[str, Any], column: str) -> str | None:
         label = values.get(column)
         text = None if isinstance(label, (dict, list)) else label_text(label)
-        if text not in self._no_label:
-            return None if is_unicode(str(text)) else f"column {column!r} {HALF_PAIR}"
+        if text in self._usable:
+            return None
+        if text is not None and text not in self._no_label:
+            self._usable |= {text} if is_unicode(text) else set()
+            return None if text in self._usable else f"column {column!r} {HALF_PAIR}"
         advice = "; where it is a class, name every label in dataset.labels" if text in _MARKS else ""
         return f"column {column!r} holds {label!r}, which is no label{advice}"
 
@@ -173,8 +180,9 @@ class _Labels:
         if self.index is None:
             self.index = self._make_index(split, column)
         index = self.index
-        values = (row.values[column] for row in split.rows)
-        self._num_padded[split.source] = sum(isinstance(value, str) and value != value.strip() for value in values)
+        found = _tally(split.rows, column).items()
+        padded = (count for value, count in found if isinstance(value, str) and value != value.strip())
+        self._num_padded[split.source] = sum(padded)
 
         def number(row: Row) -> int:
             value = label_text(row.values[column])
@@ -210,3 +218,9 @@ class _Labels:
                 "in dataset.labels; for scores set dataset.task=regression"
             )
         return index
+
+
+def _tally(rows: list[Row], column: str) -> Counter[Any]:
+    """How often each value stands there; lists and objects are no labels."""
+    values = (row.values.get(column) for row in rows)
+    return Counter(value for value in values if not isinstance(value, (list, dict)))
