@@ -152,8 +152,10 @@ class _Labels:
         if text in self._usable:
             return None
         if text is not None and text not in self._no_label:
-            self._usable |= {text} if is_unicode(text) else set()
-            return None if text in self._usable else f"column {column!r} {HALF_PAIR}"
+            if not is_unicode(text):
+                return f"column {column!r} {HALF_PAIR}"
+            self._usable.add(text)
+            return None
         advice = "; where it is a class, name every label in dataset.labels" if text in _MARKS else ""
         return f"column {column!r} holds {label!r}, which is no label{advice}"
 
