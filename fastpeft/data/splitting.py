@@ -73,11 +73,15 @@ def hold_out(
 
 def num_shared(texts: Sequence[Texts], others: Sequence[Texts]) -> tuple[int, list[int]]:
     """Of the rows of `others` how many stand in `texts` as a whole, and how many do with their text of each column."""
-    whole = set(texts)
-    columns = [set(column) for column in zip(*texts)]
-    return sum(row in whole for row in others), [
-        sum(text in known for text in column) for known, column in zip(columns, zip(*others))
-    ]
+    whole = _num_in(texts, others)
+    if len(texts[0]) == 1:
+        return whole, [whole]
+    return whole, [_num_in(known, asked) for known, asked in zip(zip(*texts), zip(*others))]
+
+
+def _num_in(known: Iterable[Hashable], asked: Sequence[Hashable]) -> int:
+    there = set(asked).intersection(known)
+    return sum(one in there for one in asked)
 
 
 def shared_note(texts: Sequence[Texts], others: Sequence[Texts], what: str, columns: Sequence[str] = ()) -> list[str]:
