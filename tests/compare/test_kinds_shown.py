@@ -129,7 +129,9 @@ def test_every_command_shows_a_kind_by_its_own_metrics(kind, tmp_path, fastpeft_
 
 def scored(name: str, value: float, majority: float | None, **more) -> Result:
     metric = {"name": "accuracy", "value": value, "more": {} if majority is None else {"majority": majority}}
-    return Result(run_id="x", name=name, method=name, dataset="d", model="m", metric=metric, best=metric, **more)
+    return Result(
+        run_id="x", name=name, method=name, dataset="d", model="m", metric=metric, best=metric | {"step": 3}, **more
+    )
 
 
 def test_the_majority_stands_beside_every_accuracy():

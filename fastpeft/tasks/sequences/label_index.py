@@ -38,7 +38,7 @@ def marks_no_label(counts: Mapping[str | None, int]) -> set[str | None]:
     -1 is a class among whole numbers, and - among signs such as +, if it is at least a tenth as common as the others
     are in the mean. Datasets have a percent of rows without gold label, or whole test splits.
     """
-    missing = set(LabelIndex.MISSING)
+    missing: set[str | None] = set(LabelIndex.MISSING)
     others = {label: count for label, count in counts.items() if label is not None and label not in missing}
     for mark, is_alike in (("-1", is_whole_number), ("-", _is_sign)):
         is_common = 10 * counts.get(mark, 0) * len(others) >= sum(others.values())
