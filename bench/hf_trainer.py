@@ -134,7 +134,7 @@ class _TextRows:
     def __init__(self, task: SequenceTask, tokenizer: Any, run: RunConfig) -> None:
         self._task, self._tokenizer = task, tokenizer
         self._cut = {"truncation": _CUT[run.dataset.cut], "max_length": run.dataset.max_length}
-        self._validation = task.texts.validation.head(run.evaluation.max_examples)
+        self._validation = task.texts.validation.sample(run.evaluation.max_examples)
         self.train = self._dataset(task.texts.train)
 
     def _dataset(self, examples: Examples) -> Any:
@@ -192,11 +192,11 @@ class _TaggedRows:
         return encoded
 
     def score(self, predict: Predict) -> float:
-        return self._score(self._splits.validation.head(self._most.max_examples), predict)
+        return self._score(self._splits.validation.sample(self._most.max_examples), predict)
 
     def score_test(self, predict: Predict) -> float | None:
         test = self._splits.test
-        return None if test is None else self._score(test.head(self._most.max_test_examples), predict)
+        return None if test is None else self._score(test.sample(self._most.max_test_examples), predict)
 
     def _score(self, sentences: Sentences, predict: Predict) -> float:
         from seqeval.metrics import f1_score

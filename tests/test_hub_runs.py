@@ -52,7 +52,9 @@ def test_online_then_without_a_hub(fake_hub, tmp_path):
     first = train(run, results_dir=tmp_path / "results", name="online")
     assert (first.status, first.stand_in, first.model, first.dataset) == ("done", False, MODEL, "rte")
     assert 0 <= first.metric["more"]["f1"] <= 1
-    assert all(set(e["more"]) == {"f1"} for e in events(tmp_path / "results" / "online") if e["type"] == "eval")
+    assert all(
+        set(e["more"]) == {"f1", "majority"} for e in events(tmp_path / "results" / "online") if e["type"] == "eval"
+    )
     adapter = json.loads((tmp_path / "results" / "online" / "adapter" / "adapter_config.json").read_text())
     assert adapter["base_model_name_or_path"] == MODEL
 

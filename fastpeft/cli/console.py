@@ -24,7 +24,7 @@ from fastpeft.compare.problem_sets import SetScore, difference
 from fastpeft.config.methods import METHODS
 from fastpeft.runs.events import Event, number
 from fastpeft.runs.parts import figure, table_of
-from fastpeft.runs.store import Result, RunFolder
+from fastpeft.runs.store import MAJORITY, Result, RunFolder
 
 PLAIN_EVERY_S = 10.0
 _WIDE = 110
@@ -267,6 +267,7 @@ def comparison_table(comparison: Comparison) -> Table:
         "metric": [row.metric for row in rows],
         "best": [row.best for row in rows],
         "test": [row.test for row in rows],
+        MAJORITY: [row.majority for row in rows],
         minus if comparison.by == "metric" else f"{minus} ({comparison.by})": [row.minus_baseline for row in rows],
         "AUC": [row.auc.get("seconds") for row in rows],
         "AUC over J": [row.auc.get("joules") for row in rows],
@@ -274,7 +275,7 @@ def comparison_table(comparison: Comparison) -> Table:
         "time": [f"{row.seconds.value:.0f} s" for row in rows],
         "energy": [f"{row.joules.value:,.0f} J" if row.joules else None for row in rows],
     }
-    optional = ("test", "AUC", "AUC over J", f"to {target}")
+    optional = ("test", MAJORITY, "AUC", "AUC over J", f"to {target}")
     columns = {name: cells for name, cells in columns.items() if name not in optional or any(cells)}
     table = Table(box=None, pad_edge=False)
     for name in columns:

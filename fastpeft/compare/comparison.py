@@ -12,7 +12,7 @@ from typing import Any
 
 from fastpeft.config import Budget
 from fastpeft.runs.events import number
-from fastpeft.runs.store import Result
+from fastpeft.runs.store import MAJORITY, Result
 
 CONFIDENCE = 0.95
 GLUE_TASKS = ("mnli", "sst2", "rte")
@@ -119,6 +119,8 @@ class Row:
     """Where a target was asked for."""
     measures: str = "metric"
     """The metric's name."""
+    majority: Mean | None = None
+    """What one answer to every row would have scored, where a run tells it."""
 
 
 @dataclass(frozen=True)
@@ -152,7 +154,7 @@ def compare(results: list[Result], curves: Sequence[Curve] | None = None, target
     for (label, task), members in sorted(groups.items(), key=lambda item: item[0][::-1]):
         runs, others = ([run for run, _ in some] for some in (members, groups.get((baseline or "", task), [])))
         minus = _paired(runs, others, by) if label != baseline else None
-        rows.append(_row(label, task, runs, minus, [curve for _, curve in members], target))
+        rows.append(_row(label, task, runs, by, minus, [curve for _, curve in members], target))
     glue = {
         label: glue_average([r for r, own in zip(results, labels) if own == label]) for label in dict.fromkeys(labels)
     }
@@ -161,7 +163,13 @@ def compare(results: list[Result], curves: Sequence[Curve] | None = None, target
 
 
 def _row(
-    label: str, task: str, runs: list[Result], minus: Mean | None, curves: list[Curve], target: float | None
+    label: str,
+    task: str,
+    runs: list[Result],
+    by: str,
+    minus: Mean | None,
+    curves: list[Curve],
+    target: float | None,
 ) -> Row:
     metric = metric_of(runs)
     assert metric is not None
@@ -179,7 +187,14 @@ def _row(
         auc={unit: mean for unit, mean in areas.items() if mean is not None},
         target=None if target is None else _reached(curves),
         measures=str(runs[0].metric.get("name", "metric")),
+        majority=_majority(runs, by),
     )
+
+
+def _majority(runs: list[Result], by: str) -> Mean | None:
+    """On the rows that `by` was scored on."""
+    found = [value for run in runs if (value := getattr(run, by).get("more", {}).get(MAJORITY)) is not None]
+    return mean_of(list(map(number, found))) if found else None
 
 
 def _reached(curves: list[Curve]) -> Reached:

@@ -76,7 +76,7 @@ class DatasetConfig:
     task: Annotated[str, OneOf(TASKS, also=("auto",))] = "auto"
     """What the rows are. auto: what the name says, or else the rows, which the run then says."""
     config: str | None = None
-    """Configuration of a hub dataset that has several."""
+    """Configuration of a hub dataset that has several, or the folder of one in a clone of it."""
     revision: str = "main"
     """Branch, tag or commit of a hub dataset; of nyu-mll/glue for a GLUE task."""
     train_split: str | None = None
@@ -85,8 +85,8 @@ class DatasetConfig:
     """Split of a hub dataset to evaluate on. `validation`, `dev` and the like are found; `test` is
     used only when named here. Where there is none, `validation_fraction` of the rows is held out."""
     path: str | None = None
-    """A file, or a folder that holds train.* and dev.* (validation.*, dev_matched.*) files in
-    jsonl, json, csv, tsv or parquet. Of word problems, train.* and test.*, the latter optional."""
+    """A file, or a folder that holds train.* and dev.* (val.*, validation.*, ...) files, or shards of them, in jsonl,
+    json, csv, tsv or parquet. Of word problems, train.* and test.*, the latter optional."""
     columns: ColumnsConfig = field(default_factory=ColumnsConfig)
     labels: list[str] | None = None
     """Label names in the order of their numbers; taken from the dataset's own class names, or from
@@ -94,8 +94,8 @@ class DatasetConfig:
     on_bad_row: Literal["error", "skip"] = "error"
     """A malformed row stops the run, or is skipped and counted."""
     validation_fraction: Annotated[float, Range(gt=0, lt=1)] = 0.1
-    """Share of the training rows held out where there is no validation split: `path` is a single
-    file, or a hub dataset has none."""
+    """Share of the training rows held out where there is no validation split. No text of them is trained on, and each
+    class has its share."""
     max_length: Annotated[int, Range(ge=8, lt=2**31)] = 256
     """Longest sequence in tokens. A longer text is cut, a longer word problem is left out of training; both are
     counted. A longer sentence with tagged words is read in several windows."""
@@ -140,13 +140,13 @@ class EvaluationConfig:
     every: Annotated[str, Parsed(parse_interval)] = "20%"
     """`20%` of the budget, `500steps`, `60s`, `epoch`, or `end` for the final one only."""
     max_examples: NonNegativeInt = 0
-    """Evaluate on the first this many validation rows; 0 takes all."""
+    """Evaluate on this many validation rows, drawn at random, the same ones for every seed; 0 takes all."""
     batch_tokens: PositiveInt = 16384
     """Most padded tokens in one evaluation batch; of word problems, with the answers' longest."""
     threshold: Annotated[float, Range(gt=0, lt=1)] = 0.5
     """Several labels a text: the probability from which a label is given; kept in the export."""
     max_test_examples: NonNegativeInt = 0
-    """Score the first this many rows of the test split, once, at the end; 0 takes all."""
+    """Score this many rows of the test split, drawn likewise, once, at the end; 0 takes all."""
     max_new_tokens: PositiveInt = 256
     """Word problems: longest answer in tokens; one without an end by then counts as it stands."""
     calculator: bool = False

@@ -1,85 +1,101 @@
-"""Files of a user's own: jsonl, json, csv, tsv and parquet, and which of a folder's files is which split."""
+"""Files of a user's own: jsonl, json, csv, tsv and parquet, packed by gzip or not."""
 
 from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from fastpeft.data.rows import DataError, Row, Split
-from fastpeft.data.source import Source
+from fastpeft.data.source import TEST, TRAIN, Source
+from fastpeft.data.split_files import STEMS, SUFFIXES, find_split_files
 from fastpeft.data.tables import read_table
+from fastpeft.data.text_files import format_of, read_bytes, read_text
 
-SUFFIXES = (".jsonl", ".json", ".csv", ".tsv", ".parquet")
 _SPACE = re.compile(r"[ \t\r\n]*")
-_STEMS = {
-    "train": ("train",),
-    "validation": ("dev", "validation", "dev_matched", "validation_matched", "valid", "val"),
-    "test": ("test",),
-}
 
 
 class FileSource(Source):
-    """A file, or a folder with one file a split: train.*, dev.* (validation.*, ...), test.*.
+    """A file, or a folder whose files' names tell the splits: `split_files`."""
 
-    Where no file has a split's name, one whose name ends in it, or has it between dots, hyphens or underscores, is
-    taken: sts-train.csv, corpus.dev.conll.
-    """
-
-    def __init__(self, path: Path, name: str, header: bool = True) -> None:
+    def __init__(self, path: Path, name: str, header: bool = True, config: str | None = None) -> None:
         """
         Args:
             header: a table's first line names its columns.
+            config: the folder's subfolder that is meant, where it has several.
 
         Raises:
-            DataError: there is no such file or folder.
+            DataError: there is no such file or folder; a split's parts are not all there.
         """
         super().__init__(name)
         self.folder, self._header = path, header
         self._read: dict[str, Split] = {}
+        self._in_parts: frozenset[str] = frozenset()
+        self._others: tuple[Path, ...] = ()
         if not path.exists():
             raise DataError(f"dataset.path {path}: there is no such file or folder")
-        self.files = {"train": [path]} if path.is_file() else _files_of(path)
+        if path.is_file():
+            self.files = {TRAIN: [path]}
+            return
+        found = find_split_files(path, config)
+        self.files, self._in_parts, self._others = found.files, found.in_parts, found.others
 
     @property
     def splits(self) -> tuple[str, ...]:
         return tuple(self.files)
 
-    def path(self, split: str) -> Path:
-        """The file of a split. Raises DataError where there is none, or more than one."""
-        found = self.files.get(split, [])
-        if len(found) == 1:
-            return found[0]
-        wanted = " or ".join(f"{stem}.*" for stem in _STEMS[split])
-        have = ", ".join(sorted(p.name for p in self.folder.iterdir())) or "nothing"
-        problem = f"more than one of {wanted}" if found else f"no {wanted}"
-        raise DataError(f"dataset.path {self.folder}: {problem} in {', '.join(SUFFIXES)}; it holds {have}")
+    def path(self, split: str) -> Path | None:
+        """The file of a split; None where it is in parts. Raises DataError where there is none, or more than one."""
+        return None if split in self._in_parts else self._one_file(split)
 
     def paths(self, split: str) -> list[Path]:
         return list(self.files.get(split, ()))
 
     @property
-    def needs_held_out(self) -> bool:
-        """Of a single file only: a folder without a validation file may have one under a name that is not known."""
-        return self.folder.is_file()
+    def others(self) -> list[Path]:
+        return list(self._others)
 
     def columns(self, split: str) -> list[str]:
         return self.read(split).require_columns()
 
     def describe_split(self, split: str) -> str:
-        return str(self.path(split))
+        if split not in self._in_parts:
+            return str(self._one_file(split))
+        first, *more = self.files[split]
+        return f"{first} and {len(more)} more" if more else str(first)
 
     def class_names(self, split: str, column: str) -> tuple[str, ...] | None:
         """Those that `datasets` wrote into a parquet file; other formats have none."""
-        path = self.path(split)
-        return _parquet_class_names(path).get(column) if path.suffix == ".parquet" else None
+        path = self.files[split][0] if split in self._in_parts else self._one_file(split)
+        return _parquet_class_names(path).get(column) if format_of(path) == ".parquet" else None
+
+    def _one_file(self, split: str) -> Path:
+        found = self.files.get(split, [])
+        if len(found) == 1:
+            return found[0]
+        wanted = " or ".join(f"{stem}.*" for stem in STEMS[split])
+        have = ", ".join(sorted(p.name for p in self.folder.iterdir())) or "nothing"
+        problem = f"more than one of {wanted}" if found else f"no {wanted}"
+        raise DataError(f"dataset.path {self.folder}: {problem} in {', '.join(SUFFIXES)}; it holds {have}")
 
     def _rows(self, split: str, columns: tuple[str, ...] | None) -> Split:
         if split not in self._read:
-            self._read[split] = read_split(self.path(split), self._header)
+            paths = self.files[split] if split in self._in_parts else [self._one_file(split)]
+            parts = [read_split(path, self._header) for path in paths]
+            self._read[split] = parts[0] if len(parts) == 1 else _joined(self.describe_split(split), parts)
         return self._read[split]
+
+
+def _joined(source: str, parts: Sequence[Split]) -> Split:
+    """Lines are counted on from part to part."""
+    rows: list[Row] = []
+    for part in parts:
+        before = rows[-1].line if rows else 0
+        rows += [replace(row, line=before + row.line) for row in part.rows]
+    return Split(source, rows, tuple(note for part in parts for note in part.notes))
 
 
 def read_split(path: Path, header: bool = True) -> Split:
@@ -88,27 +104,18 @@ def read_split(path: Path, header: bool = True) -> Split:
     Raises:
         DataError: a file that cannot be read; a row that cannot be is a Row with a fault.
     """
-    if path.suffix not in SUFFIXES:
-        raise DataError(f"dataset.path {path}: expected a file in {', '.join(SUFFIXES)}")
-    if path.suffix == ".parquet":
+    suffix = format_of(path)
+    if suffix not in SUFFIXES:
+        raise DataError(f"dataset.path {path}: expected a file in {', '.join(SUFFIXES)}, or one of them in .gz")
+    if suffix == ".parquet":
         return Split(str(path), list(_read_parquet(path)))
-    text = read_text(path)
-    if path.suffix == ".json" and text.lstrip().startswith("["):
-        return Split(str(path), list(_read_json(path, text)))
-    if path.suffix in (".jsonl", ".json"):
-        return Split(str(path), list(_read_jsonl(text)))
-    return Split(str(path), *read_table(path, text, header))
-
-
-def read_text(path: Path) -> str:
-    """UTF-8, with or without a byte order mark. Raises DataError, with the line of what is not."""
-    try:
-        return path.read_bytes().decode("utf-8-sig")
-    except OSError as error:
-        raise DataError(f"{path}: cannot be read: {error.strerror}") from None
-    except UnicodeDecodeError as error:
-        line = path.read_bytes()[: error.start].count(b"\n") + 1
-        raise DataError(f"{path}:{line}: is not UTF-8 text") from None
+    text, notes = read_text(path)
+    if suffix == ".json" and text.lstrip().startswith("["):
+        return Split(str(path), list(_read_json(path, text)), notes)
+    if suffix in (".jsonl", ".json"):
+        return Split(str(path), list(_read_jsonl(text)), notes)
+    rows, decided = read_table(path, text, header)
+    return Split(str(path), rows, (*notes, *decided))
 
 
 def _read_jsonl(text: str) -> Iterator[Row]:
@@ -163,7 +170,7 @@ def _read_parquet(path: Path) -> Iterator[Row]:
     import pyarrow.parquet
 
     try:
-        table = pyarrow.parquet.read_table(path)
+        table = pyarrow.parquet.read_table(pyarrow.BufferReader(read_bytes(path)))
     except (OSError, pyarrow.ArrowException) as error:
         raise DataError(f"{path}: is no readable parquet file: {str(error).splitlines()[0]}") from None
     for line, values in enumerate(table.to_pylist(), 1):
@@ -189,32 +196,13 @@ def _parquet_class_names(path: Path) -> dict[str, tuple[str, ...]]:
     return found
 
 
-# ---- which file is which split -------------------------------------------------------------
-
-
 def find_test(path: Path) -> Path:
     """The file to score on: `path` itself, a folder's test file, or the only file in it."""
     if path.is_file():
         return path
-    if not path.exists():
-        raise DataError(f"dataset.path {path}: there is no such file or folder")
-    only = sorted(p for p in path.iterdir() if p.suffix in SUFFIXES and p.is_file())
-    return only[0] if len(only) == 1 else FileSource(path, path.name).path("test")
-
-
-def _files_of(folder: Path) -> dict[str, list[Path]]:
-    """Split -> its files; splits without one are left out."""
-    there = sorted(p for p in folder.iterdir() if p.is_file() and not p.name.startswith("."))
-    found = {}
-    for split, stems in _STEMS.items():
-        named = [p for stem in stems for s in SUFFIXES if (p := folder / f"{stem}{s}") in there]
-        named = named or [p for p in there if p.stem in stems]
-        named = named or [p for p in there if _ends_in(p.stem, stems)]
-        if named:
-            found[split] = named
+    source = FileSource(path, path.name)
+    there = [*source.others, *(file for files in source.files.values() for file in files)]
+    found = there[0] if len(there) == 1 else source.path(TEST)
+    if found is None:
+        raise DataError(f"dataset.path {path}: its test split is in parts; give one file")
     return found
-
-
-def _ends_in(stem: str, split_names: tuple[str, ...]) -> bool:
-    """Behind anything but a letter: wnut17train ends in train, latest does not end in test."""
-    return re.search(rf"(?:^|[^a-z])(?:{'|'.join(split_names)})$", stem.lower()) is not None

@@ -26,7 +26,8 @@ def open_source(config: DatasetConfig, known: KnownDataset | None, names: Iterab
     if config.path is not None:
         path = Path(config.path).expanduser()
         name = config.name if config.name != "local" else path.resolve().name
-        source: Source = FileSource(path, name, header=not names_by_number(config.columns))
+        header = not names_by_number(config.columns)
+        source: Source = FileSource(path, name, header, config.config)
         source.known = known
         return source
     if known is not None and known.generated is not None:

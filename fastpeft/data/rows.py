@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import random
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -10,6 +9,7 @@ from typing import Any
 from fastpeft.config.schema import ColumnsConfig
 from fastpeft.errors import UserError
 
+HALF_PAIR = "holds half of a surrogate pair, which is no character"
 NUM_NAMED = 3
 """Of rows that are left out, this many are named."""
 
@@ -78,7 +78,7 @@ def text_fault(values: dict[str, Any], column: str) -> str | None:
         return f"column {column!r} holds {text!r:.80}, expected text"
     if not text.strip():
         return f"column {column!r} is empty"
-    return None if _is_unicode(text) else f"column {column!r} holds half of a surrogate pair, which is no character"
+    return None if is_unicode(text) else f"column {column!r} {HALF_PAIR}"
 
 
 def label_text(value: Any) -> str | None:
@@ -90,19 +90,13 @@ def label_text(value: Any) -> str | None:
     return str(value).strip()
 
 
-def _is_unicode(text: str) -> bool:
+def is_unicode(text: str) -> bool:
+    """Whether the text can be written; half of a surrogate pair, as JSON may hold, cannot."""
     try:
         text.encode()
     except UnicodeEncodeError:
         return False
     return True
-
-
-def choose_held_out(num_rows: int, num_held_out: int) -> tuple[list[int], list[int]]:
-    """(rows to train on, rows held out), each in order; the same ones whatever the training seed."""
-    order = list(range(num_rows))
-    random.Random(0).shuffle(order)
-    return sorted(order[num_held_out:]), sorted(order[:num_held_out])
 
 
 def left_out_note(count: int, what: str, named: Iterable[str]) -> str:

@@ -32,8 +32,7 @@ class Source(ABC):
 
     @property
     def needs_held_out(self) -> bool:
-        """Training rows have to stand in for a validation split that nobody made. Where one is meant to be and is
-        not, reading it raises DataError."""
+        """Training rows have to stand in for a validation split that nobody made."""
         return not self.has(VALIDATION)
 
     @abstractmethod
@@ -75,6 +74,11 @@ class Source(ABC):
 
     def paths(self, split: str) -> list[Path]:
         """Every file that may hold it: none, or several of which nothing tells the right one."""
+        return []
+
+    @property
+    def others(self) -> list[Path]:
+        """Files with rows that lie beside the splits and belong to none."""
         return []
 
     @abstractmethod

@@ -1,38 +1,28 @@
-"""csv and tsv: which delimiter, and whether quotes are the file's or the text's, decided by what the file shows.
+"""csv and tsv: what separates their columns, and whether quotation marks are the file's or the text's.
 
-GLUE's tsv files hold bare quotes as text, so that a reader which takes them for the format's drops the marks and may
-join rows; other tsv files quote fields that hold line ends. A count of rows does not show which of them a file is.
+Both are decided over the whole file by what it shows. GLUE's tsv files hold bare marks as text, so that a reader which
+takes them for the format's drops them and may join rows; other tsv files enclose fields that hold line ends. A count of
+rows does not show which of them a file is.
 """
 
 from __future__ import annotations
 
-import bisect
-import csv
-import io
 import re
-from collections import Counter
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
+from fastpeft.data.delimited import STRAY, Form, Table, read_enclosed, read_plain
 from fastpeft.data.rows import DataError, Row
+from fastpeft.data.text_files import format_of
 
-_DELIMITERS = {",": "commas", "\t": "tabs", ";": "semicolons"}
-_SAMPLE_LINES = 50
+_DELIMITERS = {",": "commas", "\t": "tabs", ";": "semicolons", "|": "vertical bars"}
 _ENCLOSED = re.compile(r'"[^"]*"\s*')
-
-
-@dataclass(frozen=True)
-class Reading:
-    rows: list[Row]
-    names: list[str]
-
-    @property
-    def num_faults(self) -> int:
-        return sum(row.fault is not None for row in self.rows)
+_MOSTLY = 0.9
 
 
 def read_table(path: Path, text: str, header: bool = True) -> tuple[list[Row], tuple[str, ...]]:
-    """Rows, and what was decided where it is not what the file's suffix says.
+    """Rows, and in one line what was decided where it is not what the file's suffix says.
 
     Args:
         header: the first line names the columns; else they are named by their numbers, from 0.
@@ -40,108 +30,77 @@ def read_table(path: Path, text: str, header: bool = True) -> tuple[list[Row], t
     Raises:
         DataError: a header that names a column twice.
     """
-    usual = "," if path.suffix == ".csv" else "\t"
-    delimiter = _delimiter(text, usual)
-    notes = () if delimiter == usual else (f"{path}: its columns are separated by {_DELIMITERS[delimiter]}",)
-    chosen = quoted = _parse(text, delimiter, header, quoted=True)
-    if '"' in text:
-        raw = _parse(text, delimiter, header, quoted=False)
-        chosen = _choose(quoted, raw, text, delimiter)
-        if chosen is raw and raw.rows != quoted.rows:
-            notes += (f"{path}: its quotation marks are text and enclose no fields: {len(raw.rows):,} rows",)
-    if len(set(chosen.names)) < len(chosen.names):
-        raise DataError(f"{path}:1: the header names a column twice: {', '.join(chosen.names)}")
-    return chosen.rows, notes
+    usual = "," if format_of(path) == ".csv" else "\t"
+    first_line = text.lstrip().partition("\n")[0]
+    delimiters = [usual, *(other for other in _DELIMITERS if other != usual)]
+    found = [one for one in delimiters if one in first_line] or [usual]
+    readings = [_read(text, _form(one, first_line, header)) for one in found]
+    table, marks_are_text = min(readings, key=_share_of_faults)  # the usual one where several leave as little open
+    if len(set(table.names)) < len(table.names):
+        raise DataError(f"{path}:1: the header names a column twice: {', '.join(table.names)}")
+    decided = list(_decisions(table, usual, marks_are_text))
+    return table.rows, (f"{path}: {'; '.join(decided)}",) if decided else ()
 
 
-def _delimiter(text: str, usual: str) -> str:
-    """The usual one, unless the first line holds another and not that, or exactly one other splits each of the first
-    lines into the same number of fields."""
-    lines = [line for line in text.split("\n", _SAMPLE_LINES)[:_SAMPLE_LINES] if line.strip()]
-    if not lines or _regular(lines, usual):
-        return usual
-    others = [delimiter for delimiter in _DELIMITERS if delimiter in lines[0] and delimiter != usual]
-    if usual in lines[0] or len(others) != 1:
-        others = [delimiter for delimiter in others if _regular(lines, delimiter)]
-    return others[0] if len(others) == 1 else usual
+def _form(delimiter: str, first_line: str, header: bool) -> Form:
+    parts = first_line.split(delimiter)[1:]
+    return Form(delimiter, header, is_spaced=bool(parts) and all(part.startswith(" ") for part in parts))
 
 
-def _regular(lines: list[str], delimiter: str) -> bool:
-    counts = Counter(line.count(delimiter) for line in lines)
-    most, times = counts.most_common(1)[0]
-    return most > 0 and times == len(lines)
+def _read(text: str, form: Form) -> tuple[Table, bool]:
+    """(the rows, whether there are marks that another reader would take for the format's)."""
+    plain = read_plain(text, form)
+    if '"' not in text:
+        return plain, False
+    enclosed = read_enclosed(text, form)
+    if enclosed.num_bare and '\\"' in text:
+        escaped = read_enclosed(text, replace(form, escape="\\"))
+        enclosed = escaped if not escaped.num_bare and not escaped.num_faults else enclosed
+    if _marks_enclose(enclosed, plain):
+        return enclosed, False
+    return plain, enclosed.num_stray > 0 or enclosed.rows != plain.rows
 
 
-def _choose(quoted: Reading, raw: Reading, text: str, delimiter: str) -> Reading:
-    """By what the marks join; then by the rows that cannot be read; then by whether a writer of quoted fields could
-    have written the file."""
-    if raw.num_faults and delimiter != "\t":
-        return quoted  # csv is quoted by its standard, and read otherwise only where that leaves nothing open
-    joined, alone = _joined_lines(quoted, raw)
-    whole = [row for row in joined if len(row.values) > 1]
-    if len(whole) > len(joined) / 2 and (delimiter == "\t" or _are_alike(whole, alone)):
-        return raw  # lines that are rows by themselves, and that marks which open and close by accident would join
-    if quoted.num_faults != raw.num_faults:
-        return min(quoted, raw, key=lambda reading: reading.num_faults)
-    if joined or delimiter != "\t":
-        return quoted
-    end = re.escape(delimiter)
-    if re.search(rf'(?m)(?:^|{end})[^"{end}\n][^{end}\n]*"', text):
-        return raw  # a mark inside a field that begins with none: a writer would have enclosed the field
-    if re.search(rf'(?m)(?:^|{end})"(?:[^"\n]|"")*(?:""|{end})(?:[^"\n]|"")*"(?={end}|\r?$)', text):
-        return quoted  # a field that had to be enclosed
-    columns = ([row.values.get(name, "") for row in raw.rows] for name in raw.names)
-    return quoted if any(all(map(_ENCLOSED.fullmatch, column)) for column in columns) else raw
+def _marks_enclose(enclosed: Table, plain: Table) -> bool:
+    """By a column that is enclosed throughout; then by the rows that cannot be read; then by whether a writer of
+    enclosed fields could have written the file; else as csv files are and tsv files are not."""
+    if _has_enclosed_column(plain):
+        return True
+    if enclosed.num_faults != plain.num_faults:
+        return enclosed.num_faults < plain.num_faults
+    if enclosed.num_enclosed != enclosed.num_bare:
+        return enclosed.num_enclosed > enclosed.num_bare
+    return plain.form.delimiter != "\t"
 
 
-def _joined_lines(quoted: Reading, raw: Reading) -> tuple[list[Row], list[Row]]:
-    """The lines that marks join with others into one row, and those that are rows by themselves in both readings."""
-    ends = sorted(row.line for row in quoted.rows)
-    places = [bisect.bisect_left(ends, row.line) for row in raw.rows]
-    num_lines = Counter(places)
-    joined, alone = [], []
-    for row, place in zip(raw.rows, places):
-        (joined if num_lines[place] > 1 else alone).append(row)
-    return joined, alone
+def _has_enclosed_column(plain: Table) -> bool:
+    rows = [row for row in plain.rows if row.fault is None]
+    if 2 * len(rows) < len(plain.rows):
+        return False
+    counts = (sum(_ENCLOSED.fullmatch(row.values[name]) is not None for row in rows) for name in plain.names)
+    return bool(rows) and any(count >= _MOSTLY * len(rows) for count in counts)
 
 
-def _are_alike(rows: list[Row], others: list[Row]) -> bool:
-    """Whether in a column of few values, such as labels, `rows` hold none but those of `others`."""
-    others = [row for row in others if row.values]
-    for name in rows[0].values:
-        known = {row.values[name] for row in others}
-        if len(known) <= len(others) / 2 and all(row.values[name] in known for row in rows):
-            return True
-    return False
+def _share_of_faults(reading: tuple[Table, bool]) -> float:
+    """1 for a table of one column: nothing is separated."""
+    table = reading[0]
+    return table.num_faults / max(1, len(table.rows)) if len(table.names) > 1 else 1.0
 
 
-def _parse(text: str, delimiter: str, header: bool, quoted: bool) -> Reading:
-    csv.field_size_limit(2**31 - 1)
-    lines = io.StringIO(text, newline="")  # str.splitlines would end a row at U+2028 and others
-    quoting = csv.QUOTE_MINIMAL if quoted else csv.QUOTE_NONE
-    reader = csv.reader(lines, delimiter=delimiter, quoting=quoting, strict=True)
-    rows: list[Row] = []
-    names: list[str] = []
-    while True:
-        fault = None
-        try:
-            fields = next(reader)
-        except StopIteration:
-            return Reading(rows, names)
-        except csv.Error as error:
-            fields, fault = [], f"is malformed ({error})"
-        if not fields and fault is None:
-            continue
-        if not names and fault is None:
-            names = [name.strip() for name in fields] if header else [str(i) for i in range(len(fields))]
-            if header:
-                continue
-        if fault is None and len(fields) != len(names):
-            what = "the header" if header else "the first line"
-            fault = f"has {len(fields)} fields, {what} {len(names)}"
-        if fault is None:
-            rows.append(Row(reader.line_num, dict(zip(names, fields))))
-            continue
-        rows.append(Row(reader.line_num, {}, fault))
-        if not names:
-            return Reading(rows, names)
+def _decisions(table: Table, usual: str, marks_are_text: bool) -> Iterator[str]:
+    delimiter, num_rows = table.form.delimiter, len(table.rows)
+    if delimiter != usual:
+        yield f"its columns are separated by {_DELIMITERS[delimiter]}"
+    if marks_are_text:
+        yield f"its quotation marks are text and enclose no fields: {num_rows:,} rows"
+    if table.form.escape:
+        yield "backslashes stand before the quotation marks that are text"
+    if table.num_lines:
+        num_lines = num_rows + sum(count - 1 for count in table.num_lines.values())
+        yield f"its quotation marks enclose fields of several lines: {num_rows:,} rows in {num_lines:,} lines"
+    num_mended = table.num_stray - sum(row.fault == STRAY for row in table.rows)
+    if num_mended:
+        rows_have = "row has" if num_mended == 1 else "rows have"
+        yield f"{num_mended:,} {rows_have} a quotation mark that encloses nothing and is text"
+    if table.num_blank:
+        yield f"{table.num_blank:,} rows without any text are left out"

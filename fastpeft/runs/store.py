@@ -20,6 +20,10 @@ from typing import IO, Any
 from fastpeft.errors import UserError
 from fastpeft.runs.events import finite
 
+MAJORITY = "majority"
+"""Among the further metrics of a score: what one and the same answer to every row would have scored, such as the share
+of the commonest class."""
+
 DEAD_AFTER_S = 30.0
 """A running trainer writes a heartbeat every two seconds."""
 

@@ -49,7 +49,7 @@ class Score:
     """Mean loss of an item, in the loss's own unit."""
     num_rows: int
     more: dict[str, float] = field(default_factory=dict)
-    """Further metrics by name."""
+    """Further metrics by name; under runs.store.MAJORITY what an answer that looks at no row would score."""
     groups: dict[str, dict[str, float]] = field(default_factory=dict)
     """Metrics of parts of the data by the part's name, such as one entity type's precision, recall and f1."""
     decode_s: float | None = None
@@ -168,6 +168,10 @@ class Task(ABC, Generic[Rows]):
             data=Fingerprint.of(self.rows_read()),
             specimen=tuple(self.specimen()),
         )
+
+    def warnings(self) -> list[str]:
+        """What makes the scores say little, or the labels look wrong."""
+        return []
 
     # ---- model and tokens ------------------------------------------------------------------
 

@@ -190,6 +190,8 @@ class Loop:
         )
         if self.job.precision.warning:
             self.log.warn(self.job.precision.warning)
+        for warning in self.job.task.warnings():
+            self.log.warn(warning)
 
     def watch_meter(self) -> None:
         """Say it once when the energy meter is lost."""

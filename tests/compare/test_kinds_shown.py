@@ -8,6 +8,7 @@ import pytest
 from rich.console import Console
 
 from fastpeft.cli.console import ConsoleReporter, closing, comparison_table
+from fastpeft.compare.comparison import compare
 from fastpeft.compare.report import report
 from fastpeft.runs.curves import Budgets, auc_of, evaluations, to_target_of
 from fastpeft.runs.store import Result
@@ -129,3 +130,33 @@ def test_every_command_shows_a_kind_by_its_own_metrics(kind, tmp_path, fastpeft_
         for part, figures in groups.items():
             *shares, support = figures.values()
             assert " ".join([part, *(f"{value:.4f}" for value in shares), str(support)]) in lines
+
+
+# ---- the majority beside the metric -------------------------------------------------------------
+
+
+def scored(name: str, value: float, majority: float | None, **more) -> Result:
+    metric = {"name": "accuracy", "value": value, "more": {} if majority is None else {"majority": majority}}
+    return Result(
+        run_id="x", name=name, method=name, dataset="d", model="m", metric=metric, best=metric | {"step": 3}, **more
+    )
+
+
+def test_the_majority_stands_beside_every_accuracy():
+    assert "majority 0.7500" in printed(closing(scored("r", 0.8, 0.75)))
+    comparison = compare([scored("lora", 0.8, 0.75), scored("full", 0.9, 0.75), scored("older", 0.9, None)])
+    assert [row.majority and row.majority.value for row in comparison.rows] == [0.75, 0.75, None]
+    header, *lines = printed(comparison_table(comparison))
+    assert "majority" in header
+    assert sum(" 0.7500 " in line for line in lines) == 2
+
+
+def test_without_a_majority_there_is_no_column():
+    assert "majority" not in printed(comparison_table(compare([scored("lora", 0.8, None)])))[0]
+
+
+def test_the_majority_is_of_the_rows_that_are_compared():
+    run = scored("lora", 0.8, 0.75)
+    run.test = {"name": "accuracy", "value": 0.7, "num": 9, "more": {"majority": 0.6}}
+    (row,) = compare([run]).rows
+    assert row.majority.value == 0.6

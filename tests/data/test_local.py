@@ -203,12 +203,6 @@ def test_unknown_label_is_always_an_error(tmp_path, on_bad_row):
     assert "no, yes" in message
 
 
-def test_minus_one_is_a_label_only_if_it_is_named(tmp_path):
-    folder = folder_of(tmp_path, single([("a", -1), ("b", 1)]))
-    assert "'label' holds -1" in error_of(folder)
-    assert load_texts(config(folder, labels=["-1", "1"])).train.labels == [0, 1]
-
-
 def test_one_label_only(tmp_path):
     message = error_of(folder_of(tmp_path, single([("a", "yes"), ("b", "yes")])))
     assert "one label only" in message
@@ -232,6 +226,7 @@ BAD_LINES = {
     "text is absent": '{"label": "no"}',
     "text is blank": '{"sentence": "  ", "label": "no"}',
     "half a character": '{"sentence": "a \\ud800 b", "label": "no"}',
+    "half a character of a label": '{"sentence": "a", "label": "\\ud800"}',
     "label is null": '{"sentence": "a", "label": null}',
     "label is absent": '{"sentence": "a"}',
     "label is empty": '{"sentence": "a", "label": " "}',
@@ -391,10 +386,17 @@ def test_ambiguous_folder(tmp_path):
 
 def test_folder_without_a_split(tmp_path):
     assert "it holds nothing" in error_of(tmp_path)
-    write_jsonl(tmp_path / "train.jsonl", single())
+    write_jsonl(tmp_path / "dev.jsonl", single())
     message = error_of(tmp_path)
-    assert "no dev.* or validation.*" in message
-    assert "it holds train.jsonl" in message
+    assert "no train.*" in message
+    assert "it holds dev.jsonl" in message
+
+
+def test_a_training_file_alone_is_split(tmp_path):
+    write_jsonl(tmp_path / "train.jsonl", single([(f"text {i}", ["no", "yes"][i % 2]) for i in range(40)]))
+    task = load_texts(config(tmp_path))
+    assert (len(task.train), len(task.validation)) == (36, 4)
+    assert any("has no validation split: 10% of its training rows, 4, are held out" in note for note in task.notes)
 
 
 def test_path_that_is_nothing(tmp_path):

@@ -53,6 +53,20 @@ def test_names_of_a_split(tmp_path, name):
         (("Corpus-Train.csv", "corpus_DEV.csv"), {TRAIN: ["Corpus-Train.csv"], VALIDATION: ["corpus_DEV.csv"]}),
         (("train.csv", "my-train.csv", "dev.csv"), {TRAIN: ["train.csv"], VALIDATION: ["dev.csv"]}),
         (("strain.csv", "contest.csv", "latest.csv", "interval.csv", "invalid.csv"), {}),
+        (("training.csv", "validate.csv", "tests.csv"), {}),
+        (
+            ("train_v2.csv", "dev-small.csv", "test2.csv"),
+            {TRAIN: ["train_v2.csv"], VALIDATION: ["dev-small.csv"], TEST: ["test2.csv"]},
+        ),
+        (
+            ("train.csv", "train_v2.csv", "dev_mismatched.csv"),
+            {TRAIN: ["train.csv"], VALIDATION: ["dev_mismatched.csv"]},
+        ),
+        (
+            ("dev_matched.csv", "dev_mismatched.csv", "train.csv"),
+            {TRAIN: ["train.csv"], VALIDATION: ["dev_matched.csv"]},
+        ),
+        (("train.csv.gz", "VAL.tsv"), {TRAIN: ["train.csv.gz"], VALIDATION: ["VAL.tsv"]}),
     ],
 )
 def test_names_that_end_in_a_splits(tmp_path, names, found):
@@ -67,11 +81,90 @@ def test_several_files_of_a_split_are_named(tmp_path):
     assert source.paths(TEST) == []
 
 
-def test_only_a_single_file_is_split(tmp_path):
+def test_what_has_no_validation_split_is_split(tmp_path):
     folder = folder_of(tmp_path, "train.csv")
     assert FileSource(folder / "train.csv", "f").needs_held_out
-    assert not FileSource(folder, "f").needs_held_out
+    assert FileSource(folder, "f").needs_held_out
     assert find_test(folder) == folder / "train.csv"
+    assert not FileSource(folder_of(tmp_path, "dev.csv"), "f").needs_held_out
+
+
+def test_files_that_are_not_read_are_named(tmp_path):
+    many = "text,label\n" + "".join(f"text {i},{'no' if i % 2 else 'yes'}\n" for i in range(20))
+    for name in ("train.csv", "test.csv", "sample_submission.csv", "notes.txt"):
+        (tmp_path / name).write_text(many)
+    notes = load_texts(DatasetConfig(path=str(tmp_path))).notes
+    held_out = "has no validation split: 10% of its training rows, 2, are held out"
+    assert any(f"{held_out}; not read: test.csv, sample_submission.csv" in note for note in notes)
+
+
+def test_a_folders_only_file_is_its_training_split(tmp_path):
+    assert files_of(folder_of(tmp_path, "reviews.csv", "readme.txt")) == {TRAIN: ["reviews.csv"]}
+    assert files_of(folder_of(tmp_path, "more.csv")) == {}
+
+
+@pytest.mark.parametrize("name", ["test.csv", "dev.csv"])
+def test_a_file_of_another_split_is_not_trained_on(tmp_path, name):
+    assert TRAIN not in files_of(folder_of(tmp_path, name))
+
+
+# ---- as the hub lays files out -------------------------------------------------------------
+
+
+def shards(folder: Path, split: str, count: int, rows_each: int = 4, end: str = "") -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    for i in range(count):
+        rows = [{"text": f"{split} {i} {row}", "label": row % 2} for row in range(rows_each)]
+        (folder / f"{split}-{i:05}-of-{count:05}{end}.parquet").write_bytes(parquet(rows, ("no", "yes")))
+
+
+@pytest.mark.parametrize("inside", ["", "data"])
+@pytest.mark.parametrize("end", ["", "-b42a775f407cee45"])
+def test_shards_are_one_split_in_their_order(tmp_path, inside, end):
+    shards(tmp_path / inside, "train", 3, end=end)
+    shards(tmp_path / inside, "validation", 1, end=end)
+    (tmp_path / "README.md").write_text("a card")
+    (tmp_path / "dataset_infos.json").write_text("{}")
+    task = load_texts(DatasetConfig(path=str(tmp_path)))
+    assert task.train.text == [f"train {i} {row}" for i in range(3) for row in range(4)]
+    assert (task.label_names, len(task.validation)) == (("no", "yes"), 4)
+
+
+def test_shards_of_text_files(tmp_path):
+    for i in range(2):
+        (tmp_path / f"train-{i:05}-of-00002.csv").write_text(f"text,label\na{i},no\n,yes\nb{i},yes\n")
+    message = "train-00000-of-00002.csv and 1 more:3: column 'text' is empty"
+    with pytest.raises(DataError, match=message):
+        load_texts(DatasetConfig(path=str(tmp_path)))
+    task = load_texts(DatasetConfig(path=str(tmp_path), on_bad_row="skip", validation_fraction=0.5))
+    assert sorted(task.train.text + task.validation.text) == ["a0", "a1", "b0", "b1"]
+    assert task.skipped_rows == {TRAIN: 2}
+
+
+def test_a_missing_shard_is_named(tmp_path):
+    shards(tmp_path, "train", 3)
+    (tmp_path / "train-00001-of-00003.parquet").unlink()
+    with pytest.raises(DataError, match="train has 3 parts, and 1 of them are missing, the first train-00001-of-00003"):
+        FileSource(tmp_path, "f")
+
+
+def test_folders_of_a_splits_name(tmp_path):
+    """As the hub converts datasets to parquet."""
+    for split in ("train", "validation"):
+        shards(tmp_path / split, "0000", 1)
+    task = load_texts(DatasetConfig(path=str(tmp_path)))
+    assert (len(task.train), len(task.validation)) == (4, 4)
+
+
+def test_a_configuration_is_a_folder(tmp_path):
+    for config in ("main", "socratic"):
+        shards(tmp_path / config, "train", 1, rows_each=8 if config == "main" else 4)
+    with pytest.raises(DataError, match=r"several configurations: set dataset\.config to one of main, socratic"):
+        FileSource(tmp_path, "f")
+    config = DatasetConfig(path=str(tmp_path), config="main", validation_fraction=0.5)
+    assert len(load_texts(config).train) == 4
+    (tmp_path / "socratic" / "train-00000-of-00001.parquet").unlink()
+    assert len(load_texts(DatasetConfig(path=str(tmp_path), validation_fraction=0.5)).train) == 4
 
 
 def test_a_file_is_read_once(tmp_path, monkeypatch):

@@ -169,3 +169,29 @@ def test_the_last_parts_of_each_split_are_kept(tmp_path):
         tail.poll()
     assert [(one.split, one.step) for one in tail.parts] == [("validation", 30), ("test", 30)]
     assert tail.parts[0].groups == PARTS
+
+
+def test_the_majority_stands_beside_the_accuracy(tmp_path):
+    more = {"majority": 0.75}
+    for name in ("a", "b"):
+        events = [
+            header(),
+            *(step(i) for i in range(30)),
+            evaluation(9, 0.7, more=more),
+            evaluation(29, 0.8, more=more),
+        ]
+        metric = {"name": "accuracy", "value": 0.8, "more": more}
+        best = {"value": 0.8, "step": 30, "more": more}
+        make_run(tmp_path, name, events, status="done", method=name, dataset="d", metric=metric, best=best)
+
+    async def script(app, pilot):
+        screen = await opened(app, pilot)
+        metric = screen.query_one("#plot_metric", LinePlot)
+        await until(pilot, lambda: metric.curves)
+        assert {curve.label for curve in metric.curves} == {"accuracy", "majority"}
+        await pilot.press("escape", "space", "down", "space", "c")
+        await until(pilot, lambda: isinstance(app.screen, CompareScreen))
+        await until_shown(pilot, "majority")
+        assert text_of(app.screen).count("0.7500") >= 2
+
+    drive(tmp_path, script, (200, 60))

@@ -16,12 +16,12 @@ from fastpeft.data.rows import (
     NUM_NAMED,
     DataError,
     Split,
-    choose_held_out,
     configured_columns,
     left_out_note,
     text_fault,
 )
 from fastpeft.data.source import TEST, TRAIN, VALIDATION, Source
+from fastpeft.data.splitting import choose_held_out, sample, shared_note
 from fastpeft.tasks.causal_lm.prompts import Prompted
 from fastpeft.tasks.math_word_problems.answers import MARK, final_number, number_text, parse_number
 
@@ -51,9 +51,13 @@ class Problems:
     def __len__(self) -> int:
         return len(self.question)
 
-    def head(self, num_rows: int) -> Problems:
-        """The first rows; 0 means all."""
-        return self.pick(range(min(num_rows, len(self)))) if num_rows else self
+    @property
+    def texts(self) -> list[tuple[str]]:
+        return [(question,) for question in self.question]
+
+    def sample(self, limit: int) -> Problems:
+        """As many rows, drawn at random, the same ones whatever the seed; 0 means all."""
+        return self.pick(sample(len(self), limit)) if limit else self
 
     def pick(self, rows: Sequence[int]) -> Problems:
         question, answer, where = (
@@ -112,6 +116,7 @@ def read_problem_splits(config: DatasetConfig, source: Source) -> ProblemSplits:
         )
     kept, held_out = _hold_out(source.name, train, config.held_out)
     notes += [*kept.notes, *(test.notes if test else ())]
+    notes += shared_note(kept.texts, test.texts, "test problems") if test else []
     return ProblemSplits(source.name, kept, held_out, test, tuple(notes))
 
 

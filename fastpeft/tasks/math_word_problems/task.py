@@ -13,6 +13,7 @@ from torch import nn
 from fastpeft.config.schema import DatasetConfig, EvaluationConfig, ModelConfig
 from fastpeft.data.fingerprint import ReadRow
 from fastpeft.data.source import TEST, TRAIN, VALIDATION, Source
+from fastpeft.data.splitting import sample_note
 from fastpeft.device_memory import TokenLimits
 from fastpeft.errors import UserError
 from fastpeft.models.backbone import Backbone, load_causal_lm
@@ -60,11 +61,13 @@ class MathWordProblems(CausalLMTask):
     def __init__(self, splits: ProblemSplits, config: DatasetConfig, evaluation: EvaluationConfig, seed: int) -> None:
         super().__init__(splits.name, config, evaluation.batch_tokens)
         self.splits, self.evaluation, self._seed = splits, evaluation, seed
-        self._held_out = splits.validation.head(evaluation.max_examples)
+        self._held_out = splits.validation.sample(evaluation.max_examples)
         self._test: ProblemSet | None = None
         self._writes_start = False
         self.has_test = splits.test is not None
         self.notes = [self.describe(), *splits.notes]
+        self.notes += sample_note(len(splits.validation), evaluation.max_examples, "held-out problems")
+        self.notes += sample_note(len(splits.test or ()), evaluation.max_test_examples, "test problems")
 
     @classmethod
     def load(cls, config: DatasetConfig, source: Source, evaluation: EvaluationConfig, seed: int) -> Self:
@@ -98,7 +101,7 @@ class MathWordProblems(CausalLMTask):
         self._validation = make_problem_set(self._held_out, config, evaluation, backbone)
         self.validation = self._validation.encoded
         if test is not None:
-            self._test = make_problem_set(test.head(evaluation.max_test_examples), config, evaluation, backbone)
+            self._test = make_problem_set(test.sample(evaluation.max_test_examples), config, evaluation, backbone)
             samples = 1 + (self._sampled.sampling.num_samples if self._sampled.sampling else 0)
             self.test_cost = samples * len(self._test) / len(self._validation)
         self.notes += [*self.train.notes, *self.validation.notes, *(self._test.encoded.notes if self._test else ())]

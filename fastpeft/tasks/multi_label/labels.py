@@ -9,6 +9,7 @@ from typing import Any
 
 from fastpeft.config.schema import DatasetConfig
 from fastpeft.data.rows import DataError, Row, label_text
+from fastpeft.tasks.label_spelling import nearest_spelling
 from fastpeft.tasks.sequences.label_index import LabelIndex
 from fastpeft.tasks.sequences.reading import TextSplit
 
@@ -70,9 +71,11 @@ class ListedLabels:
             for label in _labels(row, column):
                 number = index(label)
                 if number is None:
+                    near = nearest_spelling(label, index.names)
+                    spelling = f"It differs from {near!r} in spelling only: write them alike. " if near else ""
                     raise DataError(
                         f"{split.source}:{row.line}: unknown label {label!r}; known: {', '.join(index.names)}. "
-                        "Name every label in dataset.labels, in the order of their numbers"
+                        f"{spelling}Name every label in dataset.labels, in the order of their numbers"
                     )
                 given[number] = 1.0
             return given

@@ -28,7 +28,9 @@ from torch import nn
 
 from fastpeft.config.schema import DatasetConfig, EvaluationConfig
 from fastpeft.data.source import TRAIN, Source
+from fastpeft.runs.store import MAJORITY
 from fastpeft.signals import Need
+from fastpeft.tasks.label_spelling import spelling_warnings
 from fastpeft.tasks.multi_label.datasets import DATASETS
 from fastpeft.tasks.multi_label.labels import LabelColumns, ListedLabels, listed
 from fastpeft.tasks.sequences.label_index import class_names
@@ -83,12 +85,15 @@ class MultiLabel(SequenceTask):
     def load(cls, config: DatasetConfig, source: Source, evaluation: EvaluationConfig, seed: int) -> Self:
         if isinstance(config.columns.label, list):
             columns = LabelColumns(config)
-            texts = read_texts(config, source, columns.fault, columns.reader, several_columns=True)
+            texts = read_texts(
+                config, source, columns.fault, columns.reader, classes_of=_classes_of, several_columns=True
+            )
             return cls(source.name, texts, columns.names, config, evaluation)
         given, column = tuple(config.labels) if config.labels else None, source_columns(config, source).label
         classes = class_names(source, column, given)
         lists = ListedLabels(given or classes)
-        texts = read_texts(config, source, lists.fault, lists.reader, {column: classes} if classes else None)
+        names = {column: classes} if classes else None
+        texts = read_texts(config, source, lists.fault, lists.reader, names, classes_of=_classes_of)
         return cls(source.name, texts, lists.names, config, evaluation)
 
     def describe(self) -> str:
@@ -104,6 +109,11 @@ class MultiLabel(SequenceTask):
 
     def specimen_labels(self) -> list[list[str]]:
         return [[name] for name in self.label_names]
+
+    def warnings(self) -> list[str]:
+        never = not np.any(self._validation_rows.labels)
+        only = ["no validation row has a label: every score is 0"] if never else []
+        return only + spelling_warnings(self.label_names)
 
     def row_losses(self, logits_NC: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         """Of a row the mean over its labels, as transformers has it."""
@@ -145,7 +155,8 @@ class MultiLabel(SequenceTask):
         }
         micro = float(2 * hits_C.sum() / max(1, says_C.sum() + is_C.sum()))
         exact = float((predicted_NC == gold_NC).all(1).mean())
-        return micro, {"macro_f1": float(f1_C.mean()), "exact_rows": exact}, groups
+        more = {"macro_f1": float(f1_C.mean()), "exact_rows": exact, MAJORITY: best_constant_f1(gold_NC)}
+        return micro, more, groups
 
     def model_settings(self) -> dict[str, Any]:
         return super().model_settings() | {THRESHOLD: self.threshold}
@@ -165,3 +176,14 @@ class MultiLabel(SequenceTask):
             f"not know the threshold: those from {self.threshold:g} on are given. Without `top_k` it tells the "
             "likeliest label only."
         )
+
+
+def best_constant_f1(gold_NC: np.ndarray) -> float:
+    """Micro F1 of the best set of labels that is given to every row: the k commonest ones, for some k."""
+    counts_C = np.sort(gold_NC.sum(0))[::-1]
+    given_C = len(gold_NC) * np.arange(1, len(counts_C) + 1)
+    return float((2 * counts_C.cumsum() / np.maximum(1, given_C + counts_C.sum())).max())
+
+
+def _classes_of(label: list[float]) -> list[int]:
+    return [i for i, given in enumerate(label) if given]

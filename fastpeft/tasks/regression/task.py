@@ -10,12 +10,14 @@ What a user has to know:
   computes it for problem_type regression. Scores in the hundreds ask for a smaller learning rate, or for other units.
 - The metric is Spearman's rank correlation, from -1 to 1; Pearson's and the mean squared error stand beside it. Where
   the model says the same of every row there is no correlation, and 0 is reported.
+- In a column of commas such as 3,5 they stand before the decimals; in one of 1,000 and 2,500 alone they do not.
 - A score that is empty, no number, NaN or infinite stops the run with its line, or is left out by
   `dataset.on_bad_row=skip`.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Collection
 from typing import Any, ClassVar, Self, cast
 
@@ -28,10 +30,11 @@ from fastpeft.data.rows import Row
 from fastpeft.data.source import TRAIN, Source
 from fastpeft.signals import Need
 from fastpeft.tasks.regression.datasets import DATASETS
-from fastpeft.tasks.sequences.reading import MOSTLY, TextSplit, guess_columns, read_texts
+from fastpeft.tasks.sequences.reading import MOSTLY, TextSplit, guess_columns, read_texts, source_columns
 from fastpeft.tasks.sequences.scoring import Answers
 from fastpeft.tasks.sequences.task import SequenceTask
 
+_COMMA = re.compile(r"[-+]?[0-9]*,([0-9]+)")
 LARGEST = float(np.finfo(np.float32).max)
 
 _EXAMPLE = """\
@@ -57,16 +60,19 @@ class Regression(SequenceTask):
         column = guess_columns(config, source).label
         if column is None or config.labels or source.class_names(TRAIN, column) is not None:
             return None
-        found = [number_of(row.values.get(column)) for row in source.read(TRAIN, [column]).rows if not row.fault]
+        values = _values(source, column)
+        has_commas = are_decimal_commas(values)
+        found = [number_of(value, has_commas) for value in values]
         scores = [number for number in found if number is not None]
         if len(scores) < MOSTLY * len(found) or all(score.is_integer() for score in scores):
             return None
-        return f"column {column!r} holds numbers from {min(scores):g} to {max(scores):g}, not all of them whole"
+        commas = ", with decimal commas" if has_commas else ""
+        return f"column {column!r} holds numbers from {min(scores):g} to {max(scores):g}, not all of them whole{commas}"
 
     @classmethod
     def load(cls, config: DatasetConfig, source: Source, evaluation: EvaluationConfig, seed: int) -> Self:
-        texts = read_texts(config, source, _fault, _reader)
-        return cls(source.name, texts, config, evaluation)
+        scores = _Scores(are_decimal_commas(_values(source, source_columns(config, source).label)))
+        return cls(source.name, read_texts(config, source, scores.fault, scores.reader), config, evaluation)
 
     def describe(self) -> str:
         scores = np.array(self.texts.train.labels)
@@ -127,9 +133,18 @@ def correlations(predicted: np.ndarray, gold: np.ndarray) -> tuple[float, float]
     return float(rho.statistic), float(r.statistic)
 
 
-def number_of(value: Any) -> float | None:
+def are_decimal_commas(values: list[Any]) -> bool:
+    """Whether commas in a column's numbers stand before their decimals: 3,5 does not part thousands, 1,000 may."""
+    matches = [_COMMA.fullmatch(value.strip()) for value in values if isinstance(value, str)]
+    decimals = [match[1] for match in matches if match]
+    return len(decimals) > len(values) / 2 and any(len(digits) != 3 for digits in decimals)
+
+
+def number_of(value: Any, has_decimal_comma: bool = False) -> float | None:
     """The number that a label holds; None for anything else, True and False included, and for one that is not finite in
     fp32."""
+    if has_decimal_comma and isinstance(value, str) and value.count(",") == 1 and "." not in value:
+        value = value.replace(",", ".")
     if isinstance(value, bool) or not isinstance(value, (int, float, str)) or "_" in str(value):
         return None
     try:
@@ -139,18 +154,27 @@ def number_of(value: Any) -> float | None:
     return number if abs(number) <= LARGEST else None
 
 
-def _fault(values: dict[str, Any], column: str) -> str | None:
-    if number_of(values.get(column)) is None:
-        return f"column {column!r} holds {values.get(column)!r:.80}, which is no finite number"
-    return None
+def _values(source: Source, column: str) -> list[Any]:
+    return [row.values.get(column) for row in source.read(TRAIN, [column]).rows if not row.fault]
 
 
-def _reader(split: TextSplit) -> Callable[[Row], float]:
-    column = split.columns.label
+class _Scores:
+    """What a label column holds."""
 
-    def score(row: Row) -> float:
-        number = number_of(row.values[column])
-        assert number is not None
-        return number
+    def __init__(self, have_decimal_commas: bool) -> None:
+        self._have_decimal_commas = have_decimal_commas
 
-    return score
+    def fault(self, values: dict[str, Any], column: str) -> str | None:
+        if number_of(values.get(column), self._have_decimal_commas) is None:
+            return f"column {column!r} holds {values.get(column)!r:.80}, which is no finite number"
+        return None
+
+    def reader(self, split: TextSplit) -> Callable[[Row], float]:
+        column = split.columns.label
+
+        def score(row: Row) -> float:
+            number = number_of(row.values[column], self._have_decimal_commas)
+            assert number is not None
+            return number
+
+        return score

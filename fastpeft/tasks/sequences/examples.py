@@ -13,6 +13,7 @@ import numpy as np
 import torch
 
 from fastpeft.data.batches import Batch, TokenRows, concatenate, move, pad
+from fastpeft.data.splitting import sample
 from fastpeft.data.tokenise import tokenised
 
 _CUT = {"longest": "longest_first", "text": "only_first", "text_pair": "only_second"}
@@ -30,9 +31,15 @@ class Examples:
     def __len__(self) -> int:
         return len(self.labels)
 
-    def head(self, num_rows: int) -> Examples:
-        """The first rows; 0 means all."""
-        return self.pick(range(min(num_rows, len(self)))) if num_rows else self
+    @property
+    def texts(self) -> list[tuple[str, ...]]:
+        """Of each row the one or two, without the blanks at their ends."""
+        columns = [self.text] if self.text_pair is None else [self.text, self.text_pair]
+        return list(zip(*([text.strip() for text in column] for column in columns)))
+
+    def sample(self, limit: int) -> Examples:
+        """As many rows, drawn at random, the same ones whatever the seed; 0 means all."""
+        return self.pick(sample(len(self), limit)) if limit else self
 
     def pick(self, rows: Sequence[int]) -> Examples:
         pair = self.text_pair

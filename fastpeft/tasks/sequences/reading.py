@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import re
+from collections.abc import Callable, Collection, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from fastpeft.config.schema import ColumnsConfig, DatasetConfig
-from fastpeft.data.rows import DataError, Row, Split, choose_held_out, configured_columns, text_fault
-from fastpeft.data.source import TRAIN, VALIDATION, Source
+from fastpeft.data.rows import DataError, Row, Split, configured_columns, text_fault
+from fastpeft.data.source import TEST, TRAIN, VALIDATION, Source
+from fastpeft.data.splitting import held_out_note, hold_out, shared_note
 from fastpeft.tasks.sequences.examples import Examples
 
 _TEXT_PAIRS = (
@@ -20,6 +22,8 @@ _TEXT_PAIRS = (
 _TEXTS = ("sentence", "text", "review", "content")
 MOSTLY = 0.9
 """Share of the rows by whose labels a kind of task is told. The others are faults, named when the rows are read."""
+_LONGEST_NAME = 40
+"""Of a column. What is longer is a text."""
 _LABELS = ("label", "labels", "gold_label", "answer", "class", "score")
 
 
@@ -59,18 +63,24 @@ class TextSplit:
             DataError: a missing column, a malformed row, or no row at all.
         """
         self.source, self.notes, self.num_skipped = split.source, split.notes, 0
+        self.first_skipped = ""
+        """Where the first row is that was left out, and why."""
         self.columns = choose_columns(split.source, split.require_columns(), config.columns, known)
         self.rows: list[Row] = []
         for row in split.rows:
             fault = row.fault or self._fault(row.values, label_fault)
             if fault is None:
                 self.rows.append(row)
-            elif config.on_bad_row == "skip":
-                self.num_skipped += 1
-            else:
-                raise DataError(f"{self.source}:{row.line}: {fault}. Mend the row, or set dataset.on_bad_row=skip")
+                continue
+            where = f"{self.source}:{row.line}: {fault}"
+            if config.on_bad_row != "skip":
+                raise DataError(f"{where}. Mend the row, or set dataset.on_bad_row=skip")
+            self.num_skipped += 1
+            self.first_skipped = self.first_skipped or where
         if not self.rows:
-            raise DataError(f"{self.source}: all {self.num_skipped:,} rows are malformed")
+            raise DataError(
+                f"{self.source}: all {self.num_skipped:,} rows are malformed, the first {self.first_skipped}"
+            )
 
     def examples(self, label: Callable[[Row], Any]) -> Examples:
         """`label` makes of a row what the task trains on."""
@@ -93,13 +103,16 @@ def read_texts(
     label_of: Callable[[TextSplit], Callable[[Row], Any]],
     names: Mapping[str, tuple[str, ...]] | None = None,
     *,
+    classes_of: Callable[[Any], Collection[Hashable]] = lambda label: (),
     several_columns: bool = False,
 ) -> LabelledTexts:
-    """Both splits; without a validation split a part of the training rows is held out.
+    """Both splits; without a validation split a part of the training rows is held out, of each class its share, and no
+    text that is trained on.
 
     Args:
         label_of: of a split, what makes a row's label; called for the training split first.
         names: column -> names of its class numbers.
+        classes_of: the classes that a label stands for.
         several_columns: dataset.columns.label may name more than one.
 
     Raises:
@@ -118,30 +131,41 @@ def read_texts(
     def read(split: str) -> TextSplit:
         return TextSplit(source.read(split, wanted, names), config, known, label_fault)
 
-    train = read(TRAIN)
-    examples, skipped = train.examples(label_of(train)), {TRAIN: train.num_skipped}
-    notes = list(train.notes)
-    paired = examples.text_pair is not None
-    if not source.needs_held_out:
-        validation = read(VALIDATION)
-        notes += validation.notes
+    splits = {TRAIN: (train := read(TRAIN))}
+    examples = train.examples(label_of(train))
+    if source.needs_held_out:
+        classes = [classes_of(label) for label in examples.labels]
+        kept, rows = hold_out(examples.texts, classes, config.validation_fraction)
+        examples, held_out = examples.pick(kept), examples.pick(rows)
+    else:
+        splits[VALIDATION] = validation = read(VALIDATION)
         held_out = validation.examples(label_of(validation))
-        skipped[VALIDATION] = validation.num_skipped
+        paired = examples.text_pair is not None
         if paired != (held_out.text_pair is not None):
             raise DataError(
                 f"{train.source} holds {_kind(paired)} but {validation.source} {_kind(not paired)}: "
                 "name the columns in dataset.columns"
             )
-    else:
-        examples, held_out = _hold_out(examples, config.validation_fraction)
-        share = f"{config.validation_fraction:.0%}"
-        notes.append(
-            f"{source.name} has no validation split: {share} of its training rows, {len(held_out):,}, are held out"
-        )
     for split, rows in (("training", examples), ("validation", held_out)):
         if not len(rows):
             raise DataError(f"dataset {source.name}: the {split} split is empty")
-    return LabelledTexts(examples, held_out, {split: n for split, n in skipped.items() if n}, tuple(notes))
+    skipped = {name: split.num_skipped for name, split in splits.items() if split.num_skipped}
+    return LabelledTexts(examples, held_out, skipped, tuple(_notes(source, splits, examples, held_out)))
+
+
+def _notes(source: Source, splits: Mapping[str, TextSplit], train: Examples, validation: Examples) -> Iterator[str]:
+    """How the files were read, what was left out of them, what is held out, and what stands on both sides."""
+    for split in splits.values():
+        yield from split.notes
+    if source.needs_held_out:
+        unread = (*source.paths(TEST), *source.others)
+        yield held_out_note(source.name, len(validation), len(train) + len(validation), "rows", unread)
+    for name, split in splits.items():
+        if split.num_skipped:
+            count, first = split.num_skipped, split.first_skipped
+            yield f"{count:,} malformed rows of the {name} split were skipped, the first {first}"
+    columns = [column for column in splits[TRAIN].columns[:2] if column]
+    yield from shared_note(train.texts, validation.texts, "validation rows", columns)
 
 
 def source_columns(config: DatasetConfig, source: Source) -> Columns:
@@ -162,9 +186,11 @@ def choose_columns(
     for key, column in (("text", text), ("label", label)):
         if column is None:
             problems = "; or are these word problems? Then set dataset.task=word-problems" if "question" in have else ""
+            if any(_is_no_name(name) for name in have):
+                problems = ". Where the first line is a row and no header, give columns by number, from 0"
             raise DataError(
-                f"{source}: which column is the {key}? Set dataset.columns.{key}; the columns are {', '.join(have)}"
-                f"{problems}"
+                f"{source}: which column is the {key}? Set dataset.columns.{key}; the columns are "
+                f"{', '.join(name[:_LONGEST_NAME] for name in have)}{problems}"
             )
     assert text is not None
     assert label is not None
@@ -194,10 +220,9 @@ def _guess(source: str, have: Sequence[str], config: ColumnsConfig, known: Mappi
     return Guess(text, pair, str(config.label[0]) if isinstance(config.label, list) else label)
 
 
+def _is_no_name(name: str) -> bool:
+    return len(name) > _LONGEST_NAME or re.fullmatch(r"[-+]?[0-9.]+", name) is not None
+
+
 def _kind(paired: bool) -> str:
     return "pairs of texts" if paired else "single texts"
-
-
-def _hold_out(examples: Examples, validation_fraction: float) -> tuple[Examples, Examples]:
-    kept, held_out = choose_held_out(len(examples), max(1, round(len(examples) * validation_fraction)))
-    return examples.pick(kept), examples.pick(held_out)

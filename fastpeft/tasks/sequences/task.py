@@ -19,6 +19,7 @@ from fastpeft.config.schema import DatasetConfig, EvaluationConfig
 from fastpeft.data.batches import Batch, evaluation_batches
 from fastpeft.data.fingerprint import ReadRow
 from fastpeft.data.source import TRAIN, VALIDATION
+from fastpeft.data.splitting import sample_note
 from fastpeft.device_memory import TokenLimits
 from fastpeft.models.backbone import Backbone
 from fastpeft.models.lens import FirstLayer
@@ -46,12 +47,10 @@ class SequenceTask(Task[Encoded]):
     def __init__(self, name: str, texts: LabelledTexts, config: DatasetConfig, evaluation: EvaluationConfig) -> None:
         self.name, self.texts = name, texts
         self._config, self._evaluation = config, evaluation
-        self._validation_rows = texts.validation.head(evaluation.max_examples)
+        self._validation_rows = texts.validation.sample(evaluation.max_examples)
         self._first_layer: FirstLayer | None = None
         self.notes = [self.describe(), *texts.notes]
-        self.notes += [
-            f"{count:,} malformed rows of the {split} split were skipped" for split, count in texts.skipped_rows.items()
-        ]
+        self.notes += sample_note(len(texts.validation), evaluation.max_examples, "validation rows")
 
     @abstractmethod
     def row_losses(self, logits_NC: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:

@@ -10,12 +10,14 @@ look like the file's other lines: it has another number of columns, or its tag i
 from __future__ import annotations
 
 import re
+import zlib
 from collections import Counter
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
 
 from fastpeft.data.rows import DataError
+from fastpeft.data.text_files import open_bytes, read_text
 from fastpeft.tasks.token_classification.sentences import OnBadRow, Sentences
 
 CONLL_SUFFIXES = (".conll", ".conll2003", ".annotated", ".bio", ".iob", ".iob2", ".ner")
@@ -40,9 +42,9 @@ def looks_like_conll(path: Path) -> bool:
     to have O for a tag.
     """
     try:
-        with path.open("rb") as file:
+        with open_bytes(path) as file:
             start = file.read(_NUM_BYTES_LOOKED_AT)
-    except OSError:
+    except (OSError, EOFError, zlib.error):
         return False
     if len(start) == _NUM_BYTES_LOOKED_AT:
         start = start.rpartition(b"\n")[0]  # the last line is cut
@@ -69,9 +71,10 @@ def read_conll(
             sentence is to be skipped. A line is malformed without its word or tag, and with another number of columns
             than most lines if one of the two is counted from the end: which column is meant would be a guess.
     """
-    lines = _lines(_text(path))
+    text, notes = read_text(path)
+    lines = _lines(text)
     form = _Form.of(path, lines, word_column, tag_column)
-    reader = _Reader(path, form, on_bad_row)
+    reader = _Reader(path, form, on_bad_row, notes)
     for number, line in enumerate(lines, 1):
         reader.take(number, line)
     reader.end_sentence()
@@ -141,6 +144,8 @@ class _Reader:
     path: Path
     form: _Form
     on_bad_row: OnBadRow
+    notes: tuple[str, ...] = ()
+    """Of how the text was read."""
     words: list[list[str]] = field(default_factory=list)
     tags: list[list[str]] = field(default_factory=list)
     where: list[str] = field(default_factory=list)
@@ -192,19 +197,8 @@ class _Reader:
         notes = tuple(
             f"{self.path}: {count:,} {what} line{'s' * (count != 1)} left out" for count, what in counts if count
         )
-        return Sentences(self.words, self.tags, self.where, str(self.path), self.num_skipped, notes)
-
-
-def _text(path: Path) -> str:
-    try:
-        content = path.read_bytes()
-    except OSError as error:
-        raise DataError(f"{path}: cannot be read: {error.strerror}") from None
-    try:
-        return content.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        line = content[: error.start].count(b"\n") + 1
-        raise DataError(f"{path}:{line}: is not UTF-8 text") from None
+        every = (*self.notes, *notes)
+        return Sentences(self.words, self.tags, self.where, str(self.path), self.num_skipped, every)
 
 
 def _lines(text: str) -> list[str]:

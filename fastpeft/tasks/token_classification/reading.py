@@ -6,9 +6,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from fastpeft.config.schema import DatasetConfig
-from fastpeft.data.local import SUFFIXES
-from fastpeft.data.rows import DataError, choose_held_out, configured_columns
+from fastpeft.data.rows import DataError, configured_columns
 from fastpeft.data.source import TEST, TRAIN, VALIDATION, Source
+from fastpeft.data.split_files import SUFFIXES
+from fastpeft.data.splitting import held_out_note, hold_out, shared_note
+from fastpeft.data.text_files import format_of
 from fastpeft.tasks.token_classification.conll import (
     CONLL_SUFFIXES,
     TAG_COLUMN,
@@ -69,15 +71,15 @@ def read_tagged_splits(config: DatasetConfig, source: Source) -> TaggedSplits:
     kept, validation = train.sentences, others[VALIDATION].sentences if VALIDATION in others else None
     if validation is None:
         kept, validation = _hold_out(kept, config.validation_fraction)
-        share = f"{config.validation_fraction:.0%}"
-        notes.append(
-            f"{source.name} has no validation split: {share} of its sentences, {len(validation):,}, are held out"
-        )
+        count = len(validation)
+        notes.append(held_out_note(source.name, count, len(train.sentences), "sentences", source.others))
+    test = others[TEST].sentences if TEST in others else None
+    for name, sentences in (("validation", validation), ("test", test)):
+        notes += shared_note(kept.texts, sentences.texts, f"{name} sentences") if sentences is not None else []
     names = _label_names(config, *(split.types for split in every.values()))
     unseen = sorted({name for split in others.values() for name in split.types} - set(train.types))
     if unseen:
         notes.append(f"no training sentence has an entity of {', '.join(unseen)}: they count, and cannot be learnt")
-    test = others[TEST].sentences if TEST in others else None
     return TaggedSplits(source.name, names, kept, validation, test, tuple(notes))
 
 
@@ -109,7 +111,8 @@ def _read(config: DatasetConfig, source: Source, split: str) -> Sentences:
 
 def _in_columns(config: DatasetConfig, path: Path) -> bool:
     """Whether a file has a word on each line: by its suffix, or by its lines, or because it is no other format."""
-    nothing_else = path.suffix in CONLL_SUFFIXES or (config.task != "auto" and path.suffix not in SUFFIXES)
+    suffix = format_of(path)
+    nothing_else = suffix in CONLL_SUFFIXES or (config.task != "auto" and suffix not in SUFFIXES)
     return nothing_else or looks_like_conll(path)
 
 
@@ -136,7 +139,8 @@ def _numbers(config: DatasetConfig) -> tuple[int, int]:
 
 
 def _hold_out(sentences: Sentences, fraction: float) -> tuple[Sentences, Sentences]:
-    kept, held_out = choose_held_out(len(sentences), max(1, round(len(sentences) * fraction)))
+    types = [{tag[2:] for tag in tags if tag != OUTSIDE} for tags in sentences.tags]
+    kept, held_out = hold_out(sentences.texts, types, fraction)
     if not kept:
         raise DataError(f"{sentences.source}: one sentence cannot be split into a training and a validation part")
     return replace(sentences.pick(kept), notes=()), replace(sentences.pick(held_out), notes=())

@@ -6,7 +6,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
-from fastpeft.data.rows import DataError, Row, Split
+from fastpeft.data.rows import DataError, Row, Split, is_unicode
+from fastpeft.data.splitting import sample
 
 OnBadRow = Literal["error", "skip"]
 
@@ -31,9 +32,9 @@ class Sentences:
     def __len__(self) -> int:
         return len(self.words)
 
-    def head(self, num_sentences: int) -> Sentences:
-        """The first sentences; 0 means all."""
-        return self.pick(range(min(num_sentences, len(self)))) if num_sentences else self
+    def sample(self, limit: int) -> Sentences:
+        """As many sentences, drawn at random, the same ones whatever the seed; 0 means all."""
+        return self.pick(sample(len(self), limit)) if limit else self
 
     def pick(self, rows: Iterable[int]) -> Sentences:
         """The sentences at `rows`, in that order."""
@@ -44,6 +45,11 @@ class Sentences:
             tags=[self.tags[i] for i in rows],
             where=[self.where[i] for i in rows],
         )
+
+    @property
+    def texts(self) -> list[tuple[tuple[str, ...]]]:
+        """Of each sentence its words, as one text."""
+        return [(tuple(words),) for words in self.words]
 
     @property
     def num_words(self) -> int:
@@ -146,12 +152,3 @@ def _tag(value: str | int, names: Sequence[str] | None) -> str:
         return value
     assert names is not None
     return names[value]
-
-
-def is_unicode(text: str) -> bool:
-    """Whether the text can be written; half of a surrogate pair, as JSON may hold, cannot."""
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True

@@ -34,11 +34,13 @@ from fastpeft.config.schema import DatasetConfig, EvaluationConfig
 from fastpeft.data.batches import Batch, evaluation_batches, micro_batches
 from fastpeft.data.fingerprint import ReadRow
 from fastpeft.data.source import TEST, TRAIN, VALIDATION, Source
+from fastpeft.data.splitting import sample_note
 from fastpeft.device_memory import TokenLimits, free_memory, is_out_of_memory
 from fastpeft.models.backbone import Backbone
 from fastpeft.models.lens import FirstLayer
 from fastpeft.signals import Need
 from fastpeft.tasks.base import BatchLoss, ExportCheck, Score, Shrink, Stop, Task
+from fastpeft.tasks.label_spelling import spelling_warnings
 from fastpeft.tasks.self_check import check_batches, check_tokens
 from fastpeft.tasks.statistics import class_statistics
 from fastpeft.tasks.token_classification.datasets import DATASETS
@@ -71,13 +73,15 @@ class TokenClassification(Task[EncodedSentences]):
     def __init__(self, splits: TaggedSplits, config: DatasetConfig, evaluation: EvaluationConfig) -> None:
         self.name, self.splits, self.label_names = splits.name, splits, splits.label_names
         self._config, self._evaluation = config, evaluation
-        self._sentences = splits.validation.head(evaluation.max_examples)
-        self._test_sentences = splits.test and splits.test.head(evaluation.max_test_examples)
+        self._sentences = splits.validation.sample(evaluation.max_examples)
+        self._test_sentences = splits.test and splits.test.sample(evaluation.max_test_examples)
         self.has_test = self._test_sentences is not None
         if self._test_sentences is not None:
             self.test_cost = self._test_sentences.num_words / max(1, self._sentences.num_words)
         self._first_layer: FirstLayer | None = None
         self.notes = [self.describe(), *splits.notes]
+        self.notes += sample_note(len(splits.validation), evaluation.max_examples, "validation sentences")
+        self.notes += sample_note(len(splits.test or ()), evaluation.max_test_examples, "test sentences")
 
     @classmethod
     def recognises(cls, config: DatasetConfig, source: Source) -> str | None:
@@ -102,6 +106,12 @@ class TokenClassification(Task[EncodedSentences]):
     def specimen(self) -> list[dict[str, Any]]:
         """Without an entity: dataset.labels, which goes with it, names the tags."""
         return [{"tokens": ["A", "sentence", str(i)], "tags": [OUTSIDE] * 3} for i in range(3)]
+
+    def warnings(self) -> list[str]:
+        types = [name[2:] for name in self.label_names if name.startswith("B-")]
+        there = any(tag != OUTSIDE for tags in self._sentences.tags for tag in tags)
+        only = [] if there else ["no validation sentence has an entity: F1 is 0 whatever is predicted"]
+        return only + spelling_warnings(types)
 
     # ---- model and tokens ------------------------------------------------------------------
 

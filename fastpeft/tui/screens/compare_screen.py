@@ -15,7 +15,7 @@ from textual.widgets import DataTable, Footer, Static
 from textual.widgets.data_table import ColumnKey
 
 from fastpeft.compare.comparison import Comparison, compare
-from fastpeft.runs.store import RunFolder
+from fastpeft.runs.store import MAJORITY, RunFolder
 from fastpeft.tui import cells
 from fastpeft.tui.format import decimal, duration, flowed, short, shortened
 from fastpeft.tui.runs_index import RunRow
@@ -298,14 +298,16 @@ def _comparison(comparison: Comparison, width: int) -> Table | Text:
         "method": [row.label for row in rows],
         "seeds": [row.metric.count for row in rows],
         **scores,
+        MAJORITY: [row.majority for row in rows],
         minus: [row.minus_baseline for row in rows],
         "AUC": [row.auc.get("seconds") for row in rows],
         "time": [duration(row.seconds.value) for row in rows],
         "energy": [short(row.joules.value, "J") if row.joules else None for row in rows],
         "task": [row.task for row in rows],
     }
-    if width < 110 or not any(columns["AUC"]):
-        del columns["AUC"]
+    for name in ("AUC", MAJORITY):
+        if width < 110 or not any(columns[name]):
+            del columns[name]
     table = Table(box=None, pad_edge=False)
     if len(tasks := {row.task for row in rows}) == 1 and not comparison.glue:  # said once
         del columns["task"]

@@ -309,12 +309,14 @@ def test_files_that_are_no_set(tmp_path):
     assert len(load_problems(str(tmp_path))) == 3
 
 
-def test_problems_are_cut_from_the_front():
+def test_a_limit_of_problems_draws_them():
     some = Problems(["a", "b", "c"], ["#### 1", "#### 2", "#### 3"], ["f:1", "f:2", "f:3"], "f")
-    assert some.head(0) is some
-    assert some.head(2) == Problems(["a", "b"], ["#### 1", "#### 2"], ["f:1", "f:2"], "f")
-    assert len(some.head(9)) == 3
-    assert Problems(["a"], ["#### 1"]).head(1).name_row(0) == "row 1"
+    assert some.sample(0) is some
+    drawn = some.sample(2)
+    assert len(drawn) == 2
+    assert all(name == f"f:{'abc'.index(question) + 1}" for question, name in zip(drawn.question, drawn.where))
+    assert some.sample(9) == some
+    assert Problems(["a"], ["#### 1"]).sample(1).name_row(0) == "row 1"
 
 
 # ---- bad rows ------------------------------------------------------------------------------

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import itertools
 import json
 from pathlib import Path
 
@@ -16,7 +17,7 @@ from fastpeft.data.rows import DataError
 from fastpeft.signals import Need
 from fastpeft.tasks import load_task
 from fastpeft.tasks.multi_label.labels import listed
-from fastpeft.tasks.multi_label.task import MultiLabel
+from fastpeft.tasks.multi_label.task import MultiLabel, best_constant_f1
 from fastpeft.tasks.sequence_classification.task import SequenceClassification
 from fastpeft.tasks.sequences.scoring import Answers
 from tests.support.tiny import FAMILIES, make_model
@@ -280,3 +281,12 @@ def test_the_threshold_is_told_to_whoever_reads_the_export(tmp_path):
     assert task.model_settings()["threshold"] == task.facts()["threshold"] == 0.25
     assert task.card_task().endswith("any of the labels a, b, c, each from 0.25 on")
     assert "if p >= 0.25]" in task.card_example(64, ())
+
+
+def test_the_majority_is_the_best_answer_that_is_the_same_for_every_row(seed):
+    rng = np.random.default_rng(seed)
+    for _ in range(5):
+        gold = rng.random((30, 4)) < rng.random(4)
+        every = [np.tile(answer, (30, 1)) for answer in itertools.product((False, True), repeat=4)]
+        best = max(f1_score(gold, answer, average="micro", zero_division=0) for answer in every)
+        assert best_constant_f1(gold) == pytest.approx(best)

@@ -15,7 +15,7 @@ from fastpeft.config.schema import ColumnsConfig, DatasetConfig, ModelConfig
 from fastpeft.data.rows import DataError
 from fastpeft.signals import Need
 from fastpeft.tasks import load_task
-from fastpeft.tasks.regression.task import Regression, correlations, number_of
+from fastpeft.tasks.regression.task import Regression, are_decimal_commas, correlations, number_of
 from fastpeft.tasks.sequence_classification.task import SequenceClassification
 from fastpeft.tasks.sequences.scoring import Answers
 from tests.support.real_data import DATA
@@ -109,6 +109,21 @@ def test_floats_of_a_parquet_file_are_scores(tmp_path):
     for split in ("train", "dev"):
         (folder / f"{split}.parquet").write_bytes(_parquet(tmp_path, [0.25, 1.5, 4.75, 5.0], features))
     assert isinstance(load_task(DatasetConfig(path=str(folder))), Regression)
+
+
+def test_decimal_commas_are_told_from_the_column(tmp_path):
+    """As spreadsheets of many countries write them, with semicolons between the columns."""
+    path = tmp_path / "train.csv"
+    path.write_text("text;score\n" + "".join(f"a text, {i};{i // 4},{i % 4 * 25:02}\n" for i in range(40)))
+    task = load_task(DatasetConfig(path=str(path)))
+    assert isinstance(task, Regression)
+    assert any("with decimal commas" in note for note in task.notes)
+    assert sorted(task.texts.train.labels + task.texts.validation.labels) == [i / 4 for i in range(40)]
+
+
+@pytest.mark.parametrize("values", [["1,000", "2,500", "3,000"], ["1,5", "a", "b"], ["1,000.5", "2,000.25"]])
+def test_commas_between_thousands_are_no_decimal_commas(values):
+    assert not are_decimal_commas(values)
 
 
 @pytest.mark.parametrize("bad", ["", "nan", "inf", "-inf", "1e39", "high", "1_000"])

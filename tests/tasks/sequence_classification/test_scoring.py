@@ -62,7 +62,8 @@ def test_accuracy_loss_and_f1(num_labels, positive, seed):
         got = score(num_labels, labels, guesses, NAMES[positive])
         assert got.value == pytest.approx(accuracy_score(labels, guesses))
         wanted = f1_score(labels == positive, guesses == positive, zero_division=0)
-        assert got.more == {"f1": pytest.approx(wanted)}
+        majority = max(accuracy_score(labels, np.full_like(labels, answer)) for answer in range(num_labels))
+        assert got.more == {"f1": pytest.approx(wanted), "majority": pytest.approx(majority)}
         probabilities = np.exp(np.eye(num_labels))[guesses]
         probabilities /= probabilities.sum(1, keepdims=True)
         assert got.loss == pytest.approx(log_loss(labels, probabilities, labels=range(num_labels)), rel=1e-5)
@@ -79,12 +80,12 @@ def test_answers_are_in_the_order_of_the_rows(seed):
 
 def test_f1_of_a_class_that_is_nowhere():
     ones = np.ones(6, dtype=np.int64)
-    assert score(2, ones, ones, f1_label="a").more == {"f1": 0.0}
+    assert score(2, ones, ones, f1_label="a").more == {"f1": 0.0, "majority": 1.0}
 
 
 def test_no_f1_unless_it_is_asked_for():
     labels = np.array([0, 1, 1])
-    assert score(2, labels, labels).more == {}
+    assert score(2, labels, labels).more == {"majority": pytest.approx(2 / 3)}
 
 
 def test_the_class_of_f1_is_named_by_its_label():

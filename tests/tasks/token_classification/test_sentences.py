@@ -95,11 +95,12 @@ def test_a_split_without_a_usable_row_is_refused(rows):
         sentences_from_rows(Split("some.jsonl", rows), on_bad_row="skip")
 
 
-def test_head_and_pick_keep_words_tags_and_places_together():
+def test_sample_and_pick_keep_words_tags_and_places_together():
     read = sentences("a/O", "b/B-X c/I-X", "d/O")
-    assert read.head(2).words == [["a"], ["b", "c"]]
-    assert read.head(0) is read
-    assert len(read.head(9)) == 3
+    assert len(read.sample(2)) == 2
+    assert read.sample(2) == read.sample(2)
+    assert read.sample(0) is read
+    assert read.sample(9) == read
     picked = read.pick([2, 1])
     assert (picked.words, picked.tags) == ([["d"], ["b", "c"]], [["O"], ["B-X", "I-X"]])
     assert picked.where == ["here:3", "here:2"]
