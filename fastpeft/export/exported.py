@@ -22,6 +22,15 @@ class Check:
 
 
 @dataclass(frozen=True)
+class Layout:
+    """Every update of an adapter has the same."""
+
+    rank: int
+    scale: float
+    """That stands in the config, as alpha / rank or as it is."""
+
+
+@dataclass(frozen=True)
 class MetricChange:
     """Of the whole validation split, in fp32."""
 
@@ -47,3 +56,7 @@ class Exported:
     """Tokens that rows were cut to."""
     num_validation: int
     """Rows of the validation split that the run was scored on."""
+    layout: Layout | None = None
+    """Of an adapter for a reader other than PEFT."""
+    notes: tuple[str, ...] = ()
+    """What the user should know of its reader."""

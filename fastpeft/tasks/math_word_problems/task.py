@@ -34,9 +34,11 @@ from fastpeft.tasks.math_word_problems.reading import (
     read_problem_splits,
 )
 
-_EXAMPLE = """\
+_PROMPT = """\
 question = "Ann has 3 apples and buys 2 more. How many apples does she have?"
 prompt = {prompt!r}.replace("{{question}}", question)
+"""
+_EXAMPLE = """\
 batch = tokenizer(prompt, return_tensors="pt", return_token_type_ids=False).to(model.device)
 answer = model.generate(
     **batch, max_new_tokens={max_new_tokens}, do_sample=False, eos_token_id={eos}, pad_token_id=tokenizer.pad_token_id
@@ -141,7 +143,10 @@ class MathWordProblems(CausalLMTask):
         return f"{self.name}, word problems"
 
     def card_example(self, max_length: int, eos_token_ids: tuple[int, ...]) -> str:
-        return _EXAMPLE.format(prompt=self.config.prompt, max_new_tokens=max_length, eos=list(eos_token_ids))
+        return self.card_prompt() + _EXAMPLE.format(max_new_tokens=max_length, eos=list(eos_token_ids))
+
+    def card_prompt(self) -> str:
+        return _PROMPT.format(prompt=self.config.prompt)
 
 
 class _OtherProblems(OtherSet):
