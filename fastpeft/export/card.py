@@ -147,8 +147,8 @@ def _usage(plan: Plan, exported: Exported, task: Task, eos_token_ids: tuple[int,
     parts.append(f"```python\n{code}```\n")
     if not plan.merge and task.model_settings().get("id2label"):
         parts.append(
-            f"`pipeline({task.pipeline_tag!r}, model=folder)` takes tokenizer and label names of the *base* model: give "
-            "it `model=model, tokenizer=tokenizer` as they are loaded above.\n"
+            f"`pipeline({task.pipeline_tag!r}, model=folder)` takes tokenizer and label names of the *base* model. "
+            "Give it `model=model, tokenizer=tokenizer` as they are loaded above.\n"
         )
     return parts
 
