@@ -10,6 +10,7 @@ from fastpeft.errors import UserError
 from fastpeft.export.plan import make_plan
 from fastpeft.export.readers import READERS
 from fastpeft.export.write import export
+from fastpeft.tasks.sequences.task import sample_logits
 from tests.support.adapter_readers import read
 from tests.support.exported_runs import Trained
 
@@ -20,10 +21,10 @@ TOLERANCE = 2e-5
 def test_vllm_computes_the_trained_classifier(case, trained: dict[str, Trained], home, tmp_path):
     export(make_plan(case, results_dir=home / "results", to=tmp_path / "out", weights="last", reader="vllm"))
     auto = transformers.AutoModelForSequenceClassification
-    model = read("vllm", tmp_path / "out", auto.from_pretrained(trained[case].job.run.model.name, num_labels=2))
-    rows = trained[case].job.task.export_check(trained[case].job.backbone)
-    found = rows.answers(model, trained[case].job.backbone.tokenizer, torch.device("cpu"))
-    torch.testing.assert_close(found, trained[case].logits(), rtol=0, atol=TOLERANCE)
+    run = trained[case]
+    model = read("vllm", tmp_path / "out", auto.from_pretrained(run.job.run.model.name, num_labels=2))
+    found = sample_logits(model, run.rows, torch.device("cpu"))
+    torch.testing.assert_close(found, run.logits(), rtol=0, atol=TOLERANCE)
 
 
 @pytest.mark.parametrize(
