@@ -35,6 +35,8 @@ class Reader:
     """That it has memory for; smaller ones are padded. Empty: any."""
     stacked: tuple[tuple[str, ...], ...] = ()
     """Projections that it computes as one, and cannot load where an adapter has only some of them."""
+    drops: frozenset[tuple[str, str]] = frozenset()
+    """(model_type, rope_type) of models whose rotary scaling it leaves out."""
     own_files: bool = False
     """It reads files of its own, and not PEFT's."""
     causal_only: bool = False
@@ -54,7 +56,13 @@ _ALL = (
         ranks=(1, 8, 16, 32, 64, 128, 256, 320, 512),
     ),
     Reader("sglang", "SGLang", "0.5.23", stacked=(("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))),
-    Reader("llama.cpp", "llama.cpp", "(llama-cpp-python 0.3.36)", causal_only=True),
+    Reader(
+        "llama.cpp",
+        "llama.cpp",
+        "(llama-cpp-python 0.3.36)",
+        drops=frozenset({("qwen2", "llama3"), ("qwen3", "llama3")}),
+        causal_only=True,
+    ),
     Reader("mlx", "mlx-lm", "0.32.2", own_files=True, causal_only=True),
 )
 READERS = {reader.key: reader for reader in _ALL}
@@ -117,6 +125,20 @@ def check_merged(reader: Reader, task_type: str) -> None:
         raise UserError(
             f"{reader.name} reads causal language models, and has no place for the head that this task "
             f"({task_type}) has trained; leave --for {reader.key} out"
+        )
+
+
+def check_base(reader: Reader, config: dict[str, Any]) -> None:
+    """Refuse a model that the reader computes otherwise. `config`: of the base model.
+
+    Raises:
+        UserError: it leaves out the model's rotary scaling.
+    """
+    kind, rope = config.get("model_type", ""), config.get("rope_parameters") or {}
+    if (kind, rope.get("rope_type")) in reader.drops:
+        raise UserError(
+            f"{reader.name} leaves out the {rope['rope_type']} scaling of the positions of a {kind} model, so that its "
+            "answers would be others; there is no export of this model for it"
         )
 
 

@@ -24,7 +24,7 @@ from fastpeft.export.card import card_text
 from fastpeft.export.exported import Check, Exported, Layout, MetricChange
 from fastpeft.export.loading import base_name, load_base, load_exported, load_mlx, save_merged, trained_model
 from fastpeft.export.plan import CheckError, ExportError, Plan
-from fastpeft.export.readers import check_merged
+from fastpeft.export.readers import check_base, check_merged
 from fastpeft.export.rope_keys import add_rope_keys
 from fastpeft.export.trim import Trimmed, trim_model
 from fastpeft.models.backbone import Backbone
@@ -88,6 +88,8 @@ def _build(plan: Plan, source: Path, out: Path, device: torch.device, say: Calla
     else:
         backbone = load_base(run.model, task, device)
         model = trained_model(backbone, source)
+    if plan.reader is not None:
+        check_base(plan.reader, backbone.model.config.to_dict())
     rows = task.export_check(backbone)
     eos_token_ids = backbone.eos_token_ids
     if plan.trim is not None:

@@ -24,22 +24,19 @@ from fastpeft.export.summary import closing
 from fastpeft.models.inject import ADAPTER_NAME
 from fastpeft.runs.store import RunFolder, read_json
 from tests.support.adapter_readers import VLLM_RANKS, Refused, read
-from tests.support.causal_runs import answers, make_run, write_problems
+from tests.support.causal_runs import (
+    PATTERNS,
+    READER_CASES,
+    answers,
+    base_of,
+    make_reader_runs,
+    make_run,
+    wanted_of,
+    write_problems,
+)
 
 TOLERANCE = 2e-5
 ROPE = {"rope_theta": 500000.0, "rope_type": "linear", "factor": 2.0}
-CASES: dict[str, dict[str, object]] = {
-    "lora-qwen3": {},
-    "rslora-llama": {},
-    "iw_lora-mistral": {},
-    "adalora-llama": {},
-    "lora-llama": {"adapter__target_modules": ["k_proj", "up_proj"]},
-    "lora-mistral": {
-        "adapter__target_modules": r"model\.layers\.1\.self_attn\.q_proj|model\.layers\.0\.mlp\.gate_proj"
-    },
-}
-PATTERNS = "lora-granite"
-"""A run whose adapter has patterns and the rank-stabilised scale at once, as PEFT allows."""
 
 
 @pytest.fixture(scope="session")
@@ -51,42 +48,18 @@ def home(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session")
 def trained(home) -> dict[str, Adapter]:
-    runs = {case: make_run(home, case, **overrides) for case, overrides in CASES.items()}
-    runs[PATTERNS] = make_run(home, PATTERNS)
-    give_patterns(RunFolder.at(home / "results", PATTERNS).weights("adapter"))
-    return runs
-
-
-def give_patterns(folder: Path) -> None:
-    config, tensors = read_json(folder / "adapter_config.json"), load_file(folder / "adapter_model.safetensors")
-    assert config is not None
-    changes = {"rank_pattern": {"layers.1.mlp.up_proj": 2}, "alpha_pattern": {"q_proj": 20, "layers.0.mlp.*": 7}}
-    for name in [n for n in tensors if "layers.1.mlp.up_proj" in n]:
-        tensors[name] = (tensors[name][:2] if "lora_A" in name else tensors[name][:, :2]).contiguous()
-    save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
-    (folder / "adapter_config.json").write_text(json.dumps(config | changes | {"use_rslora": True}))
+    return make_reader_runs(home)
 
 
 def export_to(folder: Path, case: str, home: Path, **options) -> write.Exported:
     return write.export(make_plan(case, results_dir=home / "results", to=folder, **options))
 
 
-def base_of(case: str, home: Path) -> torch.nn.Module:
-    return transformers.AutoModelForCausalLM.from_pretrained(str(home / "models" / case))
-
-
-def wanted_of(case: str, home: Path, trained: dict[str, Adapter]) -> torch.Tensor:
-    if case == PATTERNS:
-        folder = RunFolder.at(home / "results", case).weights("adapter")
-        return answers(peft.PeftModel.from_pretrained(base_of(case, home), str(folder)))
-    return answers(trained[case].model)
-
-
 # ---- what was trained is what is read ----------------------------------------------------------
 
 
 @pytest.mark.parametrize("reader", READERS)
-@pytest.mark.parametrize("case", [*CASES, PATTERNS])
+@pytest.mark.parametrize("case", READER_CASES)
 def test_the_reader_computes_the_trained_model(case, reader, trained, home, tmp_path):
     wanted = wanted_of(case, home, trained)
     assert (wanted - answers(base_of(case, home))).abs().max() > 1000 * TOLERANCE  # the update can be seen
@@ -99,7 +72,7 @@ def test_the_reader_computes_the_trained_model(case, reader, trained, home, tmp_
 
 
 @pytest.mark.parametrize("reader", [reader for reader in READERS if reader != "mlx"])
-@pytest.mark.parametrize("case", [*CASES, PATTERNS])
+@pytest.mark.parametrize("case", READER_CASES)
 def test_peft_reads_it_as_well_and_finds_every_tensor(case, reader, trained, home, tmp_path, recwarn):
     export_to(tmp_path / "out", case, home, reader=reader)
     model = peft.AutoPeftModelForCausalLM.from_pretrained(str(tmp_path / "out"))
@@ -233,6 +206,19 @@ def test_a_base_that_mlx_misreads_is_named(far, home, tmp_path):
 
 
 # ---- what a reader cannot hold -----------------------------------------------------------------
+
+
+@pytest.mark.parametrize("merge", [False, True])
+def test_a_scaling_that_llama_cpp_leaves_out_is_refused(merge, home, tmp_path):
+    make_run(home, "rslora-qwen2")
+    file = home / "models" / "rslora-qwen2" / "config.json"
+    scaling = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+    rope = {"rope_theta": 10000.0, "original_max_position_embeddings": 32, **scaling}
+    file.write_text(json.dumps((read_json(file) or {}) | {"rope_parameters": rope}))
+    with pytest.raises(UserError, match="leaves out the llama3 scaling of the positions of a qwen2 model") as caught:
+        export_to(tmp_path / "out", "rslora-qwen2", home, reader="llama.cpp", merge=merge)
+    assert caught.value.exit_code == 2
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_ranks_are_padded_to_those_that_vllm_takes():
