@@ -158,9 +158,8 @@ def converter(tmp_path_factory) -> tuple[Path, Path]:
     """An interpreter, and the folder of llama.cpp's scripts out of llama-cpp-python's source archive."""
     python, folder = python_with(*GGUF), tmp_path_factory.mktemp("llama_cpp")
     try:
-        run(
-            python, "-m", "pip", "download", "--quiet", "--no-deps", "--no-binary", ":all:", "--dest", folder, LLAMA_CPP
-        )
+        options = ("--quiet", "--no-deps", "--no-binary", LLAMA_CPP.partition("==")[0], "--dest", folder)
+        run(python, "-m", "pip", "download", *options, LLAMA_CPP)
     except Exception as error:
         pytest.skip(f"{LLAMA_CPP} cannot be had: {error}")
     (archive,) = folder.glob("*.tar.gz")
