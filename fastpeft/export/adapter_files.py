@@ -108,6 +108,7 @@ def reader_notes(plan: Plan) -> tuple[str, ...]:
     if not missing:
         return ()
     return (
-        f"{plan.reader.name} reads rotary settings at the top level of the base model's config.json, and {name} has "
-        f"them in rope_parameters only: add {json.dumps(missing)} there, or its answers are wrong",
+        f"{plan.reader.name} looks for rotary settings at the top level of the base model's config.json, and {name} has "
+        f"them in rope_parameters only, where transformers 5 writes them: add {json.dumps(missing)} there, or it takes "
+        "its own default",
     )

@@ -133,11 +133,12 @@ def _budget(plan: Plan) -> str:
 
 def _usage(plan: Plan, exported: Exported, task: Task, eos_token_ids: tuple[int, ...]) -> list[str]:
     """The reader's own commands, and Python."""
-    base, _ = base_name(plan.run.model)
+    base, on_hub = base_name(plan.run.model)
     parts = []
     if plan.reader is not None:
         rank = exported.layout.rank if exported.layout else None
-        shell = commands(plan.reader, plan.merge, base, plan.folder.path.name, rank)
+        revision = plan.run.model.revision if on_hub else None
+        shell = commands(plan.reader, plan.merge, base, revision, plan.folder.path.name, rank)
         parts += [f"With {plan.reader.name}:\n", f"```sh\n{shell}\n```\n"]
     if plan.reader is not None and plan.reader.own_files:
         code = mlx_example(plan.merge, base, task.card_prompt(), exported.max_length)

@@ -39,9 +39,8 @@ def add_rope_keys(config: dict[str, Any]) -> dict[str, Any]:
 
 
 def missing_rope_keys(config: dict[str, Any]) -> dict[str, Any]:
-    """What `add_rope_keys` adds at the top level; nothing where it is what older readers take by default."""
-    added = {key: value for key, value in add_rope_keys(config).items() if key not in config}
-    return {} if added == {"rope_theta": 10000.0} else added
+    """What `add_rope_keys` adds at the top level."""
+    return {key: value for key, value in add_rope_keys(config).items() if key not in config}
 
 
 def _is_model(value: Any) -> bool:

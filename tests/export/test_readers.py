@@ -19,6 +19,7 @@ from fastpeft.errors import UserError
 from fastpeft.export import write
 from fastpeft.export.one_rank import path_in_block
 from fastpeft.export.plan import CheckError, make_plan
+from fastpeft.export.reader_usage import commands
 from fastpeft.export.readers import READERS, Contents, check_adapter, fitting_rank
 from fastpeft.export.summary import closing
 from fastpeft.models.inject import ADAPTER_NAME
@@ -301,6 +302,15 @@ def test_the_card_says_how_the_reader_is_given_it(reader, merge, trained, home, 
     rank = 8 if reader == "vllm" else 4
     assert facts["layout"] == (None if merge else {"rank": rank, "scale": 1.0 if reader == "mlx" else 3.0})
     assert math.isclose(facts["check"]["difference"], 0, abs_tol=1e-4)
+
+
+def test_a_base_on_the_hub_is_named_as_each_reader_wants_it():
+    lines = {key: commands(reader, False, "owner/name", "v2", "my run", 8) for key, reader in READERS.items()}
+    assert "vllm serve owner/name --revision v2 --enable-lora --max-lora-rank 8" in lines["vllm"]
+    assert "--model-path owner/name --revision v2 --lora-paths 'my run'=path/to" in lines["sglang"]
+    assert "convert_hf_to_gguf.py --remote owner/name" in lines["llama.cpp"]
+    assert "convert_lora_to_gguf.py --base-model-id owner/name" in lines["llama.cpp"]
+    assert "--revision" not in commands(READERS["vllm"], False, "owner/name", "main", "r", 8)
 
 
 # ---- the command -------------------------------------------------------------------------------
