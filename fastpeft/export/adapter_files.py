@@ -108,7 +108,7 @@ def reader_notes(plan: Plan) -> tuple[str, ...]:
     if not missing:
         return ()
     return (
-        f"{plan.reader.name} looks for rotary settings at the top level of the base model's config.json, and {name} has "
-        f"them in rope_parameters only, where transformers 5 writes them: add {json.dumps(missing)} there, or it takes "
-        "its own default",
+        f"{plan.reader.name} looks for rotary settings at the top level of the base model's config.json, and {name} "
+        f"has them in rope_parameters only, where transformers 5 writes them: add {json.dumps(missing)} there, or it "
+        "takes its own default",
     )

@@ -69,9 +69,7 @@ def export(plan: Plan, say: Callable[[str], None] = lambda _: None) -> Exported:
 
 
 def _build(plan: Plan, source: Path, out: Path, device: torch.device, say: Callable[[str], None]) -> Exported:
-    if plan.reader is not None and not plan.merge:
-        with _reading(plan.source):
-            check_source(plan.reader, source)
+    _check_source(plan, source)
     resolved = resolve(plan.run)
     run = resolved.run
     say(f"loading {run.model.name} and {run.dataset.name}")
@@ -128,6 +126,19 @@ def _build(plan: Plan, source: Path, out: Path, device: torch.device, say: Calla
         for path in out.iterdir():
             shutil.copymode(card, path)  # safetensors writes files that only their owner reads
     return exported
+
+
+def _check_source(plan: Plan, source: Path) -> None:
+    """Refuse what the reader cannot hold before a model is loaded."""
+    if plan.reader is None or plan.merge:
+        return
+    try:
+        check_source(plan.reader, source)
+    except (OSError, SafetensorError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise ExportError(
+            f"{plan.source}: the run's adapter cannot be loaded: {reason}. Export its other weights: --best or --last"
+        ) from None
 
 
 def _write_weights(
@@ -232,17 +243,6 @@ def _working_folder(target: Path) -> Iterator[Path]:
         yield work
     finally:
         shutil.rmtree(work, ignore_errors=True)
-
-
-@contextmanager
-def _reading(source: Path) -> Iterator[None]:
-    try:
-        yield
-    except (OSError, SafetensorError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise ExportError(
-            f"{source}: the run's adapter cannot be loaded: {reason}. Export its other weights: --best or --last"
-        ) from None
 
 
 @contextmanager
