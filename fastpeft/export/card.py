@@ -56,7 +56,7 @@ def card_text(plan: Plan, exported: Exported, task: Task, eos_token_ids: tuple[i
     import yaml
 
     head: dict[str, Any] = {
-        "library_name": "transformers" if plan.merge else "peft",
+        "library_name": "transformers" if plan.merge else "mlx" if _own_files(plan) else "peft",
         "pipeline_tag": task.pipeline_tag,
         "tags": ["fastpeft", plan.run.method],
     }
@@ -85,9 +85,13 @@ def card_text(plan: Plan, exported: Exported, task: Task, eos_token_ids: tuple[i
     return "\n".join(parts)
 
 
+def _own_files(plan: Plan) -> bool:
+    return plan.reader is not None and plan.reader.own_files
+
+
 def _facts(plan: Plan, exported: Exported, task: Task) -> str:
     run, metric, check = plan.run, plan.metric, exported.check
-    kind = "a merged model" if plan.merge else "a PEFT adapter"
+    kind = "a merged model" if plan.merge else "an adapter for mlx-lm" if _own_files(plan) else "a PEFT adapter"
     rows = {
         "what": f"{kind}: the {plan.weights} weights of the run `{plan.folder.path.name}`",
         "base model": f"`{run.model.name}`, revision `{run.model.revision}`{_HELD[run.model.quantisation]}",
@@ -140,7 +144,7 @@ def _usage(plan: Plan, exported: Exported, task: Task, eos_token_ids: tuple[int,
         revision = plan.run.model.revision if on_hub else None
         shell = commands(plan.reader, plan.merge, base, revision, plan.folder.path.name, rank)
         parts += [f"With {plan.reader.name}:\n", f"```sh\n{shell}\n```\n"]
-    if plan.reader is not None and plan.reader.own_files:
+    if _own_files(plan):
         code = mlx_example(plan.merge, base, task.card_prompt(), exported.max_length)
     else:
         parts += ["With PEFT, which reads this folder as well:\n"] if plan.reader and not plan.merge else []

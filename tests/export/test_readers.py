@@ -294,6 +294,8 @@ def test_the_card_says_how_the_reader_is_given_it(reader, merge, trained, home, 
     assert (str(home / "models" / "lora-qwen3") in shell) == (not merge)
     assert ("--max-lora-rank 8 " in shell) == (reader == "vllm" and not merge)
     assert ("mlx_lm" in code) == (reader == "mlx")
+    library = "transformers" if merge else "mlx" if reader == "mlx" else "peft"
+    assert f"library_name: {library}\n" in card
     facts = read_json(tmp_path / "out" / "export.json")
     assert facts["for"] == READERS[reader].name
     rank = 8 if reader == "vllm" else 4
