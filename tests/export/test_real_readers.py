@@ -1,6 +1,6 @@
 """Exports read by the real readers, each in an environment of its own.
 
-    python -m pytest -m soak tests/export/test_real_readers.py
+    python -m pytest -m soak --timeout 7200 -s tests/export/test_real_readers.py
 
 What cannot be installed is skipped. vLLM and SGLang need a GPU: tests/support/adapter_readers.py has their rules.
 """
@@ -8,6 +8,7 @@ What cannot be installed is skipped. vLLM and SGLang need a GPU: tests/support/a
 from __future__ import annotations
 
 import json
+import sys
 import tarfile
 from pathlib import Path
 from typing import Any
@@ -159,7 +160,7 @@ def converter(tmp_path_factory) -> tuple[Path, Path]:
     python, folder = python_with(*GGUF), tmp_path_factory.mktemp("llama_cpp")
     try:
         options = ("--quiet", "--no-deps", "--no-binary", LLAMA_CPP.partition("==")[0], "--dest", folder)
-        run(python, "-m", "pip", "download", *options, LLAMA_CPP)
+        run(sys.executable, "-m", "pip", "download", *options, LLAMA_CPP)
     except Exception as error:
         pytest.skip(f"{LLAMA_CPP} cannot be had: {error}")
     (archive,) = folder.glob("*.tar.gz")

@@ -58,7 +58,12 @@ _EXTRA: dict[str, dict[str, Any]] = {
     "gemma3_text": {"layer_types": ["sliding_attention", "full_attention"], "sliding_window": 8},
     "phi3": {"original_max_position_embeddings": 16, "max_position_embeddings": 64},
     "mixtral": {"num_local_experts": 2},
-    "qwen2_moe": {"num_experts": 2, "moe_intermediate_size": 16, "shared_expert_intermediate_size": 16},
+    "qwen2_moe": {
+        "num_experts": 2,
+        "num_experts_per_tok": 1,
+        "moe_intermediate_size": 16,
+        "shared_expert_intermediate_size": 16,
+    },
     "qwen3_moe": {"num_experts": 2, "moe_intermediate_size": 16, "num_experts_per_tok": 1},
 }
 
