@@ -78,11 +78,15 @@ def logits_of(child: str, python: Path, jobs: dict[str, dict[str, Any]], folder:
         return {name: found[str(i)] for i, name in enumerate(jobs)}
 
 
-def assert_same(found: np.ndarray, wanted: torch.Tensor, name: str) -> None:
-    assert found.dtype.kind == "f", f"{name}: {found}"
-    difference = np.abs(found - wanted.numpy()).max()
-    print(f"{name}: {difference:.1e}")
-    assert difference < TOLERANCE, f"{name}: {difference}"
+def assert_same(reader: str, found: dict[str, np.ndarray], wanted: dict[str, torch.Tensor]) -> None:
+    """Prints every difference before it fails."""
+    wrong = []
+    for name, logits in found.items():
+        difference = np.abs(logits - wanted[name].numpy()).max() if logits.dtype.kind == "f" else logits
+        print(f"{reader}, {name}: {difference if logits.dtype.kind != 'f' else f'{difference:.1e}'}")
+        if logits.dtype.kind != "f" or not difference < TOLERANCE:
+            wrong.append(name)
+    assert not wrong
 
 
 # ---- transformers ------------------------------------------------------------------------------
@@ -100,8 +104,8 @@ def test_transformers_reads_what_was_trained(version, causal, causal_home, tmp_p
             jobs[f"{case}, {'merged' if merge else 'PEFT'}"] = job(
                 out if merge else base, None if merge else out, text="Ann has 3 apples."
             )
-    for name, found in logits_of("child_transformers.py", python, jobs, tmp_path).items():
-        assert_same(found, wanted_of(name.partition(",")[0], causal_home, causal), f"{version}, {name}")
+    wanted = {name: wanted_of(name.partition(",")[0], causal_home, causal) for name in jobs}
+    assert_same(version, logits_of("child_transformers.py", python, jobs, tmp_path), wanted)
 
 
 @pytest.mark.parametrize("version", TRANSFORMERS)
@@ -113,10 +117,9 @@ def test_transformers_reads_classifiers(version, trained: dict[str, Trained], ho
         out = tmp_path / case
         export(make_plan(case, results_dir=home / "results", to=out, merge=True, weights="last"))
         jobs[case] = job(out, auto="AutoModelForSequenceClassification", ids=ids, text="the dog ran")
-    for case, found in logits_of("child_transformers.py", python, jobs, tmp_path).items():
-        with torch.no_grad():
-            wanted = trained[case].job.adapter.model.eval()(input_ids=torch.tensor(ids)).logits
-        assert_same(found, wanted, f"{version}, {case}")
+    with torch.no_grad():
+        wanted = {case: trained[case].job.adapter.model.eval()(input_ids=torch.tensor(ids)).logits for case in jobs}
+    assert_same(version, logits_of("child_transformers.py", python, jobs, tmp_path), wanted)
 
 
 @pytest.mark.parametrize("version", TRANSFORMERS)
@@ -131,8 +134,7 @@ def test_transformers_reads_the_rotary_settings_of_a_merged_model(version, tmp_p
         with torch.no_grad():
             wanted[name] = model(input_ids=ids).logits
         jobs[name] = job(folder, auto=auto_class(name), ids=ids.tolist())
-    for name, found in logits_of("child_transformers.py", python, jobs, tmp_path).items():
-        assert_same(found, wanted[name], f"{version}, {name}")
+    assert_same(version, logits_of("child_transformers.py", python, jobs, tmp_path), wanted)
 
 
 # ---- mlx-lm ------------------------------------------------------------------------------------
@@ -147,8 +149,8 @@ def test_mlx_lm_reads_what_was_trained(causal, causal_home, tmp_path):
             export(make_plan(case, results_dir=causal_home / "results", to=out, merge=merge, reader="mlx"))
             base = causal_home / "models" / case
             jobs[f"{case}, {'merged' if merge else 'adapter'}"] = job(out if merge else base, None if merge else out)
-    for name, found in logits_of("child_mlx.py", python, jobs, tmp_path).items():
-        assert_same(found, wanted_of(name.partition(",")[0], causal_home, causal), f"mlx-lm, {name}")
+    wanted = {name: wanted_of(name.partition(",")[0], causal_home, causal) for name in jobs}
+    assert_same("mlx-lm", logits_of("child_mlx.py", python, jobs, tmp_path), wanted)
 
 
 # ---- llama.cpp ---------------------------------------------------------------------------------
