@@ -26,6 +26,7 @@ from fastpeft.export.loading import base_name, load_base, load_exported, load_ml
 from fastpeft.export.plan import CheckError, ExportError, Plan
 from fastpeft.export.readers import check_base, check_merged
 from fastpeft.export.rope_keys import add_rope_keys
+from fastpeft.export.tokenizer_files import save_tokenizer
 from fastpeft.export.trim import Trimmed, trim_model
 from fastpeft.models.backbone import Backbone
 from fastpeft.runs.store import read_json, write_json
@@ -83,6 +84,8 @@ def _build(plan: Plan, source: Path, out: Path, device: torch.device, say: Calla
             _complete_config(out / "config.json", task.model_settings())
         backbone = load_base(ModelConfig(name=str(out)), task, device)
         model = backbone.model
+        with _writing(plan.target):
+            save_tokenizer(backbone.tokenizer, out)
     else:
         backbone = load_base(run.model, task, device)
         model = trained_model(backbone, source)
@@ -151,7 +154,7 @@ def _write_weights(
         _complete_config(out / "config.json")
     else:
         layout = write_adapter(plan, model, source, out, trimmed)
-    backbone.tokenizer.save_pretrained(str(out))
+    save_tokenizer(backbone.tokenizer, out)
     return layout
 
 
