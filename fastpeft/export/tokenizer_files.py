@@ -12,8 +12,8 @@ _CLASSES = {"TokenizersBackend": "PreTrainedTokenizerFast"}
 
 
 def save_tokenizer(tokenizer: Any, folder: Path) -> None:
-    """As `save_pretrained` does; transformers 4 raises an error at the class name and at the list of special tokens that
-    transformers 5 writes."""
+    """As `save_pretrained` does, but without the class name and the list of special tokens at which transformers 4
+    raises an error."""
     tokenizer.save_pretrained(str(folder))
     path = folder / "tokenizer_config.json"
     config = read_json(path)
