@@ -25,7 +25,7 @@ ROTARY: dict[str, tuple[str, dict[str, Any]]] = {
         name: (name, {"rope_theta": THETA})
         for name in (
             "llama", "mistral", "qwen2", "qwen3", "phi3", "gemma", "gemma2", "olmo", "olmo2", "smollm3", "starcoder2",
-            "granite", "cohere", "helium", "nemotron", "mixtral", "qwen2_moe", "qwen3_moe", "ernie4_5", "glm", "glm4",
+            "granite", "cohere", "helium", "nemotron", "mixtral", "qwen2_moe", "ernie4_5", "glm", "glm4",
             "arcee", "seed_oss", "stablelm", "phi", "gpt_neox", "persimmon",
         )
     },
@@ -64,7 +64,6 @@ _EXTRA: dict[str, dict[str, Any]] = {
         "moe_intermediate_size": 16,
         "shared_expert_intermediate_size": 16,
     },
-    "qwen3_moe": {"num_experts": 2, "moe_intermediate_size": 16, "num_experts_per_tok": 1},
 }
 
 
