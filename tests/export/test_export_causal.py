@@ -80,6 +80,16 @@ def test_the_merged_model_needs_transformers_alone(case, trained, home, tmp_path
 
 
 @pytest.mark.parametrize("merge", [False, True])
+def test_every_token_of_every_answer_is_predicted_alike(merge, trained, home, tmp_path, monkeypatch):
+    """Of all held-out rows, where an export compares a sample."""
+    for limit in ("CHECK_ROWS", "CHECK_POSITIONS"):
+        monkeypatch.setattr(f"fastpeft.tasks.causal_lm.task.{limit}", 10**6)
+    check = export_to(tmp_path / "out", "rslora-llama", home, merge=merge).check
+    assert check.num_same == check.num_rows > 20 * 12
+    assert check.difference < TOLERANCE
+
+
+@pytest.mark.parametrize("merge", [False, True])
 @pytest.mark.parametrize("case", ["lora-qwen3", NO_PAD])
 def test_the_code_in_the_card_generates_what_the_trained_model_does(case, merge, trained, home, tmp_path, capsys):
     export_to(tmp_path / "out", case, home, merge=merge)

@@ -134,7 +134,12 @@ def test_transformers_reads_the_rotary_settings_of_a_merged_model(version, tmp_p
         with torch.no_grad():
             wanted[name] = model(input_ids=ids).logits
         jobs[name] = job(folder, auto=auto_class(name), ids=ids.tolist())
-    assert_same(version, logits_of("child_transformers.py", python, jobs, tmp_path), wanted)
+    make_rotary("llama", tmp_path / "bare")
+    jobs["bare"] = job(tmp_path / "bare", ids=ids.tolist())
+    found = logits_of("child_transformers.py", python, jobs, tmp_path)
+    apart = np.abs(found.pop("bare") - wanted["llama"].numpy()).max()
+    assert_same(version, found, wanted)
+    assert (apart > 0.1) == version.startswith("4.")  # what transformers 5 saves is read wrongly there, in silence
 
 
 # ---- mlx-lm ------------------------------------------------------------------------------------
