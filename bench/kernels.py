@@ -32,7 +32,7 @@ from bench.kernel_cases import PARTS, Case, Setting
 from bench.report import about, json_path, print_table, write_json
 from fastpeft.errors import first_line
 from fastpeft.kernels.tune import DeviceTimer
-from fastpeft.models.backbone import choose_dtype
+from fastpeft.models.precision import choose_precision
 
 MAX_ROUNDS = 30
 SECONDS_A_CASE = 3.0
@@ -147,9 +147,8 @@ def main() -> None:
     began = time.perf_counter()
     device, parts = choose_device(args.device), names_in(args.parts, list(PARTS))
     on_gpu = device.type == "cuda"
-    setting = Setting(
-        device, choose_dtype(args.precision, device), small=not on_gpu, compiled=on_gpu and not args.no_compile
-    )
+    dtype = choose_precision(args.precision, device, lambda: (768, 3072)).dtype
+    setting = Setting(device, dtype, small=not on_gpu, compiled=on_gpu and not args.no_compile)
     ceiling = ceilings(setting)
     report = about(device) | {"precision": str(setting.dtype).removeprefix("torch."), "ceilings": ceiling, "rows": []}
     report["failed"] = {}

@@ -55,8 +55,9 @@ from fastpeft.config.methods import METHODS, AdapterConfig, RegulariserConfig
 from fastpeft.config.schema import ModelConfig
 from fastpeft.data.batches import Batch
 from fastpeft.errors import UserError
-from fastpeft.models.backbone import Backbone, choose_dtype, quiet_transformers
+from fastpeft.models.backbone import Backbone, quiet_transformers
 from fastpeft.models.inject import match_targets
+from fastpeft.models.precision import choose_precision
 from fastpeft.schedules import make_schedule
 from fastpeft.trainer.optim import FlatAdamW
 from fastpeft.trainer.step import forward_backward, train_step
@@ -258,7 +259,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     began = time.perf_counter()
     device = choose_device(args.device)
     names = names_in(args.rows, list(ROWS))
-    dtype = choose_dtype(args.precision, device)
+    dtype = choose_precision(args.precision, device, lambda: (768, 3072)).dtype
     host = Host.build(args.model or ("deberta-v3-base" if device.type == "cuda" else "minilm"), dtype, device)
     batches = random_batches(host, args.batch_size, NUM_BATCHES, device)
     run = run_config(args.targets, args.rank)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -12,7 +13,6 @@ from fastpeft.config import load_run, preset_names, trial_run
 from fastpeft.config.load import PRESETS
 from fastpeft.config.methods import METHODS
 from fastpeft.config.schedules import SCHEDULES
-from fastpeft.standins import problems, sentence_pairs
 from fastpeft.trainer import train
 
 FILES = sorted(PRESETS.rglob("*.yaml"))
@@ -34,11 +34,12 @@ CHOSEN = {kind(path): path for path in sorted(FILES, key=lambda p: (len(p.stem),
 
 
 @pytest.fixture
-def fewer_rows(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A tenth: two steps read few of a stand-in's rows, and drawing and encoding all takes longer than the trial."""
-    monkeypatch.setattr(problems, "NUM_TRAIN_PROBLEMS", 800)
-    monkeypatch.setattr(problems, "NUM_TEST_PROBLEMS", 100)
-    monkeypatch.setattr(sentence_pairs, "NUM_TRAIN_PAIRS", 2000)
+def no_words(capfd: pytest.CaptureFixture[str], recwarn: pytest.WarningsRecorder) -> Iterator[None]:
+    """Nothing is printed, by no library either, and no warning given that Python would show."""
+    yield
+    assert capfd.readouterr() == ("", "")
+    hidden = DeprecationWarning, PendingDeprecationWarning, ImportWarning, ResourceWarning
+    assert not [str(warning.message) for warning in recwarn if not issubclass(warning.category, hidden)]
 
 
 def test_every_file_has_a_name_that_loads() -> None:
@@ -62,13 +63,13 @@ def test_every_schedule_has_a_preset_for_each_task_of_the_same_model_and_data(ta
 
 @pytest.mark.parametrize("path", sorted(CHOSEN.values()), ids=lambda path: path.stem)
 @pytest.mark.usefixtures("fewer_rows")
-def test_trial_on_the_stand_in(path: Path, tmp_path: Path) -> None:
+def test_trial_on_the_stand_in(path: Path, tmp_path: Path, no_words: None) -> None:
     check_trial(path, tmp_path)
 
 
 @pytest.mark.soak
 @pytest.mark.parametrize("path", sorted(set(FILES) - set(CHOSEN.values())), ids=lambda path: path.stem)
-def test_trial_of_every_other_on_the_stand_in(path: Path, tmp_path: Path) -> None:
+def test_trial_of_every_other_on_the_stand_in(path: Path, tmp_path: Path, no_words: None) -> None:
     check_trial(path, tmp_path)
 
 

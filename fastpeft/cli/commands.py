@@ -126,19 +126,24 @@ def train(
     _train_one(config, results_dir, name, resume, not no_stand_in)
 
 
+def _say_first(config: Any) -> None:
+    """At once: what comes next takes seconds, and the imports of the console's own display a good part of one."""
+    behind = "" if config is None else f", then {config.model.name} and {config.dataset.path or config.dataset.name}"
+    typer.secho(f"loading torch{behind}", dim=True)
+
+
 def _train_one(config: Any, results_dir: Path, name: str | None, resume: bool, allow_stand_in: bool) -> None:
     if name is not None and not resume:  # before torch is loaded, which takes seconds
         from fastpeft.runs.store import RunFolder
 
         RunFolder.at(results_dir, name).check_free()
-    from fastpeft.cli.console import ConsoleReporter, closing
+    with _ctrl_c_ends_at_once():
+        _say_first(config)
+        from fastpeft.cli.console import ConsoleReporter, closing
+        from fastpeft.trainer import StopRequest
+        from fastpeft.trainer import train as train_run
 
     with ConsoleReporter() as reporter:
-        reporter.console.print("loading torch", style="dim")
-        with _ctrl_c_ends_at_once():
-            from fastpeft.trainer import StopRequest
-            from fastpeft.trainer import train as train_run
-
         stop = StopRequest()
         result = train_run(
             config,
@@ -165,16 +170,16 @@ def _train_seeds(
 ) -> None:
     if config is None or (resume and name is None):
         raise UserError("--seeds needs --run, and with --resume also --name: which group is to be continued?")
-    from fastpeft.cli.console import ConsoleReporter, closing, group_table
     from fastpeft.runs.store import default_name
 
     group = name or default_name(config.run_id)
-    with ConsoleReporter() as reporter:
-        reporter.console.print("loading torch", style="dim")
-        with _ctrl_c_ends_at_once():
-            from fastpeft.trainer import StopRequest
-            from fastpeft.trainer.seeds import train_seeds
+    with _ctrl_c_ends_at_once():
+        _say_first(config)
+        from fastpeft.cli.console import ConsoleReporter, closing, group_table
+        from fastpeft.trainer import StopRequest
+        from fastpeft.trainer.seeds import train_seeds
 
+    with ConsoleReporter() as reporter:
         stop = StopRequest()
         results = train_seeds(
             config,

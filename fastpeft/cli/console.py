@@ -5,6 +5,7 @@ It reads events only, as every display does.
 
 from __future__ import annotations
 
+import math
 import time
 from collections import deque
 from collections.abc import Iterator
@@ -14,8 +15,9 @@ from typing import Any
 
 from rich.console import Console, Group
 from rich.markup import escape
-from rich.progress import BarColumn, Progress, TextColumn
+from rich.progress import BarColumn, Progress, Task, TextColumn, TimeElapsedColumn
 from rich.table import Table
+from rich.text import Text
 
 from fastpeft.compare.comparison import Comparison, metric_of
 from fastpeft.compare.problem_sets import SetScore, difference
@@ -25,8 +27,16 @@ from fastpeft.runs.parts import figure, table_of
 from fastpeft.runs.store import Result, RunFolder
 
 PLAIN_EVERY_S = 10.0
+_WIDE = 110
 _WINDOW_STEPS = 32
 """The loss and the rate shown are means over this many steps."""
+
+
+class _Elapsed(TimeElapsedColumn):
+    """Since a phase began; steps have the time that is left instead."""
+
+    def render(self, task: Task) -> Text:
+        return super().render(task) if task.fields["is_phase"] else Text()
 
 
 class ConsoleReporter(AbstractContextManager):
@@ -37,9 +47,13 @@ class ConsoleReporter(AbstractContextManager):
         self.console.soft_wrap = not self.console.is_terminal  # a file has no edge to wrap at
         self._progress: Progress | None = None
         self._task: Any = None
+        self._phase: str | None = ""
+        """The text of the phase that was told last; None: steps are told."""
+        self._whole_s: float | None = None
+        """Estimated by the first step while it was under way."""
         self._recent: deque[tuple[float, int]] = deque(maxlen=_WINDOW_STEPS)
         self._losses: deque[float] = deque(maxlen=_WINDOW_STEPS)
-        self._printed_at = 0.0
+        self._printed_at = -math.inf
         self._first: tuple[float, float] | None = None
 
     def say(self, message: str) -> None:
@@ -67,15 +81,43 @@ class ConsoleReporter(AbstractContextManager):
             self.say(note)
         budget = event["budget"]
         self.say(f"budget: {budget['limit']:,.0f} {budget['kind']}")
-        if self.console.is_terminal:
+        self._phase, self._whole_s = "", None
+
+    def _on_phase(self, event: Event) -> None:
+        is_new = event["text"] != self._phase
+        if is_new:
+            self._phase = event["text"]
+            self._begin_live(event["text"])
+        text = f"{event['done']:,} of {event['total']:,} {event['unit']}" if "done" in event else ""
+        estimate, is_first_estimate = _estimate(event), bool(event.get("left_s")) and self._whole_s is None
+        self._whole_s = event.get("whole_s", self._whole_s)
+        if self._progress is not None:
+            figures = {"completed": event["done"], "total": event["total"]} if text else {}
+            self._progress.update(self._task, tail=f"{text}{_estimate(event, short=True)}", **figures)
+            return
+        if is_new or is_first_estimate or self._is_time_for_a_line():
+            self._printed_at = time.monotonic()
+            self.say(f"{event['text']}{': ' if text else ''}{text}{estimate}")
+
+    def _begin_live(self, description: str, total: float | None = None) -> None:
+        """A live line that begins anew, in a terminal; without a total its bar only moves."""
+        if not self.console.is_terminal:
+            return
+        if self._progress is None:
             columns = (
                 TextColumn("{task.description}"),
-                BarColumn(bar_width=20),
+                BarColumn(bar_width=20 if self.console.width >= _WIDE else 5),
                 TextColumn("{task.fields[tail]}"),
+                _Elapsed(),
             )
             self._progress = Progress(*columns, console=self.console, refresh_per_second=4, transient=True)
-            self._task = self._progress.add_task("starting", total=1.0, tail="")
             self._progress.start()
+        else:
+            self._progress.remove_task(self._task)
+        self._task = self._progress.add_task(description, total=total, tail="", is_phase=total is None)
+
+    def _is_time_for_a_line(self) -> bool:
+        return time.monotonic() - self._printed_at >= PLAIN_EVERY_S
 
     def _on_step(self, event: Event) -> None:
         self._recent.append((event["elapsed_s"], event["tokens"]))
@@ -87,10 +129,13 @@ class ConsoleReporter(AbstractContextManager):
         if event.get("energy_j") is not None:
             line += f"  {event['energy_j']:,.0f} J"
         progress, eta = event["progress"], self._eta(event)
+        is_first, self._phase = self._phase is not None, None
+        if is_first:
+            self._begin_live(line, total=1.0)
         if self._progress is not None:
             tail = f"{progress:4.0%}  {eta}"
             self._progress.update(self._task, completed=progress, description=line, tail=tail)
-        elif time.monotonic() - self._printed_at >= PLAIN_EVERY_S or event["step"] == 0:
+        elif is_first or self._is_time_for_a_line():
             self._printed_at = time.monotonic()
             self.say(f"{line}  {progress:.0%} of the budget  {eta}")
 
@@ -128,9 +173,25 @@ class ConsoleReporter(AbstractContextManager):
             self._first = (now, progress)
         gained = progress - self._first[1]
         if gained <= 0:
-            return "ETA --"
-        left = (now - self._first[0]) / gained * (1 - progress)
-        return f"ETA {int(left // 60)}:{int(left % 60):02d}"
+            return "ETA --" if self._whole_s is None else f"ETA about {_clock(self._whole_s)}"
+        return f"ETA {_clock((now - self._first[0]) / gained * (1 - progress))}"
+
+
+def _estimate(event: Event, short: bool = False) -> str:
+    """Of a first step under way: when it ends, and what training takes from here on."""
+    if "left_s" not in event:
+        return ""
+    line, is_known = _clock(event["left_s"]), "whole_s" in event
+    if short:
+        return f", line in {line}" + (f", all in {_clock(event['whole_s'])}" if is_known else "")
+    training = f"; training about {_clock(event['whole_s'])}, {event['whole_steps']:,} steps" if is_known else ""
+    return f", its line in about {line}{training}"
+
+
+def _clock(seconds: float) -> str:
+    """m:ss, and from an hour on h:mm:ss."""
+    minutes, rest = divmod(int(seconds), 60)
+    return f"{minutes}:{rest:02d}" if minutes < 60 else f"{minutes // 60}:{minutes % 60:02d}:{rest:02d}"
 
 
 def closing(result: Result) -> Group:
@@ -172,6 +233,7 @@ def closing_table(result: Result) -> Table:
         "trained on": f"{result.tokens:,} tokens in {result.steps:,} steps",
         weights: "-" if result.adapter_mb is None else f"{result.adapter_mb:.2f} MB",
         "peak memory": "-" if result.peak_memory_mb is None else f"{result.peak_memory_mb:,.0f} MB",
+        "rows": _rows(result),
         "model, data": f"{result.model} on {result.dataset}{' (STAND-IN)' if result.stand_in else ''}",
     }
     for name, value in rows.items():
@@ -286,6 +348,14 @@ def _group_row(results: list[Result]) -> list[str]:
 def _spent(budget: dict[str, Any]) -> str:
     digits = 1 if budget["kind"] == "seconds" else 0
     return f"{budget['spent']:,.{digits}f} of {budget['limit']:,.0f} {budget['kind']}"
+
+
+def _rows(result: Result) -> str | None:
+    """Of each split, and the hash by which the data are known again."""
+    if not result.data:
+        return None
+    counts = ", ".join(f"{name} {split['rows']:,}" for name, split in result.data["splits"].items())
+    return f"{counts}; SHA-256 {result.data['sha256'][:12]}"
 
 
 def _energy(result: Result) -> str:

@@ -140,11 +140,12 @@ def compare(results: list[Result], curves: Sequence[Curve] | None = None, target
         curves: one a result; where absent the areas are those that result.json holds.
         target: the metric that `curves` hold the way to, over 0 and at most 1.
     """
-    labels = labels_of(results)
+    labels, tasks = labels_of(results), tasks_of(results)
     groups: dict[tuple[str, str], list[tuple[Result, Curve]]] = {}
-    for result, label, curve in zip(results, labels, curves or [Curve(_auc(result.auc)) for result in results]):
+    all_curves = curves or [Curve(_auc(result.auc)) for result in results]
+    for result, label, task, curve in zip(results, labels, tasks, all_curves):
         if "value" in result.metric:
-            groups.setdefault((label, _task(result)), []).append((result, curve))
+            groups.setdefault((label, task), []).append((result, curve))
     baseline = "lora" if any(label == "lora" for label, _ in groups) else None
     by = _by([run for members in groups.values() for run, _ in members])
     rows = []
@@ -203,18 +204,35 @@ def _auc(saved: dict[str, Any]) -> dict[str, float | None]:
 def labels_of(results: list[Result]) -> list[str]:
     """What tells runs apart: the method; where that leaves two runs of one task and seed the run_id; then the group or
     the name. Seeds of one label are then independent runs. Different budgets are never put together."""
-    labels = [result.method or result.run_id for result in results]
+    labels, tasks = [result.method or result.run_id for result in results], tasks_of(results)
     for finer in (lambda r: r.run_id, lambda r: r.group or r.name, lambda r: r.name):
-        keys = [(label, _task(result), result.seed) for label, result in zip(labels, results)]
+        keys = [(label, task, result.seed) for label, task, result in zip(labels, tasks, results)]
         twice = {label for (label, *_), count in Counter(keys).items() if count > 1}
         labels = [finer(result) if label in twice else label for label, result in zip(labels, results)]
     budgets: dict[tuple[str, str], set[str]] = {}
-    for label, result in zip(labels, results):
-        budgets.setdefault((label, _task(result)), set()).add(_budget(result))
+    for label, task, result in zip(labels, tasks, results):
+        budgets.setdefault((label, task), set()).add(_budget(result))
     return [
-        f"{label}, {_budget(result)}" if len(budgets[label, _task(result)]) > 1 else label
-        for label, result in zip(labels, results)
+        f"{label}, {_budget(result)}" if len(budgets[label, task]) > 1 else label
+        for label, task, result in zip(labels, tasks, results)
     ]
+
+
+def tasks_of(results: list[Result]) -> list[str]:
+    """Dataset and model; and behind them the data's hash where one name stands for several: scores on other rows are
+    not put side by side. A run of an earlier version noted no hash."""
+    names = [_task(result) for result in results]
+    hashes: dict[str, set[str]] = {}
+    for name, result in zip(names, results):
+        hashes.setdefault(name, set()).add(_data(result))
+    return [
+        f"{name}, data {_data(result)[:8] or 'not noted'}" if len(hashes[name]) > 1 else name
+        for name, result in zip(names, results)
+    ]
+
+
+def _data(result: Result) -> str:
+    return str(result.data.get("sha256", ""))
 
 
 def _task(result: Result) -> str:

@@ -20,6 +20,8 @@ from fastpeft.errors import UserError
 from fastpeft.runs.store import RunFolder, list_runs, read_json, recover_folder, write_json
 
 if TYPE_CHECKING:
+    import torch
+
     from fastpeft.tasks.base import OtherSet, Score
 
 SETS = "sets.json"
@@ -118,7 +120,6 @@ def score_sets(plan: SetPlan, say: Callable[[str], None]) -> list[SetScore]:
 
     from fastpeft.adapters import method_class
     from fastpeft.device_memory import TokenLimits
-    from fastpeft.models.backbone import choose_dtype
     from fastpeft.tasks import kind_of, task_class
 
     run, result = plan.run, plan.folder.read_result()
@@ -135,7 +136,7 @@ def score_sets(plan: SetPlan, say: Callable[[str], None]) -> list[SetScore]:
     if run.training.threads:
         torch.set_num_threads(run.training.threads)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    dtype, method = choose_dtype(run.training.precision, device), method_class(run.method)
+    dtype, method = _dtype_of(plan, device), method_class(run.method)
     if result is not None and result.stand_in:
         say(f"STAND-IN: these are numbers of {run.model.name}, trained on {result.dataset}")
     say(f"loading {run.model.name} with {plan.weights}")
@@ -166,6 +167,18 @@ def score_sets(plan: SetPlan, say: Callable[[str], None]) -> list[SetScore]:
 def _score(name: str, found: Score) -> SetScore:
     num_right = round(found.value * found.num_rows)
     return SetScore(name, found.num_rows, found.value, wilson(num_right, found.num_rows), found.more)
+
+
+def _dtype_of(plan: SetPlan, device: torch.device) -> torch.dtype:
+    """That the run was trained in, where it chose one itself."""
+    from fastpeft.models.backbone import layer_shape
+    from fastpeft.models.precision import DTYPES, choose_precision
+
+    noted = (read_json(plan.folder.environment) or {}).get("dtype")
+    trained_in = next((dtype for dtype in DTYPES.values() if str(dtype) == noted), None)
+    return (
+        trained_in or choose_precision(plan.run.training.precision, device, lambda: layer_shape(plan.run.model)).dtype
+    )
 
 
 def _merge(plan: SetPlan, score: SetScore, other: OtherSet, found: Score, weights: dict[str, Any], dtype: str) -> None:

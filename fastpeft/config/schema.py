@@ -120,8 +120,8 @@ class TrainingConfig:
     epochs: PositiveFloat = 3.0
     """Passes over the data when no budget is given."""
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
-    """Of the frozen weights and activations; adapters, gradients and moments are fp32. auto: bf16
-    where the processor multiplies it natively, else fp32."""
+    """Of the frozen weights and activations; adapters, gradients and moments are fp32. auto: bf16 on a GPU that has it,
+    and on a CPU where products of the model's shape are measured to be faster in it, else fp32."""
     checkpoint_steps: PositiveInt = 500
     """Steps between checkpoints."""
     seed: Annotated[int, Range(ge=0, lt=2**32)] = 42

@@ -81,14 +81,13 @@ class Source(ABC):
     def _rows(self, split: str, columns: tuple[str, ...] | None) -> Split: ...
 
 
-class GeneratedSource(Source):
-    """Made by the package, from no file."""
+class RowsSource(Source):
+    """Rows in memory, from no file."""
 
-    def __init__(self, name: str, known: KnownDataset) -> None:
+    def __init__(
+        self, name: str, made: Mapping[str, Sequence[dict[str, Any]]], known: KnownDataset | None = None
+    ) -> None:
         super().__init__(name, known)
-        assert known.generated is not None
-        module, _, function = known.generated.partition(":")
-        made: dict[str, list[dict[str, Any]]] = getattr(import_module(module), function)()
         self._made = {
             split: Split(f"{name} {split}", [Row(line, values) for line, values in enumerate(rows, 1)])
             for split, rows in made.items()
@@ -106,6 +105,15 @@ class GeneratedSource(Source):
 
     def _rows(self, split: str, columns: tuple[str, ...] | None) -> Split:
         return self._made[split]
+
+
+class GeneratedSource(RowsSource):
+    """Made by the package."""
+
+    def __init__(self, name: str, known: KnownDataset) -> None:
+        assert known.generated is not None
+        module, _, function = known.generated.partition(":")
+        super().__init__(name, getattr(import_module(module), function)(), known)
 
 
 def _named(values: Mapping[str, Any], names: Mapping[str, tuple[str, ...]]) -> dict[str, Any]:

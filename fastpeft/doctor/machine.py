@@ -122,8 +122,6 @@ def device() -> list[Finding]:
 def _cuda_device() -> Finding:
     import torch
 
-    from fastpeft.models.backbone import choose_dtype
-
     here = torch.device("cuda", 0)
     facts = torch.cuda.get_device_properties(here)
     capability = f"{facts.major}.{facts.minor}"
@@ -140,8 +138,8 @@ def _cuda_device() -> Finding:
     count = torch.cuda.device_count()
     message = (
         f"{facts.name}, capability {capability}, driver {_driver() or 'unknown'}, CUDA {torch.version.cuda} in torch, "
-        f"{free / _GIB:.0f} of {total / _GIB:.0f} GiB free; precision auto is "
-        f"{_dtype_name(choose_dtype('auto', here))}" + (f"; the first of {count}" if count > 1 else "")
+        f"{free / _GIB:.0f} of {total / _GIB:.0f} GiB free; {_precision(here)}"
+        + (f"; the first of {count}" if count > 1 else "")
     )
     if free < total / 2:
         fix = "end what else runs on it, or choose another with CUDA_VISIBLE_DEVICES"
@@ -160,22 +158,22 @@ def _cpu_device() -> Finding:
     import psutil
     import torch
 
-    from fastpeft.models.backbone import choose_dtype
-
     facts = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
-    dtype = _dtype_name(choose_dtype("auto", torch.device("cpu")))
-    native = "multiplies bf16 natively" if dtype == "bf16" else "has no native bf16"
     memory = psutil.virtual_memory()
     return Finding(
         "device",
         "ok",
         f"CPU {facts.get('cpu_name') or platform.processor() or platform.machine()}, {os.cpu_count()} cores, "
-        f"{memory.available / _GIB:.1f} of {memory.total / _GIB:.1f} GiB free; it {native}: precision auto is {dtype}",
+        f"{memory.available / _GIB:.1f} of {memory.total / _GIB:.1f} GiB free; "
+        f"{_precision(torch.device('cpu'))}",
     )
 
 
-def _dtype_name(dtype: Any) -> str:
-    return {"torch.bfloat16": "bf16", "torch.float16": "fp16"}.get(str(dtype), "fp32")
+def _precision(device: Any) -> str:
+    """What precision auto is there, for a model of the usual width."""
+    from fastpeft.models.precision import choose_precision
+
+    return choose_precision("auto", device, lambda: (768, 3072)).note
 
 
 def _gpus_of_the_driver() -> list[str]:

@@ -104,13 +104,12 @@ def _facts(plan: Plan, exported: Exported, task: Task) -> str:
     }
     if metric.get("more"):
         rows["also"] = ", ".join(f"{name} {figure(value)}" for name, value in metric["more"].items())
-    if exported.trimmed is not None and exported.metric is not None:
-        summary = exported.trimmed.summary()
+    if exported.trimmed is not None:
+        summary, change = exported.trimmed.summary(), exported.metric
         rows["trimmed"] = (
             f"to {summary['share']:.4g} of each update's energy: ranks {summary['rank_min']} to "
             f"{summary['rank_max']}, {summary['rank_total']:,} of {summary['rank_before_total']:,} in total; "
-            f"{exported.metric.name} {exported.metric.before:.4f} before, {exported.metric.after:.4f} after"
-        )
+        ) + (f"{change.name} {change.before:.4f} before, {change.after:.4f} after" if change else "not scored again")
     if plan.reader is not None:
         rows["for"] = plan.reader.name
         if exported.layout is not None:

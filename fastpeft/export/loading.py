@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
+from fastpeft.adapters.adapter import read_weights
 from fastpeft.config.schema import ModelConfig
 from fastpeft.errors import first_line
 from fastpeft.export.plan import CheckError, ExportError
@@ -46,6 +47,17 @@ def load_base(config: ModelConfig, task: Task, device: torch.device) -> Backbone
                 if weight is not None and is_quantised(weight):
                     backbone.model.get_parameter(f"{name}.weight").data.copy_(dequantised(weight, torch.float32))
         return backbone
+
+
+def load_whole(folder: Path, task: Task, device: torch.device) -> Backbone:
+    """A fully fine-tuned model in fp32, with its own head: `load_base` takes none whose labels' names say nothing, but
+    these are the run's."""
+    backbone = load_base(ModelConfig(name=str(folder)), task, device)
+    stored = read_weights(folder) if backbone.head else {}
+    for module in backbone.head:
+        for name, parameter in backbone.model.get_submodule(module).named_parameters(prefix=module):
+            parameter.data.copy_(stored[name])
+    return backbone
 
 
 def trained_model(backbone: Backbone, folder: Path) -> nn.Module:

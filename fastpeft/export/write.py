@@ -17,22 +17,29 @@ from safetensors import SafetensorError
 from torch import nn
 
 from fastpeft._version import __version__
-from fastpeft.config.schema import ModelConfig
 from fastpeft.device_memory import free_memory, is_out_of_memory
 from fastpeft.export.adapter_files import check_source, reader_notes, write_adapter
 from fastpeft.export.card import card_text
 from fastpeft.export.exported import Check, Exported, Layout, MetricChange
-from fastpeft.export.loading import base_name, load_base, load_exported, load_mlx, save_merged, trained_model
+from fastpeft.export.loading import (
+    base_name,
+    load_base,
+    load_exported,
+    load_mlx,
+    load_whole,
+    save_merged,
+    trained_model,
+)
 from fastpeft.export.plan import CheckError, ExportError, Plan
 from fastpeft.export.readers import check_base, check_merged
 from fastpeft.export.rope_keys import add_rope_keys
 from fastpeft.export.tokenizer_files import save_tokenizer
+from fastpeft.export.trained_task import TrainedTask, trained_task
 from fastpeft.export.trim import Trimmed, trim_model
 from fastpeft.models.backbone import Backbone
 from fastpeft.runs.store import read_json, write_json
-from fastpeft.tasks import Task, load_task
+from fastpeft.tasks import Task
 from fastpeft.tasks.base import ExportCheck
-from fastpeft.trainer.resolve import resolve
 
 TOLERANCE, TOLERANCE_4_BIT = 1e-4, 1e-3
 """Largest difference of a logit, times the largest logit where that is over 1. Sound exports: about 1e-6; a base in 4
@@ -71,38 +78,29 @@ def export(plan: Plan, say: Callable[[str], None] = lambda _: None) -> Exported:
 
 def _build(plan: Plan, source: Path, out: Path, device: torch.device, say: Callable[[str], None]) -> Exported:
     _check_source(plan, source)
-    resolved = resolve(plan.run)
-    run = resolved.run
-    say(f"loading {run.model.name} and {run.dataset.name}")
-    task = load_task(run.dataset, run.evaluation, run.training.seed)
+    trained = trained_task(plan, say)
+    task, run = trained.task, plan.run
     before = trimmed = metric = layout = None
     if plan.reader is not None and plan.merge:
         check_merged(plan.reader, task.peft_task_type)
-    if plan.full:
-        with _writing(plan.target):
-            shutil.copytree(source, out)
-            _complete_config(out / "config.json", task.model_settings())
-        backbone = load_base(ModelConfig(name=str(out)), task, device)
-        model = backbone.model
-        with _writing(plan.target):
-            save_tokenizer(backbone.tokenizer, out)
-    else:
-        backbone = load_base(run.model, task, device)
-        model = trained_model(backbone, source)
+    backbone, model = _load_trained(plan, source, out, task, device)
     if plan.reader is not None:
         check_base(plan.reader, backbone.model.config.to_dict())
-    rows = task.export_check(backbone)
+    rows, num_scored = trained.export_check(backbone), trained.num_scored(run.evaluation.max_examples)
     eos_token_ids = backbone.eos_token_ids
     if plan.trim is not None:
-        say(f"measuring {rows.metric} before trimming")
-        before = rows.score(model, device)
+        if trained.has_rows:
+            say(f"measuring {rows.metric} before trimming")
+            before = rows.score(model, device)
+        else:
+            say("what trimming costs is not measured: that takes the run's own validation rows")
         trimmed = trim_model(model, plan.trim)
     wanted = rows.answers(model, backbone.tokenizer, device)
     if not plan.full:
         with _writing(plan.target):
             layout = _write_weights(plan, model, backbone, source, out, trimmed)
     del model, backbone
-    loaded, tokenizer = _load(plan, out, run.model, task, device)
+    loaded, tokenizer = _load(plan, out, task, device)
     check = _compare(plan, rows, wanted, rows.answers(loaded, tokenizer, device))
     if plan.merge:
         _check_settings(plan, loaded, task)
@@ -111,19 +109,19 @@ def _build(plan: Plan, source: Path, out: Path, device: torch.device, say: Calla
         metric = MetricChange(rows.metric, before, rows.score(loaded, device), rows.num_validation)
     exported = Exported(
         target=plan.target,
-        stand_in=resolved.stand_in or (plan.result is not None and plan.result.stand_in),
+        stand_in=trained.stand_in or (plan.result is not None and plan.result.stand_in),
         check=check,
         mb_before=_megabytes(source),
         mb=_megabytes(out),
         trimmed=trimmed,
         metric=metric,
         max_length=rows.max_length,
-        num_validation=rows.num_validation,
+        num_validation=num_scored,
         layout=layout,
         notes=reader_notes(plan),
     )
     with _writing(plan.target):
-        write_json(out / "export.json", _facts(plan, exported, task))
+        write_json(out / "export.json", _facts(plan, exported, trained))
         card = out / "README.md"
         card.write_text(card_text(plan, exported, task, eos_token_ids), encoding="utf-8")
         for path in out.iterdir():
@@ -144,6 +142,20 @@ def _check_source(plan: Plan, source: Path) -> None:
         ) from None
 
 
+def _load_trained(plan: Plan, source: Path, out: Path, task: Task, device: torch.device) -> tuple[Backbone, nn.Module]:
+    """The base and the model on it; of a fully fine-tuned one, which is written to `out`, twice the same."""
+    if not plan.full:
+        backbone = load_base(plan.run.model, task, device)
+        return backbone, trained_model(backbone, source)
+    with _writing(plan.target):
+        shutil.copytree(source, out)
+        _complete_config(out / "config.json", task.model_settings())
+    backbone = load_whole(out, task, device)
+    with _writing(plan.target):
+        save_tokenizer(backbone.tokenizer, out)
+    return backbone, backbone.model
+
+
 def _write_weights(
     plan: Plan, model: nn.Module, backbone: Backbone, source: Path, out: Path, trimmed: Trimmed | None
 ) -> Layout | None:
@@ -158,11 +170,11 @@ def _write_weights(
     return layout
 
 
-def _load(plan: Plan, out: Path, config: ModelConfig, task: Task, device: torch.device) -> tuple[nn.Module, Any]:
+def _load(plan: Plan, out: Path, task: Task, device: torch.device) -> tuple[nn.Module, Any]:
     """What was written, as its reader takes it."""
     if plan.reader is not None and plan.reader.own_files and not plan.merge:
-        return load_mlx(out, config, task, device)
-    return load_exported(out, plan.merge, config, task, device)
+        return load_mlx(out, plan.run.model, task, device)
+    return load_exported(out, plan.merge, plan.run.model, task, device)
 
 
 def _complete_config(path: Path, settings: dict[str, Any] | None = None) -> None:
@@ -199,9 +211,10 @@ def _check_settings(plan: Plan, loaded: nn.Module, task: Task) -> None:
             )
 
 
-def _facts(plan: Plan, exported: Exported, task: Task) -> dict[str, Any]:
+def _facts(plan: Plan, exported: Exported, trained: TrainedTask) -> dict[str, Any]:
     """What export.json holds."""
     name, _ = base_name(plan.run.model)
+    task = trained.task
     return {
         "run": plan.folder.path.name,
         "method": plan.run.method,
@@ -217,6 +230,7 @@ def _facts(plan: Plan, exported: Exported, task: Task) -> dict[str, Any]:
         "dataset": task.name,
         "kind": task.kind,
         **task.facts(),
+        "data": trained.noted.data.to_json(),
         "stand_in": exported.stand_in,
         "metric_of_the_run": plan.metric,
         "mb_before": exported.mb_before,

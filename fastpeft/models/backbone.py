@@ -17,6 +17,7 @@ from fastpeft.config.schema import ModelConfig
 from fastpeft.errors import UnavailableError, UserError, first_line
 from fastpeft.models.files import fetch_model
 from fastpeft.models.lm_head import check_causal_lm
+from fastpeft.models.pretrained_head import fit_head
 from fastpeft.standins import embedded_path
 
 if TYPE_CHECKING:
@@ -24,7 +25,8 @@ if TYPE_CHECKING:
 
 _HEAD_NAMES = ("classifier", "score")
 _OTHER_TASKS = ("Classification", "MaskedLM", "QuestionAnswering", "MultipleChoice", "NextSentencePrediction")
-_LABELS = ("num_labels", "id2label", "label2id")
+_USUAL_WIDTH = 768
+_INNER_WIDTHS = ("intermediate_size", "ffn_dim", "n_inner", "hidden_dim", "d_ff")
 _LOCAL = {"local_files_only": True, "trust_remote_code": False}
 
 
@@ -40,7 +42,8 @@ class Backbone:
     """Top-level modules that are trained whole, in fp32: a classifier's head and whatever has no pretrained weights.
     Empty for a causal LM, whose head is pretrained."""
     reads_segments: bool
-    """Whether the model has token type embeddings."""
+    """Whether the model has token type embeddings and its tokenizer gives their numbers. Where it gives none, whoever
+    calls the model later leaves them at 0, and so does training."""
     max_positions: int | None
     """Longest sequence that the model can take; None if unbounded."""
     dtype: torch.dtype
@@ -54,6 +57,8 @@ class Backbone:
     head_is_frozen: bool = False
     """A causal LM's head is the pretrained one for good, as linear_cross_entropy needs it. False where the whole model
     is trained, and for classifiers."""
+    notes: tuple[str, ...] = ()
+    """What the user should know of how it was loaded."""
 
 
 def load_classifier(
@@ -66,7 +71,8 @@ def load_classifier(
     device: torch.device,
     trained: bool = False,
 ) -> Backbone:
-    """Load weights, tokenizer and a head; a missing head is initialised from torch's RNG.
+    """Load weights, tokenizer and a head, which is the checkpoint's own only where its labels are the task's by name.
+    Another, or a missing one, is drawn from torch's RNG.
 
     The weights are cast to `dtype`, but stay fp32 if they are to be `trained`.
 
@@ -88,30 +94,34 @@ def load_classifier(
         )
     with _loading(config, "a classifier") as folder:
         tokenizer = transformers.AutoTokenizer.from_pretrained(folder, **_LOCAL)
+        stored, asked = (transformers.AutoConfig.from_pretrained(folder, **_LOCAL) for _ in range(2))
+        for key, value in ({"problem_type": None} | settings).items():  # the checkpoint's own would outlive its task
+            setattr(asked, key, value)
         model, info = getattr(transformers, auto_class).from_pretrained(
             folder,
-            **{key: value for key, value in settings.items() if key in _LABELS},
+            config=asked,
             ignore_mismatched_sizes=True,
             output_loading_info=True,
             dtype=torch.float32,
             **_LOCAL,
         )
-    for key, value in settings.items():
-        setattr(model.config, key, value)
     _name_base(model, config)
     if tokenizer.pad_token_id is None:
         raise UnavailableError(f"model.name {config.name}: its tokenizer has no padding token")
-    head = _head_modules(model, info, config.name)
+    output, notes = fit_head(model, stored, settings, info)
+    head = _head_modules(model, info, config.name, output)
     freeze(model, head, torch.float32 if trained else dtype, device)
     return Backbone(
         model=model,
         tokenizer=tokenizer,
         head=head,
-        reads_segments=getattr(model.config, "type_vocab_size", 0) > 1,
+        reads_segments=getattr(model.config, "type_vocab_size", 0) > 1
+        and "token_type_ids" in tokenizer.model_input_names,
         max_positions=_max_positions(model.config),
         dtype=dtype,
         task_type=task_type,
         entry_points=[model],
+        notes=notes,
     )
 
 
@@ -262,16 +272,18 @@ def _end_tokens(model: PreTrainedModel, tokenizer: Any, name: str) -> tuple[int,
 
 
 @contextmanager
-def quiet_transformers() -> Iterator[None]:
-    """No progress bars and no advice from transformers on the user's screen, and no warnings of PEFT about it."""
+def quiet_transformers(keep_bars: bool = False) -> Iterator[None]:
+    """No progress bars and no advice from transformers on the user's screen, and no warnings about its own names, which
+    PEFT and we call as every release has them. `keep_bars`: those of downloads are the user's to see."""
     from transformers.utils import logging
 
-    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled() and not keep_bars
     logging.set_verbosity_error()
-    logging.disable_progress_bar()
+    if bars:
+        logging.disable_progress_bar()
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", FutureWarning)  # PEFT reads a property that transformers renames
+            warnings.simplefilter("ignore", FutureWarning)
             yield
     finally:
         logging.set_verbosity(verbosity)
@@ -279,17 +291,18 @@ def quiet_transformers() -> Iterator[None]:
             logging.enable_progress_bar()
 
 
-def choose_dtype(precision: str, device: torch.device) -> torch.dtype:
-    """Of frozen weights and activations. `auto` is bf16 where it is native and faster, else fp32."""
-    named = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-    if precision != "auto":
-        return named[precision]
-    if device.type == "cuda":
-        fast = torch.cuda.get_device_capability(device) >= (8, 0)
-    else:
-        can = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
-        fast = can.get("amx_bf16", False) or can.get("avx512_bf16", False)
-    return torch.bfloat16 if fast else torch.float32
+def layer_shape(config: ModelConfig) -> tuple[int, int]:
+    """Inputs and outputs of the model's feed-forward layers, as its config has them or else as most models do."""
+    import transformers
+
+    with _loading(config, "a model") as folder:
+        try:
+            settings: Any = transformers.AutoConfig.from_pretrained(folder, **_LOCAL).get_text_config()
+        except Exception:  # the load that comes next says what is wrong with the config
+            settings = None
+    width = getattr(settings, "hidden_size", _USUAL_WIDTH)
+    named = (getattr(settings, name, None) for name in _INNER_WIDTHS)
+    return width, next((inner for inner in named if isinstance(inner, int)), 4 * width)
 
 
 def freeze(model: nn.Module, head: list[str], dtype: torch.dtype, device: torch.device) -> None:
@@ -300,8 +313,8 @@ def freeze(model: nn.Module, head: list[str], dtype: torch.dtype, device: torch.
         _keep_fp32(model.get_submodule(module))
 
 
-def _head_modules(model: nn.Module, info: dict[str, Any], name: str) -> list[str]:
-    """The classifier, and modules beside the encoder that the checkpoint has no weights for."""
+def _head_modules(model: nn.Module, info: dict[str, Any], name: str, output: str | None) -> list[str]:
+    """The module of the output layer, and those beside the encoder that the checkpoint has no weights for."""
     children = dict(model.named_children())
     lacking = set(info["missing_keys"]) | {key for key, *_ in info.get("mismatched_keys", ())}
     fresh = {key.split(".")[0] for key in lacking}
@@ -313,7 +326,8 @@ def _head_modules(model: nn.Module, info: dict[str, Any], name: str) -> list[str
                 f"model.name {name}: the checkpoint lacks {len(inner)} weights of the encoder, such as {inner[0]}"
             )
         fresh = (fresh - {encoder}) | {f"{encoder}.pooler"}
-    return [n for n in children if n in fresh or n in _HEAD_NAMES] + sorted(n for n in fresh if "." in n)
+    named = (*_HEAD_NAMES, (output or "").split(".")[0])
+    return [n for n in children if n in fresh or n in named] + sorted(n for n in fresh if "." in n)
 
 
 def _keep_fp32(module: nn.Module) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import difflib
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any, cast
 
@@ -20,6 +22,7 @@ from fastpeft.models.lm_head import output_embeddings
 ADAPTER_NAME = "default"
 
 _QUERY_VALUE = r"q|query|q_proj|query_proj|q_lin|v|value|v_proj|value_proj|v_lin"
+_KEYWORDS = ("qv", "attention", "all-linear")
 _ATTENTION = _QUERY_VALUE + r"|k|key|k_proj|key_proj|k_lin|o_proj|out_proj|out_lin|qkv_proj|query_key_value"
 _BLOCK = re.compile(r"\.(\d+)\.")
 
@@ -161,7 +164,11 @@ def _module(model: peft.PeftModel, name: str) -> Any:
 
 def match_targets(model: nn.Module, head: list[str], wanted: str | list[str]) -> list[str]:
     """Names of the linear layers that `adapter.target_modules` means, in the model's order; never a language model's
-    head."""
+    head.
+
+    Raises:
+        UserError: a name, a word or a regular expression that matches none; the message names the nearest that does.
+    """
     head_of_lm = output_embeddings(model)
     linears = [
         name
@@ -170,10 +177,37 @@ def match_targets(model: nn.Module, head: list[str], wanted: str | list[str]) ->
         and module is not head_of_lm
         and not any(name == h or name.startswith(f"{h}.") for h in head)
     ]
-    found = [name for name in linears if _matches(name, wanted)]
-    if not found:
-        raise UserError(f"adapter.target_modules {wanted!r} matches no linear layer of this model. {_there(linears)}")
-    return found
+    entries: list[str | list[str]] = [[entry] for entry in wanted] if isinstance(wanted, list) else [wanted]
+    idle = [entry for entry in entries if not any(_matches(name, entry) for name in linears)]
+    if idle or not entries:
+        what = "; ".join(_why(model, linears, entry) for entry in idle) or "it names no layer"
+        stop = "" if what.endswith("?") else "."
+        raise UserError(f"adapter.target_modules {wanted!r}: {what}{stop} {_there(linears)}")
+    return [name for name in linears if _matches(name, wanted)]
+
+
+def _why(model: nn.Module, linears: list[str], entry: str | list[str]) -> str:
+    """That an entry matches nothing, and what it names instead, or the nearest name that there is."""
+    word = entry if isinstance(entry, str) else entry[0]
+    said = f"{word!r} matches no linear layer of this model"
+    if isinstance(entry, list) and word in _KEYWORDS:
+        return f"{said}: the word stands alone and in no list, adapter.target_modules={word}"
+    for name, module in model.named_modules():
+        if word and (name == word or name.endswith(f".{word}")):
+            if isinstance(module, nn.Linear):  # all others have been looked at
+                return f"{said}: it is of the head, which is not adapted"
+            return f"{said}: it is a {type(module).__name__}"
+    last = next(iter(re.findall(r"\w+", word)[-1:]), "")  # of a regular expression
+    names = [*_KEYWORDS, *_endings(linears)]
+    near = [*difflib.get_close_matches(word, names, n=1), *difflib.get_close_matches(last, names, n=1)]
+    return f"{said}, did you mean {near[0]}?" if near else said
+
+
+def _endings(linears: list[str]) -> Iterator[str]:
+    """All that may stand for one of the layers in a list: its name, and what is behind each dot of it."""
+    for name in linears:
+        parts = name.split(".")
+        yield from (".".join(parts[i:]) for i in range(len(parts)))
 
 
 def _there(linears: list[str]) -> str:

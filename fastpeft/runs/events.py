@@ -2,6 +2,10 @@
 
 Every event has `type`, `time_s` (Unix time), `elapsed_s` (the budget clock) and `step`. Numbers that
 are not finite are written as the strings "nan", "inf" and "-inf", so that every line is strict JSON.
+
+`phase` events come before the `run` event, and after it until a step has ended: name (data, model, tokenise, timing,
+calibrate, first_step), text, and how far it is: done and total of a unit. The first step has estimates too: left_s to
+its end, whole_s and whole_steps to the end of training.
 """
 
 from __future__ import annotations
@@ -36,6 +40,12 @@ def number(value: Any) -> float:
     return _NON_FINITE[value] if isinstance(value, str) else float(value)
 
 
+def make_event(type: str, *, elapsed_s: float, step: int, **fields: Any) -> Event:
+    """An event of this moment."""
+    at = {"type": type, "time_s": round(time.time(), 3), "elapsed_s": round(elapsed_s, 4), "step": step}
+    return at | finite(fields)
+
+
 class EventLog:
     """Appends events; may be called from several threads. A line is in the file when `write` returns.
 
@@ -50,20 +60,17 @@ class EventLog:
         self._lock = threading.Lock()
 
     def write(self, type: str, *, elapsed_s: float, step: int, **fields: Any) -> None:
-        event = {
-            "type": type,
-            "time_s": round(time.time(), 3),
-            "elapsed_s": round(elapsed_s, 4),
-            "step": step,
-        }
-        event |= finite(fields)
+        self.append(make_event(type, elapsed_s=elapsed_s, step=step, **fields), self._listeners)
+
+    def append(self, event: Event, listeners: tuple[Callable[[Event], None], ...] = ()) -> None:
+        """An event that was made before; the log's own listeners have heard of it."""
         line = json.dumps(event, allow_nan=False, separators=(",", ":")).encode() + b"\n"
         with self._lock:
             if self._file.closed:
                 return
             self._file.write(line)
             self._file.flush()
-            for listener in self._listeners:
+            for listener in listeners:
                 listener(event)
 
     def offset(self) -> int:

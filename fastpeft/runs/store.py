@@ -70,6 +70,8 @@ class Result:
     """Of task, as in dataset.task."""
     labels: list[str] = field(default_factory=list)
     """Label names in the order of their numbers, where the task has them."""
+    data: dict[str, Any] = field(default_factory=dict)
+    """{sha256, splits: {name: {rows, and hashes of them}}}: what the run was trained and scored on, as it was read."""
     adapter_mb: float | None = None
     peak_memory_mb: float | None = None
     git: str | None = None
@@ -113,18 +115,35 @@ class RunFolder:
 
     def check_free(self) -> None:
         """Raises RunError if the name is taken."""
-        if os.path.lexists(self.path):
+        if os.path.lexists(self.path) and not self._is_remains():
             what = "has this name" if self.config.is_file() else "is in the way"
             raise RunError(f"{self.path} {what}: choose another --name, or continue it with --resume")
 
     def create(self) -> None:
         """Make the folder and lock it. Raises RunError if the name is taken."""
-        self.check_free()
+        if not self._is_remains(remove=True):
+            self.check_free()
         try:
             self.path.mkdir(parents=True)
         except OSError as error:
             raise RunError(f"{self.path} cannot be made: {error.strerror}") from None
         self.lock()
+
+    def _is_remains(self, remove: bool = False) -> bool:
+        """Whether a run that was killed while it was set up left this: a log, no settings, and a lock that is free."""
+        lock = self.path / ".lock"
+        if self.config.exists() or not self.events.is_file():
+            return False
+        try:
+            with lock.open() as file:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                if not os.path.samestat(os.fstat(file.fileno()), lock.stat()):
+                    return False  # another process was quicker, and this is its run
+                if remove:
+                    shutil.rmtree(self.path)
+        except OSError:
+            return False
+        return True
 
     def lock(self) -> None:
         """Raises RunError while another process trains this run."""

@@ -7,6 +7,7 @@ them out with calculator notes as GSM8K writes them. Words and frames are in emb
 from dataclasses import dataclass, field
 from random import Random
 
+from fastpeft import phases
 from fastpeft.standins.problem_grammar import FRAMES, NOUNS, Nouns
 
 NUM_TRAIN_PROBLEMS, NUM_TEST_PROBLEMS = 8_000, 1_000
@@ -145,6 +146,7 @@ def _problems(split: str, num_problems: int, seed: int) -> list[tuple[str, str]]
         except _Unfit:
             continue
         found.setdefault(question, answer)
+        phases.progress(len(found), num_problems, "problems")
     rows = list(found.items())
     rng.shuffle(rows)
     return rows

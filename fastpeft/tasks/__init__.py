@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from fastpeft.config.schema import DatasetConfig, EvaluationConfig
+from fastpeft.config.schema import ColumnsConfig, DatasetConfig, EvaluationConfig
 from fastpeft.config.tasks import TASKS
 from fastpeft.data.known import KnownDataset
 from fastpeft.data.opening import open_source
 from fastpeft.data.rows import DataError
-from fastpeft.data.source import Source
+from fastpeft.data.source import TRAIN, VALIDATION, RowsSource, Source
 from fastpeft.tasks.base import Task
+from fastpeft.tasks.trained_on import TrainedOn
 
 __all__ = [
     "Known",
@@ -21,6 +22,7 @@ __all__ = [
     "kind_of",
     "known_names",
     "load_task",
+    "restore_task",
     "task_class",
 ]
 
@@ -83,6 +85,29 @@ def load_task(config: DatasetConfig, evaluation: EvaluationConfig | None = None,
     if why:
         task.notes.insert(1, f"dataset.task is {kind}: {why}")
     return task
+
+
+def restore_task(trained: TrainedOn, config: DatasetConfig, evaluation: EvaluationConfig, seed: int = 0) -> Task:
+    """The task of a run whose data are gone or have changed, as the run notes it, over a few made-up rows.
+
+    Its labels, and what an export says of it, are those that were trained; its rows are good for nothing but a look at
+    what a model answers.
+
+    Args:
+        config: the run's section; only what concerns no data is taken of it, such as max_length and prompt.
+    """
+    rows = list(trained.specimen)
+    plain = replace(
+        config,
+        path=None,
+        columns=ColumnsConfig(),
+        labels=list(trained.labels) or None,
+        validation_split=None,
+        scheme="auto",
+        held_out=1,
+    )
+    source = RowsSource(trained.dataset, {TRAIN: rows, VALIDATION: rows})
+    return task_class(trained.kind).load(plain, source, evaluation, seed)
 
 
 def choose_kind(config: DatasetConfig, source: Source, known: Known | None) -> tuple[str, str]:

@@ -7,7 +7,7 @@ export and the comparison know this interface and no kind.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Generic, Self, TypeVar
@@ -18,11 +18,13 @@ from torch import nn
 
 from fastpeft.config.schema import DatasetConfig, EvaluationConfig, ModelConfig
 from fastpeft.data.batches import Batch, TokenRows
+from fastpeft.data.fingerprint import Fingerprint, ReadRow
 from fastpeft.data.known import KnownDataset
 from fastpeft.data.source import Source
 from fastpeft.device_memory import TokenLimits
 from fastpeft.models.backbone import Backbone, load_classifier
 from fastpeft.signals import Need
+from fastpeft.tasks.trained_on import TrainedOn
 
 Stop = Callable[[], bool]
 Shrink = Callable[[int, int], int]
@@ -143,6 +145,25 @@ class Task(ABC, Generic[Rows]):
     @abstractmethod
     def describe(self) -> str:
         """The data in one line."""
+
+    @abstractmethod
+    def rows_read(self) -> dict[str, Iterable[ReadRow]]:
+        """Every row of each split, in order, before anything is left out of an evaluation."""
+
+    @abstractmethod
+    def specimen(self) -> list[dict[str, Any]]:
+        """Made-up rows, three or more, as `load` takes them with the columns' usual names. A task that is loaded from
+        them says of its labels what this one says: an export needs no more, so that it can do without the data."""
+
+    def trained_on(self) -> TrainedOn:
+        """Reads every row once."""
+        return TrainedOn(
+            dataset=self.name,
+            kind=self.kind,
+            labels=self.label_names,
+            data=Fingerprint.of(self.rows_read()),
+            specimen=tuple(self.specimen()),
+        )
 
     # ---- model and tokens ------------------------------------------------------------------
 

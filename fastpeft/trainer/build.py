@@ -11,6 +11,7 @@ from pathlib import Path
 
 import torch
 
+from fastpeft import phases
 from fastpeft.adapters import Adapter, method_class
 from fastpeft.budget import BudgetClock, Due, EnergyMeter
 from fastpeft.budget.energy import WINDOW_S
@@ -20,10 +21,12 @@ from fastpeft.data.batches import Batches
 from fastpeft.device_memory import TokenLimits, free_memory, is_out_of_memory
 from fastpeft.errors import UserError
 from fastpeft.kernels import dispatch
-from fastpeft.models.backbone import choose_dtype
+from fastpeft.models.backbone import layer_shape
+from fastpeft.models.precision import Precision, choose_precision
 from fastpeft.schedules import Schedule, make_schedule
 from fastpeft.signals import Blocks
 from fastpeft.tasks import Task, load_task
+from fastpeft.tasks.trained_on import TrainedOn
 from fastpeft.trainer.optim import Optimizer, adam_moments, make_optimizer
 from fastpeft.trainer.probes.hooks import NoProbes, Probes, make_probes
 
@@ -34,6 +37,7 @@ class Job:
 
     run: RunConfig
     task: Task
+    trained_on: TrainedOn
     adapter: Adapter
     schedule: Schedule
     optimizer: Optimizer
@@ -43,25 +47,36 @@ class Job:
     evaluation_due: Due
     limits: TokenLimits
     device: torch.device
-    dtype: torch.dtype
+    precision: Precision
     notes: list[str]
     """What the user should know about this set-up."""
 
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.precision.dtype
 
-def build_job(run: RunConfig) -> Job:
+
+def build_job(run: RunConfig, precision: Precision | None = None) -> Job:
     """Load data and model, tokenise, attach the adapter.
+
+    Args:
+        precision: that a run which goes on began in; else as training.precision says, which may mean to measure.
 
     Raises:
         UserError: data, model or configuration that cannot be used.
     """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    dtype = choose_dtype(run.training.precision, device)
+    phases.begin("data", f"reading {run.dataset.path or run.dataset.name}")
     task = load_task(run.dataset, run.evaluation, run.training.seed)
+    phases.begin("model", f"loading {run.model.name}")
+    precision = precision or choose_precision(run.training.precision, device, lambda: layer_shape(run.model))
+    dtype = precision.dtype
     torch.manual_seed(run.training.seed)
     method = method_class(run.method)
     backbone = task.load_model(run.model, dtype, device, method.trains_backbone)
     adapter = method.build(run.adapter, METHODS.own_section(run), backbone)
     adapter.model.train()
+    phases.begin("tokenise", "tokenising")
     task.encode(backbone, device)
     batches = Batches(task.train, run.training.batch_size, run.training.seed)
     meter = EnergyMeter.open(gpu_uuid(device))
@@ -77,6 +92,7 @@ def build_job(run: RunConfig) -> Job:
     job = Job(
         run=run,
         task=task,
+        trained_on=task.trained_on(),
         adapter=adapter,
         schedule=schedule,
         optimizer=optimizer,
@@ -86,10 +102,11 @@ def build_job(run: RunConfig) -> Job:
         evaluation_due=Due(parse_interval(run.evaluation.every), len(batches)),
         limits=TokenLimits(run.training.micro_batch_tokens, run.evaluation.batch_tokens),
         device=device,
-        dtype=dtype,
-        notes=[*task.notes, *_notes(run)],
+        precision=precision,
+        notes=[*task.notes, *backbone.notes, *_notes(run)],
     )
     job.notes += adapter.describe() + untuned(adapter, device, dtype)
+    job.notes += [precision.note] if precision.note else []
     if clock.budget.kind in ("seconds", "joules"):
         _expect_final(job)
     return job
@@ -124,6 +141,7 @@ def _no_meter(run: RunConfig, reason: str) -> ConfigError:
 
 def _expect_final(job: Job) -> None:
     """Measure what the final evaluation and save will cost."""
+    phases.begin("timing", "timing what the final evaluation will take")
     clock = job.clock
     clock.final_s = _measure_final(job)
     cost = f"take about {clock.final_s:.0f} s"
@@ -199,6 +217,8 @@ def untuned(adapter: Adapter, device: torch.device, dtype: torch.dtype) -> list[
 
 
 def _notes(run: RunConfig) -> Iterator[str]:
+    if METHODS[run.method].trains_backbone and any(key.startswith("adapter.") for key in run.overrides):
+        yield f"adapter.* was set, but method {run.method} trains every weight and adapts no layer: it is ignored"
     for section in METHODS.section_keys:
         if section != METHODS[run.method].section and any(key.startswith(f"{section}.") for key in run.overrides):
             yield f"{section}.* was set, but method {run.method} does not read it: it is ignored"

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 
 import torch
 
+from fastpeft import phases
 from fastpeft.signals import Signals
 from fastpeft.trainer.build import Job
 from fastpeft.trainer.micro_batches import MicroBatches
@@ -23,6 +24,7 @@ def calibrate(job: Job, stop: Callable[[], bool], warn: Callable[[str], None]) -
     adapter, clock = job.adapter, job.clock
     wanted, start = adapter.calibration_batches, clock.spent
     num_batches = 0
+    phases.begin("calibrate", "calibrating")
     with _rng_restored(), adapter.calibrating():
         while num_batches < wanted and not stop():
             spent = num_batches if clock.budget.kind == "steps" else clock.spent - start
@@ -33,6 +35,7 @@ def calibrate(job: Job, stop: Callable[[], bool], warn: Callable[[str], None]) -
                     f"{CALIBRATION_CAP:.0%} of the budget"
                 )
                 break
+            phases.progress(num_batches, wanted, "batches")
             began = time.perf_counter()
             adapter.before_calibration_batch()
             scale = job.optimizer.loss_scale

@@ -138,6 +138,7 @@ class Evaluator:
         with replaced_folder(self._folder.weights(adapter.saved_as, best is not None)) as temporary:
             with self._job.optimizer.averaged():
                 adapter.save(temporary)
+            self._job.trained_on.write(temporary)
             if best is not None:
                 write_json(temporary / BEST_SCORE, best)
         self._save_s = time.perf_counter() - began

@@ -9,8 +9,12 @@ import os
 import socket
 import time
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
+import numpy as np
+
+from fastpeft import phases
 from fastpeft.config import run_values
 from fastpeft.device_memory import OutOfMemory
 from fastpeft.runs.events import EventLog
@@ -20,6 +24,7 @@ from fastpeft.trainer.calibrate import calibrate
 from fastpeft.trainer.checkpoint_files import Checkpoint
 from fastpeft.trainer.checkpointing import Checkpointing, Stateful
 from fastpeft.trainer.evaluator import Evaluator
+from fastpeft.trainer.first_step import FirstStep
 from fastpeft.trainer.micro_batches import MicroBatches
 from fastpeft.trainer.rng import GlobalRng
 from fastpeft.trainer.step import train_step
@@ -37,6 +42,7 @@ class Loop:
         self._evaluator = Evaluator(job, folder, result, self.log, stop)
         self._checkpointing = Checkpointing(folder.checkpoints, self._parts())
         self._schedule_finished = False
+        self._is_first_step = True
 
     def _parts(self) -> dict[str, Stateful]:
         """What a resume needs."""
@@ -67,7 +73,8 @@ class Loop:
             self._checkpointing.restore(checkpoint)
         self._announce(resumed=checkpoint is not None)
         try:
-            return self._train()
+            with phases.told_to(self.log.phase):
+                return self._train()
         except OutOfMemory:  # nothing of the step that did not fit has been taken
             if clock.steps > self._checkpointing.saved_at:
                 self._save_checkpoint()
@@ -107,14 +114,23 @@ class Loop:
         began, progress = time.perf_counter(), clock.progress
         rows = job.batches.rows(clock.steps)
         batches = MicroBatches(job, rows, f"at step {clock.steps}", self.log.warn)
-        step = job.adapter, job.schedule, job.optimizer, job.task.loss, batches, job.task.num_items(rows)
         job.probes.begin(clock.steps + 1, progress, clock.elapsed_s)
-        signals, rates = train_step(*step, progress, job.probes, batches.until_it_fits)
+        with self._watched(batches, rows) as watched:
+            step = job.adapter, job.schedule, job.optimizer, job.task.loss, watched, job.task.num_items(rows)
+            signals, rates = train_step(*step, progress, job.probes, batches.until_it_fits)
         self.log.step(progress, rates, signals)
         self.log.rates(job.adapter.flat.blocks, rates)
         clock.count_step(signals.num_tokens, time.perf_counter() - began)
         self.watch_meter()
         self._log_schedule()
+
+    def _watched(self, batches: MicroBatches, rows: np.ndarray) -> AbstractContextManager[MicroBatches | FirstStep]:
+        """This process's first step tells how far it is."""
+        if not self._is_first_step:
+            return nullcontext(batches)
+        self._is_first_step = False
+        num_tokens = int(self.job.batches.encoded.lengths[rows].sum())
+        return FirstStep(self.job, batches, num_tokens, self.log.phase)
 
     # ---- the end ---------------------------------------------------------------------------
 
@@ -155,8 +171,6 @@ class Loop:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self._schedule_finished = state["schedule_finished"]
-        if state["dtype"] != str(self.job.dtype):
-            self.log.warn(f"the run began in {state['dtype']} and goes on in {self.job.dtype}: not the same bits")
 
     # ---- the log ---------------------------------------------------------------------------
 
@@ -174,6 +188,8 @@ class Loop:
             notes=self.job.notes,
             resumed=resumed,
         )
+        if self.job.precision.warning:
+            self.log.warn(self.job.precision.warning)
 
     def watch_meter(self) -> None:
         """Say it once when the energy meter is lost."""

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from fastpeft import hub
 from fastpeft.config import RunConfig, apply_stand_in
+from fastpeft.config.schema import ModelConfig
 from fastpeft.data.hub_datasets import hub_dataset, is_cached
 from fastpeft.data.rows import DataError
 from fastpeft.errors import UnavailableError
@@ -61,6 +62,15 @@ def resolve(run: RunConfig, allow_stand_in: bool = True) -> Resolved:
             f"{error}, and {why}. Give local folders as model.name and dataset.path, or connect"
         ) from None
     return Resolved(run, stand_in=shipped or generated, reason="the run itself names it")
+
+
+def check_model(config: ModelConfig) -> None:
+    """Raises UnavailableError for a model that cannot be had, whatever the data."""
+    try:
+        if embedded_path(config.name) is None:
+            _check_model(config.name, config.revision)
+    except hub.Unreachable as error:
+        raise UnavailableError(f"{error}. Give a local folder as model.name, or connect") from None
 
 
 def _check_model(name: str, revision: str) -> None:

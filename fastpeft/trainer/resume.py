@@ -1,4 +1,4 @@
-"""Continue a run: open its folder, refuse other settings, find its newest valid checkpoint."""
+"""Continue a run: open its folder, refuse other settings and other data, find its newest valid checkpoint."""
 
 from __future__ import annotations
 
@@ -8,7 +8,9 @@ from collections.abc import Callable, Iterator
 from fastpeft.config import RunConfig, apply_stand_in, load_run, run_values
 from fastpeft.config.trackers import TRACKERS
 from fastpeft.errors import UserError
-from fastpeft.runs.store import Result, RunError, RunFolder
+from fastpeft.models.precision import DTYPES, Precision
+from fastpeft.runs.store import Result, RunError, RunFolder, read_json
+from fastpeft.tasks.trained_on import TrainedOn, changed_since
 from fastpeft.trainer.checkpoint_files import Checkpoint, newest_checkpoint
 from fastpeft.trainer.resolve import Resolved, resolve
 
@@ -67,10 +69,10 @@ def _leaves(values: dict, prefix: str = "") -> Iterator[tuple[str, object]]:
 
 
 def find_checkpoint(folder: RunFolder, say: Callable[[str], None]) -> Checkpoint | None:
-    """The newest valid checkpoint; the event log is cut back to where it was written.
+    """The newest valid checkpoint. Changes nothing.
 
     Raises:
-        CheckpointError: it is of another version. Nothing has been changed.
+        CheckpointError: it is of another version.
     """
     checkpoint, skipped = newest_checkpoint(folder.checkpoints)
     for fault in skipped:
@@ -79,8 +81,37 @@ def find_checkpoint(folder: RunFolder, say: Callable[[str], None]) -> Checkpoint
         say(f"{folder.path} has no valid checkpoint: starting over")
     else:
         say(f"resuming {folder.path} after step {checkpoint.step:,}")
+    return checkpoint
+
+
+def check_same_data(folder: RunFolder, now: TrainedOn, checkpoint: Checkpoint | None) -> list[str]:
+    """Returns what the user should know: that an earlier version, which noted no hash, began the run.
+
+    Raises:
+        UserError: the data are not those that the run was begun with.
+    """
+    found = changed_since(folder, now)
+    if found:
+        raise UserError(
+            f"{folder.path}: the data are not those that the run was begun with: {'; '.join(found)}. Put back the data "
+            "as they were and resume, or begin anew with another --name"
+        )
+    if checkpoint is not None and TrainedOn.read(folder.path) is None:
+        return ["the run does not say which data it was begun with: whether these are the same, nobody can tell"]
+    return []
+
+
+def cut_events(folder: RunFolder, checkpoint: Checkpoint | None) -> None:
+    """Cut the event log back to where the checkpoint was written; all of it without one."""
     if folder.events.exists():
         size = folder.events.stat().st_size
         with folder.events.open("r+b") as file:
             file.truncate(min(size, checkpoint.events_bytes if checkpoint else 0))
-    return checkpoint
+
+
+def began_in(folder: RunFolder, checkpoint: Checkpoint | None) -> Precision | None:
+    """What the run computes in, so that it goes on to the same bits; None where it starts over."""
+    if checkpoint is None:
+        return None
+    dtype = next(dtype for dtype in DTYPES.values() if str(dtype) == checkpoint.parts["loop"]["dtype"])
+    return Precision(dtype, ratio=(read_json(folder.environment) or {}).get("precision_ratio"))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import resource
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Protocol
 
@@ -11,9 +12,11 @@ import torch
 
 from fastpeft.config import RunConfig, save_run
 from fastpeft.config.trackers import TRACKERS
+from fastpeft.models.backbone import quiet_transformers
 from fastpeft.runs.events import Event, EventLog, number
 from fastpeft.runs.store import Result, RunFolder, default_name, write_json
 from fastpeft.runs.system import Heartbeat, environment, git_commit
+from fastpeft.tasks.trained_on import TrainedOn
 from fastpeft.trackers import Choice, Trackers, choose
 from fastpeft.trainer.build import Job, build_job, gpu_uuid
 from fastpeft.trainer.checkpoint_files import Checkpoint
@@ -21,8 +24,17 @@ from fastpeft.trainer.interrupt import StopRequest
 from fastpeft.trainer.loop import Loop
 from fastpeft.trainer.micro_batches import out_of_memory_is_told
 from fastpeft.trainer.resolve import Resolved, resolve
-from fastpeft.trainer.resume import check_same, find_checkpoint, open_run, same_run
+from fastpeft.trainer.resume import (
+    began_in,
+    check_same,
+    check_same_data,
+    cut_events,
+    find_checkpoint,
+    open_run,
+    same_run,
+)
 from fastpeft.trainer.rng import rng_state, set_rng_state
+from fastpeft.trainer.set_up import SetUp
 
 __all__ = ["Reporter", "StopRequest", "train"]
 
@@ -90,17 +102,25 @@ def train(
             folder.check_free()
             resolved = resolve(run, allow_stand_in)
         chosen = choose(TRACKERS.sections(resolved.run), reporter.say)
-        with stop or StopRequest() as stop, _torch_settings(resolved.run), out_of_memory_is_told():
+        with (
+            stop or StopRequest() as stop,
+            _torch_settings(resolved.run),
+            out_of_memory_is_told(),
+            quiet_transformers(keep_bars=True),
+        ):
             _say_stand_in(reporter, resolved)
-            reporter.say(f"loading {resolved.run.model.name} and {resolved.run.dataset.name}")
-            job = build_job(resolved.run)
-            if not resume:
-                folder.create()
-            save_run(resolved.run, folder.config)
-            write_json(folder.environment, environment() | _device_facts(job))
+            with SetUp(folder, reporter.on_event, resume, checkpoint) as set_up:
+                job = build_job(resolved.run, began_in(folder, checkpoint))
+                if resume:
+                    job.notes += check_same_data(folder, job.trained_on, checkpoint)
+                    cut_events(folder, checkpoint)
+                if TrainedOn.read(folder.path) is None:
+                    job.trained_on.write(folder.path)  # before run.yaml, so that a run that can be resumed has it
+                save_run(resolved.run, folder.config)
+                write_json(folder.environment, environment() | _device_facts(job))
             result = _new_result(job, resolved, folder, group)
             result.setup_s = time.perf_counter() - began
-            return _run(job, result, folder, checkpoint, chosen, reporter, stop)
+            return _run(job, result, folder, set_up.open_log(), checkpoint, chosen, reporter.say, stop)
     finally:
         folder.unlock()
 
@@ -118,6 +138,7 @@ def _new_result(job: Job, resolved: Resolved, folder: RunFolder, group: str | No
         dataset=job.task.name,
         kind=job.task.kind,
         labels=list(job.task.label_names),
+        data=job.trained_on.data.to_json(),
         budget={"kind": job.clock.budget.kind, "limit": job.clock.budget.limit, "spent": 0.0},
         git=git_commit(),
     )
@@ -127,18 +148,18 @@ def _run(
     job: Job,
     result: Result,
     folder: RunFolder,
+    log: EventLog,
     checkpoint: Checkpoint | None,
     chosen: list[Choice],
-    reporter: Reporter,
+    say: Callable[[str], None],
     stop: StopRequest,
 ) -> Result:
-    """The loop, between the first and the last event."""
+    """The loop, between the `run` event and the last one."""
     folder.write_result(result)
-    log = EventLog(folder.events, (reporter.on_event,))
     loop = Loop(job, folder, log, result, stop)
     error = trackers = None
     try:
-        trackers = Trackers(chosen, folder.path, reporter.say, loop.log.warn)
+        trackers = Trackers(chosen, folder.path, say, loop.log.warn)
         with Heartbeat(lambda **figures: loop.log.event("system", **figures), gpu_uuid(job.device)):
             result.status = loop.run(checkpoint)
     except BaseException as caught:
@@ -188,7 +209,8 @@ def _device_facts(job: Job) -> dict:
     name = torch.cuda.get_device_name(job.device) if job.device.type == "cuda" else "cpu"
     meter = job.clock.meter
     energy = {"energy_method": meter.method} | ({"energy_reason": meter.reason} if meter.reason else {})
-    return {"device": name, "dtype": str(job.dtype), "threads": torch.get_num_threads()} | energy
+    precision = {"dtype": str(job.dtype), "precision_ratio": job.precision.ratio}
+    return {"device": name, **precision, "threads": torch.get_num_threads()} | energy
 
 
 class _torch_settings:  # noqa: N801 (used like a function)

@@ -54,6 +54,10 @@ class StepLog:
     def warn(self, message: str) -> None:
         self.event("warning", message=message)
 
+    def phase(self, **fields: Any) -> None:
+        """As fastpeft.phases.Tell."""
+        self.event("phase", **fields)
+
     def offset(self) -> int:
         """Bytes of the log so far."""
         return self._log.offset()

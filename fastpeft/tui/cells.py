@@ -12,10 +12,12 @@ from rich.text import Text
 
 from fastpeft.tui.format import MISSING, bar, decimal, duration, short, shortened, sparkline
 from fastpeft.tui.runs_index import RunRow, groups
-from fastpeft.tui.theme import STATUS
+from fastpeft.tui.theme import NOTE, SPARK, STATUS
 
 STAND_IN = "STAND-IN"
-_STAND_IN_STYLE = "black on #E69F00"
+_LONGEST_NAME = 24
+"""Cells that a name gets beyond its own."""
+_STAND_IN_STYLE = f"black on {NOTE}"
 
 
 @dataclass(frozen=True)
@@ -57,6 +59,10 @@ def model_and_data(row: RunRow) -> str:
     return f"{model}, {row.dataset}" if model else row.dataset
 
 
+def method_and_where(row: RunRow) -> str:
+    return " on ".join(part for part in (row.method, model_and_data(row)) if part)
+
+
 def _where(row: RunRow, width: int) -> Text:
     if not row.stand_in:
         return Text(shortened(model_and_data(row), width))
@@ -93,19 +99,19 @@ def best_of(row: RunRow) -> float | None:
     return row.metric if row.best is None else row.best
 
 
-_NARROWED = {"name": 17, "budget": 9}
+_NARROWED = {"name": 16, "budget": 9}
 _TEST = Column("test", "test", (6, 6, 6), lambda r, w: _score(r.test), _by("test"), True)
 COLUMNS = (
-    Column("status", "status", (10, 10, 10), lambda r, w: status_badge(r.status), lambda r: r.status),
-    Column("name", "run", (21, 28, 36), lambda r, w: Text(shortened(r.name, w)), lambda r: r.name),
+    Column("status", "status", (11, 11, 11), lambda r, w: status_badge(r.status), lambda r: r.status),
+    Column("name", "run", (20, 28, 36), lambda r, w: Text(shortened(r.name, w)), lambda r: r.name),
     Column("budget", "budget", (12, 14, 18), _budget, _by("progress")),
     Column("eta", "ETA", (6, 6, 6), lambda r, w: Text(duration(r.eta_s)), _by("eta_s"), True),
     Column("loss", "loss", (7, 7, 7), lambda r, w: Text(decimal(r.last_loss)), _by("last_loss"), True),
     Column("best", "best", (6, 6, 6), lambda r, w: _score(best_of(r)), _best_or_last, True),
-    Column("method", "method", (7, 8, 8), lambda r, w: Text(r.method), lambda r: r.method),
+    Column("method", "method", (7, 8, 12), lambda r, w: Text(shortened(r.method, w)), lambda r: r.method),
     Column("tokens", "tok/s", (6, 6, 6), lambda r, w: Text(short(r.tokens_per_s)), _by("tokens_per_s"), True),
     Column("energy", "energy", (7, 7, 7), lambda r, w: Text(short(r.energy_j, "J")), _by("energy_j"), True),
-    Column("curve", "loss curve", (12, 10, 24), lambda r, w: Text(sparkline(r.sparkline, w), style="#56B4E9")),
+    Column("curve", "loss curve", (12, 10, 24), lambda r, w: Text(sparkline(r.sparkline, w), style=SPARK)),
     Column("where", "model, data", (34, 34, 44), _where, model_and_data),
 )  # fmt: skip
 
@@ -118,6 +124,20 @@ def columns_of(rows: Iterable[RunRow]) -> tuple[Column, ...]:
     found = [replace(c, width=(_NARROWED.get(c.key, c.width[0]), *c.width[1:])) for c in COLUMNS]
     found.insert([c.key for c in found].index("best") + 1, _TEST)
     return tuple(found)
+
+
+def fitting(columns: Iterable[Column], size: int, room: int) -> tuple[Column, ...]:
+    """The first ones, as many as there is room for whole; the name gets what is left."""
+    found, used = list[Column](), 0
+    for column in columns:
+        used += column.width[size] + 1
+        if used > room and found:
+            used -= column.width[size] + 1
+            break
+        found.append(column)
+    more = min(max(room - used, 0), _LONGEST_NAME)
+    widths = {c.key: tuple(w + more for w in c.width) if c.key == "name" else c.width for c in found}
+    return tuple(replace(c, width=widths[c.key]) for c in found)
 
 
 def sorts(columns: Iterable[Column]) -> list[str]:
@@ -148,7 +168,7 @@ def group_cells(group: Group, columns: Iterable[Column], size: int) -> list[Text
         "best": decimal(sum(bests) / len(bests)) if bests else MISSING,
         "test": decimal(sum(tests) / len(tests)) if len(tests) == len(rows) else MISSING,
         "energy": short(sum(energies), "J") if len(energies) == len(rows) else MISSING,
-        "method": rows[0].method,
+        "method": "" if len({row.method for row in rows}) > 1 else rows[0].method,
     }
     out = []
     for column in columns:
@@ -167,7 +187,7 @@ def group_cells(group: Group, columns: Iterable[Column], size: int) -> list[Text
 
 
 def _aligned(cell: Text, width: int, right: bool) -> Text:
-    cell.truncate(width)
+    cell.truncate(width, overflow="ellipsis")
     if right:
         cell.pad_left(width - cell.cell_len)
     return cell

@@ -77,7 +77,7 @@ def band(forecast: Forecast, loss: Series, axis: str) -> Band | None:
     if first is None or last is None or not first <= last:
         return None
     low, high, value = (np.full(2, edge) for edge in (forecast.low, forecast.high, forecast.value))
-    return Band(np.array([first, last]), low, high, COLOR, f"forecast {forecast} at the end", value)
+    return Band(np.array([first, last]), low, high, COLOR, f"forecast {forecast}", value)
 
 
 def summary(tail: RunTail) -> Text:

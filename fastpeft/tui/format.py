@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Iterable, Sequence
 
 from rich.text import Text
 
 MISSING = "-"
+_LEAST_LAST = 8
+"""A shorter rest of a heading says nothing."""
 _ESCAPE = re.compile(r"\x1b(\[[0-?]*[ -/]*[@-~]|\][^\x07\x1b]*(\x07|\x1b\\)?|[ -/]*[0-~])")
 """What begins with ESC: a sequence with [, one with ] up to its end, a short one."""
 
@@ -80,6 +83,43 @@ def bar(share: float | None, width: int, style: str = "") -> Text:
     room = max(1, width - len(percent) - 1)
     full = min(room, int(share * room + 0.5))
     return Text.assemble(("━" * full, style), ("╌" * (room - full), "dim"), (f" {percent}", ""))
+
+
+def joined(parts: Iterable[Text | str], gap: str = "  ") -> Text:
+    """The parts that are not empty, with blanks between them, so that none runs into the next."""
+    return Text(gap).join([part if isinstance(part, Text) else Text(part) for part in parts if part])
+
+
+def fitted(parts: Sequence[Text | str], width: int) -> Text:
+    """As `joined`, of as many parts as there is room for: those at the end are left out whole."""
+    for num in range(len(parts), 1, -1):
+        text = joined(parts[:num])
+        if text.cell_len <= width:
+            return text
+    text = joined(parts[:1])
+    text.truncate(width, overflow="ellipsis")
+    return text
+
+
+def flowed(parts: Sequence[Text | str], width: int) -> Text:
+    """As `joined`, on as many lines as it takes; none goes over a line's end."""
+    lines: list[Text] = []
+    for part in parts:
+        longer = joined([*lines[-1:], part])
+        if lines and longer.cell_len <= width:
+            lines[-1] = longer
+        elif part:
+            lines.append(fitted([part], width))
+    return Text("\n").join(lines)
+
+
+def headed(name: str, parts: Iterable[Text | str], last: str, width: int) -> Text:
+    """A name, facts about it, and something longer. The name and the last are cut where there is no room for all."""
+    facts = joined(parts)
+    room = width - facts.cell_len - 2 * bool(facts)
+    own = min(len(name), max(room // 2, room - len(last) - 2))
+    last = shortened(last, room - own - 2) if room - own - 2 >= _LEAST_LAST else ""
+    return fitted([Text(shortened(name, own), "bold"), facts, last], width)
 
 
 def shortened(text: str, width: int) -> str:

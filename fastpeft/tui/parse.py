@@ -90,6 +90,7 @@ class Parsed:
     tests: list[SplitScore] = field(default_factory=list)
     parts: list[PartScores] = field(default_factory=list)
     header: Event | None = None
+    phase: Event | None = None
     end: Event | None = None
     malformed: int = 0
     num_events: int = 0
@@ -209,6 +210,8 @@ def _other(event: Event, parsed: Parsed, values: dict[str, list[list[float]]]) -
         parsed.rates.append(_rates(event))
     elif kind == "run":
         parsed.header, parsed.end = event, None
+    elif kind == "phase":
+        parsed.phase = event
     elif kind == "end":
         parsed.end = event
     for key, row in rows.items():
@@ -307,12 +310,18 @@ def _eval_text(event: Event) -> str:
     return f"{figures} on {event['num']:,} rows" + ("" if split == VALIDATION else f" of the {split} split")
 
 
+def _phase_text(event: Event) -> str:
+    """Of a phase that begins; how far it is, the screen's title says."""
+    return "" if event.get("done") else str(event["text"])
+
+
 def _end_text(event: Event) -> str:
     return f"{event['status']}: {event['error']}" if event.get("error") else str(event["status"])
 
 
 _TEXTS = {
     "run": _run_text,
+    "phase": _phase_text,
     "eval": _eval_text,
     "importance": lambda event: f"importances of {len(event['names'])} matrices",
     "checkpoint": lambda event: "checkpoint saved",

@@ -136,7 +136,7 @@ class FastpeftApp(RunsApp):
         yield from super().get_system_commands(screen)
         for active in screen.active_bindings.values():
             binding = active.binding
-            if active.node in (screen, self.screen) and binding.description and not binding.system:
+            if active.node in (screen, self.screen) and binding.description and binding.id:
 
                 def run(action: str = binding.action, node=active.node) -> None:
                     self.call_later(self.run_action, action, node)

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Sequence
 from pathlib import Path
 
 from textual.app import App
+from textual.filter import LineFilter
 
+from fastpeft.tui.contrast import Contrast
+from fastpeft.tui.picture import in_cells
 from fastpeft.tui.runs_index import RunRow
 from fastpeft.tui.steer import Launch
 from fastpeft.tui.tail import RunTail
@@ -27,6 +31,18 @@ class RunsApp(App[None]):
         self.launches: list[Launch] = [] if launch is None else [launch]
         self._tails: dict[Path, RunTail] = {}
         self._wanted = asyncio.Event()
+        self._contrast = Contrast()
+
+    # ---- how it looks ----------------------------------------------------------------------
+
+    def get_line_filters(self) -> Sequence[LineFilter]:
+        return [*super().get_line_filters(), self._contrast]
+
+    def export_screenshot(self, *, title: str | None = None, simplify: bool = False) -> str:
+        """As an SVG that looks alike in every viewer."""
+        return in_cells(super().export_screenshot(title=title, simplify=simplify))
+
+    # ---- what the screens share ------------------------------------------------------------
 
     @property
     def is_exiting(self) -> bool:

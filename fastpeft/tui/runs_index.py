@@ -154,7 +154,7 @@ class _Run:
         start = max(0, size - TAIL_BYTES)
         lines = _whole_lines(os.pread(file, TAIL_BYTES, start), start == 0)
         if self._result is None:
-            row = _with_header(row, parse_event(os.pread(file, 1 << 16, 0).partition(b"\n")[0]))
+            row = _with_header(row, parse(_whole_lines(os.pread(file, 1 << 16, 0), from_start=True)).header)
         row = _with_tail(row, lines)
         if anew or size > 1.1 * self._sampled_at:
             self._sampled_at, self._spark = size, _losses(file, size)

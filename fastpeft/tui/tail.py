@@ -73,6 +73,7 @@ class _State:
     parts: dict[str, PartScores] = field(default_factory=dict)
     """The last of each split."""
     header: dict[str, Any] | None = None
+    phase: dict[str, Any] | None = None
     end: dict[str, Any] | None = None
     malformed: int = 0
     num_events: int = 0
@@ -159,6 +160,15 @@ class RunTail:
             if sample.parsed.end or sample.parsed.header:
                 return sample.parsed.end
         return state.end
+
+    @property
+    def phase(self) -> dict[str, Any] | None:
+        """What the trainer is busy with before a step of it has ended; None while steps come, and after the end."""
+        phase = self._state.phase
+        if phase is None or self.end is not None:
+            return None
+        (step_N,) = self._state.steps.take("step")
+        return None if len(step_N) and step_N[-1] >= phase["step"] else phase
 
     @property
     def malformed(self) -> int:
@@ -323,6 +333,7 @@ class RunTail:
         if parsed.header is not None:
             state.header, state.end = parsed.header, None
         state.end = parsed.end or state.end
+        state.phase = parsed.phase or state.phase
 
     def _table(self, key: str) -> Table:
         tables = self._state.tables

@@ -7,6 +7,11 @@ from textual.theme import Theme
 # Okabe and Ito, "Color Universal Design", 2008: without black, and yellow last (it is faint on white).
 CURVES = ("#56B4E9", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#0072B2", "#F0E442")
 
+SPARK = "#3D8FC4"
+"""Of small curves: stands out from a dark ground and from a light one."""
+NOTE, WRONG = "#E69F00", "#D55E00"
+"""Of what one should know, and of what went wrong."""
+
 STATUS = {
     "running": ("●", "#56B4E9"),
     "done": ("✔", "#009E73"),

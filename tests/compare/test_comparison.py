@@ -52,6 +52,26 @@ def test_glue_average_goes_seed_by_seed():
     assert glue_average([result(0, t, 0.5, stand_in=True) for t in ("mnli", "sst2", "rte")]) is None
 
 
+def test_scores_on_other_data_are_not_put_side_by_side():
+    """One dataset's name may stand for several: each hash is a task of its own."""
+    first, second = {"sha256": "1" * 64}, {"sha256": "2" * 64}
+    runs = [result(s, "mine", 0.5, method="lora", data=first) for s in (0, 1)]
+    runs += [result(s, "mine", 0.6, method="iw_lora", data=first) for s in (0, 1)]
+    same = compare(runs)
+    assert [row.task for row in same.rows] == ["mine, "] * 2
+    assert next(row for row in same.rows if row.label == "iw_lora").minus_baseline.value == pytest.approx(0.1)
+    other = compare([*runs, result(0, "mine", 0.9, method="iw_lora", data=second), result(0, "mine", 0.1, method="x")])
+    found = {(row.label, row.task): row for row in other.rows}
+    assert set(found) == {
+        ("lora", "mine, , data 11111111"),
+        ("iw_lora", "mine, , data 11111111"),
+        ("iw_lora", "mine, , data 22222222"),
+        ("x", "mine, , data not noted"),
+    }
+    assert found["iw_lora", "mine, , data 11111111"].minus_baseline.value == pytest.approx(0.1)
+    assert found["iw_lora", "mine, , data 22222222"].minus_baseline is None
+
+
 def test_methods_are_paired_with_lora_by_seed():
     runs = [result(s, "rte", v, method="lora", elapsed_s=10.0) for s, v in ((0, 0.5), (1, 0.7))]
     runs += [result(s, "rte", v, method="iw_lora", energy_j=5.0) for s, v in ((0, 0.6), (1, 0.7), (2, 0.9))]

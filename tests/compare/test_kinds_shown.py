@@ -50,6 +50,14 @@ def test_a_score_without_parts_has_no_table_of_them():
     assert not any(line.startswith("validation") for line in lines)
 
 
+def test_the_rows_that_were_read_are_shown_with_their_hash():
+    data = {"sha256": "ab" * 32, "splits": {"train": {"rows": 1200}, "validation": {"rows": 40}}}
+    assert "rows train 1,200, validation 40; SHA-256 abababababab" in printed(
+        closing(Result(run_id="x", name="x", data=data))
+    )
+    assert not any(line.startswith("rows") for line in printed(closing(Result(run_id="x", name="x"))))
+
+
 def test_the_live_lines_tell_every_figure(capsys):
     reporter = ConsoleReporter(Console(width=200))
     reporter.on_event(evaluation(9, -0.25, metric="spearman", more={"mse": 1234.5, "pearson": "nan"}))

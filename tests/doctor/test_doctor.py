@@ -22,6 +22,7 @@ from fastpeft import doctor
 from fastpeft.doctor import Check, Finding, can_train, machine, surroundings
 from fastpeft.doctor.check import carry_out
 from fastpeft.doctor.table import print_report
+from fastpeft.models import precision
 
 CANARY = "local-0123456789abcdef0123456789abcdef01234567"
 
@@ -194,14 +195,12 @@ def test_a_library_that_does_not_load_is_fatal(monkeypatch):
 def test_the_cpu_is_described_with_what_auto_means(monkeypatch):
     import torch
 
-    from fastpeft.models.backbone import choose_dtype
-
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(machine, "_gpus_of_the_driver", list)
+    monkeypatch.setattr(precision, "slowdown", lambda dtype, device, shape: 0.5)
     finding = one(machine.device())
-    meant = {torch.bfloat16: "bf16", torch.float32: "fp32"}[choose_dtype("auto", torch.device("cpu"))]
     assert finding.status == "ok"
-    assert finding.message.endswith(f"precision auto is {meant}")
+    assert "GiB free; precision auto is bf16: a product of 64 x 768 x 3072 takes 0.50 times as long" in finding.message
     assert f"{os.cpu_count()} cores" in finding.message
 
 

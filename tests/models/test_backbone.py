@@ -11,7 +11,7 @@ import torch
 
 from fastpeft.config.schema import AdapterConfig, ModelConfig
 from fastpeft.errors import UnavailableError
-from fastpeft.models.backbone import Backbone, choose_dtype
+from fastpeft.models.backbone import Backbone
 from fastpeft.models.inject import inject_lora
 from fastpeft.standins import PATHS
 from tests.support.classifiers import load_backbone
@@ -49,6 +49,15 @@ def test_families(model_folders, family):
     assert model.config.id2label == dict(enumerate(LABELS))
     assert model.config.label2id == {name: i for i, name in enumerate(LABELS)}
     assert model(**inputs(backbone)).logits.shape == (2, 3)
+
+
+def test_segments_are_those_that_the_tokenizer_gives(tmp_path):
+    """Where it names none, whoever loads the model later leaves them at 0."""
+    folder = make_model(tmp_path, "bert")
+    settings = json.loads((folder / "tokenizer_config.json").read_text())
+    del settings["model_input_names"]
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    assert not load(folder).reads_segments
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -123,13 +132,6 @@ def test_dtypes_with_a_head_in_fp32(tmp_path, family, masked_lm, dtype):
     heads = [p for name, p in model.named_parameters() if p.requires_grad and ".lora_" not in name]
     assert len(heads) >= 2
     assert all(p.dtype == torch.float32 and p.grad.isfinite().all() for p in heads)
-
-
-def test_choose_dtype():
-    assert choose_dtype("fp32", CPU) == torch.float32
-    assert choose_dtype("bf16", CPU) == torch.bfloat16
-    assert choose_dtype("fp16", CPU) == torch.float16
-    assert choose_dtype("auto", CPU) in (torch.float32, torch.bfloat16)
 
 
 @pytest.mark.parametrize("name", PATHS)

@@ -9,6 +9,9 @@ import pytest
 import torch
 from peft.tuners.lora import Linear as PeftLoraLinear
 
+from fastpeft.adapters.adapter import method_class
+from fastpeft.config import load_run
+from fastpeft.config.methods import METHODS
 from fastpeft.config.schema import AdapterConfig, ModelConfig
 from fastpeft.errors import UserError
 from fastpeft.kernels import dropout_mask
@@ -71,7 +74,6 @@ def test_list_identifier_and_regular_expression(model_folders, family):
 
     assert count([query, value]) == 2 * NUM_LAYERS
     assert count([query]) == count(query) == NUM_LAYERS
-    assert count(["absent", value]) == NUM_LAYERS
     assert count(SECOND_LAYER) == 6
     assert count(rf".*\.0\..*{query}") == 1
     whole = match_targets(backbone.model, backbone.head, query)[0]
@@ -106,6 +108,43 @@ def test_no_match_lists_the_linear_layers(model_folders, family, wanted):
     assert repr(wanted) in str(error.value)
     for projection in PROJECTIONS[family]:
         assert projection in str(error.value)
+
+
+@pytest.mark.parametrize("method", ["lora", "rslora", "iw_lora", "adalora"])
+def test_every_entry_has_to_match_whatever_the_method(model_folders, method):
+    adapter = AdapterConfig(target_modules=["query", "valu"])
+    own = METHODS.own_section(load_run("lora_mnli", {"method": method}))
+    with pytest.raises(UserError, match=r"'valu' matches no linear layer of this model, did you mean value\?") as error:
+        method_class(method).build(adapter, own, load(model_folders, "bert"))
+    assert "'query' matches" not in str(error.value)
+    assert error.value.exit_code == 2
+
+
+@pytest.mark.parametrize(
+    ("wanted", "words"),
+    [
+        (["query", "valu", "kei"], "'valu' matches no linear layer of this model, did you mean value?; 'kei' matches"),
+        (["attention.output.dens"], "did you mean attention.output.dense?"),
+        (["bert.encoder.layer.0.attention.self.qury"], "did you mean bert.encoder.layer.0.attention.self.query?"),
+        (["layer.1.attention.self"], "it is a BertSelfAttention"),
+        (["query", "word_embeddings"], "it is a Embedding"),
+        (["query", "classifier"], "it is of the head, which is not adapted"),
+        (["query", "qv"], "the word stands alone and in no list, adapter.target_modules=qv"),
+        ("qury", "did you mean query?"),
+        ("atention", "did you mean attention?"),
+        ("all_linear", "did you mean all-linear?"),
+        ("all-liner", "did you mean all-linear?"),
+        (r".*\.layer\.0\..*qury", "did you mean query?"),
+        (r".*\.layer\.9\..*query", "matches no linear layer of this model, did you mean query?"),
+        ([], "it names no layer"),
+    ],
+)
+def test_what_matches_nothing_is_named_with_the_nearest(model_folders, wanted, words):
+    backbone = load(model_folders, "bert")
+    with pytest.raises(UserError) as error:
+        match_targets(backbone.model, backbone.head, wanted)
+    assert words in str(error.value)
+    assert "Its linear layers end in" in str(error.value)
 
 
 @pytest.mark.parametrize("wanted", ["(", "*query", "[a-"])

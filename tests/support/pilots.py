@@ -30,7 +30,7 @@ def drive(results: Path, script: Script, size: tuple[int, int] = (80, 24), **opt
     return asyncio.run(main())
 
 
-async def until(pilot: Pilot, condition: Callable[[], object], seconds: float = 8.0) -> None:
+async def until(pilot: Pilot, condition: Callable[[], object], seconds: float = 20.0) -> None:
     end = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < end, f"never came true; the screen:\n{text_of(pilot.app.screen)}"

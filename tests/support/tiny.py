@@ -63,6 +63,8 @@ def save_tokenizer(folder: Path, family: str) -> dict[str, int]:
         "padding_side": "right",
         **{f"{name}_token": token for name, token in special.items()},
     }
+    if family == "bert":
+        config["model_input_names"] = ["input_ids", "token_type_ids", "attention_mask"]
     (folder / "tokenizer_config.json").write_text(json.dumps(config))
     return vocab
 

@@ -209,10 +209,11 @@ def test_event_log_and_result(tmp_path: Path) -> None:
     for event in events:
         by_type.setdefault(event["type"], []).append(event)
 
-    assert events[0]["type"] == "run"
-    assert events[0]["pid"] == os.getpid()
-    assert events[0]["config"] == json.loads(json.dumps(run_values(run)))
-    assert {"host", "budget", "notes"} <= events[0].keys()
+    (begun,) = by_type["run"]
+    assert {e["type"] for e in events[: events.index(begun)]} == {"phase"}
+    assert begun["pid"] == os.getpid()
+    assert begun["config"] == json.loads(json.dumps(run_values(run)))
+    assert {"host", "budget", "notes"} <= begun.keys()
 
     steps = by_type["step"]
     assert [e["step"] for e in steps] == list(range(25))

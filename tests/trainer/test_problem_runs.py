@@ -161,7 +161,7 @@ def test_without_a_test_file_nothing_is_scored_twice(tmp_path: Path) -> None:
     assert result.status == "done"
     assert result.test == {}
     assert not evals(tmp_path / "r", "test")
-    notes = listener.events[0]["notes"]
+    (notes,) = (event["notes"] for event in listener.events if event["type"] == "run")
     assert any("has no test split: nothing is scored but the 6 problems held out" in note for note in notes)
 
 

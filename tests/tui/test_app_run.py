@@ -24,7 +24,7 @@ from fastpeft.tui.widgets.event_list import EventLog
 from fastpeft.tui.widgets.heatmap import Heatmap
 from fastpeft.tui.widgets.plot import LinePlot
 from tests.support.pilots import SIZES, drive, text_of, until, until_shown
-from tests.support.tui_logs import evaluation, header, heartbeat, importance, lines, make_run, step, usual
+from tests.support.tui_logs import evaluation, event, header, heartbeat, importance, lines, make_run, step, usual
 
 
 @pytest.fixture
@@ -120,6 +120,22 @@ def test_plots_and_parts_obey_their_keys(results):
         assert app.is_exiting
 
     drive(results, script, (120, 40))
+
+
+def test_a_run_says_what_it_is_busy_with_before_its_first_step(tmp_path):
+    figures = {"done": 5120, "total": 13_000, "unit": "tokens", "left_s": 95.0}
+    events = [header(), event("phase", 0.0, 0, name="first_step", text="step 1 under way", **figures)]
+    run = make_run(tmp_path, "one", events, status="running")
+
+    async def script(app, pilot):
+        await pilot.press("enter")
+        await until_shown(pilot, "step 1 under way: 5,120 of 13,000 tokens, 1m35 left of it")
+        with run.events.open("ab") as file:
+            file.write(lines([step(0)]))
+        await until_shown(pilot, "tok/s")
+        assert "under way:" not in text_of(app.screen)
+
+    drive(tmp_path, script)
 
 
 def test_a_live_run_grows_and_a_resume_cuts_it_back(results):

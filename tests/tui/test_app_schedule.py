@@ -166,7 +166,7 @@ def test_the_end_is_extrapolated_on_every_axis(log, axis, ends):
     assert band.x == pytest.approx(ends)
     assert band.level.tolist() == pytest.approx([0.555] * 2)
     assert (band.low[0], band.high[1]) == (pytest.approx(0.445), pytest.approx(0.665))
-    assert band.label == "forecast 0.555 (0.445–0.665) at the end"
+    assert band.label == "forecast 0.555 (0.445–0.665)"
 
 
 def test_the_rate_is_that_of_the_last_half(log):

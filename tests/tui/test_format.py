@@ -6,8 +6,9 @@ import math
 import random
 
 import pytest
+from rich.text import Text
 
-from fastpeft.tui.format import decimal, printable, sparkline
+from fastpeft.tui.format import decimal, fitted, flowed, headed, joined, printable, sparkline
 
 
 @pytest.mark.parametrize(
@@ -59,3 +60,29 @@ def test_a_sparkline_of_any_finite_values():
 )
 def test_a_text_cannot_steer_the_terminal(text, shown):
     assert printable(text) == shown
+
+
+PARTS = ("compare", "", Text("4 runs", "bold"), Text(" STAND-IN ", "reverse"), "several metrics")
+
+
+def test_parts_have_blanks_between_them_and_those_without_room_are_left_out_whole():
+    assert joined(PARTS).plain == "compare  4 runs   STAND-IN   several metrics"
+    assert [str(span.style) for span in joined(PARTS).spans] == ["bold", "reverse"]
+    assert joined([]).plain == ""
+    for width in range(1, 50):
+        assert fitted(PARTS, width).cell_len <= width
+        assert all(len(line) <= width for line in flowed(PARTS, width).plain.split("\n"))
+    assert fitted(PARTS, 28).plain == "compare  4 runs   STAND-IN "
+    assert fitted(PARTS, 26).plain == "compare  4 runs"
+    assert fitted(PARTS, 5).plain == "comp…"
+    assert flowed(PARTS, 26).plain == "compare  4 runs\n STAND-IN \nseveral metrics"
+
+
+def test_a_heading_keeps_its_facts_and_cuts_what_is_long():
+    name, last = "a-name-of-thirty-characters-xyz", "iw_lora on a-model, a-dataset"
+    assert headed(name, ["done"], last, 80).plain == f"{name}  done  {last}"
+    for width in range(20, 80):
+        found = headed(name, ["done"], last, width).plain
+        assert len(found) <= width
+        assert "  done" in found
+    assert headed("a", [], "", 10).plain == "a"

@@ -7,12 +7,16 @@ from collections.abc import Awaitable, Callable
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from textual.app import App
 from textual.pilot import Pilot
 
+from fastpeft.tui.grids import Grid, importance_grid, rates_grid
 from fastpeft.tui.parse import Importance, Rates
 from fastpeft.tui.theme import CURVES, SHADES, THEMES, curve_color, ratio_color, scale_color, shade
-from fastpeft.tui.widgets.heatmap import LEAST_RATIO, Grid, Heatmap, abbreviated, importance_grid, rates_grid, share
+from fastpeft.tui.widgets.cell_layout import ELLIPSIS, abbreviated, columns_in, headings, rows_in, shares, wrapped
+from fastpeft.tui.widgets.heatmap import LEAST_RATIO, Heatmap, limits, share
 from tests.support.pilots import lines_of
 
 SIZES = [(80, 24), (120, 40), (200, 60)]
@@ -52,6 +56,17 @@ def backgrounds(app: App, y: int) -> set[str]:
     return {s.style.bgcolor.name for s in app.screen._compositor.render_strips()[y] if s.style and s.style.bgcolor}
 
 
+def foot(heatmap: Heatmap) -> list[str]:
+    """The legend, and what is under the cursor."""
+    return [line.rstrip() for line in lines_of(heatmap.app.screen)[-heatmap.num_foot_lines :]]
+
+
+def numbered(heatmap: Heatmap) -> list[str]:
+    """The lines with a row's label."""
+    lines = lines_of(heatmap.app.screen)[len(heatmap.columns.head) : -heatmap.num_foot_lines]
+    return [line for line in lines if line[: heatmap.label_width].strip()]
+
+
 def grid(rows=4, columns=6, **options) -> Grid:
     names = PROJECTIONS[:columns] if columns <= 6 else tuple(f"projection_{i}" for i in range(columns))
     values = np.arange(rows * columns, dtype=float).reshape(rows, columns) / (rows * columns)
@@ -69,38 +84,41 @@ def snapshot(weights, step=0, **more) -> Importance:
 @pytest.mark.parametrize("size", SIZES)
 def test_every_cell_of_a_small_model_is_in_view(size):
     async def act(heatmap, pilot):
-        shown = lines_of(pilot.app.screen)
-        assert [line.split()[0] for line in shown[1:5]] == ["0", "1", "2", "3"]
-        assert "query_proj"[:4] in shown[0]
-        assert "rows 1-" not in shown[-2]
-        assert "columns 1-" not in shown[-2]
-        assert shown[-1].startswith("0 query_proj  weight 0")
-        assert shown[-2].startswith("weight 0 ")
-        assert "0.9583" in shown[-2], "the scale's end"
-        numbers = " ".join(shown[1:5])
-        assert ("0.9583" in numbers) == (heatmap.cell_width >= 7)
-        assert len(backgrounds(pilot.app, 1)) >= 6
+        assert [line.split()[0] for line in numbered(heatmap)] == ["0", "1", "2", "3"]
+        head = " ".join(lines_of(pilot.app.screen)[: len(heatmap.columns.head)]).split()
+        assert {"query_proj", "value_proj"} <= set(head)
+        assert ELLIPSIS not in "".join(head)
+        legend, said, *_ = foot(heatmap)
+        assert "rows 1-" not in legend
+        assert "columns 1-" not in legend
+        assert said.startswith("0 query_proj  weight 0")
+        assert legend.startswith("weight 0 ")
+        assert "0.9583" in legend, "the scale's end"
+        assert "0.9583" in " ".join(numbered(heatmap))
+        assert sum(heatmap.columns.widths) + heatmap.label_width == size[0]
+        assert heatmap.rows.edges[-1] == 2 * heatmap.num_rows_shown, "every line is used"
+        assert len(backgrounds(pilot.app, len(heatmap.columns.head))) >= 6
 
     drive(grid(), act, size)
 
 
 def test_a_large_model_scrolls_both_ways_and_says_where_it_is():
     async def act(heatmap, pilot):
-        assert "rows 1-21 of 48" in lines_of(pilot.app.screen)[-2]
-        assert "columns 1-19 of 30" in lines_of(pilot.app.screen)[-2]
+        assert "rows 1-20 of 48" in foot(heatmap)[0]
+        assert "columns 1-19 of 30" in foot(heatmap)[0]
         await pilot.press("G")
         for _ in range(40):
             await pilot.press("l")
         await pilot.pause()
         assert heatmap.cursor == (47, 29)
-        shown = lines_of(pilot.app.screen)
-        assert "rows 28-48 of 48" in shown[-2]
-        assert "columns 12-30 of 30" in shown[-2]
-        assert shown[-3].startswith("47 ")
-        assert shown[-1].startswith("47 projection_29  weight 0.9993")
+        legend, said, *_ = foot(heatmap)
+        assert "rows 29-48 of 48" in legend
+        assert "columns 12-30 of 30" in legend
+        assert numbered(heatmap)[-1].startswith("47 ")
+        assert said.startswith("47 projection_29  weight 0.9993")
         await pilot.press("g")
         await pilot.pause()
-        assert lines_of(pilot.app.screen)[1].startswith(" 0 ")
+        assert numbered(heatmap)[0].startswith(" 0 ")
 
     drive(grid(48, 30), act)
 
@@ -113,7 +131,7 @@ def test_a_screen_too_small_is_no_fault(size):
         await pilot.pause()
         await pilot.pause()
         assert heatmap.cursor == (3, 1)
-        assert lines_of(pilot.app.screen)[4].startswith("3")
+        assert numbered(heatmap)[3].startswith("3")
 
     drive(grid(), act, size)
 
@@ -127,7 +145,7 @@ def test_nothing_yet(empty):
         assert heatmap.cursor == (0, 0)
         heatmap.show(grid())
         await pilot.pause()
-        assert lines_of(pilot.app.screen)[1].startswith("0")
+        assert numbered(heatmap)[0].startswith("0")
 
     drive(empty, act)
 
@@ -136,13 +154,12 @@ def test_holes_infinities_and_one_value_for_all():
     values = np.array([[np.nan, np.inf], [2.0, 2.0]])
 
     async def act(heatmap, pilot):
-        shown = lines_of(pilot.app.screen)
-        assert "·" in shown[1]
-        assert "+inf" in shown[1]
-        assert "no such matrix" in shown[-1]
+        assert "·" in numbered(heatmap)[0]
+        assert "+inf" in numbered(heatmap)[0]
+        assert "no such matrix" in foot(heatmap)[1]
         await pilot.press("l")
         await pilot.pause()
-        assert "weight inf" in lines_of(pilot.app.screen)[-1]
+        assert "weight inf" in foot(heatmap)[1]
 
     drive(Grid(("0", "1"), ("a", "b"), values, "weight"), act)
 
@@ -151,11 +168,10 @@ def test_without_colour_shades_stand_for_it(monkeypatch):
     monkeypatch.setenv("NO_COLOR", "1")
 
     async def act(heatmap, pilot):
-        shown = lines_of(pilot.app.screen)
-        assert "░" in shown[1]
-        assert "█" in shown[4]
-        assert "░░░░▒▒▒▒▓▓▓▓████" in shown[-2]
-        assert "[" in shown[1], "the cursor"
+        assert "░" in numbered(heatmap)[0]
+        assert "█" in numbered(heatmap)[3]
+        assert "░░░░▒▒▒▒▓▓▓▓████" in foot(heatmap)[0]
+        assert "[" in numbered(heatmap)[0], "the cursor"
 
     drive(grid(), act)
 
@@ -182,7 +198,7 @@ def test_keys_move_the_cursor(keys, cursor):
         await pilot.press(*keys)
         await pilot.pause()
         assert heatmap.cursor == cursor
-        assert lines_of(pilot.app.screen)[-1].startswith(f"{cursor[0]} {PROJECTIONS[cursor[1]]}")
+        assert foot(heatmap)[1].startswith(f"{cursor[0]} {PROJECTIONS[cursor[1]]}")
         assert pilot.app.heard[-1] == cursor
 
     drive(grid(), act)
@@ -190,15 +206,15 @@ def test_keys_move_the_cursor(keys, cursor):
 
 def test_the_mouse_points():
     async def act(heatmap, pilot):
-        x = heatmap.label_width + 2 * heatmap.cell_width + 1
-        await pilot.hover(Heatmap, (x, 3))
+        x, head = heatmap.label_width + sum(heatmap.columns.widths[:2]) + 1, len(heatmap.columns.head)
+        await pilot.hover(Heatmap, (x, head + heatmap.rows.number_line(2)))
         await pilot.pause()
         assert heatmap.cursor == (2, 2)
-        await pilot.click(Heatmap, (x + heatmap.cell_width, 1))
+        await pilot.click(Heatmap, (x + heatmap.columns.widths[2], head))
         await pilot.pause()
         assert heatmap.cursor == (0, 3)
         await pilot.hover(Heatmap, (0, 0))
-        await pilot.hover(Heatmap, (x, 15))
+        await pilot.hover(Heatmap, (x, 23))
         assert heatmap.cursor == (0, 3)
 
     drive(grid(), act)
@@ -264,11 +280,11 @@ def factors(values, step=0) -> Rates:
 
 def test_factors_lie_on_a_log_scale_around_1():
     async def act(heatmap, pilot):
-        assert heatmap._limits() == (0.25, pytest.approx(4.0))
-        shares = [heatmap._share(value, heatmap._limits()) for value in (0.25, 0.5, 1.0, 2.0, 4.0, 0.0, 9.0)]
+        assert heatmap._limits == (0.25, pytest.approx(4.0))
+        shares = [heatmap._share(value, heatmap._limits) for value in (0.25, 0.5, 1.0, 2.0, 4.0, 0.0, 9.0)]
         assert shares == pytest.approx([0.0, 0.25, 0.5, 0.75, 1.0, 0.0, 1.292481])
-        assert "multiplier 0.25" in lines_of(pilot.app.screen)[-2]
-        assert "4 (log)" in lines_of(pilot.app.screen)[-2]
+        assert "multiplier 0.25" in foot(heatmap)[0]
+        assert "4 (log)" in foot(heatmap)[0]
         blue, red = (tuple(map(round, ratio_color(part))) for part in (0.0, 1.0))
         cells = pilot.app.screen._compositor.render_strips()[1:3]
         colors = [s.style.bgcolor.triplet for strip in cells for s in strip if s.style and s.style.bgcolor]
@@ -285,8 +301,8 @@ def test_factors_lie_on_a_log_scale_around_1():
 @pytest.mark.parametrize("values", [[1, 1, 1, 1], [1.01, 1, 1, 0.99], [0, 0, np.nan, np.inf]])
 def test_next_to_nothing_looks_like_it(values):
     async def act(heatmap, pilot):
-        assert heatmap._limits() == pytest.approx((1 / LEAST_RATIO, LEAST_RATIO))
-        assert 0.4 < heatmap._share(1.01, heatmap._limits()) < 0.6
+        assert heatmap._limits == pytest.approx((1 / LEAST_RATIO, LEAST_RATIO))
+        assert 0.4 < heatmap._share(1.01, heatmap._limits) < 0.6
 
     drive(rates_grid([factors(values)]), act)
 
@@ -315,6 +331,59 @@ def test_abbreviations_are_short_and_told_apart(width):
         assert all(len(name) <= width for name in found)
         if width == 30:
             assert found == list(names)
+
+
+def test_names_are_wrapped_at_words_and_cut_only_where_there_is_no_room():
+    assert wrapped("attention.output.dense", 12) == ["attention.", "output.dense"]
+    assert wrapped("query_proj", 10) == ["query_proj"]
+    assert wrapped("intermediate.dense", 8) == ["interme…", "dense"]
+    found = columns_in(PROJECTIONS, 0, 74, 4, 3)
+    assert sum(found.widths) == 74
+    text = [" ".join(line[i] for line in found.head).split() for i in range(6)]
+    assert ["".join(parts) for parts in text] == list(PROJECTIONS)
+    narrow = headings(PROJECTIONS, [5] * 6, 3)
+    assert len({tuple(lines) for lines in narrow}) == 6
+    assert all(len(line) <= 5 for lines in narrow for line in lines)
+
+
+@pytest.mark.parametrize("needs", [[], [1], [7, 5, 7, 11, 14, 8], [30, 1, 1], [40, 40, 40], [12] * 6])
+@pytest.mark.parametrize("room", [74, 75, 76, 113])
+def test_columns_share_all_the_room_and_get_what_they_need(needs, room):
+    found = shares(needs, room)
+    assert sum(found) == (room if needs else 0)
+    if sum(needs) <= room:
+        assert all(one >= need for one, need in zip(found, needs))
+    small = [one for one, need in zip(found, needs) if need < one]
+    assert max(small, default=0) - min(small, default=0) <= 1
+
+
+@given(st.integers(1, 60), st.integers(1, 60), st.booleans())
+def test_rows_fill_the_lines_and_each_has_a_line_for_its_number(num_rows, num_lines, halves):
+    rows = rows_in(num_rows, num_lines, 0, halves=halves, spread_from=1.5)
+    assert rows.num == min(num_rows, num_lines)
+    lines = [rows.number_line(row) for row in range(rows.num)]
+    assert lines == sorted(set(lines))
+    assert all(rows.at(2 * line) == rows.at(2 * line + 1) == row for row, line in enumerate(lines))
+    assert rows.edges[-1] <= 2 * num_lines
+    if halves:
+        assert rows.edges[-1] >= 2 * num_lines / 1.5
+        heights = np.diff(rows.edges)
+        assert heights.max() - heights.min() <= 1
+    assert rows.at(rows.edges[-1]) is None
+
+
+def test_a_line_that_two_rows_share_has_the_colours_of_both():
+    async def act(heatmap, pilot):
+        edges = heatmap.rows.edges
+        shared = next(edge // 2 for edge in edges[1:-1] if edge % 2)
+        strip = pilot.app.screen._compositor.render_strips()[len(heatmap.columns.head) + shared]
+        halves = [s.style for s in strip if "▀" in s.text]
+        assert len(halves) == 6
+        row = heatmap.rows.at(2 * shared)
+        wanted = [scale_color(share(heatmap.grid.values[i, 0], limits(heatmap.grid))) for i in (row, row + 1)]
+        assert [tuple(color.triplet) for color in (halves[0].color, halves[0].bgcolor)] == wanted
+
+    drive(grid(8), act)
 
 
 def test_the_scale_rises_in_lightness_and_the_shades_in_ink():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 import math
+from collections import Counter
 from collections.abc import Awaitable, Callable
 
 import numpy as np
@@ -19,7 +20,7 @@ from fastpeft.tui.series import Series, StepTable, Table
 from fastpeft.tui.theme import CURVES
 from fastpeft.tui.widgets.axes import Durations, Numbers, Powers, clock, nice_ticks, position, short
 from fastpeft.tui.widgets.canvas import MARGIN_LEFT, PlotCanvas
-from fastpeft.tui.widgets.plot import SMOOTHING, Band, Curve, LinePlot
+from fastpeft.tui.widgets.plot import SMOOTHING, Band, Curve, LinePlot, looks
 from fastpeft.tui.widgets.raster import DASHES, braille
 from tests.support.pilots import lines_of
 
@@ -214,6 +215,7 @@ def test_more_curves_have_colours_of_their_own_and_dashes_without_colour(monkeyp
     curves = [Curve(f"c{i}", Series.of(np.arange(100.0), np.full(100, float(i)))) for i in range(4)]
 
     async def in_colour(plot, pilot):
+        assert [look.dash for look in plot.looks] == [0] * 4
         styles = {style for row in plot.query_one("#plot", Canvas)._styles for style in row}
         assert set(CURVES[:4]) <= styles
         assert {len(row.replace(" ", "")) for row in cells(plot)} <= {0, len(cells(plot)[0])}
@@ -227,6 +229,79 @@ def test_more_curves_have_colours_of_their_own_and_dashes_without_colour(monkeyp
     drive(PlotApp(*curves), in_colour)
     monkeypatch.setenv("NO_COLOR", "1")
     drive(PlotApp(*curves), without)
+
+
+def flat(label, y=1.0, color="", mark="") -> Curve:
+    return Curve(label, Series.of(np.arange(100.0), np.full(100, y)), color, mark)
+
+
+def styles(plot: LinePlot) -> dict[str, int]:
+    """How many cells of the line have a colour."""
+    canvas = plot.query_one("#plot", Canvas)
+    drawn = zip(itertools.chain(*canvas._buffer), itertools.chain(*canvas._styles))
+    return Counter(style for sign, style in drawn if 0x2800 < ord(sign) <= 0x28FF)
+
+
+@pytest.mark.parametrize("num", [2, 3, 7])
+def test_lines_that_coincide_take_turns(num):
+    async def act(plot, pilot):
+        found = styles(plot)
+        assert set(found) == set(CURVES[:num])
+        assert max(found.values()) - min(found.values()) <= 3
+
+    drive(PlotApp(*(flat(f"c{i}") for i in range(num))), act)
+
+
+def test_a_thin_line_lies_before_a_thick_one():
+    noise = Curve("noise", Series.of(np.arange(5000.0), np.random.default_rng(0).normal(size=5000)))
+
+    async def act(plot, pilot):
+        found = styles(plot)
+        thin = next(plot.looks[i].color for i, curve in enumerate(plot.curves) if curve.label == "thin")
+        assert found[thin] == plot.query_one(PlotCanvas).num_columns
+
+    thin = Curve("thin", Series.of(np.array([0.0, 4999.0]), np.zeros(2)))
+    for curves in ((noise, thin), (thin, noise)):
+        drive(PlotApp(*curves), act)
+
+
+def test_lines_of_one_colour_have_other_dashes_and_all_lines_their_marks():
+    marks = "123456789abcdefghijklmno"
+    curves = [flat(f"c{i}", color=CURVES[i % 2], mark=mark) for i, mark in enumerate(marks)]
+
+    async def act(plot, pilot):
+        assert len(set(plot.looks)) == len(curves)
+        assert {look.dash for look in plot.looks} == set(range(len(DASHES)))
+        assert set(marks) <= set("".join(cells(plot))), "each is on the line, though all are one"
+
+    drive(PlotApp(*curves), act)
+    assert len(set(looks([flat(f"c{i}") for i in range(7 * len(DASHES))], no_color=False))) == 7 * len(DASHES)
+
+
+def test_marks_of_points_that_coincide_stand_side_by_side():
+    points = [Curve(f"c{i}", Series.of(np.array([5.0]), np.array([1.0])), mark="abc"[i]) for i in range(3)]
+
+    async def act(plot, pilot):
+        assert set("abc") <= set("".join(cells(plot)))
+
+    drive(PlotApp(*points), act)
+
+
+@pytest.mark.parametrize("num", [1, 2, 5, 12, 24])
+def test_the_line_above_has_room_for_every_curve_or_says_how_many_it_leaves_out(num):
+    async def act(plot, pilot):
+        for keys in ([], ["y", "s", "right"]):
+            await pilot.press(*keys)
+            await pilot.pause()
+            said = readout(plot.app).rstrip()
+            assert len(said) <= 80
+            named = sum(map(said.count, "━╍┅┉"))
+            assert f"{num - named} more" in said if named < num else "more" not in said
+            assert "time" in said
+
+    long = "a-rather-long-name-of-a-run-with-seed"
+    drive(PlotApp(*(flat(f"{long}{i}", mark="123456789abcdefghijklmno"[i]) for i in range(num))), act)
+    drive(PlotApp(*(flat(f"{long}{i}") for i in range(num))), act)
 
 
 # ---- keys ----------------------------------------------------------------------------------
@@ -425,6 +500,8 @@ def test_a_line_a_point_and_a_dash():
     assert lit(braille(np.array([1.5]), np.array([1.5]), 4, 2)) == {(3, 6)}
     assert lit(braille(np.array([0.0, 3.9]), np.array([0.1, 0.1]), 4, 2, DASHES[2])) == {(x, 0) for x in (0, 1, 5, 6)}
     assert not braille(np.empty(0), np.empty(0), 4, 2).any()
+    assert lit(braille(np.array([4.0]), np.array([2.0]), 4, 2)) == {(7, 7)}, "on the edges"
+    assert lit(braille(np.array([4.0, 4.0]), np.array([0.0, 2.0]), 4, 2)) == {(7, y) for y in range(8)}
 
 
 @settings(deadline=None)
@@ -474,6 +551,21 @@ def test_numbers_are_short():
     ]  # fmt: skip
     assert [clock(s) for s in (3.25, 65, 3723)] == ["3.2s", "1:05", "1:02:03"]
     assert position("tokens", 1234567.0) == "1,234,567 tokens"
+
+
+@given(st.floats(0, 1e7), st.floats(1e-3, 1e7), st.integers(20, 190), st.sampled_from([Numbers, Durations]))
+def test_no_tick_at_the_right_has_a_label_that_goes_over_the_end(low, span, columns, kind):
+    axis = kind()
+    axis.most, axis.columns = max(2, columns // 12), columns
+    for tick, label in zip(*axis.get_ticks_and_labels(low, low + span)):
+        assert tick == low + span or (tick - low) / span * columns + len(label) // 2 <= columns
+
+
+def test_ticks_that_are_close_have_labels_that_differ():
+    ticks, labels = Numbers().get_ticks_and_labels(0.80001, 0.80004)
+    assert len(ticks) > 1
+    assert len(set(labels)) == len(labels)
+    assert [float(label) for label in labels] == pytest.approx(ticks)
 
 
 def test_formatters():

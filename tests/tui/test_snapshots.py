@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import os
 import re
 from pathlib import Path
@@ -181,8 +182,9 @@ def normal(svg: str) -> str:
 
 
 def lines_of(svg: str) -> list[str]:
-    """The texts, which say more than an SVG when they differ."""
-    found: dict[float, list[tuple[float, str]]] = {}
-    for x, y, text in re.findall(r'<text [^>]*x="([\d.]+)" y="([\d.]+)"[^>]*>([^<]*)</text>', svg):
-        found.setdefault(float(y), []).append((float(x), text))
-    return ["".join(text for _, text in sorted(found[y])) for y in sorted(found)]
+    """What is typed, which says more than an SVG when it differs."""
+    found: dict[float, dict[int, str]] = {}
+    for x, y, text in re.findall(r'<text [^>]*x="([\d. ]+)" y="([\d.]+)"[^>]*>([^<]*)</text>', svg):
+        columns = [round(float(place) / 12.2) for place in x.split()]
+        found.setdefault(float(y), {}).update(zip(columns, html.unescape(text)))
+    return ["".join(found[y].get(i, " ") for i in range(max(found[y]) + 1)) for y in sorted(found)]

@@ -395,3 +395,28 @@ def test_no_handle_stays_open(log):
         RunTail(log).poll()
         RunTail(log.with_name("none")).poll()
     assert len(os.listdir("/proc/self/fd")) == before
+
+
+# ---- phases ------------------------------------------------------------------------------------
+
+
+def phase(i, text, **fields):
+    return event("phase", 0.0, i, name="first_step", text=text, **fields)
+
+
+def test_a_phase_lasts_until_a_step_of_its_number_is_logged(log):
+    events = [phase(0, "loading m"), header(), phase(0, "step 1 under way", done=5, total=9, unit="tokens")]
+    log.write_bytes(lines(events))
+    tail = read_all(log)
+    assert tail.phase["done"] == 5
+    assert [(n.kind, n.text) for n in tail.notable if n.kind == "phase"] == [("phase", "loading m")]
+    with log.open("ab") as file:
+        file.write(lines([step(0), step(1)]))
+    assert read_all(log, tail).phase is None
+    with log.open("ab") as file:
+        file.write(lines([header(resumed=True), phase(2, "step 3 under way")]))
+    assert read_all(log, tail).phase["text"] == "step 3 under way"
+    with log.open("ab") as file:
+        file.write(lines([event("end", 1.0, 2, status="stopped")]))
+    assert read_all(log, tail).phase is None
+    assert tail.malformed == 0

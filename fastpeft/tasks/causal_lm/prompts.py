@@ -14,6 +14,7 @@ import torch
 
 from fastpeft.data.batches import IGNORE, Batch, TokenRows, concatenate, move
 from fastpeft.data.rows import NUM_NAMED
+from fastpeft.data.tokenise import tokenised
 from fastpeft.errors import UserError
 
 if TYPE_CHECKING:
@@ -147,8 +148,8 @@ def _prompts(texts: list[str], tokenizer: PreTrainedTokenizerBase) -> list[list[
 
 
 def _token_lists(texts: list[str], tokenizer: PreTrainedTokenizerBase, **options: bool) -> list[list[int]]:
-    plain: dict[str, Any] = {"add_special_tokens": False, "return_attention_mask": False, "verbose": False}
-    return cast(Any, tokenizer)(texts, **plain, **options)["input_ids"]
+    call: dict[str, Any] = {"add_special_tokens": False, "return_attention_mask": False, "verbose": False, **options}
+    return tokenised(tokenizer, texts, **call)["input_ids"]
 
 
 def _notes(texts: Prompted, unusable: np.ndarray, lengths: np.ndarray, what: str) -> tuple[str, ...]:

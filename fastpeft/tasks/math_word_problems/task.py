@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
@@ -10,13 +10,15 @@ import torch
 from torch import nn
 
 from fastpeft.config.schema import DatasetConfig, EvaluationConfig, ModelConfig
-from fastpeft.data.source import Source
+from fastpeft.data.fingerprint import ReadRow
+from fastpeft.data.source import TEST, TRAIN, VALIDATION, Source
 from fastpeft.device_memory import TokenLimits
 from fastpeft.errors import UserError
 from fastpeft.models.backbone import Backbone, load_causal_lm
 from fastpeft.tasks.base import OtherSet, Score, Shrink, Stop
 from fastpeft.tasks.causal_lm.prompts import EncodedPrompts, encode_prompts
 from fastpeft.tasks.causal_lm.task import CausalLMTask
+from fastpeft.tasks.math_word_problems.answers import MARK
 from fastpeft.tasks.math_word_problems.datasets import DATASETS
 from fastpeft.tasks.math_word_problems.exact_match import (
     Decoding,
@@ -72,6 +74,17 @@ class MathWordProblems(CausalLMTask):
         return (
             f"{self.name}: {len(splits.train):,} training problems, {len(splits.validation):,} held out of them{test}"
         )
+
+    def rows_read(self) -> dict[str, Iterable[ReadRow]]:
+        splits = {TRAIN: self.splits.train, VALIDATION: self.splits.validation, TEST: self.splits.test}
+        return {
+            name: (ReadRow((question,), (answer,)) for question, answer in zip(split.question, split.answer))
+            for name, split in splits.items()
+            if split is not None
+        }
+
+    def specimen(self) -> list[dict[str, Any]]:
+        return [{"question": f"How many are {i}?", "answer": f"{i} are {i}.\n{MARK} {i}"} for i in range(1, 4)]
 
     def encode(self, backbone: Backbone, device: torch.device) -> None:
         super().encode(backbone, device)

@@ -19,7 +19,7 @@ Shapes: N rows, C labels.
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from typing import Any, ClassVar, Self
 
 import numpy as np
@@ -98,6 +98,12 @@ class MultiLabel(SequenceTask):
             f"{self.name}: {len(given_NC):,} training rows with {given_NC.sum(1).mean():.2g} labels each ({shares}), "
             f"{len(self.texts.validation):,} validation rows"
         )
+
+    def label_words(self, label: Sequence[float]) -> Sequence[str]:
+        return [name for name, given in zip(self.label_names, label) if given]
+
+    def specimen_labels(self) -> list[list[str]]:
+        return [[name] for name in self.label_names]
 
     def row_losses(self, logits_NC: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         """Of a row the mean over its labels, as transformers has it."""

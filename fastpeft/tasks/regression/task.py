@@ -75,6 +75,10 @@ class Regression(SequenceTask):
             f"{scores.mean():.3g}), {len(self.texts.validation):,} validation rows"
         )
 
+    def specimen_labels(self) -> list[float]:
+        scores = self.texts.train.labels
+        return [min(scores), float(np.median(scores)), max(scores)]
+
     def row_losses(self, logits_NC: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         return nn.functional.mse_loss(logits_NC.squeeze(1), labels, reduction="sum")
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from typing import Any, ClassVar, Self
 
 import numpy as np
@@ -75,6 +75,9 @@ class SequenceClassification(SequenceTask):
         shares = Counter(train.labels)
         labels = ", ".join(f"{name} {shares[i] / len(train):.0%}" for i, name in enumerate(self.label_names))
         return f"{self.name}: {len(train):,} training rows ({labels}), {len(self.texts.validation):,} validation rows"
+
+    def label_words(self, label: int) -> Sequence[str]:
+        return (self.label_names[label],)
 
     def row_losses(self, logits_NC: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         return nn.functional.cross_entropy(logits_NC, labels, reduction="sum")

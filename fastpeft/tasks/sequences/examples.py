@@ -13,6 +13,7 @@ import numpy as np
 import torch
 
 from fastpeft.data.batches import Batch, TokenRows, concatenate, move, pad
+from fastpeft.data.tokenise import tokenised
 
 _CUT = {"longest": "longest_first", "text": "only_first", "text_pair": "only_second"}
 
@@ -77,7 +78,7 @@ def encode(
     num_truncated = 0
     if len(full):
         chosen = examples.pick(full.tolist())
-        uncut = tokenizer(chosen.text, chosen.text_pair, verbose=False, **call)
+        uncut = tokenised(tokenizer, chosen.text, chosen.text_pair, verbose=False, **call)
         num_truncated = sum(len(ids) > max_length for ids in uncut["input_ids"])
     return Encoded(
         tokens=concatenate(rows["input_ids"], np.int32),
@@ -94,8 +95,8 @@ def _tokens(
     examples: Examples, tokenizer: Any, max_length: int, cut: str, call: dict[str, Any]
 ) -> dict[str, list[list[int]]]:
     if examples.text_pair is None or cut == "longest":
-        return tokenizer(examples.text, examples.text_pair, truncation=True, max_length=max_length, **call)
-    whole = tokenizer(examples.text, examples.text_pair, verbose=False, **call)
+        return tokenised(tokenizer, examples.text, examples.text_pair, truncation=True, max_length=max_length, **call)
+    whole = tokenised(tokenizer, examples.text, examples.text_pair, verbose=False, **call)
     long = [row for row, ids in enumerate(whole["input_ids"]) if len(ids) > max_length]
     chosen = examples.pick(long)
     kept = chosen.text if cut == "text_pair" else chosen.text_pair

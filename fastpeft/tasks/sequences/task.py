@@ -6,7 +6,7 @@ Shapes: N rows, C outputs of the head.
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Collection
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import nullcontext
 from typing import Any, ClassVar
 
@@ -16,6 +16,8 @@ from torch import nn
 
 from fastpeft.config.schema import DatasetConfig, EvaluationConfig
 from fastpeft.data.batches import Batch, evaluation_batches
+from fastpeft.data.fingerprint import ReadRow
+from fastpeft.data.source import TRAIN, VALIDATION
 from fastpeft.device_memory import TokenLimits
 from fastpeft.models.backbone import Backbone
 from fastpeft.models.lens import FirstLayer
@@ -62,6 +64,29 @@ class SequenceTask(Task[Encoded]):
     ) -> dict[str, torch.Tensor]:
         """By the names of signals.Measured; the loss is the same to the bit whatever is wanted."""
         return {}
+
+    def label_words(self, label: Any) -> Sequence[str]:
+        """What the data say where `Examples.labels` has this."""
+        return (str(label),)
+
+    def specimen_labels(self) -> list[Any]:
+        """As a column of labels may hold them: every label, or what spans them all."""
+        return list(self.label_names) or [0, 1]
+
+    # ---- data ------------------------------------------------------------------------------
+
+    def rows_read(self) -> dict[str, Iterable[ReadRow]]:
+        return {TRAIN: self._rows_read(self.texts.train), VALIDATION: self._rows_read(self.texts.validation)}
+
+    def _rows_read(self, rows: Examples) -> Iterator[ReadRow]:
+        columns = (rows.text,) if rows.text_pair is None else (rows.text, rows.text_pair)
+        for label, *texts in zip(rows.labels, *columns):
+            yield ReadRow(texts, self.label_words(label))
+
+    def specimen(self) -> list[dict[str, Any]]:
+        labels = self.specimen_labels()
+        pair = {} if self.texts.train.text_pair is None else {"text_pair": "the other"}
+        return [{"text": f"one text {i}", **pair, "label": labels[i % len(labels)]} for i in range(max(3, len(labels)))]
 
     # ---- model and tokens ------------------------------------------------------------------
 

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
+from fastpeft import phases
 from fastpeft.data.batches import IGNORE, Batch, TokenRows, concatenate, move
 from fastpeft.data.rows import DataError
 from fastpeft.errors import UserError
@@ -99,6 +100,7 @@ def encode_sentences(
     rows = _Rows(frame)
     for i, (words, ids) in enumerate(zip(sentences.words, _label_ids(sentences, label_names))):
         rows.add(i, [pieces.of_word[word] for word in words], ids, room)
+        phases.progress(i + 1, len(sentences), "sentences")
     if not rows.tokens:
         raise DataError(f"{sentences.source}: model {tokenizer.name_or_path} has no word piece for any of its words")
     lengths = [len(row) for row in rows.tokens]

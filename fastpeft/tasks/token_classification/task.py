@@ -21,7 +21,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 from contextlib import nullcontext
 from typing import Any, ClassVar, Self
 
@@ -31,7 +31,8 @@ from torch import nn
 
 from fastpeft.config.schema import DatasetConfig, EvaluationConfig
 from fastpeft.data.batches import Batch, evaluation_batches, micro_batches
-from fastpeft.data.source import Source
+from fastpeft.data.fingerprint import ReadRow
+from fastpeft.data.source import TEST, TRAIN, VALIDATION, Source
 from fastpeft.device_memory import TokenLimits, free_memory, is_out_of_memory
 from fastpeft.models.backbone import Backbone
 from fastpeft.models.lens import FirstLayer
@@ -41,6 +42,7 @@ from fastpeft.tasks.statistics import class_statistics
 from fastpeft.tasks.token_classification.datasets import DATASETS
 from fastpeft.tasks.token_classification.encode import EncodedSentences, collate_tokens, encode_sentences
 from fastpeft.tasks.token_classification.reading import TaggedSplits, holds_tagged_words, read_tagged_splits
+from fastpeft.tasks.token_classification.schemes import OUTSIDE
 from fastpeft.tasks.token_classification.score import score_entities
 from fastpeft.tasks.token_classification.sentences import Sentences
 
@@ -90,6 +92,14 @@ class TokenClassification(Task[EncodedSentences]):
             f"{self.name}: {len(splits.train):,} training sentences of {splits.train.num_words:,} words (entities "
             f"{', '.join(types)}), {len(splits.validation):,} validation sentences{test}"
         )
+
+    def rows_read(self) -> dict[str, Iterable[ReadRow]]:
+        splits = {TRAIN: self.splits.train, VALIDATION: self.splits.validation, TEST: self.splits.test}
+        return {name: map(ReadRow, split.words, split.tags) for name, split in splits.items() if split is not None}
+
+    def specimen(self) -> list[dict[str, Any]]:
+        """Without an entity: dataset.labels, which goes with it, names the tags."""
+        return [{"tokens": ["A", "sentence", str(i)], "tags": [OUTSIDE] * 3} for i in range(3)]
 
     # ---- model and tokens ------------------------------------------------------------------
 

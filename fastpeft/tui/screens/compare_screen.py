@@ -17,11 +17,11 @@ from textual.widgets.data_table import ColumnKey
 from fastpeft.compare.comparison import Comparison, compare
 from fastpeft.runs.store import RunFolder
 from fastpeft.tui import cells
-from fastpeft.tui.format import decimal, duration, short, shortened
+from fastpeft.tui.format import decimal, duration, flowed, short, shortened
 from fastpeft.tui.runs_index import RunRow
 from fastpeft.tui.screens.screen import RunsKeys
 from fastpeft.tui.tail import RunTail
-from fastpeft.tui.theme import curve_color
+from fastpeft.tui.theme import NOTE, curve_color
 from fastpeft.tui.widgets.plot import Curve, LinePlot
 from fastpeft.tui.widgets.text import Lines
 
@@ -38,7 +38,10 @@ _FIRST = (
     "penalty",
     "grad_norm",
 )
-_COLUMNS = (("", 3), ("run", 26), ("status", 10), ("now", 8), ("best", 7), ("time", 7), ("energy", 8), ("seed", 6))
+_COLUMNS = {"": 4, "run": 20, "status": 11, "now": 8, "best": 8, "time": 7, "energy": 9, "seed": 6}
+"""Widths, a blank included."""
+_RIGHT = ("now", "best", "time", "energy", "seed")
+_MARKS = "123456789abcdefghijklmnopqrstuvwxyz"
 _PARTS = Binding.Group("Parts", compact=True)
 
 
@@ -78,6 +81,8 @@ class CompareScreen(RunsKeys):
         self._tails: dict[str, RunTail] = {}
         self._comparison = Comparison(None, [], {})
         self._drawn: object = None
+        self._name_width = 0
+        self._is_comparing = False
 
     def compose(self) -> ComposeResult:
         yield Lines(id="title")
@@ -90,14 +95,10 @@ class CompareScreen(RunsKeys):
 
     def on_mount(self) -> None:
         self._tails = {name: self.app.tail(name) for name in self.names}
-        legend = self.query_one(CompareTable)
-        for label, width in _COLUMNS:
-            right = label in ("now", "best", "time", "energy", "seed")
-            legend.add_column(Text(label.rjust(width - 1) if right else label), key=label or "line", width=width)
-        for name in self.names:
-            legend.add_row(*[""] * len(_COLUMNS), key=name)
+        self._lay_legend()
         self.query_one("#overlay", LinePlot).smoothing = SMOOTHING
         self.action_part("overlay")
+        self.draw()  # what the runs are, before their logs are read
         self._follow()
         self._compare()
 
@@ -119,9 +120,17 @@ class CompareScreen(RunsKeys):
                 stale = False
             await asyncio.sleep(DRAW_EVERY_S)
 
-    @work(group="compare", exclusive=True)
+    @work(group="compare")
     async def _compare(self) -> None:
-        comparison = await asyncio.to_thread(self._read_results)
+        """One at a time: on a busy machine the first takes many seconds, and threads that wait for it would leave none
+        to read the logs with."""
+        if self._is_comparing:
+            return
+        self._is_comparing = True
+        try:
+            comparison = await asyncio.to_thread(self._read_results)
+        finally:
+            self._is_comparing = False
         if comparison != self._comparison:
             self._comparison = comparison
             self.draw_again()
@@ -147,11 +156,10 @@ class CompareScreen(RunsKeys):
         plot = self.query_one("#overlay", LinePlot)
         plot.title = self.metric.removeprefix("eval/") if self.metric != "eval/loss" else "validation loss"
         colors = self.line_colors()
-        width = 18 if self.size.width < 110 else 30
         plot.show(
             [
-                Curve(shortened(name, width), tail.series[self.metric], colors[name])
-                for name, tail in self._tails.items()
+                Curve(name, tail.series[self.metric], colors[name], mark)
+                for mark, (name, tail) in zip(_MARKS, self._tails.items())
                 if name not in self.hidden and self.metric in tail.series
             ]
         )
@@ -178,28 +186,45 @@ class CompareScreen(RunsKeys):
         }
 
     def _draw_title(self) -> None:
-        text = Text.assemble(("compare", "bold"), f"  {len(self.names)} runs")
-        if self.num_left_out:
-            text.append(f", {self.num_left_out} more left out: mark fewer", style="bold")
-        reading = [tail for tail in self._tails.values() if not tail.is_caught_up]
-        if reading:
-            text.append(f"  reading {len(reading)}", style="bold")
-        if any(row.stand_in for row in self.app.rows if row.name in self._tails):
-            text.append("  ").append_text(cells.stand_in_badge())
-        if len({row.metric_name for row in self.app.rows if row.name in self._tails} - {""}) > 1:
-            text.append("  several metrics: their values do not compare", style="#E69F00")
-        self.query_one("#title", Lines).show(text)
+        rows = [row for row in self.app.rows if row.name in self._tails]
+        num_reading = sum(not tail.is_caught_up for tail in self._tails.values())
+        unlike = len({row.metric_name for row in rows} - {""}) > 1
+        parts = [
+            Text("compare", "bold"),
+            "1 run" if len(self.names) == 1 else f"{len(self.names)} runs",
+            Text(f"{self.num_left_out} more left out: mark fewer" if self.num_left_out else "", "bold"),
+            Text(f"reading {num_reading}" if num_reading else "", "bold"),
+            cells.stand_in_badge() if any(row.stand_in for row in rows) else "",
+            Text("several metrics: their values do not compare" if unlike else "", NOTE),
+        ]
+        self.query_one("#title", Lines).show(flowed(parts, self.size.width - 2))
 
     def _draw_legend(self) -> None:
         legend, colors = self.query_one(CompareTable), self.line_colors()
         rows = {row.name: row for row in self.app.rows}
-        for i, name in enumerate(self.names):
+        width = self._lay_legend()
+        for i, (mark, name) in enumerate(zip(_MARKS, self.names)):
             row = rows.get(name)
-            line = Text.assemble(("  " if name in self.hidden else "━━", colors[name]))
-            wanted = [line, Text(shortened(name, _COLUMNS[1][1] - 1)), *self._facts(row, self._tails[name])]
+            line = Text.assemble((f"  {mark}" if name in self.hidden else f"━{mark}━", colors[name]))
+            wanted = [line, Text(shortened(name, width)), *self._facts(row, self._tails[name])]
             for column, new in zip(legend.ordered_columns, wanted):
                 if legend.get_row_at(i)[column_index(legend, column.key)] != new:
                     legend.update_cell(name, column.key, new)
+
+    def _lay_legend(self) -> int:
+        """Its columns, anew where the names get other room. Returns the characters that a name gets."""
+        legend = self.query_one(CompareTable)
+        room = self.size.width - sum(_COLUMNS.values()) + _COLUMNS["run"] - 3
+        width = max(_COLUMNS["run"], min(room, max(map(len, self.names)) + 2))
+        if width != self._name_width:
+            self._name_width, row = width, legend.cursor_row
+            legend.clear(columns=True)
+            for label, wide in (_COLUMNS | {"run": width}).items():
+                legend.add_column(Text(label.rjust(wide - 1) if label in _RIGHT else label), key=label, width=wide)
+            for name in self.names:
+                legend.add_row(*[""] * len(_COLUMNS), key=name)
+            legend.move_cursor(row=row, animate=False)
+        return width - 1
 
     def _facts(self, row: RunRow | None, tail: RunTail) -> list[Text]:
         if row is None:
@@ -212,7 +237,7 @@ class CompareScreen(RunsKeys):
             short(row.energy_j, "J"),
             "-" if row.seed is None else str(row.seed),
         )
-        numbers = [Text(text.rjust(width - 1)) for text, (_, width) in zip(texts, _COLUMNS[3:])]
+        numbers = [Text(text.rjust(_COLUMNS[label] - 1)) for text, label in zip(texts, _RIGHT)]
         return [cells.status_badge(row.status), *numbers]
 
     # ---- keys ------------------------------------------------------------------------------
@@ -282,6 +307,9 @@ def _comparison(comparison: Comparison, width: int) -> Table | Text:
     if width < 110 or not any(columns["AUC"]):
         del columns["AUC"]
     table = Table(box=None, pad_edge=False)
+    if len(tasks := {row.task for row in rows}) == 1 and not comparison.glue:  # said once
+        del columns["task"]
+        table.title, table.title_style, table.title_justify = *tasks, "dim", "left"
     for name in columns:
         table.add_column(name, header_style="dim", no_wrap=name not in ("method", "task"))
     for values in zip(*columns.values()):

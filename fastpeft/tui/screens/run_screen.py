@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from rich.syntax import Syntax
 from rich.text import Text
@@ -14,15 +14,16 @@ from textual.containers import Container, Vertical, VerticalScroll
 from textual.widgets import Footer, Static
 
 from fastpeft.tui import cells, forecast_band, metrics
-from fastpeft.tui.format import amount, bar, decimal, duration, printable, short
+from fastpeft.tui.format import amount, bar, decimal, duration, fitted, headed, joined, printable, short
+from fastpeft.tui.grids import Grid, importance_grid, rates_grid
 from fastpeft.tui.parse import MAX_FIGURES
 from fastpeft.tui.runs_index import RunRow
 from fastpeft.tui.screens.dialogs import Reading
 from fastpeft.tui.screens.screen import RunsKeys
 from fastpeft.tui.tail import RunTail
-from fastpeft.tui.theme import STATUS, curve_color
+from fastpeft.tui.theme import STATUS, WRONG, curve_color
 from fastpeft.tui.widgets.event_list import EventLog
-from fastpeft.tui.widgets.heatmap import Grid, Heatmap, importance_grid, rates_grid
+from fastpeft.tui.widgets.heatmap import Heatmap
 from fastpeft.tui.widgets.plot import Band, Curve, LinePlot
 from fastpeft.tui.widgets.system_panel import SystemPanel
 from fastpeft.tui.widgets.text import Lines
@@ -263,21 +264,24 @@ class RunScreen(RunsKeys):
             self.map, self.snapshot = next(iter(there), "importance"), -1
         snapshots = there.get(self.map, [])
         at = len(snapshots) - 1 if self.snapshot < 0 else min(self.snapshot, len(snapshots) - 1)
-        drawn = (tail.generation, self.map, len(there), len(snapshots), at, self.size)
+        drawn = (tail.generation, self.map, len(there), len(snapshots), at, self.size, self.pane, tail.is_caught_up)
         if drawn == self._drawn_importance:
             return
         self._drawn_importance = drawn
         pane, heatmap = self.query_one("#importance"), self.query_one(Heatmap)
         others = [f", m: {name}" for name in there if name != self.map]
         pane.border_title = {"multipliers": "factors on the learning rate"}.get(self.map, self.map) + "".join(others)
+        self.set_class(not snapshots and self.pane != "importance", "-no-map")
         if not snapshots:
+            ended = tail.is_caught_up and tail.series
+            heatmap.nothing = "This method measures no importances." if ended else "nothing measured yet"
             heatmap.show(Grid((), (), heatmap.grid.values[:0, :0]))
-            pane.border_subtitle = "this method measures none" if tail.is_caught_up and tail.series else ""
+            pane.border_subtitle = ""
             return
         grid = MAPS[self.map](snapshots, at)
         heatmap.show(grid, self.map)
         if self.is_wide:
-            self.query_one("#panes").styles.grid_rows = f"{min(len(grid.rows) + 6, self.size.height // 2)} 1fr"
+            self.query_one("#panes").styles.grid_rows = f"{min(len(grid.rows) + 8, self.size.height // 2)} 1fr"
         when = f"step {snapshots[at].step:,}, {duration(snapshots[at].elapsed_s)}"
         pane.border_subtitle = f"snapshot {at + 1} of {len(snapshots)}, {when}"
 
@@ -358,33 +362,40 @@ class RunScreen(RunsKeys):
 def _title(row: RunRow | None, run: str, tail: RunTail | None, width: int) -> Text:
     """Two lines: what it is, and how far it is."""
     if row is None:
-        return Text.assemble((run, "bold"), "  there is no such run now\n")
-    first = Text.assemble((run, "bold"), "  ", cells.status_badge(row.status), "  ")
-    if row.stand_in:
-        first.append_text(cells.stand_in_badge()).append(" ")
-    first.append(f"{row.method} on {cells.model_and_data(row)}")
+        return headed(run, ["there is no such run now"], "", width - 2).append("\n")
+    said: list[Text | str] = [cells.status_badge(row.status), cells.stand_in_badge() if row.stand_in else ""]
     if tail is not None and not tail.is_caught_up:
-        first.append(f"  reading {tail.progress:.0%}", style="bold")
+        said.append(Text(f"reading {tail.progress:.0%}", "bold"))
     if tail is not None and tail.malformed:
-        first.append(f"  {tail.malformed} bad line{'s' if tail.malformed > 1 else ''}", style="#D55E00")
+        said.append(Text(f"{tail.malformed} bad line{'s' if tail.malformed > 1 else ''}", WRONG))
+    first = headed(run, said, cells.method_and_where(row), width - 2)
     color = STATUS.get(row.status, STATUS["no result"])[1]
-    second = bar(row.progress, 12 if width < 110 else 30, color)
-    facts = []
+    budget, facts = bar(row.progress, 12 if width < 110 else 30, color), []
     if row.budget_limit is not None:
-        facts.append(f"of {amount(row.budget_limit, row.budget_kind)}{' steps' if row.budget_kind == 'steps' else ''}")
+        unit = " steps" if row.budget_kind == "steps" else ""
+        budget.append(f" of {amount(row.budget_limit, row.budget_kind)}{unit}")
     if row.eta_s is not None:
         facts.append(f"{duration(row.eta_s)} left")
-    facts += [f"step {row.steps or 0:,}"] if width >= 110 else []
-    facts.append(f"loss {decimal(row.last_loss)}")
+    facts += [f"step {row.steps:,}"] if row.steps and width >= 110 else []
+    facts += [] if row.last_loss is None else [f"loss {decimal(row.last_loss)}"]
     if row.metric is not None:
         last = "" if width < 110 else f"{row.metric_name} {decimal(row.metric)}, "
         facts.append(f"{last}best {decimal(cells.best_of(row))}")
     if row.test is not None:
         facts.append(f"test {decimal(row.test)}")
-    facts.append(f"{short(row.tokens_per_s)} tok/s")
+    facts += [] if row.tokens_per_s is None else [f"{short(row.tokens_per_s)} tok/s"]
     if row.energy_j is not None:
         facts.append(short(row.energy_j, "J"))
-    second.append(" " + "  ".join(facts))
-    for line in (first, second):
-        line.truncate(width - 2, overflow="ellipsis")
+    second = fitted([budget, *facts], width - 2)
+    if tail is not None and tail.phase is not None:
+        second = joined([budget, _phase(tail.phase)])
+        second.truncate(width - 2, overflow="ellipsis")
     return Text("\n").join([first, second])
+
+
+def _phase(event: dict[str, Any]) -> str:
+    """What the trainer is busy with, how far it is, and when the first step ends."""
+    text = printable(str(event["text"]))
+    if "done" in event:
+        text += f": {event['done']:,} of {event['total']:,} {printable(str(event['unit']))}"
+    return text + (f", {duration(event['left_s'])} left of it" if "left_s" in event else "")

@@ -12,10 +12,11 @@ from textual.containers import Horizontal
 from textual.widgets import DataTable, Footer, Input
 
 from fastpeft.tui import cells
-from fastpeft.tui.format import amount, decimal, duration, short, shortened, sparkline
+from fastpeft.tui.format import amount, decimal, duration, fitted, headed, joined, short, shortened, sparkline
 from fastpeft.tui.runs_index import RunRow
 from fastpeft.tui.screens.screen import RESUME, STOP, RunsKeys
 from fastpeft.tui.series import Series
+from fastpeft.tui.theme import NOTE, SPARK
 from fastpeft.tui.widgets.plot import Curve, LinePlot
 from fastpeft.tui.widgets.text import Lines
 
@@ -28,6 +29,10 @@ In another terminal:
 fastpeft train --run iwlora_mnli --results-dir {folder}
 
 It shows up here as soon as it trains."""
+
+
+_MARGINS = 5
+"""Cells beside the table's columns: its padding, the marks, and a scroll bar."""
 
 
 class RunsTable(DataTable):
@@ -66,6 +71,8 @@ class RunsScreen(RunsKeys):
         self._lines: dict[str, RunRow | cells.Group] = {}
         self._cells: dict[str, list[Text]] = {}
         self._columns = cells.COLUMNS
+        """Those in view."""
+        self._sorts = cells.sorts(cells.COLUMNS)
         self._breadth = 0
         self._drawn: object = None
 
@@ -102,8 +109,10 @@ class RunsScreen(RunsKeys):
 
     def draw(self) -> None:
         self._breadth = 2 if self.size.width >= 170 else 1 if self.size.width >= 110 else 0
-        self._columns = cells.columns_of(self.app.rows)
-        if self.sort_by not in cells.sorts(self._columns):
+        there = cells.columns_of(self.app.rows)
+        self._sorts = cells.sorts(there)
+        self._columns = cells.fitting(there, self._breadth, self.size.width - _MARGINS)
+        if self.sort_by not in self._sorts:
             self.sort_by = "created"
         lines = self.lines()
         self._lines = {line.key if isinstance(line, cells.Group) else line.name: line for line in lines}
@@ -128,7 +137,7 @@ class RunsScreen(RunsKeys):
         """Change the cells that changed; where other lines are shown, or in another order, all of them."""
         table = self.query_one(RunsTable)
         header = self._header()
-        layout = (self._breadth, [column.key for column in self._columns])
+        layout = (self._breadth, self._columns)
         if layout != self._drawn or not table.columns:
             self._drawn = layout
             table.clear(columns=True)
@@ -167,21 +176,31 @@ class RunsScreen(RunsKeys):
     def _draw_title(self, num_lines: int) -> None:
         app = self.app
         running = sum(row.status == "running" for row in app.rows)
-        title = Text.assemble(("fastpeft", "bold"), f"  {_count(len(app.rows), 'run')}, {running} running")
-        if app.marked:
-            title.append(f", {len(app.marked)} marked", style="bold")
-        words = self.query_one("#filter", Input).value
-        if words:
-            title.append(f"  /{words}: {_count(num_lines, 'line')}", style="bold")
-        if self.sort_by == "created":
-            title.append("  newest first" if self.descending else "  oldest first", style="dim")
-        room = self.size.width - title.cell_len - 4
+        width, words = self.size.width - 2, self.query_one("#filter", Input).value
+        parts = [
+            Text("fastpeft", "bold"),
+            f"{_count(len(app.rows), 'run')}, {running} running",
+            Text(f"{len(app.marked)} marked" if app.marked else "", "bold"),
+            Text(f"/{shortened(words, width // 3)}: {_count(num_lines, 'line')}" if words else "", "bold"),
+            Text(self._order(), "dim"),
+        ]
+        room = width - joined(parts).cell_len - 2
         if room >= 12:
-            title.append("  " + shortened(str(app.results_dir), room), style="dim")
+            parts.append(Text(shortened(str(app.results_dir), room), "dim"))
+        lines = [fitted(parts, width)]
         for launch in app.starting:
             said = launch.text(2000).splitlines()
-            title.append(f"\n● starting {launch.name}: {said[-1] if said else 'python is loading'}", style="#56B4E9")
-        self.query_one("#title", Lines).show(title)
+            lines.append(Text(f"● starting {launch.name}: {said[-1] if said else 'python is loading'}", SPARK))
+            lines[-1].truncate(width, overflow="ellipsis")
+        self.query_one("#title", Lines).show(Text("\n").join(lines))
+
+    def _order(self) -> str:
+        """In words where no column's heading shows it."""
+        if self.sort_by == "created":
+            return "newest first" if self.descending else "oldest first"
+        if self.sort_by in [column.key for column in self._columns]:
+            return ""
+        return f"by {self.sort_by}, {'falling' if self.descending else 'rising'}"
 
     def _draw_preview(self) -> None:
         line = self._lines.get(self.current or "")
@@ -190,7 +209,8 @@ class RunsScreen(RunsKeys):
         if not isinstance(line, RunRow):
             return
         tall = self.size.height >= 34
-        self.query_one("#facts", Lines).show(_facts(line) if tall else _strip(line, self.size.width))
+        room = self.size.width // 2 - 4 if tall else self.size.width - 2
+        self.query_one("#facts", Lines).show(_facts(line, room) if tall else _strip(line, room))
         if tall:
             losses = np.array(line.sparkline)
             at = np.arange(1, len(losses) + 1) / max(len(losses), 1) * (line.steps or 0)
@@ -218,7 +238,7 @@ class RunsScreen(RunsKeys):
         key = event.column_key.value
         if key == self.sort_by:
             self.action_invert()
-        elif key in cells.sorts(self._columns):
+        elif key in self._sorts:
             self.sort_by = key
             self.draw()
 
@@ -281,7 +301,7 @@ class RunsScreen(RunsKeys):
         self.query_one(RunsTable).focus()
 
     def action_sort(self, by: int) -> None:
-        there = cells.sorts(self._columns)
+        there = self._sorts
         self.sort_by = there[(there.index(self.sort_by) + by) % len(there)]
         self.draw()
 
@@ -299,7 +319,7 @@ def _count(num: int, what: str) -> str:
 
 
 def _mark(marked: bool) -> Text:
-    return Text("▌" if marked else " ", style="#E69F00")
+    return Text("▌" if marked else " ", style=NOTE)
 
 
 def _budget(row: RunRow) -> str:
@@ -311,23 +331,24 @@ def _budget(row: RunRow) -> str:
 
 def _strip(row: RunRow, width: int) -> Text:
     """Two lines: what the columns of a narrow terminal leave out."""
-    first = Text.assemble((row.name, "bold"), f"  {row.method} on {cells.model_and_data(row)} ")
-    if row.stand_in:
-        first.append_text(cells.stand_in_badge())
-    second = Text.assemble(
-        "" if row.test is None else f"test {decimal(row.test)}  ",
-        f"{short(row.tokens_per_s)} tok/s  {short(row.energy_j, 'J')}  {_budget(row)}  ",
-        (sparkline(row.sparkline, 24), "#56B4E9"),
-    )
-    first.truncate(width - 2, overflow="ellipsis")
-    return Text("\n").join([first, second])
+    badge = [cells.stand_in_badge()] if row.stand_in else []
+    second = [
+        "" if row.test is None else f"test {decimal(row.test)}",
+        "" if row.tokens_per_s is None else f"{short(row.tokens_per_s)} tok/s",
+        "" if row.energy_j is None else short(row.energy_j, "J"),
+        "" if row.budget_limit is None else _budget(row),
+        Text(sparkline(row.sparkline, 24), SPARK),
+    ]
+    if not any(second):
+        second = ["nothing is logged yet"]
+    first = headed(row.name, badge, cells.method_and_where(row), width)
+    return Text("\n").join([first, fitted(second, width)])
 
 
-def _facts(row: RunRow) -> Text:
+def _facts(row: RunRow, width: int) -> Text:
     """One fact a line."""
-    out = Text.assemble((row.name, "bold"), "  ", cells.status_badge(row.status))
-    if row.stand_in:
-        out.append("  ").append_text(cells.stand_in_badge())
+    badges = [cells.status_badge(row.status), cells.stand_in_badge() if row.stand_in else ""]
+    out = headed(row.name, badges, "", width)
     seed = "" if row.seed is None else f", seed {row.seed}"
     test = "" if row.test is None else f", test {decimal(row.test)}"
     facts = {
@@ -338,8 +359,9 @@ def _facts(row: RunRow) -> Text:
         row.metric_name or "metric": f"{decimal(row.metric)}, best {decimal(cells.best_of(row))}{test}",
         "loss": decimal(row.last_loss),
         "speed": f"{short(row.tokens_per_s)} tok/s, {row.steps or 0:,} steps in {duration(row.elapsed_s)}",
-        "energy": f"{short(row.energy_j, 'J')} ({row.energy_method})",
+        "energy": "not measured" if row.energy_j is None else f"{short(row.energy_j, 'J')} ({row.energy_method})",
     }
     for key, value in facts.items():
-        out.append(f"\n{key + ' ':<10}", style="dim").append(value)
+        label = f"{shortened(key, 9):<10}"
+        out.append(f"\n{label}", style="dim").append(shortened(value, width - len(label)))
     return out

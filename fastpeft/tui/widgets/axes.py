@@ -45,26 +45,38 @@ def nice_ticks(low: float, high: float, most: int) -> list[float]:
     for step in (power, 2 * power, 5 * power, 10 * power, 20 * power):
         first, last = math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9)
         if last - first < most:
-            return [i * step for i in range(first, last + 1)]
+            return [min(max(i * step, low), high) for i in range(first, last + 1)]
     return []
 
 
-class Numbers(AxisFormatter):
-    """`most` ticks: the plot sets it by its size."""
+class _Fitted(AxisFormatter):
+    """`most` ticks, as the plot sets it by its size, and of an axis `columns` long none whose label ends beyond it."""
 
     most = 6
+    columns: int | None = None
+    """None: of an axis that is upright."""
+
+    def get_ticks_and_labels(self, min_: float, max_: float, max_ticks: int = 8) -> tuple[list[float], list[str]]:
+        ticks, labels = super().get_ticks_and_labels(min_, max_, max_ticks)
+        if self.columns is None:
+            return ticks, labels
+        places = [(tick - min_) / (max_ - min_) * self.columns for tick in ticks]
+        fit = [i for i, label in enumerate(labels) if ticks[i] == max_ or places[i] + len(label) // 2 <= self.columns]
+        return [ticks[i] for i in fit], [labels[i] for i in fit]
+
+
+class Numbers(_Fitted):
+    """Multiples of 1, 2 or 5 times a power of ten."""
 
     def get_ticks(self, min_: float, max_: float, max_ticks: int = 8) -> list[float]:
         return nice_ticks(min_, max_, min(self.most, max_ticks))
 
     def get_labels_for_ticks(self, ticks: Sequence[float]) -> list[str]:
-        return [short(round(tick, 12)) if abs(tick) >= 1e-3 else short(tick) for tick in ticks]
+        return _told_apart([round(tick, 12) if abs(tick) >= 1e-3 else tick for tick in ticks])
 
 
-class Durations(DurationFormatter):
+class Durations(_Fitted, DurationFormatter):
     """As Numbers, of seconds."""
-
-    most = 6
 
     def get_ticks(self, min_: float, max_: float, max_ticks: int = 8) -> list[float]:
         _, unit = self._select_unit(min_, max_)
@@ -90,4 +102,14 @@ class Powers(Numbers):
         return [math.log10(tick) for tick in nice_ticks(10**min_, 10**max_, most) if tick > 0]
 
     def get_labels_for_ticks(self, ticks: Sequence[float]) -> list[str]:
-        return [short(10**tick) for tick in ticks]
+        return _told_apart([10**tick for tick in ticks])
+
+
+def _told_apart(values: Sequence[float]) -> list[str]:
+    """In as many digits as it takes."""
+    labels = [short(value) for value in values]
+    for digits in (5, 6):
+        if len(set(labels)) == len(labels):
+            break
+        labels = [scientific(v, digits - 3) if 0 < abs(v) < 1e-3 else f"{v:.{digits}g}" for v in values]
+    return labels

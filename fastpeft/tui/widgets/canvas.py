@@ -19,7 +19,7 @@ from textual_plot.plot_widget import Legend
 
 from fastpeft.tui.series import Floats
 from fastpeft.tui.widgets.axes import Durations, Numbers
-from fastpeft.tui.widgets.raster import BLANK, braille
+from fastpeft.tui.widgets.raster import BLANK, braille, mark_places, owners
 
 MARGIN_LEFT = 9
 _BAND = "░"
@@ -35,6 +35,8 @@ class Line:
     y: Floats
     color: str
     dash: tuple[int, int]
+    mark: str = ""
+    """A sign that stands on the line here and there."""
 
 
 @dataclass(frozen=True)
@@ -142,7 +144,7 @@ class PlotCanvas(PlotWidget, can_focus=False, inherit_bindings=False):
 
     def draw(self, scene: Scene, x_format: Numbers | Durations, y_format: Numbers) -> None:
         self._scene = scene
-        x_format.most = max(2, self.num_columns // 12)
+        x_format.most, x_format.columns = max(2, self.num_columns // 12), self.num_columns
         y_format.most = max(2, (self.num_rows + 1) // 2)
         self.set_x_formatter(x_format)
         self.set_y_formatter(y_format)
@@ -173,17 +175,20 @@ class PlotCanvas(PlotWidget, can_focus=False, inherit_bindings=False):
             self._draw_marks(canvas, marks)
 
     def _draw_lines(self, canvas: Canvas, lines: list[Line]) -> None:
-        """A cell that several cross has the dots of all and the colour of the last."""
+        """A cell that several cross has the dots of all."""
+        if not lines:
+            return
         width, height = self._scale_rectangle.width, self._scale_rectangle.height
-        dots_HW, line_HW = np.zeros((height, width), np.int32), np.zeros((height, width), np.intp)
-        for i, line in enumerate(lines):
-            drawn_HW = braille(*self._cells(line.x, line.y), width, height, line.dash)
-            dots_HW |= drawn_HW
-            line_HW[drawn_HW > 0] = i
+        dots_LHW = np.stack([braille(*self._cells(line.x, line.y), width, height, line.dash) for line in lines])
+        dots_HW, owner_HW = np.bitwise_or.reduce(dots_LHW), owners(dots_LHW > 0)
         rows, columns = np.nonzero(dots_HW)
-        cells = (columns + 1, rows + 1, dots_HW[rows, columns], line_HW[rows, columns])
+        cells = (columns + 1, rows + 1, dots_HW[rows, columns], owner_HW[rows, columns])
         for x, y, dots, i in zip(*(cell.tolist() for cell in cells)):
             canvas.set_pixel(x, y, _BRAILLE[dots], lines[i].color)
+        marked = [i for i, line in enumerate(lines) if line.mark]
+        for i, places in zip(marked, mark_places(dots_LHW[marked] > 0)):
+            for row, column in places:
+                canvas.set_pixel(column + 1, row + 1, lines[i].mark, f"bold {lines[i].color}")
 
     def _cells(self, x: Floats, y: Floats) -> tuple[Floats, Floats]:
         """Of the axes' units: cells from the upper left corner within the frame."""

@@ -1,10 +1,9 @@
-"""Numbers of a model's matrices, layer x projection, as colours with a cursor."""
+"""A grid of numbers as colours, with a cursor. It fills the room that it has."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass
 from typing import ClassVar
 
 import numpy as np
@@ -18,99 +17,26 @@ from textual.reactive import reactive
 from textual.scroll_view import ScrollView
 from textual.strip import Strip
 
-from fastpeft.tui.parse import Blocks, Importance, Rates
-from fastpeft.tui.series import Floats
+from fastpeft.tui.format import flowed
+from fastpeft.tui.grids import Grid
 from fastpeft.tui.theme import ratio_color, scale_color, shade
 from fastpeft.tui.widgets.axes import short
+from fastpeft.tui.widgets.cell_layout import Columns, Rows, columns_in, rows_in
 
 # R rows, C columns
 
-MAX_CELL = 12
 MIN_CELL = 4
 """A narrower screen scrolls sideways."""
 LEAST_RATIO = 1.1
 """A scale of factors reaches at least from 1 / this to this, so that next to nothing looks like it."""
 _NUMBERS_FROM = 7
 """Cells this wide show their numbers."""
-_HEAD_LINES = 1
-_FOOT_LINES = 2
-
-
-@dataclass(frozen=True)
-class Grid:
-    """What a Heatmap shows. Every array is (rows, columns), nan where the model has no such matrix."""
-
-    rows: tuple[str, ...]
-    columns: tuple[str, ...]
-    values: Floats
-    value_name: str = "value"
-    more: dict[str, Floats] = field(default_factory=dict)
-    """Further numbers for the cursor, by name."""
-    first: Floats | None = None
-    """Earlier values, for the change since."""
-    names: dict[tuple[int, int], str] = field(default_factory=dict)
-    """Full names by row and column."""
-    is_ratio: bool = False
-    """Values are factors: the scale is logarithmic, 1 in its middle."""
-
-
-def importance_grid(snapshots: Sequence[Importance], at: int = -1) -> Grid:
-    """Snapshot `at` against the first. Several matrices of one layer and projection get columns of their own.
-
-    Raises:
-        IndexError: there is no such snapshot.
-    """
-    snapshot, first = snapshots[at], snapshots[0]
-    grid = _grid(snapshot, first, snapshot.weights, first.weights)
-    more = {"sensitivity": snapshot.sensitivity, "rank": snapshot.ranks}
-    more = {name: _spread(snapshot, values)[2] for name, values in more.items() if values is not None}
-    return replace(grid, value_name="weight", more=more)
-
-
-def rates_grid(snapshots: Sequence[Rates], at: int = -1) -> Grid:
-    """As `importance_grid`, of the factors on the learning rate."""
-    snapshot, first = snapshots[at], snapshots[0]
-    grid = _grid(snapshot, first, snapshot.multipliers, first.multipliers)
-    return replace(grid, value_name="multiplier", is_ratio=True)
-
-
-def _grid(snapshot: Blocks, first: Blocks, values: Floats, first_values: Floats) -> Grid:
-    rows, columns, values_RC, keys = _spread(snapshot, values)
-    return Grid(
-        rows=rows,
-        columns=columns,
-        values=values_RC,
-        first=_spread(first, first_values)[2] if first.names == snapshot.names and first is not snapshot else None,
-        names=dict(zip(keys, snapshot.names)),
-    )
-
-
-def _spread(blocks: Blocks, values: Floats) -> tuple[tuple[str, ...], tuple[str, ...], Floats, list[tuple[int, int]]]:
-    """Names of the rows and of the columns, the values there, and each block's row and column."""
-    rows = sorted(set(blocks.layer))
-    keys, columns = [], {}
-    seen: dict[tuple[int, str], int] = {}
-    for layer, projection in zip(blocks.layer, blocks.projection):
-        seen[layer, projection] = again = seen.get((layer, projection), 0) + 1
-        column = projection if again == 1 else f"{projection}#{again}"
-        keys.append((rows.index(layer), columns.setdefault(column, len(columns))))
-    out_RC = np.full((len(rows), len(columns)), np.nan)
-    out_RC[tuple(np.array(keys).reshape(-1, 2).T)] = values
-    return tuple(str(layer) for layer in rows), tuple(columns), out_RC, keys
-
-
-def abbreviated(names: Sequence[str], width: int) -> list[str]:
-    """Each at most `width` characters and told apart: cut off, or where that is not enough, their ends or numbers."""
-    for cut in (lambda name: name[:width], lambda name: name[-width:], _middle_out(width)):
-        found = [name if len(name) <= width else cut(name) for name in names]
-        if len(set(found)) == len(names):
-            return found
-    return [name if len(name) <= width else f"{name[: width - len(str(i))]}{i}" for i, name in enumerate(names)]
-
-
-def _middle_out(width: int):
-    left = (width - 1) // 2
-    return lambda name: f"{name[:left]}…{name[len(name) - (width - 1 - left) :]}"
+_SPREAD_FROM = 1.5
+"""Lines a row: from here on rows share all lines, by halves of one; else each has one, and its number is in it."""
+_MAX_HEAD_LINES = 3
+_SCALE_CELLS = 16
+_NARROW = 100
+"""A narrower heatmap says what is under the cursor in two lines."""
 
 
 class Heatmap(ScrollView, can_focus=True):
@@ -147,11 +73,14 @@ class Heatmap(ScrollView, can_focus=True):
         super().__init__(id=id, classes=classes)
         self.title = title
         self.grid = Grid((), (), np.empty((0, 0)))
+        self._limits = (0.0, 0.0)
+        self.nothing = "nothing measured yet"
+        """Said where the grid is empty."""
         self._top, self._left = 0, 0
 
     def show(self, grid: Grid, title: str | None = None) -> None:
         """The cursor stays where it is, if that is still there."""
-        self.grid = grid
+        self.grid, self._limits = grid, limits(grid)
         self.title = self.title if title is None else title
         row, column = self.cursor
         self.cursor = max(0, min(row, len(grid.rows) - 1)), max(0, min(column, len(grid.columns) - 1))
@@ -165,29 +94,35 @@ class Heatmap(ScrollView, can_focus=True):
         return max([len(row) for row in self.grid.rows] or [0]) + 1
 
     @property
-    def cell_width(self) -> int:
-        room = (self.size.width - self.label_width) // max(len(self.grid.columns), 1)
-        return max(MIN_CELL, min(MAX_CELL, room))
+    def columns(self) -> Columns:
+        """The columns in view."""
+        most = max(1, min(_MAX_HEAD_LINES, self.size.height // 4))
+        return columns_in(self.grid.columns, self._left, self.size.width - self.label_width, MIN_CELL, most)
 
     @property
     def num_rows_shown(self) -> int:
-        return max(self.size.height - _HEAD_LINES - _FOOT_LINES, 1)
+        return max(self.size.height - len(self.columns.head) - self.num_foot_lines, 1)
 
     @property
-    def num_columns_shown(self) -> int:
-        return max((self.size.width - self.label_width) // self.cell_width, 1)
+    def num_foot_lines(self) -> int:
+        return 2 if self.size.width >= _NARROW else 3
+
+    @property
+    def rows(self) -> Rows:
+        """The rows in view, over all the lines that there are."""
+        num, lines = len(self.grid.rows), self.num_rows_shown
+        return rows_in(num, lines, self._top, halves=not self.app.no_color, spread_from=_SPREAD_FROM)
 
     def _keep_cursor_in_view(self) -> None:
         row, column = self.cursor
+        self._left = _kept_in_view(column, self._left, max(self.columns.num, 1), len(self.grid.columns))
         self._top = _kept_in_view(row, self._top, self.num_rows_shown, len(self.grid.rows))
-        self._left = _kept_in_view(column, self._left, self.num_columns_shown, len(self.grid.columns))
 
     def cell_at(self, x: int, y: int) -> tuple[int, int] | None:
         """Row and column under a place within the widget."""
-        shown_row, shown_column = y - _HEAD_LINES, (x - self.label_width) // self.cell_width
-        row, column = self._top + shown_row, self._left + shown_column
-        inside = 0 <= shown_row < self.num_rows_shown and 0 <= shown_column < self.num_columns_shown
-        return (row, column) if inside and row < len(self.grid.rows) and column < len(self.grid.columns) else None
+        row = self.rows.at(2 * (y - len(self.columns.head)))
+        column = self.columns.at(x - self.label_width)
+        return (row, column) if row is not None and column is not None else None
 
     def watch_cursor(self, cursor: tuple[int, int]) -> None:
         self._keep_cursor_in_view()
@@ -238,24 +173,14 @@ class Heatmap(ScrollView, can_focus=True):
     def render_line(self, y: int) -> Strip:
         base = self.rich_style
         if not self.grid.rows or not self.grid.columns:
-            return Strip([Segment("nothing measured yet" if y == 0 else "", base)]).adjust_cell_length(
-                self.size.width, base
-            )
-        height = self.size.height
-        if y < _HEAD_LINES:
-            segments = self._head(base)
-        elif y >= height - _FOOT_LINES:
-            segments = self._scale(base) if y == height - 2 else [Segment(self.readout(), base + Style(bold=True))]
+            segments = [Segment(self.nothing if y == 0 else "", base)]
+        elif y < len(self.columns.head):
+            segments = self._head(y, base)
+        elif (from_below := self.size.height - y) <= self.num_foot_lines:
+            segments = self._foot(self.num_foot_lines - from_below, base)
         else:
-            segments = self._row(self._top + y - _HEAD_LINES, base)
+            segments = self._line(y - len(self.columns.head), base)
         return Strip(segments).adjust_cell_length(self.size.width, base)
-
-    def _limits(self) -> tuple[float, float]:
-        finite = self.grid.values[np.isfinite(self.grid.values)]
-        if self.grid.is_ratio:
-            farthest = np.exp(np.abs(np.log(finite[finite > 0])).max(initial=math.log(LEAST_RATIO)))
-            return 1 / float(farthest), float(farthest)
-        return (float(finite.min()), float(finite.max())) if len(finite) else (0.0, 0.0)
 
     def _share(self, value: float, limits: tuple[float, float]) -> float:
         if not self.grid.is_ratio:
@@ -266,85 +191,129 @@ class Heatmap(ScrollView, can_focus=True):
     def _color(self, part: float) -> tuple[int, int, int]:
         return ratio_color(part) if self.grid.is_ratio else scale_color(part)
 
-    def _columns(self) -> range:
-        return range(self._left, min(self._left + self.num_columns_shown, len(self.grid.columns)))
-
-    def _head(self, base: Style) -> list[Segment]:
-        width = self.cell_width
-        names = abbreviated(self.grid.columns, width - 1)
+    def _head(self, y: int, base: Style) -> list[Segment]:
         segments = [Segment(" " * self.label_width, base)]
-        for column in self._columns():
-            at_cursor = column == self.cursor[1]
-            segments.append(Segment(names[column].center(width), base + Style(bold=at_cursor, underline=at_cursor)))
+        for (column, width), text in zip(self.columns, self.columns.head[y]):
+            style = base + Style(bold=True, underline=True) if column == self.cursor[1] else base
+            segments += _with_blanks(text.center(width - 1) + " ", style, base)
         return segments
 
-    def _row(self, row: int, base: Style) -> list[Segment]:
-        if row >= len(self.grid.rows):
+    def _line(self, line: int, base: Style) -> list[Segment]:
+        """A line of one row, or of the end of one and the begin of the next."""
+        rows = self.rows
+        upper, lower = rows.at(2 * line), rows.at(2 * line + 1)
+        if upper is None or lower is None:
             return []
-        at_cursor = row == self.cursor[0]
-        label = self.grid.rows[row].rjust(self.label_width - 1) + " "
-        segments = [Segment(label, base + Style(bold=at_cursor, underline=at_cursor))]
-        limits = self._limits()
-        for column in self._columns():
-            value = float(self.grid.values[row, column])
-            segments += self._cell(value, limits, (row, column) == self.cursor, base)
+        has_number = upper == lower and rows.number_line(upper) == line
+        label = self.grid.rows[upper].rjust(self.label_width - 1) + " " if has_number else " " * self.label_width
+        style = base + Style(bold=True, underline=True) if upper == self.cursor[0] else base
+        segments = _with_blanks(label, style, base)
+        for column, width in self.columns:
+            if upper == lower:
+                segments.append(self._cell(upper, column, width, has_number, base))
+            else:
+                segments.append(self._border(upper, lower, column, width, base))
         return segments
 
-    def _cell(self, value: float, limits: tuple[float, float], at_cursor: bool, base: Style) -> list[Segment]:
-        width = self.cell_width
+    def _cell(self, row: int, column: int, width: int, has_number: bool, base: Style) -> Segment:
+        value = float(self.grid.values[row, column])
         if math.isnan(value):
-            text, style = "·".center(width), base + Style(dim=True)
+            text, style = "·" if has_number else "", base + Style(dim=True)
         elif math.isinf(value):
-            text, style = ("+inf" if value > 0 else "-inf").center(width), base + Style(bold=True)
+            text, style = ("+inf" if value > 0 else "-inf") if has_number else "", base + Style(bold=True)
         else:
-            part = self._share(value, limits)
-            color = self._color(part)
-            number = short(value) if width >= _NUMBERS_FROM else ""
+            number = short(value) if has_number and width >= _NUMBERS_FROM else ""
             if self.app.no_color:
-                text = f"{shade(part) * (width - len(number) - 1)}{number}".ljust(width)
-                style = base
+                part = self._share(value, self._limits)
+                text, style = f"{shade(part) * (width - len(number) - 1)}{number}".ljust(width), base
             else:
-                text = number.center(width)
+                color = self._background(row, column)
+                assert color is not None
+                text = number
                 style = Style(color="black" if _is_light(color) else "white", bgcolor="rgb({},{},{})".format(*color))
-        if at_cursor:
+        text = text.center(width)
+        if (row, column) == self.cursor:
             text = f"[{text[1:-1]}]" if width > 2 else text
             style += Style(bold=True, reverse=math.isnan(value))
-        return [Segment(text, style)]
+        return Segment(text, style)
+
+    def _border(self, upper: int, lower: int, column: int, width: int, base: Style) -> Segment:
+        """A line whose halves belong to two rows."""
+        colors = [self._background(row, column) for row in (upper, lower)]
+        front, behind = ("rgb({},{},{})".format(*color) if color else None for color in colors)
+        if front is None:
+            return Segment("▄" * width if behind else " " * width, base + Style(color=behind))
+        return Segment("▀" * width, base + Style(color=front, bgcolor=behind))
+
+    def _background(self, row: int, column: int) -> tuple[int, int, int] | None:
+        value = float(self.grid.values[row, column])
+        return self._color(self._share(value, self._limits)) if math.isfinite(value) else None
+
+    def _foot(self, line: int, base: Style) -> list[Segment]:
+        """The legend with where the shown rows and columns lie among all, and what is under the cursor."""
+        if line == 0:
+            return self._scale(base)
+        lines = flowed(self.said(), self.size.width).split()
+        return [Segment(lines[line - 1].plain, base + Style(bold=True))] if line <= len(lines) else []
 
     def _scale(self, base: Style) -> list[Segment]:
-        """The legend, with where the shown rows and columns lie among all."""
-        low, high = self._limits()
-        segments = [Segment(f"{self.title or self.grid.value_name} {short(low)} ", base)]
-        for i in range(16):
-            part = i / 15
+        low, high = self._limits
+        places = [
+            f"{what} {first + 1}-{min(first + shown, num)} of {num}"
+            for what, first, shown, num in (
+                ("rows", self._top, self.rows.num, len(self.grid.rows)),
+                ("columns", self._left, self.columns.num, len(self.grid.columns)),
+            )
+            if shown < num
+        ]
+        end = "  ".join([f" {short(high)}" + (" (log)" if self.grid.is_ratio else ""), *places])
+        title = f"{self.title or self.grid.value_name} "
+        if len(title) + len(short(low)) + 1 + _SCALE_CELLS + len(end) > self.size.width:
+            title = ""
+        segments = [Segment(f"{title}{short(low)} ", base)]
+        for i in range(_SCALE_CELLS):
+            part = i / (_SCALE_CELLS - 1)
             if self.app.no_color:
                 segments.append(Segment(shade(part), base))
             else:
                 segments.append(Segment(" ", Style(bgcolor="rgb({},{},{})".format(*self._color(part)))))
-        segments.append(Segment(f" {short(high)}" + (" (log)" if self.grid.is_ratio else ""), base))
-        for what, first, shown, num in (
-            ("rows", self._top, self.num_rows_shown, len(self.grid.rows)),
-            ("columns", self._left, self.num_columns_shown, len(self.grid.columns)),
-        ):
-            if shown < num:
-                segments.append(Segment(f"  {what} {first + 1}-{min(first + shown, num)} of {num}", base))
-        return segments
+        return [*segments, Segment(end, base)]
 
     def readout(self) -> str:
         """The numbers under the cursor."""
+        return "  ".join(self.said())
+
+    def said(self) -> list[str]:
+        """What the readout consists of."""
         grid, (row, column) = self.grid, self.cursor
         if not grid.rows or not grid.columns:
-            return ""
+            return []
         value = float(grid.values[row, column])
         said = [f"{grid.rows[row]} {grid.columns[column]}"]
         if math.isnan(value):
-            return f"{said[0]}  no such matrix"
+            return [*said, "no such matrix"]
         said.append(f"{grid.value_name} {short(value)}")
         said += [f"{name} {short(float(values[row, column]))}" for name, values in grid.more.items()]
         if grid.first is not None and math.isfinite(before := float(grid.first[row, column])):
             change = f"{(value - before) / abs(before):+.1%}" if before else f"{value - before:+.3g}"
             said.append(f"first {short(before)} ({change})")
-        return "  ".join(said)
+        return said
+
+
+def _with_blanks(text: str, style: Style, base: Style) -> list[Segment]:
+    """`style` is for what is not blank at the ends."""
+    inner = text.strip()
+    before, _, after = text.partition(inner) if inner else (text, "", "")
+    return [Segment(before, base), Segment(inner, style), Segment(after, base)]
+
+
+def limits(grid: Grid) -> tuple[float, float]:
+    """The ends of the scale."""
+    finite = grid.values[np.isfinite(grid.values)]
+    if grid.is_ratio:
+        farthest = np.exp(np.abs(np.log(finite[finite > 0])).max(initial=math.log(LEAST_RATIO)))
+        return 1 / float(farthest), float(farthest)
+    return (float(finite.min()), float(finite.max())) if len(finite) else (0.0, 0.0)
 
 
 def share(value: float, limits: tuple[float, float]) -> float:

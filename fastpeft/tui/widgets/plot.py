@@ -16,10 +16,11 @@ from textual.reactive import reactive
 from textual.widget import Widget
 from textual.widgets import Static
 
-from fastpeft.tui.series import AXES, Floats, Series, Window
-from fastpeft.tui.theme import curve_color
+from fastpeft.tui.format import joined, shortened
+from fastpeft.tui.series import AXES, Floats, Window
 from fastpeft.tui.widgets.axes import Durations, Numbers, Powers, position, short
 from fastpeft.tui.widgets.canvas import Line, Marks, PlotCanvas, Scene, Shade
+from fastpeft.tui.widgets.looks import Curve, Look, looks
 from fastpeft.tui.widgets.raster import DASHES
 
 SMOOTHING = (0.0, 0.6, 0.9, 0.97, 0.99)
@@ -27,15 +28,10 @@ SMOOTHING = (0.0, 0.6, 0.9, 0.97, 0.99)
 ZOOM = 1.5
 AHEAD = 0.25
 _LEVEL_SIGN = "╌"
-_LINE_SIGNS = ("━", "╍", "┅", "┉")
-
-
-@dataclass(frozen=True)
-class Curve:
-    label: str
-    series: Series
-    color: str = ""
-    """#rrggbb; the palette's next where empty."""
+_FLAT = 1e-9
+"""Of the values: a smaller range is what arithmetic leaves of a constant."""
+_LEAST_LABEL = 8
+"""Characters, of a curve without a mark."""
 
 
 @dataclass(frozen=True)
@@ -77,11 +73,11 @@ class LinePlot(Widget, can_focus=True):
         Binding("shift+down", "pan(0, -1)", "Pan down", id="plot.pan-down", show=False),
         Binding("K", "zoom_y(1)", "Zoom in on y", id="plot.zoom-y-in", show=False),
         Binding("J", "zoom_y(-1)", "Zoom out on y", id="plot.zoom-y-out", show=False),
-        Binding("y", "log", "Log scale", id="plot.log"),
-        Binding("s", "smooth(1)", "Smooth", id="plot.smooth"),
+        Binding("y", "log", "Log", tooltip="Log scale", id="plot.log"),
+        Binding("s", "smooth(1)", "Smooth", tooltip="Smooth more", id="plot.smooth"),
         Binding("S", "smooth(-1)", "Smooth less", id="plot.smooth-less", show=False),
-        Binding("x", "axis", "X axis", id="plot.axis"),
-        Binding("0", "reset", "Reset", id="plot.reset"),
+        Binding("x", "axis", "Axis", tooltip="The next x axis", id="plot.axis"),
+        Binding("0", "reset", "Reset", tooltip="Show everything again", id="plot.reset"),
     ]
 
     axis: reactive[str] = reactive("time", init=False)
@@ -117,6 +113,8 @@ class LinePlot(Widget, can_focus=True):
         self.curves: tuple[Curve, ...] = ()
         self.bands: tuple[Band, ...] = ()
         self.notes: tuple[str, ...] = ()
+        self.looks: list[Look] = []
+        """Of the curves, as they were last drawn."""
         self.view_x: tuple[float, float] | None = None
         """The range that is zoomed to; None: all there is."""
         self.view_y: tuple[float, float] | None = None
@@ -152,9 +150,10 @@ class LinePlot(Widget, can_focus=True):
 
     def _draw(self) -> None:
         self._is_stale = False
-        if not self.is_mounted or not self.size.area:
+        canvases = self.query(PlotCanvas)
+        if not self.is_mounted or not self.size.area or not canvases:  # not there yet, or being taken down
             return
-        canvas = self.query_one(PlotCanvas)
+        canvas = canvases.first()
         self._shown_x = low, high = self.view_x or self._all_x()
         buckets = max(2 * canvas.num_columns, 2)
         windows = [
@@ -164,16 +163,16 @@ class LinePlot(Widget, can_focus=True):
         self.num_not_positive = sum(w.num_not_positive for w in windows)
         bands = [self._shade(band) for band in self.bands]
         self._shown_y = self.view_y or self._needed_y(windows, bands)
-        colors = [c.color or curve_color(i) for i, c in enumerate(self.curves)]
+        self.looks = looks(self.curves, self.app.no_color)
         lines = [
-            Line(w.x, self._scaled(w.y), color, DASHES[i % len(DASHES)] if self.app.no_color else DASHES[0])
-            for i, (w, color) in enumerate(zip(windows, colors))
+            Line(w.x, self._scaled(w.y), look.color, DASHES[look.dash], look.mark)
+            for w, look in zip(windows, self.looks)
         ]
         marks = [Marks(w.gaps_x, w.gaps_y) for w in windows if len(w.gaps_x)]
         x_format = Durations() if self.axis == "time" else Numbers()
         y_format = Powers() if self.log_scale else Numbers()
         canvas.draw(Scene(lines, bands, marks, self._shown_x, self._shown_y, self.cursor_x), x_format, y_format)
-        self._say(colors)
+        self._say()
 
     def _all_x(self) -> tuple[float, float]:
         limits = [found for c in self.curves if (found := c.series.limits(self.axis)) is not None]
@@ -209,31 +208,41 @@ class LinePlot(Widget, can_focus=True):
         if not len(values):
             return (-1.0, 0.0) if self.log_scale else (0.0, 1.0)
         low, high = float(values.min()), float(values.max())
-        room = 0.05 * (high - low) or 0.05 * abs(low) or 0.5
+        flat = high - low <= _FLAT * (1.0 if self.log_scale else max(abs(low), abs(high)))
+        room = 0.05 * (abs(low) if flat else high - low) or 0.5
         return low - room, high + room
 
     # ---- the line above --------------------------------------------------------------------
 
-    def _say(self, colors: list[str]) -> None:
-        text = Text(no_wrap=True, overflow="ellipsis", end="")
-        at = self.cursor_x
-        if self.title:
-            text.append(f"{self.title}  ", "bold")
-        if at is not None:
-            text.append(f"{position(self.axis, at)}  ", "reverse")
-        for i, (curve, color) in enumerate(zip(self.curves, colors)):
-            sign = _LINE_SIGNS[i % len(_LINE_SIGNS)] if self.app.no_color else _LINE_SIGNS[0]
-            text.append(f"{sign} {curve.label} ", color)
-            text.append(f"{self._value(curve, at)}  ")
-        for band in self.bands:
-            if band.label:
-                text.append(f"{_LEVEL_SIGN} {band.label}  ", band.color)
-        for note in self.notes:
-            text.append(f"{note}  ")
-        text.append(f"· {self.axis}", "dim")
-        for said in self._flags():
-            text.append(f" · {said}", "dim")
+    def _say(self) -> None:
+        """With labels as long as there is room for; of curves that find none, how many they are."""
+        values = [self._value(curve, self.cursor_x) for curve in self.curves]
+        longest = max([len(curve.label) for curve in self.curves], default=0)
+        widths = [*range(longest, _LEAST_LABEL, -1), min(longest, _LEAST_LABEL)]
+        widths += [0] if self.looks and all(look.mark for look in self.looks) else []
+        tries = [(len(values), width) for width in widths] + [
+            (num, widths[-1]) for num in range(len(values) - 1, 0, -1)
+        ]
+        texts = (self._said(values[:num], width) for num, width in tries)
+        text = next((text for text in texts if text.cell_len <= self.size.width), self._said(values[:1], widths[-1]))
         self.query_one("#readout", Static).update(text, layout=False)
+
+    def _said(self, values: Sequence[str], width: int) -> Text:
+        """The line above, of as many curves as there are values, whose labels get `width` characters."""
+        parts = [Text(self.title, "bold")]
+        if self.cursor_x is not None:
+            parts.append(Text(position(self.axis, self.cursor_x), "reverse"))
+        for curve, look, value in zip(self.curves, self.looks, values):
+            label = f" {shortened(curve.label, width)}" if width else ""
+            parts.append(Text.assemble((f"{look.sign}{label}", look.color), f" {value}"))
+        if len(values) < len(self.curves):
+            parts.append(Text(f"{len(self.curves) - len(values)} more"))
+        parts += [Text(f"{_LEVEL_SIGN} {band.label}", band.color) for band in self.bands if band.label]
+        parts += map(Text, self.notes)
+        parts.append(Text(" · ".join(["", self.axis, *self._flags()])[1:], "dim"))
+        text = joined(parts)
+        text.no_wrap, text.overflow, text.end = True, "ellipsis", ""
+        return text
 
     def _value(self, curve: Curve, at: float | None) -> str:
         if at is None:

@@ -1,6 +1,6 @@
 """Polylines as braille: each cell is 2 x 4 dots."""
 
-# H cells high, W cells wide, N points
+# L lines, H cells high, W cells wide, N points
 
 from __future__ import annotations
 
@@ -11,10 +11,14 @@ Floats = NDArray[np.float64]
 Dots = NDArray[np.intp]
 
 BLANK = 0x2800
-_DOTS_42 = np.array([[0x01, 0x08], [0x02, 0x10], [0x04, 0x20], [0x40, 0x80]], dtype=np.int32)
+DOTS_42 = np.array([[0x01, 0x08], [0x02, 0x10], [0x04, 0x20], [0x40, 0x80]], dtype=np.int32)
 
 DASHES = ((1, 0), (6, 4), (2, 3), (12, 3))
 """Dots drawn and dots left out, along x: what tells curves apart without colour."""
+_ALIKE = 1.5
+"""A line this many times as thick as another, as noise is, lies behind it."""
+_STRIPE = 3
+"""Cells along x after which the next of the alike lines shows."""
 
 
 def braille(x: Floats, y: Floats, width: int, height: int, dash: tuple[int, int] = DASHES[0]) -> NDArray[np.int32]:
@@ -26,14 +30,54 @@ def braille(x: Floats, y: Floats, width: int, height: int, dash: tuple[int, int]
     if len(x) == 1:
         x, y = np.repeat(x, 2), np.repeat(y, 2)
     dots_YX = np.zeros((height * 4, width * 2), dtype=bool)
-    starts, ends = _clipped(np.column_stack([x * 2, y * 4]), np.array([width * 2 - 1e-9, height * 4 - 1e-9]))
+    points_N2, size = np.column_stack([x * 2, y * 4]), np.array([width * 2, height * 4])
+    last = size - 1e-9  # what lies on the edge is in the last cell
+    starts, ends = _clipped(np.where(np.isclose(points_N2, size, rtol=1e-9, atol=0), last, points_N2), last)
     if len(starts):
         starts, ends = np.floor(starts).astype(int), np.floor(ends).astype(int)
         steep = np.abs(ends[:, 0] - starts[:, 0]) <= 1
         _upright(dots_YX, starts[steep], ends[steep])
         _sloping(dots_YX, starts[~steep], ends[~steep])
         dots_YX[:, np.arange(width * 2) % sum(dash) >= dash[0]] = False
-    return np.einsum("hawb,ab->hw", dots_YX.reshape(height, 4, width, 2).astype(np.int32), _DOTS_42)
+    return np.einsum("hawb,ab->hw", dots_YX.reshape(height, 4, width, 2).astype(np.int32), DOTS_42)
+
+
+def owners(drawn_LHW: NDArray[np.bool_]) -> Dots:
+    """The line whose colour a cell gets, of those that cross it: (height, width); 0 where none does.
+
+    A thin line lies before a thick one. Lines that are alike take turns along x, so that none hides another.
+    """
+    num_columns_L = drawn_LHW.any(axis=1).sum(axis=1)
+    thickness_L = drawn_LHW.sum(axis=(1, 2)) / np.maximum(num_columns_L, 1)
+    thickness_LHW = np.where(drawn_LHW, thickness_L[:, None, None], np.inf)
+    front_LHW = drawn_LHW & (thickness_LHW <= _ALIKE * thickness_LHW.min(axis=0))
+    turn_HW = np.arange(drawn_LHW.shape[2]) // _STRIPE % np.maximum(front_LHW.sum(axis=0), 1)
+    return (front_LHW & (np.cumsum(front_LHW, axis=0) - 1 == turn_HW)).argmax(axis=0)
+
+
+def mark_places(drawn_LHW: NDArray[np.bool_], num: int = 4) -> list[list[tuple[int, int]]]:
+    """Row and column of up to `num` cells of each line that its mark can stand in, no cell for two lines.
+
+    Lines have columns of their own. Where nothing of one is left free, its mark stands beside it.
+    """
+    num_lines, _, width = drawn_LHW.shape
+    period, taken = max(width // num, 2 * num_lines), set[tuple[int, int]]()
+    found = []
+    for i, drawn_HW in enumerate(drawn_LHW):
+        columns = np.flatnonzero(drawn_HW.any(axis=0)).tolist()
+        cells = [(_middle(drawn_HW[:, column]), column) for column in columns]
+        first = (2 * i + 1) * period // (2 * num_lines)
+        own = [cell for cell in cells if cell[1] % period == first and cell not in taken]
+        beside = [(row, (column + by) % width) for row, column in cells[-1:] for by in range(width)]
+        own = own or next(([cell] for cell in [*reversed(cells), *beside] if cell not in taken), [])
+        taken.update(own)
+        found.append(own)
+    return found
+
+
+def _middle(drawn_H: NDArray[np.bool_]) -> int:
+    rows = np.flatnonzero(drawn_H)
+    return int(rows[len(rows) // 2])
 
 
 def _upright(dots_YX: NDArray[np.bool_], starts: Dots, ends: Dots) -> None:

@@ -10,6 +10,7 @@ from textual.widgets import Static
 
 from fastpeft.tui.format import sparkline
 from fastpeft.tui.series import Series
+from fastpeft.tui.theme import SPARK
 
 FIGURES = {
     "system/util": ("load", "{:.0f} %"),
@@ -34,5 +35,5 @@ class SystemPanel(Static):
             recent = found.y[-_RECENT:]
             curve = sparkline(tuple(recent[np.isfinite(recent)].tolist()), width)
             value = form.format(last)
-            lines.append(Text.assemble((f"{label:<8}", "dim"), f"{value:>10}  ", (curve, "#56B4E9")))
+            lines.append(Text.assemble((f"{label:<8}", "dim"), f"{value:>10}  ", (curve, SPARK)))
         self.update(Text("\n").join(lines) if lines else Text("no heartbeat yet", style="dim"))
