@@ -66,8 +66,8 @@ def name_base(folder: Path) -> None:
 def exports(tmp_path_factory) -> Iterator[dict[str, Exports]]:
     jobs: list[Job] = []
 
-    def keep(run):
-        jobs.append(build_job(run))
+    def keep(*args):
+        jobs.append(build_job(*args))
         return jobs[-1]
 
     with pytest.MonkeyPatch.context() as patch:
