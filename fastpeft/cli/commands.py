@@ -262,17 +262,20 @@ def export(
         float | None,
         typer.Option(help="Keep this share of each update's energy, such as 0.99, at the smallest rank that has it."),
     ] = None,
+    reader: Annotated[
+        str, typer.Option("--for", help="Who is to read it: peft, vllm, sglang, llama.cpp or mlx.")
+    ] = "peft",
     to: Annotated[Path | None, typer.Option(help="The folder to write; RUN/export when absent.")] = None,
     best: Annotated[
         bool | None, typer.Option("--best/--last", help="Which weights; the best, if there are any, when absent.")
     ] = None,
     results_dir: ResultsDir = Path("results"),
 ) -> None:
-    """Write a run's weights as a PEFT adapter or a merged model, and check that they load."""
+    """Write a run's weights as an adapter or a merged model, for the reader that is named, and check that they load."""
     from fastpeft.export.plan import make_plan
 
     weights = None if best is None else ("best" if best else "last")
-    plan = make_plan(run, results_dir=results_dir, to=to, merge=merge, trim=trim, weights=weights)
+    plan = make_plan(run, results_dir=results_dir, to=to, merge=merge, trim=trim, weights=weights, reader=reader)
     with _ctrl_c_ends_at_once():
         from fastpeft.export.summary import closing, opening
         from fastpeft.export.write import export as write

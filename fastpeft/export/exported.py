@@ -22,6 +22,15 @@ class Check:
 
 
 @dataclass(frozen=True)
+class Layout:
+    """Every update of an adapter has the same."""
+
+    rank: int
+    scale: float
+    """That stands in the config, as alpha / rank or as it is."""
+
+
+@dataclass(frozen=True)
 class MetricChange:
     """Of the whole validation split, in fp32."""
 
@@ -49,3 +58,7 @@ class Exported:
     """Rows of the validation split that the run was scored on."""
     fitting: list[str]
     """As in Backbone: what the base needs before the adapter is put on it."""
+    layout: Layout | None = None
+    """Of an adapter for a reader other than PEFT."""
+    notes: tuple[str, ...] = ()
+    """What the user should know of its reader."""

@@ -10,6 +10,7 @@ from typing import Any, cast
 
 import peft
 import torch
+from safetensors.torch import load_file
 from torch import nn
 
 from fastpeft.adapters.adapter import read_weights
@@ -19,6 +20,7 @@ from fastpeft.export.plan import CheckError, ExportError
 from fastpeft.kernels.ops.lora_linear.quantised import dequantised, is_quantised
 from fastpeft.models.backbone import GROW, PAD, Backbone, never_repack, nf4_arguments, quiet_transformers
 from fastpeft.models.layers import LoraLinear
+from fastpeft.runs.store import read_json
 from fastpeft.standins import embedded_path
 from fastpeft.tasks import Task
 
@@ -115,6 +117,29 @@ def load_exported(
         model.to(device)
     never_repack(model)  # which would not be as exact as the comparison
     return model.eval(), tokenizer
+
+
+def load_mlx(folder: Path, config: ModelConfig, task: Task, device: torch.device) -> tuple[nn.Module, Any]:
+    """Model and tokenizer by mlx-lm's rule: each module named by the file computes W + scale (lora_a lora_b)^T.
+
+    Raises:
+        CheckError: a tensor that is of no module, or not of the config's rank.
+    """
+    import transformers
+
+    settings = read_json(folder / "adapter_config.json") or {}
+    rank, scale = (settings["lora_parameters"][key] for key in ("rank", "scale"))
+    tensors = load_file(folder / "adapters.safetensors")
+    backbone = load_base(config, task, device)
+    for name in sorted({name.rpartition(".")[0] for name in tensors}):
+        a_IR, b_RO = (tensors[f"{name}.lora_{letter}"].to(device) for letter in "ab")
+        weight = backbone.model.get_submodule(name).get_parameter("weight")
+        if (weight.shape, rank) != ((b_RO.shape[1], a_IR.shape[0]), a_IR.shape[1]):
+            raise CheckError(f"what was exported for {name} has another shape than the model's; nothing was written")
+        weight.data.add_((a_IR @ b_RO).t(), alpha=scale)
+    with quiet_transformers():
+        tokenizer = transformers.AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False)
+    return backbone.model.eval(), tokenizer
 
 
 def save_merged(model: nn.Module, folder: Path) -> None:

@@ -10,6 +10,7 @@ from typing import Literal
 
 from fastpeft.config import RunConfig, load_run
 from fastpeft.errors import UserError
+from fastpeft.export.readers import PEFT, Reader, find_reader
 from fastpeft.runs.store import Result, RunFolder, list_runs
 
 Weights = Literal["best", "last"]
@@ -42,6 +43,8 @@ class Plan:
     target: Path
     merge: bool
     trim: float | None
+    reader: Reader | None = None
+    """Who is to read it; None for PEFT and transformers."""
 
     @property
     def metric(self) -> dict:
@@ -62,6 +65,7 @@ def make_plan(
     merge: bool = False,
     trim: float | None = None,
     weights: Weights | None = None,
+    reader: str = PEFT,
 ) -> Plan:
     """Check what is asked for.
 
@@ -71,10 +75,12 @@ def make_plan(
         merge: write a whole model instead of an adapter.
         trim: share of each update's energy to keep, over 0 and at most 1.
         weights: best or last; the best, if there are any, when absent.
+        reader: peft, or a name in READERS: who is to read it.
 
     Raises:
-        UserError: no such run, no weights, a target in the way, a share out of bounds.
+        UserError: no such run, no weights, a target in the way, a share out of bounds, no such reader.
     """
+    found = find_reader(reader)
     if trim is not None and not (math.isfinite(trim) and 0 < trim <= 1):
         raise ExportError(f"--trim {trim:g}: give the share of each update's energy to keep, over 0 and at most 1")
     folder = _find_run(run, results_dir)
@@ -96,6 +102,7 @@ def make_plan(
         target=target,
         merge=merge,
         trim=trim,
+        reader=found,
     )
 
 

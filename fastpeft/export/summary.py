@@ -41,15 +41,22 @@ def closing(plan: Plan, exported: Exported) -> Iterator[str]:
                 f"          the run logged {logged:.4f} for these weights: rounding, if it trained in bf16 or fp16; "
                 "else its base model or its data have changed"
             )
-    loader = "transformers" if plan.merge else "PEFT"
+    if exported.layout is not None and plan.reader is not None:
+        yield (
+            f"for       {plan.reader.name}: every update at rank {exported.layout.rank} and scale "
+            f"{exported.layout.scale:g}, no patterns"
+        )
+    own_files = plan.reader is not None and plan.reader.own_files and not plan.merge
+    how = "as mlx-lm does" if own_files else f"in {'transformers' if plan.merge else 'PEFT'}"
     apart = f"{check.difference:.1e}" if check.difference else "0"
     same = "" if check.num_same is None else f", the largest one the same on {check.num_same}"
     yield (
-        f"checked   loaded in {loader}: largest difference of a logit {apart} on {check.num_rows} {check.where} "
+        f"checked   loaded {how}: largest difference of a logit {apart} on {check.num_rows} {check.where} "
         f"({check.tolerance:.0e} allowed){same}"
     )
     was = f" (adapter before: {exported.mb_before:.3f} MB)" if trimmed is not None or plan.merge else ""
     yield f"size      {exported.mb:.3f} MB{was}"
     yield f"written   {exported.target}: how to load it is in its README.md"
+    yield from exported.notes
     if exported.stand_in:
         yield STAND_IN_WARNING

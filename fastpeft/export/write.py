@@ -14,17 +14,28 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import nn
 
 from fastpeft._version import __version__
 from fastpeft.device_memory import free_memory, is_out_of_memory
+from fastpeft.export.adapter_files import check_source, reader_notes, write_adapter
 from fastpeft.export.card import card_text
-from fastpeft.export.exported import Check, Exported, MetricChange
-from fastpeft.export.loading import base_name, load_base, load_exported, load_whole, save_merged, trained_model
+from fastpeft.export.exported import Check, Exported, Layout, MetricChange
+from fastpeft.export.loading import (
+    base_name,
+    load_base,
+    load_exported,
+    load_mlx,
+    load_whole,
+    save_merged,
+    trained_model,
+)
 from fastpeft.export.plan import CheckError, ExportError, Plan
+from fastpeft.export.readers import check_base, check_merged
+from fastpeft.export.rope_keys import add_rope_keys
+from fastpeft.export.tokenizer_files import save_tokenizer
 from fastpeft.export.trained_task import TrainedTask, trained_task
-from fastpeft.export.trim import Trimmed, trim_model, trimmed_config
+from fastpeft.export.trim import Trimmed, trim_model
 from fastpeft.models.backbone import Backbone
 from fastpeft.runs.store import read_json, write_json
 from fastpeft.tasks import Task
@@ -35,7 +46,6 @@ TOLERANCE, TOLERANCE_4_BIT = 1e-4, 1e-3
 bits is multiplied by other code than the weights that it stands for."""
 
 _WORDS = {"id2label": "labels"}
-_CONFIG, _WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _SNAPSHOT_TRIES, _SNAPSHOT_WAIT_S = 10, 0.2
 
 
@@ -67,18 +77,15 @@ def export(plan: Plan, say: Callable[[str], None] = lambda _: None) -> Exported:
 
 
 def _build(plan: Plan, source: Path, out: Path, device: torch.device, say: Callable[[str], None]) -> Exported:
+    _check_source(plan, source)
     trained = trained_task(plan, say)
     task, run = trained.task, plan.run
-    before = trimmed = metric = None
-    if plan.full:
-        with _writing(plan.target):
-            shutil.copytree(source, out)
-            _complete_config(out / "config.json", task)
-        backbone = load_whole(out, task, device)
-        model = backbone.model
-    else:
-        backbone = load_base(run.model, task, device)
-        model = trained_model(backbone, source)
+    before = trimmed = metric = layout = None
+    if plan.reader is not None and plan.merge:
+        check_merged(plan.reader, task.peft_task_type)
+    backbone, model = _load_trained(plan, source, out, task, device)
+    if plan.reader is not None:
+        check_base(plan.reader, backbone.model.config.to_dict())
     rows, num_scored = trained.export_check(backbone), trained.num_scored(run.evaluation.max_examples)
     eos_token_ids, fitting = backbone.eos_token_ids, backbone.fitting
     if plan.trim is not None:
@@ -91,18 +98,29 @@ def _build(plan: Plan, source: Path, out: Path, device: torch.device, say: Calla
     wanted = rows.answers(model, backbone.tokenizer, device)
     if not plan.full:
         with _writing(plan.target):
-            _write_weights(plan, model, backbone, source, out, trimmed)
+            layout = _write_weights(plan, model, backbone, source, out, trimmed)
     del model, backbone
-    loaded, tokenizer = load_exported(out, plan.merge, run.model, task, fitting, device)
+    loaded, tokenizer = _load(plan, out, task, fitting, device)
     check = _compare(plan, rows, wanted, rows.answers(loaded, tokenizer, device))
     if plan.merge:
         _check_settings(plan, loaded, task)
     if before is not None:
         say("measuring it after")
         metric = MetricChange(rows.metric, before, rows.score(loaded, device), rows.num_validation)
-    stand_in = trained.stand_in or (plan.result is not None and plan.result.stand_in)
-    sizes = _megabytes(source), _megabytes(out)
-    exported = Exported(plan.target, stand_in, check, *sizes, trimmed, metric, rows.max_length, num_scored, fitting)
+    exported = Exported(
+        target=plan.target,
+        stand_in=trained.stand_in or (plan.result is not None and plan.result.stand_in),
+        check=check,
+        mb_before=_megabytes(source),
+        mb=_megabytes(out),
+        trimmed=trimmed,
+        metric=metric,
+        max_length=rows.max_length,
+        num_validation=num_scored,
+        fitting=fitting,
+        layout=layout,
+        notes=reader_notes(plan),
+    )
     with _writing(plan.target):
         write_json(out / "export.json", _facts(plan, exported, trained))
         card = out / "README.md"
@@ -112,39 +130,61 @@ def _build(plan: Plan, source: Path, out: Path, device: torch.device, say: Calla
     return exported
 
 
+def _check_source(plan: Plan, source: Path) -> None:
+    """Refuse what the reader cannot hold before a model is loaded."""
+    if plan.reader is None or plan.merge:
+        return
+    try:
+        check_source(plan.reader, source)
+    except (OSError, SafetensorError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise ExportError(
+            f"{plan.source}: the run's adapter cannot be loaded: {reason}. Export its other weights: --best or --last"
+        ) from None
+
+
+def _load_trained(plan: Plan, source: Path, out: Path, task: Task, device: torch.device) -> tuple[Backbone, nn.Module]:
+    """The base and the model on it; of a fully fine-tuned one, which is written to `out`, twice the same."""
+    if not plan.full:
+        backbone = load_base(plan.run.model, task, device)
+        return backbone, trained_model(backbone, source)
+    with _writing(plan.target):
+        shutil.copytree(source, out)
+        _complete_config(out / "config.json", task.model_settings())
+    backbone = load_whole(out, task, device)
+    with _writing(plan.target):
+        save_tokenizer(backbone.tokenizer, out)
+    return backbone, backbone.model
+
+
 def _write_weights(
     plan: Plan, model: nn.Module, backbone: Backbone, source: Path, out: Path, trimmed: Trimmed | None
-) -> None:
+) -> Layout | None:
     out.mkdir()
+    layout = None
     if plan.merge:
         save_merged(model, out)
+        _complete_config(out / "config.json")
     else:
-        name, on_hub = base_name(plan.run.model)
-        config = read_json(source / _CONFIG)
-        assert config is not None
-        config |= {
-            "base_model_name_or_path": name,
-            "revision": plan.run.model.revision if on_hub else None,
-            "modules_to_save": list(dict.fromkeys(config["modules_to_save"] or ())) or None,
-        }
-        if trimmed is None:
-            shutil.copyfile(source / _WEIGHTS, out / _WEIGHTS)
-        else:
-            config = trimmed_config(config, trimmed)
-            tensors = load_file(source / _WEIGHTS)
-            for module, cut in trimmed.factors.items():
-                tensors[f"base_model.model.{module}.lora_A.weight"] = cut.a_KI.float().contiguous()
-                tensors[f"base_model.model.{module}.lora_B.weight"] = cut.b_OK.float().contiguous()
-            save_file(tensors, out / _WEIGHTS, metadata={"format": "pt"})
-        write_json(out / _CONFIG, config)
-    backbone.tokenizer.save_pretrained(str(out))
+        layout = write_adapter(plan, model, source, out, trimmed)
+    save_tokenizer(backbone.tokenizer, out)
+    return layout
 
 
-def _complete_config(path: Path, task: Task) -> None:
-    """Add what a trained model's config leaves open, such as problem_type; what it says is checked later."""
+def _load(plan: Plan, out: Path, task: Task, fitting: list[str], device: torch.device) -> tuple[nn.Module, Any]:
+    """What was written, as its reader takes it."""
+    if plan.reader is not None and plan.reader.own_files and not plan.merge:
+        return load_mlx(out, plan.run.model, task, device)
+    return load_exported(out, plan.merge, plan.run.model, task, fitting, device)
+
+
+def _complete_config(path: Path, settings: dict[str, Any] | None = None) -> None:
+    """Add to a model's config.json what other readers look for, and what it leaves open of the task's `settings`, such
+    as problem_type. What it says stays, and is checked later."""
     config = read_json(path)
     if config is not None:
-        write_json(path, {key: value for key, value in task.model_settings().items() if key not in config} | config)
+        settings = {key: value for key, value in (settings or {}).items() if key not in config}
+        write_json(path, add_rope_keys(settings | config))
 
 
 def _compare(plan: Plan, rows: ExportCheck, wanted: torch.Tensor, found: torch.Tensor) -> Check:
@@ -182,6 +222,9 @@ def _facts(plan: Plan, exported: Exported, trained: TrainedTask) -> dict[str, An
         "weights": plan.weights,
         "run_status": plan.status,
         "merged": plan.merge,
+        "for": plan.reader.name if plan.reader else None,
+        "layout": asdict(exported.layout) if exported.layout else None,
+        "notes": list(exported.notes),
         "base_model": name,
         "revision": plan.run.model.revision,
         "quantisation": plan.run.model.quantisation,

@@ -287,6 +287,10 @@ class Task(ABC, Generic[Rows]):
     def card_example(self, max_length: int, eos_token_ids: tuple[int, ...]) -> str:
         """Python that asks the model something; `model` and `tokenizer` are loaded."""
 
+    def card_prompt(self) -> str:
+        """Python that sets `prompt` to a text that a language model is to continue."""
+        return 'prompt = "one text"\n'
+
     def card_pipeline(self) -> str:
         """How transformers' own pipeline answers from a merged model, and where that is not as it was scored."""
         return ""

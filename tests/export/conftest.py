@@ -28,8 +28,8 @@ def trained(home: Path) -> dict[str, Trained]:
     """One run a case, under home/results."""
     jobs: list[Job] = []
 
-    def keep(run):
-        jobs.append(build_job(run))
+    def keep(*args):
+        jobs.append(build_job(*args))
         return jobs[-1]
 
     runs = {}

@@ -8,6 +8,7 @@ import contextlib
 import io
 import json
 import re
+import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,13 +27,14 @@ from fastpeft.tasks.token_classification.encode import collate_tokens, encode_se
 from fastpeft.tasks.token_classification.sentences import Sentences
 from fastpeft.tasks.token_classification.task import TokenClassification
 from fastpeft.trainer import train
-from fastpeft.trainer.build import build_job
-from tests.support.kind_runs import KINDS, LABELS, TAGS, kind_run
+from fastpeft.trainer.build import Job, build_job
+from tests.support.adapter_readers import read
+from tests.support.kind_runs import CLASSES, KINDS, LABELS, TAGS, kind_run
 from tests.support.tagged_sentences import spans
 
 CPU = torch.device("cpu")
 THRESHOLD = 0.4
-CASES = (*KINDS, "token-classification, pieces")
+CASES = (*KINDS, "token-classification, pieces", "classification")
 
 
 @dataclass
@@ -40,6 +42,8 @@ class Exports:
     """A finished run, its exports, and its data."""
 
     result: Result
+    trainer: Job
+    """As it ended: its model has the last weights."""
     task: Task
     backbone: Backbone
     adapter: Path
@@ -49,20 +53,46 @@ class Exports:
         return self.merged if merged else self.adapter
 
 
+def name_base(folder: Path) -> None:
+    """Make a base of it that classifies already, and whose labels have the run's names in another order."""
+    names = dict(enumerate(reversed(CLASSES)))
+    auto = transformers.AutoModelForSequenceClassification
+    with quiet():
+        model = auto.from_pretrained(folder, id2label=names, label2id={name: i for i, name in names.items()})
+        model.save_pretrained(folder)
+
+
 @pytest.fixture(scope="module")
-def exports(tmp_path_factory) -> dict[str, Exports]:
+def exports(tmp_path_factory) -> Iterator[dict[str, Exports]]:
+    jobs: list[Job] = []
+
+    def keep(*args):
+        jobs.append(build_job(*args))
+        return jobs[-1]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("fastpeft.trainer.run.build_job", keep)
+        patch.setattr("fastpeft.tasks.sequences.task.CHECK_ROWS", 10**6)  # every validation row is compared
+        patch.setattr("fastpeft.tasks.token_classification.task.CHECK_SENTENCES", 10**6)
+        yield make_exports(tmp_path_factory, jobs)
+
+
+def make_exports(tmp_path_factory, jobs: list[Job]) -> dict[str, Exports]:
     found = {}
     for case in CASES:
         kind, _, pieces = case.partition(", ")
         home = tmp_path_factory.mktemp("kind")
         settings = {"evaluation": {"every": "30steps", "threshold": THRESHOLD}, "adapter": {"rank": 8}}
         run = kind_run(home, kind, dropout=0.0, pieces=bool(pieces), budget="90steps", **settings)
+        if kind == "classification":
+            name_base(home / "model")
         result = train(run, results_dir=home / "results", name="r")
+        trainer = jobs[-1]
         for merge in (False, True):
             export(make_plan("r", results_dir=home / "results", to=home / str(merge), merge=merge, weights="last"))
         job = build_job(run)
         backbone = job.task.load_model(run.model, torch.float32, CPU)
-        found[case] = Exports(result, job.task, backbone, home / "False", home / "True")
+        found[case] = Exports(result, trainer, job.task, backbone, home / "False", home / "True")
     return found
 
 
@@ -103,13 +133,74 @@ def test_what_the_card_loads_scores_as_the_run_did(exports, case, merged):
 
 
 @pytest.mark.parametrize("merged", [False, True], ids=["adapter", "merged"])
-@pytest.mark.parametrize("case", CASES[:1] + CASES[3:])
+@pytest.mark.parametrize("case", [case for case in CASES if case.startswith("token")])
 def test_the_cards_example_prints_the_tag_of_each_word(exports, case, merged):
     left, said = follow_card(exports[case].folder(merged))
     pairs = ast.literal_eval(said)
     assert [word for word, _ in pairs] == left["words"]
     assert [tag for _, tag in pairs] == tags_of(exports[case], left["model"], left["words"])
     assert {tag for _, tag in pairs} <= set(TAGS)
+
+
+@torch.inference_mode()
+def answers_of(run: Exports, model: torch.nn.Module) -> torch.Tensor:
+    """Of every validation row."""
+    return run.task.export_check(run.backbone).answers(model.eval(), run.backbone.tokenizer, CPU)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_every_form_agrees_with_the_trainer_row_by_row(exports, case, tmp_path):
+    """As an adapter, merged, saved again by PEFT and transformers, and exported again for another reader."""
+    run = exports[case]
+    wanted = answers_of(run, run.trainer.adapter.model)
+    assert len(wanted) >= 64
+    assert wanted.std(0).max() > 0.1  # a model that says the same of all would prove nothing
+    models = {name: follow_card(run.folder(name == "merged"))[0]["model"] for name in ("adapter", "merged")}
+    for name, model in list(models.items()):
+        model.save_pretrained(tmp_path / name)
+        run.backbone.tokenizer.save_pretrained(tmp_path / name)
+        shutil.copy(run.folder(name == "merged") / "README.md", tmp_path / name)
+        models[f"{name}, saved again"] = follow_card(tmp_path / name)[0]["model"]
+    home = run.adapter.parent
+    export(make_plan("r", results_dir=home / "results", to=tmp_path / "vllm", weights="last", reader="vllm"))
+    models["vllm, PEFT"] = follow_card(tmp_path / "vllm")[0]["model"]
+    auto = getattr(transformers, run.task.auto_class)
+    with quiet():
+        base = auto.from_pretrained(home / "model", num_labels=run.task.num_outputs, ignore_mismatched_sizes=True)
+    models["vllm"] = read("vllm", tmp_path / "vllm", base)
+    for model in models.values():
+        found = answers_of(run, model)
+        torch.testing.assert_close(found, wanted, rtol=0, atol=1e-4)
+        assert torch.equal(found.argmax(-1), wanted.argmax(-1))
+
+
+@pytest.mark.parametrize("merged", [False, True], ids=["adapter", "merged"])
+def test_the_cards_example_prints_the_name_of_the_class(exports, merged):
+    """And not that which a base that classifies already has in its place."""
+    run = exports["classification"]
+    code = example_of(run.folder(merged))
+    if not merged:
+        assert "    num_labels=3,\n" in code
+        assert f"    id2label={dict(enumerate(CLASSES))!r},\n" in code
+    for word, label in (("bad", "negative"), ("small", "neutral"), ("good", "positive")):
+        with quiet() as said:
+            exec(code.replace('"one text"', f'"the film is {word}"'), {})
+        assert said.getvalue().strip() == label
+
+
+@pytest.mark.parametrize("case", [case for case in CASES if case != "regression"])
+def test_a_pipeline_on_what_the_card_loads_has_the_runs_names(exports, case):
+    run = exports[case]
+    left, _ = follow_card(run.adapter)
+    names = set(run.task.label_names)
+    with quiet():
+        pipe = transformers.pipeline(run.task.pipeline_tag, model=left["model"], tokenizer=left["tokenizer"])
+        answers = pipe("the dog is a good film")
+    assert answers
+    assert {answer.get("label", answer.get("entity")) for answer in answers} <= names
+    card = (run.adapter / "README.md").read_text()
+    assert f"`pipeline('{run.task.pipeline_tag}', model=folder)` takes tokenizer and label names of the *base*" in card
+    assert "*base* model" not in (run.merged / "README.md").read_text()
 
 
 @pytest.mark.parametrize("merged", [False, True], ids=["adapter", "merged"])
@@ -144,10 +235,12 @@ def test_readers_find_what_the_answers_mean(exports, case):
         assert (config.problem_type, config.num_labels) == ("regression", 1)
         assert all("labels" not in found for found in facts)
         return
-    names = TAGS if kind == "token-classification" else LABELS
+    names = {"token-classification": TAGS, "classification": CLASSES}.get(kind, LABELS)
     assert config.id2label == dict(enumerate(names))
     assert config.label2id == {name: i for i, name in enumerate(names)}
     assert all(found["labels"] == list(names) for found in facts)
+    if kind == "classification":
+        assert config.problem_type == "single_label_classification"
     if kind == "multi-label":
         assert config.problem_type == "multi_label_classification"
         assert config.threshold == THRESHOLD

@@ -17,6 +17,8 @@ METRICS = {"token-classification": "f1", "regression": "spearman", "multi-label"
 
 SCORES = {"bad": 0.5, "small": 1.75, "big": 3.25, "good": 4.5}
 LABELS = ("bird", "cat", "dog")
+CLASSES = ("negative", "neutral", "positive")
+"""Of `classification`, which is none of KINDS: that it has one class a row is what most other tests are about."""
 TAGS = ("O", "B-ANIMAL", "I-ANIMAL", "B-WORK", "I-WORK")
 _FILLERS = "the a every some no ran slept saw very not and is it".split()  # noqa: SIM905
 
@@ -27,6 +29,10 @@ def row_of(kind: str, rng: random.Random) -> dict[str, Any]:
         said = rng.choice(list(SCORES))
         words[rng.randrange(len(words))] = said
         return {"text": " ".join(words), "score": SCORES[said]}
+    if kind == "classification":
+        label = rng.choice(CLASSES)
+        words[rng.randrange(len(words))] = {"negative": "bad", "neutral": "small", "positive": "good"}[label]
+        return {"text": " ".join(words), "label": label}
     if kind == "multi-label":
         labels = [label for label in LABELS if rng.random() < 0.4]
         words += labels

@@ -40,9 +40,11 @@ from fastpeft.tasks.math_word_problems.reading import (
 )
 from fastpeft.tasks.self_check import check_tokens
 
-_EXAMPLE = """\
+_PROMPT = """\
 question = "Ann has 3 apples and buys 2 more. How many apples does she have?"
 prompt = {prompt!r}.replace("{{question}}", question)
+"""
+_EXAMPLE = """\
 batch = tokenizer(prompt, return_tensors="pt", return_token_type_ids=False{options}).to(model.device)
 answer = model.generate(
     **batch, max_new_tokens={max_new_tokens}, do_sample=False, eos_token_id={eos}, pad_token_id=tokenizer.pad_token_id
@@ -176,8 +178,10 @@ class MathWordProblems(CausalLMTask):
     def card_example(self, max_length: int, eos_token_ids: tuple[int, ...]) -> str:
         """After encode_validation, which has the tokenizer."""
         options = ", add_special_tokens=False" if self._writes_start else ""
-        prompt = self.config.prompt
-        return _EXAMPLE.format(prompt=prompt, options=options, max_new_tokens=max_length, eos=list(eos_token_ids))
+        return self.card_prompt() + _EXAMPLE.format(options=options, max_new_tokens=max_length, eos=list(eos_token_ids))
+
+    def card_prompt(self) -> str:
+        return _PROMPT.format(prompt=self.config.prompt)
 
 
 class _OtherProblems(OtherSet):
