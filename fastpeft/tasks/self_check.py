@@ -7,7 +7,7 @@ Shapes: N rows, L tokens of the longest row.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -55,7 +55,7 @@ class SampleRows(TokenRows):
         )
 
 
-def check_tokens(backbone: Backbone, splits: dict[str, TokenRows]) -> None:
+def check_tokens(backbone: Backbone, splits: Mapping[str, TokenRows]) -> None:
     """Every token has an embedding, and every row its positions.
 
     Raises:

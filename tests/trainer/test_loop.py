@@ -117,8 +117,8 @@ def count_forward_passes(monkeypatch: pytest.MonkeyPatch, poisoned: Iterable[int
     """Every training pass from now on is counted; those in `poisoned` give NaN logits."""
     passes = Passes(poisoned=poisoned)
 
-    def build(run) -> Job:
-        job = build_job(run)
+    def build(*args) -> Job:
+        job = build_job(*args)
 
         def hook(model, args, kwargs, output):
             if model.training:

@@ -9,11 +9,12 @@ import math
 import shutil
 import signal
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
-from fastpeft.config import ConfigError, RunConfig
+from fastpeft.config import ConfigError
 from fastpeft.device_memory import TokenLimits
 from fastpeft.runs.curves import auc
 from fastpeft.runs.store import RunFolder
@@ -105,8 +106,8 @@ def rigged(monkeypatch: pytest.MonkeyPatch):
             tested.append((jobs[-1].adapter.flat.data.clone(), found))
             return found
 
-        def built(run: RunConfig) -> Job:
-            jobs.append(build(run))
+        def built(*args: Any) -> Job:
+            jobs.append(build(*args))
             return jobs[-1]
 
         monkeypatch.setattr(MathWordProblems, "evaluate", evaluated)
@@ -243,8 +244,8 @@ def virtual_time(monkeypatch: pytest.MonkeyPatch):
     time, built = Time(), build_job
     evaluate, evaluate_test = MathWordProblems.evaluate, MathWordProblems.evaluate_test
 
-    def build(run: RunConfig) -> Job:
-        job = built(run)
+    def build(*args: Any) -> Job:
+        job = built(*args)
         job.clock._now = lambda: time.now
         step, count = job.optimizer.clip_guard_and_update, job.clock.count_step
 

@@ -7,6 +7,7 @@ import signal
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -205,8 +206,8 @@ def jobs(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Job]]:
     """Of every run that is trained."""
     built: list[Job] = []
 
-    def build(run: RunConfig) -> Job:
-        built.append(build_job(run))
+    def build(*args: Any) -> Job:
+        built.append(build_job(*args))
         return built[-1]
 
     monkeypatch.setattr("fastpeft.trainer.run.build_job", build)

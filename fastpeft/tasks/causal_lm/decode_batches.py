@@ -194,9 +194,10 @@ class GrowingBatch(DecodeBatch):
         held = {name: value for name, value in self._state.items() if isinstance(value, Cache | torch.Tensor)}
         known = {"attention_mask", "position_ids", self._cache}
         memory = self._state.keys() - known - {"use_cache", "logits_to_keep"}
-        if memory or not isinstance(held.get(self._cache), Cache):
+        cache = held.get(self._cache)
+        if memory or not isinstance(cache, Cache):
             return False
-        held[self._cache].reorder_cache(kept_B)
+        cache.reorder_cache(cast(Any, kept_B))  # its annotation is of a class of tensors that no tensor has
         self._state |= {name: value[kept_B] for name, value in held.items() if isinstance(value, torch.Tensor)}
         self._ids_BT = self._ids_BT[kept_B]
         return True
