@@ -128,6 +128,10 @@ class Row:
     seconds: float = 0.0
 
 
+class NothingToCompare(Exception):
+    """The plain model does not work here."""
+
+
 def names(kind: str) -> list[str]:
     """Model types that transformers maps to a causal language model, or to a sequence classifier."""
     from transformers.models.auto import modeling_auto
@@ -163,6 +167,8 @@ def _judge(check: Callable[[Job, Any], str], folder: Path, auto: Any) -> tuple[s
     slower = [note for note in job.notes if "exact and slower" in note]
     try:
         fault = check(job, auto.from_pretrained(folder / "model", dtype=torch.float32))
+    except NothingToCompare as error:
+        return "lacks", str(error)
     except Exception as error:
         fault = f"{type(error).__name__}: {first_line(error)}"
     if fault:
@@ -270,6 +276,8 @@ def _check_causal(job: Job, plain: nn.Module) -> str:
     if not abs(ours - theirs) <= LOSS_TOLERANCE * abs(theirs):
         return f"loss {ours:.5f}, transformers {theirs:.5f}"
     if not (math.isfinite(gradient) and gradient > 0):
+        if not all(_plain_gradient_is_finite(task, plain, int(row)) for row in rows):
+            raise NothingToCompare("the plain model's gradient of a row is not finite either")
         return f"the gradient's norm is {gradient}"
     return _check_tokens(job, plain)
 
@@ -339,8 +347,17 @@ def _check_classifier(job: Job, plain: nn.Module) -> str:
     if not abs(ours - theirs) <= LOSS_TOLERANCE * abs(theirs):
         return f"loss {ours:.5f}, transformers {theirs:.5f}"
     if not (math.isfinite(gradient) and gradient > 0):
+        if not all(_plain_gradient_is_finite(task, plain, int(row)) for row in rows):
+            raise NothingToCompare("the plain model's gradient of a row is not finite either")
         return f"the gradient's norm is {gradient}"
     return "" if apart <= LOSS_TOLERANCE * 10 else f"logits of validation rows differ by {apart:.2g} of their size"
+
+
+def _plain_gradient_is_finite(task: Any, plain: nn.Module, row: int) -> bool:
+    plain.zero_grad()
+    logits = _own_logits(plain, task.train, row)
+    nn.functional.cross_entropy(logits, torch.tensor([task.train.labels[row]])).backward()
+    return all(bool(p.grad.isfinite().all()) for p in plain.parameters() if p.grad is not None)
 
 
 def _own_logits(plain: nn.Module, encoded: Any, row: int) -> torch.Tensor:
