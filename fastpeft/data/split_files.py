@@ -62,12 +62,15 @@ def find_split_files(folder: Path, config: str | None = None) -> SplitFiles:
     for splits in found:
         if len(splits.others) == 1 and not splits.files:
             return SplitFiles({TRAIN: list(splits.others)})
+    own = _in_folder(folder)
+    if own.others:  # files of rows lie here: which is meant is the user's to say
+        return own
     configs = {place.name: splits for place in _folders(folder) if TRAIN in (splits := _in_folder(place)).files}
     if len(configs) > 1:
         raise DataError(
             f"dataset.path {folder}: has several configurations: set dataset.config to one of {', '.join(configs)}"
         )
-    return next(iter(configs.values()), _in_folder(folder))
+    return next(iter(configs.values()), own)
 
 
 def _in_folder(folder: Path) -> SplitFiles:

@@ -21,7 +21,7 @@ from fastpeft.data.batches import Batches
 from fastpeft.device_memory import TokenLimits, free_memory, is_out_of_memory
 from fastpeft.errors import UserError
 from fastpeft.kernels import dispatch
-from fastpeft.models.backbone import layer_shape
+from fastpeft.models.backbone import Backbone, layer_shape
 from fastpeft.models.precision import Precision, choose_precision
 from fastpeft.schedules import Schedule, make_schedule
 from fastpeft.signals import Blocks
@@ -78,9 +78,7 @@ def build_job(run: RunConfig, precision: Precision | None = None) -> Job:
     adapter.model.train()
     phases.begin("tokenise", "tokenising")
     task.encode(backbone, device)
-    if run.model.check:
-        phases.begin("check", "checking the model")
-        task.check(adapter.model, backbone)
+    unchecked = _check(task, adapter, backbone) if run.model.check else []
     batches = Batches(task.train, run.training.batch_size, run.training.seed)
     meter = EnergyMeter.open(gpu_uuid(device))
     clock = BudgetClock(_budget(run, batches, meter), meter=meter)
@@ -106,13 +104,26 @@ def build_job(run: RunConfig, precision: Precision | None = None) -> Job:
         limits=TokenLimits(run.training.micro_batch_tokens, run.evaluation.batch_tokens),
         device=device,
         precision=precision,
-        notes=[*task.notes, *backbone.notes, *_notes(run)],
+        notes=[*task.notes, *backbone.notes, *unchecked, *_notes(run)],
     )
     job.notes += adapter.describe() + untuned(adapter, device, dtype)
     job.notes += [precision.note] if precision.note else []
     if clock.budget.kind in ("seconds", "joules"):
         _expect_final(job)
     return job
+
+
+def _check(task: Task, adapter: Adapter, backbone: Backbone) -> list[str]:
+    """Returns what the user should know where there is no room for it: training may still fit, row by row."""
+    phases.begin("check", "checking the model")
+    try:
+        task.check(adapter.model, backbone)
+        return []
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
+    free_memory()  # outside of the handler, whose frames hold the outputs
+    return ["the memory is too short to check the model: whether a row's outputs change with its batch is not known"]
 
 
 def _blocks(adapter: Adapter, run: RunConfig) -> Blocks:

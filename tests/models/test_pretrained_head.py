@@ -75,11 +75,11 @@ def test_rows_are_brought_into_the_tasks_order(family: str, auto_class: str, tmp
     assert bias(backbone) == [3.0, 1.0, 2.0]
     (weight,) = (tensor for name, tensor in saved.items() if tensor.shape == (3, 32) and not name.startswith("bert.e"))
     assert torch.equal(output(backbone).weight, weight[[2, 0, 1]])
-    assert backbone.notes == (f"{USED}its labels are the task's, so-so, bad, good, its rows brought into this order",)
+    assert backbone.notes == [f"{USED}its labels are the task's, so-so, bad, good, its rows brought into this order"]
     assert backbone.model.config.id2label == dict(enumerate(turned))
     same = load(folder, LABELS, auto_class)
     assert bias(same) == [1.0, 2.0, 3.0]
-    assert same.notes == (f"{USED}its labels are the task's, bad, good, so-so",)
+    assert same.notes == [f"{USED}its labels are the task's, bad, good, so-so"]
     ids = torch.arange(5, 12)[None]
     torch.testing.assert_close(
         backbone.model(input_ids=ids).logits, same.model(input_ids=ids).logits[..., [2, 0, 1]], rtol=0, atol=1e-6
@@ -113,7 +113,7 @@ def test_other_names_take_a_new_head(
     folder = save_classifier(tmp_path, "bert", auto_class, **(named(theirs) if theirs else {"num_labels": 2}))
     saved = load_file(folder / "model.safetensors")["classifier.weight"]
     backbone = load(folder, ours, auto_class)
-    assert backbone.notes == (f"{NEW} is trained: {why}",)
+    assert backbone.notes == [f"{NEW} is trained: {why}"]
     assert bias(backbone) == [0.0] * len(ours)
     weight = output(backbone).weight
     assert not torch.isin(weight, saved).any()
@@ -135,29 +135,29 @@ def test_a_score_takes_a_head_that_was_trained_for_scores(problem: str | None, w
     folder = save_classifier(tmp_path, "bert", num_labels=num_labels, problem_type=problem)
     backbone = load(folder, None, problem_type="regression")
     if why is None:
-        assert backbone.notes == (f"{USED}it tells a score, as the task does",)
+        assert backbone.notes == [f"{USED}it tells a score, as the task does"]
     else:
-        assert backbone.notes == (f"{NEW} is trained: {why}",)
+        assert backbone.notes == [f"{NEW} is trained: {why}"]
     assert bias(backbone) == ([1.0] if why is None else [0.0])
 
 
 def test_two_scores_are_no_two_classes(tmp_path: Path) -> None:
     folder = save_classifier(tmp_path, "bert", **named(("bad", "good")), problem_type="regression")
     backbone = load(folder, ("bad", "good"), problem_type=PROBLEMS[0])
-    assert backbone.notes == (f"{NEW} is trained: its problem_type is regression",)
+    assert backbone.notes == [f"{NEW} is trained: its problem_type is regression"]
 
 
 def test_the_head_of_another_kind_of_model_is_none_of_this(tmp_path: Path) -> None:
     """BERT's tagger and BERT's classifier name their heads alike."""
     folder = save_classifier(tmp_path, "bert", TOKENS, **named(("bad", "good")))
     backbone = load(folder, ("bad", "good"))
-    assert backbone.notes == (f"{NEW} is trained: it is that of BertForTokenClassification",)
+    assert backbone.notes == [f"{NEW} is trained: it is that of BertForTokenClassification"]
     assert bias(backbone) == [0.0, 0.0]
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_checkpoint_without_a_head_has_nothing_said_of_it(family: str, model_folders: dict[str, Path]) -> None:
-    assert load(model_folders[family], LABELS).notes == ()
+    assert load(model_folders[family], LABELS).notes == []
 
 
 def test_a_head_under_another_name_is_trained_too(tmp_path: Path) -> None:
@@ -169,7 +169,7 @@ def test_a_head_under_another_name_is_trained_too(tmp_path: Path) -> None:
     transformers.XLNetForSequenceClassification(config).save_pretrained(tmp_path)
     backbone = load(tmp_path, ("good", "bad"))
     assert "logits_proj" in backbone.head
-    assert backbone.notes == (f"{USED}its labels are the task's, good, bad, its rows brought into this order",)
+    assert backbone.notes == [f"{USED}its labels are the task's, good, bad, its rows brought into this order"]
 
 
 @pytest.mark.parametrize(("auto_class", "wanted"), [(SEQUENCE, PROBLEMS[0]), (TOKENS, None)])

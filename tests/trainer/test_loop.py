@@ -49,7 +49,8 @@ def test_accuracy_rises_and_both_adapters_load_in_peft(method: str, tmp_path: Pa
     scores = [e["value"] for e in evals]
     assert len(scores) == 6
     assert result.status == "done"
-    assert result.metric == {"name": "accuracy", "value": scores[-1]}
+    assert (result.metric["name"], result.metric["value"]) == ("accuracy", scores[-1])
+    assert 0 < result.metric["more"]["majority"] < 1
     assert result.best["value"] == max(scores)
     best = max(range(len(evals)), key=lambda i: (evals[i]["value"], -evals[i]["loss"]))
     assert result.best["step"] == 25 * (best + 1)
