@@ -129,7 +129,7 @@ def test_a_run_says_what_it_is_busy_with_before_its_first_step(tmp_path):
 
     async def script(app, pilot):
         await pilot.press("enter")
-        await until_shown(pilot, "step 1 under way: 5,120 of 13,000 tokens, 1m35 left of it")
+        await until_shown(pilot, "step 1 under way: 5,120 of 13,000 tokens, 1m35 left")
         with run.events.open("ab") as file:
             file.write(lines([step(0)]))
         await until_shown(pilot, "tok/s")

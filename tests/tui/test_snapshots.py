@@ -12,7 +12,7 @@ import pytest
 from fastpeft.tui.screens.compare_screen import CompareScreen
 from fastpeft.tui.screens.dialogs import Reading
 from fastpeft.tui.screens.run_screen import RunScreen
-from tests.support.pilots import drive, until
+from tests.support.pilots import drive, text_of, until
 from tests.support.tui_logs import evaluation, header, heartbeat, importance, make_run, planned, step
 
 STORED = Path(__file__).parent / "snapshots"
@@ -119,6 +119,7 @@ async def _panel(app, pilot):
     await pilot.press("j")
     await _run(app, pilot)
     await pilot.press("3")
+    await until(pilot, lambda: "started by process" in text_of(app.screen))
 
 
 SNAPSHOTS = {
@@ -164,16 +165,19 @@ def compare(results, name, script, size):
 
     async def shoot(app, pilot):
         await script(app, pilot)
-        await pilot.pause(0.3)
-        taken.append(normal(app.export_screenshot()))
+        for _ in range(40):  # until nothing is drawn any more
+            await pilot.pause(0.3)
+            taken.append(normal(app.export_screenshot()))
+            if taken[-2:-1] == taken[-1:]:
+                break
 
     drive(results, shoot, size)
     path = STORED / f"{name}.svg"
     if os.environ.get("FASTPEFT_UPDATE_SNAPSHOTS"):
         path.parent.mkdir(exist_ok=True)
-        path.write_text(taken[0])
-    assert lines_of(taken[0]) == lines_of(path.read_text()), "FASTPEFT_UPDATE_SNAPSHOTS=1 takes it anew"
-    assert taken[0] == path.read_text(), "the colours differ"
+        path.write_text(taken[-1])
+    assert lines_of(taken[-1]) == lines_of(path.read_text()), "FASTPEFT_UPDATE_SNAPSHOTS=1 takes it anew"
+    assert taken[-1] == path.read_text(), "the colours differ"
 
 
 def normal(svg: str) -> str:

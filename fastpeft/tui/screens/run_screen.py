@@ -398,4 +398,4 @@ def _phase(event: dict[str, Any]) -> str:
     text = printable(str(event["text"]))
     if "done" in event:
         text += f": {event['done']:,} of {event['total']:,} {printable(str(event['unit']))}"
-    return text + (f", {duration(event['left_s'])} left of it" if "left_s" in event else "")
+    return text + (f", {duration(event['left_s'])} left" if "left_s" in event else "")
