@@ -132,7 +132,7 @@ def test_a_run_says_what_it_is_busy_with_before_its_first_step(tmp_path):
         await until_shown(pilot, "step 1 under way: 5,120 of 13,000 tokens, 1m35 left")
         with run.events.open("ab") as file:
             file.write(lines([step(0)]))
-        await until_shown(pilot, "tok/s")
+        await until_shown(pilot, "loss 2.0000")
         assert "under way:" not in text_of(app.screen)
 
     drive(tmp_path, script)
