@@ -119,7 +119,7 @@ async def _panel(app, pilot):
     await pilot.press("j")
     await _run(app, pilot)
     await pilot.press("3")
-    await until(pilot, lambda: "started by process" in text_of(app.screen))
+    await until(pilot, lambda: " 200 end " in text_of(app.screen))
 
 
 SNAPSHOTS = {

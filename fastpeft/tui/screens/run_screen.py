@@ -3,25 +3,25 @@
 from __future__ import annotations
 
 import asyncio
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from rich.syntax import Syntax
-from rich.text import Text
 from textual import work
 from textual.app import ComposeResult
 from textual.binding import Binding, BindingType
 from textual.containers import Container, Vertical, VerticalScroll
 from textual.widgets import Footer, Static
 
-from fastpeft.tui import cells, forecast_band, metrics
-from fastpeft.tui.format import amount, bar, decimal, duration, fitted, headed, joined, printable, short
+from fastpeft.tui import forecast_band, metrics
+from fastpeft.tui.format import decimal, duration, printable
 from fastpeft.tui.grids import Grid, importance_grid, rates_grid
 from fastpeft.tui.parse import MAX_FIGURES
+from fastpeft.tui.run_title import run_title
 from fastpeft.tui.runs_index import RunRow
 from fastpeft.tui.screens.dialogs import Reading
 from fastpeft.tui.screens.screen import RunsKeys
 from fastpeft.tui.tail import RunTail
-from fastpeft.tui.theme import STATUS, WRONG, curve_color
+from fastpeft.tui.theme import curve_color
 from fastpeft.tui.widgets.event_list import EventLog
 from fastpeft.tui.widgets.heatmap import Heatmap
 from fastpeft.tui.widgets.plot import Band, Curve, LinePlot
@@ -174,7 +174,7 @@ class RunScreen(RunsKeys):
         self.query_one(EventLog).show(tail.notable)
 
     def _draw_title(self) -> None:
-        self.query_one("#title", Lines).show(_title(self.row, self.run, self._tail, self.size.width))
+        self.query_one("#title", Lines).show(run_title(self.row, self.run, self._tail, self.size.width))
 
     def _draw_schedule(self, tail: RunTail) -> None:
         panel, text = self.query_one("#schedule", Lines), forecast_band.summary(tail)
@@ -357,45 +357,3 @@ class RunScreen(RunsKeys):
         for plot in self._plots.values():
             plot.axis = event.axis
         self.draw()  # a forecast's place is another one
-
-
-def _title(row: RunRow | None, run: str, tail: RunTail | None, width: int) -> Text:
-    """Two lines: what it is, and how far it is."""
-    if row is None:
-        return headed(run, ["there is no such run now"], "", width - 2).append("\n")
-    said: list[Text | str] = [cells.status_badge(row.status), cells.stand_in_badge() if row.stand_in else ""]
-    if tail is not None and not tail.is_caught_up:
-        said.append(Text(f"reading {tail.progress:.0%}", "bold"))
-    if tail is not None and tail.malformed:
-        said.append(Text(f"{tail.malformed} bad line{'s' if tail.malformed > 1 else ''}", WRONG))
-    first = headed(run, said, cells.method_and_where(row), width - 2)
-    color = STATUS.get(row.status, STATUS["no result"])[1]
-    budget, facts = bar(row.progress, 12 if width < 110 else 30, color), []
-    if row.budget_limit is not None:
-        unit = " steps" if row.budget_kind == "steps" else ""
-        budget.append(f" of {amount(row.budget_limit, row.budget_kind)}{unit}")
-    if row.eta_s is not None:
-        facts.append(f"{duration(row.eta_s)} left")
-    facts += [f"step {row.steps:,}"] if row.steps and width >= 110 else []
-    facts += [] if row.last_loss is None else [f"loss {decimal(row.last_loss)}"]
-    if row.metric is not None:
-        last = "" if width < 110 else f"{row.metric_name} {decimal(row.metric)}, "
-        facts.append(f"{last}best {decimal(cells.best_of(row))}")
-    if row.test is not None:
-        facts.append(f"test {decimal(row.test)}")
-    facts += [] if row.tokens_per_s is None else [f"{short(row.tokens_per_s)} tok/s"]
-    if row.energy_j is not None:
-        facts.append(short(row.energy_j, "J"))
-    second = fitted([budget, *facts], width - 2)
-    if tail is not None and tail.phase is not None:
-        second = joined([budget, _phase(tail.phase)])
-        second.truncate(width - 2, overflow="ellipsis")
-    return Text("\n").join([first, second])
-
-
-def _phase(event: dict[str, Any]) -> str:
-    """What the trainer is busy with, how far it is, and when the first step ends."""
-    text = printable(str(event["text"]))
-    if "done" in event:
-        text += f": {event['done']:,} of {event['total']:,} {printable(str(event['unit']))}"
-    return text + (f", {duration(event['left_s'])} left" if "left_s" in event else "")
