@@ -70,10 +70,11 @@ class SteadyCpu:
         self._thread = threading.Thread(target=self._count, daemon=True)
 
     def _count(self) -> None:
-        new = self._file.with_name("new")
-        while not self._stop.wait(0.005):
-            new.write_text(f"{1_000_000 + int(1e6 * self.power_w * (time.monotonic() - self._began))}\n")
-            os.replace(new, self._file)
+        # One write of one width: no reader sees half a number, and no rename waits for a busy disk
+        with self._file.open("r+b", buffering=0) as file:
+            while not self._stop.wait(0.01):
+                now_uj = 1_000_000 + int(1e6 * self.power_w * (time.monotonic() - self._began))
+                os.pwrite(file.fileno(), b"%012d\n" % now_uj, 0)
 
     def die(self) -> None:
         self._stop.set()
