@@ -63,7 +63,7 @@ def test_joules_are_kept_and_used(tmp_path: Path, cpu: SteadyCpu) -> None:
     steps = [e for e in events if e["type"] == "step"]
     joules = [e["energy_j"] for e in steps]
     assert joules == sorted(joules)
-    assert len(set(joules)) >= 3
+    assert joules[0] < joules[-1]
     behind_j = POWER_W * (WINDOW_S + 0.3) + longest_piece_j(events)  # a meter waits for its turn like everybody
     for event in steps:
         assert event["energy_j"] == pytest.approx(POWER_W * event["elapsed_s"], abs=behind_j)
