@@ -18,8 +18,9 @@ from fastpeft.config.schema import ModelConfig
 from fastpeft.errors import first_line
 from fastpeft.export.plan import CheckError, ExportError
 from fastpeft.kernels.ops.lora_linear.quantised import dequantised, is_quantised
-from fastpeft.models.backbone import GROW, PAD, Backbone, never_repack, nf4_arguments, quiet_transformers
+from fastpeft.models.backbone import GROW, PAD, Backbone, quiet_transformers
 from fastpeft.models.layers import LoraLinear
+from fastpeft.models.nf4 import never_repack, nf4_arguments
 from fastpeft.runs.store import read_json
 from fastpeft.standins import embedded_path
 from fastpeft.tasks import Task

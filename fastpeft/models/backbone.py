@@ -6,7 +6,6 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -17,6 +16,7 @@ from fastpeft.config.schema import ModelConfig
 from fastpeft.errors import UnavailableError, UserError, first_line
 from fastpeft.models.files import fetch_model
 from fastpeft.models.lm_head import check_causal_lm, hidden_states, output_embeddings
+from fastpeft.models.nf4 import never_repack, nf4_arguments
 from fastpeft.models.positions import position_limit
 from fastpeft.models.pretrained_head import fit_head
 from fastpeft.models.vocabulary import add_embeddings, missing_tokens, num_embeddings
@@ -296,28 +296,6 @@ def _check_config(settings: Any, name: str) -> None:
             f"model.name {name}: is {kind}, and no causal language model as this task needs one, such as "
             "Qwen3ForCausalLM or LlamaForCausalLM"
         )
-
-
-def nf4_arguments(dtype: torch.dtype, device: torch.device) -> dict[str, Any]:
-    """Of from_pretrained: 4 bits with quantised constants, computing in `dtype`. UserError without bitsandbytes."""
-    import transformers
-
-    if find_spec("bitsandbytes") is None:
-        raise UserError("model.quantisation nf4: needs the package bitsandbytes: pip install 'fastpeft[gpu]'")
-    settings = transformers.BitsAndBytesConfig(
-        load_in_4bit=True,
-        bnb_4bit_quant_type="nf4",
-        bnb_4bit_use_double_quant=True,
-        bnb_4bit_compute_dtype=dtype,
-    )
-    return {"quantization_config": settings, "device_map": {"": device}}
-
-
-def never_repack(model: nn.Module) -> None:
-    """Some CPUs repack 4-bit weights at the first evaluation, and those compute in bf16 and pass no gradient."""
-    for module in cast("Iterator[Any]", model.modules()):
-        if hasattr(module, "support_avx512bf16_for_cpu"):
-            module.support_avx512bf16_for_cpu = False
 
 
 def _end_tokens(model: PreTrainedModel, tokenizer: Any, name: str) -> tuple[int, ...]:

@@ -6,21 +6,11 @@ from pathlib import Path
 
 import pytest
 
-from fastpeft.config.schema import DatasetConfig, EvaluationConfig
+from fastpeft.config.schema import EvaluationConfig
 from fastpeft.data.rows import DataError
 from fastpeft.tasks import load_task
 from tests.support.classifiers import load_texts
-from tests.support.row_files import write_jsonl
-
-
-def config(path: Path, **fields) -> DatasetConfig:
-    return DatasetConfig(path=str(path), **fields)
-
-
-def folder_of(tmp_path: Path, train: list[dict], dev: list[dict] | None = None) -> Path:
-    write_jsonl(tmp_path / "train.jsonl", train)
-    write_jsonl(tmp_path / "dev.jsonl", dev or train)
-    return tmp_path
+from tests.support.row_files import config, folder_of, write_jsonl
 
 
 def error_of(path: Path, **fields) -> str:

@@ -15,23 +15,13 @@ from fastpeft.data.rows import DataError
 from fastpeft.errors import UserError
 from tests.support.classifiers import load_texts
 from tests.support.real_data import DATA
-from tests.support.row_files import write_jsonl, write_rows
+from tests.support.row_files import config, folder_of, write_jsonl, write_rows
 
 ROWS = [("a dog ran", "no"), ("a cat slept", "yes"), ("the bird, it ran", "no"), ('she said "no"', "yes")]
 
 
 def single(rows=ROWS) -> list[dict]:
     return [{"sentence": text, "label": label} for text, label in rows]
-
-
-def config(path: Path, **fields) -> DatasetConfig:
-    return DatasetConfig(path=str(path), **fields)
-
-
-def folder_of(tmp_path: Path, train: list[dict], dev: list[dict] | None = None) -> Path:
-    write_jsonl(tmp_path / "train.jsonl", train)
-    write_jsonl(tmp_path / "dev.jsonl", dev or train)
-    return tmp_path
 
 
 def error_of(path: Path, **fields) -> str:

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from fastpeft.config import ConfigError, load_run
 from fastpeft.config.schema import ModelConfig
 from fastpeft.errors import UnavailableError, UserError
-from fastpeft.models import backbone as backbones
+from fastpeft.models import nf4
 from fastpeft.models.backbone import Backbone, load_causal_lm
 from fastpeft.models.files import fetch_model
 from fastpeft.models.lm_head import hidden_states
@@ -275,7 +275,7 @@ def test_padding_on_the_right_needs_no_mask(family, seed):
 
 
 def test_without_bitsandbytes_the_command_that_gets_it_is_named(causal_folders, monkeypatch):
-    monkeypatch.setattr(backbones, "find_spec", lambda name: None)
+    monkeypatch.setattr(nf4, "find_spec", lambda name: None)
     with pytest.raises(UserError, match=r"pip install 'fastpeft\[gpu\]'") as error:
         load(causal_folders["qwen3"], quantisation="nf4")
     assert error.value.exit_code == 2

@@ -7,6 +7,8 @@ import json
 import random
 from pathlib import Path
 
+from fastpeft.config.schema import DatasetConfig
+
 
 def write_jsonl(path: Path, rows: list[dict]) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -33,6 +35,17 @@ def write_rows(path: Path, rows: list[dict]) -> Path:
         writer.writeheader()
         writer.writerows(rows)
     return path
+
+
+def config(path: Path, **fields) -> DatasetConfig:
+    return DatasetConfig(path=str(path), **fields)
+
+
+def folder_of(folder: Path, train: list[dict], dev: list[dict] | None = None) -> Path:
+    """`folder` with train.jsonl and dev.jsonl, which have the same rows where `dev` is not given."""
+    write_jsonl(folder / "train.jsonl", train)
+    write_jsonl(folder / "dev.jsonl", dev or train)
+    return folder
 
 
 def write_equal_pairs(folder: Path, num_train: int = 96, num_dev: int = 32, seed: int = 0) -> Path:
