@@ -6,6 +6,10 @@ A row of CASES is an input, settings over the command of the folder's README, an
 from __future__ import annotations
 
 import importlib.util
+import json
+import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,10 +27,16 @@ MAKE = ROOT.parent / "shared" / "cases" / "make.py"
 
 pytestmark = pytest.mark.skipif(not MAKE.is_file(), reason=f"no cases at {MAKE}")
 
-COMMAND = (
+CLASSIFY = (
     "train", "--run", "lora_mnli", "--name", "r", "dataset.name=q", "adapter.target_modules=all-linear",
     "training.batch_size=8", "schedule.warmup_steps=2", "evaluation.every=end", "training.precision=fp32",
     "training.threads=1", "training.learning_rate=3e-3", "dataset.max_length=32",
+)  # fmt: skip
+GENERATE = (
+    "train", "--run", "linear_gsm8k", "--name", "r", "dataset.held_out=40", "evaluation.max_new_tokens=8",
+    "dataset.max_length=100", "training.batch_size=32", "evaluation.every=end", "method=full",
+    "training.learning_rate=3e-3", "schedule.warmup_steps=10", "training.precision=fp32", "training.threads=1",
+    "evaluation.max_examples=8", "evaluation.max_test_examples=8",
 )  # fmt: skip
 
 
@@ -41,6 +51,7 @@ class Case:
     exit_code: int = 0
     result: Callable[[Result], Any] = lambda result: True
     """What holds of result.json."""
+    command: tuple[str, ...] = CLASSIFY
 
     def __str__(self) -> str:
         return f"{self.input} {' '.join(self.settings)} {self.model}"
@@ -96,6 +107,20 @@ CASES = [
         ("60 training sentences", "20 validation sentences", "tags are IOB1"),
         result=lambda result: result.kind == "token-classification",
     ),
+    Case("new_token", ("its embeddings grow from 39 to 40 rows",), model="bert_new_token"),
+    Case("long", ("80 training rows were cut to 64 tokens",), ("budget=2steps", "dataset.max_length=200"), "mpnet"),
+    Case("long", ("80 training rows were cut to 64 tokens",), ("budget=2steps", "dataset.max_length=200")),
+    Case("plain", ("'valu' matches no linear layer", "value?"), ("adapter.target_modules=[query,valu]",), exit_code=2),
+    Case("copy_numbers", model="lfm2", command=GENERATE),
+    Case("copy_numbers", ("cache that grows",), model="gpt_neo", command=GENERATE),
+    Case("copy_numbers", model="mamba", command=GENERATE),
+    Case(
+        "copy_numbers",
+        ("<s>",),
+        ("budget=2steps", "dataset.prompt=<s>Question: {question}\nAnswer:"),
+        "llama_bos",
+        command=GENERATE,
+    ),
 ]
 
 
@@ -142,7 +167,7 @@ def models(make: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> Callab
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_case(case: Case, data: Path, models: Callable[[str], Path], tmp_path: Path, fastpeft_here) -> None:
     where = f"model.name={models(case.model)}", f"dataset.path={data / case.input}"
-    outcome = fastpeft_here(*COMMAND, *where, *case.settings)
+    outcome = fastpeft_here(*case.command, *where, *case.settings)
     assert outcome.code == case.exit_code, outcome
     assert "Traceback" not in outcome.out + outcome.err
     shown = " ".join((outcome.out + outcome.err).split())
@@ -151,6 +176,65 @@ def test_case(case: Case, data: Path, models: Callable[[str], Path], tmp_path: P
         result = RunFolder(tmp_path / "results" / "r").read_result()
         assert result is not None
         assert case.result(result), result
+
+
+# ---- more than one command ---------------------------------------------------------------------
+
+
+def test_a_resume_on_other_rows_is_refused(data: Path, models: Callable[[str], Path], tmp_path: Path, fastpeft_here):
+    folder = shutil.copytree(data / "plain", tmp_path / "rows")
+    where = f"model.name={models('bert')}", f"dataset.path={folder}"
+    assert fastpeft_here(*CLASSIFY, *where, "training.epochs=2").code == 0
+    (tmp_path / "results" / "r" / "result.json").unlink()  # as a run that was killed before its end
+    shutil.copy(data / "changed_data" / "train.csv", folder / "train.csv")
+    outcome = fastpeft_here("train", "--resume", "--name", "r")
+    assert outcome.code == 2
+    assert "the train split has 120 rows and had 80" in outcome.err
+    assert "Traceback" not in outcome.err
+
+
+def test_names_renamed_after_the_run_do_not_reach_its_export(
+    data: Path, models: Callable[[str], Path], tmp_path: Path, fastpeft_here
+):
+    folder = shutil.copytree(data / "plain", tmp_path / "rows")
+    where = f"model.name={models('bert')}", f"dataset.path={folder}", "budget=2steps"
+    assert fastpeft_here(*CLASSIFY, *where).code == 0
+    for name in ("train.csv", "dev.csv"):
+        shutil.copy(data / "renamed_labels" / name, folder / name)
+    outcome = fastpeft_here("export", "r", "--to", "out", "--merge")
+    if outcome.code == 0:
+        names = json.loads((tmp_path / "out" / "config.json").read_text())["id2label"]
+        assert names == {"0": "negative", "1": "positive"}
+    else:
+        assert (outcome.code, "labels" in outcome.err) == (2, True), outcome
+
+
+def test_a_problem_type_of_the_base_does_not_outlive_its_task(
+    data: Path, models: Callable[[str], Path], tmp_path: Path, fastpeft_here
+):
+    where = f"model.name={models('bert_problem_type')}", f"dataset.path={data / 'plain'}", "budget=2steps"
+    assert fastpeft_here(*CLASSIFY, *where).code == 0
+    assert fastpeft_here("export", "r", "--to", "out", "--merge").code == 0
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["problem_type"] == "single_label_classification"
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("name", ["llama", "lfm2", "gpt_neo", "mamba"])
+def test_a_trained_model_scores_what_generate_scores(
+    name: str, data: Path, models: Callable[[str], Path], tmp_path: Path, fastpeft_here
+):
+    """generate_check.py decodes one row at a time, unpadded."""
+    where = f"model.name={models(name)}", f"dataset.path={data / 'copy_numbers'}", "--budget", "900steps"
+    whole = "evaluation.max_new_tokens=32", "evaluation.max_examples=null", "evaluation.max_test_examples=null"
+    assert fastpeft_here(*GENERATE, *where, *whole).code == 0
+    check = MAKE.with_name("generate_check.py")
+    command = [sys.executable, check, tmp_path / "results" / "r", data / "copy_numbers" / "test.jsonl"]
+    printed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    generated = float(printed.split()[1].rstrip(","))
+    result = RunFolder(tmp_path / "results" / "r").read_result()
+    assert result is not None
+    print(name, printed)
+    assert result.test["value"] == pytest.approx(generated, abs=1e-4)
 
 
 # ---- what no command shows ----------------------------------------------------------------------
