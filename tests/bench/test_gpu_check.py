@@ -18,6 +18,7 @@ ROWS = [
 ]  # fmt: skip
 
 
+@pytest.mark.soak
 def test_every_part_runs_from_a_checkout_on_a_machine_without_most_packages(script, tmp_path):
     out = tmp_path / "check.json"
     done = script("gpu_check.py", "--dry-run", "--json", out)

@@ -87,6 +87,7 @@ def kill_and_resume(files: Path, num_steps: int, saves: list[bool], rng: random.
     assert len([e for e in strict_events(folder) if e["type"] == "run"]) == 1 + len(saves)
 
 
+@pytest.mark.soak
 def test_three_kills(tmp_path: Path, seed: int) -> None:
     """Dropout is on, the importances move at every step, and the kills fall anywhere in an epoch of twelve steps."""
     rng = random.Random(seed)

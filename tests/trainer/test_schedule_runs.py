@@ -26,7 +26,12 @@ TELL = {"fot", "graff", "reactor"}
 """Those that say something of themselves."""
 
 
-@pytest.mark.parametrize("name", sorted({*SCHEDULES.names, *OPTIONS}))
+NAMES = sorted({*SCHEDULES.names, *OPTIONS})
+QUICK = "fot, aligned", "graff", "reactor", "snac"
+"""Each keeps a state of another kind; the rest are for the soak, and tests/schedules holds every one's state exact."""
+
+
+@pytest.mark.parametrize("name", [pytest.param(n, marks=[] if n in QUICK else pytest.mark.soak) for n in NAMES])
 def test_a_resume_goes_on_to_the_bit(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Stopped in the middle of a window, of a forecast, of a recurrence. Each step takes a second on the clock, which
     two of them read."""

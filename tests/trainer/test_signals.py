@@ -58,7 +58,7 @@ def test_sigint_in_calibration(tmp_path: Path) -> None:
     assert not has_event(tmp_path / "r", lambda e: e["type"] in ("importance", "step"))
 
 
-@pytest.mark.parametrize("number", EXIT_CODES)
+@pytest.mark.parametrize("number", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.soak)])
 def test_in_training(number: signal.Signals, tmp_path: Path) -> None:
     settings = ["budget=240steps", "training.checkpoint_steps=1000", "evaluation.every=end"]
     with start(tmp_path, *settings) as child:

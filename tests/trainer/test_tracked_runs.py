@@ -46,6 +46,7 @@ def assert_has_all_once(online_wandb: WandbServer, events: list[Event]) -> None:
     assert len(online_wandb.lines) == len(steps) + len(evals) + len(importance)
 
 
+@pytest.mark.soak
 def test_an_offline_run_that_is_killed_and_resumed_is_sent_whole_and_once(
     tmp_path: Path, online_wandb: WandbServer
 ) -> None:

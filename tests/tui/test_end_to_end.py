@@ -98,6 +98,7 @@ def is_alive(pid: int) -> bool:
         return False
 
 
+@pytest.mark.soak
 def test_watching_killing_stopping_and_resuming(results, terminal):
     fastpeft = [sys.executable, "-m", "fastpeft"]
     settings = ["evaluation.max_examples=64", "training.threads=1"]

@@ -55,7 +55,7 @@ VIEWS: dict[str, Views] = {
 }
 
 
-QUICK = {("list", SIZES[0]), ("compare 4", SIZES[1]), ("run iwlora_mn", SIZES[2]), ("list", "fastpeft-light")}
+QUICK = {("list", SIZES[0]), ("compare 4", SIZES[1]), ("list", "fastpeft-light")}
 """Of many seconds each; the others are for the soak."""
 
 
