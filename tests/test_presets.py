@@ -22,8 +22,8 @@ WITH_TEST = ("embedded-word-problems", "embedded-entities")
 
 
 def kind(path: Path) -> tuple[str, ...]:
-    """Method, schedule, optimizer and data: presets that share them differ in what two steps do not show. Schedules that
-    measure nothing are one, and on word problems all but one are."""
+    """Method, schedule, optimizer and data: presets that share them differ in what two steps do not show. Schedules
+    that measure nothing are one, and on word problems all but one are."""
     run = load_run(path.stem)
     dataset = run.stand_in.dataset if run.stand_in else run.dataset.name
     one = run.schedule.name in CLASSIC or (dataset == "embedded-word-problems" and path.stem != "graff_gsm8k")

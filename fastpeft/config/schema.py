@@ -86,7 +86,8 @@ class DatasetConfig:
     used only when named here. Where there is none, `validation_fraction` of the rows is held out."""
     path: str | None = None
     """A file, or a folder that holds train.* and dev.* (val.*, validation.*, ...) files, or shards of them, in jsonl,
-    json, csv, tsv or parquet. Of word problems, train.* and test.*, the latter optional."""
+    json, csv, tsv or parquet. A test.* with labels is scored once, at the end. Of word problems, train.* and
+    test.*, the latter optional."""
     columns: ColumnsConfig = field(default_factory=ColumnsConfig)
     labels: list[str] | None = None
     """Label names in the order of their numbers; taken from the dataset's own class names, or from

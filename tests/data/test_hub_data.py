@@ -119,7 +119,10 @@ def test_class_names_of_the_dataset(fake_hub):
     assert (task.name, task.label_names) == (OWN, ("neg", "pos"))
     assert (len(task.train), len(task.validation)) == (20, 6)
     assert task.train.labels == [0, 1] * 10
-    assert task.notes == ("of 6 validation rows these stand in the training rows too: 6 (100.0%)",)
+    assert task.notes == (
+        "of 6 validation rows these stand in the training rows too: 6 (100.0%)",
+        "of 8 test rows these stand in the training rows too: 8 (100.0%)",
+    )
     assert offline(fake_hub, config()) == task
 
 
@@ -140,7 +143,9 @@ def test_the_test_split_is_not_chosen_on(fake_hub):
     task = load_texts(config(validation_fraction=0.25))
     assert (len(task.train), len(task.validation)) == (15, 5)
     assert not set(task.train.text) & set(task.validation.text)
-    assert task.notes == (f"{OWN} has no validation split: 25% of its training rows, 5, are held out",)
+    assert task.notes[0] == f"{OWN} has no validation split: 25% of its training rows, 5, are held out"
+    assert task.test is not None
+    assert len(task.test) == 8
     named = load_texts(config(validation_split="test"))
     assert (len(named.train), len(named.validation)) == (20, 8)
     assert not any("held out" in note for note in named.notes)

@@ -359,7 +359,6 @@ def test_huge_field(tmp_path):
 def test_names_of_the_validation_file(tmp_path, name):
     write_rows(tmp_path / "train.tsv", single())
     write_jsonl(tmp_path / f"{name}.jsonl", single(ROWS[:2]))
-    (tmp_path / "test.jsonl").write_text("not read\n")
     assert len(load_texts(config(tmp_path)).validation) == 2
 
 

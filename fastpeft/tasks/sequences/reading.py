@@ -35,10 +35,12 @@ class Columns(NamedTuple):
 
 @dataclass(frozen=True)
 class LabelledTexts:
-    """Two splits, read."""
+    """The splits, read."""
 
     train: Examples
     validation: Examples
+    test: Examples | None = None
+    """None where there is none with labels."""
     skipped_rows: dict[str, int] = field(default_factory=dict)
     """Split -> rows left out under on_bad_row: skip."""
     notes: tuple[str, ...] = ()
@@ -106,8 +108,8 @@ def read_texts(
     classes_of: Callable[[Any], Collection[Hashable]] = lambda label: (),
     several_columns: bool = False,
 ) -> LabelledTexts:
-    """Both splits; without a validation split a part of the training rows is held out, of each class its share, and no
-    text that is trained on.
+    """All splits; without a validation split a part of the training rows is held out, of each class its share, and no
+    text that is trained on. A test split without labels, as competitions give it, is left out.
 
     Args:
         label_of: of a split, what makes a row's label; called for the training split first.
@@ -140,17 +142,48 @@ def read_texts(
     else:
         splits[VALIDATION] = validation = read(VALIDATION)
         held_out = validation.examples(label_of(validation))
-        paired = examples.text_pair is not None
-        if paired != (held_out.text_pair is not None):
-            raise DataError(
-                f"{train.source} holds {_kind(paired)} but {validation.source} {_kind(not paired)}: "
-                "name the columns in dataset.columns"
-            )
+        _check_paired(train, validation)
     for split, rows in (("training", examples), ("validation", held_out)):
         if not len(rows):
             raise DataError(f"dataset {source.name}: the {split} split is empty")
+    unlabelled = _without_labels(source, train.columns.label, wanted, names, label_fault)
+    scored = None
+    if source.has(TEST) and unlabelled is None:
+        splits[TEST] = test = read(TEST)
+        _check_paired(train, test)
+        scored = test.examples(label_of(test))
     skipped = {name: split.num_skipped for name, split in splits.items() if split.num_skipped}
-    return LabelledTexts(examples, held_out, skipped, tuple(_notes(source, splits, examples, held_out)))
+    notes = [*_notes(source, splits, examples, held_out), *([unlabelled] if unlabelled else [])]
+    if scored is not None:
+        notes += shared_note(examples.texts, scored.texts, "test rows", _text_columns(train))
+    return LabelledTexts(examples, held_out, scored, skipped, tuple(notes))
+
+
+def _check_paired(train: TextSplit, other: TextSplit) -> None:
+    paired = train.columns.text_pair is not None
+    if paired != (other.columns.text_pair is not None):
+        raise DataError(
+            f"{train.source} holds {_kind(paired)} but {other.source} {_kind(not paired)}: "
+            "name the columns in dataset.columns"
+        )
+
+
+def _without_labels(
+    source: Source,
+    column: str,
+    wanted: Sequence[str],
+    names: Mapping[str, tuple[str, ...]] | None,
+    label_fault: Callable[[dict[str, Any], str], str | None],
+) -> str | None:
+    """Why the test split cannot be scored; None where it can, or where there is none."""
+    if not source.has(TEST):
+        return None
+    split = source.read(TEST, [name for name in wanted if name in source.columns(TEST)], names)
+    if column not in split.columns:
+        return f"{split.source} has no column {column!r}: it is not scored"
+    if all(row.fault or label_fault(row.values, column) for row in split.rows):
+        return f"no row of {split.source} has a label: it is not scored"
+    return None
 
 
 def _notes(source: Source, splits: Mapping[str, TextSplit], train: Examples, validation: Examples) -> Iterator[str]:
@@ -158,14 +191,16 @@ def _notes(source: Source, splits: Mapping[str, TextSplit], train: Examples, val
     for split in splits.values():
         yield from split.notes
     if source.needs_held_out:
-        unread = (*source.paths(TEST), *source.others)
-        yield held_out_note(source.name, len(validation), len(train) + len(validation), "rows", unread)
+        yield held_out_note(source.name, len(validation), len(train) + len(validation), "rows", source.others)
     for name, split in splits.items():
         if split.num_skipped:
             count, first = split.num_skipped, split.first_skipped
             yield f"{count:,} malformed rows of the {name} split were skipped, the first {first}"
-    columns = [column for column in splits[TRAIN].columns[:2] if column]
-    yield from shared_note(train.texts, validation.texts, "validation rows", columns)
+    yield from shared_note(train.texts, validation.texts, "validation rows", _text_columns(splits[TRAIN]))
+
+
+def _text_columns(split: TextSplit) -> list[str]:
+    return [column for column in split.columns[:2] if column]
 
 
 def source_columns(config: DatasetConfig, source: Source) -> Columns:

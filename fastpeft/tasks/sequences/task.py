@@ -18,7 +18,7 @@ from torch import nn
 from fastpeft.config.schema import DatasetConfig, EvaluationConfig
 from fastpeft.data.batches import Batch, evaluation_batches
 from fastpeft.data.fingerprint import ReadRow
-from fastpeft.data.source import TRAIN, VALIDATION
+from fastpeft.data.source import TEST, TRAIN, VALIDATION
 from fastpeft.data.splitting import sample_note
 from fastpeft.device_memory import TokenLimits
 from fastpeft.models.backbone import Backbone
@@ -48,9 +48,15 @@ class SequenceTask(Task[Encoded]):
         self.name, self.texts = name, texts
         self._config, self._evaluation = config, evaluation
         self._validation_rows = texts.validation.sample(evaluation.max_examples)
+        self._test_rows = None if texts.test is None else texts.test.sample(evaluation.max_test_examples)
+        self.has_test = self._test_rows is not None
+        if self._test_rows is not None:
+            self.test_cost = _num_characters(self._test_rows) / max(1, _num_characters(self._validation_rows))
         self._first_layer: FirstLayer | None = None
-        self.notes = [self.describe(), *texts.notes]
+        test = "" if texts.test is None else f", {len(texts.test):,} test rows"
+        self.notes = [self.describe() + test, *texts.notes]
         self.notes += sample_note(len(texts.validation), evaluation.max_examples, "validation rows")
+        self.notes += sample_note(len(texts.test or ()), evaluation.max_test_examples, "test rows")
 
     @abstractmethod
     def row_losses(self, logits_NC: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
@@ -77,7 +83,8 @@ class SequenceTask(Task[Encoded]):
     # ---- data ------------------------------------------------------------------------------
 
     def rows_read(self) -> dict[str, Iterable[ReadRow]]:
-        return {TRAIN: self._rows_read(self.texts.train), VALIDATION: self._rows_read(self.texts.validation)}
+        splits = {TRAIN: self.texts.train, VALIDATION: self.texts.validation, TEST: self.texts.test}
+        return {name: self._rows_read(rows) for name, rows in splits.items() if rows is not None}
 
     def _rows_read(self, rows: Examples) -> Iterator[ReadRow]:
         columns = (rows.text,) if rows.text_pair is None else (rows.text, rows.text_pair)
@@ -94,21 +101,30 @@ class SequenceTask(Task[Encoded]):
     def encode(self, backbone: Backbone, device: torch.device) -> None:
         self._device = device
         max_length = self._max_length(backbone)
-        self.train = self._encode(self.texts.train, backbone.tokenizer, max_length, backbone.reads_segments)
-        self.validation = self._encode(self._validation_rows, backbone.tokenizer, max_length, backbone.reads_segments)
-        for split, encoded in (("training", self.train), ("validation", self.validation)):
-            if encoded.num_truncated:
-                self.notes.append(f"{encoded.num_truncated:,} {split} rows were cut to {max_length} tokens")
+
+        def encoded(rows: Examples) -> Encoded:
+            return self._encode(rows, backbone.tokenizer, max_length, backbone.reads_segments)
+
+        self.train, self.validation = encoded(self.texts.train), encoded(self._validation_rows)
+        self._test = None if self._test_rows is None else encoded(self._test_rows)
+        for split, rows in self._by_name().items():
+            if rows.num_truncated:
+                self.notes.append(f"{rows.num_truncated:,} {split} rows were cut to {max_length} tokens")
         if max_length < self._config.max_length:
             self.notes.append(
                 f"dataset.max_length is {self._config.max_length}, but the model takes {max_length} tokens"
             )
 
     def check(self, model: nn.Module, backbone: Backbone) -> None:
-        check_tokens(backbone, {"training": self.train, "validation": self.validation})
+        check_tokens(backbone, self._by_name())
         padded, notes = check_batches(model, backbone, self.train, _rows_logits)
         self.train, self.validation = replace(self.train, padded=padded), replace(self.validation, padded=padded)
+        self._test = self._test and replace(self._test, padded=padded)
         self.notes += notes
+
+    def _by_name(self) -> dict[str, Encoded]:
+        splits = {"training": self.train, "validation": self.validation}
+        return splits if self._test is None else splits | {"test": self._test}
 
     def _encode(self, examples: Examples, tokenizer: Any, max_length: int, segments: bool) -> Encoded:
         return encode(examples, tokenizer, max_length, segments, cut=self._config.cut, dtype=self.label_dtype)
@@ -147,6 +163,11 @@ class SequenceTask(Task[Encoded]):
     def evaluate(self, model: nn.Module, limits: TokenLimits, stop: Stop, shrink: Shrink | None) -> Score | None:
         answers = answer_rows(model, self.validation, self.row_losses, limits.evaluation, self._device, stop, shrink)
         return None if answers is None else self._score(answers, self.validation.labels)
+
+    def evaluate_test(self, model: nn.Module, limits: TokenLimits, stop: Stop, shrink: Shrink | None) -> Score | None:
+        assert self._test is not None
+        answers = answer_rows(model, self._test, self.row_losses, limits.evaluation, self._device, stop, shrink)
+        return None if answers is None else self._score(answers, self._test.labels)
 
     def _score(self, answers: Answers, labels: np.ndarray) -> Score:
         value, more, groups = self.metrics(answers, labels)
@@ -198,6 +219,10 @@ class _Check(ExportCheck):
         answers = answer_rows(model, self._encoded, task.row_losses, task._evaluation.batch_tokens, device)
         assert answers is not None
         return task._score(answers, self._encoded.labels).value
+
+
+def _num_characters(examples: Examples) -> int:
+    return sum(len(text) for texts in examples.texts for text in texts)
 
 
 def _rows_logits(model: nn.Module, inputs: dict[str, torch.Tensor], lengths: Sequence[int]) -> list[torch.Tensor]:
