@@ -154,21 +154,30 @@ def trying(model: nn.Module) -> Iterator[None]:
 
 def longest_row(model: nn.Module) -> int:
     """Tokens of the longest row that is tried."""
+    return int(min(max(_affordable(model) / _NUM_ROWS, _SHORTEST), _LONGEST))
+
+
+def spread_rows(model: nn.Module, lengths: np.ndarray) -> list[int]:
+    """A short, a middling and a long row; of a model that is slow here a short and a long one."""
+    count = _NUM_ROWS if _affordable(model) >= _NUM_ROWS * _SHORTEST else 2
+    order = np.argsort(lengths, kind="stable")
+    return [int(order[round(i * (len(order) - 1) / (count - 1))]) for i in range(count)]
+
+
+def _affordable(model: nn.Module) -> float:
+    """Tokens of a forward pass over all rows."""
     device = next(model.parameters()).device.type
     num_weights = sum(parameter.numel() for parameter in model.parameters())
-    tokens = _OPERATIONS.get(device, _OPERATIONS["cpu"]) / (2 * num_weights)
-    return int(min(max(tokens / _NUM_ROWS, _SHORTEST), _LONGEST))
+    return _OPERATIONS.get(device, _OPERATIONS["cpu"]) / (2 * num_weights)
 
 
 def sample_rows(model: nn.Module, encoded: TokenRows) -> SampleRows:
-    """A short, a middling and a long row. What is too long for a quick check is cut before its last token."""
-    order = np.argsort(encoded.lengths, kind="stable")
-    longest = min(longest_row(model), int(encoded.lengths.max()))
+    """As spread_rows has them. What is too long for a quick check is cut before its last token."""
+    longest, rows = min(longest_row(model), int(encoded.lengths.max())), spread_rows(model, encoded.lengths)
     tokens, segments, lengths = [], [], []
-    for i in range(_NUM_ROWS):
-        row = order[round(i * (len(order) - 1) / (_NUM_ROWS - 1))]
+    for i, row in enumerate(rows):
         start, end = int(encoded.offsets[row]), int(encoded.offsets[row + 1])
-        length = min(end - start, max(1, longest * (i + 1) // _NUM_ROWS))
+        length = min(end - start, max(1, longest * (i + 1) // len(rows)))
         places = [*range(start, start + length - 1), end - 1]
         lengths.append(length)
         tokens.append(encoded.tokens[places].tolist())

@@ -230,9 +230,11 @@ def _build(folder: Path, kind: str, name: str) -> Any:
     config = tiny_config(name, kind, tokens, -(-len(vocab) // 8) * 8)
     if kind == "classifier":
         config.num_labels = 2
-    model = auto[kind].from_config(config)
-    if (count := sum(parameter.numel() for parameter in model.parameters())) > MOST_WEIGHTS:
+    with torch.device("meta"):  # what the sizes did not make small may have gigabytes
+        count = sum(parameter.numel() for parameter in auto[kind].from_config(config).parameters())
+    if count > MOST_WEIGHTS:
         raise ValueError(f"{count:,} weights")
+    model = auto[kind].from_config(config)
     for parameter in model.parameters():  # biases and norms of a trained model are not 0 and 1
         if parameter.dim() == 1:
             parameter.data.add_(torch.randn_like(parameter), alpha=0.05)

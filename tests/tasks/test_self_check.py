@@ -209,14 +209,14 @@ def test_language_models_are_checked_too(tmp_path: Path, monkeypatch: pytest.Mon
     assert build_job(run).task.train.padded
     real = transformers.Qwen3Model.forward
 
-    def by_width(self: Any, *args: Any, **more: Any) -> Any:
+    def by_padding(self: Any, *args: Any, **more: Any) -> Any:
         out = real(self, *args, **more)
         ids = more.get("input_ids")
-        if ids.shape[1] > 12:  # check_causal_lm, which comes first, has short rows
-            out.last_hidden_state = out.last_hidden_state.roll(ids.shape[1] % 7, -1)
+        if ids.shape[1] > 12 and (ids == self.config.pad_token_id).any():  # check_causal_lm has short rows of any token
+            out.last_hidden_state = out.last_hidden_state.roll(1, -1)
         return out
 
-    monkeypatch.setattr(transformers.Qwen3Model, "forward", by_width)
+    monkeypatch.setattr(transformers.Qwen3Model, "forward", by_padding)
     job = build_job(run)
     assert not job.task.train.padded
     assert any("Qwen3ForCausalLM computes other outputs" in note for note in job.notes)

@@ -1,4 +1,4 @@
-"""How a model is to be decoded: each way is compared with the model's own forward pass, run anew for each token.
+"""How a model is to be decoded: each way is compared with the model's own forward pass over whole rows.
 
 Recurrent and convolutional layers, windows, and caches of a family's own each have their way to be wrong, and answers
 that are wrong in this way look like a model that learns badly.
@@ -9,8 +9,8 @@ Shapes: V vocabulary.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import cycle, islice
 
-import numpy as np
 import torch
 from torch import nn
 
@@ -20,9 +20,9 @@ from fastpeft.models.backbone import Backbone
 from fastpeft.models.lm_head import bare_model
 from fastpeft.tasks.causal_lm.decode_batches import BATCHES, FASTEST, Caching, DecodeMethod
 from fastpeft.tasks.causal_lm.prompts import EncodedPrompts
-from fastpeft.tasks.self_check import apart, longest_row, tolerance, trying
+from fastpeft.tasks.self_check import apart, longest_row, spread_rows, tolerance, trying
 
-_NUM_PROMPTS, _NUM_TOKENS = 3, 4
+_NUM_TOKENS = 4
 
 _METHODS = (
     FASTEST,
@@ -70,19 +70,16 @@ def _notes(backbone: Backbone, method: DecodeMethod, failures: list[str]) -> lis
 
 def _prompts(model: nn.Module, encoded: EncodedPrompts) -> list[list[int]]:
     """Of unequal lengths."""
-    order = np.argsort(encoded.prompt_lengths, kind="stable")
+    rows = spread_rows(model, encoded.prompt_lengths)
     longest = min(longest_row(model), int(encoded.prompt_lengths.max()))
-    rows = [order[round(i * (len(order) - 1) / (_NUM_PROMPTS - 1))] for i in range(_NUM_PROMPTS)]
-    return [encoded.prompt(row)[: max(1, longest * (i + 1) // _NUM_PROMPTS)].tolist() for i, row in enumerate(rows)]
+    return [encoded.prompt(row)[: max(1, longest * (i + 1) // len(rows))].tolist() for i, row in enumerate(rows)]
 
 
-def _continue(model: nn.Module, prompt: list[int]) -> tuple[list[int], list[torch.Tensor]]:
-    """The likeliest tokens, and the logits (V) that each was taken from, of a row that is read anew for each."""
-    device, tokens, logits = next(model.parameters()).device, list(prompt), []
-    for _ in range(_NUM_TOKENS):
-        logits.append(model(input_ids=torch.tensor([tokens], device=device), use_cache=False).logits[0, -1].float())
-        tokens.append(int(logits[-1].argmax()))
-    return tokens[len(prompt) :], logits
+def _continue(model: nn.Module, prompt: list[int]) -> tuple[list[int], torch.Tensor]:
+    """The prompt's own tokens once more, and the logits (_NUM_TOKENS x V) before each, of one pass over the row."""
+    device, tokens = next(model.parameters()).device, [*islice(cycle(prompt), _NUM_TOKENS)]
+    row = torch.tensor([[*prompt, *tokens[:-1]]], device=device)
+    return tokens, model(input_ids=row, use_cache=False).logits[0, -_NUM_TOKENS:].float()
 
 
 def _fault(
@@ -90,7 +87,7 @@ def _fault(
     backbone: Backbone,
     method: DecodeMethod,
     prompts: Sequence[list[int]],
-    continued: Sequence[tuple[list[int], list[torch.Tensor]]],
+    continued: Sequence[tuple[list[int], torch.Tensor]],
     most: int,
 ) -> str | None:
     """What is wrong with the method, in words."""
@@ -109,7 +106,7 @@ def _largest_difference(
     model: nn.Module,
     backbone: Backbone,
     method: DecodeMethod,
-    rows: Sequence[tuple[list[int], tuple[list[int], list[torch.Tensor]]]],
+    rows: Sequence[tuple[list[int], tuple[list[int], torch.Tensor]]],
     most: int,
 ) -> float:
     """Of the logits after each token, when all ways have continued with the same tokens."""
