@@ -15,7 +15,7 @@ from torch import nn
 
 from fastpeft.config import RunConfig
 from fastpeft.data.batches import IGNORE
-from fastpeft.models.inject import match_targets
+from fastpeft.models.targets import match_targets
 from fastpeft.tasks import Task, load_task
 from fastpeft.tasks.regression.task import Regression
 from fastpeft.tasks.sequences.examples import Examples

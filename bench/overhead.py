@@ -56,8 +56,8 @@ from fastpeft.config.schema import ModelConfig
 from fastpeft.data.batches import Batch
 from fastpeft.errors import UserError
 from fastpeft.models.backbone import Backbone, quiet_transformers
-from fastpeft.models.inject import match_targets
 from fastpeft.models.precision import choose_precision
+from fastpeft.models.targets import match_targets
 from fastpeft.schedules import make_schedule
 from fastpeft.trainer.optim import FlatAdamW
 from fastpeft.trainer.step import forward_backward, train_step

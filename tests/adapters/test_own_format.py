@@ -18,7 +18,7 @@ from fastpeft.config import RunConfig
 from fastpeft.config.methods import METHODS, AdapterConfig
 from fastpeft.errors import UserError
 from fastpeft.models.backbone import Backbone
-from fastpeft.models.inject import match_targets, projection_of
+from fastpeft.models.targets import match_targets, projection_of
 from fastpeft.signals import Need
 from fastpeft.trainer import StopRequest, train
 from fastpeft.trainer.build import build_job

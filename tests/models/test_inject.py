@@ -18,8 +18,9 @@ from fastpeft.config.schema import AdapterConfig, ModelConfig
 from fastpeft.errors import UserError
 from fastpeft.kernels import dropout_mask
 from fastpeft.models.backbone import Backbone, load_causal_lm
-from fastpeft.models.inject import _why_not, inject_lora, match_targets, projection_of
+from fastpeft.models.inject import _why_not, inject_lora
 from fastpeft.models.layers import LoraLinear
+from fastpeft.models.targets import match_targets, projection_of
 from tests.support.classifiers import load_backbone
 from tests.support.tiny import FAMILIES, NUM_LAYERS, save_character_tokenizer
 
@@ -155,6 +156,30 @@ def test_no_match_lists_the_linear_layers(model_folders, family, wanted):
     assert repr(wanted) in str(error.value)
     for projection in PROJECTIONS[family]:
         assert projection in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("wanted", "idle"),
+    [
+        (r".*\.(query|valu)", r".*\.(valu)"),
+        (r".*\.(?:query|value|kei)", r".*\.(?:kei)"),
+        (r".*\.query|.*\.valu", r".*\.valu"),
+    ],
+)
+def test_every_alternative_of_a_regular_expression_has_to_match(model_folders, wanted, idle):
+    backbone = load(model_folders, "bert")
+    with pytest.raises(UserError, match="did you mean") as error:
+        match_targets(backbone.model, backbone.head, wanted)
+    assert f"{idle!r} matches no linear layer" in str(error.value)
+    assert str(error.value).count("matches no") == 1
+
+
+@pytest.mark.parametrize(
+    "wanted", [r".*\.(query|value)", r"(?!.*(key|output)).*\.\d+\..*", r".*\.layer\.[0|1]\..*query"]
+)
+def test_a_regular_expression_of_which_all_match(model_folders, wanted):
+    backbone = load(model_folders, "bert")
+    assert match_targets(backbone.model, backbone.head, wanted)
 
 
 @pytest.mark.parametrize("method", ["lora", "rslora", "iw_lora", "adalora"])
