@@ -85,6 +85,9 @@ def check_causal_lm(model: PreTrainedModel, name: str) -> None:
     except Exception as error:  # get_decoder() is a best effort of transformers
         reason = f"its decoder cannot be run by itself ({type(error).__name__}: {first_line(error)})"
         raise UserError(_not_linear(name, kind, reason)) from error
+    if hidden_BTD.shape[-1] != weight_VD.shape[-1]:
+        reason = f"its head reads {weight_VD.shape[-1]} numbers a token and its decoder gives {hidden_BTD.shape[-1]}"
+        raise UserError(_not_linear(name, kind, reason))
     tolerance = 1e-5 if hidden_BTD.dtype == torch.float32 else 1e-2
     first_TD, second_TD = hidden_BTD[:, :-1].float()
     if float((first_TD - second_TD).norm()) > tolerance * float(first_TD.norm()):

@@ -77,6 +77,8 @@ _SIZES: dict[str, Any] = {
     **dict.fromkeys(("linear_num_value_heads",), 4),
     **dict.fromkeys(("linear_key_head_dim", "linear_value_head_dim", "mamba_d_head", "mamba_head_dim"), 16),
     **dict.fromkeys(("mamba_chunk_size", "chunk_size"), 8),
+    **dict.fromkeys(("hidden_size_per_layer_input", "global_head_dim", "index_head_dim"), 8),
+    "index_n_heads": 4,
     "lru_width": 32,
     "hidden_dropout_prob": 0.0,
     "attention_probs_dropout_prob": 0.0,
@@ -89,8 +91,7 @@ _OWN: dict[str, dict[str, Any]] = {
     "gpt_neo": {"attention_types": [[["global", "local"], 2]]},
     "deepseek_v2": {"num_key_value_heads": 4},
     "deepseek_v3": {"num_key_value_heads": 4},
-    "axk1": {"num_key_value_heads": 4},
-    "axk2": {"num_key_value_heads": 4},
+    **dict.fromkeys(("axk1", "axk2", "deepseek_v32", "glm_moe_dsa", "longcat_flash"), {"num_key_value_heads": 4}),
     "glm4_moe_lite": {"num_key_value_heads": 4},
     "gptj": {"rotary_dim": 8},
     "codegen": {"rotary_dim": 8},
@@ -201,13 +202,21 @@ def tiny_config(name: str, kind: str, tokens: dict[str, int | None], vocab_size:
     sizes = {
         key: value
         for key, value in _SIZES.items()
-        if isinstance(getattr(default, key, None), int | float | list) and key not in fixed
+        if isinstance(_value(default, key), int | float | list) and key not in fixed
     }
     sizes |= {"num_hidden_layers": 2} if "block_types" in own else {}
     if name == "funnel":
         del sizes["num_hidden_layers"]
-    settings = sizes | {"vocab_size": vocab_size} | tokens | own
+    vocabularies = {key: vocab_size for key in ("vocab_size", "vocab_size_per_layer_input") if hasattr(default, key)}
+    settings = sizes | vocabularies | tokens | own
     return transformers.AutoConfig.for_model(name, **settings)
+
+
+def _value(config: Any, key: str) -> Any:
+    try:
+        return getattr(config, key, None)
+    except Exception:  # an attribute that differs from layer to layer
+        return None
 
 
 def _build(folder: Path, kind: str, name: str) -> Any:
