@@ -87,12 +87,13 @@ _SIZES: dict[str, Any] = {
 }  # fmt: skip
 """Names of configs' fields -> a small value, set where the config has the field."""
 
+_LATENT = ("axk1", "axk2", "deepseek_v2", "deepseek_v3", "deepseek_v32", "glm4_moe_lite", "glm_moe_dsa",
+           "longcat_flash")  # fmt: skip
+"""As many keys as queries."""
+
 _OWN: dict[str, dict[str, Any]] = {
     "gpt_neo": {"attention_types": [[["global", "local"], 2]]},
-    "deepseek_v2": {"num_key_value_heads": 4},
-    "deepseek_v3": {"num_key_value_heads": 4},
-    **dict.fromkeys(("axk1", "axk2", "deepseek_v32", "glm_moe_dsa", "longcat_flash"), {"num_key_value_heads": 4}),
-    "glm4_moe_lite": {"num_key_value_heads": 4},
+    **{name: {"num_key_value_heads": 4} for name in _LATENT},
     "gptj": {"rotary_dim": 8},
     "codegen": {"rotary_dim": 8},
     "lfm2": {"full_attn_idxs": [1, 3]},
@@ -197,7 +198,7 @@ def tiny_config(name: str, kind: str, tokens: dict[str, int | None], vocab_size:
     if any(medium in part for part in default.sub_configs for medium in ("vision", "audio", "image", "perception")):
         raise ValueError("it reads more than text")
     own = _OWN.get(name, {}) if kind == "causal" or name not in ("bert", "xlm", "reformer") else {}
-    own |= {"is_decoder": True} if kind == "causal" and name in _ENCODERS_TOO else {}
+    own = own | {"is_decoder": True} if kind == "causal" and name in _ENCODERS_TOO else {}
     fixed = {key for key in _SIZES if isinstance(getattr(type(default), key, None), property)}
     sizes = {
         key: value
