@@ -15,7 +15,7 @@ from torch import nn
 from fastpeft.config.schema import ModelConfig
 from fastpeft.errors import UnavailableError, UserError, first_line
 from fastpeft.models.files import fetch_model
-from fastpeft.models.lm_head import check_causal_lm, hidden_states, output_embeddings
+from fastpeft.models.lm_head import check_causal_lm, decoder_of, hidden_states, output_embeddings
 from fastpeft.models.nf4 import never_repack, nf4_arguments
 from fastpeft.models.positions import position_limit
 from fastpeft.models.pretrained_head import fit_head
@@ -243,7 +243,7 @@ def load_causal_lm(config: ModelConfig, dtype: torch.dtype, device: torch.device
         num_embeddings=num_embeddings(model),
         dtype=dtype,
         task_type="CAUSAL_LM",
-        entry_points=[model, model.get_decoder()],
+        entry_points=[model, decoder_of(model)],
         eos_token_ids=eos_token_ids,
         head_is_frozen=not trained and not new_tokens,
         trains_all=trained,

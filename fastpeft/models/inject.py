@@ -184,6 +184,9 @@ def _why_not(model: nn.Module, name: str) -> str | None:
     from peft.tuners.tuners_utils import _check_lora_target_modules_mamba
     from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
 
+    layer = model.get_submodule(name)
+    if not _is_product(layer):
+        return f"{type(layer).__name__} gives more than a matrix product"
     settings = peft.LoraConfig(target_modules=[name])
     try:
         _check_lora_target_modules_mamba(settings, model, name.rsplit(".", 1)[-1])
@@ -194,6 +197,20 @@ def _why_not(model: nn.Module, name: str) -> str | None:
     except ValueError:  # half of two that are fused
         return _EXPERTS
     return _EXPERTS if settings.target_parameters else None
+
+
+@torch.no_grad()
+def _is_product(layer: nn.Module) -> bool:
+    """False for a router, which may be a Linear that chooses experts as well."""
+    kind = type(layer)
+    if kind.forward is nn.Linear.forward or kind.__module__.startswith("bitsandbytes"):
+        return True
+    weight = cast(nn.Linear, layer).weight
+    try:
+        found = layer(torch.zeros(1, weight.shape[1], dtype=weight.dtype, device=weight.device))
+    except Exception:  # it takes something else
+        return False
+    return torch.is_tensor(found) and found.shape == (1, weight.shape[0])
 
 
 def _layer(name: str) -> int:

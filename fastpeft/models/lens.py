@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from fastpeft.errors import UserError
-from fastpeft.models.lm_head import bare_model, output_embeddings
+from fastpeft.models.lm_head import bare_model, decoder_of, output_embeddings
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -105,7 +105,7 @@ def _norm(model: PreTrainedModel) -> nn.Module | None:
     """The norm before a causal LM's head."""
     if output_embeddings(model) is None:
         return None
-    norms = [child for child in model.get_decoder().children() if "norm" in type(child).__name__.lower()]
+    norms = [child for child in decoder_of(model).children() if "norm" in type(child).__name__.lower()]
     return norms[-1] if norms else None
 
 

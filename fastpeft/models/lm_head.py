@@ -43,9 +43,9 @@ def hidden_states(model: nn.Module, input_ids: torch.Tensor) -> tuple[torch.Tens
         bias: V, or None.
     """
     bare = bare_model(model)
-    decoder, head = bare.get_decoder(), bare.get_output_embeddings()
+    head = bare.get_output_embeddings()
     assert head is not None, "check_causal_lm has found one"
-    output = decoder(input_ids=input_ids, use_cache=False)
+    output = decoder_of(bare)(input_ids=input_ids, use_cache=False)
     return output.last_hidden_state, head.weight, getattr(head, "bias", None)
 
 
@@ -54,6 +54,12 @@ def bare_model(model: nn.Module) -> PreTrainedModel:
     if hasattr(model, "peft_config") and hasattr(model, "get_base_model"):
         return cast(Any, model).get_base_model()
     return cast("PreTrainedModel", model)
+
+
+def decoder_of(model: PreTrainedModel) -> Any:
+    """What stands before the head. Of Llama4ForCausalLM transformers names the model itself, up to 5.24 at least."""
+    decoder = model.get_decoder()
+    return getattr(model, "model", decoder) if decoder is model else decoder
 
 
 def output_embeddings(model: nn.Module) -> nn.Module | None:

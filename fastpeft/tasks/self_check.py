@@ -21,10 +21,10 @@ from fastpeft.device_memory import is_out_of_memory
 from fastpeft.errors import UserError, first_line
 from fastpeft.models.backbone import Backbone, quiet_transformers
 
-TOLERANCE = {torch.float32: 1e-3, torch.float16: 1e-2, torch.bfloat16: 8e-2}
-"""Largest difference of two outputs that ought to be equal, as a share of the outputs' size. Rounding makes about the
-unit roundoff times the square root of the roundings in a row: 20 units for 400 of them, 1e-2 in fp16 and 8e-2 in bf16.
-In fp32 that is 1e-6, to which the products of a GPU in TF32 and sums of thousands in another order are added."""
+TOLERANCE = {torch.float32: 1e-3, torch.float16: 2e-2, torch.bfloat16: 0.15}
+"""Largest difference of two outputs that ought to be equal, as a share of the outputs' size. With Gemma 3 of 18 layers
+rounding gives 6e-6 in fp32 and 0.05 in bf16, 13 units roundoff (bench/LOG.md); a GPU's products in TF32 add to the
+former. What was wrong with a model gave 0.3 and more."""
 
 _FOUR_BITS = 1e-2
 """At least, where weights are held in 4 bits: one row is multiplied by other code than several."""

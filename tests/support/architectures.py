@@ -88,12 +88,14 @@ _SIZES: dict[str, Any] = {
 """Names of configs' fields -> a small value, set where the config has the field."""
 
 _LATENT = ("axk1", "axk2", "deepseek_v2", "deepseek_v3", "deepseek_v32", "glm4_moe_lite", "glm_moe_dsa",
-           "longcat_flash")  # fmt: skip
+           "longcat_flash", "minicpm3", "mistral4", "youtu", "sarvam_mla")  # fmt: skip
 """As many keys as queries."""
 
 _OWN: dict[str, dict[str, Any]] = {
     "gpt_neo": {"attention_types": [[["global", "local"], 2]]},
     **{name: {"num_key_value_heads": 4} for name in _LATENT},
+    **{name: {"head_dim": 8} for name in ("hunyuan_v1_dense", "hunyuan_v1_moe", "ministral")},
+    **{name: {"decoder_start_token_id": 0} for name in ("t5", "mt5", "umt5")},
     "gptj": {"rotary_dim": 8},
     "codegen": {"rotary_dim": 8},
     "lfm2": {"full_attn_idxs": [1, 3]},

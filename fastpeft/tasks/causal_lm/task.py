@@ -23,6 +23,8 @@ from fastpeft.tasks.self_check import check_batches, check_tokens
 
 CHECK_ROWS, CHECK_POSITIONS = 16, 16
 """Of each of so many rows, so many of the answer's first tokens: a model's logits at all of them fill gigabytes."""
+LONGEST_CHECKED = 4096
+"""Tokens of a row that an export is compared on: rows that were too long to train on are scored all the same."""
 _CHUNK_ROWS = 256
 
 
@@ -94,6 +96,7 @@ class CausalLMTask(Task[EncodedPrompts]):
             self.num_validation,
             backbone.tokenizer,
             self.max_length(backbone),
+            max(self.max_length(backbone), min(backbone.max_positions or LONGEST_CHECKED, LONGEST_CHECKED)),
             self.batch_tokens,
             self.noun,
         )
@@ -125,19 +128,25 @@ class TokenAccuracy(ExportCheck):
         num_validation: int,
         tokenizer: Any,
         max_length: int,
+        longest: int,
         batch_tokens: int,
         noun: str,
     ) -> None:
+        """
+        Args:
+            max_length: tokens of the longest row that was trained on.
+            longest: of one that is read here.
+        """
         self.where = f"answer tokens of validation {noun}"
         self._encode, self.num_validation, self._tokenizer = encode, num_validation, tokenizer
-        self.max_length, self._batch_tokens = max_length, batch_tokens
+        self.max_length, self._longest, self._batch_tokens = max_length, longest, batch_tokens
 
     @torch.inference_mode()
     def answers(self, model: nn.Module, tokenizer: Any, device: torch.device) -> torch.Tensor:
         """At the first tokens of answers, one row at a time, by the model's own forward."""
         num_rows = self.num_validation
         chosen = np.linspace(0, num_rows - 1, min(CHECK_ROWS, num_rows)).astype(int).tolist()
-        encoded = self._encode(chosen, tokenizer, self.max_length)
+        encoded = self._encode(chosen, tokenizer, self._longest)
         found = []
         for row in range(len(encoded)):
             tokens = encoded.tokens[encoded.offsets[row] : encoded.offsets[row + 1]]
@@ -149,7 +158,7 @@ class TokenAccuracy(ExportCheck):
 
     @torch.inference_mode()
     def score(self, model: nn.Module, device: torch.device) -> float:
-        encoded = self._encode(None, self._tokenizer, self.max_length)
+        encoded = self._encode(None, self._tokenizer, self._longest)
         correct = torch.zeros((), dtype=torch.int64, device=device)
         for rows in evaluation_batches(encoded, self._batch_tokens):
             batch = collate_prompts(encoded, rows, device)

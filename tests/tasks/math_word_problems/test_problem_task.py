@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -21,7 +22,7 @@ from fastpeft.tasks.math_word_problems.task import MathWordProblems
 from fastpeft.trainer.build import Job, build_job
 from fastpeft.trainer.probes.hooks import Probes
 from fastpeft.trainer.step import forward_backward
-from tests.support.problem_runs import problem_run, write_run
+from tests.support.problem_runs import NUM_HELD_OUT, problem_run, write_run
 
 LIMITS = TokenLimits(10**6, 10**6)
 
@@ -421,3 +422,17 @@ def test_a_prompt_without_one_question_is_refused(text: str) -> None:
         ConfigError, match=r"dataset\.prompt: expected \{question\} once, where the question goes, got "
     ):
         load_run("linear_gsm8k", [f"dataset.prompt={text}"])
+
+
+# ---- export --------------------------------------------------------------------------------
+
+
+def test_an_export_is_compared_on_rows_that_are_too_long_to_train_on(job: Job) -> None:
+    """Of long problems none may be left in the sample."""
+    task = job.task
+    task.config = replace(task.config, max_length=12)
+    backbone = task.load_model(job.run.model, torch.float32, job.device, False)
+    check = task.export_check(backbone)
+    assert check.max_length == 12
+    assert len(check.answers(backbone.model, backbone.tokenizer, job.device)) > NUM_HELD_OUT
+    assert 0 <= check.score(backbone.model, job.device) <= 1
