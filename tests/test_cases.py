@@ -225,7 +225,7 @@ def test_a_trained_model_scores_what_generate_scores(
 ):
     """generate_check.py decodes one row at a time, unpadded."""
     where = f"model.name={models(name)}", f"dataset.path={data / 'copy_numbers'}", "--budget", "900steps"
-    whole = "evaluation.max_new_tokens=32", "evaluation.max_examples=null", "evaluation.max_test_examples=null"
+    whole = "evaluation.max_new_tokens=32", "evaluation.max_examples=0", "evaluation.max_test_examples=0"
     assert fastpeft_here(*GENERATE, *where, *whole).code == 0
     check = MAKE.with_name("generate_check.py")
     command = [sys.executable, check, tmp_path / "results" / "r", data / "copy_numbers" / "test.jsonl"]

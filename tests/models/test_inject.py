@@ -18,7 +18,7 @@ from fastpeft.config.schema import AdapterConfig, ModelConfig
 from fastpeft.errors import UserError
 from fastpeft.kernels import dropout_mask
 from fastpeft.models.backbone import Backbone, load_causal_lm
-from fastpeft.models.inject import _why_not, inject_lora
+from fastpeft.models.inject import _adaptable, _why_not, inject_lora
 from fastpeft.models.layers import LoraLinear
 from fastpeft.models.targets import match_targets, projection_of
 from tests.support.classifiers import load_backbone
@@ -85,9 +85,37 @@ def test_layers_that_peft_would_not_adapt_are_left_out_and_said(tmp_path):
 ])  # fmt: skip
 def test_names_that_peft_takes_for_experts(kind, name, taken):
     """It would adapt the experts' stacked weights, and not the layer of that name."""
-    model = SimpleNamespace(config=SimpleNamespace(model_type=kind))
+    model = SimpleNamespace(config=SimpleNamespace(model_type=kind), get_submodule=lambda _: torch.nn.Linear(2, 2))
     why = _why_not(model, f"model.layers.1.mlp.{name}")
     assert (why is not None and "in place of" in why) is taken
+
+
+class Router(torch.nn.Linear):
+    """Chooses experts as well."""
+
+    def forward(self, x):
+        scores = super().forward(x)
+        return scores.sigmoid(), scores
+
+
+class Scaled(torch.nn.Linear):
+    """Some models have linear layers of their own that are no more than that."""
+
+    def forward(self, x):
+        return super().forward(x)
+
+
+def test_a_router_is_left_out_and_said(model_folders):
+    backbone = load(model_folders, "bert")
+    for layer, kind in zip(backbone.model.bert.encoder.layer, (Router, Scaled)):
+        layer.intermediate.dense.__class__ = kind
+    name = "bert.encoder.layer.0.intermediate.dense"
+    with pytest.raises(UserError, match="Router gives more than a matrix product"):
+        inject_lora(backbone, AdapterConfig(target_modules=[name]))
+    names = match_targets(backbone.model, backbone.head, "all-linear")
+    left = _adaptable(backbone, "all-linear", names)
+    assert set(names) - set(left) == {name}
+    assert any("Router" in note and "leaves them out" in note for note in backbone.notes)
 
 
 def test_names_that_end_as_other_modules_do_are_given_whole(tmp_path):
