@@ -82,8 +82,8 @@ class DatasetConfig:
     train_split: str | None = None
     """Split of a hub dataset to train on; `train` when absent."""
     validation_split: str | None = None
-    """Split of a hub dataset to evaluate on. `validation`, `dev` and the like are found; `test` is
-    used only when named here. Where there is none, `validation_fraction` of the rows is held out."""
+    """Split of a hub dataset to choose weights on. `validation`, `dev` and the like are found; `test` is one only
+    when named here. Where there is none, `validation_fraction` of the rows is held out."""
     path: str | None = None
     """A file, or a folder that holds train.* and dev.* (val.*, validation.*, ...) files, or shards of them, in jsonl,
     json, csv, tsv or parquet. A test.* with labels is scored once, at the end. Of word problems, train.* and
