@@ -134,7 +134,7 @@ class _TextRows:
     def __init__(self, task: SequenceTask, tokenizer: Any, run: RunConfig) -> None:
         self._task, self._tokenizer = task, tokenizer
         self._cut = {"truncation": _CUT[run.dataset.cut], "max_length": run.dataset.max_length}
-        self._validation = task.texts.validation.sample(run.evaluation.max_examples)
+        self._most = run.evaluation
         self.train = self._dataset(task.texts.train)
 
     def _dataset(self, examples: Examples) -> Any:
@@ -151,15 +151,19 @@ class _TextRows:
         return made.map(tokenise, batched=True, remove_columns=[name for name in columns if name != "label"])
 
     def score(self, predict: Predict) -> float:
-        found = predict(self._dataset(self._validation))
-        logits, labels = torch.from_numpy(found.predictions), np.array(self._validation.labels)
+        return self._score(self._task.texts.validation.sample(self._most.max_examples), predict)
+
+    def score_test(self, predict: Predict) -> float | None:
+        test = self._task.texts.test
+        return None if test is None else self._score(test.sample(self._most.max_test_examples), predict)
+
+    def _score(self, rows: Examples, predict: Predict) -> float:
+        found = predict(self._dataset(rows))
+        logits, labels = torch.from_numpy(found.predictions), np.array(rows.labels)
         assert np.array_equal(found.label_ids, labels.astype(found.label_ids.dtype)), "predictions of another order"
         value = self._task.metrics(Answers(logits, math.nan), labels)[0]
         _same(value, _plain_metric(self._task, found.predictions, labels))
         return value
-
-    def score_test(self, predict: Predict) -> float | None:
-        return None
 
 
 class _TaggedRows:

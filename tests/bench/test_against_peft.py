@@ -82,7 +82,7 @@ def test_the_whole_in_miniature(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     against_peft.main([*args, "--seeds", "1", "dataset.name=local"])
     first = json.loads(out.read_text())
     assert [run["row"] for run in first["runs"]] == ["trainer_by_length", "lora"]
-    assert all(run["steps"] == 1 and run["train_s"] > 0 for run in first["runs"])
+    assert all(run["steps"] == 1 and run["train_s"] > 0 and run["test"] is not None for run in first["runs"])
     assert first["settings"]["training.precision"] == "fp32"
 
     against_peft.main([*args, "--seeds", "1,2", "dataset.name=local"])

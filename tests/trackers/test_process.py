@@ -81,7 +81,8 @@ def fake(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     return make
 
 
-def test_the_whole_log_is_handed_on(fake, tmp_path):
+def test_the_whole_log_is_handed_on(fake, tmp_path, monkeypatch):
+    monkeypatch.setattr(process, "FINISH_S", 30)
     calls, heard = fake(), Heard()
     log = write_log(tmp_path / "r", range(3))
     trackers = heard.track(tmp_path / "r")
@@ -197,8 +198,11 @@ time.sleep(99)
 """
 
 
-def test_an_online_run_whose_trainer_is_killed_goes_on_where_wandb_is(online_wandb: WandbServer, tmp_path: Path):
+def test_an_online_run_whose_trainer_is_killed_goes_on_where_wandb_is(
+    online_wandb: WandbServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
     """Its tracker sends what the log has; the resume redoes two steps that W&B has already."""
+    monkeypatch.setattr(process, "FINISH_S", 60.0)
     folder = tmp_path / "r"
     write_log(folder, range(6)).close()
     child = subprocess.Popen([sys.executable, "-c", TRAINER, str(folder)], stdout=subprocess.PIPE, text=True)
