@@ -44,6 +44,10 @@ class ModelConfig:
     """Branch, tag or commit of a hub model."""
     quantisation: Literal["none", "nf4"] = "none"
     """nf4 holds a causal language model's frozen weights in 4 bits; needs the package bitsandbytes."""
+    fast_layers: bool = True
+    """On a CPU: compute norms, attention, gated networks and dropout in fewer passes, where the model's own forms are
+    tried and found equal. off takes transformers' own. On any device: the last layer for the token that the head reads
+    alone."""
     check: bool = True
     """Before training, try on a few rows that batches, decoding, token numbers and positions suit the model. off skips
     it."""

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from fastpeft.kernels.ops.frobenius.op import FrobeniusResult, weighted_frobenius
     from fastpeft.kernels.ops.linear_cross_entropy.op import linear_cross_entropy, logits_cross_entropy
     from fastpeft.kernels.ops.lora_linear.compute import LoraMeasures
-    from fastpeft.kernels.ops.lora_linear.dropout import dropout_mask
+    from fastpeft.kernels.dropout import dropout_mask
     from fastpeft.kernels.ops.lora_linear.op import lora_linear, lora_linear_grouped
     from fastpeft.kernels.ops.secant.op import SecantSums, secant_sums
     from fastpeft.kernels.ops.sensitivity.op import gradient_norm, sketch_norm
@@ -29,7 +29,7 @@ _PUBLIC = {
     "MatrixGroup": "flat_layout",
     "SecantSums": "ops.secant.op",
     "adamw_step": "ops.adamw.op",
-    "dropout_mask": "ops.lora_linear.dropout",
+    "dropout_mask": "dropout",
     "gradient_norm": "ops.sensitivity.op",
     "linear_cross_entropy": "ops.linear_cross_entropy.op",
     "logits_cross_entropy": "ops.linear_cross_entropy.op",

@@ -14,6 +14,7 @@ from torch import nn
 
 from fastpeft.config.schema import ModelConfig
 from fastpeft.errors import UnavailableError, UserError, first_line
+from fastpeft.models.fast import speed_up
 from fastpeft.models.files import fetch_model
 from fastpeft.models.lm_head import check_causal_lm, decoder_of, hidden_states, output_embeddings
 from fastpeft.models.nf4 import never_repack, nf4_arguments
@@ -129,6 +130,8 @@ def load_classifier(
         notes += _set_padding(model, tokenizer, config.name)
         fitting.append(PAD)
     freeze(model, head, torch.float32 if trained else dtype, device)
+    if config.fast_layers:
+        speed_up(model)
     return Backbone(
         model=model,
         tokenizer=tokenizer,
@@ -234,6 +237,8 @@ def load_causal_lm(config: ModelConfig, dtype: torch.dtype, device: torch.device
         tokenizer.pad_token = tokenizer.convert_ids_to_tokens(eos_token_ids[0])
     with quiet_transformers():
         check_causal_lm(model, config.name)
+    if config.fast_layers:
+        speed_up(model)
     return Backbone(
         model=model,
         tokenizer=tokenizer,

@@ -13,10 +13,13 @@ import torch
 
 from fastpeft.kernels import dispatch
 from fastpeft.kernels.ops.lora_linear import configs, split
-from fastpeft.kernels.ops.lora_linear.dropout import keep_mask
-from fastpeft.kernels.ops.lora_linear.quantised import dequantised
+from fastpeft.kernels.dropout import keep_mask
+from fastpeft.kernels.ops.lora_linear.quantised import dequantised, is_quantised
 
 Pair = tuple[torch.Tensor, torch.Tensor]
+
+MERGE_FROM = 2
+"""So many times the elements of W have those of x and y together where merges() begins."""
 
 
 @dataclass(eq=False)
@@ -71,8 +74,29 @@ def _kept(x_TI: torch.Tensor, seed: torch.Tensor | None, dropout: float) -> spli
 # ---- forward ---------------------------------------------------------------------------------
 
 
-def forward(x_TI: torch.Tensor, call: Call, factors: list[Pair]) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
-    """y and s D(x) A^T of each projection. `factors` in the dtype of x."""
+def merges(x_TI: torch.Tensor, call: Call, factors: list[Pair]) -> bool:
+    """Whether x goes through W + s B A in one product: the sum is written again for forward and for backward, which
+    pays from some hundred rows on. Never in half precision, where W would swallow a small update."""
+    if x_TI.is_cuda or dispatch.runs_triton(x_TI) or call.dropout or x_TI.dtype.itemsize < 4:
+        return False
+    if any(is_quantised(part.weight) for part in call.parts):
+        return False
+    outs, num_in = [b.shape[0] for _, b in factors], x_TI.shape[1]
+    return x_TI.shape[0] * (sum(outs) + num_in) >= MERGE_FROM * sum(outs) * num_in
+
+
+def forward(
+    x_TI: torch.Tensor, call: Call, factors: list[Pair]
+) -> tuple[list[torch.Tensor], Sequence[torch.Tensor | None]]:
+    """y and s D(x) A^T of each projection, the latter None where backward makes it. `factors` in the dtype of x."""
+    if merges(x_TI, call, factors):
+        for part in call.parts:
+            _forget_measures(part)
+        ys = [
+            torch.nn.functional.linear(x_TI, split.merged(part.weight, *pair, part.scale), part.bias)
+            for part, pair in zip(call.parts, factors)
+        ]
+        return ys, [None] * len(ys)
     choices = [_choose("lora_forward", x_TI, a, b.shape[0]) for a, b in factors]
     inline = [
         configs.inline(choice.form, a.shape[0], call.dropout, a.dtype) for choice, (a, _) in zip(choices, factors)
@@ -91,11 +115,15 @@ def forward(x_TI: torch.Tensor, call: Call, factors: list[Pair]) -> tuple[list[t
             y = split.forward(x_TI, weight, part.bias, s, b)
         else:
             y, s = _fused().matmul(x_TI, weight, part.bias, a, b, s, part.scale, choice.config, forward=True)
-        if part.measures:
-            part.measures.db_square = part.measures.db_square_masked = None
+        _forget_measures(part)
         ys.append(y)
         products.append(s)
     return ys, products
+
+
+def _forget_measures(part: Part) -> None:
+    if part.measures:
+        part.measures.db_square = part.measures.db_square_masked = None
 
 
 def _product(
@@ -133,13 +161,15 @@ def backward(
     dys_TO: list[torch.Tensor],
     x_TI: torch.Tensor,
     call: Call,
-    s_TR: list[torch.Tensor],
+    s_TR: Sequence[torch.Tensor | None],
     factors: list[Pair],
     needs_x: bool,
     needs: list[bool],
     dtypes: list[torch.dtype],
 ) -> tuple[torch.Tensor | None, list[torch.Tensor | None]]:
     """dx, and dA and dB of each projection in turn; `needs` and `dtypes` in that order too."""
+    if s_TR[0] is None:
+        return _merged_backward(dys_TO, x_TI, call, factors, needs_x, needs, dtypes)
     choice = _choose("lora_backward", dys_TO[0], factors[0][0], factors[0][1].shape[0])
     in_one_kernel = needs_x and len(factors) == 1 and choice.form != "split"
     dx_TI = ds_all = None
@@ -171,6 +201,34 @@ def backward(
             dx_TI.addmm_(dys_TO[i], dequantised(part.weight, x_TI.dtype))
         one = _Factors(x_TI, ds_TR[i], dys_TO[i], s_TR[i], dtypes[2 * i : 2 * i + 2], needed, part, call)
         gradients += one.split(das[i], kept) if way.form == "split" else one.fused(way)
+    return dx_TI, gradients
+
+
+def _merged_backward(
+    dys_TO: list[torch.Tensor],
+    x_TI: torch.Tensor,
+    call: Call,
+    factors: list[Pair],
+    needs_x: bool,
+    needs: list[bool],
+    dtypes: list[torch.dtype],
+) -> tuple[torch.Tensor | None, list[torch.Tensor | None]]:
+    ranks, split_choice = [a.shape[0] for a, _ in factors], dispatch.Choice("split")
+    s_TR = ds_TR = das = [None] * len(ranks)
+    if any(needs[1::2]):
+        s_TR = _shared_products(x_TI, [a for a, _ in factors], call, split_choice)
+    if any(needs[::2]):
+        ds_all = _shared_gradients(dys_TO, factors, call, split_choice)
+        ds_TR, das = ds_all.split(ranks, dim=1), split.a_gradient(ds_all, x_TI, dtypes[0]).split(ranks)
+    dx_TI = None
+    gradients: list[torch.Tensor | None] = []
+    for i, (part, pair) in enumerate(zip(call.parts, factors)):
+        if needs_x:
+            weight = split.merged(part.weight, *pair, part.scale)
+            dx_TI = dys_TO[i] @ weight if dx_TI is None else dx_TI.addmm_(dys_TO[i], weight)
+        needed = needs[2 * i : 2 * i + 2]
+        one = _Factors(x_TI, ds_TR[i], dys_TO[i], s_TR[i], dtypes[2 * i : 2 * i + 2], needed, part, call)
+        gradients += one.split(das[i], None)
     return dx_TI, gradients
 
 
@@ -206,7 +264,8 @@ class _Factors:
     x_TI: torch.Tensor
     ds_TR: torch.Tensor | None
     dy_TO: torch.Tensor
-    s_TR: torch.Tensor
+    s_TR: torch.Tensor | None
+    """None where dB is not needed."""
     dtypes: list[torch.dtype]
     needed: list[bool]
     part: Part
@@ -231,6 +290,7 @@ class _Factors:
             assert self.ds_TR is not None
             da_RI = split.a_gradient(self.ds_TR, self.x_TI, self.dtypes[0])
         if self.needed[1]:
+            assert self.s_TR is not None
             measures = self.part.measures
             if measures is None or self.wanted_rows is None:
                 db_OR = split.b_gradient(self.dy_TO, self.s_TR, self.dtypes[1])

@@ -1,7 +1,8 @@
 """lora_linear: a frozen linear layer and its LoRA update, with closed-form gradients.
 
 Against autograd over the plain expression it saves only x and the T x R product, computes the T x R gradient once, adds
-both parts of y and of dx into one buffer, and forms no dW.
+both parts of y and of dx into one buffer, and forms no dW. An x that says what it was made of is not saved either, but
+made again.
 
 Shape suffixes: T tokens, I in, O out, R rank.
 """
@@ -17,8 +18,9 @@ import torch
 from fastpeft.kernels.launch import refuse_second_order
 from fastpeft.kernels.ops.lora_linear import compute
 from fastpeft.kernels.ops.lora_linear.compute import Call, LoraMeasures, Part
-from fastpeft.kernels.ops.lora_linear.dropout import draw_seed
+from fastpeft.kernels.dropout import draw_seed
 from fastpeft.kernels.ops.lora_linear.quantised import is_quantised, weight_shape
+from fastpeft.kernels.recompute import Source, source_of
 
 LARGEST_RANK = 256
 DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
@@ -111,7 +113,7 @@ def lora_linear_grouped(
     factors = [factor for pair in zip(lora_as, lora_bs) for factor in pair]
     x_TI, call = x.reshape(x.shape[:-1].numel(), x.shape[-1]), Call(parts, dropout, row_mask)
     if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (x, *factors)):
-        ys = _LoraLinear.apply(x_TI, call, *factors)
+        ys = _LoraLinear.apply(x_TI, call, source_of(x), *factors)
     else:
         ys = _forward(x_TI, call, factors)[0]
     return tuple(y.view(*x.shape[:-1], y.shape[1]) for y in ys)  # views made out here may be changed in place
@@ -127,11 +129,15 @@ def _forward(
 
 class _LoraLinear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x_TI: torch.Tensor, call: Call, *factors: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    def forward(
+        ctx: Any, x_TI: torch.Tensor, call: Call, source: Source | None, *factors: torch.Tensor
+    ) -> tuple[torch.Tensor, ...]:
         ys, s_TR, cast = _forward(x_TI, call, factors)
         weights = [None if is_quantised(part.weight) else part.weight for part in call.parts]
-        ctx.save_for_backward(x_TI, *s_TR, *(f for pair in cast for f in pair), *weights)
+        kept = (x_TI,) if source is None else source.tensors
+        ctx.save_for_backward(*s_TR, *(f for pair in cast for f in pair), *weights, *kept)
         ctx.call, ctx.dtypes = call, [factor.dtype for factor in factors]
+        ctx.make, ctx.num_in = source and source.make, x_TI.shape[1]
         ctx.set_materialize_grads(False)
         return tuple(ys)
 
@@ -139,12 +145,13 @@ class _LoraLinear(torch.autograd.Function):
     def backward(ctx: Any, *dys_TO: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
         refuse_second_order("lora_linear")
         size = len(ctx.call.parts)
-        x_TI, *saved = ctx.saved_tensors
-        s_TR, factors = saved[:size], saved[size : 3 * size]
-        needs_x, _, *needs = ctx.needs_input_grad
+        saved = ctx.saved_tensors
+        s_TR, factors, kept = saved[:size], saved[size : 3 * size], saved[4 * size :]
+        needs_x, _, _, *needs = ctx.needs_input_grad
         used = [i for i in range(size) if dys_TO[i] is not None]
         if not used:
-            return None, None, *[None] * (2 * size)
+            return None, None, None, *[None] * (2 * size)
+        x_TI = kept[0] if ctx.make is None else ctx.make(*kept).reshape(-1, ctx.num_in)
 
         def pairs(items: Sequence) -> list:
             return [item for i in used for item in items[2 * i : 2 * i + 2]]
@@ -157,7 +164,7 @@ class _LoraLinear(torch.autograd.Function):
         gradients: list[torch.Tensor | None] = [None] * (2 * size)
         for i, da, db in zip(used, found[::2], found[1::2]):
             gradients[2 * i : 2 * i + 2] = da, db
-        return dx_TI, None, *gradients
+        return dx_TI, None, None, *gradients
 
 
 # ---- what does not fit -----------------------------------------------------------------------

@@ -56,6 +56,11 @@ def forward(
     return y_TO.addmm_(s_TR, b_OR.t())
 
 
+def merged(weight_OI: torch.Tensor, a_RI: torch.Tensor, b_OR: torch.Tensor, scale: float) -> torch.Tensor:
+    """W + s B A."""
+    return torch.addmm(weight_OI, b_OR, a_RI, alpha=scale)
+
+
 def a_gradient(ds_TR: torch.Tensor, x_TI: torch.Tensor, dtype: torch.dtype, factor: float = 1.0) -> torch.Tensor:
     """factor * dS^T x in `dtype`."""
     if factor == 1.0 and _fp32_from_half(x_TI, dtype):

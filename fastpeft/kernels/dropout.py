@@ -1,9 +1,10 @@
-"""Which elements LoRA dropout leaves: made from a seed, in forward and again in backward, never stored."""
+"""Which elements dropout leaves: made from a seed, in forward and again in backward, never stored."""
 
 from __future__ import annotations
 
 import math
 
+import numpy as np
 import torch
 
 from fastpeft.kernels import dispatch
@@ -16,10 +17,10 @@ def draw_seed(device: torch.device) -> torch.Tensor:
 
 
 def dropout_mask(shape: tuple[int, ...], dropout: float, seed: torch.Tensor) -> torch.Tensor:
-    """What lora_linear keeps of an x of this shape on the seed's device.
+    """What an operation with this seed keeps of an x of this shape on the seed's device.
 
-    On a GPU the mask is `reference.philox_keep`, whichever way lora_linear is computed there, and with
-    TRITON_INTERPRET=1 also on the CPU. Else on the CPU it is the stream of a torch.Generator.
+    On a GPU the mask is lora_linear's `reference.philox_keep`, whichever way the operation is computed there, and with
+    TRITON_INTERPRET=1 also on the CPU. Else on the CPU it is the stream of SFC64 (Doty-Humphrey, PractRand).
 
     Args:
         shape: (..., I).
@@ -45,7 +46,7 @@ def dropout_mask(shape: tuple[int, ...], dropout: float, seed: torch.Tensor) -> 
 def keep_mask(num_rows: int, num_columns: int, dropout: float, seed: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """(rows, columns) of ones and zeros in `dtype`."""
     if seed.device.type == "cpu" and not dispatch.interpreting():
-        return _generated_mask(num_rows * num_columns, dropout, seed).view(num_rows, num_columns).to(dtype)
+        return _generated_mask(num_rows * num_columns, dropout, seed, dtype).view(num_rows, num_columns)
     if dispatch.interpreting() or dispatch.has_triton():
         from fastpeft.kernels.ops.lora_linear.fused import fused_keep_mask
 
@@ -53,8 +54,16 @@ def keep_mask(num_rows: int, num_columns: int, dropout: float, seed: torch.Tenso
     return philox_keep(num_rows, num_columns, dropout, seed).to(dtype)
 
 
-def _generated_mask(num: int, dropout: float, seed: torch.Tensor) -> torch.Tensor:
-    """`num` booleans from four 16-bit numbers a draw: a sixth of the time of `bernoulli_`, which draws for each."""
-    generator = torch.Generator().manual_seed(int(seed))
-    draws = torch.empty(-(-num // 4), dtype=torch.int64).random_(-(2**63), None, generator=generator)
-    return draws.view(torch.int16)[:num] >= min(drop_below(dropout), 2**16 - 1) - 2**15
+_SETTLING = 18
+"""Words at the start of SFC64, in which the seed is not yet mixed."""
+
+
+def _generated_mask(num: int, dropout: float, seed: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """`num` ones and zeros, each from 16 bits of a word of 64. Per element `bernoulli_` takes some ten times as long."""
+    generator = np.random.SFC64(0)
+    key = np.uint64(int(seed) & (2**64 - 1))
+    words = np.array([key, key, key, 1], dtype=np.uint64)
+    generator.state = {"bit_generator": "SFC64", "state": {"state": words}, "has_uint32": 0, "uinteger": 0}
+    draws = generator.random_raw(_SETTLING - (-num // 4))[_SETTLING:]
+    numbers = torch.from_numpy(draws.view(np.int16))[:num]
+    return torch.ge(numbers, min(drop_below(dropout), 2**16 - 1) - 2**15, out=torch.empty(num, dtype=dtype))

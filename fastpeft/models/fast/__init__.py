@@ -1,0 +1,75 @@
+"""Less work for the same numbers: parts of transformers' models computed by fastpeft, where that is known to be equal.
+
+`speed_up` changes classes of a model's modules in place. Each change was tried (swaps.py); a model of a family that is
+not known keeps all its own.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from torch import nn
+
+from fastpeft.models.fast import attention_functions
+from fastpeft.models.fast.deberta import DisentangledAttention
+from fastpeft.models.fast.last_layer import shorten_last_layer
+from fastpeft.models.fast.parts import Dropout, GatedFeedForward, ResidualNorm, RmsNorm
+from fastpeft.models.fast.rotary_attention import RotaryAttention
+from fastpeft.models.fast.swaps import Fast, is_free, tried
+
+LEVERS = ("attention", "rotary", "norms", "feed_forward", "dropout", "last_layer")
+_SWAPS: tuple[type[Fast], ...] = (
+    DisentangledAttention,
+    RotaryAttention,
+    RmsNorm,
+    ResidualNorm,
+    GatedFeedForward,
+    Dropout,
+)
+
+_off: set[str] = set()
+
+
+@contextmanager
+def without(*levers: str) -> Iterator[None]:
+    """Models that are made within keep transformers' own form of these parts: for benches and tests."""
+    unknown = set(levers) - set(LEVERS)
+    if unknown:
+        raise ValueError(f"no levers: {', '.join(sorted(unknown))}; there are {', '.join(LEVERS)}")
+    before = set(_off)
+    _off.update(levers)
+    try:
+        yield
+    finally:
+        _off.clear()
+        _off.update(before)
+
+
+def speed_up(model: nn.Module) -> dict[str, int]:
+    """Swap what is known in a transformers model whose weights, but for adapters and a head, are frozen.
+
+    Returns:
+        lever -> how many modules it changed.
+    """
+    done: Counter[str] = Counter()
+    if "attention" not in _off and attention_functions.use(model):
+        done["attention"] += 1
+    known: dict[tuple[type, type], type | None] = {}
+    for module in list(model.modules()):
+        if not is_free(module):
+            continue
+        for fast in _SWAPS:
+            if fast.lever in _off or not fast.fits(module):
+                continue
+            kind = fast, type(module)
+            if kind not in known:
+                known[kind] = tried(fast, module)
+            if (found := known[kind]) is not None:
+                module.__class__ = found
+                done[fast.lever] += 1
+                break
+    if "last_layer" not in _off and shorten_last_layer(model):
+        done["last_layer"] += 1
+    return dict(done)
