@@ -238,7 +238,7 @@ def load_causal_lm(config: ModelConfig, dtype: torch.dtype, device: torch.device
     with quiet_transformers():
         check_causal_lm(model, config.name)
     if config.fast_layers:
-        speed_up(model)
+        speed_up(model, decoder_of(model))
     return Backbone(
         model=model,
         tokenizer=tokenizer,

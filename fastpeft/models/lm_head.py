@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from fastpeft.errors import UnavailableError, UserError, first_line
+from fastpeft.models.fast.last_rows import ROWS, takes_rows
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -25,7 +26,9 @@ _PROBE_LOGIT = 1e3
 """The largest logit while a head is tried: far beyond what soft capping lets through."""
 
 
-def hidden_states(model: nn.Module, input_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+def hidden_states(
+    model: nn.Module, input_ids: torch.Tensor, rows: torch.Tensor | None = None
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
     """What a causal LM's logits are made of, without making them: logits = hidden weight^T + bias.
 
     Goes through the adapter's layers and carries gradients. Rows are padded on their right and need no mask: a causal
@@ -35,9 +38,11 @@ def hidden_states(model: nn.Module, input_ids: torch.Tensor) -> tuple[torch.Tens
     Args:
         model: a causal LM that load_causal_lm has accepted, bare or in a PeftModel.
         input_ids: B x T.
+        rows: L, int64, of the B * T tokens: only these are asked for, and where the last layer can leave out the
+            others, it does.
 
     Returns:
-        hidden: B x T x D, normalised, as the head takes them.
+        hidden: B x T x D, or L x D with `rows`; normalised, as the head takes them.
         weight: V x D, the head's; with tied embeddings it is the embedding's. Where it requires a gradient the head is
             trained, and linear_cross_entropy refuses it: use logits_cross_entropy.
         bias: V, or None.
@@ -45,8 +50,12 @@ def hidden_states(model: nn.Module, input_ids: torch.Tensor) -> tuple[torch.Tens
     bare = bare_model(model)
     head = bare.get_output_embeddings()
     assert head is not None, "check_causal_lm has found one"
-    output = decoder_of(bare)(input_ids=input_ids, use_cache=False)
-    return output.last_hidden_state, head.weight, getattr(head, "bias", None)
+    decoder = decoder_of(bare)
+    asked = {ROWS: rows} if rows is not None and takes_rows(decoder) else {}
+    hidden = decoder(input_ids=input_ids, use_cache=False, **asked).last_hidden_state
+    if rows is not None and not asked:
+        hidden = hidden.flatten(0, 1).index_select(0, rows)
+    return hidden, head.weight, getattr(head, "bias", None)
 
 
 def bare_model(model: nn.Module) -> PreTrainedModel:

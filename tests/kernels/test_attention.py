@@ -50,7 +50,8 @@ def compare(tensors, bias, found, expected):
 
 @pytest.mark.parametrize(("keys", "queries"), [(False, False), (True, False), (False, True), (True, True)])
 @pytest.mark.parametrize(
-    ("num_rows", "num_queries", "num_keys", "num_heads"), [(2, 5, 5, 3), (3, 1, 7, 2), (1, 1, 1, 1), (2, 17, 17, 2), (1, 3, 6, 4)]
+    ("num_rows", "num_queries", "num_keys", "num_heads"),
+    [(2, 5, 5, 3), (3, 1, 7, 2), (1, 1, 1, 1), (2, 17, 17, 2), (1, 3, 6, 4)],
 )
 def test_output_and_gradients_in_float64(num_rows, num_queries, num_keys, num_heads, keys, queries, seed):
     tensors = inputs(seed, num_rows, num_queries, num_keys, num_heads, 4, keys, queries)

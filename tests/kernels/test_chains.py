@@ -50,7 +50,11 @@ def cases(seed: int):
             partial(norm_reference, bias=bias, dropout=0.3, keep=keep),
             two,
         ),
-        "rms_norm": (partial(rms_norm, weight=weight, eps=1e-6), partial(rms_norm_reference, weight=weight, eps=1e-6), one),
+        "rms_norm": (
+            partial(rms_norm, weight=weight, eps=1e-6),
+            partial(rms_norm_reference, weight=weight, eps=1e-6),
+            one,
+        ),
         "rms_norm, offset": (
             partial(rms_norm, weight=weight, eps=1e-6, offset=1.0),
             partial(rms_norm_reference, weight=weight, eps=1e-6, offset=1.0),
@@ -119,7 +123,9 @@ def saved_by(call) -> set[int]:
 @pytest.mark.parametrize("name", [name for name in CASES if name != "rotary"])
 def test_lora_linear_keeps_what_x_was_made_of(name, seed):
     operation, reference, inputs = cases(seed)[name]
-    weight, bias, a, b = (each[0] for each in (rows(seed, 5, WIDTH), rows(seed, 5), rows(seed, 2, WIDTH), rows(seed, 5, 2)))
+    weight, bias, a, b = (
+        each[0] for each in (rows(seed, 5, WIDTH), rows(seed, 5), rows(seed, 2, WIDTH), rows(seed, 5, 2))
+    )
 
     def loss(chain, *leaves):
         return lora_linear(chain(*leaves[:-2]), weight, bias, *leaves[-2:], 0.5).square().sum()

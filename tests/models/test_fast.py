@@ -7,10 +7,16 @@ import copy
 import pytest
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, AutoModelForTokenClassification
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
+)
 
 from fastpeft.models.fast import LEVERS, speed_up, without
 from fastpeft.models.fast.swaps import Fast
+from fastpeft.models.lm_head import decoder_of, hidden_states
 
 VOCAB, PAD = 97, 1
 _ENCODER = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4, "intermediate_size": 48}
@@ -131,6 +137,26 @@ def test_decoders_with_and_without_a_cache(kind):
         rest = model(input_ids=inputs["input_ids"][:1, 5:], past_key_values=first.past_key_values)
         both = torch.cat([first.logits, rest.logits], dim=1)
     assert (both - expected[:1]).norm() <= 2e-5 * expected[:1].norm()
+
+
+@pytest.mark.parametrize("kind", ["qwen3", "llama", "gemma3", "gpt_neox"])
+def test_rows_of_a_decoder(kind):
+    """All tokens, then some; with the gradient that reaches the embeddings."""
+    model, inputs = build(kind, AutoModelForCausalLM), batch(9)["input_ids"]
+    rows = torch.tensor([3, 4, 11, 26])
+    table = model.get_input_embeddings().weight.requires_grad_(True)
+
+    def found(rows: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
+        hidden = hidden_states(model, inputs, rows)[0]
+        hidden = hidden.flatten(0, 1)[[3, 4, 11, 26]] if rows is None else hidden
+        return hidden.detach(), torch.autograd.grad(hidden.square().sum(), table)[0]
+
+    expected = found(None)
+    close(found(rows), expected)
+    done = speed_up(model, decoder_of(model))
+    assert ("last_layer" in done) == (kind != "gpt_neox")
+    close(found(rows), expected)
+    close(found(None), expected)
 
 
 @pytest.mark.parametrize("kind", ["bert", "deberta, one key"])

@@ -15,6 +15,7 @@ from torch import nn
 from fastpeft.models.fast import attention_functions
 from fastpeft.models.fast.deberta import DisentangledAttention
 from fastpeft.models.fast.last_layer import shorten_last_layer
+from fastpeft.models.fast.last_rows import read_rows_in_last_layer
 from fastpeft.models.fast.parts import Dropout, GatedFeedForward, ResidualNorm, RmsNorm
 from fastpeft.models.fast.rotary_attention import RotaryAttention
 from fastpeft.models.fast.swaps import Fast, is_free, tried
@@ -47,8 +48,11 @@ def without(*levers: str) -> Iterator[None]:
         _off.update(before)
 
 
-def speed_up(model: nn.Module) -> dict[str, int]:
-    """Swap what is known in a transformers model whose weights, but for adapters and a head, are frozen.
+def speed_up(model: nn.Module, decoder: nn.Module | None = None) -> dict[str, int]:
+    """Swap what is known in a transformers model.
+
+    Args:
+        decoder: of a language model, what stands before its head.
 
     Returns:
         lever -> how many modules it changed.
@@ -70,6 +74,6 @@ def speed_up(model: nn.Module) -> dict[str, int]:
                 module.__class__ = found
                 done[fast.lever] += 1
                 break
-    if "last_layer" not in _off and shorten_last_layer(model):
-        done["last_layer"] += 1
-    return dict(done)
+    if "last_layer" not in _off:
+        done["last_layer"] += shorten_last_layer(model) if decoder is None else read_rows_in_last_layer(model, decoder)
+    return {lever: count for lever, count in done.items() if count}

@@ -49,7 +49,7 @@ class RotaryAttention(Fast):
 @cache
 def _rotating(theirs: Callable) -> Callable:
     def apply_rotary_pos_emb(q, k, cos, sin, unsqueeze_dim=1):
-        if not on_cpu(q):
+        if not on_cpu(q) or cos.shape[-1] != q.shape[-1]:  # some rotate a part of each head
             return theirs(q, k, cos, sin, unsqueeze_dim=unsqueeze_dim)
         cos, sin = cos.unsqueeze(unsqueeze_dim), sin.unsqueeze(unsqueeze_dim)
         return rotary(q, cos, sin), rotary(k, cos, sin)
