@@ -10,13 +10,13 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from fastpeft.kernels.dropout import dropout_mask
     from fastpeft.kernels.flat_layout import FlatLayout, MatrixGroup
     from fastpeft.kernels.ops.adamw.op import adamw_step
     from fastpeft.kernels.ops.adamw.reference import AdamWOptions
     from fastpeft.kernels.ops.frobenius.op import FrobeniusResult, weighted_frobenius
     from fastpeft.kernels.ops.linear_cross_entropy.op import linear_cross_entropy, logits_cross_entropy
     from fastpeft.kernels.ops.lora_linear.compute import LoraMeasures
-    from fastpeft.kernels.dropout import dropout_mask
     from fastpeft.kernels.ops.lora_linear.op import lora_linear, lora_linear_grouped
     from fastpeft.kernels.ops.secant.op import SecantSums, secant_sums
     from fastpeft.kernels.ops.sensitivity.op import gradient_norm, sketch_norm

@@ -59,7 +59,7 @@ _SETTLING = 18
 
 
 def _generated_mask(num: int, dropout: float, seed: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """`num` ones and zeros, each from 16 bits of a word of 64. Per element `bernoulli_` takes some ten times as long."""
+    """`num` ones and zeros, each from 16 bits of a word of 64. `bernoulli_` takes some ten times as long."""
     generator = np.random.SFC64(0)
     key = np.uint64(int(seed) & (2**64 - 1))
     words = np.array([key, key, key, 1], dtype=np.uint64)

@@ -1,4 +1,4 @@
-"""Fast layers give the model's own numbers: outputs, gradients, training under dropout; unknown ones stay as they are."""
+"""Fast layers give the model's own numbers; unknown ones stay as they are."""
 
 from __future__ import annotations
 
@@ -53,8 +53,10 @@ LENGTHS = {"short": 9, "beyond the buckets": 40}
 
 def build(kind: str, auto=AutoModelForSequenceClassification, dropout: float = 0.0) -> nn.Module:
     architecture, settings, _ = KINDS[kind]
-    rates = ("hidden_dropout_prob", "attention_probs_dropout_prob", "dropout", "attention_dropout", "seq_classif_dropout",
-             "embd_pdrop", "attn_pdrop", "resid_pdrop", "classifier_dropout", "hidden_dropout")  # fmt: skip
+    rates = (
+        "hidden_dropout_prob", "attention_probs_dropout_prob", "dropout", "attention_dropout", "seq_classif_dropout",
+        "embd_pdrop", "attn_pdrop", "resid_pdrop", "classifier_dropout", "hidden_dropout",
+    )  # fmt: skip
     config = AutoConfig.for_model(architecture, vocab_size=VOCAB, pad_token_id=PAD, **settings)
     for name in rates:
         if hasattr(config, name):
@@ -100,7 +102,7 @@ def close(found, expected) -> None:
 def test_logits_and_gradients_of_a_classifier(kind, length):
     model, inputs = build(kind), batch(length)
     expected = outputs(model, inputs)
-    for name, module in model.named_modules():
+    for module in model.modules():
         if type(module) is nn.Dropout and "dropout" in KINDS[kind][2]:
             module.p = 0.1  # so that they are changed
     assert set(speed_up(model)) == KINDS[kind][2]

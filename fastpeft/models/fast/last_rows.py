@@ -10,7 +10,7 @@ from typing import Any, cast
 import torch
 from torch import nn
 
-from fastpeft.models.fast.swaps import Fast, Outputs, alike, is_free, made
+from fastpeft.models.fast.swaps import FAULTS, Fast, Outputs, alike, is_free, made
 
 ROWS = "fast_rows"
 """Keyword of a decoder's call, which hands it to its layers: (L,), int64, of the N * T tokens."""
@@ -87,14 +87,7 @@ def read_rows_in_last_layer(model: Any, decoder: Any) -> bool:
         found = decoder(input_ids=ids, use_cache=False, **{ROWS: rows}).last_hidden_state
         if alike((found,), (expected,)):
             return True
-    except (
-        RuntimeError,
-        TypeError,
-        ValueError,
-        AttributeError,
-        IndexError,
-        AssertionError,
-    ):  # called in some other way
+    except FAULTS:
         pass
     finally:
         model.train(training)

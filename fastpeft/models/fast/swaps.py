@@ -19,6 +19,9 @@ TRIAL_ROWS = 5
 _CLOSE = {torch.float64: 1e-9, torch.float32: 2e-4}
 _CLOSE_HALF = 4e-2
 
+FAULTS = RuntimeError, TypeError, ValueError, AttributeError, IndexError, AssertionError
+"""What a module raises that is called in another way than a trial does."""
+
 Outputs = Callable[[nn.Module], tuple[torch.Tensor, ...]]
 """Of a trial."""
 
@@ -68,7 +71,7 @@ def tried(fast: type[Fast], module: nn.Module) -> type[nn.Module] | None:
             module.__class__ = candidate = made(fast, theirs, tuple(attributes.items()))
             if alike(outputs(module), expected):
                 return candidate
-    except (RuntimeError, TypeError, ValueError, AttributeError, IndexError):  # it takes something else
+    except FAULTS:
         pass
     finally:
         module.__class__ = theirs

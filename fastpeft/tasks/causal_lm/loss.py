@@ -26,6 +26,8 @@ from fastpeft.tasks.causal_lm.prompts import EncodedPrompts, collate_prompts
 
 PROMPT_TOKENS, LENS_TOKENS = 1024, 256
 """Most tokens of a micro-batch that Need.PROMPT and Need.LENS look at."""
+_READ_ELSEWHERE = {Need.PROMPT, Need.ANSWER_GRADIENT}
+"""These look at tokens without a label, in every layer."""
 
 
 class AnswerLoss:
@@ -46,11 +48,12 @@ class AnswerLoss:
         assert batch.rows is not None
         share = len(batch.rows) / num_items
         lens = self._lens(model) if Need.LENS in needs else None
+        rows = None if _READ_ELSEWHERE.intersection(needs) else batch.rows
         with self._autocast(), lens.watching() if lens else nullcontext():
-            hidden_NLD, weight, bias = hidden_states(model, batch.inputs["input_ids"])
+            hidden, weight, bias = hidden_states(model, batch.inputs["input_ids"], rows)
         lens_MD = lens.read(_spread(batch.rows, LENS_TOKENS)) if lens else None
         found = self._cross_entropy(
-            hidden_NLD, weight, bias, batch, num_items, statistics=Need.TOKENS in needs, lens_hidden=lens_MD
+            hidden, weight, bias, batch, num_items, statistics=Need.TOKENS in needs, lens_hidden=lens_MD
         )
         statistics = {}
         if Need.TOKENS in needs:
@@ -60,7 +63,7 @@ class AnswerLoss:
         if found.lens_entropy is not None:
             statistics["lens_entropy"] = found.lens_entropy.mean() * share
         if Need.PROMPT in needs:
-            statistics["prompt_fisher"] = _prompt_fisher(hidden_NLD, weight, bias, batch) * share
+            statistics["prompt_fisher"] = _prompt_fisher(hidden, weight, bias, batch) * share
         return BatchLoss(found.loss, statistics)
 
     def mean(self, model: nn.Module, encoded: EncodedPrompts, limits: TokenLimits, stop: Stop) -> float | None:
@@ -91,8 +94,8 @@ class AnswerLoss:
     def _sum(self, model: nn.Module, encoded: EncodedPrompts, rows: np.ndarray) -> torch.Tensor:
         batch = collate_prompts(encoded, rows, self._device)
         with self._autocast():
-            hidden_NLD, weight, bias = hidden_states(model, batch.inputs["input_ids"])
-        return self._cross_entropy(hidden_NLD, weight, bias, batch, num_items=1).loss
+            hidden_LD, weight, bias = hidden_states(model, batch.inputs["input_ids"], batch.rows)
+        return self._cross_entropy(hidden_LD, weight, bias, batch, num_items=1).loss
 
     def _lens(self, model: nn.Module) -> FirstLayer:
         if self._first_layer is None:
@@ -106,7 +109,7 @@ class AnswerLoss:
 
     def _cross_entropy(
         self,
-        hidden_NLD: torch.Tensor,
+        hidden: torch.Tensor,
         weight: torch.Tensor,
         bias: torch.Tensor | None,
         batch: Batch,
@@ -114,14 +117,15 @@ class AnswerLoss:
         statistics: bool = False,
         lens_hidden: torch.Tensor | None = None,
     ) -> CrossEntropy:
+        """`hidden`: L x D of the labelled tokens, or N x L x D of all."""
+        hidden_LD = hidden if hidden.ndim == 2 else hidden.flatten(0, 1)[batch.rows]
+        labels = batch.labels.view(-1)[batch.rows]
         if self._frozen_head:
             return linear_cross_entropy(
-                hidden_NLD, weight, batch.labels, bias, rows=batch.rows, num_items=num_items, statistics=statistics,
-                lens_hidden=lens_hidden,
-            )  # fmt: skip
-        labels = batch.labels.view(-1)[batch.rows]
+                hidden_LD, weight, labels, bias, num_items=num_items, statistics=statistics, lens_hidden=lens_hidden
+            )
         with self._autocast():
-            logits = nn.functional.linear(hidden_NLD.flatten(0, 1)[batch.rows], weight, bias)
+            logits = nn.functional.linear(hidden_LD, weight, bias)
         found = logits_cross_entropy(logits, labels, num_items=num_items, statistics=statistics)
         if lens_hidden is None:
             return found

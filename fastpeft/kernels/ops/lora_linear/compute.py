@@ -12,8 +12,8 @@ from types import ModuleType
 import torch
 
 from fastpeft.kernels import dispatch
-from fastpeft.kernels.ops.lora_linear import configs, split
 from fastpeft.kernels.dropout import keep_mask
+from fastpeft.kernels.ops.lora_linear import configs, split
 from fastpeft.kernels.ops.lora_linear.quantised import dequantised, is_quantised
 
 Pair = tuple[torch.Tensor, torch.Tensor]

@@ -15,10 +15,10 @@ from typing import Any
 
 import torch
 
+from fastpeft.kernels.dropout import draw_seed
 from fastpeft.kernels.launch import refuse_second_order
 from fastpeft.kernels.ops.lora_linear import compute
 from fastpeft.kernels.ops.lora_linear.compute import Call, LoraMeasures, Part
-from fastpeft.kernels.dropout import draw_seed
 from fastpeft.kernels.ops.lora_linear.quantised import is_quantised, weight_shape
 from fastpeft.kernels.recompute import Source, source_of
 

@@ -46,7 +46,7 @@ def residual_norm(
     if not (torch.is_grad_enabled() and (x.requires_grad or residual.requires_grad)):
         total = _total(x, residual, dropout, seed)
         return torch.nn.functional.layer_norm(total, weight.shape, weight, bias, eps)
-    y, total, mean, rstd = _ResidualNorm.apply(x, residual, weight, bias, eps, dropout, seed)
+    y, total = _ResidualNorm.apply(x, residual, weight, bias, eps, dropout, seed)
     return made_of(y, lambda total, *affine: _affine_norm(total, eps, *affine), *_without_none(total, weight, bias))
 
 
@@ -89,9 +89,9 @@ class _ResidualNorm(torch.autograd.Function):
         y, mean, rstd = torch.native_layer_norm(total, weight.shape, weight, bias, eps)
         ctx.save_for_backward(total, mean, rstd, weight, bias, seed)
         ctx.dropout = dropout
-        ctx.mark_non_differentiable(total, mean, rstd)
+        ctx.mark_non_differentiable(total)
         ctx.set_materialize_grads(False)
-        return y, total, mean, rstd
+        return y, total
 
     @staticmethod
     def backward(ctx: Any, *gradients: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
