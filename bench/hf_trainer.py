@@ -15,6 +15,7 @@ from torch import nn
 
 from fastpeft.config import RunConfig
 from fastpeft.data.batches import IGNORE
+from fastpeft.models.precision import DTYPES
 from fastpeft.models.targets import match_targets
 from fastpeft.tasks import Task, load_task
 from fastpeft.tasks.regression.task import Regression
@@ -56,7 +57,7 @@ def train_with_trainer(run: RunConfig, sampling: str = "random") -> Trained:
     assert isinstance(task, (SequenceTask, TokenClassification)), f"no rows of a Trainer for {task.kind}"
     transformers.set_seed(run.training.seed)
     tokenizer = transformers.AutoTokenizer.from_pretrained(run.model.name)
-    model = _with_lora(_load(task, run), task, run)
+    model = with_lora(load_model(task, run), task, run)
     if isinstance(task, TokenClassification):
         splits = _TaggedRows(task, tokenizer, run)
         collator: Any = transformers.DataCollatorForTokenClassification(tokenizer)
@@ -78,14 +79,16 @@ def train_with_trainer(run: RunConfig, sampling: str = "random") -> Trained:
     return Trained(value, test, found.global_step, found.metrics["train_runtime"])
 
 
-def _load(task: Task, run: RunConfig) -> nn.Module:
+def load_model(task: Task, run: RunConfig) -> nn.Module:
     import transformers
 
-    settings = task.load_arguments() | task.model_settings()
+    settings = (
+        task.load_arguments() | task.model_settings() | {"dtype": DTYPES.get(run.training.precision, torch.float32)}
+    )
     return getattr(transformers, task.auto_class).from_pretrained(run.model.name, **settings)
 
 
-def _with_lora(model: nn.Module, task: Task, run: RunConfig) -> nn.Module:
+def with_lora(model: nn.Module, task: Task, run: RunConfig) -> nn.Module:
     """On the layers that the run adapts. PEFT trains the classifier whole by itself, but not a pooler that has no
     pretrained weights, as fastpeft does: compare on a model that has one."""
     import peft
@@ -104,24 +107,29 @@ def _with_lora(model: nn.Module, task: Task, run: RunConfig) -> nn.Module:
 def _arguments(run: RunConfig, folder: Path, sampling: str) -> Any:
     import transformers
 
+    return transformers.TrainingArguments(**trainer_settings(run, folder, sampling))
+
+
+def trainer_settings(run: RunConfig, folder: Path, sampling: str) -> dict[str, Any]:
+    """Of TrainingArguments."""
     training, optimizer = run.training, run.optimizer
-    return transformers.TrainingArguments(
-        output_dir=str(folder),
-        num_train_epochs=training.epochs,
-        per_device_train_batch_size=training.batch_size,
-        per_device_eval_batch_size=training.batch_size,
-        learning_rate=training.learning_rate,
-        lr_scheduler_type="linear",
-        warmup_steps=run.schedule.warmup_steps,
-        weight_decay=optimizer.weight_decay,
-        max_grad_norm=optimizer.max_grad_norm,
-        train_sampling_strategy=sampling,
-        seed=training.seed,
-        save_strategy="no",
-        report_to="none",
-        disable_tqdm=True,
-        dataloader_pin_memory=torch.cuda.is_available(),
-    )
+    return {
+        "output_dir": str(folder),
+        "num_train_epochs": training.epochs,
+        "per_device_train_batch_size": training.batch_size,
+        "per_device_eval_batch_size": training.batch_size,
+        "learning_rate": training.learning_rate,
+        "lr_scheduler_type": "linear",
+        "warmup_steps": run.schedule.warmup_steps,
+        "weight_decay": optimizer.weight_decay,
+        "max_grad_norm": optimizer.max_grad_norm,
+        "train_sampling_strategy": sampling,
+        "seed": training.seed,
+        "save_strategy": "no",
+        "report_to": "none",
+        "disable_tqdm": True,
+        "dataloader_pin_memory": torch.cuda.is_available(),
+    }
 
 
 Predict = Callable[[Any], Any]

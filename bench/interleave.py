@@ -39,12 +39,21 @@ class Times:
     def __contains__(self, name: str) -> bool:
         return any(name in each.seconds for each in self.rounds)
 
+    @property
+    def common_inputs(self) -> set[int]:
+        """Those that every alternative has had a turn on."""
+        met: dict[str, set[int]] = {}
+        for each in self.rounds:
+            for name in each.seconds:
+                met.setdefault(name, set()).add(each.index)
+        return set.intersection(*met.values()) if met else set()
+
     def median_s(self, name: str) -> float:
-        """Mean over the inputs of each one's median."""
+        """Mean over the common inputs of each one's median: alternatives of fewer rounds met the same work."""
         return float(np.mean([np.median(values) for values in self._by_input(name)]))
 
     def spread_s(self, name: str) -> float:
-        """Interquartile range, likewise a mean over the inputs."""
+        """Interquartile range, likewise a mean over the common inputs."""
         return float(np.mean([np.subtract(*np.percentile(values, [75, 25])) for values in self._by_input(name)]))
 
     def ratio(self, name: str, base: str) -> tuple[float, float | None, float | None]:
@@ -58,10 +67,11 @@ class Times:
         return float(np.median(ratios)), float(low), float(high)
 
     def _by_input(self, name: str) -> list[list[float]]:
-        found: dict[int, list[float]] = {}
+        found: dict[int, list[float]] = {index: [] for index in self.common_inputs}
         for each in self.rounds:
-            found.setdefault(each.index, []).extend(each.seconds.get(name, ()))
-        return [values for values in found.values() if values]
+            if each.index in found:
+                found[each.index].extend(each.seconds.get(name, ()))
+        return list(found.values())
 
 
 def interleave(
@@ -73,7 +83,7 @@ def interleave(
 ) -> Times:
     """Rounds until there are `max_rounds`, or `until()` says that the time is over; one at least.
 
-    `alternatives`: name -> function of the input's index; all inputs take turns.
+    `alternatives`: name -> function of the input's index; all inputs take turns. None of them: no round.
     """
     times = Times()
     names = list(alternatives)
@@ -85,7 +95,7 @@ def interleave(
     gc.freeze()  # so that collecting between rounds is quick
     gc.disable()
     try:
-        while len(times.rounds) < max_rounds and not (times.rounds and until()):
+        while names and len(times.rounds) < max_rounds and not (times.rounds and until()):
             index = len(times.rounds) % num_inputs
             forward = {name: turn(name, index) for name in names}
             backward = {name: turn(name, index) for name in reversed(names)}

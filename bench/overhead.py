@@ -19,7 +19,8 @@ Random weights of the real shapes and random tokens of MNLI-like lengths; no net
     calibration_exact, calibration_sketch   One batch of calibration: forward, backward, estimate; no update.
 
 Every row has the same matrices (all linear layers, rank 8), precision, batches and dropout. A time is the median over
-interleaved repeats, `spread_ms` their interquartile range, each averaged over a few batches of different widths.
+interleaved repeats, `spread_ms` their interquartile range, each averaged over a few batches of different widths, the
+same ones for every row. A run that was too short for all of them says which it has met, under `widths_timed`.
 `ratio` is the median of paired ratios to the row's own LoRA, named in `ratio_to`, with a 95 % bootstrap interval:
 PEFT's rows to peft_lora, all others to fastpeft_lora, so that these two are 1. `over_frozen` is the ratio to frozen.
 For what `launches` and `peak_mb` mean see bench/cost.py; `peak_mb` includes the frozen weights, once.
@@ -271,15 +272,16 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
                     step(index)
         calls = args.steps or (8 if device.type == "cuda" else 1)
         measured_by = host_timer(device, calls)
-        until = timer(args.seconds * (1 - CLOSE_SHARE), began)
+        close = close_rows(steps)
+        until = timer(args.seconds * (1 - CLOSE_SHARE if close else 1), began)
         times = interleave(steps, NUM_BATCHES, args.repeats, until, measured_by)
-        close = {name: steps[name] for name in CLOSE if name in steps}
         until = timer(args.seconds, began)
         times.rounds += interleave(close, NUM_BATCHES, args.repeats, until, measured_by).rounds
     matrices = match_targets(host.backbone.model, host.backbone.head, run.adapter.target_modules)
+    widths = [batch.inputs["input_ids"].shape[1] for batch in batches]
     shape = host.shape() | {
         "batch_size": args.batch_size,
-        "widths": [batch.inputs["input_ids"].shape[1] for batch in batches],
+        "widths": widths,
         "num_tokens": [batch.num_tokens for batch in batches],
         "precision": str(dtype).removeprefix("torch."),
         "targets": args.targets,
@@ -290,10 +292,17 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
         "model": host.name,
         "shape": shape,
         "rounds": len(times.rounds),
+        "widths_timed": [widths[index] for index in sorted(times.common_inputs)],
         "calls_a_turn": calls,
         "launches_kind": launches_kind(device),
         "rows": [row(name, times, costs[name]) for name in SHOWN if name in names],
     }
+
+
+def close_rows(steps: dict[str, Step]) -> dict[str, Step]:
+    """Those that get rounds of their own; none where there is nothing to tell them from."""
+    close = {name: steps[name] for name in CLOSE if name in steps}
+    return close if len(close) > 1 else {}
 
 
 def row(name: str, times: Times, cost: tuple[int | None, float]) -> dict[str, Any]:
@@ -342,6 +351,12 @@ def show(report: dict[str, Any]) -> None:
         peak = f"{r['peak_mb']:.0f}"
         lines.append([r["name"], *times, ratio, interval, r["ratio_to"], over, r["launches"], peak])
     print_table(title, columns, lines)
+    timed, widths = report["widths_timed"], shape["widths"]
+    if timed != widths:
+        print(
+            f"too short a run: its times are of batches {timed} wide, and not of all of {widths}; the ratios are of "
+            "what each pair has met. Give more --seconds, or fewer --rows"
+        )
 
 
 def main() -> None:

@@ -42,7 +42,7 @@ def tagged(tmp_path: Path):
 
 def test_both_train_the_same_weights(tagged):
     run, task = tagged
-    theirs = hf_trainer._with_lora(hf_trainer._load(task, run), task, run)
+    theirs = hf_trainer.with_lora(hf_trainer.load_model(task, run), task, run)
     ours = method_class("lora").build(run.adapter, None, task.load_model(run.model, torch.float32, CPU)).model
     trained = [{n: p.shape for n, p in model.named_parameters() if p.requires_grad} for model in (theirs, ours)]
     assert trained[0] == trained[1]

@@ -173,6 +173,44 @@ def test_medians_are_means_over_inputs_of_different_size():
     assert Times(rounds).spread_s("a") == 0.0
 
 
+def test_times_are_of_inputs_that_all_have_met():
+    """The heavier inputs came in the rounds of one alternative only."""
+    size = [1.0, 10.0, 100.0]
+    rounds = [Round(0, {"a": (2.0, 2.0), "b": (1.0, 1.0)})]
+    rounds += [Round(i, {"b": (size[i], size[i])}) for i in range(3)]
+    times = Times(rounds)
+    assert times.common_inputs == {0}
+    assert (times.median_s("a"), times.median_s("b")) == (2.0, 1.0)
+    times.rounds += [Round(i, {"a": (2 * size[i], 2 * size[i])}) for i in (1, 2)]
+    assert times.median_s("a") == 2 * times.median_s("b") == 74.0
+
+
+def test_without_alternatives_there_is_no_round():
+    assert interleave({}, 3, 400, lambda: False, lambda run: 1.0).rounds == []
+
+
+@pytest.mark.parametrize(("seconds", "repeats", "is_short"), [(0.0, 400, True), (600.0, 3, False)])
+def test_a_run_too_short_for_all_batches_says_so(tiny_model, capsys, seconds, repeats, is_short):
+    args = argparse.Namespace(
+        device="cpu", rows="peft_lora,fastpeft_iwlora,fastpeft_lora", precision="fp32", model=str(tiny_model),
+        batch_size=4, targets="all-linear", rank=4, steps=1, seconds=seconds, repeats=repeats,
+    )  # fmt: skip
+    report = overhead.measure(args)
+    widths = report["shape"]["widths"]
+    assert report["widths_timed"] == (widths[:1] if is_short else widths)
+    assert report["rounds"] == (2 if is_short else 6)
+    assert all(row["step_ms"] > 0 for row in report["rows"])
+    overhead.show(report)
+    assert ("too short a run" in capsys.readouterr().out) == is_short
+
+
+def test_rows_that_are_told_apart_closely_have_rounds_of_their_own_where_there_are_two():
+    steps = dict.fromkeys(["peft_lora", "fastpeft_lora"], print)
+    assert overhead.close_rows(steps) == {}
+    steps["fastpeft_iwlora"] = print
+    assert list(overhead.close_rows(steps)) == ["fastpeft_iwlora", "fastpeft_lora"]
+
+
 # ---- cost ----------------------------------------------------------------------------------
 
 

@@ -1,0 +1,281 @@
+"""What bench/throughput.py compares: presets, rows and levers, and the run that a row trains.
+
+A lever is what makes fastpeft's step cheaper and can be left out. It is one entry of LEVERS, a setting of the run or a
+switch of the product; its row, `fastpeft_NAME`, has it alone.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import shutil
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from bench.models import LENGTH_SIGMA, LONGEST, MEAN_LENGTH, SHAPES
+from fastpeft.config import RunConfig
+from fastpeft.config.methods import AdapterConfig
+from fastpeft.config.optimizers import OptimizerConfig
+from fastpeft.config.schedules import ScheduleConfig
+from fastpeft.config.schema import DatasetConfig, EvaluationConfig, ModelConfig, TrainingConfig
+
+Shape = Mapping[str, Any]
+"""Of a model with random weights: model_type, and fields of its config."""
+
+QWEN3_384: Shape = {
+    "model_type": "qwen3",
+    "vocab_size": 32000,
+    "hidden_size": 384,
+    "num_hidden_layers": 6,
+    "num_attention_heads": 6,
+    "num_key_value_heads": 2,
+    "head_dim": 64,
+    "intermediate_size": 1152,
+    "tie_word_embeddings": True,
+}
+QWEN3_600M: Shape = {
+    "model_type": "qwen3",
+    "vocab_size": 151936,
+    "hidden_size": 1024,
+    "num_hidden_layers": 28,
+    "num_attention_heads": 16,
+    "num_key_value_heads": 8,
+    "head_dim": 128,
+    "intermediate_size": 3072,
+    "tie_word_embeddings": True,
+}
+
+
+@dataclass(frozen=True)
+class Lengths:
+    """Of made-up texts, in tokens: log-normal."""
+
+    mean: float
+    sigma: float
+    longest: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Preset:
+    dataset: str
+    kind: str
+    """As in dataset.task."""
+    embedded: str
+    """The generated dataset for a pretrained model without --data."""
+    shapes: Mapping[str, Shape]
+    """By the device: what is trained without --model. Where there is none, a model has to be given."""
+    texts: tuple[Lengths, Lengths]
+    """Of made-up rows: premise and hypothesis, or question and answer."""
+    run: Mapping[str, Any]
+    """Settings by dotted key, shared by all rows."""
+    threads: int
+    steps: int
+    """A turn, on a CPU."""
+    peer_rows: int | None = None
+    """The peers' micro-batch, where their whole batch needs more memory than a machine has."""
+    trims: bool = False
+    """Workers that wait give their freed memory back, and begin each turn with a step that is not timed."""
+
+
+_PAIR = tuple(Lengths(share * (MEAN_LENGTH - 3), LENGTH_SIGMA, int(share * LONGEST)) for share in (0.65, 0.35))
+_PROBLEM = (Lengths(65, 0.31, 200), Lengths(124, 0.42, 300))
+"""GSM8K's own, by Gemma 3's tokenizer."""
+_GSM8K: Mapping[str, Any] = {
+    "adapter.rank": 64,
+    "adapter.alpha": 16.0,
+    "optimizer.beta2": 0.95,
+    "dataset.max_length": 512,
+    "training.batch_size": 16,
+    "training.learning_rate": 2e-4,
+}
+_LANGUAGE = {"dataset": "gsm8k", "kind": "word-problems", "embedded": "embedded-word-problems", "texts": _PROBLEM}
+
+PRESETS = {
+    "mnli": Preset(
+        dataset="mnli",
+        kind="classification",
+        embedded="embedded-nli",
+        shapes={"cpu": SHAPES["minilm"], "cuda": SHAPES["deberta-v3-base"]},
+        texts=_PAIR,
+        run={
+            "adapter.rank": 8,
+            "dataset.max_length": 256,
+            "training.batch_size": 32,
+            "training.learning_rate": 5e-4,
+        },
+        threads=1,
+        steps=4,
+    ),
+    "gsm8k": Preset(**_LANGUAGE, shapes={"cpu": QWEN3_384, "cuda": QWEN3_600M}, run=_GSM8K, threads=1, steps=2),
+    "gemma": Preset(**_LANGUAGE, shapes={}, run=_GSM8K, threads=2, steps=1, peer_rows=4, trims=True),
+}
+CUDA_STEPS = 20
+WARMUP_STEPS = 3
+
+
+# ---- rows ----------------------------------------------------------------------------------
+
+BASE = "hf_grouped"
+"""What the ratios compare with."""
+PRODUCT = "fastpeft"
+
+Missing = Callable[[Preset, str], str | None]
+"""Why a row cannot be on this device; None where it can."""
+
+
+def _always(preset: Preset, device: str) -> None: ...
+
+
+def _compiler(preset: Preset, device: str) -> str | None:
+    found = any(shutil.which(name) for name in ("c++", "g++", "clang++"))
+    return None if found or device == "cuda" else "torch.compile needs a C++ compiler, and there is none"
+
+
+def _package(name: str, only_causal: bool = False, only_cuda: bool = False) -> Missing:
+    def missing(preset: Preset, device: str) -> str | None:
+        if only_causal and preset.kind != "word-problems":
+            return f"{name} trains language models only"
+        if only_cuda and device != "cuda":
+            return f"{name} computes on a GPU only"
+        return None if importlib.util.find_spec(name) else f"{name} is not installed"
+
+    return missing
+
+
+@dataclass(frozen=True)
+class Peer:
+    """A row of transformers' Trainer."""
+
+    padding: str = "longest"
+    """Or max_length."""
+    trainer: str = "transformers"
+    """Or trl, unsloth."""
+    arguments: Mapping[str, Any] = field(default_factory=dict)
+    """Of TrainingArguments."""
+    missing: Missing = _always
+    warmup_steps: int = WARMUP_STEPS
+    own_batches: bool = False
+    """Its steps hold other rows than the other rows' steps."""
+
+
+PEERS = {
+    "hf_padded": Peer(padding="max_length"),
+    BASE: Peer(),
+    "hf_compiled": Peer(arguments={"torch_compile": True}, missing=_compiler, warmup_steps=8),
+    "trl_packed": Peer(trainer="trl", missing=_package("trl", only_causal=True), own_batches=True),
+    "unsloth": Peer(trainer="unsloth", missing=_package("unsloth", only_causal=True, only_cuda=True)),
+    "liger": Peer(arguments={"use_liger_kernel": True}, missing=_package("liger_kernel", only_cuda=True)),
+}
+
+
+@dataclass(frozen=True)
+class Lever:
+    off: Mapping[str, Any] = field(default_factory=dict)
+    """Settings of the run that do without it, by dotted key."""
+    on: Mapping[str, Any] = field(default_factory=dict)
+    """Settings that ask for it, where the run's own do not."""
+    switch: Callable[[bool], AbstractContextManager[object]] | None = None
+    """Of the product: entered before a run is set up, left when it has ended."""
+
+
+LEVERS: dict[str, Lever] = {
+    "micro_batches": Lever(off={"training.micro_batch_tokens": 2**40}),
+}
+
+PLAIN = f"{PRODUCT}_plain"
+"""The product without any lever."""
+LEVER_ROWS = [PLAIN, *(f"{PRODUCT}_{name}" for name in LEVERS)]
+ROWS = [*PEERS, *LEVER_ROWS, PRODUCT]
+"""In the order of their turns."""
+
+
+def levers_of(row: str) -> dict[str, bool]:
+    """Lever -> whether the row has it."""
+    return {name: row in (PRODUCT, f"{PRODUCT}_{name}") for name in LEVERS}
+
+
+# ---- the run -------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """What every worker has to know; it reads it from the folder that they share."""
+
+    preset: str
+    model: str | None
+    """A folder. With weights it is trained as it is; a config.json alone is the shape of a random model."""
+    data: str | None
+    device: str
+    threads: int
+    warmup_steps: int
+    num_steps: int
+    """Behind the warm-up."""
+    settings: dict[str, Any] = field(default_factory=dict)
+    """The user's own, by dotted key."""
+
+    @classmethod
+    def read(cls, folder: Path) -> Plan:
+        return cls(**json.loads((folder / "plan.json").read_text()))
+
+    def write(self, folder: Path) -> None:
+        (folder / "plan.json").write_text(json.dumps(asdict(self)))
+
+    @property
+    def has_weights(self) -> bool:
+        return self.model is not None and any(Path(self.model).glob("*.safetensors"))
+
+    @property
+    def makes_up_data(self) -> bool:
+        return self.data is None and not self.has_weights
+
+    def run(self, folder: Path, seed: int = 0, levers: Mapping[str, bool] | None = None) -> RunConfig:
+        """The run of a row of fastpeft's; a peer trains the same without the levers' settings."""
+        preset = PRESETS[self.preset]
+        data = str(folder / "data") if self.makes_up_data else self.data
+        run = RunConfig(
+            run_id="throughput",
+            method="lora",
+            model=ModelConfig(name=str(self.model if self.has_weights else folder / "model")),
+            adapter=AdapterConfig(target_modules="all-linear"),
+            schedule=ScheduleConfig(name="constant", warmup_steps=0),
+            optimizer=OptimizerConfig(),
+            dataset=DatasetConfig(
+                name=preset.embedded if data is None else preset.dataset, task=preset.kind, path=data, held_out=16
+            ),
+            training=TrainingConfig(
+                precision="bf16" if self.device == "cuda" else "fp32",
+                threads=self.threads,
+                checkpoint_steps=1_000_000_000,
+                seed=seed,
+            ),
+            budget=f"{self.warmup_steps + self.num_steps}steps",
+            evaluation=EvaluationConfig(every="end", max_examples=16, max_test_examples=16),
+        )
+        settings = {**preset.run, **self.settings}
+        for name, is_on in (levers or {}).items():
+            settings |= LEVERS[name].on if is_on else LEVERS[name].off
+        return with_settings(run, settings)
+
+
+def with_settings(run: RunConfig, settings: Mapping[str, Any]) -> RunConfig:
+    """The run with other values by dotted key; text becomes what the key holds.
+
+    Raises:
+        ValueError: a key that there is not, or a value that is none for it.
+    """
+    for key, value in settings.items():
+        section, _, name = key.partition(".")
+        old = getattr(run, section, None)
+        if not name or not hasattr(old, name):
+            raise ValueError(f"{key}: a run has no such setting")
+        kind = type(getattr(old, name))
+        if isinstance(value, str) and kind in (int, float):
+            try:
+                value = kind(value)
+            except ValueError:
+                raise ValueError(f"{key}={value}: expected a number") from None
+        run = replace(run, **{section: replace(old, **{name: value})})
+    return run

@@ -1,0 +1,122 @@
+"""One row of bench/throughput.py in a process of its own, so that its peak of memory is its own.
+
+    python bench/throughput_worker.py FOLDER ROW SEED [--curve]
+
+It is set up once, warms up, says `ready`, and then does what each line on its standard input asks for, {"steps": N} or
+{"stop": true}. Its answers are lines of JSON on its standard output; what else is printed goes to standard error.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import gc
+import json
+import os
+import resource
+import sys
+import time
+from pathlib import Path
+from typing import IO, Any
+
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import torch
+
+from bench.throughput_presets import PRESETS, Plan
+
+
+class Turns:
+    """Between two steps: answers, waits for the next line, and times what lies between two such waits.
+
+    Args:
+        warmup_steps: that are taken before the first wait.
+        trims: give freed memory back before a wait, and begin each turn with a step that is not timed.
+    """
+
+    def __init__(self, lines: IO[str], answers: IO[str], device: torch.device, warmup_steps: int, trims: bool) -> None:
+        self._lines, self._answers, self._device, self._trims = lines, answers, device, trims
+        self._until = warmup_steps
+        self._begins_at: int | None = None
+        """The steps after which the clock starts."""
+        self._began = (0.0, 0, 0)
+        self.stopped = False
+
+    def __call__(self, num_steps: int, num_tokens: int) -> bool:
+        if self.stopped:
+            return True
+        if num_steps == self._begins_at:
+            self._start(num_steps, num_tokens)
+        if num_steps < self._until:
+            return False
+        self._wait()
+        if self._begins_at is None:
+            self.answer(ready=True, peak_mb=peak_mb(self._device))
+        else:
+            began_s, steps, tokens = self._began
+            seconds = time.perf_counter() - began_s
+            taken = {"steps": num_steps - steps, "tokens": num_tokens - tokens}
+            self.answer(seconds=seconds, peak_mb=peak_mb(self._device), **taken)
+        if self._trims:
+            trim()
+        order = json.loads(self._lines.readline() or '{"stop": true}')
+        self.stopped = "stop" in order
+        if self.stopped:
+            return True
+        self._begins_at = num_steps + self._trims
+        self._until = self._begins_at + order["steps"]
+        if num_steps == self._begins_at:
+            self._start(num_steps, num_tokens)
+        return False
+
+    def answer(self, **fields: Any) -> None:
+        self._answers.write(json.dumps(fields) + "\n")
+        self._answers.flush()
+
+    def _start(self, num_steps: int, num_tokens: int) -> None:
+        self._wait()
+        self._began = time.perf_counter(), num_steps, num_tokens
+
+    def _wait(self) -> None:
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)
+
+
+def peak_mb(device: torch.device) -> float:
+    """Since the process began: on a GPU by torch's allocator, on a CPU what the process held, libraries included."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**20
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
+
+
+def trim() -> None:
+    """Give freed memory back to the system, where the C library keeps it."""
+    gc.collect()
+    give_back = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc's
+    if give_back is not None:
+        give_back(0)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("row")
+    parser.add_argument("seed", type=int)
+    parser.add_argument("--curve", action="store_true")
+    args = parser.parse_args()
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)
+    plan = Plan.read(args.folder)
+    torch.set_num_threads(plan.threads)
+    preset = PRESETS[plan.preset]
+    turns = Turns(sys.stdin, answers, torch.device(plan.device), plan.warmup_steps, preset.trims and not args.curve)
+
+    from bench.throughput_rows import train
+
+    losses = train(args.row, plan, args.folder, args.seed, turns, args.curve)
+    turns.answer(losses=losses)
+
+
+if __name__ == "__main__":
+    main()
