@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import math
 import shutil
-from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,8 @@ from fastpeft.config.methods import AdapterConfig
 from fastpeft.config.optimizers import OptimizerConfig
 from fastpeft.config.schedules import ScheduleConfig
 from fastpeft.config.schema import DatasetConfig, EvaluationConfig, ModelConfig, TrainingConfig
+from fastpeft.kernels.ops.lora_linear import compute
+from fastpeft.models import fast
 
 Shape = Mapping[str, Any]
 """Of a model with random weights: model_type, and fields of its config."""
@@ -181,9 +184,23 @@ class Lever:
     """Of the product: entered before a run is set up, left when it has ended."""
 
 
+def _fast(name: str) -> Lever:
+    return Lever(switch=lambda is_on: nullcontext() if is_on else fast.without(name))
+
+
+@contextmanager
+def _merging(is_on: bool) -> Iterator[None]:
+    before, compute.MERGE_FROM = compute.MERGE_FROM, compute.MERGE_FROM if is_on else math.inf
+    try:
+        yield
+    finally:
+        compute.MERGE_FROM = before
+
+
 LEVERS: dict[str, Lever] = {
     "micro_batches": Lever(off={"training.micro_batch_tokens": 2**40}),
-}
+    "merged": Lever(switch=_merging),
+} | {name: _fast(name) for name in fast.LEVERS}
 
 PLAIN = f"{PRODUCT}_plain"
 """The product without any lever."""
