@@ -134,6 +134,9 @@ class TrainingConfig:
     """Steps between checkpoints."""
     seed: Annotated[int, Range(ge=0, lt=2**32)] = 42
     """Of the initial weights, the data order and dropout."""
+    cache_prefix: bool | Literal["fp16"] = False
+    """Adapters on upper layers only: keep in a file, in fp32 or in fp16, what the layers below make of each training
+    row, and compute these layers once a row. It changes the method: below the first adapter there is no dropout."""
     threads: NonNegativeInt = 0
     """CPU threads; 0 leaves torch's choice."""
 

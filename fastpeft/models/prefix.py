@@ -117,7 +117,7 @@ def _below(model: nn.Module, adapted: list[str]) -> tuple[nn.ModuleList, int]:
             int(found.group(1)) for name in adapted if (found := BLOCK.match(name.removeprefix(path))) is not None
         ]
         if isinstance(layers, nn.ModuleList) and len(numbers) == len(adapted):
-            if min(numbers) > 0:
+            if numbers and min(numbers) > 0:
                 return layers, min(numbers)
             break
     raise UserError(

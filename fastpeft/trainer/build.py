@@ -28,6 +28,7 @@ from fastpeft.signals import Blocks
 from fastpeft.tasks import Task, load_task
 from fastpeft.tasks.trained_on import TrainedOn
 from fastpeft.trainer.optim import Optimizer, adam_moments, make_optimizer
+from fastpeft.trainer.prefix_cache import PrefixCache
 from fastpeft.trainer.probes.hooks import NoProbes, Probes, make_probes
 
 
@@ -50,6 +51,8 @@ class Job:
     precision: Precision
     notes: list[str]
     """What the user should know about this set-up."""
+    prefix_cache: PrefixCache | None = None
+    """Of the layers below the first adapter, where training.cache_prefix asks for it and a run folder is there."""
 
     @property
     def dtype(self) -> torch.dtype:

@@ -15,6 +15,7 @@ import numpy as np
 
 from fastpeft.data.batches import Batch, micro_batches
 from fastpeft.device_memory import OutOfMemory, free_memory, is_out_of_memory
+from fastpeft.trainer.prefix_cache import reading
 from fastpeft.trainer.rng import generator_states, set_generator_states
 
 if TYPE_CHECKING:
@@ -36,8 +37,13 @@ class MicroBatches:
         encoded = self._job.batches.encoded
         for part in micro_batches(encoded, self._rows, self._job.limits.training):
             self._in_flight = len(part), int(encoded.widths[part].max())
-            yield self._job.task.collate(part, self._job.device)
+            batch = self._collate(part)
+            with reading(self._job.prefix_cache, part, batch, self._collate):
+                yield batch
         self._in_flight = None
+
+    def _collate(self, rows: np.ndarray) -> Batch:
+        return self._job.task.collate(rows, self._job.device)
 
     def until_it_fits(self, passes: Callable[[], T]) -> T:
         """`passes` over these micro-batches, again in smaller ones until they fit; dropout begins anew each time.

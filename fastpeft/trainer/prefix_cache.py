@@ -10,11 +10,12 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 
 import numpy as np
 import torch
+from torch import nn
 
 from fastpeft.data.batches import Batch, TokenRows
 from fastpeft.errors import UserError
@@ -22,6 +23,32 @@ from fastpeft.models.prefix import FrozenPrefix
 
 FOLDER = "prefix_cache"
 _DTYPES = {"fp32": np.float32, "fp16": np.float16}
+
+
+def open_prefix_cache(
+    setting: bool | str, folder: Path, model: nn.Module, adapted: list[str], rows: TokenRows, sample: Batch
+) -> PrefixCache:
+    """
+    Args:
+        setting: training.cache_prefix, True or fp16.
+        folder: the run's.
+        adapted: names of the adapted matrices.
+        sample: a few of the rows, which are tried.
+
+    Raises:
+        UserError: the model or its adapters do not go with it; no room.
+    """
+    prefix = FrozenPrefix(model, adapted)
+    prefix.check(sample.inputs)
+    width = prefix.take(sample.inputs).shape[-1]
+    return PrefixCache(folder / FOLDER, prefix, rows, width, "fp16" if setting == "fp16" else "fp32")
+
+
+def reading(
+    cache: PrefixCache | None, rows: np.ndarray, batch: Batch, collate: Callable[[np.ndarray], Batch]
+) -> AbstractContextManager[None]:
+    """As PrefixCache.reading; nothing where there is no cache."""
+    return nullcontext() if cache is None else cache.reading(rows, batch, collate)
 
 
 class PrefixCache:
@@ -80,6 +107,12 @@ class PrefixCache:
             begin, end = self._offsets[row : row + 2]
             hidden_NLD[place, : end - begin] = torch.from_numpy(np.array(self._states_TD[begin:end], dtype=np.float32))
         return hidden_NLD.to(ids_NL.device, self._prefix.dtype)
+
+    def describe(self) -> str:
+        return (
+            f"training.cache_prefix: what the lowest {self.num_layers} layers make of the training rows is kept, "
+            f"{self.num_bytes / 2**20:,.0f} MB at most at {self._folder}; there is no dropout in these layers"
+        )
 
     def remove(self) -> None:
         """At the end of the run."""

@@ -23,6 +23,7 @@ from fastpeft.trainer.checkpoint_files import Checkpoint
 from fastpeft.trainer.interrupt import StopRequest
 from fastpeft.trainer.loop import Loop
 from fastpeft.trainer.micro_batches import out_of_memory_is_told
+from fastpeft.trainer.prefix_cache import open_prefix_cache
 from fastpeft.trainer.resolve import Resolved, resolve
 from fastpeft.trainer.resume import (
     began_in,
@@ -111,6 +112,7 @@ def train(
             _say_stand_in(reporter, resolved)
             with SetUp(folder, reporter.on_event, resume, checkpoint) as set_up:
                 job = build_job(resolved.run, began_in(folder, checkpoint))
+                keep_prefix(job, folder)
                 if resume:
                     job.notes += check_same_data(folder, job.trained_on, checkpoint)
                     cut_events(folder, checkpoint)
@@ -123,6 +125,22 @@ def train(
             return _run(job, result, folder, set_up.open_log(), checkpoint, chosen, reporter.say, stop)
     finally:
         folder.unlock()
+
+
+def keep_prefix(job: Job, folder: RunFolder) -> None:
+    """Open the cache of training.cache_prefix in the run's folder, where the run asks for one.
+
+    Raises:
+        UserError: the model or its adapters do not go with it, or the disk has no room.
+    """
+    setting = job.run.training.cache_prefix
+    if not setting:
+        return
+    sample = job.task.collate(job.batches.rows(0)[:2], job.device)
+    adapted = [block.name for block in job.adapter.blocks]
+    cache = open_prefix_cache(setting, folder.path, job.adapter.model, adapted, job.batches.encoded, sample)
+    job.prefix_cache = cache
+    job.notes.append(cache.describe())
 
 
 def _new_result(job: Job, resolved: Resolved, folder: RunFolder, group: str | None) -> Result:
@@ -162,6 +180,8 @@ def _run(
         trackers = Trackers(chosen, folder.path, say, loop.log.warn)
         with Heartbeat(lambda **figures: loop.log.event("system", **figures), gpu_uuid(job.device)):
             result.status = loop.run(checkpoint)
+        if job.prefix_cache is not None and result.status != "stopped":
+            job.prefix_cache.remove()
     except BaseException as caught:
         result.status, error = "failed", f"{type(caught).__name__}: {caught}"
         raise

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import signal
 
 import numpy as np
 import pytest
@@ -15,8 +16,9 @@ from fastpeft.data.batches import Batch, TokenRows, pad
 from fastpeft.errors import UserError
 from fastpeft.models.fast import speed_up
 from fastpeft.models.prefix import FrozenPrefix
-from fastpeft.trainer import prefix_cache
+from fastpeft.trainer import StopRequest, prefix_cache, train
 from fastpeft.trainer.prefix_cache import PrefixCache
+from tests.support.tiny_runs import Listener, assert_same_outcome, assert_same_weights, tiny_run, weights
 
 CPU, HIDDEN = torch.device("cpu"), 32
 SIZES = {"vocab_size": 97, "num_hidden_layers": 4, "num_attention_heads": 4, "intermediate_size": 48, "pad_token_id": 0}
@@ -147,3 +149,38 @@ def test_a_full_disk_is_told_before(tmp_path, monkeypatch):
     monkeypatch.setattr(prefix_cache.shutil, "disk_usage", lambda path: usage._replace(free=1000))
     with pytest.raises(UserError, match=r"training\.cache_prefix fp16: 42 tokens take 0 MB"):
         cache(tmp_path, FrozenPrefix(model, names), "fp16")
+
+
+# ---- whole runs ------------------------------------------------------------------------------
+
+UPPER = {"target_modules": r".*layer\.1\..*(query|dense)", "rank": 4, "dropout": 0.1}
+TWO_EPOCHS = "20steps"
+
+
+def upper_run(tmp_path, precision=True, **sections):
+    return tiny_run(tmp_path, adapter=UPPER, training={"cache_prefix": precision}, budget=TWO_EPOCHS, **sections)
+
+
+@pytest.mark.parametrize("at", [5, 15])  # in the epoch that fills the cache, and in the one that reads it
+def test_a_stopped_run_ends_with_the_same_bits(tmp_path, at):
+    whole = train(upper_run(tmp_path), results_dir=tmp_path, name="whole")
+    assert whole.status == "done"
+    stop = StopRequest()
+    listener = Listener(lambda event: event["step"] >= at and setattr(stop, "signal", signal.SIGTERM))
+    parts = train(upper_run(tmp_path), results_dir=tmp_path, name="parts", stop=stop, reporter=listener)
+    assert (parts.status, at <= parts.steps < 20) == ("stopped", True)
+    assert (tmp_path / "parts" / prefix_cache.FOLDER / "states.bin").is_file()
+    (begun,) = (event for event in listener.events if event["type"] == "run")
+    assert any("what the lowest 1 layers make of the training rows is kept" in note for note in begun["notes"])
+    rest = train(None, results_dir=tmp_path, name="parts", resume=True)
+    assert_same_weights(weights(tmp_path / "whole"), weights(tmp_path / "parts"))
+    assert_same_outcome(whole, rest)
+    assert not (tmp_path / "parts" / prefix_cache.FOLDER).exists()
+
+
+@pytest.mark.parametrize("method", ["lora", "full"])
+def test_a_run_with_nothing_below_is_refused(tmp_path, method):
+    run = tiny_run(tmp_path, method=method, training={"cache_prefix": True})
+    with pytest.raises(UserError, match=r"training\.cache_prefix: the first layer is adapted"):
+        train(run, results_dir=tmp_path, name="refused")
+    assert not (tmp_path / "refused").exists()
