@@ -54,8 +54,8 @@ def _attention(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **settings
         )
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    rows = (x.transpose(1, 2) for x in (query, key, value))
-    return attention(*rows, scale, attention_mask, dropout=dropout), None
+    query, key, value = (x.transpose(1, 2) for x in (query, key, value))
+    return attention(query, key, value, scale, attention_mask, dropout=dropout), None
 
 
 def _is_bias(mask: torch.Tensor | None) -> bool:

@@ -78,7 +78,9 @@ class DisentangledAttention(Fast):
         bias = torch.zeros(padding.shape, dtype=query.dtype, device=query.device)
         bias.masked_fill_(padding, torch.finfo(query.dtype).min)
         y = attention(
-            *(self._heads(x) for x in (query, key, value)),
+            self._heads(query),
+            self._heads(key),
+            self._heads(value),
             1 / math.sqrt(query.shape[-1] // self.num_attention_heads * parts),
             bias,
             position_keys,

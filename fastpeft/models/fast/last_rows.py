@@ -27,6 +27,8 @@ class RowsLayer(Fast):
     mlp: nn.Module
     input_layernorm: nn.Module
     post_attention_layernorm: nn.Module
+    pre_feedforward_layernorm: nn.Module
+    post_feedforward_layernorm: nn.Module
 
     @classmethod
     def fits(cls, module: nn.Module) -> bool:
@@ -44,10 +46,9 @@ class RowsLayer(Fast):
         residual = hidden_states.flatten(0, 1).index_select(0, fast_rows)
         x = self._attention(self.input_layernorm(hidden_states), more)
         x = self.self_attn.o_proj(x.flatten(0, 1).index_select(0, fast_rows))
-        if "pre_feedforward_layernorm" in self._modules:
+        if "pre_feedforward_layernorm" in self._modules:  # Gemma's
             x = residual + self.post_attention_layernorm(x)
-            y = self._modules["pre_feedforward_layernorm"](x)
-            return x + self._modules["post_feedforward_layernorm"](self.mlp(y))
+            return x + self.post_feedforward_layernorm(self.mlp(self.pre_feedforward_layernorm(x)))
         x = residual + x
         return x + self.mlp(self.post_attention_layernorm(x))
 

@@ -1,7 +1,8 @@
-"""attention: with dropout on its weights and DeBERTa's relative positions, for processors.
+"""attention: with dropout on its weights and DeBERTa's relative positions.
 
-torch's fused attention on a CPU knows neither. Here the weights of some heads exist at a time; backward makes them, and
-the mask of dropout, again. The positions' part of the scores is a slanted view of one small product, not a gather.
+torch's fused attention knows no such positions, and on a CPU no dropout. Here the weights of some heads exist at a
+time; backward makes them, and the mask of dropout, again. The positions' part of the scores is a slanted view of one
+small product, not a gather.
 
 Shape suffixes: H heads, N rows, Q queries, T keys, D features of a head, P = Q + T - 1 distances.
 """
@@ -17,8 +18,8 @@ import torch
 from fastpeft.kernels.dropout import draw_seed, keep_mask
 from fastpeft.kernels.launch import refuse_second_order
 
-CHUNK_BYTES = 4 * 2**20
-"""Of the weights of the heads that are computed at a time."""
+CHUNK_BYTES, GPU_CHUNK_BYTES = 4 * 2**20, 512 * 2**20
+"""Of the weights of the heads that are computed at a time: what a processor's cache holds; few launches."""
 
 
 def attention(
@@ -159,9 +160,10 @@ def _score_gradients(part: _Heads, dscores: torch.Tensor) -> list[torch.Tensor]:
 
 
 def _parts(scale, query, key, value, position_keys, position_queries, bias) -> Iterator[tuple[slice, _Heads]]:
-    """The heads, some at a time, so that their weights are at most CHUNK_BYTES."""
+    """The heads, some at a time, so that their weights stay within the limit."""
     num_rows, num_queries, num_heads, _ = query.shape
-    each = max(1, CHUNK_BYTES // max(1, num_rows * num_queries * key.shape[1] * query.element_size()))
+    limit = CHUNK_BYTES if query.is_cpu else GPU_CHUNK_BYTES
+    each = max(1, limit // max(1, num_rows * num_queries * key.shape[1] * query.element_size()))
     for start in range(0, num_heads, each):
         heads = slice(start, min(start + each, num_heads))
         q, k, v = (x[:, :, heads].permute(2, 0, 1, 3).contiguous() for x in (query, key, value))

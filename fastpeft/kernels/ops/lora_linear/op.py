@@ -121,8 +121,8 @@ def lora_linear_grouped(
 
 def _forward(
     x_TI: torch.Tensor, call: Call, factors: Sequence[torch.Tensor]
-) -> tuple[list[torch.Tensor], list[torch.Tensor], list[compute.Pair]]:
-    """y, s D(x) A^T, and A and B in the dtype of x, of each projection."""
+) -> tuple[list[torch.Tensor], Sequence[torch.Tensor | None], list[compute.Pair]]:
+    """y, s D(x) A^T (None where backward makes it), and A and B in the dtype of x, of each projection."""
     cast = [(a.to(x_TI.dtype), b.to(x_TI.dtype)) for a, b in zip(factors[::2], factors[1::2])]
     return *compute.forward(x_TI, call, cast), cast
 

@@ -47,4 +47,5 @@ class _Rotary(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor, None, None]:
         refuse_second_order("rotary")
-        return _rotated(gradients[0], *ctx.saved_tensors, -1), None, None
+        cos, sin = ctx.saved_tensors
+        return _rotated(gradients[0], cos, sin, -1), None, None
