@@ -107,8 +107,8 @@ class _Attention(torch.autograd.Function):
         for heads, part in _parts(ctx.scale, query, key, value, position_keys, position_queries, bias):
             weights = part.weights()
             if dropout:
-                weights = _mask(weights, dropout, seed, heads).mul_(weights).mul_(1 / (1 - dropout))
-            y_HNQD[heads] = weights @ part.v
+                weights = _mask(weights, dropout, seed, heads).mul_(weights)
+            torch.mul(weights @ part.v, 1 / (1 - dropout), out=y_HNQD[heads])
         return y
 
     @staticmethod
@@ -132,12 +132,12 @@ class _Attention(torch.autograd.Function):
             dv.permute(2, 0, 1, 3)[heads] = dropped.transpose(-1, -2) @ dy
             dscores = torch.ops.aten._softmax_backward_data(dweights, weights, -1, weights.dtype)
             found = _score_gradients(part, dscores)
-            dq.permute(2, 0, 1, 3)[heads] = found[0].mul_(ctx.scale)
+            torch.mul(found[0], ctx.scale, out=dq.permute(2, 0, 1, 3)[heads])
             dk.permute(2, 0, 1, 3)[heads] = found[1]
             if dpk is not None:
                 dpk.permute(1, 0, 2)[heads] = found[2]
             if dpq is not None:
-                dpq.permute(1, 0, 2)[heads] = found[3].mul_(ctx.scale)
+                torch.mul(found[3], ctx.scale, out=dpq.permute(1, 0, 2)[heads])
         return dq, dk, dv, dpk, dpq, None, None, None, None
 
 
@@ -166,14 +166,11 @@ def _parts(scale, query, key, value, position_keys, position_queries, bias) -> I
     each = max(1, limit // max(1, num_rows * num_queries * key.shape[1] * query.element_size()))
     for start in range(0, num_heads, each):
         heads = slice(start, min(start + each, num_heads))
-        q, k, v = (x[:, :, heads].permute(2, 0, 1, 3).contiguous() for x in (query, key, value))
+        q, k, v = (x[:, :, heads].permute(2, 0, 1, 3) for x in (query, key, value))
         pk, pq = (None if x is None else x[:, heads].permute(1, 0, 2) for x in (position_keys, position_queries))
-        yield heads, _Heads(q * scale, k, v, pk, None if pq is None else pq * scale, bias_of(bias))
-
-
-def bias_of(bias: torch.Tensor | None) -> torch.Tensor | None:
-    """(1, N, Q or 1, T)."""
-    return None if bias is None else bias.transpose(0, 1)
+        q = torch.mul(q, scale, out=q.new_empty(q.shape))
+        pq = None if pq is None else pq * scale
+        yield heads, _Heads(q, k.contiguous(), v.contiguous(), pk, pq, None if bias is None else bias.transpose(0, 1))
 
 
 def _mask(weights: torch.Tensor, dropout: float, seed: torch.Tensor, heads: slice) -> torch.Tensor:
