@@ -166,6 +166,7 @@ def test_failing_tests_are_named(tmp_path):
     assert gpu_check.headline(part, report) == "2 tests, 1 failures, 0 errors, 0 skipped"
 
 
+@pytest.mark.soak
 def test_tests_that_take_too_long_leave_what_they_found(tmp_path):
     code = "import time\ndef test_bad(): assert False\ndef test_slow(): time.sleep(60)\n"
     (tmp_path / "test_x.py").write_text(code)

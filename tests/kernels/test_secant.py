@@ -124,6 +124,7 @@ def test_triton(seed, triton_device, poisoned, name):
     assert not layout.tickets.any()
 
 
+@pytest.mark.soak
 def test_triton_gives_the_same_bits_twice(seed, triton_device):
     """And right ones, where a unit has more slices than one turn adds up."""
     layout = make_layout((), triton_device, (), (BLOCK_ROWS * STEP_SLICE + 5,), (3,))

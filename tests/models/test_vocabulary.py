@@ -18,6 +18,7 @@ from fastpeft.export.plan import make_plan
 from fastpeft.export.write import export
 from fastpeft.trainer import train
 from tests.support.problem_runs import problem_run
+from tests.support.tiers import some
 from tests.support.tiny import make_causal_lm
 from tests.support.tiny_runs import Listener, peft_accuracy, tiny_run, write_run
 
@@ -52,7 +53,7 @@ def embeddings(folder: Path) -> torch.Tensor:
     return found
 
 
-@pytest.mark.parametrize("method", ["lora", "iw_lora", "adalora"])
+@pytest.mark.parametrize("method", some(["lora", "iw_lora", "adalora"]))
 def test_new_tokens_are_trained_and_saved_and_peft_loads_them(method: str, marked: tuple[Path, list[int]]) -> None:
     folder, numbers = marked
     listener = Listener()
@@ -100,7 +101,7 @@ def test_full_fine_tuning_saves_the_grown_model(marked: tuple[Path, list[int]]) 
     assert model.get_input_embeddings().num_embeddings == numbers[-1] + 1 == model.config.vocab_size
 
 
-@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("tied", some([True, False]))
 @pytest.mark.parametrize("method", ["lora", "full"])
 def test_a_language_model_reads_and_writes_them(method: str, tied: bool, tmp_path: Path) -> None:
     """The answer is a new token by itself."""

@@ -71,6 +71,7 @@ def test_it_is_pretrained_on_the_raw_text_alone(tokenizer):
     assert parts[:-1] == list(raw_text(len(parts) - 1, seed=3))
 
 
+@pytest.mark.soak
 def test_the_script_saves_what_loads(tmp_path, monkeypatch):
     monkeypatch.setattr("sys.argv", ["build_qwen3", "--out", str(tmp_path), "--steps", "2", "--length", "16"])
     threads = torch.get_num_threads()

@@ -13,6 +13,7 @@ from fastpeft.standins import build_deberta as build
 from fastpeft.standins import sentence_grammar as embedded_grammar
 from fastpeft.standins import sentence_pairs as embedded
 from fastpeft.standins.sentence_text import raw_sentences
+from tests.support.tiers import some
 
 SEED = 20240731
 NUM_CHECKED, NUM_WORLDS = 300, 300
@@ -76,6 +77,7 @@ def test_splits_share_no_frame(pairs):
     assert not skeletons["train"] & skeletons["validation"]
 
 
+@pytest.mark.soak
 def test_raw_text_has_all_words_and_no_validation_frame(pairs):
     raw = list(raw_sentences(30_000, 0))
     held_out = {skeleton(sentence) for sentence in sentences(pairs["validation"])}
@@ -167,7 +169,7 @@ def truth(parsed, world: World) -> bool | None:
     return value != denied
 
 
-@pytest.mark.parametrize("split", ["train", "validation"])
+@pytest.mark.parametrize("split", some(["train", "validation"]))
 def test_labels_hold_in_random_worlds(pairs, split):
     print(f"seed {SEED}")
     rng = Random(SEED)

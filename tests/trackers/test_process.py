@@ -198,6 +198,7 @@ time.sleep(99)
 """
 
 
+@pytest.mark.soak
 def test_an_online_run_whose_trainer_is_killed_goes_on_where_wandb_is(
     online_wandb: WandbServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):

@@ -114,12 +114,12 @@ def test_a_meter_that_dies_costs_a_run_nothing_but_the_number(tmp_path: Path, cp
             dead.append(event["elapsed_s"])
 
     listener = Listener(on)
-    run = tiny_run(tmp_path, budget="1.6s", evaluation={"every": "end"}, training={"checkpoint_steps": 10**6})
+    run = tiny_run(tmp_path, budget="3s", evaluation={"every": "end"}, training={"checkpoint_steps": 10**6})
     result = train(run, results_dir=tmp_path, name="r", reporter=listener)
     assert result.status == "done"
     assert result.energy_j is None
     lost_at_s = float(result.energy_method.removeprefix("rapl, lost at ").removesuffix(" s"))
-    assert dead[0] + 0.3 - 0.5 <= lost_at_s <= 2.5
+    assert dead[0] + 0.3 - 0.5 <= lost_at_s <= 4
     told = [w for w in listener.warnings() if "energy meter" in w]
     assert len(told) == 1
     assert result.energy_method in told[0]

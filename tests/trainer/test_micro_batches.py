@@ -21,6 +21,7 @@ from fastpeft.trainer.build import build_job
 from fastpeft.trainer.checkpoint_files import newest_checkpoint
 from fastpeft.trainer.optim import FlatAdamW
 from tests.support.probe_runs import STAND_IN, Recorder, put_in
+from tests.support.tiers import some
 from tests.support.tiny_runs import BATCH_SIZE, Listener, strict_events, tiny_run, weights, write_run
 
 CUDA_SAYS = "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 8 GiB\nmore lines"
@@ -122,12 +123,16 @@ def test_a_step_that_does_not_fit_is_taken_again_in_smaller_parts(
 
 @pytest.mark.parametrize(
     ("in_backward", "regulariser"),
-    [
-        (False, {"estimator": "exact"}),
-        (True, {"estimator": "exact"}),
-        (True, {"estimator": "sketch"}),
-        (True, {"estimator": "lora_a", "warmup_learning_rate": 0.1}),
-    ],
+    some(
+        [
+            (False, {"estimator": "exact"}),
+            (True, {"estimator": "exact"}),
+            (True, {"estimator": "sketch"}),
+            (True, {"estimator": "lora_a", "warmup_learning_rate": 0.1}),
+        ],
+        quick=(1,),
+        unpack=True,
+    ),
 )
 def test_calibration_that_does_not_fit_measures_the_same(
     in_backward: bool, regulariser: dict, files: Path, monkeypatch: pytest.MonkeyPatch

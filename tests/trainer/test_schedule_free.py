@@ -21,6 +21,7 @@ from fastpeft.trainer import StopRequest, train
 from fastpeft.trainer.build import Job, build_job
 from fastpeft.trainer.checkpoint_files import newest_checkpoint
 from tests.support.optimizers import CONFIGS, Model
+from tests.support.tiers import some
 from tests.support.tiny_runs import (
     Listener,
     assert_same_outcome,
@@ -255,11 +256,11 @@ def test_evaluations_change_no_bit_of_the_training(tmp_path: Path, seed: int) ->
     assert_same_weights(weights(tmp_path / "3steps"), weights(tmp_path / "end"))
 
 
-@pytest.mark.parametrize("at", [("step", 13), ("checkpoint", 9), ("eval", 20)], ids=lambda at: at[0])
-def test_a_resume_ends_as_an_unbroken_run(at: tuple[str, int], tmp_path: Path, seed: int) -> None:
+@pytest.mark.parametrize(("what", "step"), some([("step", 13), ("checkpoint", 9), ("eval", 20)], unpack=True))
+def test_a_resume_ends_as_an_unbroken_run(what: str, step: int, tmp_path: Path, seed: int) -> None:
     run = free_run(tmp_path, budget="30steps", training={"seed": seed})
     stop = StopRequest()
-    listener = Listener(lambda e: (e["type"], e["step"]) == at and setattr(stop, "signal", signal.SIGTERM))
+    listener = Listener(lambda e: (e["type"], e["step"]) == (what, step) and setattr(stop, "signal", signal.SIGTERM))
     assert train(run, results_dir=tmp_path, name="r", reporter=listener, stop=stop).status == "stopped"
     checkpoint, _ = newest_checkpoint(tmp_path / "r" / "checkpoints")
     assert {"z", "exp_avg_sq", "counters"} <= checkpoint.parts["optimizer"].keys()

@@ -27,8 +27,8 @@ TELL = {"fot", "graff", "reactor"}
 
 
 NAMES = sorted({*SCHEDULES.names, *OPTIONS})
-QUICK = "fot, aligned", "graff", "reactor", "snac"
-"""Each keeps a state of another kind; the rest are for the soak, and tests/schedules holds every one's state exact."""
+QUICK = "fot, aligned", "graff"
+"""These measure while they train; the rest are for the soak, and tests/schedules holds every one's state exact."""
 
 
 @pytest.mark.parametrize("name", [pytest.param(n, marks=[] if n in QUICK else pytest.mark.soak) for n in NAMES])

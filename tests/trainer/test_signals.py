@@ -47,6 +47,7 @@ def stop(child: Child, number: signal.Signals, files: Path) -> Checkpoint:
     return checkpoint
 
 
+@pytest.mark.soak
 def test_sigint_in_calibration(tmp_path: Path) -> None:
     settings = ["regulariser.warmup_steps=100000", "budget=1000000steps"]  # the cap is at 20,000 batches
     with start(tmp_path, *settings) as child:
@@ -94,6 +95,7 @@ def test_sigterm_in_evaluation(tmp_path: Path) -> None:
     assert not has_event(tmp_path / "r", lambda e: e["type"] == "eval")
 
 
+@pytest.mark.soak
 def test_a_second_signal_ends_at_once(tmp_path: Path) -> None:
     """One step here is a pass over thousands of rows: the second signal comes before it ends."""
     settings = ["method=lora", "training.batch_size=20000", "training.micro_batch_tokens=512", "budget=1000steps"]

@@ -15,6 +15,7 @@ from fastpeft.tui.screens.run_screen import RunScreen
 from fastpeft.tui.tail import RunTail
 from fastpeft.tui.widgets.plot import LinePlot
 from tests.support.pilots import SIZES, drive, text_of, until, until_shown
+from tests.support.tiers import some
 from tests.support.tui_logs import evaluation, header, lines, make_run, step
 
 PARTS = {
@@ -48,7 +49,7 @@ async def opened(app, pilot) -> RunScreen:
     return app.screen
 
 
-@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("size", some(SIZES))
 def test_parts_are_a_key_away_where_there_are_any(tmp_path, size):
     entities(tmp_path)
 

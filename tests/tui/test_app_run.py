@@ -24,6 +24,7 @@ from fastpeft.tui.widgets.event_list import EventLog
 from fastpeft.tui.widgets.heatmap import Heatmap
 from fastpeft.tui.widgets.plot import LinePlot
 from tests.support.pilots import SIZES, drive, text_of, until, until_shown
+from tests.support.tiers import some
 from tests.support.tui_logs import evaluation, event, header, heartbeat, importance, lines, make_run, step, usual
 
 
@@ -51,7 +52,7 @@ async def opened(app, pilot) -> RunScreen:
 # ---- one run -------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("size", some(SIZES, (1,)))
 def test_everything_of_a_run_can_be_seen(results, size):
     async def script(app, pilot):
         screen = await opened(app, pilot)

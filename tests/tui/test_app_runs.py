@@ -16,6 +16,7 @@ from fastpeft.tui.screens.run_screen import RunScreen
 from fastpeft.tui.screens.runs_screen import RunsScreen
 from fastpeft.tui.screens.start_screen import StartScreen
 from tests.support.pilots import SIZES, drive, text_of, until, until_shown
+from tests.support.tiers import some
 from tests.support.tui_logs import evaluation, header, lines, make_run, step, usual
 
 
@@ -270,7 +271,7 @@ def test_keys(results, flow, monkeypatch):
     drive(results, flow, (120, 40) if flow is _sort else (80, 24))
 
 
-@pytest.mark.parametrize("size", SIZES[1:])
+@pytest.mark.parametrize("size", some(SIZES[1:]))
 def test_keys_at_other_sizes(results, size):
     async def script(app, pilot):
         for flow in (_cursor, _open, _delete):

@@ -19,6 +19,7 @@ from fastpeft.tui.tail import MAX_SNAPSHOTS, RunTail
 from fastpeft.tui.widgets.heatmap import Heatmap
 from fastpeft.tui.widgets.plot import LinePlot
 from tests.support.pilots import SIZES, drive, text_of, until, until_shown
+from tests.support.tiers import some
 from tests.support.tui_logs import (
     evaluation,
     event,
@@ -195,7 +196,7 @@ def drawn(plot: LinePlot) -> str:
     return "".join("".join(row) for row in plot.query_one("#plot", Canvas)._buffer)
 
 
-@pytest.mark.parametrize("size", SIZES[:2])
+@pytest.mark.parametrize("size", some(SIZES[:2]))
 def test_a_forecast_is_drawn_ahead_of_the_curve_and_f_hides_it(tmp_path, size):
     make_run(tmp_path, "one", planned(150))
 
@@ -255,7 +256,7 @@ def test_multipliers_alone_are_shown_at_once(tmp_path):
     drive(tmp_path, script)
 
 
-@pytest.mark.parametrize("size", SIZES[:2])
+@pytest.mark.parametrize("size", some(SIZES[:2]))
 def test_every_figure_of_a_schedule_has_its_plot(tmp_path, size):
     make_run(tmp_path, "one", planned(200), **DONE, test=TEST)
 
