@@ -1,4 +1,4 @@
-"""All that needs a GPU, in one command: tests, tuning, kernel tables, the cost of adapters, determinism.
+"""All that needs a GPU, in one command: tests, tuning, kernels, the cost of adapters, throughput, determinism.
 
     python bench/gpu_check.py [--json OUT] [--only tests,kernels] [--dry-run]
 
@@ -80,17 +80,40 @@ def part(name: str) -> Callable[[Path, bool], list[str]]:
 
 
 def kernels(out: Path, dry: bool) -> list[str]:
-    small = ["--device", "cpu", "--seconds", 2] if dry else ["--seconds", 140]
+    small = ["--device", "cpu", "--seconds", 2] if dry else ["--seconds", 90]
     return bench("kernels.py", "--json", out / "kernels.json", *small)
 
 
 def overhead(out: Path, dry: bool) -> list[str]:
-    small: list[object] = ["--seconds", 80]
+    small: list[object] = ["--seconds", 40]
     if dry:
-        sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 24}
-        (out / "config.json").write_text(json.dumps({"model_type": "bert", "vocab_size": 32} | sizes))
+        (out / "config.json").write_text(json.dumps(TINY["mnli"]))
         small = ["--model", out, "--device", "cpu", "--batch-size", 2, "--repeats", 1, "--steps", 1]
     return bench("overhead.py", "--json", out / "overhead.json", *small)
+
+
+def throughput(preset: str) -> Callable[[Path, bool], list[str]]:
+    """The training loop beside Hugging Face's, grouped by length."""
+
+    def command(out: Path, dry: bool) -> list[str]:
+        small: list[object] = ["--seconds", 10]
+        if dry:
+            shape = out / preset
+            shape.mkdir()
+            (shape / "config.json").write_text(json.dumps(TINY[preset]))
+            small = ["--model", shape, "--device", "cpu", "--rounds", 1, "--steps", 1, "training.batch_size=2"]
+        chosen = ["--preset", preset, "--rows", "hf_grouped,fastpeft", "--json", out / f"throughput_{preset}.json"]
+        return bench("throughput.py", *chosen, *small)
+
+    return command
+
+
+_SIZES = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 24}
+TINY = {
+    "mnli": _SIZES | {"model_type": "bert", "vocab_size": 32},
+    "gsm8k": _SIZES | {"model_type": "qwen3", "vocab_size": 32, "num_key_value_heads": 1, "head_dim": 8},
+}
+"""Configs of the dry run, by preset."""
 
 
 # ---- headlines -----------------------------------------------------------------------------
@@ -120,16 +143,23 @@ def of_overhead(result: dict[str, Any]) -> str:
     return "over own LoRA: " + ", ".join(f"{name} {ratios[name]:.3f}" for name in wanted if ratios.get(name))
 
 
+def of_throughput(result: dict[str, Any]) -> str:
+    done = [row for row in result["rows"] if row["ratio"] is not None]
+    return ", ".join(f"{row['name']} {row['tokens_a_s']:,.0f} tok/s, {row['ratio']:.2f}" for row in done)
+
+
 def of_determinism(result: dict[str, Any]) -> str:
     return f"{result['checked']} operations, {len(result['bad'])} not the same twice"
 
 
 PARTS = {
-    "tests": Part(130, tests, of_tests),
+    "tests": Part(110, tests, of_tests),
     "determinism": Part(40, part("determinism"), of_determinism),
     "tuning": Part(95, part("tuning"), of_tuning),
-    "kernels": Part(165, kernels, of_kernels),
-    "overhead": Part(105, overhead, of_overhead),
+    "kernels": Part(115, kernels, of_kernels),
+    "overhead": Part(65, overhead, of_overhead),
+    "throughput_mnli": Part(57, throughput("mnli"), of_throughput),
+    "throughput_gsm8k": Part(57, throughput("gsm8k"), of_throughput),
 }
 """In their order; limits add up to under 9 minutes."""
 

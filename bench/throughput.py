@@ -21,8 +21,9 @@
 Every row is a process of its own, set up and warmed up before the clock. A round is one turn of each row forwards and
 one backwards, of `--steps` steps. Rows of a turn train on the same batches, of one rank, dropout, precision and
 optimizer (bench/throughput_inputs.py). `tok/s` and `ms a step` are medians over the turns. A ratio is the median over
-the rounds of hf_grouped's time a token over the row's, with a 95 % bootstrap interval from five rounds on. `peak MB` is
-the whole process's, on a GPU torch's allocator's. `--curves` trains each row once more a seed: a row whose losses are
+the rounds of hf_grouped's time a token over the row's, with a 95 % bootstrap interval from five rounds on. `by CPU
+time` is the same of the processes' own seconds, from which other work on the machine takes less. `peak MB` is the
+whole process's, on a GPU torch's allocator's. `--curves` trains each row once more a seed: a row whose losses are
 further from hf_grouped's than the seeds explain is void. `key=value` is a setting of the run, such as
 training.batch_size=8, for all rows.
 
@@ -33,6 +34,7 @@ data that ships. Exit code 1 if a row failed or is void.
 from __future__ import annotations
 
 import argparse
+import math
 import os
 import sys
 import tempfile
@@ -75,14 +77,14 @@ def measure(args: argparse.Namespace, save: Save = lambda report: None) -> dict[
         folder = Path(name)
         plan.write(folder)
         prepare(folder, plan)
-        until = timer(args.seconds) if args.seconds else lambda: False
         with Timed(folder, plan, steps, rows) as timed:
+            timed.set_up()
+            until = timer(args.seconds or math.inf)
 
             def over() -> bool:
                 save(report | timed.report(missing))
                 return until()
 
-            timed.set_up()
             timed.take_turns(args.rounds, over)
         report |= timed.report(missing)
         if args.curves:
@@ -151,7 +153,18 @@ def show(report: dict[str, Any]) -> None:
         f"{report['rank']}, batches of {report['batch_size']}, {report['rounds']} rounds of 2 x "
         f"{report['steps_a_turn']} steps"
     )
-    columns = ["", "tok/s", "ms a step", f"x {BASE}", "95 % interval", "peak MB", f"of {BASE}'s", "J/ktok", "remark"]
+    columns = [
+        "",
+        "tok/s",
+        "ms a step",
+        f"x {BASE}",
+        "95 % interval",
+        "by CPU time",
+        "peak MB",
+        f"of {BASE}'s",
+        "J/ktok",
+        "remark",
+    ]
     lines = []
     for row in report["rows"]:
         interval = None if row["ratio_low"] is None else f"{row['ratio_low']:.3f} to {row['ratio_high']:.3f}"
@@ -161,6 +174,7 @@ def show(report: dict[str, Any]) -> None:
             _figure(row["step_ms"], ",.1f"),
             _figure(row["ratio"], ".3f"),
             interval,
+            _figure(row["cpu_ratio"], ".3f"),
             _figure(row["peak_mb"], ",.0f"),
             _figure(row["memory_ratio"], ".2f"),
             _figure(row["joules_a_ktoken"], ".2f"),

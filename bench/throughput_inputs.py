@@ -176,8 +176,11 @@ def _pieces(task: Task, plan: Plan, preset: Preset) -> Any:
     from fastpeft.standins.build_qwen3 import build_tokenizer
 
     texts = [text for row in task.rows_read()["train"] for text in (*row.given, *row.wanted)]
-    tokenizer = build_tokenizer(texts, _config(plan, preset).vocab_size - len(SPECIAL))
+    room = _config(plan, preset).vocab_size
+    tokenizer = build_tokenizer(texts, room - len(SPECIAL))
     tokenizer.add_special_tokens([AddedToken(name, special=True) for name in SPECIAL.values()])
+    if (least := tokenizer.get_vocab_size()) > room:
+        raise SystemExit(f"--model {plan.model}: any text takes {least} tokens, and its vocabulary has {room}")
     return tokenizer
 
 

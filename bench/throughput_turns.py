@@ -184,29 +184,26 @@ class Timed:
 
     # ---- the report ------------------------------------------------------------------------
 
-    @property
-    def times(self) -> Times:
-        """Seconds a token, in whole rounds."""
-        pairs = {row: list(zip(turns[::2], turns[1::2])) for row, turns in self.turns.items()}
-        num_rounds = max(map(len, pairs.values()), default=0)
-        return Times(
-            [
-                Round(0, {row: (_pace(pair[i][0]), _pace(pair[i][1])) for row, pair in pairs.items() if i < len(pair)})
-                for i in range(num_rounds)
-            ]
-        )
+    def times(self, clock: str = "seconds") -> Times:
+        """Of `seconds` or `cpu_s`, a token, in whole rounds."""
+        times = Times()
+        for i in range(max(map(len, self.turns.values()), default=0) // 2):
+            pairs = {row: turns[2 * i : 2 * i + 2] for row, turns in self.turns.items() if len(turns) >= 2 * i + 2}
+            paces = {row: sum(t[clock] for t in pair) / sum(t["tokens"] for t in pair) for row, pair in pairs.items()}
+            times.rounds.append(Round(0, {row: (pace, pace) for row, pace in paces.items()}))
+        return times
 
     def report(self, missing: Mapping[str, str]) -> dict[str, Any]:
         """As far as the turns have come. `missing`: rows that were asked for and cannot be here, and why."""
-        times = self.times
+        times, cpu_times = self.times(), self.times("cpu_s")
         named = [name for name in ROWS if name in self.turns or name in missing]
-        rows = [self._row(name, times, missing.get(name)) for name in named]
+        rows = [self._row(name, times, cpu_times, missing.get(name)) for name in named]
         energy = self._meter.method if self._meter.works else f"none: {self._meter.reason or self._meter.fault}"
         return {"rounds": len(times.rounds), "energy_method": energy, "rows": rows, "turns": self.turns}
 
-    def _row(self, name: str, times: Times, missing: str | None) -> dict[str, Any]:
+    def _row(self, name: str, times: Times, cpu_times: Times, missing: str | None) -> dict[str, Any]:
         turns, base = self.turns.get(name, []), self.turns.get(BASE, [])
-        ratio, low, high = times.ratio(BASE, name) if name in times and BASE in times else (None, None, None)
+        ratio, low, high = _speed(times, name)
         joules = [turn["joules"] for turn in turns]
         row: dict[str, Any] = {
             "name": name,
@@ -218,13 +215,14 @@ class Timed:
             "ratio": ratio,
             "ratio_low": low,
             "ratio_high": high,
+            "cpu_ratio": _speed(cpu_times, name)[0],
             "peak_mb": None,
             "memory_ratio": None,
             "joules_a_ktoken": None,
             "tokens": [turn["tokens"] for turn in turns],
         }
         if turns:
-            row["tokens_a_s"] = statistics.median(1 / _pace(turn) for turn in turns)
+            row["tokens_a_s"] = statistics.median(turn["tokens"] / turn["seconds"] for turn in turns)
             row["step_ms"] = statistics.median(1e3 * turn["seconds"] / turn["steps"] for turn in turns)
             row["peak_mb"] = turns[-1]["peak_mb"]
             if base:
@@ -234,9 +232,9 @@ class Timed:
         return row
 
 
-def _pace(turn: Answer) -> float:
-    """Seconds a token."""
-    return turn["seconds"] / turn["tokens"]
+def _speed(times: Times, name: str) -> tuple[float | None, float | None, float | None]:
+    """As a multiple of BASE's, with its interval."""
+    return times.ratio(BASE, name) if name in times and BASE in times else (None, None, None)
 
 
 def _other_tokens(name: str, turns: list[Answer], base: list[Answer]) -> str | None:

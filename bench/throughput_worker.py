@@ -40,7 +40,7 @@ class Turns:
         self._until = warmup_steps
         self._begins_at: int | None = None
         """The steps after which the clock starts."""
-        self._began = (0.0, 0, 0)
+        self._began = (0.0, 0.0, 0, 0)
         self.stopped = False
 
     def __call__(self, num_steps: int, num_tokens: int) -> bool:
@@ -54,10 +54,10 @@ class Turns:
         if self._begins_at is None:
             self.answer(ready=True, peak_mb=peak_mb(self._device))
         else:
-            began_s, steps, tokens = self._began
-            seconds = time.perf_counter() - began_s
+            began_s, began_cpu_s, steps, tokens = self._began
+            seconds = {"seconds": time.perf_counter() - began_s, "cpu_s": time.process_time() - began_cpu_s}
             taken = {"steps": num_steps - steps, "tokens": num_tokens - tokens}
-            self.answer(seconds=seconds, peak_mb=peak_mb(self._device), **taken)
+            self.answer(**seconds, **taken, peak_mb=peak_mb(self._device))
         if self._trims:
             trim()
         order = json.loads(self._lines.readline() or '{"stop": true}')
@@ -76,7 +76,7 @@ class Turns:
 
     def _start(self, num_steps: int, num_tokens: int) -> None:
         self._wait()
-        self._began = time.perf_counter(), num_steps, num_tokens
+        self._began = time.perf_counter(), time.process_time(), num_steps, num_tokens
 
     def _wait(self) -> None:
         if self._device.type == "cuda":
@@ -84,9 +84,16 @@ class Turns:
 
 
 def peak_mb(device: torch.device) -> float:
-    """Since the process began: on a GPU by torch's allocator, on a CPU what the process held, libraries included."""
+    """Since the process began: on a GPU by torch's allocator, on a CPU what the process held, libraries included.
+
+    Linux's ru_maxrss is no less than what the parent held when it started the process; VmHWM is the process's own.
+    """
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**20
+    status = Path("/proc/self/status")
+    if status.is_file():
+        line = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM:"))
+        return int(line.split()[1]) / 2**10
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
 
 

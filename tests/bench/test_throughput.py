@@ -1,0 +1,437 @@
+"""Throughput in turns: rows train on the same tokens, which are counted right; what fails or differs is said."""
+
+from __future__ import annotations
+
+import io
+import json
+import subprocess
+import sys
+from contextlib import contextmanager
+from pathlib import Path
+from typing import ClassVar
+
+import numpy as np
+import pytest
+import torch
+
+from bench import throughput, throughput_presets, throughput_rows, throughput_turns
+from bench.throughput_curves import CURVE_STEPS, apart
+from bench.throughput_inputs import Inputs, grouped_batches, prepare
+from bench.throughput_presets import BASE, LEVERS, PEERS, PRESETS, ROWS, Lever, Plan, levers_of, with_settings
+from bench.throughput_turns import RowFailed, Timed
+from bench.throughput_worker import Turns
+from fastpeft.data.batches import IGNORE
+from tests.support.tiny import _settings
+
+CPU = torch.device("cpu")
+SMALL = {"training.batch_size": 4, "adapter.rank": 4}
+QWEN3 = {
+    "model_type": "qwen3", "vocab_size": 300, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2,
+    "num_key_value_heads": 1, "head_dim": 8, "intermediate_size": 24,
+}  # fmt: skip
+
+
+def plan(preset: str, model: Path | None, **more) -> Plan:
+    fields = {"data": None, "device": "cpu", "threads": 1, "warmup_steps": 3, "num_steps": 8, "settings": SMALL}
+    return Plan(preset=preset, model=None if model is None else str(model), **fields | more)
+
+
+@pytest.fixture(scope="module")
+def encoder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The shape of one that drops nothing."""
+    folder = tmp_path_factory.mktemp("encoder")
+    settings = {"model_type": "bert", "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+    (folder / "config.json").write_text(json.dumps(_settings("bert", 60) | {"max_position_embeddings": 256} | settings))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def prepared(tmp_path_factory: pytest.TempPathFactory, encoder: Path) -> dict[str, tuple[Plan, Path]]:
+    """Inputs by the preset's name."""
+    decoder = tmp_path_factory.mktemp("decoder")
+    (decoder / "config.json").write_text(json.dumps(QWEN3))
+    made = {}
+    for preset, model in (("mnli", encoder), ("gemma", decoder)):
+        folder = tmp_path_factory.mktemp(preset)
+        made[preset] = plan(preset, model, settings=SMALL | {"training.batch_size": 8}), folder
+        made[preset][0].write(folder)
+        prepare(folder)
+    return made
+
+
+def widths(inputs: Inputs) -> np.ndarray:
+    return np.diff(inputs.offsets)
+
+
+# ---- the whole -----------------------------------------------------------------------------
+
+
+def test_two_rows_in_turns_from_a_bare_checkout(script, encoder, tmp_path):
+    out = tmp_path / "out.json"
+    rows, rounds, steps = [BASE, "fastpeft"], 2, 2
+    done = script(
+        "throughput.py", "--device", "cpu", "--model", encoder, "--rows", ",".join(rows), "--rounds", rounds, "--steps",
+        steps, "--json", out, *(f"{key}={value}" for key, value in SMALL.items()), timeout=280,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    report = json.loads(out.read_text())
+    assert report.keys() >= {"device", "versions", "commit", "date", "preset", "model", "data", "batch_size", "rank"}
+    assert (report["rounds"], report["steps_a_turn"], report["batch_size"], report["rank"]) == (rounds, steps, 4, 4)
+    assert [row["name"] for row in report["rows"]] == rows
+    folder = tmp_path / "again"
+    folder.mkdir()
+    plan("mnli", encoder, num_steps=2 * rounds * steps).write(folder)
+    prepare(folder)
+    inputs = Inputs.read(folder)
+    wanted = widths(inputs)[inputs.steps_SB].sum(1).reshape(2 * rounds, steps).sum(1).tolist()
+    for row in report["rows"]:
+        assert row["tokens"] == wanted
+        assert (row["missing"], row["failed"], row["void"]) == (None, None, None)
+        turns = report["turns"][row["name"]]
+        assert [turn["steps"] for turn in turns] == [steps] * 2 * rounds
+        paces = sorted(turn["tokens"] / turn["seconds"] for turn in turns)
+        assert row["tokens_a_s"] == pytest.approx((paces[1] + paces[2]) / 2)
+        assert 100 < row["peak_mb"] < 4000  # a Python with torch in it
+        assert row["ratio"] > 0
+        assert row["name"] in done.stdout
+    assert report["rows"][0]["ratio"] == report["rows"][0]["memory_ratio"] == 1
+
+
+def test_the_peak_is_the_process_s_own():
+    """And not that of a larger one which has started it, such as this."""
+    code = "import torch; from bench.throughput_worker import peak_mb; cpu = torch.device('cpu'); before = peak_mb(cpu)"
+    code += "; held = torch.ones(64 * 2**20); print(peak_mb(cpu) - before)"  # 256 MiB
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, cwd=throughput_turns.HERE.parent
+    )
+    assert float(done.stdout) == pytest.approx(256, abs=40), done.stderr
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        (["--preset", "qqp"], "--preset"),
+        (["--rows", "hf_grouped,hf_fast"], "unknown: hf_fast; there are hf_padded, hf_grouped"),
+        (["--rounds", "0"], "--rounds"),
+        (["--model", "nowhere"], "--model nowhere: there is no such folder with a config.json in it"),
+        (["--model", "/"], "--model /: there is no such folder with a config.json in it"),
+        (["--data", "nowhere"], "--data nowhere: there is no such folder"),
+        (["--preset", "gemma"], "--preset gemma trains a pretrained model: give its folder as --model"),
+        (["--curves", "1"], "--curves"),
+        (["--json", "/proc/nowhere/out.json"], "--json"),
+        (["training.speed=3"], "training.speed: a run has no such setting"),
+        (["training"], "training: a run has no such setting"),
+        (["training.batch_size=many"], "training.batch_size=many: expected a number"),
+    ],
+)
+def test_bad_arguments_are_named_before_anything_is_made(monkeypatch, capsys, given, said):
+    monkeypatch.setattr(throughput, "measure", lambda *_: pytest.fail("measured"))
+    with pytest.raises(SystemExit) as end:
+        throughput.main(["--device", "cpu", *given])
+    assert end.value.code == 2
+    assert said in capsys.readouterr().err
+
+
+def test_rows_are_chosen_in_their_order_and_levers_means_all_of_them():
+    assert throughput.parse(["--rows", "fastpeft,hf_grouped"]).rows == ["hf_grouped", "fastpeft"]
+    assert throughput.parse(["--rows", "levers"]).rows == throughput_presets.LEVER_ROWS
+    assert throughput.parse([]).rows == ROWS
+
+
+@pytest.mark.parametrize(
+    ("vocab_size", "said"),
+    [(600, "--data: 3 training rows are no batch of 4"), (60, "tokens, and its vocabulary has 60")],
+)
+def test_inputs_that_cannot_be_made_end_with_the_reason(encoder, tmp_path, capfd, vocab_size, said):
+    config = json.loads((encoder / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {"vocab_size": vocab_size}))
+    row = {"premise": "a", "hypothesis": "b", "label": "neutral"}
+    rows = [json.dumps(row | {"label": label}) for label in ("neutral", "entailment", "contradiction")]
+    for split in ("train", "dev"):
+        (tmp_path / f"{split}.jsonl").write_text("\n".join(rows) + "\n")
+    given = ["--device", "cpu", "--model", str(tmp_path), "--data", str(tmp_path), "training.batch_size=4"]
+    with pytest.raises(SystemExit) as end:
+        throughput.main(given)
+    assert end.value.code == 2
+    assert said in capfd.readouterr().err
+
+
+# ---- inputs and rows -----------------------------------------------------------------------
+
+
+def test_batches_hold_rows_of_similar_length_once_each():
+    lengths = np.random.default_rng(0).integers(5, 100, size=410)
+    batches = grouped_batches(lengths, 4)
+    assert sorted({len(rows) for rows in batches}) == [4]
+    assert len(np.unique(np.concatenate(batches))) == 408
+    padded = sum(4 * lengths[rows].max() for rows in batches)
+    assert lengths[np.concatenate(batches)].sum() > 0.9 * padded
+
+
+def test_the_warm_up_begins_with_the_widest_batch_and_steps_have_every_width(prepared):
+    _, folder = prepared["mnli"]
+    inputs = Inputs.read(folder)
+    widest = widths(inputs)[inputs.warmup_WB].max(1)
+    assert widest[0] == widths(inputs).max() > widest[1] > widest[2]
+    first = widths(inputs)[inputs.steps_SB].max(1)
+    assert sorted(first, reverse=True) != first.tolist()
+
+
+@pytest.mark.parametrize("preset", ["mnli", "gemma"])
+@pytest.mark.parametrize("row", ["hf_padded", BASE])
+def test_a_peer_is_given_the_rows_as_they_are_counted(prepared, preset, row):
+    import transformers
+
+    plan, folder = prepared[preset]
+    inputs, run, is_causal = Inputs.read(folder), plan.run(folder), preset == "gemma"
+    tokenizer = transformers.AutoTokenizer.from_pretrained(run.model.name)
+    collate = throughput_rows._Counted(throughput_rows._collator(tokenizer, PEERS[row], run, is_causal))
+    rows = inputs.steps_SB[0]
+    batch = collate([inputs.feature(int(i), is_causal) for i in rows])
+    lengths = widths(inputs)[rows]
+    assert collate.num_tokens == [lengths.sum()] == [int(batch["attention_mask"].sum())]
+    assert batch["input_ids"].shape == (8, run.dataset.max_length if row == "hf_padded" else lengths.max())
+    if is_causal:
+        assert ((batch["labels"] != IGNORE).sum(1).numpy() == lengths - inputs.labels[rows]).all()
+
+
+@pytest.mark.parametrize("preset", ["mnli", "gemma"])
+def test_rows_begin_with_the_same_loss_on_the_same_tokens(prepared, preset):
+    """The gemma preset's peers take a batch in parts."""
+    plan, folder = prepared[preset]
+    inputs = Inputs.read(folder)
+    wanted = np.cumsum([widths(inputs)[rows].sum() for rows in inputs.batches()])
+    losses = {}
+    for row in (BASE, "hf_padded", "fastpeft"):
+        counted = {}
+
+        def pause(steps: int, tokens: int, counted: dict[int, int] = counted) -> bool:
+            counted[steps] = tokens
+            return steps >= 3
+
+        losses[row] = throughput_rows.train(row, plan, folder, 7, pause, curve=True)
+        assert {steps: tokens for steps, tokens in counted.items() if steps} == dict(enumerate(wanted[:3], 1))
+    for row in ("hf_padded", "fastpeft"):
+        assert losses[row][0] == pytest.approx(losses[BASE][0], rel=1e-4)
+
+
+def test_what_a_device_lacks_is_said(monkeypatch):
+    mnli, gsm8k = PRESETS["mnli"], PRESETS["gsm8k"]
+    monkeypatch.setattr("shutil.which", lambda name: None)
+    assert "C++ compiler" in str(PEERS["hf_compiled"].missing(mnli, "cpu"))
+    assert PEERS["hf_compiled"].missing(mnli, "cuda") is None
+    assert PEERS["trl_packed"].missing(mnli, "cpu") == "trl trains language models only"
+    assert PEERS["liger"].missing(gsm8k, "cpu") == "liger_kernel computes on a GPU only"
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    assert PEERS["unsloth"].missing(gsm8k, "cuda") == "unsloth is not installed"
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: object())
+    assert PEERS["trl_packed"].missing(gsm8k, "cpu") is None
+
+
+# ---- levers --------------------------------------------------------------------------------
+
+
+def test_a_lever_is_alone_in_its_row_and_on_while_it_trains(prepared, monkeypatch):
+    plan, folder = prepared["mnli"]
+    states: list[bool] = []
+
+    @contextmanager
+    def switch(is_on: bool):
+        states.append(is_on)
+        yield
+        states.pop()
+
+    for name in list(LEVERS):
+        monkeypatch.delitem(LEVERS, name)
+    monkeypatch.setitem(LEVERS, "quick", Lever(switch=switch))
+    monkeypatch.setitem(LEVERS, "short", Lever(off={"training.micro_batch_tokens": 77}))
+    assert levers_of("fastpeft_quick")["quick"]
+    assert not levers_of("fastpeft_quick")["short"]
+    assert not any(levers_of("fastpeft_plain").values())
+    assert all(levers_of("fastpeft").values())
+    for row, tokens in (("fastpeft_quick", 77), ("fastpeft_short", 16384), ("fastpeft_plain", 77)):
+        assert plan.run(folder, 0, levers_of(row)).training.micro_batch_tokens == tokens
+        seen = []
+
+        def pause(steps: int, tokens: int, seen: list = seen) -> bool:
+            seen.append(states[-1])
+            return steps >= 1
+
+        throughput_rows.train(row, plan, folder, 0, pause)
+        assert set(seen) == {row == "fastpeft_quick"}
+        assert states == []
+
+
+def test_a_setting_becomes_what_its_key_holds(prepared):
+    plan, folder = prepared["mnli"]
+    run = with_settings(plan.run(folder), {"training.learning_rate": "3e-4", "training.threads": "2"})
+    assert (run.training.learning_rate, run.training.threads) == (3e-4, 2)
+    with pytest.raises(ValueError, match="nothing"):
+        with_settings(run, {"nothing.at_all": 1})
+
+
+# ---- turns ---------------------------------------------------------------------------------
+
+
+def answers(turns: Turns, pauses: list[tuple[int, int]]) -> tuple[list[bool], list[dict]]:
+    stops = [turns(*pause) for pause in pauses]
+    return stops, [json.loads(line) for line in turns._answers.getvalue().splitlines()]
+
+
+def test_a_turn_is_of_the_steps_between_two_waits():
+    orders = io.StringIO('{"steps": 2}\n{"steps": 1}\n{"stop": true}\n')
+    turns = Turns(orders, io.StringIO(), CPU, warmup_steps=1, trims=False)
+    stops, told = answers(turns, [(0, 0), (1, 10), (2, 30), (3, 60), (3, 60), (4, 100), (5, 150)])
+    assert stops == [False] * 5 + [True, True]
+    assert told[0]["ready"]
+    assert [(turn["steps"], turn["tokens"]) for turn in told[1:]] == [(2, 50), (1, 40)]
+    assert all(turn["seconds"] > 0 and turn["cpu_s"] > 0 and turn["peak_mb"] > 0 for turn in told[1:])
+
+
+def test_the_step_after_a_trim_is_not_timed(monkeypatch):
+    trims = []
+    monkeypatch.setattr("bench.throughput_worker.trim", lambda: trims.append(len(trims)))
+    orders = io.StringIO('{"steps": 1}\n')  # and then its parent is gone
+    turns = Turns(orders, io.StringIO(), CPU, warmup_steps=0, trims=True)
+    stops, told = answers(turns, [(0, 0), (1, 10), (2, 30)])
+    assert stops == [False, False, True]
+    assert [(turn["steps"], turn["tokens"]) for turn in told[1:]] == [(1, 20)]
+    assert len(trims) == 2
+
+
+class FakeWorker:
+    """Answers at once; a row may fail, or hold other tokens."""
+
+    pace: ClassVar = {BASE: 2.0, "fastpeft": 1.0, "hf_padded": 4.0}
+    fails_at: ClassVar[dict[str, int]] = {}
+    tokens: ClassVar[dict[str, int]] = {}
+
+    def __init__(self, folder: Path, row: str, plan: Plan) -> None:
+        self.row, self.turns = row, 0
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *exception: object) -> None: ...
+
+    def ready(self) -> dict:
+        return self._answer()
+
+    def turn(self, steps: int) -> dict:
+        self.turns += 1
+        return self._answer()
+
+    def _answer(self) -> dict:
+        if self.turns >= self.fails_at.get(self.row, 99):
+            raise RowFailed("ended by signal 9")
+        tokens = self.tokens.get(self.row, 100 + self.turns)
+        seconds = self.pace[self.row] * (100 + self.turns)
+        return {
+            "seconds": seconds,
+            "cpu_s": seconds**2,
+            "steps": 2,
+            "tokens": tokens,
+            "peak_mb": 50 * self.pace[self.row],
+        }
+
+
+def timed(monkeypatch, rounds: int = 6, **fake) -> dict[str, dict]:
+    monkeypatch.setattr(throughput_turns, "Worker", type("Worker", (FakeWorker,), fake))
+    with Timed(Path(), plan("mnli", None), 2, ["hf_padded", BASE, "fastpeft"]) as found:
+        found.set_up()
+        found.take_turns(rounds, lambda: False)
+        return {row["name"]: row for row in found.report({"liger": "not here"})["rows"]}
+
+
+def test_ratios_are_of_speed_and_paired_by_round(monkeypatch):
+    rows = timed(monkeypatch)
+    assert [*rows] == ["hf_padded", BASE, "liger", "fastpeft"]
+    assert rows["fastpeft"]["ratio"] == rows["fastpeft"]["ratio_low"] == rows["fastpeft"]["ratio_high"] == 2.0
+    assert rows["hf_padded"]["ratio"] == 0.5
+    assert rows["fastpeft"]["cpu_ratio"] == pytest.approx(4.0)
+    assert (rows["fastpeft"]["tokens_a_s"], rows["fastpeft"]["memory_ratio"]) == (1.0, 0.5)
+    assert rows["liger"]["missing"] == "not here"
+    assert rows["liger"]["tokens_a_s"] is rows["fastpeft"]["joules_a_ktoken"] is None
+
+
+@pytest.mark.parametrize("turns", [0, 3])
+def test_a_row_that_fails_leaves_the_others_their_figures(monkeypatch, capsys, turns):
+    rows = timed(monkeypatch, fails_at={"hf_padded": turns})
+    assert rows["hf_padded"]["failed"] == "ended by signal 9"
+    assert (rows["hf_padded"]["ratio"] is None) == (turns == 0)
+    assert rows["fastpeft"]["ratio"] == 2.0
+    assert len(rows["fastpeft"]["tokens"]) == 12
+    assert "hf_padded: ended by signal 9" in capsys.readouterr().err
+
+
+def test_a_row_of_other_tokens_is_void(monkeypatch):
+    rows = timed(monkeypatch, tokens={"fastpeft": 90})
+    assert rows["fastpeft"]["void"] == f"its turns held other tokens than {BASE}'s, such as 90 for 101"
+    assert rows["hf_padded"]["void"] is None
+
+
+def test_joules_are_counted_where_there_is_a_meter(monkeypatch):
+    class Meter:
+        works, method, joules = True, "fake", 5.0
+
+        def start(self) -> None: ...
+
+        def stop(self) -> None: ...
+
+    monkeypatch.setattr(throughput_turns.EnergyMeter, "open", lambda uuid: Meter())
+    rows = timed(monkeypatch, rounds=1)
+    assert rows["fastpeft"]["joules_a_ktoken"] == pytest.approx(1e3 * 10 / (101 + 102))
+
+
+def test_a_worker_that_dies_says_how(prepared):
+    plan, folder = prepared["mnli"]
+    with throughput_turns.Worker(folder, "no_such_row", plan) as worker:
+        with pytest.raises(RowFailed, match="KeyError: 'no_such_row'"):
+            worker.ready()
+        with pytest.raises(RowFailed):
+            worker.turn(1)
+
+
+# ---- curves --------------------------------------------------------------------------------
+
+
+def curves(random: np.random.Generator, offset: float = 0.0, seeds: int = 3) -> np.ndarray:
+    """Falling losses, each with a level of its own and noise a step."""
+    falling = 1.1 - 0.3 * np.arange(CURVE_STEPS) / CURVE_STEPS
+    level = 0.01 * random.standard_normal((seeds, 1))
+    return falling + offset + level + 0.05 * random.standard_normal((seeds, CURVE_STEPS))
+
+
+def test_equal_rows_are_seldom_apart_and_others_are():
+    random = np.random.default_rng(3)
+    assert sum(apart(curves(random), curves(random)).is_apart for _ in range(200)) <= 6
+    assert sum(apart(curves(random, offset=0.2), curves(random)).is_apart for _ in range(50)) >= 48
+
+
+def test_a_row_whose_loss_is_no_number_is_apart():
+    own, base = (curves(np.random.default_rng(i)) for i in range(2))
+    own[1, 37] = np.nan
+    far = apart(own, base)
+    assert far.is_apart
+    assert far.at_step == 30
+
+
+def test_a_row_that_learns_otherwise_is_void(monkeypatch):
+    random = np.random.default_rng(0)
+    offsets = {BASE: 0.0, "fastpeft": 0.3, "hf_padded": 0.0}
+
+    def curve(folder: Path, row: str, plan: Plan, seed: int) -> list[float]:
+        if row == "hf_padded":
+            raise RowFailed("ended by signal 9")
+        return curves(random, offsets[row], seeds=1)[0].tolist()
+
+    monkeypatch.setattr(throughput.Worker, "curve", curve)
+    rows = [{"name": name, "tokens_a_s": 1.0, "failed": None, "void": None} for name in offsets]
+    rows.append({"name": "liger", "tokens_a_s": None, "failed": None, "void": None})
+    report = throughput.add_curves(rows, Path(), plan("mnli", None), [1, 2, 3])
+    by_name = {row["name"]: row for row in rows}
+    assert by_name["fastpeft"]["void"].startswith("its loss is off by +0.")
+    assert by_name[BASE]["void"] is None
+    assert by_name["hf_padded"]["failed"] == "while its curve was taken: ended by signal 9"
+    assert report["curves"].keys() == {BASE, "fastpeft"}
+    assert len(report["curves"]["fastpeft"]) == 3
