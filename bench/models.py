@@ -14,6 +14,7 @@ from torch import nn
 
 from fastpeft.data.batches import Batch, Batches
 from fastpeft.models.backbone import Backbone, freeze, quiet_transformers
+from fastpeft.models.fast import speed_up
 from fastpeft.signals import Need
 from fastpeft.tasks.base import BatchLoss
 from fastpeft.tasks.sequences.examples import Encoded, collate
@@ -85,12 +86,14 @@ class Host:
         segments = getattr(config, "type_vocab_size", 0) > 1
         return cls(Backbone(model.train(), None, head, segments, None, dtype, "SEQ_CLS", [model]), name)
 
-    def copy(self) -> Backbone:
-        """Modules of its own and a head of its own, on the same frozen weights."""
+    def copy(self, fast: bool = False) -> Backbone:
+        """Modules of its own and a head of its own, on the same frozen weights. `fast`: as the product loads them."""
         backbone = self.backbone
         inner = getattr(backbone.model, backbone.model.base_model_prefix)
         shared = {id(tensor): tensor for tensor in [*inner.parameters(), *inner.buffers()]}
         model = copy.deepcopy(backbone.model, shared)
+        if fast:
+            speed_up(model)
         return Backbone(**vars(backbone) | {"model": model, "entry_points": [model]})
 
     @property

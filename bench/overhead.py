@@ -133,7 +133,7 @@ class Rows:
     def build(self, name: str) -> Step:
         torch.manual_seed(0)
         if name == "frozen":
-            return self._trained(Frozen.build(self.run, self.host.copy()))
+            return self._trained(Frozen.build(self.run, self.host.copy(fast=True)))
         if name.startswith("peft_"):
             return self._peft(name)
         if name.startswith("calibration_"):
@@ -149,7 +149,7 @@ class Rows:
 
     def _adapter(self, method: str, **regulariser: Any) -> Adapter:
         run = replace(self.run, method=method, regulariser=replace(self.run.regulariser, **regulariser))
-        adapter = method_class(method).build(run.adapter, METHODS.own_section(run), self.host.copy())
+        adapter = method_class(method).build(run.adapter, METHODS.own_section(run), self.host.copy(fast=True))
         adapter.model.train()
         return adapter
 
