@@ -16,8 +16,8 @@ from fastpeft.models.fast import attention_functions
 from fastpeft.models.fast.deberta import DisentangledAttention
 from fastpeft.models.fast.last_layer import shorten_last_layer
 from fastpeft.models.fast.last_rows import read_rows_in_last_layer
-from fastpeft.models.fast.parts import Dropout, GatedFeedForward, ResidualNorm, RmsNorm
 from fastpeft.models.fast.rotary_attention import RotaryAttention
+from fastpeft.models.fast.small_parts import Dropout, GatedFeedForward, ResidualNorm, RmsNorm
 from fastpeft.models.fast.swaps import Fast, is_free, tried
 
 LEVERS = ("attention", "rotary", "norms", "feed_forward", "dropout", "last_layer")

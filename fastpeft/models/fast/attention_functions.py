@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from fastpeft.kernels.ops.attention.op import attention
-from fastpeft.models.fast.parts import on_cpu
+from fastpeft.models.fast.small_parts import on_cpu
 
 NAME = "fastpeft"
 _PLAIN = {"is_causal", "position_ids", "output_hidden_states", "output_attentions", "use_cache", "return_dict"}

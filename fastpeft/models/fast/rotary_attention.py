@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from fastpeft.kernels.ops.rotary.op import rotary
-from fastpeft.models.fast.parts import on_cpu
+from fastpeft.models.fast.small_parts import on_cpu
 from fastpeft.models.fast.swaps import Fast, Outputs, alike
 
 _FUNCTION = "apply_rotary_pos_emb"
