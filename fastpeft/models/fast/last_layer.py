@@ -31,7 +31,7 @@ class FirstTokenLayer(Fast):
             return False
         attention: Any = module.attention
         return {"self", "output"} <= set(attention._modules) and (
-            isinstance(attention.self, DisentangledAttention) or _has_projections(attention.self)
+            isinstance(attention.self, DisentangledAttention) or FirstTokenAttention.fits(attention.self)
         )
 
     @classmethod
@@ -43,32 +43,48 @@ class FirstTokenLayer(Fast):
         if isinstance(inner, DisentangledAttention):
             x = inner(hidden_states, attention_mask, *rest, **more, num_queries=1)[0]
             return self._after(x, hidden_states), None
-        return self._after(_first_query(inner, hidden_states, attention_mask), hidden_states)
+        return self._after(inner(hidden_states, attention_mask=attention_mask, **more)[0], hidden_states)
 
     def _after(self, x: torch.Tensor, hidden_states: torch.Tensor) -> torch.Tensor:
         x = self.attention.output(x, hidden_states[:, :1])
         return cast(Any, self.output)(self.intermediate(x), x)
 
 
-def _has_projections(module: Any) -> bool:
-    settings = getattr(module, "config", None)
-    found = {"query", "key", "value", "dropout"} == set(module._modules) and hasattr(module, "scaling")
-    return found and getattr(settings, "_attn_implementation", None) in ("sdpa", NAME)
+class FirstTokenAttention(Fast):
+    """Returns (N, 1, D): what the first token's query gives."""
 
+    lever = "last_layer"
+    query: nn.Module
+    key: nn.Module
+    value: nn.Module
+    dropout: nn.Dropout
+    config: Any
+    num_attention_heads: int
+    scaling: float
 
-def _first_query(module: Any, x: torch.Tensor, attention_mask: torch.Tensor | None) -> torch.Tensor:
-    from transformers import AttentionInterface
+    @classmethod
+    def fits(cls, module: nn.Module) -> bool:
+        return {"query", "key", "value", "dropout"} == set(module._modules) and hasattr(module, "scaling")
 
-    def heads(y: torch.Tensor) -> torch.Tensor:
-        return y.view(*y.shape[:-1], module.num_attention_heads, -1).transpose(1, 2)
+    @classmethod
+    def trial(cls, module: nn.Module) -> Outputs:
+        raise TypeError("see shorten_last_layer")
 
-    query = heads(module.query(x[:, :1]))
-    key, value = heads(module.key(x)), heads(module.value(x))
-    mask = None if attention_mask is None else attention_mask[:, :, :1]
-    function: Any = AttentionInterface()[module.config._attn_implementation]
-    dropout = module.dropout.p if module.training else 0.0
-    y = function(module, query, key, value, mask, dropout=dropout, scaling=module.scaling)[0]
-    return y.flatten(2)
+    def forward(self, hidden_states: torch.Tensor, attention_mask: torch.Tensor | None = None, **more: Any):
+        from transformers import AttentionInterface
+
+        way = self.config._attn_implementation
+        if way not in ("sdpa", NAME):
+            return super().forward(hidden_states, attention_mask=attention_mask, **more)[0][:, :1], None
+        query = self._heads(self.query(hidden_states[:, :1]))
+        key, value = self._heads(self.key(hidden_states)), self._heads(self.value(hidden_states))
+        mask = None if attention_mask is None else attention_mask[:, :, :1]
+        function: Any = AttentionInterface()[way]
+        dropout = self.dropout.p if self.training else 0.0
+        return function(self, query, key, value, mask, dropout=dropout, scaling=self.scaling)[0].flatten(2), None
+
+    def _heads(self, x: torch.Tensor) -> torch.Tensor:
+        return x.view(*x.shape[:-1], self.num_attention_heads, -1).transpose(1, 2)
 
 
 @torch.no_grad()
@@ -77,18 +93,22 @@ def shorten_last_layer(model: Any) -> bool:
     layers = [module for module in model.modules() if FirstTokenLayer.fits(module)]
     if not type(model).__name__.endswith("ForSequenceClassification") or len(layers) < 2 or not is_free(layers[-1]):
         return False
-    last, theirs, training = layers[-1], type(layers[-1]), model.training
+    last, training = layers[-1], model.training
+    inner = cast(Any, last).attention.self
+    theirs = type(last), type(inner)
     model.eval()
     try:
         expected = _logits(model)
-        last.__class__ = made(FirstTokenLayer, theirs)
+        last.__class__ = made(FirstTokenLayer, theirs[0])
+        if not isinstance(inner, DisentangledAttention):
+            inner.__class__ = made(FirstTokenAttention, theirs[1])
         if alike((_logits(model),), (expected,)):
             return True
     except FAULTS:
         pass
     finally:
         model.train(training)
-    last.__class__ = theirs
+    last.__class__, inner.__class__ = theirs
     return False
 
 
