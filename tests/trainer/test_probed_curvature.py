@@ -14,6 +14,7 @@ from torch import nn
 
 from fastpeft.adapters.flat import FlatParameters
 from fastpeft.config.optimizers import OptimizerConfig
+from fastpeft.models.fast.swaps import Fast
 from fastpeft.models.layers import is_fused
 from fastpeft.signals import Measured, Need, Rates
 from fastpeft.tasks.base import BatchLoss
@@ -134,6 +135,8 @@ def exact_product(run: Steps, step: int) -> np.ndarray:
         module._forward_pre_hooks.clear()  # the head's cast to fp32
         if is_fused(module):
             module.__class__ = type(module).__mro__[2]
+        elif isinstance(module, Fast):
+            module.__class__ = type(module).__bases__[1]  # transformers' own
     parameters = [p for p in model.parameters() if p.requires_grad]
     theta, change = run.thetas[step - 1], run.change(step - 1)
 
