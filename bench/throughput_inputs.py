@@ -213,7 +213,7 @@ def _save_random_model(folder: Path, plan: Plan, preset: Preset, tokenizer: Any,
     ).save_pretrained(folder)
     torch.manual_seed(0)
     auto: Any = transformers.AutoModelForCausalLM if is_causal else transformers.AutoModel
-    with quiet_transformers():
+    with quiet_transformers(), torch.device(plan.device):  # a GPU draws the weights of a large model in no time
         auto.from_config(config).to(dtype).save_pretrained(folder)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import signal
 import statistics
 import subprocess
 import sys
@@ -126,7 +127,9 @@ class Worker:
         code = self._process.wait(END_S)
         self._log.seek(0)
         said = _last_line(self._log.read())
-        return RowFailed(f"ended by signal {-code}, 9 may mean too little memory" if code < 0 else said)
+        if code == -signal.SIGKILL:
+            return RowFailed("killed (SIGKILL), as the system does where the memory is short")
+        return RowFailed(f"ended by {signal.Signals(-code).name}" if code < 0 else said)
 
 
 class Timed:
