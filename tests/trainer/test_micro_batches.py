@@ -16,7 +16,7 @@ import transformers
 from fastpeft.device_memory import OutOfMemory, TokenLimits, is_out_of_memory
 from fastpeft.errors import UserError
 from fastpeft.signals import Need
-from fastpeft.trainer import StopRequest, train
+from fastpeft.trainer import StopRequest, build, train
 from fastpeft.trainer.build import build_job
 from fastpeft.trainer.checkpoint_files import newest_checkpoint
 from fastpeft.trainer.optim import FlatAdamW
@@ -28,7 +28,10 @@ CUDA_SAYS = "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total c
 
 @dataclasses.dataclass
 class SmallDevice:
-    """Passes over more than these padded tokens fail; in training, all but the first `after_passes`."""
+    """Passes over more than these padded tokens fail; in training, all but the first `after_passes`.
+
+    While memory is planned, none fails and none is counted.
+    """
 
     training: int = 10**9
     evaluation: int = 10**9
@@ -42,6 +45,7 @@ class SmallDevice:
     rng: list[torch.Tensor] = dataclasses.field(default_factory=list)
     """The state of the generator at the start of each training pass."""
     areas: list[int] = dataclasses.field(default_factory=list)
+    is_planned: bool = False
 
     def install(self, monkeypatch: pytest.MonkeyPatch) -> SmallDevice:
         model = transformers.BertForSequenceClassification
@@ -49,6 +53,8 @@ class SmallDevice:
 
         @functools.wraps(original)
         def forward(module, input_ids, **inputs):
+            if self.is_planned:
+                return original(module, input_ids, **inputs)
             if module.training:
                 self.rng.append(torch.get_rng_state())
                 self.areas.append(input_ids.numel())
@@ -63,7 +69,17 @@ class SmallDevice:
                 output.logits.register_hook(self.fail)
             return output
 
+        @functools.wraps(build.make_plan)
+        def make_plan(*args):
+            self.is_planned = True
+            try:
+                return plan(*args)
+            finally:
+                self.is_planned = False
+
+        plan = build.make_plan
         monkeypatch.setattr(model, "forward", forward)
+        monkeypatch.setattr(build, "make_plan", make_plan)
         return self
 
     def fail(self, grad: torch.Tensor) -> None:
