@@ -71,7 +71,10 @@ class Loop:
         clock.start()
         if checkpoint is not None:
             self._checkpointing.restore(checkpoint)
+        changed = self.job.plan.keep_within()
         self._announce(resumed=checkpoint is not None)
+        for warning in changed:
+            self.log.warn(warning)
         try:
             with phases.told_to(self.log.phase):
                 return self._train()

@@ -57,9 +57,22 @@ class MemoryPlan:
     peak: float
     """And at most."""
     free: float
+    fit: TokenLimits
+    """What there is room for."""
     checkpointed: bool
     notes: tuple[str, ...]
     """The choice in one line, and what else the user should know."""
+
+    def keep_within(self) -> list[str]:
+        """After a resume, which takes the limits that the run had, perhaps where there was more room. Returns what to
+        tell the user."""
+        told = []
+        for what, name in (("training", "micro-batches"), ("evaluation", "evaluation batches")):
+            most, fit = getattr(self.limits, what), getattr(self.fit, what)
+            if most > fit:
+                setattr(self.limits, what, fit)
+                told.append(f"the run had {name} of {most:,} tokens, and {fit:,} fit into the memory that is free now")
+        return told
 
     def to_json(self) -> dict[str, Any]:
         return {
@@ -101,13 +114,13 @@ def make_plan(
         cost = _unless_short(lambda: training_cost(adapter, task, loss_scale))
     if cost is None:
         told = "the memory is too short to measure what a row takes: rows go through the model one by one"
-        return MemoryPlan(TokenLimits(1, 1), 0.0, 0.0, held, held, free, checkpointed, (told,))
+        return MemoryPlan(TokenLimits(1, 1), 0.0, 0.0, held, held, free, TokenLimits(1, 1), checkpointed, (told,))
     if device.type == "cpu" and cost.tokens(free, longest) < longest:
         needed = size(cost.bytes(longest, longest))
         raise OutOfMemory("in training", f"a row of {longest:,} tokens takes {needed}, and {size(free)} are free")
-    fit = max(cost.tokens(SHARE * free, longest), longest)
+    fit = TokenLimits(max(cost.tokens(SHARE * free, longest), longest), 1)
     most, notes = choose(
-        "training.micro_batch_tokens", training.micro_batch_tokens, suits_training(cost, usual, device), fit
+        "training.micro_batch_tokens", training.micro_batch_tokens, suits_training(cost, usual, device), fit.training
     )
     limits = TokenLimits(most, most)
 
@@ -118,7 +131,9 @@ def make_plan(
         finally:
             model.train()
 
-    evaluated, more = plan_evaluation(evaluation.batch_tokens, attempt, task.largest_evaluation_batch, limits, model)
+    evaluated, fit.evaluation, more = plan_evaluation(
+        evaluation.batch_tokens, attempt, task.largest_evaluation_batch, limits, model
+    )
     rows, width = task.largest_evaluation_batch(limits)
     pass_bytes = max(_largest_pass(cost, limits.training, batches), evaluated.bytes(rows * width, width))
     peak = max(high_water_bytes(device), held + pass_bytes)
@@ -129,7 +144,7 @@ def make_plan(
         f"them throughout; {size(free)} are free"
     )
     return MemoryPlan(
-        limits, cost.each(usual), evaluated.linear, held, peak, free, checkpointed, (line, *notes, *more)
+        limits, cost.each(usual), evaluated.linear, held, peak, free, fit, checkpointed, (line, *notes, *more)
     )
 
 
@@ -139,8 +154,8 @@ def plan_evaluation(
     largest: Callable[[TokenLimits], tuple[int, int]],
     limits: TokenLimits,
     model: nn.Module,
-) -> tuple[Cost, list[str]]:
-    """Sets `limits.evaluation`. Returns what it was chosen by, and what to tell the user.
+) -> tuple[Cost, int, list[str]]:
+    """Sets `limits.evaluation`. Returns what it was chosen by, the tokens that fit, and what to tell the user.
 
     Args:
         attempt, largest: as Task.try_evaluation and Task.largest_evaluation_batch.
@@ -151,11 +166,10 @@ def plan_evaluation(
     cost = _unless_short(lambda: evaluation_cost(attempt, largest, limits.training, device))
     if cost is None:
         limits.evaluation = 1
-        return Cost(0.0, 0.0), ["the memory is too short to measure an evaluation: rows are scored one by one"]
-    limits.evaluation, notes = choose(
-        "evaluation.batch_tokens", setting, suits_evaluation(cost, model), cost.tokens(SHARE * free, 1)
-    )
-    return cost, notes
+        return Cost(0.0, 0.0), 1, ["the memory is too short to measure an evaluation: rows are scored one by one"]
+    fit = max(1, cost.tokens(SHARE * free, 1))
+    limits.evaluation, notes = choose("evaluation.batch_tokens", setting, suits_evaluation(cost, model), fit)
+    return cost, fit, notes
 
 
 def suits_training(cost: Cost, width: float, device: torch.device) -> int:
@@ -178,8 +192,7 @@ def choose(key: str, setting: Setting, suits: int, fit: int) -> tuple[int, list[
     most = suits if setting == "auto" else setting
     if most <= fit:
         return most, []
-    told = [f"{key} is {setting:,}, of which {max(1, fit):,} fit into the memory that is free"]
-    return max(1, fit), [] if setting == "auto" else told
+    return fit, [] if setting == "auto" else [f"{key} is {setting:,}, and {fit:,} fit into the memory that is free"]
 
 
 def size(num_bytes: float) -> str:

@@ -50,7 +50,7 @@ class MicroBatches:
         self._in_flight = None
 
     def _parts(self, rows: np.ndarray) -> list[np.ndarray]:
-        return list(micro_batches(self._job.batches.encoded, rows, self._job.limits.training))
+        return micro_batches(self._job.batches.encoded, rows, self._job.limits.training)
 
     def until_it_fits(self, passes: Callable[[], T]) -> T:
         """`passes` over these micro-batches, again in smaller ones until they fit; dropout begins anew each time.
