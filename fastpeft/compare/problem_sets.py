@@ -10,6 +10,7 @@ import hashlib
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -119,8 +120,9 @@ def score_sets(plan: SetPlan, say: Callable[[str], None]) -> list[SetScore]:
     import torch
 
     from fastpeft.adapters import method_class
-    from fastpeft.device_memory import TokenLimits
+    from fastpeft.device_memory import UNMEASURED_TOKENS, TokenLimits
     from fastpeft.tasks import kind_of, task_class
+    from fastpeft.trainer.memory_plan import plan_evaluation
 
     run, result = plan.run, plan.folder.read_result()
     kind = task_class(kind_of(run.dataset, result.kind if result else ""))
@@ -144,7 +146,7 @@ def score_sets(plan: SetPlan, say: Callable[[str], None]) -> list[SetScore]:
     adapter = method.build(run.adapter, METHODS.own_section(run), backbone)
     adapter.load(plan.weights)
     adapter.model.eval()
-    limits = TokenLimits(run.training.micro_batch_tokens, run.evaluation.batch_tokens)
+    limits = TokenLimits(UNMEASURED_TOKENS, UNMEASURED_TOKENS)
 
     def shrink(num_rows: int, width: int) -> int:
         say(limits.halve_evaluation(num_rows, width, "while a set was scored"))
@@ -157,7 +159,10 @@ def score_sets(plan: SetPlan, say: Callable[[str], None]) -> list[SetScore]:
             one.check(adapter.model, backbone)
     scores = []
     for name, one in sets.items():
-        for note in one.notes:
+        *_, more = plan_evaluation(
+            run.evaluation.batch_tokens, partial(one.try_scoring, adapter.model), one.largest_batch, limits, adapter.model
+        )
+        for note in [*one.notes, *more]:
             say(f"{name}: {note}")
         found = one.score(adapter.model, limits, shrink)
         scores.append(_score(name, found))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Annotated, Any, Protocol
+from typing import Annotated, Any, Literal, Protocol
 
 
 @dataclass(frozen=True)
@@ -49,6 +49,23 @@ class OrOff:
         }
 
 
+@dataclass(frozen=True)
+class OrAuto:
+    """The word `auto`, or what `schema`, one of pydantic-core's, takes."""
+
+    schema: dict[str, Any]
+    expected: str
+    """In words, for the message."""
+
+    def __get_pydantic_core_schema__(self, source: Any, handler: Callable) -> dict:
+        return {
+            "type": "union",
+            "choices": [self.schema, {"type": "literal", "expected": ["auto"]}],
+            "custom_error_type": "or_auto",
+            "custom_error_message": f"Input should be {self.expected}",
+        }
+
+
 class _Named(Protocol):
     @property
     def names(self) -> tuple[str, ...]: ...
@@ -79,6 +96,10 @@ class Described:
 # Counts reach torch and NumPy as C integers.
 PositiveInt = Annotated[int, Range(ge=1, lt=2**31)]
 NonNegativeInt = Annotated[int, Range(ge=0, lt=2**31)]
+PositiveIntOrAuto = Annotated[
+    int | Literal["auto"], OrAuto({"type": "int", "ge": 1, "lt": 2**31}, "a whole number of at least 1, or auto")
+]
+SwitchOrAuto = Annotated[bool | Literal["auto"], OrAuto({"type": "bool"}, "on, off or auto")]
 PositiveFloat = Annotated[float, Range(gt=0)]
 NonNegativeFloat = Annotated[float, Range(ge=0)]
 Fraction = Annotated[float, Range(ge=0, lt=1)]

@@ -11,7 +11,17 @@ import re
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
 
-from fastpeft.config.fields import STRICT_KEYS, NonNegativeInt, OneOf, Parsed, PositiveFloat, PositiveInt, Range
+from fastpeft.config.fields import (
+    STRICT_KEYS,
+    NonNegativeInt,
+    OneOf,
+    Parsed,
+    PositiveFloat,
+    PositiveInt,
+    PositiveIntOrAuto,
+    Range,
+    SwitchOrAuto,
+)
 from fastpeft.config.methods import METHODS, AdapterConfig
 from fastpeft.config.optimizers import OPTIMIZERS, OptimizerConfig
 from fastpeft.config.registry import Registry, with_sections
@@ -104,6 +114,9 @@ class DatasetConfig:
     max_length: Annotated[int, Range(ge=8, lt=2**31)] = 256
     """Longest sequence in tokens. A longer text is cut, a longer word problem is left out of training; both are
     counted. A longer sentence with tagged words is read in several windows."""
+    cache_tokens: bool = True
+    """Keep the tokens in the user's cache, by the rows and the tokenizer that they come from, and read them from there
+    the next time, page by page."""
     cut: Literal["longest", "text", "text_pair"] = "longest"
     """Of a pair that is too long, which text gives way."""
     scheme: Literal["auto", "iob1", "iob2", "iobes", "bilou"] = "auto"
@@ -123,8 +136,12 @@ class TrainingConfig:
     """Peak learning rate."""
     batch_size: PositiveInt = 32
     """Sequences an optimizer step."""
-    micro_batch_tokens: PositiveInt = 16384
-    """Most padded tokens in one forward pass; a larger batch is accumulated."""
+    micro_batch_tokens: PositiveIntOrAuto = "auto"
+    """Most padded tokens in one forward pass; a larger batch is accumulated. auto: as many as suit the device, which
+    the run says. No number makes a pass larger than the memory that is free."""
+    checkpoint_layers: SwitchOrAuto = "auto"
+    """Keep of each layer its input alone, and compute the rest again in the backward pass: a third more work for a
+    fraction of the memory. auto: where the longest row does not fit otherwise."""
     epochs: PositiveFloat = 3.0
     """Passes over the data when no budget is given."""
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
@@ -149,8 +166,9 @@ class EvaluationConfig:
     """`20%` of the budget, `500steps`, `60s`, `epoch`, or `end` for the final one only."""
     max_examples: NonNegativeInt = 0
     """Evaluate on this many validation rows, drawn at random, the same ones for every seed; 0 takes all."""
-    batch_tokens: PositiveInt = 16384
-    """Most padded tokens in one evaluation batch; of word problems, with the answers' longest."""
+    batch_tokens: PositiveIntOrAuto = "auto"
+    """Most padded tokens in one evaluation batch; of word problems, with the answers' longest. auto and a number: as
+    training.micro_batch_tokens."""
     threshold: Annotated[float, Range(gt=0, lt=1)] = 0.5
     """Several labels a text: the probability from which a label is given; kept in the export."""
     max_test_examples: NonNegativeInt = 0

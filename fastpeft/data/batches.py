@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -37,11 +38,11 @@ class TokenRows:
     def __len__(self) -> int:
         return len(self.offsets) - 1
 
-    @property
+    @cached_property
     def lengths(self) -> np.ndarray:
         return np.diff(self.offsets)
 
-    @property
+    @cached_property
     def widths(self) -> np.ndarray:
         """What each row would be padded to by itself."""
         if not self.padded:
@@ -96,18 +97,34 @@ class Batches:
         return [batches[i] for i in generator.permutation(len(batches))]
 
 
-def micro_batches(encoded: TokenRows, rows: np.ndarray, max_tokens: int) -> Iterator[np.ndarray]:
+def micro_batches(encoded: TokenRows, rows: np.ndarray, max_tokens: int) -> list[np.ndarray]:
     """Split `rows` so that each part, padded to its longest row, has at most `max_tokens` tokens.
 
-    A single row over the limit is a part of its own. Where rows are not to be padded, a part has rows of one length.
+    There are as few parts as that allows, and the largest of them is as small as it can be with so many: none is left
+    with a row or two, which would read all weights for them. A single row over the limit is a part of its own. Where
+    rows are not to be padded, a part has rows of one length.
     """
-    yield from split_by_width(rows, encoded.lengths, encoded.widths, max_tokens, encoded.padded)
+
+    def split(limit: int) -> list[np.ndarray]:
+        return list(split_by_width(rows, encoded.lengths, encoded.widths, limit, encoded.padded))
+
+    parts = split(max_tokens)
+    low, high = 0, max_tokens if len(parts) > 1 else 0
+    while high - low > 1:
+        middle = (low + high) // 2
+        fewer = split(middle)
+        if len(fewer) > len(parts):
+            low = middle
+        else:
+            parts, high = fewer, middle
+    return parts
 
 
 def split_by_width(
     rows: np.ndarray, lengths: np.ndarray, widths: np.ndarray, max_tokens: int, padded: bool = True
 ) -> Iterator[np.ndarray]:
-    """The same for rows of any kind, given the lengths and widths of all rows; the widths rise with the lengths."""
+    """Parts of at most `max_tokens`, each as full as it can be, of rows of any kind: given the lengths and widths of all
+    rows, of which the widths rise with the lengths."""
     rows = rows[np.argsort(lengths[rows], kind="stable")]
     start = 0
     for end in range(1, len(rows) + 1):
@@ -119,7 +136,8 @@ def split_by_width(
 
 def evaluation_batches(encoded: TokenRows, max_tokens: int) -> list[np.ndarray]:
     """All rows by length, in batches of at most `max_tokens` padded tokens."""
-    return list(micro_batches(encoded, np.arange(len(encoded)), max_tokens))
+    rows = np.arange(len(encoded))
+    return list(split_by_width(rows, encoded.lengths, encoded.widths, max_tokens, encoded.padded))
 
 
 def pad(

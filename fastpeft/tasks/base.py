@@ -98,6 +98,14 @@ class OtherSet(ABC):
     @abstractmethod
     def score(self, model: nn.Module, limits: TokenLimits, shrink: Shrink) -> Score: ...
 
+    @abstractmethod
+    def try_scoring(self, model: nn.Module, limits: TokenLimits) -> None:
+        """As Task.try_evaluation."""
+
+    @abstractmethod
+    def largest_batch(self, limits: TokenLimits) -> tuple[int, int]:
+        """As Task.largest_evaluation_batch."""
+
 
 class Task(ABC, Generic[Rows]):
     """One kind of task with its data. `load` reads the rows; `encode` makes tokens of them for a model."""
@@ -248,6 +256,10 @@ class Task(ABC, Generic[Rows]):
     @abstractmethod
     def time_evaluation(self, model: nn.Module, limits: TokenLimits) -> float:
         """Seconds that `evaluate` is expected to take, from a few batches. RuntimeError where the memory is short."""
+
+    def try_evaluation(self, model: nn.Module, limits: TokenLimits) -> None:
+        """Take the largest batch of an evaluation as far as it takes to need all of its memory. `model` evaluates."""
+        self.time_evaluation(model, limits)
 
     @abstractmethod
     def largest_evaluation_batch(self, limits: TokenLimits) -> tuple[int, int]:

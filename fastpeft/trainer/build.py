@@ -17,6 +17,7 @@ from fastpeft.budget import BudgetClock, Due, EnergyMeter
 from fastpeft.budget.energy import WINDOW_S
 from fastpeft.config import Budget, ConfigError, RunConfig, parse_budget, parse_interval
 from fastpeft.config.methods import METHODS
+from fastpeft.data import token_cache
 from fastpeft.data.batches import Batches
 from fastpeft.device_memory import TokenLimits, free_memory, is_out_of_memory
 from fastpeft.errors import UserError
@@ -27,6 +28,8 @@ from fastpeft.schedules import Schedule, make_schedule
 from fastpeft.signals import Blocks
 from fastpeft.tasks import Task, load_task
 from fastpeft.tasks.trained_on import TrainedOn
+from fastpeft.trainer.ahead import Ahead
+from fastpeft.trainer.memory_plan import MemoryPlan, make_plan
 from fastpeft.trainer.optim import Optimizer, adam_moments, make_optimizer
 from fastpeft.trainer.prefix_cache import PrefixCache
 from fastpeft.trainer.probes.hooks import NoProbes, Probes, make_probes
@@ -46,13 +49,19 @@ class Job:
     batches: Batches
     clock: BudgetClock
     evaluation_due: Due
-    limits: TokenLimits
+    plan: MemoryPlan
     device: torch.device
     precision: Precision
+    ahead: Ahead | None
+    """Makes batches on a thread; None where it would gain nothing."""
     notes: list[str]
     """What the user should know about this set-up."""
     prefix_cache: PrefixCache | None = None
     """Of the layers below the first adapter, where training.cache_prefix asks for it and a run folder is there."""
+
+    @property
+    def limits(self) -> TokenLimits:
+        return self.plan.limits
 
     @property
     def dtype(self) -> torch.dtype:
@@ -80,7 +89,8 @@ def build_job(run: RunConfig, precision: Precision | None = None) -> Job:
     adapter = method.build(run.adapter, METHODS.own_section(run), backbone)
     adapter.model.train()
     phases.begin("tokenise", "tokenising")
-    task.encode(backbone, device)
+    with token_cache.in_use(run.dataset.cache_tokens) as cache_notes:
+        task.encode(backbone, device)
     unchecked = _check(task, adapter, backbone) if run.model.check else []
     batches = Batches(task.train, run.training.batch_size, run.training.seed)
     meter = EnergyMeter.open(gpu_uuid(device))
@@ -93,6 +103,8 @@ def build_job(run: RunConfig, precision: Precision | None = None) -> Job:
         seed=run.training.seed,
     )
     optimizer = make_optimizer(adapter.flat, run.optimizer, dtype)
+    phases.begin("memory", "measuring what a token takes")
+    plan = make_plan(run.training, run.evaluation, adapter, task, batches, optimizer.loss_scale)
     job = Job(
         run=run,
         task=task,
@@ -104,12 +116,13 @@ def build_job(run: RunConfig, precision: Precision | None = None) -> Job:
         batches=batches,
         clock=clock,
         evaluation_due=Due(parse_interval(run.evaluation.every), len(batches)),
-        limits=TokenLimits(run.training.micro_batch_tokens, run.evaluation.batch_tokens),
+        plan=plan,
         device=device,
         precision=precision,
-        notes=[*task.notes, *backbone.notes, *unchecked, *_notes(run)],
+        ahead=Ahead(lambda rows: task.collate(rows, device)) if device.type == "cuda" else None,
+        notes=[*task.notes, *cache_notes, *backbone.notes, *unchecked, *_notes(run)],
     )
-    job.notes += adapter.describe() + untuned(adapter, device, dtype)
+    job.notes += [*adapter.describe(), *plan.notes, *untuned(adapter, device, dtype)]
     job.notes += [precision.note] if precision.note else []
     if clock.budget.kind in ("seconds", "joules"):
         _expect_final(job)

@@ -50,8 +50,8 @@ def calibrate(job: Job, stop: Callable[[], bool], warn: Callable[[str], None]) -
 
 
 def _pass(job: Job, position: int, scale: torch.Tensor | None, warn: Callable[[str], None]) -> Signals:
-    rows = job.batches.rows(position)
-    batches, num_items = MicroBatches(job, rows, "in calibration", warn), job.task.num_items(rows)
+    batches = MicroBatches(job, position, "in calibration", warn)
+    num_items = job.task.num_items(job.batches.rows(position))
     return batches.until_it_fits(
         lambda: forward_backward(job.adapter, job.task.loss, batches, num_items, loss_scale=scale)
     )

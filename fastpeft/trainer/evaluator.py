@@ -8,6 +8,7 @@ from collections.abc import Callable
 from contextlib import nullcontext
 from typing import Any
 
+from fastpeft.device_memory import free_memory
 from fastpeft.runs.curves import VALIDATION, Budgets, Evaluation, auc_of
 from fastpeft.runs.events import number
 from fastpeft.runs.store import Result, RunFolder, read_json, recover_folder, replaced_folder, write_json
@@ -50,6 +51,7 @@ class Evaluator:
     def evaluate(self) -> None:
         """Score the validation split; keep the weights if they are the best so far. Nothing where it is interrupted."""
         self._log.fetch()
+        free_memory()  # training's activations, which an evaluation's do not fit into
         job, clock = self._job, self._job.clock
         start_s, start_j = clock.elapsed_s, clock.meter.estimate_j
         with job.optimizer.averaged():
@@ -70,6 +72,7 @@ class Evaluator:
         self._expect_final(cost)
         job.evaluation_due.done(clock)
         self.write_result()
+        free_memory()
 
     def _is_best(self, measured: Score) -> bool:
         """Ties in the metric are broken by lower validation loss. NaN is worse than any number."""

@@ -16,6 +16,7 @@ from torch import nn
 
 from fastpeft.budget import BudgetClock
 from fastpeft.data.batches import Batch, Batches
+from fastpeft.models.checkpointed_layers import blocks_of
 from fastpeft.phases import EVERY_S, Tell
 from fastpeft.trainer.build import Job
 
@@ -109,9 +110,3 @@ def whole(clock: BudgetClock, batches: Batches, seconds_per_token: float) -> tup
     steps = left if clock.budget.kind == "steps" else left / tokens_per_step
     return steps * step_s, int(steps)
 
-
-def blocks_of(model: nn.Module) -> list[nn.Module]:
-    """The layers that the model repeats: of its lists of modules the one that holds the most parameters."""
-    lists = [module for module in model.modules() if isinstance(module, nn.ModuleList)]
-    sizes = [sum(parameter.numel() for parameter in found.parameters()) for found in lists]
-    return list(lists[sizes.index(max(sizes))]) if lists else []

@@ -71,7 +71,10 @@ class Loop:
         clock.start()
         if checkpoint is not None:
             self._checkpointing.restore(checkpoint)
+        changed = self.job.plan.keep_within()
         self._announce(resumed=checkpoint is not None)
+        for warning in changed:
+            self.log.warn(warning)
         try:
             with phases.told_to(self.log.phase):
                 return self._train()
@@ -113,7 +116,7 @@ class Loop:
         job, clock = self.job, self.job.clock
         began, progress = time.perf_counter(), clock.progress
         rows = job.batches.rows(clock.steps)
-        batches = MicroBatches(job, rows, f"at step {clock.steps}", self.log.warn)
+        batches = MicroBatches(job, clock.steps, f"at step {clock.steps}", self.log.warn)
         job.probes.begin(clock.steps + 1, progress, clock.elapsed_s)
         with self._watched(batches, rows) as watched:
             step = job.adapter, job.schedule, job.optimizer, job.task.loss, watched, job.task.num_items(rows)
@@ -185,6 +188,7 @@ class Loop:
             steps_per_epoch=len(self.job.batches),
             stand_in=self.result.stand_in,
             energy_method=clock.meter.method,
+            memory=self.job.plan.to_json(),
             notes=self.job.notes,
             resumed=resumed,
         )

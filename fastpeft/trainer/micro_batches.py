@@ -27,23 +27,36 @@ T = TypeVar("T")
 class MicroBatches:
     """The micro-batches of one batch of `job`, which may be iterated more than once."""
 
-    def __init__(self, job: Job, rows: np.ndarray, where: str, warn: Callable[[str], None]) -> None:
-        """`where` tells the user which passes did not fit."""
-        self._job, self._rows, self._where, self._warn = job, rows, where, warn
+    def __init__(self, job: Job, position: int, where: str, warn: Callable[[str], None]) -> None:
+        """
+        Args:
+            position: of the batch, counted over all epochs from 0.
+            where: tells the user which passes did not fit.
+        """
+        self._job, self._where, self._warn = job, where, warn
+        self._rows, self._following = job.batches.rows(position), job.batches.rows(position + 1)
         self._in_flight: tuple[int, int] | None = None
         """Rows and width of the micro-batch that the model works on."""
 
     def __iter__(self) -> Iterator[Batch]:
-        encoded = self._job.batches.encoded
-        for part in micro_batches(encoded, self._rows, self._job.limits.training):
-            self._in_flight = len(part), int(encoded.widths[part].max())
-            batch = self._collate(part)
-            with reading(self._job.prefix_cache, part, batch, self._collate):
+        job, widths = self._job, self._job.batches.encoded.widths
+        parts = self._parts(self._rows)
+        if job.ahead is None:
+            made = map(self._collate, parts)
+        else:
+            made = job.ahead.batches(parts, self._parts(self._following))
+        for part in parts:
+            self._in_flight = len(part), int(widths[part].max())
+            batch = next(made)
+            with reading(job.prefix_cache, part, batch, self._collate):
                 yield batch
         self._in_flight = None
 
     def _collate(self, rows: np.ndarray) -> Batch:
         return self._job.task.collate(rows, self._job.device)
+
+    def _parts(self, rows: np.ndarray) -> list[np.ndarray]:
+        return micro_batches(self._job.batches.encoded, rows, self._job.limits.training)
 
     def until_it_fits(self, passes: Callable[[], T]) -> T:
         """`passes` over these micro-batches, again in smaller ones until they fit; dropout begins anew each time.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import resource
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -12,6 +11,7 @@ import torch
 
 from fastpeft.config import RunConfig, save_run
 from fastpeft.config.trackers import TRACKERS
+from fastpeft.device_memory import high_water_bytes
 from fastpeft.models.backbone import quiet_transformers
 from fastpeft.runs.events import Event, EventLog, number
 from fastpeft.runs.store import Result, RunFolder, default_name, write_json
@@ -196,6 +196,8 @@ def _run(
 def _close(job: Job, loop: Loop, folder: RunFolder, result: Result, error: str | None) -> None:
     clock = job.clock
     clock.stop()
+    if job.ahead is not None:
+        job.ahead.close()
     loop.watch_meter()
     result.energy_j, result.energy_method = clock.meter.joules, clock.meter.method
     result.elapsed_s, result.tokens, result.steps = clock.elapsed_s, clock.tokens, clock.steps
@@ -203,11 +205,7 @@ def _close(job: Job, loop: Loop, folder: RunFolder, result: Result, error: str |
     sizes = [path.stat().st_size for path in folder.weights(job.adapter.saved_as).glob(job.adapter.weight_files)]
     if sizes:
         result.adapter_mb = round(sum(sizes) / 2**20, 3)
-    if job.device.type == "cuda":
-        peak = torch.cuda.max_memory_allocated(job.device) / 2**20
-    else:
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
-    result.peak_memory_mb = round(peak, 1)
+    result.peak_memory_mb = round(high_water_bytes(job.device) / 2**20, 1)
     folder.write_result(result)
     outcome = {key: getattr(result, key) for key in ("status", "metric", "best", "energy_j")}
     loop.log.event("end", **outcome, **({"error": error} if error else {}))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from itertools import pairwise
 
 import numpy as np
@@ -10,7 +11,14 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fastpeft.data.batches import POOL_BATCHES, WIDTH_MULTIPLE, Batches, evaluation_batches, micro_batches
+from fastpeft.data.batches import (
+    POOL_BATCHES,
+    WIDTH_MULTIPLE,
+    Batches,
+    evaluation_batches,
+    micro_batches,
+    split_by_width,
+)
 from fastpeft.tasks.sequences.examples import Encoded, Examples, collate, encode
 from tests.support.tiny import FAMILIES, save_tokenizer
 
@@ -111,12 +119,42 @@ def test_micro_batches_keep_to_the_limit(num_rows, longest, max_tokens, draw):
     rng = np.random.default_rng(draw)
     encoded = make_encoded(rng, num_rows, longest)
     rows = rng.permutation(num_rows)[: rng.integers(1, num_rows + 1)]
-    parts = list(micro_batches(encoded, rows, max_tokens))
-    assert sorted(np.concatenate(parts)) == sorted(rows)
-    for part in parts:
-        assert len(part) == 1 or len(part) * encoded.widths[part].max() <= max_tokens
-    for part, following in pairwise(parts):  # no part could have taken the next row as well
+    parts, full = micro_batches(encoded, rows, max_tokens), full_parts(encoded, rows, max_tokens)
+    assert sorted(np.concatenate(parts)) == sorted(np.concatenate(full)) == sorted(rows)
+    for part in [*parts, *full]:
+        assert len(part) == 1 or area(encoded, part) <= max_tokens
+    for part, following in pairwise(full):  # no part could have taken the next row as well
         assert (len(part) + 1) * encoded.widths[following].min() > max_tokens
+    assert len(parts) == len(full)
+    largest = max(area(encoded, part) for part in parts)
+    assert largest <= max(area(encoded, part) for part in full)
+    if len(parts) > 1 and largest > encoded.widths[rows].max():
+        assert len(full_parts(encoded, rows, largest - 1)) > len(parts)
+
+
+def full_parts(encoded, rows, max_tokens):
+    return list(split_by_width(rows, encoded.lengths, encoded.widths, max_tokens))
+
+
+def area(encoded, rows) -> int:
+    return len(rows) * int(encoded.widths[rows].max())
+
+
+def test_no_part_is_left_with_a_row_or_two():
+    """Of 33 rows of 32 tokens 32 fill a micro-batch; two of 17 and 16 rows are as many."""
+    encoded = dataclasses.replace(make_rows(0, 33), offsets=np.arange(34) * 32)
+    assert [len(part) for part in micro_batches(encoded, np.arange(33), 1024)] == [17, 16]
+
+
+@given(max_tokens=st.sampled_from([1, 40, 300]), draw=st.integers(0, 2**31))
+@settings(max_examples=20, deadline=None)
+def test_rows_that_are_not_padded_share_a_part_with_their_like(max_tokens, draw):
+    encoded = dataclasses.replace(make_rows(draw, 40, longest=6), padded=False)
+    parts = micro_batches(encoded, np.arange(40), max_tokens)
+    assert sorted(np.concatenate(parts)) == list(range(40))
+    for part in parts:
+        assert len(set(encoded.lengths[part])) == 1
+        assert len(part) == 1 or encoded.lengths[part].sum() <= max_tokens
 
 
 def test_evaluation_batches_cover_all_rows_once(seed):

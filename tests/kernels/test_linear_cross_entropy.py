@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from fastpeft.kernels import linear_cross_entropy, logits_cross_entropy
 from fastpeft.kernels.dispatch import Choice, Config, forced
 from fastpeft.kernels.launch import LAUNCHES
+from fastpeft.kernels.ops.linear_cross_entropy import tiles
 from fastpeft.kernels.ops.linear_cross_entropy.op import _Head
 from fastpeft.kernels.ops.linear_cross_entropy.reference import cross_entropy_reference, entropy_reference
 from tests.support.closeness import Largest, relative_error
@@ -67,6 +68,12 @@ def assert_like_reference(hidden, weight, bias, labels, lens=None, *, rows=None,
     return got
 
 
+def blocks_of(columns: int, patch: pytest.MonkeyPatch) -> None:
+    """Blocks of so many classes on a CPU."""
+    patch.setattr(tiles, "_SMALLEST", columns)
+    patch.setattr(tiles, "LOGITS_BYTES", 0)
+
+
 # ---- against the reference -----------------------------------------------------------------
 
 options_strategy = st.fixed_dictionaries(
@@ -89,23 +96,29 @@ options_strategy = st.fixed_dictionaries(
     with_bias=st.booleans(),
     with_lens=st.booleans(),
     with_rows=st.booleans(),
+    columns=st.sampled_from([1, 5, 64]),
     options=options_strategy,
     draw_seed=st.integers(0, 2**31),
 )
 def test_any_shape_and_options(
-    num_tokens, width, vocab, ignored, chunk_rows, weighted, with_bias, with_lens, with_rows, options, draw_seed
+    num_tokens, width, vocab, ignored, chunk_rows, weighted, with_bias, with_lens, with_rows, columns, options, draw_seed
 ):
     hidden, weight, bias, labels, weights, lens = draw(draw_seed, num_tokens, width, vocab, ignored=ignored)
     rows = torch.randperm(num_tokens)  # may hold ignored rows too, in any order
-    assert_like_reference(
-        hidden, weight, bias if with_bias else None, labels, lens if with_lens else None,
-        rows=rows if with_rows else None, chunk_rows=chunk_rows, token_weights=weights if weighted else None, **options,
-    )  # fmt: skip
+    with pytest.MonkeyPatch.context() as patch:
+        blocks_of(columns, patch)
+        assert_like_reference(
+            hidden, weight, bias if with_bias else None, labels, lens if with_lens else None,
+            rows=rows if with_rows else None, chunk_rows=chunk_rows, token_weights=weights if weighted else None,
+            **options,
+        )  # fmt: skip
 
 
 @pytest.mark.parametrize("dtype", LIMITS)
 @pytest.mark.parametrize(("num_tokens", "vocab"), [(1, 1000), (63, 312), (200, 96)])
-def test_dtypes(seed, poisoned, dtype, num_tokens, vocab):
+@pytest.mark.parametrize("columns", [40, 1000])
+def test_dtypes(seed, poisoned, monkeypatch, dtype, num_tokens, vocab, columns):
+    blocks_of(columns, monkeypatch)
     hidden, weight, bias, labels, weights, lens = draw(seed, num_tokens, 96, vocab, dtype, ignored=0)
     assert_like_reference(hidden, weight, bias, labels, lens, token_weights=weights, label_smoothing=0.1, chunk_rows=40)
     logits = torch.nn.functional.linear(hidden, weight, bias).requires_grad_(True)
@@ -185,6 +198,32 @@ def test_no_labelled_row(num_tokens, reduction):
     assert not logits.grad.any()
 
 
+@pytest.mark.parametrize("columns", [1, 2, 100])
+def test_of_a_sure_token_every_digit_is_there(monkeypatch, columns):
+    """1 - p of 2e-7: from p in fp32 nothing of it is left. The label's class is the first, between others, the last."""
+    blocks_of(columns, monkeypatch)
+    hidden = torch.eye(3).mul(16).requires_grad_(True)
+    got = linear_cross_entropy(hidden, torch.eye(3), torch.arange(3), statistics=True, reduction="sum")
+    got.loss.backward()
+    _, fisher, _, want = reference(hidden, torch.eye(3), None, torch.arange(3), reduction="sum")
+    assert relative_error(got.fisher, fisher) < 1e-5
+    assert relative_error(hidden.grad, want) < 1e-5
+
+
+@pytest.mark.parametrize("columns", [1, 3, 100])
+def test_huge_logits_through_a_head(monkeypatch, columns):
+    """Whichever block holds the largest: nothing overflows."""
+    blocks_of(columns, monkeypatch)
+    logits = torch.tensor([[1e4, -1e4, 0.0, 1.0], [-1e4, -1e4, -1e4, -1e4], [5.0, 6.0, 1e4, 1e4 - 1]])
+    labels = torch.tensor([1, 0, 3])
+    hidden = torch.eye(3, requires_grad=True)
+    got = linear_cross_entropy(hidden, logits.t().contiguous(), labels, reduction="sum", statistics=True)
+    got.loss.backward()
+    loss, fisher, entropy, want = reference(hidden, logits.t(), None, labels, reduction="sum")
+    pairs = ((got.loss, loss), (got.fisher, fisher), (got.entropy, entropy), (hidden.grad, want))
+    assert max(relative_error(mine, theirs) for mine, theirs in pairs) <= 1e-5
+
+
 def test_one_labelled_row_and_another_ignore_index(seed):
     hidden, weight, bias, labels, _, lens = draw(seed, 9, 4, 6, ignored=0)
     labels = torch.where(torch.arange(9) == 4, 3, 0)
@@ -222,17 +261,41 @@ def test_the_logits_are_never_whole(seed):
     assert largest.elements == 5 * 500
 
 
-def test_chunks_fit_into_their_memory(monkeypatch):
+def test_a_gpus_chunks_fit_into_their_memory(monkeypatch):
     from fastpeft.kernels.ops.linear_cross_entropy import op
 
     head = _Head(torch.empty(151_936, 8, device="meta", dtype=torch.bfloat16), None, None, False, None)
-    assert 100 < head._rows_that_fit(10_000) <= 64 * 2**20 // 4 // 151_936
+    assert 4096 <= head._rows_that_fit(10_000) <= 2 * 2**30 // 2 // 151_936
     assert head._rows_that_fit(3) >= 3
-    monkeypatch.setattr(op, "CPU_CHUNK_BYTES", 1)
+    monkeypatch.setattr(op, "CHUNK_BYTES", 1)
     assert head._rows_that_fit(10_000) == 1
-    assert op.GPU_CHUNK_BYTES // 2 // 151_936 >= 4096
-    monkeypatch.setattr(op, "CPU_CHUNK_BYTES", 4 * 1000 * 151_936)
+    monkeypatch.setattr(op, "CHUNK_BYTES", 2 * 1000 * 151_936)
     assert head._rows_that_fit(1001) == 512  # two chunks of nearly one size
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("num_rows", [1, 30, 400, 512])
+@pytest.mark.parametrize(("vocab", "width"), [(262_144, 640), (151_936, 4096), (100, 32), (65, 10**7)])
+def test_a_tile_and_its_block_of_the_head_fit_into_a_cache(dtype, num_rows, vocab, width):
+    head = tiles.Head(torch.empty(vocab, width, device="meta", dtype=dtype), None)
+    columns = head.columns(num_rows)
+    assert 1 <= columns <= vocab
+    if columns > tiles._SMALLEST:
+        assert num_rows * columns * max(4, dtype.itemsize) <= tiles.LOGITS_BYTES
+        assert columns * width * dtype.itemsize <= tiles.HEAD_BYTES
+
+
+def test_on_a_cpu_the_head_is_read_once_a_chunk(seed):
+    """Each block of it is multiplied twice, and no logits but a tile's are made."""
+    hidden, weight, _, labels, _, _ = draw(seed, 40, 16, 2000, torch.float32, ignored=0)
+    hidden.requires_grad_(True)
+    with Largest() as largest, pytest.MonkeyPatch.context() as patch:
+        blocks_of(100, patch)
+        loss = linear_cross_entropy(hidden, weight, labels).loss
+        loss.backward()
+    assert largest.elements == 40 * 100
+    *_, want = reference(hidden, weight, None, labels)
+    assert relative_error(hidden.grad, want) <= 1e-5
 
 
 def test_rows_without_a_label_cost_nothing(seed):

@@ -16,7 +16,7 @@ import transformers
 from fastpeft.device_memory import OutOfMemory, TokenLimits, is_out_of_memory
 from fastpeft.errors import UserError
 from fastpeft.signals import Need
-from fastpeft.trainer import StopRequest, train
+from fastpeft.trainer import StopRequest, build, train
 from fastpeft.trainer.build import build_job
 from fastpeft.trainer.checkpoint_files import newest_checkpoint
 from fastpeft.trainer.optim import FlatAdamW
@@ -29,7 +29,10 @@ CUDA_SAYS = "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total c
 
 @dataclasses.dataclass
 class SmallDevice:
-    """Passes over more than these padded tokens fail; in training, all but the first `after_passes`."""
+    """Passes over more than these padded tokens fail; in training, all but the first `after_passes`.
+
+    While memory is planned, none fails and none is counted.
+    """
 
     training: int = 10**9
     evaluation: int = 10**9
@@ -43,6 +46,7 @@ class SmallDevice:
     rng: list[torch.Tensor] = dataclasses.field(default_factory=list)
     """The state of the generator at the start of each training pass."""
     areas: list[int] = dataclasses.field(default_factory=list)
+    is_planned: bool = False
 
     def install(self, monkeypatch: pytest.MonkeyPatch) -> SmallDevice:
         model = transformers.BertForSequenceClassification
@@ -50,6 +54,8 @@ class SmallDevice:
 
         @functools.wraps(original)
         def forward(module, input_ids, **inputs):
+            if self.is_planned:
+                return original(module, input_ids, **inputs)
             if module.training:
                 self.rng.append(torch.get_rng_state())
                 self.areas.append(input_ids.numel())
@@ -64,7 +70,17 @@ class SmallDevice:
                 output.logits.register_hook(self.fail)
             return output
 
+        @functools.wraps(build.make_plan)
+        def make_plan(*args):
+            self.is_planned = True
+            try:
+                return plan(*args)
+            finally:
+                self.is_planned = False
+
+        plan = build.make_plan
         monkeypatch.setattr(model, "forward", forward)
+        monkeypatch.setattr(build, "make_plan", make_plan)
         return self
 
     def fail(self, grad: torch.Tensor) -> None:
@@ -284,6 +300,7 @@ def test_other_errors_are_not_taken_for_it(files: Path, monkeypatch: pytest.Monk
         (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"), True),
         (RuntimeError("cuDNN error: CUDNN_STATUS_ALLOC_FAILED"), True),
         (RuntimeError("CUDA error: out of memory"), True),
+        (RuntimeError("[enforce fail at alloc_cpu.cpp:127] DefaultCPUAllocator: can't allocate memory: 64 bytes"), True),
         (RuntimeError("CUDA error: an illegal memory access was encountered"), False),
         (ValueError("?"), False),
     ],

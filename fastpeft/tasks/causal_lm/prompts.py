@@ -12,9 +12,10 @@ from typing import TYPE_CHECKING, Any, cast
 import numpy as np
 import torch
 
-from fastpeft.data.batches import IGNORE, Batch, TokenRows, concatenate, move
+from fastpeft.data.batches import IGNORE, Batch, TokenRows, move
 from fastpeft.data.rows import NUM_NAMED
-from fastpeft.data.tokenise import tokenised
+from fastpeft.data.token_cache import cached
+from fastpeft.data.tokenise import Ragged, tokenised
 from fastpeft.errors import UserError
 
 if TYPE_CHECKING:
@@ -83,11 +84,13 @@ def encode_prompts(
         raise UserError(f"model {tokenizer.name_or_path}: its tokenizer has no end-of-text token to end answers with")
     assert isinstance(end, int)
     noun = texts.noun
-    prompts, num_begun = _prompts(list(texts.prompts), tokenizer)
-    answers = _token_lists(list(texts.answers), tokenizer, split_special_tokens=True)
-    rows = [prompt + answer + [end] for prompt, answer in zip(prompts, answers)]
-    lengths = np.array([len(row) for row in rows])
-    prompt_lengths = np.array([len(prompt) for prompt in prompts])
+    found = cached(
+        lambda: _rows(texts, tokenizer, end, max_length, training),
+        tokenizer,
+        (texts.prompts, texts.answers),
+        {"end": end, "max_length": max_length, "training": training},
+    )
+    lengths, prompt_lengths, kept = found["lengths"], found["prompt_lengths"], found["kept"]
     if not prompt_lengths.all():
         row = texts.name_row(int(prompt_lengths.argmin()))
         raise UserError(f"{row}: no token of model {tokenizer.name_or_path} stands for anything in the prompt")
@@ -95,27 +98,27 @@ def encode_prompts(
         fits, named = lengths <= max_length, lengths
         if not fits.any():
             raise UserError(
-                f"dataset.max_length: none of {len(rows):,} training {noun} fits into {max_length} tokens; the "
+                f"dataset.max_length: none of {len(lengths):,} training {noun} fits into {max_length} tokens; the "
                 f"shortest has {lengths.min()}. Set it higher"
             )
-        kept, what = np.flatnonzero(fits), f"training {noun} are longer than {{}} tokens and left out"
+        what = f"training {noun} are longer than {{}} tokens and left out"
     else:
         longest = max_length - 1 if max_prompt is None else min(max_prompt, max_length - 1)
         fits, named = prompt_lengths <= longest, prompt_lengths
-        kept, what = np.arange(len(rows)), "prompts leave no room for an answer in {} tokens and count as wrong"
+        what = "prompts leave no room for an answer in {} tokens and count as wrong"
         if longest < max_length - 1:
             what = f"prompts of over {longest} tokens leave no room for evaluation.max_new_tokens and count as wrong"
     unusable = np.flatnonzero(~fits)
-    lengths = np.minimum(lengths[kept], max_length)
     return EncodedPrompts(
-        tokens=concatenate([rows[row][:max_length] for row in kept], np.int32),
-        offsets=np.concatenate([[0], np.cumsum(lengths)]),
+        tokens=found["tokens"],
+        offsets=found["offsets"],
         pad_token=end if tokenizer.pad_token_id is None else cast(int, tokenizer.pad_token_id),
         max_length=max_length,
         prompt_lengths=np.minimum(prompt_lengths[kept], max_length),
         rows=kept,
         unusable=unusable,
-        notes=_notes(texts, unusable, named, what.format(max_length)) + (training * _begun(tokenizer, num_begun)),
+        notes=_notes(texts, unusable, named, what.format(max_length))
+        + (training * _begun(tokenizer, int(found["num_begun"]))),
     )
 
 
@@ -144,15 +147,38 @@ def writes_start(text: str, tokenizer: PreTrainedTokenizerBase) -> bool:
     return _prompts([text], tokenizer)[1] == 1
 
 
-def _prompts(texts: list[str], tokenizer: PreTrainedTokenizerBase) -> tuple[list[list[int]], int]:
+def _rows(
+    texts: Prompted, tokenizer: PreTrainedTokenizerBase, end: int, max_length: int, training: bool
+) -> dict[str, np.ndarray]:
+    """`tokens` of the texts that are `kept`; `lengths` of all of them, whole."""
+    prompts, num_begun = _prompts(list(texts.prompts), tokenizer)
+    answers = _tokens(list(texts.answers), tokenizer, split_special_tokens=True)
+    last = np.array([end], dtype=np.int32)
+    lengths = prompts.lengths + answers.lengths + 1
+    kept = np.flatnonzero(lengths <= max_length) if training else np.arange(len(lengths))
+    rows = Ragged.of(np.concatenate([prompts[i], answers[i], last])[:max_length] for i in kept)
+    return {
+        "tokens": rows.flat,
+        "offsets": rows.offsets,
+        "kept": kept,
+        "lengths": lengths,
+        "prompt_lengths": prompts.lengths,
+        "num_begun": np.array(num_begun),
+    }
+
+
+def _prompts(texts: list[str], tokenizer: PreTrainedTokenizerBase) -> tuple[Ragged, int]:
     """(tokens of each, after what the tokenizer puts before any text; how many begin with that by themselves)."""
-    plain = _token_lists(texts, tokenizer)
+    plain = _tokens(texts, tokenizer)
     with_special = tokenizer(texts[0], return_attention_mask=False, verbose=False)["input_ids"]
-    first = plain[0]
+    first = plain[0].tolist()
     start = next(i for i in range(len(with_special) + 1) if with_special[i : i + len(first)] == first)
-    before = with_special[:start]
-    begun = [bool(before) and prompt[:start] == before for prompt in plain]
-    return [prompt if has else before + prompt for prompt, has in zip(plain, begun)], sum(begun)
+    if not start:
+        return plain, 0
+    before = np.array(with_special[:start], dtype=np.int32)
+    begun = [np.array_equal(prompt[:start], before) for prompt in map(plain.__getitem__, range(len(plain)))]
+    rows = (plain[i] if has else np.concatenate([before, plain[i]]) for i, has in enumerate(begun))
+    return Ragged.of(rows), sum(begun)
 
 
 def _begun(tokenizer: PreTrainedTokenizerBase, count: int) -> tuple[str, ...]:
@@ -162,7 +188,7 @@ def _begun(tokenizer: PreTrainedTokenizerBase, count: int) -> tuple[str, ...]:
     return (f"{count:,} prompts begin with {token!r}, which the tokenizer puts there itself: it stands there once",)
 
 
-def _token_lists(texts: list[str], tokenizer: PreTrainedTokenizerBase, **options: bool) -> list[list[int]]:
+def _tokens(texts: list[str], tokenizer: PreTrainedTokenizerBase, **options: bool) -> Ragged:
     call: dict[str, Any] = {"add_special_tokens": False, "return_attention_mask": False, "verbose": False, **options}
     return tokenised(tokenizer, texts, **call)["input_ids"]
 

@@ -25,7 +25,8 @@ CHECK_ROWS, CHECK_POSITIONS = 16, 16
 """Of each of so many rows, so many of the answer's first tokens: a model's logits at all of them fill gigabytes."""
 LONGEST_CHECKED = 4096
 """Tokens of a row that an export is compared on: rows that were too long to train on are scored all the same."""
-_CHUNK_ROWS = 256
+_CHUNK_BYTES = 32 * 2**20
+"""Of logits at a time."""
 
 
 class CausalLMTask(Task[EncodedPrompts]):
@@ -164,6 +165,7 @@ class TokenAccuracy(ExportCheck):
             batch = collate_prompts(encoded, rows, device)
             hidden, weight, bias = hidden_states(model, batch.inputs["input_ids"])
             hidden_LD, labels_L = hidden.flatten(0, 1)[batch.rows], batch.labels.flatten()[batch.rows]
-            for part_CD, labels_C in zip(hidden_LD.split(_CHUNK_ROWS), labels_L.split(_CHUNK_ROWS)):
+            chunk = max(1, _CHUNK_BYTES // (weight.dtype.itemsize * len(weight)))
+            for part_CD, labels_C in zip(hidden_LD.split(chunk), labels_L.split(chunk)):
                 correct += (nn.functional.linear(part_CD, weight, bias).argmax(-1) == labels_C).sum()
         return int(correct) / int(encoded.num_labelled.sum())

@@ -173,6 +173,14 @@ def largest_batch(problem_set: ProblemSet, decoding: Decoding, max_tokens: int) 
     return len(rows), int(cache_columns(lengths.max(), decoding.max_new_tokens))
 
 
+def try_largest_batch(model: nn.Module, problem_set: ProblemSet, decoding: Decoding, max_tokens: int) -> None:
+    """Decode the largest batch up to the first look at which rows have ended: its cache has all its columns by then."""
+    rows, lengths, _ = _largest_batch(problem_set, decoding, max_tokens)
+    options, looks = DecodeOptions(decoding.max_new_tokens), iter((False,))
+    limit = len(rows) * int(cache_columns(lengths.max(), options.max_new_tokens))
+    _decode(model, problem_set, rows, decoding, options, limit, lambda: next(looks, True), eos_tokens=(-1,))
+
+
 def expected_decode_s(model: nn.Module, problem_set: ProblemSet, decoding: Decoding, max_tokens: int) -> float:
     """Seconds that decoding takes at most, from the first steps of the largest batch: as if all batches were like it,
     and no answer ended before `max_new_tokens`. RuntimeError where the memory is short.

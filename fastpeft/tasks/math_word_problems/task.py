@@ -14,7 +14,7 @@ from fastpeft.config.schema import DatasetConfig, EvaluationConfig, ModelConfig
 from fastpeft.data.fingerprint import ReadRow
 from fastpeft.data.source import TEST, TRAIN, VALIDATION, Source
 from fastpeft.data.splitting import sample_note
-from fastpeft.device_memory import TokenLimits
+from fastpeft.device_memory import TokenLimits, unmeasured
 from fastpeft.errors import UserError
 from fastpeft.models.backbone import Backbone, load_causal_lm
 from fastpeft.tasks.base import OtherSet, Score, Shrink, Stop
@@ -30,6 +30,7 @@ from fastpeft.tasks.math_word_problems.exact_match import (
     expected_decode_s,
     largest_batch,
     score_problems,
+    try_largest_batch,
 )
 from fastpeft.tasks.math_word_problems.reading import (
     Problems,
@@ -61,7 +62,7 @@ class MathWordProblems(CausalLMTask):
     metric = "exact_match"
 
     def __init__(self, splits: ProblemSplits, config: DatasetConfig, evaluation: EvaluationConfig, seed: int) -> None:
-        super().__init__(splits.name, config, evaluation.batch_tokens)
+        super().__init__(splits.name, config, unmeasured(evaluation.batch_tokens))
         self.splits, self.evaluation, self._seed = splits, evaluation, seed
         self._held_out = splits.validation.sample(evaluation.max_examples)
         self._test: ProblemSet | None = None
@@ -137,6 +138,10 @@ class MathWordProblems(CausalLMTask):
         decode_s = expected_decode_s(model, self._validation, self._plain, limits.evaluation)
         return decode_s + self.answer_loss.expected_s(model, self.validation, limits)
 
+    def try_evaluation(self, model: nn.Module, limits: TokenLimits) -> None:
+        """What decoding takes: the loss's passes need less than those of training."""
+        try_largest_batch(model, self._validation, self._plain, limits.evaluation)
+
     def largest_evaluation_batch(self, limits: TokenLimits) -> tuple[int, int]:
         return largest_batch(self._validation, self._plain, limits.evaluation)
 
@@ -207,6 +212,12 @@ class _OtherProblems(OtherSet):
         found = score_problems(model, self._set, self._decoding, limits.evaluation, shrink=shrink)
         assert found is not None
         return found
+
+    def try_scoring(self, model: nn.Module, limits: TokenLimits) -> None:
+        try_largest_batch(model, self._set, self._decoding, limits.evaluation)
+
+    def largest_batch(self, limits: TokenLimits) -> tuple[int, int]:
+        return largest_batch(self._set, self._decoding, limits.evaluation)
 
 
 def make_problem_set(

@@ -12,9 +12,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from fastpeft.data.batches import Batch, TokenRows, concatenate, move, pad
+from fastpeft.data.batches import Batch, TokenRows, move, pad
 from fastpeft.data.splitting import sample
-from fastpeft.data.tokenise import tokenised
+from fastpeft.data.token_cache import cached
+from fastpeft.data.tokenise import Ragged, tokenised
 
 _CUT = {"longest": "longest_first", "text": "only_first", "text_pair": "only_second"}
 
@@ -70,7 +71,8 @@ def encode(
     cut: str = "longest",
     dtype: type = np.int64,
 ) -> Encoded:
-    """Tokenise once, before training. What is longer than `max_length` is cut and counted.
+    """Tokenise once, before training, or take the tokens from the cache. What is longer than `max_length` is cut and
+    counted.
 
     Args:
         tokenizer: of transformers.
@@ -78,45 +80,60 @@ def encode(
         cut: which text of a pair gives way, as dataset.cut. Where the other one leaves no room, the longest does.
         dtype: of the labels.
     """
-    call: dict[str, Any] = {"return_attention_mask": False, "return_token_type_ids": segments}
-    rows = _tokens(examples, tokenizer, max_length, cut, call)
-    lengths = np.array([len(ids) for ids in rows["input_ids"]], dtype=np.int64)
-    full = np.flatnonzero(lengths == max_length)
-    num_truncated = 0
-    if len(full):
-        chosen = examples.pick(full.tolist())
-        uncut = tokenised(tokenizer, chosen.text, chosen.text_pair, verbose=False, **call)
-        num_truncated = sum(len(ids) > max_length for ids in uncut["input_ids"])
+    found = cached(
+        lambda: _arrays(examples, tokenizer, max_length, segments, cut),
+        tokenizer,
+        (examples.text, examples.text_pair),
+        {"max_length": max_length, "segments": segments, "cut": cut},
+    )
     return Encoded(
-        tokens=concatenate(rows["input_ids"], np.int32),
-        segments=concatenate(rows["token_type_ids"], np.uint8) if segments else None,
-        offsets=np.concatenate([[0], np.cumsum(lengths)]),
+        tokens=found["tokens"],
+        segments=found["segments"] if segments else None,
+        offsets=found["offsets"],
         labels=np.array(examples.labels, dtype=dtype),
-        num_truncated=num_truncated,
+        num_truncated=int(found["num_truncated"]),
         pad_token=tokenizer.pad_token_id,
         max_length=max_length,
     )
 
 
+def _arrays(examples: Examples, tokenizer: Any, max_length: int, segments: bool, cut: str) -> dict[str, np.ndarray]:
+    call: dict[str, Any] = {"return_attention_mask": False, "return_token_type_ids": segments}
+    rows = _tokens(examples, tokenizer, max_length, cut, call)
+    tokens = rows["input_ids"]
+    full = np.flatnonzero(tokens.lengths == max_length)
+    num_truncated = 0
+    if len(full):
+        chosen = examples.pick(full.tolist())
+        uncut = tokenised(tokenizer, chosen.text, chosen.text_pair, verbose=False, **call)
+        num_truncated = int((uncut["input_ids"].lengths > max_length).sum())
+    arrays = {"tokens": tokens.flat, "offsets": tokens.offsets, "num_truncated": np.array(num_truncated)}
+    return arrays | ({"segments": rows["token_type_ids"].flat.astype(np.uint8)} if segments else {})
+
+
 def _tokens(
     examples: Examples, tokenizer: Any, max_length: int, cut: str, call: dict[str, Any]
-) -> dict[str, list[list[int]]]:
+) -> dict[str, Ragged]:
     if examples.text_pair is None or cut == "longest":
         return tokenised(tokenizer, examples.text, examples.text_pair, truncation=True, max_length=max_length, **call)
     whole = tokenised(tokenizer, examples.text, examples.text_pair, verbose=False, **call)
-    long = [row for row, ids in enumerate(whole["input_ids"]) if len(ids) > max_length]
+    long = np.flatnonzero(whole["input_ids"].lengths > max_length).tolist()
+    if not long:
+        return whole
     chosen = examples.pick(long)
     kept = chosen.text if cut == "text_pair" else chosen.text_pair
     assert kept is not None
     room = max_length - tokenizer.num_special_tokens_to_add(pair=True)
-    plain = tokenizer(kept, add_special_tokens=False, verbose=False)["input_ids"] if long else []
+    plain = tokenizer(kept, add_special_tokens=False, verbose=False)["input_ids"]
+    shorter = {}
     for row, ids in zip(long, plain):
         strategy = _CUT[cut] if len(ids) < room else _CUT["longest"]
         pair = (examples.text[row], examples.text_pair[row])
-        shorter = tokenizer(*pair, truncation=strategy, max_length=max_length, **call)
-        for key in whole:
-            whole[key][row] = shorter[key]
-    return whole
+        shorter[row] = tokenizer(*pair, truncation=strategy, max_length=max_length, **call)
+    return {
+        key: Ragged.of(shorter[row][key] if row in shorter else rows[row] for row in range(len(rows)))
+        for key, rows in whole.items()
+    }
 
 
 def collate(encoded: Encoded, rows: np.ndarray, device: torch.device) -> Batch:

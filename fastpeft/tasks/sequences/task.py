@@ -20,7 +20,7 @@ from fastpeft.data.batches import Batch, evaluation_batches
 from fastpeft.data.fingerprint import ReadRow
 from fastpeft.data.source import TEST, TRAIN, VALIDATION
 from fastpeft.data.splitting import sample_note
-from fastpeft.device_memory import TokenLimits
+from fastpeft.device_memory import TokenLimits, unmeasured
 from fastpeft.models.backbone import Backbone
 from fastpeft.models.lens import FirstLayer
 from fastpeft.signals import Need
@@ -176,6 +176,11 @@ class SequenceTask(Task[Encoded]):
     def time_evaluation(self, model: nn.Module, limits: TokenLimits) -> float:
         return time_rows(model, self.validation, limits.evaluation, self._device)
 
+    @torch.inference_mode()
+    def try_evaluation(self, model: nn.Module, limits: TokenLimits) -> None:
+        rows = evaluation_batches(self.validation, limits.evaluation)[-1]
+        model(**collate(self.validation, rows, self._device).inputs)
+
     def largest_evaluation_batch(self, limits: TokenLimits) -> tuple[int, int]:
         rows = evaluation_batches(self.validation, limits.evaluation)[-1]
         return len(rows), int(self.validation.widths[rows].max())
@@ -216,7 +221,7 @@ class _Check(ExportCheck):
         task = self._task
         if self._encoded is None:
             self._encoded = task._encode(self._rows, self._tokenizer, self.max_length, self._segments)
-        answers = answer_rows(model, self._encoded, task.row_losses, task._evaluation.batch_tokens, device)
+        answers = answer_rows(model, self._encoded, task.row_losses, unmeasured(task._evaluation.batch_tokens), device)
         assert answers is not None
         return task._score(answers, self._encoded.labels).value
 

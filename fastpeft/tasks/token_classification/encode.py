@@ -20,6 +20,7 @@ import torch
 from fastpeft import phases
 from fastpeft.data.batches import IGNORE, Batch, TokenRows, concatenate, move
 from fastpeft.data.rows import DataError
+from fastpeft.data.token_cache import cached
 from fastpeft.errors import UserError
 from fastpeft.tasks.token_classification.sentences import Sentences
 
@@ -77,7 +78,7 @@ def encode_sentences(
     max_length: int,
     segments: bool = False,
 ) -> EncodedSentences:
-    """Tokenise once, before training; fast and slow tokenizers alike.
+    """Tokenise once, before training, or take the tokens from the cache; fast and slow tokenizers alike.
 
     Each distinct word is tokenised once, by itself: the pieces are those of is_split_into_words=True. A tokenizer that
     tells words apart by the space before them (RoBERTa's, GPT-2's) gets that space, as add_prefix_space=True would do.
@@ -89,6 +90,36 @@ def encode_sentences(
         DataError: a tag that label_names lacks; sentences without any word piece.
         UserError: a max_length that leaves no room for a word.
     """
+    found = cached(
+        lambda: _arrays(sentences, label_names, tokenizer, max_length, segments),
+        tokenizer,
+        (column for both in zip(sentences.words, sentences.tags) for column in both),
+        {"labels": list(label_names), "max_length": max_length, "segments": segments},
+    )
+    num_windowed, num_words_without_piece = found["counts"].tolist()
+    return EncodedSentences(
+        tokens=found["tokens"],
+        offsets=found["offsets"],
+        pad_token=_pad_token(tokenizer),
+        max_length=max_length,
+        segments=found["segments"] if segments else None,
+        labels=found["labels"],
+        sentence=found["sentence"],
+        word=found["word"],
+        num_words=found["num_words"],
+        num_windowed=num_windowed,
+        num_words_without_piece=num_words_without_piece,
+    )
+
+
+def _arrays(
+    sentences: Sentences,
+    label_names: Sequence[str],
+    tokenizer: PreTrainedTokenizerBase,
+    max_length: int,
+    segments: bool,
+) -> dict[str, np.ndarray]:
+    """What EncodedSentences holds."""
     pieces = _WordPieces(sentences, tokenizer)
     frame = _Frame.of(tokenizer, pieces, segments)
     room = max_length - len(frame.before) - len(frame.after)
@@ -104,19 +135,16 @@ def encode_sentences(
     if not rows.tokens:
         raise DataError(f"{sentences.source}: model {tokenizer.name_or_path} has no word piece for any of its words")
     lengths = [len(row) for row in rows.tokens]
-    return EncodedSentences(
-        tokens=concatenate(rows.tokens, np.int32),
-        offsets=np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64),
-        pad_token=_pad_token(tokenizer),
-        max_length=max_length,
-        segments=concatenate(rows.segments, np.uint8) if segments else None,
-        labels=concatenate(rows.labels, np.int32),
-        sentence=np.array(rows.sentence, dtype=np.int32),
-        word=np.array(rows.word, dtype=np.int32),
-        num_words=np.array([len(words) for words in sentences.words], dtype=np.int32),
-        num_windowed=rows.num_windowed,
-        num_words_without_piece=rows.num_words_without_piece,
-    )
+    arrays = {
+        "tokens": concatenate(rows.tokens, np.int32),
+        "offsets": np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64),
+        "labels": concatenate(rows.labels, np.int32),
+        "sentence": np.array(rows.sentence, dtype=np.int32),
+        "word": np.array(rows.word, dtype=np.int32),
+        "num_words": np.array([len(words) for words in sentences.words], dtype=np.int32),
+        "counts": np.array([rows.num_windowed, rows.num_words_without_piece]),
+    }
+    return arrays | ({"segments": concatenate(rows.segments, np.uint8)} if segments else {})
 
 
 def collate_tokens(encoded: EncodedSentences, rows: np.ndarray, device: torch.device) -> Batch:

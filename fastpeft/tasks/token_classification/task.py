@@ -35,7 +35,7 @@ from fastpeft.data.batches import Batch, evaluation_batches, micro_batches
 from fastpeft.data.fingerprint import ReadRow
 from fastpeft.data.source import TEST, TRAIN, VALIDATION, Source
 from fastpeft.data.splitting import sample_note
-from fastpeft.device_memory import TokenLimits, free_memory, is_out_of_memory
+from fastpeft.device_memory import TokenLimits, free_memory, is_out_of_memory, unmeasured
 from fastpeft.models.backbone import Backbone
 from fastpeft.models.lens import FirstLayer
 from fastpeft.signals import Need
@@ -219,6 +219,10 @@ class TokenClassification(Task[EncodedSentences]):
     def _area(self, rows: np.ndarray) -> int:
         return len(rows) * int(self.validation.lengths[rows].max())
 
+    def try_evaluation(self, model: nn.Module, limits: TokenLimits) -> None:
+        rows = evaluation_batches(self.validation, limits.evaluation)[-1]
+        _predict_batch(model, collate_tokens(self.validation, rows, self._device))
+
     def largest_evaluation_batch(self, limits: TokenLimits) -> tuple[int, int]:
         rows = evaluation_batches(self.validation, limits.evaluation)[-1]
         return len(rows), int(self.validation.widths[rows].max())
@@ -271,7 +275,7 @@ class _Check(ExportCheck):
         task = self._task
         task._device = device
         encoded = task._encode(task._sentences, self._backbone)
-        score = task._score(model, encoded, task._sentences, task._evaluation.batch_tokens)
+        score = task._score(model, encoded, task._sentences, unmeasured(task._evaluation.batch_tokens))
         assert score is not None
         return score.value
 

@@ -1,7 +1,8 @@
 """Cross entropy with its gradient made in the forward: through a frozen head, or of logits as they are.
 
 The head's logits exist for one chunk of rows at a time, of labelled rows only where those are known. A chunk turns into
-losses, statistics and, in place, its own gradient, which the head takes back to the hidden states at once.
+losses, statistics and, in place, its own gradient, which the head takes back to the hidden states at once. On a CPU
+they exist for one tile of a chunk at a time: see tiles.py.
 
 Shape suffixes: T tokens, L labelled tokens, M lens tokens, C rows of a chunk, D hidden, V vocabulary.
 """
@@ -14,11 +15,12 @@ import torch
 
 from fastpeft.kernels.dispatch import runs_triton
 from fastpeft.kernels.launch import refuse_second_order
+from fastpeft.kernels.ops.linear_cross_entropy import tiles
 from fastpeft.kernels.ops.linear_cross_entropy.arguments import check_classes, check_head, check_labels
 from fastpeft.kernels.ops.linear_cross_entropy.per_row import Options, PerRow, compute_rows
 
-GPU_CHUNK_BYTES, CPU_CHUNK_BYTES = 2 * 2**30, 64 * 2**20
-"""Memory of one chunk's logits: of 150,000 classes, 7,000 rows in bf16 on a GPU, 110 in fp32 on a CPU."""
+CHUNK_BYTES = 2 * 2**30
+"""Memory of one chunk's logits on a GPU: of 150,000 classes, 7,000 rows in bf16."""
 
 
 class CrossEntropy(NamedTuple):
@@ -71,7 +73,7 @@ def linear_cross_entropy(
         num_items: the divisor of `mean`, so that micro-batches add up to the mean of their batch.
         statistics: give `fisher` and `entropy`.
         lens_hidden: (M, D), other hidden states of which `lens_entropy` is wanted (a logit lens).
-        chunk_rows: rows of logits at a time; else what fits into GPU_CHUNK_BYTES or CPU_CHUNK_BYTES.
+        chunk_rows: rows of logits at a time; else what fits into CHUNK_BYTES, and on a CPU tiles.ROWS.
 
     Returns:
         CrossEntropy(loss, fisher, entropy, lens_entropy).
@@ -170,6 +172,7 @@ class _Head:
     ) -> None:
         self.weight_VD, self.bias_V, self.options = weight_VD, bias_V, options
         self.wants_gradient, self.chunk_rows = wants_gradient, chunk_rows
+        self._buffer_CV: torch.Tensor | None = None
 
     def run(
         self,
@@ -180,40 +183,62 @@ class _Head:
         weights_L: torch.Tensor | None,
     ) -> tuple[PerRow, torch.Tensor | None]:
         """Of all labelled rows, then of all lens rows; and the gradient of the former."""
-        num_labelled, vocab = len(labels_L), len(self.weight_VD)
+        num_labelled = len(labels_L)
         num_rows = num_labelled + (0 if lens_MD is None else len(lens_MD))
         chunk = min(num_rows, self.chunk_rows or self._rows_that_fit(num_rows))
         found = PerRow.empty(num_rows, hidden_TD, self.options.statistics)
         gradient_LD = hidden_TD.new_empty(num_labelled, hidden_TD.shape[1]) if self.wants_gradient else None
-        width = -(-vocab // 16) * 16 if runs_triton(hidden_TD) else vocab  # rows that begin at multiples of 32 bytes
-        buffer_CV = hidden_TD.new_empty(chunk, width)[:, :vocab]
         if num_rows > num_labelled:
             labels_L = torch.cat([labels_L, labels_L.new_full((num_rows - num_labelled,), self.options.ignore_index)])
+        read = self._read_tiles if self._in_tiles else self._read_chunk
         for start in range(0, num_rows, chunk or 1):
             stop = min(start + chunk, num_rows)
-            logits_CV = buffer_CV[: stop - start]
-            self._logits(_rows_of(hidden_TD, rows, lens_MD, num_labelled, start, stop), logits_CV)
+            rows_CD = _rows_of(hidden_TD, rows, lens_MD, num_labelled, start, stop)
             here = max(0, min(stop, num_labelled) - start)
             weights_C = None if weights_L is None else weights_L[start:stop]
-            destination_CV = logits_CV if self.wants_gradient else None
-            compute_rows(
-                logits_CV, destination_CV, labels_L[start:stop], weights_C, here, self.options, found[start:stop]
-            )
-            if gradient_LD is not None and here:
-                torch.mm(logits_CV[:here], self.weight_VD, out=gradient_LD[start : start + here])
+            gradient_CD = None if gradient_LD is None else gradient_LD[start : start + here]
+            read(rows_CD, labels_L[start:stop], weights_C, here, found[start:stop], gradient_CD)
         return found, gradient_LD
 
-    def _logits(self, hidden_CD: torch.Tensor, out_CV: torch.Tensor) -> None:
+    @property
+    def _in_tiles(self) -> bool:
+        return self.weight_VD.is_cpu and not runs_triton(self.weight_VD)
+
+    def _read_tiles(
+        self, hidden_CD: torch.Tensor, labels_C: torch.Tensor, weights_C: torch.Tensor | None, num_labelled: int,
+        found: PerRow, gradient_CD: torch.Tensor | None,
+    ) -> None:  # fmt: skip
+        head = tiles.Head(self.weight_VD, self.bias_V)
+        wide = found.loss_C.dtype
+        chunk = tiles.Chunk(hidden_CD, labels_C, num_labelled, head, self.options, self.wants_gradient, wide)
+        chunk.read()
+        chunk.finish(weights_C, found, gradient_CD)
+
+    def _read_chunk(
+        self, hidden_CD: torch.Tensor, labels_C: torch.Tensor, weights_C: torch.Tensor | None, num_labelled: int,
+        found: PerRow, gradient_CD: torch.Tensor | None,
+    ) -> None:  # fmt: skip
+        logits_CV = self._logits(hidden_CD)
+        destination_CV = logits_CV if self.wants_gradient else None
+        compute_rows(logits_CV, destination_CV, labels_C, weights_C, num_labelled, self.options, found)
+        if gradient_CD is not None and num_labelled:
+            torch.mm(logits_CV[:num_labelled], self.weight_VD, out=gradient_CD)
+
+    def _logits(self, hidden_CD: torch.Tensor) -> torch.Tensor:
+        """In a buffer that all chunks share."""
+        vocab = len(self.weight_VD)
+        if self._buffer_CV is None:  # the first chunk is the largest; rows begin at multiples of 32 bytes for Triton
+            width = -(-vocab // 16) * 16 if runs_triton(hidden_CD) else vocab
+            self._buffer_CV = hidden_CD.new_empty(len(hidden_CD), width)[:, :vocab]
+        logits_CV = self._buffer_CV[: len(hidden_CD)]
         if self.bias_V is None:
-            torch.mm(hidden_CD, self.weight_VD.t(), out=out_CV)
-        else:
-            torch.addmm(self.bias_V, hidden_CD, self.weight_VD.t(), out=out_CV)
+            return torch.mm(hidden_CD, self.weight_VD.t(), out=logits_CV)
+        return torch.addmm(self.bias_V, hidden_CD, self.weight_VD.t(), out=logits_CV)
 
     def _rows_that_fit(self, num_rows: int) -> int:
         """At least one; chunks of one size, in steps of 128 rows where there are so many."""
-        vocab, size = len(self.weight_VD), self.weight_VD.dtype.itemsize
-        limit = GPU_CHUNK_BYTES // size if self.weight_VD.is_cuda else CPU_CHUNK_BYTES // max(4, size)
-        fit = max(1, limit // max(1, vocab))
+        fit = CHUNK_BYTES // self.weight_VD.dtype.itemsize // max(1, len(self.weight_VD))
+        fit = tiles.ROWS if self._in_tiles else max(1, fit)
         even = -(-num_rows // max(1, -(-num_rows // fit)))
         return min(fit, -(-even // 128) * 128)
 

@@ -1,0 +1,41 @@
+"""Layers that keep nothing but their input until the backward pass, which computes the rest again (arXiv:1604.06174)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import wraps
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+
+def blocks_of(model: nn.Module) -> list[nn.Module]:
+    """The layers that the model repeats: of its lists of modules the one that holds the most parameters."""
+    lists = [module for module in model.modules() if isinstance(module, nn.ModuleList)]
+    sizes = [sum(parameter.numel() for parameter in found.parameters()) for found in lists]
+    return list(lists[sizes.index(max(sizes))]) if lists else []
+
+
+def checkpoint_layers(model: nn.Module) -> int:
+    """Have each of the model's blocks computed again in the backward pass, with the same random numbers. Returns how
+    many blocks there are: without any, nothing is changed.
+
+    Only while training. Losses and gradients stay what they are, to the bit where nothing is dropped: a layer that
+    computes several projections in one go draws their dropout in another order.
+    """
+    blocks = blocks_of(model)
+    for block in blocks:
+        block.forward = _checkpointed(block, block.forward)  # on the instance: what wrapped it before stays inside
+    return len(blocks)
+
+
+def _checkpointed(block: nn.Module, forward: Callable[..., Any]) -> Callable[..., Any]:
+    @wraps(forward)
+    def compute(*args: Any, **kwargs: Any) -> Any:
+        if not (block.training and torch.is_grad_enabled()):
+            return forward(*args, **kwargs)
+        return checkpoint(forward, *args, use_reentrant=False, **kwargs)
+
+    return compute

@@ -1,0 +1,223 @@
+"""How many tokens go through the model at once.
+
+On a CPU few: a pass whose activations are a few times the cache is as fast as one of a hundred times their size, since
+products read the weights seldom enough from FEWEST tokens on. So a micro-batch has FOOTPRINT bytes of activations or
+FEWEST tokens, whichever is more. So has an evaluation batch; and for decoding, which reads all weights for each token
+anew, as many bytes as a third of them. On a GPU there are MOST tokens, to keep it busy.
+
+No pass takes more than SHARE of the memory that is free, whatever the settings say: nobody is killed for what was asked
+of them. What a token takes is counted on a few of the shortest rows. But for that bound, the figures hang on model,
+method and data alone; checkpoints keep them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import nn
+
+from fastpeft.adapters import Adapter
+from fastpeft.config.schema import EvaluationConfig, TrainingConfig
+from fastpeft.data.batches import Batches
+from fastpeft.device_memory import (
+    OutOfMemory,
+    TokenLimits,
+    free_bytes,
+    free_memory,
+    high_water_bytes,
+    is_out_of_memory,
+    resident_bytes,
+)
+from fastpeft.models.checkpointed_layers import checkpoint_layers
+from fastpeft.tasks import Task
+from fastpeft.trainer.pass_cost import Cost, evaluation_cost, training_cost
+
+FOOTPRINT = 128 * 2**20
+FEWEST, MOST, MOST_EVALUATED = 512, 16384, 131072
+SHARE = 0.8
+MOMENTS = 2
+"""Numbers that an optimizer keeps beside each parameter: their pages are taken at its first step."""
+
+Setting = int | Literal["auto"]
+
+
+@dataclass(frozen=True)
+class MemoryPlan:
+    limits: TokenLimits
+    training: float
+    """Bytes of a token of a micro-batch, in a row of the usual width."""
+    evaluation: float
+    """Of an evaluation batch."""
+    held: float
+    """Bytes that the process has between passes."""
+    peak: float
+    """And at most."""
+    free: float
+    fit: TokenLimits
+    """What there is room for."""
+    checkpointed: bool
+    notes: tuple[str, ...]
+    """The choice in one line, and what else the user should know."""
+
+    def keep_within(self) -> list[str]:
+        """After a resume, which takes the limits that the run had, perhaps where there was more room. Returns what to
+        tell the user."""
+        told = []
+        for what, name in (("training", "micro-batches"), ("evaluation", "evaluation batches")):
+            most, fit = getattr(self.limits, what), getattr(self.fit, what)
+            if most > fit:
+                setattr(self.limits, what, fit)
+                told.append(f"the run had {name} of {most:,} tokens, and {fit:,} fit into the memory that is free now")
+        return told
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "micro_batch_tokens": self.limits.training,
+            "evaluation_batch_tokens": self.limits.evaluation,
+            "bytes_per_token": round(self.training),
+            "bytes_per_evaluation_token": round(self.evaluation),
+            "held_mb": round(self.held / 2**20, 1),
+            "peak_mb": round(self.peak / 2**20, 1),
+            "free_mb": round(self.free / 2**20, 1),
+            "checkpointed": self.checkpointed,
+        }
+
+
+def make_plan(
+    training: TrainingConfig,
+    evaluation: EvaluationConfig,
+    adapter: Adapter,
+    task: Task,
+    batches: Batches,
+    loss_scale: torch.Tensor | None = None,
+) -> MemoryPlan:
+    """Measure a few passes and choose. Puts checkpoints round the model's layers where they are wanted or needed.
+
+    Raises:
+        OutOfMemory: on a CPU, a row that does not fit.
+    """
+    device, model = adapter.flat.data.device, adapter.model
+    widths = task.train.widths
+    longest, usual = int(widths.max()), float((widths**2.0).sum() / widths.sum())
+    wants_checkpoints = training.checkpoint_layers is True
+    checkpointed = wants_checkpoints and checkpoint_layers(model) > 0
+    free_memory()
+    to_come = MOMENTS * adapter.flat.data.nbytes
+    held, free = resident_bytes(device) + to_come, max(0, free_bytes(device) - to_come)
+    cost = _unless_short(lambda: training_cost(adapter, task, loss_scale))
+    if training.checkpoint_layers == "auto" and (cost is None or cost.tokens(SHARE * free, longest) < longest):
+        checkpointed = checkpoint_layers(model) > 0
+        cost = _unless_short(lambda: training_cost(adapter, task, loss_scale))
+    if cost is None:
+        told = "the memory is too short to measure what a row takes: rows go through the model one by one"
+        return MemoryPlan(TokenLimits(1, 1), 0.0, 0.0, held, held, free, TokenLimits(1, 1), checkpointed, (told,))
+    if device.type == "cpu" and cost.tokens(free, longest) < longest:
+        needed = size(cost.bytes(longest, longest))
+        raise OutOfMemory("in training", f"a row of {longest:,} tokens takes {needed}, and {size(free)} are free")
+    fit = TokenLimits(max(cost.tokens(SHARE * free, longest), longest), 1)
+    most, notes = choose(
+        "training.micro_batch_tokens", training.micro_batch_tokens, suits_training(cost, usual, device), fit.training
+    )
+    limits = TokenLimits(most, most)
+
+    def attempt(limits: TokenLimits) -> None:
+        model.eval()
+        try:
+            task.try_evaluation(model, limits)
+        finally:
+            model.train()
+
+    evaluated, fit.evaluation, more = plan_evaluation(
+        evaluation.batch_tokens, attempt, task.largest_evaluation_batch, limits, model
+    )
+    rows, width = task.largest_evaluation_batch(limits)
+    pass_bytes = max(_largest_pass(cost, limits.training, batches), evaluated.bytes(rows * width, width))
+    peak = max(high_water_bytes(device), held + pass_bytes)
+    layers = ", layers computed again in the backward pass" if checkpointed else ""
+    line = (
+        f"memory: micro-batches of at most {limits.training:,} tokens, {size(cost.each(usual))} each{layers}; evaluation "
+        f"batches of {limits.evaluation:,}, {size(evaluated.linear)} each; {size(peak)} at the peak, {size(held)} of "
+        f"them throughout; {size(free)} are free"
+    )
+    return MemoryPlan(
+        limits, cost.each(usual), evaluated.linear, held, peak, free, fit, checkpointed, (line, *notes, *more)
+    )
+
+
+def plan_evaluation(
+    setting: Setting,
+    attempt: Callable[[TokenLimits], object],
+    largest: Callable[[TokenLimits], tuple[int, int]],
+    limits: TokenLimits,
+    model: nn.Module,
+) -> tuple[Cost, int, list[str]]:
+    """Sets `limits.evaluation`. Returns what it was chosen by, the tokens that fit, and what to tell the user.
+
+    Args:
+        attempt, largest: as Task.try_evaluation and Task.largest_evaluation_batch.
+    """
+    device = next(model.parameters()).device
+    free_memory()
+    free = free_bytes(device)
+    cost = _unless_short(lambda: evaluation_cost(attempt, largest, limits.training, device))
+    if cost is None:
+        limits.evaluation = 1
+        return Cost(0.0, 0.0), 1, ["the memory is too short to measure an evaluation: rows are scored one by one"]
+    fit = max(1, cost.tokens(SHARE * free, 1))
+    limits.evaluation, notes = choose("evaluation.batch_tokens", setting, suits_evaluation(cost, model), fit)
+    return cost, fit, notes
+
+
+def suits_training(cost: Cost, width: float, device: torch.device) -> int:
+    """Tokens of a micro-batch where memory is not short."""
+    if device.type == "cuda":
+        return MOST
+    return min(MOST, max(FEWEST, int(FOOTPRINT / max(1.0, cost.each(width)))))
+
+
+def suits_evaluation(cost: Cost, model: nn.Module) -> int:
+    weights = list(model.parameters())
+    if weights[0].is_cuda:
+        return MOST_EVALUATED
+    footprint = max(FOOTPRINT, sum(weight.nbytes for weight in weights) / 3)
+    return min(MOST, max(FEWEST, int(footprint / max(1.0, cost.linear))))
+
+
+def choose(key: str, setting: Setting, suits: int, fit: int) -> tuple[int, list[str]]:
+    """(tokens, what to tell the user) for a setting, given what suits the device and what fits into its memory."""
+    most = suits if setting == "auto" else setting
+    if most <= fit:
+        return most, []
+    return fit, [] if setting == "auto" else [f"{key} is {setting:,}, and {fit:,} fit into the memory that is free"]
+
+
+def size(num_bytes: float) -> str:
+    for unit, factor in (("GB", 1e9), ("MB", 1e6)):
+        if num_bytes >= factor:
+            return f"{num_bytes / factor:.1f} {unit}"
+    return f"{num_bytes / 1e3:.0f} kB"
+
+
+def _largest_pass(cost: Cost, most: int, batches: Batches) -> float:
+    """Bytes of an epoch's largest micro-batch: each batch's longest row, as often as there is room for it."""
+    order = batches.epoch(0)
+    sizes = np.array([len(rows) for rows in order])
+    starts = np.concatenate([[0], np.cumsum(sizes)[:-1]])
+    widest = np.maximum.reduceat(batches.encoded.widths[np.concatenate(order)], starts)
+    tokens = np.minimum(np.maximum(most // widest, 1), sizes) * widest
+    return float(np.max(cost.fixed + tokens * (cost.linear + cost.square * widest)))
+
+
+def _unless_short(measure: Callable[[], Cost]) -> Cost | None:
+    """None where the memory does not suffice."""
+    try:
+        return measure()
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
+    free_memory()  # outside of the handler, whose frames hold the activations
+    return None

@@ -1,0 +1,95 @@
+"""What a pass takes of the memory, from passes over a few short rows."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from fastpeft.adapters import Adapter
+from fastpeft.device_memory import TokenLimits
+from fastpeft.tasks import Task
+from fastpeft.trainer.peak_memory import peak_bytes
+from fastpeft.trainer.rng import generator_states, set_generator_states
+from fastpeft.trainer.step import forward_backward
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Bytes of a pass over rows of one width: fixed + tokens * (linear + square * width)."""
+
+    fixed: float
+    linear: float
+    square: float = 0.0
+
+    def each(self, width: float) -> float:
+        """Of a token."""
+        return self.linear + self.square * width
+
+    def bytes(self, tokens: float, width: float) -> float:
+        return self.fixed + tokens * self.each(width)
+
+    def tokens(self, room: float, width: float) -> int:
+        """That fit into so many bytes."""
+        return int(max(0.0, room - self.fixed) / max(1.0, self.each(width)))
+
+    @classmethod
+    def of_rows(cls, short: tuple[int, float], long: tuple[int, float]) -> Cost:
+        """From (tokens, bytes) of two rows, the first no longer than the second."""
+        (width, size), (other, other_size) = short, long
+        square = 0.0 if other <= width else max(0.0, (other_size / other - size / width) / (other - width))
+        return cls(0.0, max(0.0, size / width - square * width), square)
+
+
+def training_cost(adapter: Adapter, task: Task, loss_scale: torch.Tensor | None = None) -> Cost:
+    """From the shortest row and one about twice as long. What does not grow with a row counts as the tokens'.
+
+    Random numbers and what layers keep of a pass are as they were; gradients are 0.
+    """
+    device, widths = adapter.flat.data.device, task.train.widths
+    order = np.argsort(widths, kind="stable")
+    short = int(order[0])
+    long = int(order[min(int(np.searchsorted(widths[order], 2 * widths[short])), len(order) - 1)])
+    generators = generator_states(device)
+
+    def measured(row: int) -> tuple[int, float]:
+        rows = np.array([row])
+        batch, num_items = task.collate(rows, device), max(1, task.num_items(rows))
+        return int(widths[row]), peak_bytes(
+            device, lambda: forward_backward(adapter, task.loss, [batch], num_items, loss_scale)
+        )
+
+    try:
+        return Cost.of_rows(measured(short), measured(long))
+    finally:
+        adapter.discard_pass()
+        adapter.flat.grad.zero_()
+        set_generator_states(device, generators)
+
+
+def evaluation_cost(
+    attempt: Callable[[TokenLimits], object],
+    largest: Callable[[TokenLimits], tuple[int, int]],
+    training: int,
+    device: torch.device,
+) -> Cost:
+    """From an evaluation of one row at a time, and of two.
+
+    Args:
+        attempt, largest: as Task.try_evaluation and Task.largest_evaluation_batch.
+        training: tokens of a micro-batch.
+    """
+
+    def measured(limit: int) -> tuple[int, int]:
+        limits = TokenLimits(training, limit)
+        rows, width = largest(limits)
+        return rows * width, peak_bytes(device, lambda: attempt(limits))
+
+    tokens, size = measured(1)
+    more_tokens, more = measured(2 * tokens)
+    if more_tokens <= tokens:  # there is one row
+        return Cost(0.0, size / tokens)
+    each = max(0.0, (more - size) / (more_tokens - tokens))
+    return Cost(max(0.0, size - each * tokens), each)
