@@ -1,6 +1,6 @@
 """Rows that are decoded side by side, and what is kept of the tokens that the model has read of them.
 
-Which of the three kinds is right is a matter of the model, and tried: see fastpeft.tasks.causal_lm.decode_check.
+Which of the kinds is right is a matter of the model, and tried: see fastpeft.tasks.causal_lm.decode_check.
 
 Shapes: B rows of a batch, T tokens of the longest row, W columns of its prompts, C columns of the cache, N most new
 tokens, V vocabulary, E tokens that end an answer.
@@ -13,17 +13,18 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import Any, cast
+from itertools import zip_longest
+from typing import Any, ClassVar, cast
 
 import numpy as np
 import torch
 from torch import nn
 
 from fastpeft.data.batches import WIDTH_MULTIPLE
+from fastpeft.kernels import linear_cross_entropy
+from fastpeft.models.direct_decoder import direct_decoder
+from fastpeft.models.layers import is_bare
 from fastpeft.models.lm_head import hidden_states
-
-_COMPACT_AT = 0.75
-"""Share of a batch's rows that are still decoded, below which the others are taken out: that copies the cache."""
 
 Prompt = Sequence[int] | np.ndarray
 
@@ -31,6 +32,8 @@ Prompt = Sequence[int] | np.ndarray
 class Caching(StrEnum):
     """What is kept of the tokens that were read."""
 
+    DIRECT = "direct"
+    """Keys and values in columns of our own, by a forward pass written for families that are known."""
     STATIC = "static"
     """Keys and values in a cache of all columns from the start: nothing is copied, and shapes stay."""
     GROWING = "growing"
@@ -41,20 +44,33 @@ class Caching(StrEnum):
 
 @dataclass(frozen=True)
 class DecodeMethod:
-    caching: Caching = Caching.STATIC
+    caching: Caching = Caching.DIRECT
     padded: bool = True
     """Prompts of unequal lengths go side by side."""
 
     def __str__(self) -> str:
-        cache = {Caching.STATIC: "a static cache", Caching.GROWING: "a cache that grows", Caching.NONE: "no cache"}
-        return f"{cache[self.caching]}, prompts {'padded' if self.padded else 'of one length side by side'}"
+        return f"{_WORDS[self.caching]}, prompts {'padded' if self.padded else 'of one length side by side'}"
 
 
-FASTEST = DecodeMethod()
+_WORDS = {
+    Caching.DIRECT: "its layers run directly",
+    Caching.STATIC: "a static cache",
+    Caching.GROWING: "a cache that grows",
+    Caching.NONE: "no cache",
+}
+FASTEST, STATIC = DecodeMethod(), DecodeMethod(Caching.STATIC)
+
+
+def fastest_method(model: nn.Module) -> DecodeMethod:
+    """Of a bare causal LM that is right as far as can be told without trying."""
+    return STATIC if direct_decoder(model) is None else FASTEST
 
 
 class DecodeBatch(ABC):
     """Rows that are decoded side by side, fewer and fewer of them."""
+
+    compact_at: ClassVar[float] = 0.75
+    """Share of the rows that are still decoded, at which the others are taken out: that copies the cache."""
 
     def __init__(
         self, model: nn.Module, prompts: Sequence[Prompt], most: int, pad_token: int, device: torch.device
@@ -70,6 +86,11 @@ class DecodeBatch(ABC):
         """Of `new_BN`, those that are still decoded."""
         self.new_BN = torch.full((len(prompts), most), pad_token, device=device)
         self.alive_B = torch.ones(len(prompts), dtype=torch.bool, device=device)
+        self.loss: torch.Tensor | None = None
+        """Of the references, summed, in nats, once they are read."""
+
+    def read_behind(self, references: Sequence[Prompt]) -> None:
+        """What is known to follow the prompts is read in the pass that reads them, where the kind can, for its loss."""
 
     @abstractmethod
     def forward(self) -> torch.Tensor:
@@ -80,8 +101,8 @@ class DecodeBatch(ABC):
         """What the next forward pass reads."""
 
     @abstractmethod
-    def _keep(self, kept_B: torch.Tensor) -> bool:
-        """Go on with these rows only; False if that cannot be done."""
+    def _keep(self, kept: list[int], kept_B: torch.Tensor) -> bool:
+        """Go on with these rows only, row i being what row kept[i] was; False if that cannot be done."""
 
     def append(self, next_B: torch.Tensor, eos_E: torch.Tensor, step: int) -> None:
         """The next token of each row, or padding where it has ended. Does not wait for the device."""
@@ -93,13 +114,67 @@ class DecodeBatch(ABC):
     def drop_ended(self) -> bool:
         """Waits for the device. Goes on without the rows that have ended if they are many; False if all have."""
         alive = self.alive_B.tolist()
-        kept = [i for i, is_alive in enumerate(alive) if is_alive]
-        if kept and len(kept) <= _COMPACT_AT * len(alive):
+        num = sum(alive)
+        if num and num <= self.compact_at * len(alive):
+            last = [i for i in range(num, len(alive)) if alive[i]]
+            kept = [i if alive[i] else last.pop() for i in range(num)]  # a row's place goes to one from behind
             kept_B = torch.tensor(kept, device=self.device)
-            if self._keep(kept_B):
+            if self._keep(kept, kept_B):
                 self.rows = [self.rows[i] for i in kept]
                 self.rows_B, self.alive_B = self.rows_B[kept_B], self.alive_B[kept_B]
-        return bool(kept)
+        return num > 0
+
+
+class DirectBatch(DecodeBatch):
+    """Prompts padded on their right, and their new tokens behind the longest of them."""
+
+    compact_at = 0.95
+
+    def __init__(
+        self, model: nn.Module, prompts: Sequence[Prompt], most: int, pad_token: int, device: torch.device
+    ) -> None:
+        super().__init__(model, prompts, most, pad_token, device)
+        decoder = direct_decoder(model)
+        assert decoder is not None, "fastest_method and the check ask"
+        self._decoder = decoder
+        self._prompts: Sequence[Prompt] | None = prompts
+        self._references: Sequence[Prompt] = []
+
+    def read_behind(self, references: Sequence[Prompt]) -> None:
+        if all(map(len, references)) and is_bare(self._decoder.head, nn.Linear):
+            self._references = references
+
+    def forward(self) -> torch.Tensor:
+        if self._prompts is None:
+            return self._decoder.step(self._ids, self._columns)
+        prompts, self._prompts = self._prompts, None
+        return self._read(prompts)
+
+    def _read(self, prompts: Sequence[Prompt]) -> torch.Tensor:
+        decoder, references, lengths = self._decoder, self._references, [len(prompt) for prompt in prompts]
+        rows = [[*prompt, *own[:-1]] for prompt, own in zip_longest(prompts, references, fillvalue=())]
+        width = max(map(len, rows))
+        ids_BT = torch.from_numpy(_padded_right(rows, width, self.pad_token)).to(self.device)
+        self._columns = decoder.columns(lengths, self.new_BN.shape[1], width)
+        first_B = np.array(lengths) - 1 + width * np.arange(len(rows))
+        num_B = np.array([len(own) for own in references] or [1] * len(prompts))
+        places = np.concatenate([first + np.arange(num) for first, num in zip(first_B, num_B)])
+        hidden_MD = decoder.read(ids_BT, torch.from_numpy(places).to(self.device), self._columns)
+        if references:
+            labels_M = torch.from_numpy(np.concatenate(references).astype(np.int64)).to(self.device)
+            weight, bias = decoder.head.weight.detach(), decoder.head.bias
+            bias = None if bias is None else bias.detach()
+            self.loss = linear_cross_entropy(hidden_MD, weight, labels_M, bias, num_items=1).loss
+            hidden_MD = hidden_MD[torch.from_numpy(np.cumsum(num_B) - num_B).to(self.device)]
+        return decoder.head(hidden_MD)
+
+    def _read_next(self, next_B: torch.Tensor, step: int) -> None:
+        self._ids = next_B
+
+    def _keep(self, kept: list[int], kept_B: torch.Tensor) -> bool:
+        self._columns.keep(kept)
+        self._ids = self._ids[kept_B]
+        return True
 
 
 class StaticBatch(DecodeBatch):
@@ -142,7 +217,7 @@ class StaticBatch(DecodeBatch):
         self._seen += 1
         self._positions = self._positions[:, -1:] + 1
 
-    def _keep(self, kept_B: torch.Tensor) -> bool:
+    def _keep(self, kept: list[int], kept_B: torch.Tensor) -> bool:
         self.cache.reorder_cache(cast(torch.LongTensor, kept_B))
         self._ids, self._positions = self._ids[kept_B], self._positions[kept_B]
         self._mask_BC = self._mask_BC[kept_B]
@@ -188,7 +263,7 @@ class GrowingBatch(DecodeBatch):
     def _read_next(self, next_B: torch.Tensor, step: int) -> None:
         self._ids_BT = torch.cat([self._ids_BT, next_B[:, None]], dim=-1)
 
-    def _keep(self, kept_B: torch.Tensor) -> bool:
+    def _keep(self, kept: list[int], kept_B: torch.Tensor) -> bool:
         from transformers import Cache
 
         held = {name: value for name, value in self._state.items() if isinstance(value, Cache | torch.Tensor)}
@@ -211,9 +286,7 @@ class UncachedBatch(DecodeBatch):
     ) -> None:
         super().__init__(model, prompts, most, pad_token, device)
         lengths = np.array([len(prompt) for prompt in prompts])
-        ids_BT = np.full((len(prompts), int(lengths.max()) + most), pad_token, dtype=np.int64)
-        for ids_T, prompt in zip(ids_BT, prompts):
-            ids_T[: len(prompt)] = prompt
+        ids_BT = _padded_right(prompts, int(lengths.max()) + most, pad_token)
         self._ids_BT = torch.from_numpy(ids_BT).to(device)
         self._lengths_B = torch.from_numpy(lengths).to(device)
         self._width = int(lengths.max())
@@ -228,12 +301,13 @@ class UncachedBatch(DecodeBatch):
         self._lengths_B = self._lengths_B + 1
         self._width += 1
 
-    def _keep(self, kept_B: torch.Tensor) -> bool:
+    def _keep(self, kept: list[int], kept_B: torch.Tensor) -> bool:
         self._ids_BT, self._lengths_B = self._ids_BT[kept_B], self._lengths_B[kept_B]
         return True
 
 
 BATCHES: dict[Caching, type[DecodeBatch]] = {
+    Caching.DIRECT: DirectBatch,
     Caching.STATIC: StaticBatch,
     Caching.GROWING: GrowingBatch,
     Caching.NONE: UncachedBatch,
@@ -258,4 +332,11 @@ def _padded_left(prompts: Sequence[Prompt], width: int, pad_token: int) -> np.nd
     ids_BW = np.full((len(prompts), width), pad_token, dtype=np.int64)
     for ids_W, prompt in zip(ids_BW, prompts):
         ids_W[width - len(prompt) :] = prompt
+    return ids_BW
+
+
+def _padded_right(prompts: Sequence[Prompt], width: int, pad_token: int) -> np.ndarray:
+    ids_BW = np.full((len(prompts), width), pad_token, dtype=np.int64)
+    for ids_W, prompt in zip(ids_BW, prompts):
+        ids_W[: len(prompt)] = prompt
     return ids_BW

@@ -18,20 +18,20 @@ from fastpeft.device_memory import is_out_of_memory
 from fastpeft.errors import UserError, first_line
 from fastpeft.models.backbone import Backbone
 from fastpeft.models.lm_head import bare_model
-from fastpeft.tasks.causal_lm.decode_batches import BATCHES, FASTEST, Caching, DecodeMethod
+from fastpeft.tasks.causal_lm.decode_batches import BATCHES, STATIC, Caching, DecodeMethod, fastest_method
 from fastpeft.tasks.causal_lm.prompts import EncodedPrompts
 from fastpeft.tasks.self_check import apart, longest_row, spread_rows, tolerance, trying
 
 _NUM_TOKENS = 4
 
 _METHODS = (
-    FASTEST,
+    STATIC,
     DecodeMethod(Caching.GROWING),
     DecodeMethod(Caching.GROWING, padded=False),
     DecodeMethod(Caching.NONE),
     DecodeMethod(Caching.NONE, padded=False),
 )
-"""From the fastest on."""
+"""From the fastest on, behind that of families that are known."""
 
 
 def find_decode_method(
@@ -51,7 +51,7 @@ def find_decode_method(
     with trying(model):
         prompts = _prompts(core, encoded)
         continued = [_continue(core, prompt) for prompt in prompts]
-        for method in _METHODS:
+        for method in dict.fromkeys((fastest_method(core), *_METHODS)):
             fault = _fault(core, backbone, method, prompts, continued, most)
             if fault is None:
                 return method, _notes(backbone, method, failures)

@@ -22,13 +22,14 @@ from fastpeft.data.batches import split_by_width
 from fastpeft.device_memory import free_memory, is_out_of_memory
 from fastpeft.models.merge import Merged, merged
 from fastpeft.tasks.causal_lm.calculator_notes import Notes
-from fastpeft.tasks.causal_lm.decode_batches import BATCHES, FASTEST, DecodeBatch, DecodeMethod, cache_columns
+from fastpeft.tasks.causal_lm.decode_batches import BATCHES, FASTEST, DecodeMethod, cache_columns, fastest_method
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 CHECK_EVERY = 8
-"""Steps between two looks at which rows have ended: each look waits for the device."""
+"""Steps between two looks at whether to stop, and at which rows have ended: that waits for a GPU. On a CPU there is
+nothing to wait for, and ended rows are looked for at every step."""
 
 
 @dataclass(frozen=True)
@@ -71,6 +72,8 @@ class Decoded:
     num_tokens: int
     seconds: float
     merged: Merged
+    loss: float | None = None
+    """Of the references, summed, in nats; None where they were not read."""
 
 
 def decode(
@@ -87,6 +90,7 @@ def decode(
     method: DecodeMethod = FASTEST,
     complete: Callable[[str], str | None] | None = None,
     tokenizer: PreTrainedTokenizerBase | None = None,
+    references: Sequence[np.ndarray] = (),
 ) -> Decoded | None:
     """Continue every prompt; None if `stop`, asked before each batch and every few steps, said so before the end.
 
@@ -101,8 +105,11 @@ def decode(
         shrink: told the rows and the width of a batch that ran out of memory; returns a smaller `max_tokens`, and the
             prompts that are left, with those of that batch, go on in such batches.
         merge: fold the LoRA layers into their weights for the time (fastpeft.models.merge).
-        method: that is right for the model, as fastpeft.tasks.causal_lm.decode_check finds it.
+        method: that is right for the model, as fastpeft.tasks.causal_lm.decode_check finds it. FASTEST of a model whose
+            layers are not known is the static cache.
         complete: the result of a calculator note `<<EXPR=`, or None where it has none; with `tokenizer`. See Notes.
+        references: what ought to follow each prompt, one token at least, for its loss, which the direct way has in the
+            pass that reads the prompts. With one sample a prompt only.
 
     Raises:
         ValueError: an empty prompt; `complete` without a tokenizer.
@@ -110,19 +117,22 @@ def decode(
     if complete is not None and tokenizer is None:
         raise ValueError("decode: complete needs the tokenizer")
     lengths = np.repeat([len(prompt) for prompt in prompts], options.num_samples).astype(np.int64)
+    references = references if options.num_samples == 1 else ()
     if not lengths.all():
         raise ValueError(f"decode: prompt {int(np.argmin(lengths)) // options.num_samples} is empty")
     start = time.perf_counter()
     with _evaluating(model), merged(model) if merge else nullcontext(Merged()) as how, torch.inference_mode():
         core = model.get_base_model() if isinstance(model, PeftModel) else model
-        decoder = _Decoder(core, prompts, options, method, eos_tokens, pad_token, stop, complete, tokenizer)
+        method = fastest_method(core) if method == FASTEST else method
+        lengths = reading_lengths(lengths, np.array([len(own) for own in references]), options.max_new_tokens)
+        decoder = _Decoder(core, prompts, options, method, eos_tokens, pad_token, stop, complete, tokenizer, references)
         try:
             answers = _all_rows(decoder, lengths, max_tokens, shrink)
         except _Stopped:
             return None
     num_tokens = sum(answer.num_tokens for answer in answers)
     each = [answers[i : i + options.num_samples] for i in range(0, len(answers), options.num_samples)]
-    return Decoded(each, num_tokens, time.perf_counter() - start, how)
+    return Decoded(each, num_tokens, time.perf_counter() - start, how, decoder.loss)
 
 
 def pass_at_k(num_correct: int, num_samples: int, k: int) -> float:
@@ -151,6 +161,13 @@ def _evaluating(model: nn.Module) -> Iterator[None]:
     finally:
         for module, training in modes:
             module.training = training
+
+
+def reading_lengths(lengths: np.ndarray, reference_lengths: np.ndarray, max_new_tokens: int) -> np.ndarray:
+    """Of prompts, made longer where the reference takes more room behind one than the new tokens do."""
+    if not len(reference_lengths):
+        return lengths
+    return np.maximum(lengths, lengths + reference_lengths - max_new_tokens)
 
 
 def batches_of(
@@ -195,6 +212,9 @@ class _Decoder:
     stop: Callable[[], bool]
     complete: Callable[[str], str | None] | None
     tokenizer: Any
+    references: Sequence[np.ndarray]
+    loss: float | None = 0.0
+    """Of the references of all batches until now; None once those of one were not read."""
 
     def answers(self, rows: np.ndarray, may_fail: bool) -> list[Answer] | None:
         """None if the memory did not suffice and it `may_fail`."""
@@ -204,21 +224,25 @@ class _Decoder:
             if not (may_fail and is_out_of_memory(error)):
                 raise
             return None
-        return [self._answer(new_N) for new_N in new_BN]
-
-    def _answer(self, new_N: np.ndarray) -> Answer:
-        ends = np.flatnonzero(np.isin(new_N, self.eos_tokens))
-        return Answer(new_N[: ends[0]].tolist(), True) if len(ends) else Answer(new_N.tolist(), False)
+        ends_BN = np.isin(new_BN, self.eos_tokens)
+        num_tokens_B = np.where(ends_BN.any(1), ends_BN.argmax(1), new_BN.shape[1]).tolist()
+        return [
+            Answer(tokens[:num], ended)
+            for tokens, num, ended in zip(new_BN.tolist(), num_tokens_B, ends_BN.any(1).tolist())
+        ]
 
     def _decode(self, rows: np.ndarray) -> np.ndarray:
         """B x N new tokens of these rows; what follows a token that ends is padding."""
         samples, most = self.options.num_samples, self.options.max_new_tokens
         device = next(self.model.parameters()).device
+        look_every = 1 if device.type == "cpu" else CHECK_EVERY
         eos_E = torch.tensor(self.eos_tokens, dtype=torch.int64, device=device)
         prompts = [self.prompts[row // samples] for row in rows]
         batch = BATCHES[self.method.caching](self.model, prompts, most, self.pad_token, device)
         uniform_BN = _uniforms(self.options, rows).to(device) if self.options.temperature else None
         notes = None if self.complete is None else Notes(self.complete, self.tokenizer, len(rows), self.eos_tokens)
+        if self.references:
+            batch.read_behind([self.references[row] for row in rows])
         logits_BV = batch.forward()
         for step in range(most):
             if uniform_BN is None:
@@ -228,15 +252,15 @@ class _Decoder:
             if notes is not None:
                 next_B = torch.tensor(notes.read(next_B.tolist(), batch.rows), device=device)
             batch.append(next_B, eos_E, step)
-            if step + 1 == most or (step % CHECK_EVERY == CHECK_EVERY - 1 and not self._go_on(batch)):
+            if step + 1 == most:
+                break
+            if step % CHECK_EVERY == CHECK_EVERY - 1 and self.stop():
+                raise _Stopped
+            if step % look_every == look_every - 1 and not batch.drop_ended():
                 break
             logits_BV = batch.forward()
+        self.loss = None if batch.loss is None or self.loss is None else self.loss + float(batch.loss)
         return batch.new_BN.cpu().numpy()
-
-    def _go_on(self, batch: DecodeBatch) -> bool:
-        if self.stop():
-            raise _Stopped
-        return batch.drop_ended()
 
 
 def _uniforms(options: DecodeOptions, rows: np.ndarray) -> torch.Tensor:

@@ -55,6 +55,10 @@ class EncodedPrompts(TokenRows):
         start = self.offsets[row]
         return self.tokens[start : start + self.prompt_lengths[row]]
 
+    def answer(self, row: int) -> np.ndarray:
+        """The tokens to predict, int32."""
+        return self.tokens[self.offsets[row] + self.prompt_lengths[row] : self.offsets[row + 1]]
+
 
 def encode_prompts(
     texts: Prompted,

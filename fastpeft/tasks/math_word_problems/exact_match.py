@@ -13,8 +13,16 @@ import torch
 from torch import nn
 
 from fastpeft.tasks.base import Score
-from fastpeft.tasks.causal_lm.decode_batches import FASTEST, DecodeMethod, cache_columns
-from fastpeft.tasks.causal_lm.generate import CHECK_EVERY, Decoded, DecodeOptions, batches_of, decode, pass_at_k
+from fastpeft.tasks.causal_lm.decode_batches import FASTEST, Caching, DecodeMethod, cache_columns
+from fastpeft.tasks.causal_lm.generate import (
+    CHECK_EVERY,
+    Decoded,
+    DecodeOptions,
+    batches_of,
+    decode,
+    pass_at_k,
+    reading_lengths,
+)
 from fastpeft.tasks.causal_lm.prompts import EncodedPrompts
 from fastpeft.tasks.math_word_problems.answers import final_number, same_answer
 from fastpeft.tasks.math_word_problems.calculator import evaluate
@@ -66,17 +74,23 @@ def score_problems(
     max_tokens: int,
     stop: Callable[[], bool] = lambda: False,
     shrink: Callable[[int, int], int] | None = None,
-    loss: float = math.nan,
+    mean_loss: Callable[[], float | None] | None = None,
 ) -> Score | None:
     """Share of problems whose greedy answer ends in the reference's number; None if `stop` said so before the end.
+
+    `mean_loss` is asked for the loss where the pass that reads the prompts cannot have it; without it the loss is NaN.
 
     `more` holds shares of all problems: no_answer (no number behind `####`), cut (no end within max_new_tokens), pass@k
     where samples are drawn, and, if there are any, no_room (prompts that leave no room for an answer: they count as
     wrong, without one).
     """
     references, count = problem_set.problems.answer, len(problem_set)
-    answers = _answers(model, problem_set, decoding, DecodeOptions(decoding.max_new_tokens), max_tokens, stop, shrink)
-    if answers is None:
+    options, with_loss = DecodeOptions(decoding.max_new_tokens), mean_loss is not None
+    answers = _answers(model, problem_set, decoding, options, max_tokens, stop, shrink, with_loss)
+    loss: float | None = math.nan
+    if answers is not None and mean_loss is not None:
+        loss = mean_loss() if answers.loss is None else answers.loss
+    if answers is None or loss is None:
         return None
     no_answer = sum(final_number(texts[0]) is None for texts in answers.texts)
     more = {"no_answer": no_answer / count, "cut": answers.num_cut / count}
@@ -110,6 +124,8 @@ class _Answers:
     num_cut: int
     seconds: float
     num_tokens: int
+    loss: float | None = None
+    """Nats a token of the references, where they were read."""
 
 
 def _answers(
@@ -120,20 +136,23 @@ def _answers(
     max_tokens: int,
     stop: Callable[[], bool],
     shrink: Callable[[int, int], int] | None,
+    with_loss: bool = False,
 ) -> _Answers | None:
     """Each problem's answers; an empty one where the prompt leaves no room."""
     asked = _usable(problem_set.encoded)
     texts = [[""] * options.num_samples for _ in range(len(problem_set))]
     if not len(asked):
         return _Answers(texts, 0, 0.0, 0)
-    decoded = _decode(model, problem_set, asked, decoding, options, max_tokens, stop, shrink)
+    decoded = _decode(model, problem_set, asked, decoding, options, max_tokens, stop, shrink, with_loss=with_loss)
     if decoded is None:
         return None
+    num_labelled = int(problem_set.encoded.num_labelled.sum())
+    loss = None if decoded.loss is None else decoded.loss / num_labelled
     for row, answers in zip(asked, decoded.answers, strict=True):
         tokens = [answer.tokens for answer in answers]
         texts[row] = decoding.tokenizer.batch_decode(tokens, skip_special_tokens=True)
     num_cut = sum(not answers[0].ended for answers in decoded.answers)
-    return _Answers(texts, num_cut, decoded.seconds, decoded.num_tokens)
+    return _Answers(texts, num_cut, decoded.seconds, decoded.num_tokens, loss)
 
 
 def _usable(encoded: EncodedPrompts) -> np.ndarray:
@@ -150,8 +169,10 @@ def _decode(
     stop: Callable[[], bool],
     shrink: Callable[[int, int], int] | None = None,
     eos_tokens: tuple[int, ...] | None = None,
+    with_loss: bool = False,
 ) -> Decoded | None:
     encoded = problem_set.encoded
+    with_loss = with_loss and reads_references(problem_set, decoding)
     return decode(
         model,
         [encoded.prompt(row) for row in rows],
@@ -164,7 +185,13 @@ def _decode(
         method=decoding.method,
         complete=evaluate if decoding.calculator else None,
         tokenizer=decoding.tokenizer if decoding.calculator else None,
+        references=[encoded.answer(row) for row in rows] if with_loss else (),
     )
+
+
+def reads_references(problem_set: ProblemSet, decoding: Decoding) -> bool:
+    """The pass that reads the prompts has the references' loss: every prompt is read, and directly."""
+    return decoding.method.caching == Caching.DIRECT and not len(problem_set.encoded.unusable)
 
 
 def largest_batch(problem_set: ProblemSet, decoding: Decoding, max_tokens: int) -> tuple[int, int]:
@@ -185,7 +212,7 @@ def expected_decode_s(model: nn.Module, problem_set: ProblemSet, decoding: Decod
     """Seconds that decoding takes at most, from the first steps of the largest batch: as if all batches were like it,
     and no answer ended before `max_new_tokens`. RuntimeError where the memory is short.
     """
-    rows, _, num_batches = _largest_batch(problem_set, decoding, max_tokens)
+    rows, lengths, num_batches = _largest_batch(problem_set, decoding, max_tokens)
     options, device = DecodeOptions(decoding.max_new_tokens), next(model.parameters()).device
 
     def times() -> list[float]:
@@ -198,8 +225,8 @@ def expected_decode_s(model: nn.Module, problem_set: ProblemSet, decoding: Decod
             noted.append(time.perf_counter())
             return len(noted) > 3
 
-        limit = len(rows) * int(cache_columns(problem_set.encoded.prompt_lengths[rows].max(), options.max_new_tokens))
-        _decode(model, problem_set, rows, decoding, options, limit, note, eos_tokens=(-1,))
+        limit = len(rows) * int(cache_columns(lengths.max(), options.max_new_tokens))
+        _decode(model, problem_set, rows, decoding, options, limit, note, eos_tokens=(-1,), with_loss=True)
         return [*noted, time.perf_counter()]
 
     times()  # the first pass builds kernels and buffers
@@ -212,10 +239,11 @@ def expected_decode_s(model: nn.Module, problem_set: ProblemSet, decoding: Decod
 
 
 def _largest_batch(problem_set: ProblemSet, decoding: Decoding, max_tokens: int) -> tuple[np.ndarray, np.ndarray, int]:
-    """(its problems, the lengths of their prompts, how many batches there are)."""
+    """(its problems, the lengths that they are put side by side by, how many batches there are)."""
     encoded = problem_set.encoded
     usable = _usable(encoded)
-    lengths = encoded.prompt_lengths[usable]
+    read = encoded.num_labelled[usable] if reads_references(problem_set, decoding) else np.empty(0, np.int64)
+    lengths = reading_lengths(encoded.prompt_lengths[usable], read, decoding.max_new_tokens)
     batches = batches_of(lengths, decoding.max_new_tokens, max_tokens, decoding.method)
     largest = max(batches, key=lambda rows: len(rows) * cache_columns(lengths[rows].max(), decoding.max_new_tokens))
     return usable[largest], lengths[largest], len(batches)

@@ -18,6 +18,7 @@ from fastpeft.device_memory import TokenLimits, unmeasured
 from fastpeft.errors import UserError
 from fastpeft.models.backbone import Backbone, load_causal_lm
 from fastpeft.tasks.base import OtherSet, Score, Shrink, Stop
+from fastpeft.tasks.causal_lm.decode_batches import fastest_method
 from fastpeft.tasks.causal_lm.decode_check import find_decode_method
 from fastpeft.tasks.causal_lm.prompts import EncodedPrompts, encode_prompts, writes_start
 from fastpeft.tasks.causal_lm.task import CausalLMTask
@@ -29,6 +30,7 @@ from fastpeft.tasks.math_word_problems.exact_match import (
     Sampling,
     expected_decode_s,
     largest_batch,
+    reads_references,
     score_problems,
     try_largest_batch,
 )
@@ -136,6 +138,8 @@ class MathWordProblems(CausalLMTask):
     def time_evaluation(self, model: nn.Module, limits: TokenLimits) -> float:
         """As if no answer ended by itself: an untrained model's may not."""
         decode_s = expected_decode_s(model, self._validation, self._plain, limits.evaluation)
+        if reads_references(self._validation, self._plain):
+            return decode_s
         return decode_s + self.answer_loss.expected_s(model, self.validation, limits)
 
     def try_evaluation(self, model: nn.Module, limits: TokenLimits) -> None:
@@ -154,10 +158,10 @@ class MathWordProblems(CausalLMTask):
         stop: Stop,
         shrink: Shrink | None,
     ) -> Score | None:
-        loss = self.answer_loss.mean(model, problem_set.encoded, limits, stop)
-        if loss is None:
-            return None
-        return score_problems(model, problem_set, decoding, limits.evaluation, stop, shrink, loss)
+        def mean_loss() -> float | None:
+            return self.answer_loss.mean(model, problem_set.encoded, limits, stop)
+
+        return score_problems(model, problem_set, decoding, limits.evaluation, stop, shrink, mean_loss)
 
     @classmethod
     def read_set(cls, path: Path, config: DatasetConfig, evaluation: EvaluationConfig, seed: int) -> OtherSet:
@@ -243,7 +247,10 @@ def make_problem_set(
 
 
 def decoding_of(config: EvaluationConfig, backbone: Backbone, sampling: Sampling | None = None) -> Decoding:
-    return Decoding(backbone.tokenizer, backbone.eos_token_ids, config.max_new_tokens, config.calculator, sampling)
+    method = fastest_method(backbone.model)
+    return Decoding(
+        backbone.tokenizer, backbone.eos_token_ids, config.max_new_tokens, config.calculator, sampling, method
+    )
 
 
 def sampling_of(config: EvaluationConfig, seed: int) -> Sampling | None:

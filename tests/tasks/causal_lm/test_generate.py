@@ -14,8 +14,9 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastpeft
-from fastpeft.models import layers
+from fastpeft.models import direct_decoder, layers
 from fastpeft.tasks.causal_lm import decode_batches, generate
+from fastpeft.tasks.causal_lm.decode_batches import FASTEST, STATIC, fastest_method
 from fastpeft.tasks.causal_lm.generate import Answer, DecodeOptions, decode, pass_at_k
 from tests.support.tiny import causal_model
 
@@ -29,11 +30,25 @@ MODELS = {
     "llama": {},
     "mistral": {"sliding_window": 12},
     "qwen3, half of it sliding": {"use_sliding_window": True, "sliding_window": 12, "max_window_layers": 1},
-}
+    "qwen2": {},
+    "gemma3_text": {"sliding_window": 12, "tie_word_embeddings": False, "query_pre_attn_scalar": 20,
+                    "num_hidden_layers": 3,
+                    "layer_types": ["sliding_attention", "full_attention", "sliding_attention"]},
+    "llama, rotated otherwise": {"rope_parameters": {"rope_type": "yarn", "rope_theta": 100.0, "factor": 4.0,
+                                                     "original_max_position_embeddings": 16}},
+}  # fmt: skip
+SEEDS = {"qwen2": 3, "gemma3_text": 3}
+"""With which a random model's answers are not all alike."""
+WAYS = {"direct": FASTEST, "static": STATIC}
 
 
 def make(name="qwen3"):
-    return causal_model(name.partition(",")[0], vocab_size=VOCAB, **MODELS[name]).eval()
+    model = causal_model(name.partition(",")[0], SEEDS.get(name, 1), vocab_size=VOCAB, **MODELS[name]).eval()
+    generator = torch.Generator().manual_seed(SEEDS.get(name, 1))
+    for parameter in model.parameters():
+        if parameter.dim() == 1:  # norms of a trained model are not 0 or 1
+            parameter.data.add_(torch.randn(parameter.shape, generator=generator), alpha=0.2)
+    return model
 
 
 def adapted(seed=0, **config):
@@ -71,23 +86,25 @@ def reference(model, prompt, most=MOST):
 def compacted(monkeypatch):
     """Rows that each batch went on with."""
     sizes = []
-    real = transformers.StaticCache.reorder_cache
 
-    def noted(self, rows):
-        sizes.append(len(rows))
-        return real(self, rows)
+    def note(owner, name):
+        real = getattr(owner, name)
+        monkeypatch.setattr(owner, name, lambda self, rows: sizes.append(len(rows)) or real(self, rows))
 
-    monkeypatch.setattr(transformers.StaticCache, "reorder_cache", noted)
+    note(transformers.StaticCache, "reorder_cache")
+    note(direct_decoder.Columns, "keep")
     return sizes
 
 
 # ---- greedy --------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("name", MODELS)
-def test_greedy_is_what_transformers_generates(name, compacted):
+def test_greedy_is_what_transformers_generates(name, way, compacted):
     model, prompts = make(name), make_prompts()
-    found = run(model, prompts)
+    assert fastest_method(model) == FASTEST
+    found = run(model, prompts, method=WAYS[way])
     answers = [samples[0] for samples in found.answers]
     assert answers == [reference(model, prompt) for prompt in prompts]
     assert len({answer.ended for answer in answers}) == 2  # some end, some are cut
