@@ -84,8 +84,8 @@ def test_counting_changes_nothing() -> None:
     assert all(torch.equal(one, other) for one, other in zip(plain, counted, strict=True))
 
 
-ONCE = 16 * 1024
-"""Bytes of a pass that do not grow with its rows."""
+LEAST = 0.8
+"""Of what is found: many rows go through a merged weight, which two do not. The plan leaves a fifth of the room."""
 
 
 def peak_of(job: Job, rows: np.ndarray) -> int:
@@ -104,7 +104,7 @@ def test_the_cost_of_two_rows_foretells_that_of_many(kind: str, tmp_path: Path) 
     for rows in (order[:8], order[-1:], order[-16:]):
         width = int(widths[rows].max())
         found, foretold = peak_of(job, rows), cost.bytes(len(rows) * width, width)
-        assert 0.9 * found - ONCE <= foretold <= 1.25 * found, (width, len(rows))
+        assert LEAST * found <= foretold <= 1.25 * found, (width, len(rows))
 
 
 def test_measuring_leaves_no_trace(tmp_path: Path) -> None:
