@@ -261,7 +261,7 @@ def _layer(layer: Any, index: int, config: Any) -> _Layer:
         open=_side_by_side([mlp.gate_proj, mlp.up_proj], before_mlp),
         act=mlp.act_fn,
         close=_added(mlp.down_proj, after_mlp),
-        kind=kinds[index] if is_gemma else "",
+        kind=cast(Any, kinds)[index] if is_gemma else "",
         window=config.sliding_window if slides else None,
     )
 

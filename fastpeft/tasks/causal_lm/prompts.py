@@ -160,7 +160,7 @@ def _rows(
     last = np.array([end], dtype=np.int32)
     lengths = prompts.lengths + answers.lengths + 1
     kept = np.flatnonzero(lengths <= max_length) if training else np.arange(len(lengths))
-    rows = Ragged.of(np.concatenate([prompts[i], answers[i], last])[:max_length] for i in kept)
+    rows = Ragged.of(np.concatenate([prompts[i], answers[i], last])[:max_length] for i in kept.tolist())
     return {
         "tokens": rows.flat,
         "offsets": rows.offsets,
