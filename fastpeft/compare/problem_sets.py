@@ -160,7 +160,11 @@ def score_sets(plan: SetPlan, say: Callable[[str], None]) -> list[SetScore]:
     scores = []
     for name, one in sets.items():
         *_, more = plan_evaluation(
-            run.evaluation.batch_tokens, partial(one.try_scoring, adapter.model), one.largest_batch, limits, adapter.model
+            run.evaluation.batch_tokens,
+            partial(one.try_scoring, adapter.model),
+            one.largest_batch,
+            limits,
+            adapter.model,
         )
         for note in [*one.notes, *more]:
             say(f"{name}: {note}")

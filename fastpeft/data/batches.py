@@ -123,8 +123,8 @@ def micro_batches(encoded: TokenRows, rows: np.ndarray, max_tokens: int) -> list
 def split_by_width(
     rows: np.ndarray, lengths: np.ndarray, widths: np.ndarray, max_tokens: int, padded: bool = True
 ) -> Iterator[np.ndarray]:
-    """Parts of at most `max_tokens`, each as full as it can be, of rows of any kind: given the lengths and widths of all
-    rows, of which the widths rise with the lengths."""
+    """Parts of at most `max_tokens`, each as full as it can be, of rows of any kind, given the lengths and widths of
+    all rows; the widths rise with the lengths."""
     rows = rows[np.argsort(lengths[rows], kind="stable")]
     start = 0
     for end in range(1, len(rows) + 1):

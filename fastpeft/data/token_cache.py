@@ -1,8 +1,8 @@
 """Tokens on disk, by what they come from: rows, tokenizer, settings, code and versions, hashed.
 
-An entry is a folder of .npy files and a list of their hashes. It is written beside its place and renamed into it, so that
-there is none or a whole one; one that is damaged all the same is made anew. What is read is mapped: its pages are the
-kernel's to drop and read again, and runs side by side share them.
+An entry is a folder of .npy files and a list of their hashes. It is written beside its place and renamed into it, so
+that there is none or a whole one; one that is damaged all the same is made anew. What is read is mapped: its pages are
+the kernel's to drop and read again, and runs side by side share them.
 """
 
 from __future__ import annotations

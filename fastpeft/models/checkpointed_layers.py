@@ -1,4 +1,4 @@
-"""Layers that keep nothing but their input until the backward pass, which computes the rest again (arXiv:1604.06174)."""
+"""Layers that keep their input alone until the backward pass, which computes the rest again (arXiv:1604.06174)."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ def checkpoint_layers(model: nn.Module) -> int:
     """Have each of the model's blocks computed again in the backward pass, with the same random numbers. Returns how
     many blocks there are: without any, nothing is changed.
 
-    Only while training. Losses and gradients stay what they are, to the bit where nothing is dropped: a layer that
-    computes several projections in one go draws their dropout in another order.
+    Only while training. Losses and gradients stay what they are up to rounding: projections that are otherwise computed
+    in one go are computed one by one.
     """
     blocks = blocks_of(model)
     for block in blocks:

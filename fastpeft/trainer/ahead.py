@@ -1,6 +1,6 @@
 """Micro-batches made on a thread while the device works on those before them.
 
-It pays on a GPU, whose host is otherwise late: a row's tokens are copied in Python and put into pinned memory. On a CPU,
+It is for a GPU, whose host is otherwise late: a row's tokens are copied in Python and put into pinned memory. On a CPU,
 where making a micro-batch takes a thousandth of a pass over it, there is no thread. What a batch holds is a function of
 its rows; the thread draws no random number, so that nothing of it belongs in a checkpoint.
 """

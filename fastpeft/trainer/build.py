@@ -119,7 +119,7 @@ def build_job(run: RunConfig, precision: Precision | None = None) -> Job:
         ahead=Ahead(lambda rows: task.collate(rows, device)) if device.type == "cuda" else None,
         notes=[*task.notes, *cache_notes, *backbone.notes, *unchecked, *_notes(run)],
     )
-    job.notes += [*adapter.describe(), *plan.notes, *untuned(adapter, device, dtype)]
+    job.notes += [*adapter.describe(), plan.describe(), *plan.notes, *untuned(adapter, device, dtype)]
     job.notes += [precision.note] if precision.note else []
     if clock.budget.kind in ("seconds", "joules"):
         _expect_final(job)

@@ -109,4 +109,3 @@ def whole(clock: BudgetClock, batches: Batches, seconds_per_token: float) -> tup
         return left, int(left / step_s)
     steps = left if clock.budget.kind == "steps" else left / tokens_per_step
     return steps * step_s, int(steps)
-

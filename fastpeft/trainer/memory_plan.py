@@ -36,7 +36,7 @@ from fastpeft.models.checkpointed_layers import checkpoint_layers
 from fastpeft.tasks import Task
 from fastpeft.trainer.pass_cost import Cost, evaluation_cost, training_cost
 
-FOOTPRINT = 128 * 2**20
+FOOTPRINT = 256 * 2**20
 FEWEST, MOST, MOST_EVALUATED = 512, 16384, 131072
 SHARE = 0.8
 MOMENTS = 2
@@ -60,8 +60,17 @@ class MemoryPlan:
     fit: TokenLimits
     """What there is room for."""
     checkpointed: bool
-    notes: tuple[str, ...]
-    """The choice in one line, and what else the user should know."""
+    notes: tuple[str, ...] = ()
+    """What the user should know beside the choice."""
+
+    def describe(self) -> str:
+        """The choice in one line."""
+        layers = ", layers computed again in the backward pass" if self.checkpointed else ""
+        return (
+            f"memory: micro-batches of at most {self.limits.training:,} tokens, {size(self.training)} each{layers}; "
+            f"evaluation batches of {self.limits.evaluation:,}, {size(self.evaluation)} each; {size(self.peak)} at the "
+            f"peak, {size(self.held)} of them throughout; {size(self.free)} are free"
+        )
 
     def keep_within(self) -> list[str]:
         """After a resume, which takes the limits that the run had, perhaps where there was more room. Returns what to
@@ -105,10 +114,10 @@ def make_plan(
     longest, usual = int(widths.max()), float((widths**2.0).sum() / widths.sum())
     wants_checkpoints = training.checkpoint_layers is True
     checkpointed = wants_checkpoints and checkpoint_layers(model) > 0
+    cost = _unless_short(lambda: training_cost(adapter, task, loss_scale))
     free_memory()
     to_come = MOMENTS * adapter.flat.data.nbytes
     held, free = resident_bytes(device) + to_come, max(0, free_bytes(device) - to_come)
-    cost = _unless_short(lambda: training_cost(adapter, task, loss_scale))
     if training.checkpoint_layers == "auto" and (cost is None or cost.tokens(SHARE * free, longest) < longest):
         checkpointed = checkpoint_layers(model) > 0
         cost = _unless_short(lambda: training_cost(adapter, task, loss_scale))
@@ -137,15 +146,8 @@ def make_plan(
     rows, width = task.largest_evaluation_batch(limits)
     pass_bytes = max(_largest_pass(cost, limits.training, batches), evaluated.bytes(rows * width, width))
     peak = max(high_water_bytes(device), held + pass_bytes)
-    layers = ", layers computed again in the backward pass" if checkpointed else ""
-    line = (
-        f"memory: micro-batches of at most {limits.training:,} tokens, {size(cost.each(usual))} each{layers}; evaluation "
-        f"batches of {limits.evaluation:,}, {size(evaluated.linear)} each; {size(peak)} at the peak, {size(held)} of "
-        f"them throughout; {size(free)} are free"
-    )
-    return MemoryPlan(
-        limits, cost.each(usual), evaluated.linear, held, peak, free, fit, checkpointed, (line, *notes, *more)
-    )
+    told = (*notes, *more)
+    return MemoryPlan(limits, cost.each(usual), evaluated.linear, held, peak, free, fit, checkpointed, told)
 
 
 def plan_evaluation(

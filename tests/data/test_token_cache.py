@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -175,23 +176,21 @@ def test_a_slow_tokenizer_is_known_by_its_files(folder: Path, tmp_path: Path) ->
     vocab = tmp_path / "vocab.txt"
     vocab.write_text("\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *WORDS]) + "\n")
 
-    class Slow:
-        """What is asked of one."""
-
-        vocab_files_names = {"vocab_file": "vocab.txt"}
-        init_kwargs = {"vocab_file": str(vocab), "name_or_path": "anywhere"}
-        truncation_side = "right"
-        added_tokens_decoder: dict[int, str] = {}
-
+    slow = SimpleNamespace(  # what is asked of one
+        vocab_files_names={"vocab_file": "vocab.txt"},
+        init_kwargs={"vocab_file": str(vocab), "name_or_path": "anywhere"},
+        truncation_side="right",
+        added_tokens_decoder={},
+    )
     with in_use(True, folder):
         for _ in range(2):
-            cached(lambda: {"tokens": np.arange(3)}, Slow(), (["a"],), {})
+            cached(lambda: {"tokens": np.arange(3)}, slow, (["a"],), {})
         assert len(entries(folder)) == 1
         vocab.write_text(vocab.read_text() + "wolf\n")
-        cached(lambda: {"tokens": np.arange(4)}, Slow(), (["a"],), {})
+        cached(lambda: {"tokens": np.arange(4)}, slow, (["a"],), {})
         assert len(entries(folder)) == 2
         vocab.unlink()  # nobody knows what it is made of
-        cached(lambda: {"tokens": np.arange(4)}, Slow(), (["b"],), {})
+        cached(lambda: {"tokens": np.arange(4)}, slow, (["b"],), {})
         assert len(entries(folder)) == 2
 
 
@@ -289,9 +288,7 @@ def test_what_a_killed_run_left_is_no_entry_and_goes_in_time(folder: Path, token
     assert len(entries(folder)) == 2
 
 
-def test_two_runs_at_once_leave_one_whole_entry(
-    folder: Path, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_two_runs_at_once_leave_one_whole_entry(folder: Path, tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """The other one is done while this one tokenises."""
     plain = encode(examples(), tokenizer, **SETTINGS)
     write = token_cache._write

@@ -101,7 +101,18 @@ options_strategy = st.fixed_dictionaries(
     draw_seed=st.integers(0, 2**31),
 )
 def test_any_shape_and_options(
-    num_tokens, width, vocab, ignored, chunk_rows, weighted, with_bias, with_lens, with_rows, columns, options, draw_seed
+    num_tokens,
+    width,
+    vocab,
+    ignored,
+    chunk_rows,
+    weighted,
+    with_bias,
+    with_lens,
+    with_rows,
+    columns,
+    options,
+    draw_seed,
 ):
     hidden, weight, bias, labels, weights, lens = draw(draw_seed, num_tokens, width, vocab, ignored=ignored)
     rows = torch.randperm(num_tokens)  # may hold ignored rows too, in any order

@@ -140,8 +140,6 @@ def test_it_takes_less_in_a_run(tmp_path: Path) -> None:
         run = tiny_run(tmp_path, method="lora", training={"checkpoint_layers": setting, "batch_size": 32})
         job = build_job(run)
         batch = job.task.collate(np.argsort(job.task.train.lengths)[-32:], job.device)
-        peaks.append(
-            peak_bytes(job.device, lambda j=job, b=batch: forward_backward(j.adapter, j.task.loss, [b], 32))
-        )
+        peaks.append(peak_bytes(job.device, lambda j=job, b=batch: forward_backward(j.adapter, j.task.loss, [b], 32)))
         assert job.plan.checkpointed == setting
     assert peaks[1] < 0.8 * peaks[0]

@@ -252,7 +252,9 @@ def test_a_row_that_does_not_fit_is_refused_before_it_kills(tmp_path: Path, monk
     width = int(job.task.train.widths.max())
     Free(monkeypatch, moments(job) + 0.7 * training_cost(job.adapter, job.task).bytes(width, width))
     run = tiny_run(tmp_path, method="lora", training={"checkpoint_layers": False})
-    with pytest.raises(OutOfMemory, match=rf"in training: a row of {width} tokens takes .* kB, and .* kB are free") as e:
+    with pytest.raises(
+        OutOfMemory, match=rf"in training: a row of {width} tokens takes .* kB, and .* kB are free"
+    ) as e:
         build_job(run)
     assert e.value.exit_code == 2
     assert "dataset.max_length" in str(e.value)
@@ -279,9 +281,7 @@ def test_where_a_row_does_not_fit_otherwise_layers_are_computed_again(
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
 
 
-def test_where_even_measuring_does_not_fit_rows_go_one_by_one(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_where_even_measuring_does_not_fit_rows_go_one_by_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def short(*args: Any) -> Cost:
         raise torch.OutOfMemoryError("CUDA out of memory")
 
@@ -355,5 +355,5 @@ def test_on_off_or_auto(text: str, value: Any, tmp_path: Path) -> None:
     run = load_run(tmp_path / "run.yaml", [f"training.checkpoint_layers={text}"])
     assert run.training.checkpoint_layers is value or run.training.checkpoint_layers == value == "auto"
     assert TrainingConfig().checkpoint_layers == "auto"
-    with pytest.raises(UserError, match="training.checkpoint_layers: expected on, off or auto, got 'never'"):
+    with pytest.raises(UserError, match=r"training.checkpoint_layers: expected on, off or auto, got 'never'"):
         load_run(tmp_path / "run.yaml", ["training.checkpoint_layers=never"])

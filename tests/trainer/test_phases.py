@@ -44,7 +44,7 @@ def test_phases_stand_in_the_log_in_their_order(tmp_path: Path) -> None:
     assert events == listener.events
     kinds = [event["name"] if event["type"] == "phase" else event["type"] for event in events]
     firsts = [kind for kind in dict.fromkeys(kinds) if kind not in ("system", "importance")]
-    assert firsts[:8] == ["data", "model", "tokenise", "check", "run", "calibrate", "first_step", "step"]
+    assert firsts[:9] == ["data", "model", "tokenise", "check", "memory", "run", "calibrate", "first_step", "step"]
     times = [event["time_s"] for event in events if event["type"] != "system"]
     assert times == sorted(times)
     assert all(event["elapsed_s"] == 0 and event["step"] == 0 for event in events[: kinds.index("run")])
@@ -54,7 +54,7 @@ def test_a_budget_of_seconds_also_times_the_final_evaluation(tmp_path: Path) -> 
     job_phases: list[str] = []
     with phases.told_to(lambda **fields: job_phases.append(fields["name"])):
         build.build_job(tiny_run(tmp_path, budget="100s"))
-    assert job_phases == ["data", "model", "tokenise", "check", "timing"]
+    assert job_phases == ["data", "model", "tokenise", "check", "memory", "timing"]
 
 
 def test_the_log_is_there_while_the_run_is_set_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

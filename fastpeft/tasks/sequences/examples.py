@@ -111,9 +111,7 @@ def _arrays(examples: Examples, tokenizer: Any, max_length: int, segments: bool,
     return arrays | ({"segments": rows["token_type_ids"].flat.astype(np.uint8)} if segments else {})
 
 
-def _tokens(
-    examples: Examples, tokenizer: Any, max_length: int, cut: str, call: dict[str, Any]
-) -> dict[str, Ragged]:
+def _tokens(examples: Examples, tokenizer: Any, max_length: int, cut: str, call: dict[str, Any]) -> dict[str, Ragged]:
     if examples.text_pair is None or cut == "longest":
         return tokenised(tokenizer, examples.text, examples.text_pair, truncation=True, max_length=max_length, **call)
     whole = tokenised(tokenizer, examples.text, examples.text_pair, verbose=False, **call)

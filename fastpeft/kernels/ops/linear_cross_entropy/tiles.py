@@ -1,9 +1,8 @@
 """A frozen head's cross entropy on a CPU, in one pass over the head.
 
 The gradient by a hidden state, sum_v p_v W_v - W_label, is attention to the head's rows: it is summed block by block,
-and scaled down when a later block holds a larger logit (arXiv:2205.14135, algorithm 1). So no logit is computed twice or
-leaves the cache, and a block of the head is read from memory once for both products. With whole rows of 262,144 logits
-the head is read twice for each chunk, of 64 rows in 64 MiB.
+and scaled down when a later block holds a larger logit (arXiv:2205.14135, algorithm 1). So no logit is computed twice
+or leaves the cache, and a block of the head is read from memory once for both products.
 
 Shape suffixes: C rows of a chunk, L of these labelled, B columns of a block, D hidden, V vocabulary.
 """
@@ -109,7 +108,7 @@ class Chunk:
             self._add(shrink_C, e_CB, logits_CB, weight_BD)
 
     def _take_labels(self, start: int, stop: int, z_CB: torch.Tensor) -> None:
-        """Put aside the labels' logits of this block: 1 - p is exact where p is nearly 1 if e is summed without them."""
+        """Put aside the labels' logits of this block: where p is nearly 1, 1 - p is exact if summed without them."""
         rows = ((self.labels_C >= start) & (self.labels_C < stop)).nonzero()[:, 0]
         if len(rows):
             columns = self.labels_C[rows] - start
