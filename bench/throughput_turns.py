@@ -20,7 +20,6 @@ import torch
 from bench.interleave import Round, Times, interleave
 from bench.throughput_presets import BASE, PEERS, ROWS, Plan
 from fastpeft.budget import EnergyMeter
-from fastpeft.trainer.build import gpu_uuid
 
 HERE = Path(__file__).resolve().parent
 END_S = 30.0
@@ -139,7 +138,7 @@ class Timed:
         self._folder, self._plan, self._steps, self._rows = folder, plan, steps, rows
         self.turns: dict[str, list[Answer]] = {row: [] for row in rows}
         self.failed: dict[str, str] = {}
-        self._meter = EnergyMeter.open(gpu_uuid(torch.device(plan.device)))
+        self._meter = EnergyMeter.open(_gpu_uuid(plan))
         self._workers: dict[str, Worker] = {}
         self._open = ExitStack()
 
@@ -233,6 +232,14 @@ class Timed:
             if None not in joules:
                 row["joules_a_ktoken"] = 1e3 * sum(joules) / sum(row["tokens"])
         return row
+
+
+def _gpu_uuid(plan: Plan) -> str | None:
+    if plan.device != "cuda":
+        return None
+    from fastpeft.trainer.build import gpu_uuid  # seconds of imports
+
+    return gpu_uuid(torch.device(plan.device))
 
 
 def _speed(times: Times, name: str) -> tuple[float | None, float | None, float | None]:
