@@ -228,8 +228,7 @@ class _Decoder:
         ended_B: np.ndarray = np.any(ends_BN, axis=1)
         num_tokens_B = np.where(ended_B, ends_BN.argmax(1), new_BN.shape[1]).tolist()
         return [
-            Answer(tokens[:num], ended)
-            for tokens, num, ended in zip(new_BN.tolist(), num_tokens_B, ended_B.tolist())
+            Answer(tokens[:num], ended) for tokens, num, ended in zip(new_BN.tolist(), num_tokens_B, ended_B.tolist())
         ]
 
     def _decode(self, rows: np.ndarray) -> np.ndarray:
