@@ -25,6 +25,7 @@ from tests.support.tiny import FAMILIES
 def batches_of(job, position: int) -> tuple[list, int]:
     rows = job.batches.rows(position)
     encoded, limit = job.batches.encoded, job.run.training.micro_batch_tokens
+    limit = 16384 if limit == "auto" else limit
     return [collate(encoded, part, job.device) for part in micro_batches(encoded, rows, limit)], len(rows)
 
 
