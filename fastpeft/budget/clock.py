@@ -144,7 +144,9 @@ class Due:
         self.count = self._periods(clock)
 
     def state_dict(self) -> dict[str, Any]:
-        return {"count": self.count}
+        return {"count": self.count, "unit": self.interval.unit, "value": self.interval.value}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
+        """How often stays as it was: what it was chosen by may be measured otherwise now."""
         self.count = state["count"]
+        self.interval = Interval(state["unit"], state["value"])

@@ -223,7 +223,7 @@ def closing_table(result: Result) -> Table:
         "status": result.status,
         result.metric.get("name", "metric"): _value(result.metric),
         **{name: figure(value) for name, value in result.metric.get("more", {}).items()},
-        "best": f"{_value(result.best)} at step {result.best['step']:,}" if result.best else "none",
+        "best": _best(result.best) if result.best else "none",
         "test": f"{_value(result.test)} on {result.test['num']:,} rows, best weights" if result.test else None,
         **{f"test {name}": figure(value) for name, value in result.test.get("more", {}).items()},
         "mean over budget": f"{number(auc):.4f}" if (auc := result.auc.get("seconds")) is not None else None,
@@ -240,6 +240,11 @@ def closing_table(result: Result) -> Table:
         if value is not None:
             table.add_row(name, escape(value))
     return table
+
+
+def _best(best: dict[str, Any]) -> str:
+    sample = f", on a sample of {best['num']:,} rows" if "num" in best else ""
+    return f"{_value(best)} at step {best['step']:,}{sample}"
 
 
 def group_table(results: list[Result]) -> Table:

@@ -209,7 +209,9 @@ def _all(values: list[float | None]) -> Mean | None:
 
 
 def _by(results: list[Result]) -> str:
-    return next((of for of in ("test", "best") if all("value" in getattr(run, of) for run in results)), "metric")
+    """What the runs are compared by. The best of a sample's rows is no score of the split."""
+    kept = [of for of in ("test", "best") if all("value" in getattr(run, of) for run in results)]
+    return next((of for of in kept if of == "test" or not any("num" in run.best for run in results)), "metric")
 
 
 def _auc(saved: dict[str, Any]) -> dict[str, float | None]:

@@ -162,8 +162,9 @@ class TrainingConfig:
 class EvaluationConfig:
     __pydantic_config__ = STRICT_KEYS
 
-    every: Annotated[str, Parsed(parse_interval)] = "20%"
-    """`20%` of the budget, `500steps`, `60s`, `epoch`, or `end` for the final one only."""
+    every: Annotated[str, Parsed(parse_interval)] = "auto"
+    """`20%` of the budget, `500steps`, `60s`, `epoch`, or `end` for the final one only. auto: every 20 %; where those
+    before the end would take over a tenth of a budget in seconds or joules, on a sample of the rows, or fewer."""
     max_examples: NonNegativeInt = 0
     """Evaluate on this many validation rows, drawn at random, the same ones for every seed; 0 takes all."""
     batch_tokens: PositiveIntOrAuto = "auto"

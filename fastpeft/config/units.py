@@ -56,15 +56,16 @@ def parse_budget(text: str) -> Budget:
 
 @dataclass(frozen=True)
 class Interval:
-    """How often something happens: every `value` of `unit`; a `fraction` is one of the budget."""
+    """How often something happens: every `value` of `unit`; a `fraction` is one of the budget. `auto`: as often as what
+    it costs allows."""
 
-    unit: Literal["fraction", "steps", "seconds", "epoch", "end"]
+    unit: Literal["fraction", "steps", "seconds", "epoch", "end", "auto"]
     value: float = 0.0
 
 
 def parse_interval(text: str) -> Interval:
-    """`20%`, `500steps`, `60s`, `epoch` or `end` (only once, at the end). Raises ValueError."""
-    if text in ("epoch", "end"):
+    """`20%`, `500steps`, `60s`, `epoch`, `end` (only once, at the end) or `auto`. Raises ValueError."""
+    if text in ("epoch", "end", "auto"):
         return Interval(text)
     match = _NUMBER.fullmatch(text)
     if match and match.group(2) == "%" and 0 < float(match.group(1)) <= 100:
@@ -73,7 +74,7 @@ def parse_interval(text: str) -> Interval:
     value = float(match.group(1)) * factor if match else 0
     if kind in ("steps", "seconds") and 0 < value < math.inf:
         return Interval(kind, max(1, round(value)) if kind == "steps" else value)
-    raise ValueError(f"{text!r} is no interval; write 20%, 500steps, 60s, epoch or end")
+    raise ValueError(f"{text!r} is no interval; write auto, 20%, 500steps, 60s, epoch or end")
 
 
 def parse_seeds(text: str) -> list[int]:

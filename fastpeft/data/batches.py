@@ -6,8 +6,9 @@ Shapes: N rows, L tokens of the longest row of a batch.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import Self
 
 import numpy as np
 import torch
@@ -16,7 +17,7 @@ import torch
 # of nearly one length, short enough that every part of an epoch sees every length.
 POOL_BATCHES = 64
 
-# Widths are rounded up to this: few distinct shapes, for which libraries build kernels only once.
+# On a GPU, widths are rounded up to this: few distinct shapes, for which libraries build kernels only once.
 WIDTH_MULTIPLE = 8
 
 # The label of a position where nothing is to be predicted.
@@ -34,9 +35,15 @@ class TokenRows:
     """Longest row that the model takes."""
     padded: bool = True
     """Rows of unequal lengths may share a batch. False for a model that computes other outputs for a padded row."""
+    width_multiple: int = WIDTH_MULTIPLE
+    """What widths are rounded up to."""
 
     def __len__(self) -> int:
         return len(self.offsets) - 1
+
+    def on(self, device: torch.device) -> Self:
+        """A CPU pays for each token and nothing for a new shape: there a batch is as wide as its longest row."""
+        return replace(self, width_multiple=WIDTH_MULTIPLE if device.type == "cuda" else 1)
 
     @cached_property
     def lengths(self) -> np.ndarray:
@@ -47,7 +54,7 @@ class TokenRows:
         """What each row would be padded to by itself."""
         if not self.padded:
             return self.lengths
-        return np.minimum(-(-self.lengths // WIDTH_MULTIPLE) * WIDTH_MULTIPLE, self.max_length)
+        return np.minimum(-(-self.lengths // self.width_multiple) * self.width_multiple, self.max_length)
 
 
 @dataclass(frozen=True)

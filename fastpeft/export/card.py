@@ -92,12 +92,13 @@ def _own_files(plan: Plan) -> bool:
 def _facts(plan: Plan, exported: Exported, task: Task) -> str:
     run, metric, check = plan.run, plan.metric, exported.check
     kind = "a merged model" if plan.merge else "an adapter for mlx-lm" if _own_files(plan) else "a PEFT adapter"
+    num_rows = metric.get("num", exported.num_validation)
     rows = {
         "what": f"{kind}: the {plan.weights} weights of the run `{plan.folder.path.name}`",
         "base model": f"`{run.model.name}`, revision `{run.model.revision}`{_HELD[run.model.quantisation]}",
         "task": task.card_task(),
         "method": run.method if plan.full else f"{run.method}, rank {run.adapter.rank}, alpha {run.adapter.alpha:g}",
-        "metric": f"{metric['name']} {number(metric['value']):.4f} on {exported.num_validation:,} validation rows"
+        "metric": f"{metric['name']} {number(metric['value']):.4f} on {num_rows:,} validation rows"
         if "value" in metric
         else "none was logged",
         "budget": _budget(plan),

@@ -197,15 +197,17 @@ class DirectDecoder:
         signed_CE[:, : self._width // 2].neg_()
         return cos_1CE[0], signed_CE
 
-    def read(self, ids_BT: torch.Tensor, places_M: torch.Tensor, columns: Columns) -> torch.Tensor:
-        """Prompts, padded on their right, and what follows them. Returns the hidden states (M x D) of some of the
-        tokens, flattened, as the head takes them; `columns` keep the prompts."""
+    def read(self, ids_BT: torch.Tensor, places_M: torch.Tensor, columns: Columns, rows: slice) -> torch.Tensor:
+        """Some rows' prompts, padded on their right, and what follows them. Returns the hidden states (M x D) of some
+        of the tokens, flattened, as the head takes them; `columns` keep the prompts."""
         x, columns.seen = self._embed(ids_BT).flatten(0, 1), columns.num_read
         width = ids_BT.shape[1]
+        kept = min(width, columns.num_read)
         rotations = {kind: [of[:width, None] for of in tables] for kind, tables in columns.rotations.items()}
         for layer, (_, _, new) in zip(self._layers, columns.by_layer(0)):
             q, kv = (part.transpose(1, 2) for part in self._projected(layer, x, ids_BT.shape, *rotations[layer.kind]))
-            new.copy_(kv[:, :, : columns.num_read])
+            new[rows, :, :kept] = kv[:, :, :kept]
+            new[rows, :, kept:] = 0.0  # a weight of 0 hides any number, and no NaN
             keys, values = kv.chunk(2, dim=1)
             mask = _band(width, layer.window, ids_BT.device)
             y = scaled_dot_product_attention(

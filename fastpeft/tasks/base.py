@@ -257,6 +257,15 @@ class Task(ABC, Generic[Rows]):
     def time_evaluation(self, model: nn.Module, limits: TokenLimits) -> float:
         """Seconds that `evaluate` is expected to take, from a few batches. RuntimeError where the memory is short."""
 
+    @property
+    @abstractmethod
+    def num_validation(self) -> int:
+        """Rows that an evaluation scores."""
+
+    @abstractmethod
+    def sampled(self, num_rows: int, backbone: Backbone, device: torch.device) -> Self:
+        """After `encode` and `check`: this task with a sample of its validation rows, the same whatever the seed."""
+
     def try_evaluation(self, model: nn.Module, limits: TokenLimits) -> None:
         """Take the largest batch of an evaluation as far as it takes to need all of its memory. `model` evaluates."""
         self.time_evaluation(model, limits)

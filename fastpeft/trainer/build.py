@@ -15,7 +15,7 @@ from fastpeft import phases
 from fastpeft.adapters import Adapter, method_class
 from fastpeft.budget import BudgetClock, Due, EnergyMeter
 from fastpeft.budget.energy import WINDOW_S
-from fastpeft.config import Budget, ConfigError, RunConfig, parse_budget, parse_interval
+from fastpeft.config import Budget, ConfigError, Interval, RunConfig, parse_budget, parse_interval
 from fastpeft.config.methods import METHODS
 from fastpeft.data import token_cache
 from fastpeft.data.batches import Batches
@@ -29,6 +29,7 @@ from fastpeft.signals import Blocks
 from fastpeft.tasks import Task, load_task
 from fastpeft.tasks.trained_on import TrainedOn
 from fastpeft.trainer.ahead import Ahead
+from fastpeft.trainer.evaluation_plan import EvaluationPlan, plan_evaluations
 from fastpeft.trainer.memory_plan import MemoryPlan, make_plan
 from fastpeft.trainer.optim import Optimizer, adam_moments, make_optimizer
 from fastpeft.trainer.prefix_cache import PrefixCache
@@ -49,6 +50,8 @@ class Job:
     batches: Batches
     clock: BudgetClock
     evaluation_due: Due
+    evaluations: EvaluationPlan
+    backbone: Backbone
     plan: MemoryPlan
     device: torch.device
     precision: Precision
@@ -105,6 +108,9 @@ def build_job(run: RunConfig, precision: Precision | None = None) -> Job:
     optimizer = make_optimizer(adapter.flat, run.optimizer, dtype)
     phases.begin("memory", "measuring what a token takes")
     plan = make_plan(run.training, run.evaluation, adapter, task, batches, optimizer.loss_scale)
+    evaluations = EvaluationPlan(parse_interval(run.evaluation.every))
+    if evaluations.interval.unit == "auto":
+        evaluations = EvaluationPlan(Interval("fraction", 0.2))
     job = Job(
         run=run,
         task=task,
@@ -115,7 +121,9 @@ def build_job(run: RunConfig, precision: Precision | None = None) -> Job:
         probes=make_probes(schedule.needs, adapter, optimizer),
         batches=batches,
         clock=clock,
-        evaluation_due=Due(parse_interval(run.evaluation.every), len(batches)),
+        evaluation_due=Due(evaluations.interval, len(batches)),
+        evaluations=evaluations,
+        backbone=backbone,
         plan=plan,
         device=device,
         precision=precision,
@@ -170,14 +178,15 @@ def _no_meter(run: RunConfig, reason: str) -> ConfigError:
 
 
 def _expect_final(job: Job) -> None:
-    """Measure what the final evaluation and save will cost."""
+    """Measure what the final evaluation and save will cost, and plan those before the end."""
     phases.begin("timing", "timing what the final evaluation will take")
     clock = job.clock
-    clock.final_s = _measure_final(job)
+    evaluation_s, clock.final_s = _measure_final(job)
     cost = f"take about {clock.final_s:.0f} s"
-    final = clock.final_s
+    final, power_w = clock.final_s, 1.0
     if clock.budget.kind == "joules":
-        final = clock.final_j = clock.final_s * _measure_power(job)
+        power_w = _measure_power(job)
+        final = clock.final_j = clock.final_s * power_w
         cost = f"cost about {final:.0f} J"
     if final > clock.budget.limit / 2:
         limits = ["evaluation.max_examples"] + job.task.has_test * ["evaluation.max_test_examples"]
@@ -188,6 +197,10 @@ def _expect_final(job: Job) -> None:
                 f"set {' and '.join(limits)}"
             ],
         )
+    if parse_interval(job.run.evaluation.every).unit == "auto":
+        share = evaluation_s * power_w / clock.budget.limit
+        job.evaluations = plan_evaluations(share, job.task.num_validation)
+        job.evaluation_due.interval = job.evaluations.interval
 
 
 def _measure_power(job: Job) -> float:
@@ -203,14 +216,14 @@ def _measure_power(job: Job) -> float:
     return meter.mean_w
 
 
-def _measure_final(job: Job) -> float:
-    """Seconds that a whole evaluation and a save will take."""
+def _measure_final(job: Job) -> tuple[float, float]:
+    """Seconds that a whole evaluation will take; and, with a test's, the final one and the saves."""
     while (evaluation_s := _measure_evaluation(job)) is None:
         free_memory()
     start = time.perf_counter()
     with tempfile.TemporaryDirectory() as folder, job.optimizer.averaged():
         job.adapter.save(Path(folder))
-    return evaluation_s * (1 + job.task.test_cost) + 2 * (time.perf_counter() - start)
+    return evaluation_s, evaluation_s * (1 + job.task.test_cost) + 2 * (time.perf_counter() - start)
 
 
 def _measure_evaluation(job: Job) -> float | None:

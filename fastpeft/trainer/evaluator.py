@@ -12,8 +12,9 @@ from fastpeft.device_memory import free_memory
 from fastpeft.runs.curves import VALIDATION, Budgets, Evaluation, auc_of
 from fastpeft.runs.events import number
 from fastpeft.runs.store import Result, RunFolder, read_json, recover_folder, replaced_folder, write_json
-from fastpeft.tasks.base import Score
+from fastpeft.tasks.base import Score, Task
 from fastpeft.trainer.build import Job
+from fastpeft.trainer.evaluation_plan import SHARE, EvaluationPlan
 from fastpeft.trainer.step_log import StepLog
 
 BEST_SCORE = "best.json"
@@ -28,67 +29,108 @@ class Evaluator:
         self._job, self._folder, self._result = job, folder, result
         self._log, self._stop = log, stop
         self._curve: list[Evaluation] = []
-        self._evaluated_at = -1
+        self._evaluated_at = self._sampled_at = -1
         self._last_cost = 0.0, 0.0
-        """Seconds and joules of the last evaluation."""
+        """Seconds and joules of the last evaluation before the end."""
+        self._spent = 0.0
+        """On evaluations before the end, in the budget's unit."""
         self._save_s = 0.0
+        self._use(job.evaluations)
+
+    def _use(self, plan: EvaluationPlan) -> None:
+        """How the evaluations before the end are done."""
+        job, self._plan = self._job, plan
+        self._sample = None if plan.num_rows is None else job.task.sampled(plan.num_rows, job.backbone, job.device)
 
     @property
     def is_current(self) -> bool:
-        """The weights as they are have been scored."""
+        """The weights as they are have been scored, on all rows."""
         return self._evaluated_at == self._job.clock.steps
+
+    @property
+    def notes(self) -> list[str]:
+        return [] if self._plan.note is None else [self._plan.note]
 
     # ---- scores ----------------------------------------------------------------------------
 
     def evaluate_if_it_fits(self) -> None:
-        """A periodic evaluation, unless only the final one still fits."""
+        """A periodic evaluation, unless only the final one still fits, or its share of the budget is spent."""
         clock = self._job.clock
-        if clock.fits(0, more_s=clock.final_s):
-            self.evaluate()
+        if clock.fits(0, more_s=clock.final_s) and self._may_spend():
+            self._evaluate(self._sample or self._job.task, is_final=False)
         else:
             self._job.evaluation_due.done(clock)
 
+    def _may_spend(self) -> bool:
+        """An evaluation like the last one stays inside the share that they have together."""
+        budget = self._job.clock.budget
+        if budget.kind not in ("seconds", "joules") or not self._plan.is_auto:
+            return True
+        return self._spent + self._last_cost[budget.kind == "joules"] <= SHARE * budget.limit
+
     def evaluate(self) -> None:
-        """Score the validation split; keep the weights if they are the best so far. Nothing where it is interrupted."""
+        """The final evaluation: of all rows. Where those before it were of a sample, first of that, so that the best
+        weights are found on the same rows. Nothing where it is interrupted."""
+        sample, has_compared = self._sample, self._sampled_at == self._job.clock.steps
+        if sample is None or has_compared or not self._result.best or self._evaluate(sample, is_final=True):
+            self._evaluate(self._job.task, is_final=True)
+
+    def _evaluate(self, task: Task, is_final: bool) -> bool:
+        """Score the validation split; keep the weights if they are the best so far. False where it is interrupted."""
         self._log.fetch()
         free_memory()  # training's activations, which an evaluation's do not fit into
         job, clock = self._job, self._job.clock
         start_s, start_j = clock.elapsed_s, clock.meter.estimate_j
         with job.optimizer.averaged():
-            measured = job.task.evaluate(job.adapter.model, job.limits, self._stop, self._shrink)
+            measured = task.evaluate(job.adapter.model, job.limits, self._stop, self._shrink)
         if measured is None:
-            return
-        self._evaluated_at = clock.steps
+            return False
+        is_whole = task is job.task
         value = self._log_score(VALIDATION, measured)
-        if math.isfinite(measured.value):
+        if math.isfinite(measured.value) and (is_whole or not is_final):
             self._curve.append(Evaluation(clock.steps, clock.elapsed_s, clock.meter.joules, measured.value))
         self._log.importance(job.adapter)
         evaluation_s = clock.elapsed_s - start_s
         cost = evaluation_s, clock.meter.spent_since(start_j, evaluation_s)
-        self._result.metric = {"name": job.task.metric} | value
-        if self._is_best(measured):
-            self._result.best = value | {"step": clock.steps, "loss": measured.loss}
+        rows = {} if is_whole else {"num": measured.num_rows}
+        self._result.metric = {"name": job.task.metric} | value | rows
+        if self._is_best(measured, rows):
+            self._result.best = value | {"step": clock.steps, "loss": measured.loss} | rows
             self.save_weights(best=self._result.best)
-        self._expect_final(cost)
+        if is_whole:
+            self._evaluated_at = clock.steps
+        else:
+            self._sampled_at = clock.steps
+        if not is_final:
+            self._spent += cost[clock.budget.kind == "joules"]
+            self._expect_final(cost)
         job.evaluation_due.done(clock)
         self.write_result()
         free_memory()
+        return True
 
-    def _is_best(self, measured: Score) -> bool:
-        """Ties in the metric are broken by lower validation loss. NaN is worse than any number."""
+    def _is_best(self, measured: Score, rows: dict[str, int]) -> bool:
+        """Among scores of the same rows. Ties in the metric are broken by lower validation loss. NaN is worse than any
+        number. What all rows say of weights goes before what a sample says of them."""
         best = self._result.best
         if not best:
             return True
+        if ("num" in best) != ("num" in rows):
+            return best["step"] == self._job.clock.steps
         earlier = number(best["value"]), number(best.get("loss", math.inf))
         return _rank(measured.value, measured.loss) > _rank(*earlier)
 
     def _expect_final(self, cost: tuple[float, float]) -> None:
-        """The larger of the last two evaluations: what decoding costs goes up and down with how many answers end."""
-        job, clock = self._job, self._job.clock
+        """The larger of the last two evaluations: what decoding costs goes up and down with how many answers end. What
+        a sample costs is carried to all rows with a standard error on top, as of rows that differ by their mean."""
+        job, clock, factor = self._job, self._job.clock, 1 + self._job.task.test_cost
         longest_s, longest_j = map(max, zip(self._last_cost, cost))
         self._last_cost = cost
-        clock.final_s = longest_s * (1 + job.task.test_cost) + 2 * self._save_s
-        clock.final_j = longest_j * (1 + job.task.test_cost) + 2 * self._save_s * clock.meter.power_w
+        if self._sample is not None:
+            num_rows = self._sample.num_validation
+            factor = 1 + factor * job.task.num_validation / num_rows * (1 + num_rows**-0.5)
+        clock.final_s = longest_s * factor + 2 * self._save_s
+        clock.final_j = longest_j * factor + 2 * self._save_s * clock.meter.power_w
 
     def score_test(self) -> bool:
         """Score the test split, once, with the best weights. False if it was interrupted."""
@@ -161,7 +203,10 @@ class Evaluator:
             "best": self._result.best,
             "curve": self._curve,
             "evaluated_at": self._evaluated_at,
+            "sampled_at": self._sampled_at,
             "last_cost": self._last_cost,
+            "spent": self._spent,
+            "plan": (self._plan.num_rows, self._plan.note, self._plan.is_auto),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -170,7 +215,9 @@ class Evaluator:
         self._result.metric = state["metric"]
         self._result.best = read_json(kept / BEST_SCORE) or state["best"]  # a kill may have come after a new best
         self._curve = [Evaluation(*one) for one in state["curve"]]
-        self._evaluated_at = state["evaluated_at"]
+        self._evaluated_at, self._sampled_at = state["evaluated_at"], state["sampled_at"]
+        self._spent = state["spent"]
+        self._use(EvaluationPlan(self._job.evaluation_due.interval, *state["plan"]))
         seconds, joules = state["last_cost"]
         self._last_cost = seconds, joules
 

@@ -189,7 +189,7 @@ class Loop:
             stand_in=self.result.stand_in,
             energy_method=clock.meter.method,
             memory=self.job.plan.to_json(),
-            notes=self.job.notes,
+            notes=[*self.job.notes, *self._evaluator.notes],
             resumed=resumed,
         )
         if self.job.precision.warning:

@@ -262,6 +262,15 @@ def test_the_longer_text_of_a_pair_is_cut_first(tokenizer):
         assert tokens.count(vocab["ran"]) == 6
 
 
+def test_on_a_cpu_nothing_is_rounded_up(seed):
+    encoded = make_rows(seed, 200)
+    for rows in Batches(encoded, 4, seed).epoch(0):
+        inputs = collate(encoded.on(CPU), rows, CPU).inputs
+        assert inputs["input_ids"].shape == (len(rows), encoded.lengths[rows].max())
+    assert (encoded.on(torch.device("cuda")).widths == encoded.widths).all()
+    assert (encoded.on(CPU).widths == encoded.lengths).all()
+
+
 def test_rounding_up_never_pads_past_what_the_model_takes(seed):
     encoded = make_rows(seed, 200, longest=21)
     for rows in Batches(encoded, 4, seed).epoch(0):

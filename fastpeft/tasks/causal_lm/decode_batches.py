@@ -26,6 +26,9 @@ from fastpeft.models.direct_decoder import direct_decoder
 from fastpeft.models.layers import is_bare
 from fastpeft.models.lm_head import hidden_states
 
+PART_TOKENS = 2048
+"""Of prompts that are read at a time on a CPU."""
+
 Prompt = Sequence[int] | np.ndarray
 
 
@@ -153,13 +156,10 @@ class DirectBatch(DecodeBatch):
     def _read(self, prompts: Sequence[Prompt]) -> torch.Tensor:
         decoder, references, lengths = self._decoder, self._references, [len(prompt) for prompt in prompts]
         rows = [[*prompt, *own[:-1]] for prompt, own in zip_longest(prompts, references, fillvalue=())]
-        width = max(map(len, rows))
-        ids_BT = torch.from_numpy(_padded_right(rows, width, self.pad_token)).to(self.device)
-        self._columns = decoder.columns(lengths, self.new_BN.shape[1], width)
-        first_B = np.array(lengths) - 1 + width * np.arange(len(rows))
+        self._columns = decoder.columns(lengths, self.new_BN.shape[1], max(map(len, rows)))
         num_B = np.array([len(own) for own in references] or [1] * len(prompts))
-        places = np.concatenate([first + np.arange(num) for first, num in zip(first_B, num_B)])
-        hidden_MD = decoder.read(ids_BT, torch.from_numpy(places).to(self.device), self._columns)
+        parts = [self._read_part(rows, np.array(lengths), num_B, part) for part in self._parts(rows)]
+        hidden_MD = parts[0] if len(parts) == 1 else torch.cat(parts)
         if references:
             labels_M = torch.from_numpy(np.concatenate(references).astype(np.int64)).to(self.device)
             weight, bias = decoder.head.weight.detach(), decoder.head.bias
@@ -167,6 +167,21 @@ class DirectBatch(DecodeBatch):
             self.loss = linear_cross_entropy(hidden_MD, weight, labels_M, bias, num_items=1).loss
             hidden_MD = hidden_MD[torch.from_numpy(np.cumsum(num_B) - num_B).to(self.device)]
         return decoder.head(hidden_MD)
+
+    def _parts(self, rows: Sequence[Prompt]) -> list[slice]:
+        """A CPU's cache holds the activations of a few rows at a time."""
+        width = max(map(len, rows))
+        step = max(1, PART_TOKENS // width) if self.device.type == "cpu" else len(rows)
+        return [slice(start, start + step) for start in range(0, len(rows), step)]
+
+    def _read_part(self, rows: Sequence[Prompt], lengths_B: np.ndarray, num_B: np.ndarray, part: slice) -> torch.Tensor:
+        """The hidden states of the last token of each prompt and of those that follow it, but the last."""
+        own = rows[part]
+        width = max(map(len, own))
+        ids_BT = torch.from_numpy(_padded_right(own, width, self.pad_token)).to(self.device)
+        first_B = lengths_B[part] - 1 + width * np.arange(len(own))
+        places = np.concatenate([first + np.arange(num) for first, num in zip(first_B, num_B[part])])
+        return self._decoder.read(ids_BT, torch.from_numpy(places).to(self.device), self._columns, part)
 
     def _read_next(self, next_B: torch.Tensor, step: int) -> None:
         self._ids = next_B

@@ -87,10 +87,6 @@ class CausalLMTask(Task[EncodedPrompts]):
     def encode_validation(self, rows: Sequence[int] | None, tokenizer: Any, max_length: int) -> EncodedPrompts:
         """Rows of the validation split, or all of them, as training would tokenise them."""
 
-    @property
-    @abstractmethod
-    def num_validation(self) -> int: ...
-
     def export_check(self, backbone: Backbone) -> ExportCheck:
         return TokenAccuracy(
             self.encode_validation,

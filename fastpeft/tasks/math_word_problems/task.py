@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
+from copy import copy
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar, Self
@@ -102,7 +103,8 @@ class MathWordProblems(CausalLMTask):
         max_length = self.max_length(backbone)
         self._plain = decoding_of(evaluation, backbone)
         self._sampled = decoding_of(evaluation, backbone, sampling_of(evaluation, self._seed))
-        self.train = encode_prompts(as_prompts(self.splits.train, config.prompt), backbone.tokenizer, max_length)
+        train = as_prompts(self.splits.train, config.prompt)
+        self.train = encode_prompts(train, backbone.tokenizer, max_length).on(device)
         self._validation = make_problem_set(self._held_out, config, evaluation, backbone)
         self.validation = self._validation.encoded
         if test is not None:
@@ -141,6 +143,13 @@ class MathWordProblems(CausalLMTask):
         if reads_references(self._validation, self._plain):
             return decode_s
         return decode_s + self.answer_loss.expected_s(model, self.validation, limits)
+
+    def sampled(self, num_rows: int, backbone: Backbone, device: torch.device) -> Self:
+        smaller, problems = copy(self), self._held_out.sample(num_rows)
+        found = make_problem_set(problems, self.config, self.evaluation, backbone)
+        smaller.validation = replace(found.encoded, padded=self.validation.padded)
+        smaller._held_out, smaller._validation = problems, replace(found, encoded=smaller.validation)
+        return smaller
 
     def try_evaluation(self, model: nn.Module, limits: TokenLimits) -> None:
         """What decoding takes: the loss's passes need less than those of training."""
@@ -243,7 +252,7 @@ def make_problem_set(
             f"leaves room for an answer; the shortest has {encoded.prompt_lengths.min()} tokens, and there is room "
             f"for {min(max_prompt, max_length - 1)}"
         )
-    return ProblemSet(problems, encoded)
+    return ProblemSet(problems, encoded.on(backbone.model.device))
 
 
 def decoding_of(config: EvaluationConfig, backbone: Backbone, sampling: Sampling | None = None) -> Decoding:

@@ -8,8 +8,9 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import nullcontext
+from copy import copy
 from dataclasses import replace
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 import numpy as np
 import torch
@@ -103,7 +104,7 @@ class SequenceTask(Task[Encoded]):
         max_length = self._max_length(backbone)
 
         def encoded(rows: Examples) -> Encoded:
-            return self._encode(rows, backbone.tokenizer, max_length, backbone.reads_segments)
+            return self._encode(rows, backbone.tokenizer, max_length, backbone.reads_segments).on(device)
 
         self.train, self.validation = encoded(self.texts.train), encoded(self._validation_rows)
         self._test = None if self._test_rows is None else encoded(self._test_rows)
@@ -175,6 +176,17 @@ class SequenceTask(Task[Encoded]):
 
     def time_evaluation(self, model: nn.Module, limits: TokenLimits) -> float:
         return time_rows(model, self.validation, limits.evaluation, self._device)
+
+    @property
+    def num_validation(self) -> int:
+        return len(self._validation_rows)
+
+    def sampled(self, num_rows: int, backbone: Backbone, device: torch.device) -> Self:
+        smaller, rows = copy(self), self._validation_rows.sample(num_rows)
+        encoded = self._encode(rows, backbone.tokenizer, self._max_length(backbone), backbone.reads_segments)
+        smaller._validation_rows = rows
+        smaller.validation = replace(encoded.on(device), padded=self.validation.padded)
+        return smaller
 
     @torch.inference_mode()
     def try_evaluation(self, model: nn.Module, limits: TokenLimits) -> None:

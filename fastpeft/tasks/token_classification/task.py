@@ -23,6 +23,7 @@ import time
 from collections import deque
 from collections.abc import Collection, Iterable, Sequence
 from contextlib import nullcontext
+from copy import copy
 from dataclasses import replace
 from typing import Any, ClassVar, Self
 
@@ -117,9 +118,10 @@ class TokenClassification(Task[EncodedSentences]):
 
     def encode(self, backbone: Backbone, device: torch.device) -> None:
         self._device = device
-        self.train = self._encode(self.splits.train, backbone)
-        self.validation = self._encode(self._sentences, backbone)
-        self._test = None if self._test_sentences is None else self._encode(self._test_sentences, backbone)
+        self.train = self._encode(self.splits.train, backbone).on(device)
+        self.validation = self._encode(self._sentences, backbone).on(device)
+        test = self._test_sentences
+        self._test = None if test is None else self._encode(test, backbone).on(device)
         for split, encoded in (("training", self.train), ("validation", self.validation), ("test", self._test)):
             if encoded is None:
                 continue
@@ -218,6 +220,16 @@ class TokenClassification(Task[EncodedSentences]):
 
     def _area(self, rows: np.ndarray) -> int:
         return len(rows) * int(self.validation.lengths[rows].max())
+
+    @property
+    def num_validation(self) -> int:
+        return len(self._sentences)
+
+    def sampled(self, num_rows: int, backbone: Backbone, device: torch.device) -> Self:
+        smaller, sentences = copy(self), self._sentences.sample(num_rows)
+        smaller._sentences = sentences
+        smaller.validation = replace(self._encode(sentences, backbone).on(device), padded=self.validation.padded)
+        return smaller
 
     def try_evaluation(self, model: nn.Module, limits: TokenLimits) -> None:
         rows = evaluation_batches(self.validation, limits.evaluation)[-1]
