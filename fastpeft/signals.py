@@ -14,8 +14,14 @@ class Need(StrEnum):
 
     LOSS = "loss"
     """Loss and gradient norm, which every step has; asking brings them to the host."""
-    BLOCKS = "blocks"
-    """Sums over the parameters of each block, from the optimizer's own launch: Measured.blocks."""
+    GRAD_SQ = "grad_sq"
+    """BlockSums.grad_sq_U. This and the next three come from the optimizer's own launch, in Measured.blocks."""
+    MEAN_SQ = "mean_sq"
+    """BlockSums.mean_sq_U."""
+    SECOND = "second"
+    """BlockSums.second_U."""
+    DESCENT = "descent"
+    """BlockSums.descent_U."""
     SECANT = "secant"
     """Measured.secant, curvature along the update before last, so that noise in the direction and noise in the gradient
     difference are independent (lagged secant). It costs one buffer and one pass over the adapter. A schedule asks for
@@ -33,6 +39,9 @@ class Need(StrEnum):
     """Entropy of a sample of the labelled tokens as read out behind the first adapted layer."""
     ANSWER_GRADIENT = "answer_gradient"
     """Gradients restricted to the labelled tokens, on some steps: Measured.answer_grad_sq_K."""
+
+
+BLOCK_SUMS = frozenset({Need.GRAD_SQ, Need.MEAN_SQ, Need.SECOND, Need.DESCENT})
 
 
 @dataclass
@@ -95,7 +104,8 @@ class AdamMoments:
 
 @dataclass(frozen=True)
 class BlockSums:
-    """Sums over the elements of each of the U units, float64. `g` is the gradient before clipping, penalty included."""
+    """Sums over the elements of each of the U units, float64; NaN where nobody asked. `g` is the gradient before
+    clipping, penalty included."""
 
     grad_sq_U: np.ndarray
     """g^2."""

@@ -36,7 +36,7 @@ class Bacon(WarmedSchedule):
 
     @property
     def needs(self) -> frozenset[Need]:
-        return frozenset({Need.BLOCKS, Need.SECANT})
+        return frozenset({Need.GRAD_SQ, Need.MEAN_SQ, Need.SECANT})
 
     def rates(self, measured: Measured | None, progress: float) -> Rates:
         if measured is not None and not measured.skipped:

@@ -56,7 +56,7 @@ class Fot(WarmedSchedule):
 
     @property
     def needs(self) -> frozenset[Need]:
-        needs = {Need.LOSS, Need.BLOCKS}
+        needs = {Need.LOSS, Need.GRAD_SQ, Need.SECOND, Need.DESCENT}
         if self.own.gate:
             needs |= {Need.TOKENS, Need.PROMPT}
         if self.own.block_scaling:

@@ -123,7 +123,7 @@ class Graff(WarmedSchedule):
     def needs(self) -> frozenset[Need]:
         graff, needs = self.own, {Need.LENS}
         if graff.online:
-            needs.add(Need.BLOCKS)
+            needs.add(Need.DESCENT)
         if graff.curvature == "hvp":
             return frozenset(needs | {Need.PRODUCT})
         return frozenset(needs | {Need.PLAIN_SECANT if graff.guard == "paper" else Need.SECANT})

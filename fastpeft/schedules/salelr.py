@@ -36,7 +36,7 @@ class Salelr(Linear):
 
     @property
     def needs(self) -> frozenset[Need]:
-        return frozenset({Need.BLOCKS})
+        return frozenset({Need.GRAD_SQ})
 
     def rates(self, measured: Measured | None, progress: float) -> Rates:
         if measured is not None and not measured.skipped and measured.blocks is not None:

@@ -25,7 +25,7 @@ class EvaluationPlan:
 
 
 def plan_evaluations(share: float, num_rows: int, noun: str = "validation rows") -> EvaluationPlan:
-    """Four evaluations of all rows before the end; dearer ones of a sample, and fewer where a sample would be too small.
+    """Four evaluations of all rows before the end; dearer ones of a sample, and fewer where that would be too small.
 
     Args:
         share: of the budget that one evaluation of all `num_rows` takes.

@@ -53,8 +53,8 @@ class Optimizer(ABC):
         self._decay_U = np.where(flat.layout.in_head_U, head_decay, config.weight_decay)
         """Of each unit, in units of Rates.lr."""
         self._good_steps = torch.zeros((), device=device)
-        self.sums_blocks = False
-        """Every update also sets signals.sums."""
+        self.sums: frozenset[str] = frozenset()
+        """Of signals.BLOCK_SUMS, what every update also leaves in signals.sums."""
         if dtype == torch.float16:
             self.loss_scale = torch.tensor(FIRST_LOSS_SCALE, device=device)
 
@@ -177,7 +177,7 @@ class FlatAdamW(Optimizer):
             loss=signals.loss,
             multiplier_K=self._on_device(rates.multiplier_K),
             options=self._options,
-            reduces=self.sums_blocks,
+            reduces=self.sums,
         )
         signals.sums = found.sums
         return found.skipped
@@ -235,7 +235,7 @@ class ScheduleFreeAdamW(Optimizer):
         """Counters before the last step, until it is known whether that was skipped."""
 
     def _update(self, signals: Signals, norm: torch.Tensor, rates: Rates) -> torch.Tensor:
-        if rates.multiplier_K is not None or self.sums_blocks:
+        if rates.multiplier_K is not None or self.sums:
             raise ValueError("optimizer schedule_free takes no rates per matrix: use schedule.name constant, or adamw")
         flat = self._flat
         if self._num_steps() == 0:

@@ -19,7 +19,7 @@ from fastpeft.config.methods import METHODS, AdapterConfig
 from fastpeft.errors import UserError
 from fastpeft.models.backbone import Backbone
 from fastpeft.models.targets import match_targets, projection_of
-from fastpeft.signals import Need
+from fastpeft.signals import BLOCK_SUMS, Need
 from fastpeft.trainer import StopRequest, train
 from fastpeft.trainer.build import build_job
 from fastpeft.trainer.checkpoint_files import newest_checkpoint
@@ -161,7 +161,7 @@ def test_every_measuring_schedule_trains_it(schedule: str, tmp_path: Path) -> No
 
 
 def test_blocks_have_rates_and_sums_of_their_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    put_in(monkeypatch, Recorder, frozenset({Need.BLOCKS, Need.SECANT, Need.ANSWER_GRADIENT}))
+    put_in(monkeypatch, Recorder, BLOCK_SUMS | {Need.SECANT, Need.ANSWER_GRADIENT})
     still = 2
     original = Recorder.next_rates
 

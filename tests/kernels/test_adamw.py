@@ -10,6 +10,7 @@ import torch
 
 from fastpeft.kernels import AdamWOptions, FlatLayout, adamw_step
 from fastpeft.kernels.launch import LAUNCHES
+from fastpeft.kernels.ops.adamw.op import SUMS
 from tests.support.closeness import relative_error
 from tests.support.flat_model import SHAPES, Random, make_layout
 
@@ -104,7 +105,7 @@ class Oracle:
         return found
 
 
-def follow(seed, layout, options, device, dtype, bound, multiplies=False, reduces=False):
+def follow(seed, layout, options, device, dtype, bound, multiplies=False, reduces=()):
     """Several steps beside the oracle, two of them skipped."""
     random = Random(seed, dtype, device)
     multiplier_K = random(layout.num_blocks).abs() + 0.25 if multiplies else None
@@ -155,7 +156,7 @@ def check_sums(sums, oracle, directions, grad, bound):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_equals_torch_adamw(seed, options, multiplies, dtype):
     bound = 2e-5 if dtype == torch.float32 else 1e-9
-    follow(seed, make_layout((4, 8)), options, CPU, dtype, bound, multiplies, reduces=True)
+    follow(seed, make_layout((4, 8)), options, CPU, dtype, bound, multiplies, reduces=SUMS)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -164,12 +165,12 @@ def test_blocks_that_are_no_matrices_have_rates_too(seed, matrices, dtype):
     layout = make_layout((4, 8), num_named=1) if matrices else make_layout((), shapes=(), num_named=1)
     assert layout.num_blocks == (4 if matrices else 1)
     bound = 2e-5 if dtype == torch.float32 else 1e-9
-    follow(seed, layout, OPTIONS["groups"], CPU, dtype, bound, multiplies=True, reduces=True)
+    follow(seed, layout, OPTIONS["groups"], CPU, dtype, bound, multiplies=True, reduces=SUMS)
 
 
 def test_without_matrices_and_without_a_head(seed):
     for layout in (make_layout((), shapes=(), extra=(5000,), head=()), make_layout((), shapes=(), head=(9, 2))):
-        follow(seed, layout, OPTIONS["groups"], CPU, torch.float32, 2e-5, reduces=True)
+        follow(seed, layout, OPTIONS["groups"], CPU, torch.float32, 2e-5, reduces=SUMS)
 
 
 BAD = {
@@ -192,12 +193,30 @@ def test_what_does_not_fit_is_named(change, said):
         adamw_step(layout=layout, **(given | change))
 
 
+@pytest.mark.parametrize("name", SUMS)
+def test_only_what_is_asked_for_is_summed(seed, name):
+    """To the same bits, and the step too; the others are NaN, so that no reader can take them for numbers."""
+    layout, random = make_layout((4, 8)), Random(seed, torch.float32, CPU)
+    start, grads = random(layout.num_total), [random(layout.num_total) for _ in range(3)]
+    one, all_ = Run(start.clone(), layout, OPTIONS["groups"]), Run(start.clone(), layout, OPTIONS["groups"])
+    for grad in grads:
+        found, want = (
+            one.step(grad.clone(), 0.01, reduces=(name,)).sums,
+            all_.step(grad.clone(), 0.01, reduces=SUMS).sums,
+        )
+        asked = torch.tensor([other == name for other in SUMS])
+        assert torch.equal(found[:, asked], want[:, asked])
+        assert found[:, ~asked].isnan().all()
+        assert want.isfinite().all()
+    assert torch.equal(one.data, all_.data)
+
+
 # ---- Triton --------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
     ("name", "multiplies", "reduces"),
-    [("plain", False, False), ("clips", True, True), ("groups", True, True), ("no_memory", False, True)],
+    [("plain", False, ()), ("clips", True, SUMS), ("groups", True, SUMS), ("no_memory", False, SUMS)],
 )
 def test_triton(seed, triton_device, poisoned, name, multiplies, reduces):
     layout = make_layout((4, 8), triton_device)
@@ -209,7 +228,7 @@ def test_triton(seed, triton_device, poisoned, name, multiplies, reduces):
 
 def test_triton_of_blocks_that_are_no_matrices(seed, triton_device, poisoned):
     layout = make_layout((4, 8), triton_device, num_named=1)
-    follow(seed, layout, OPTIONS["groups"], triton_device, torch.float32, 2e-5, multiplies=True, reduces=True)
+    follow(seed, layout, OPTIONS["groups"], triton_device, torch.float32, 2e-5, multiplies=True, reduces=SUMS)
 
 
 def test_triton_of_whole_numbers_and_strided_multipliers(seed, triton_device):
@@ -238,7 +257,7 @@ def test_triton_gives_the_same_bits_twice(seed, triton_device):
     layout = make_layout((8, 16), triton_device)
     data, grad = random(layout.num_total), random(layout.num_total)
     first, second = (Run(data.clone(), layout, OPTIONS["clips"]) for _ in range(2))
-    sums = [run.step(grad.clone(), 0.01, reduces=True).sums for run in (first, second) for _ in range(2)]
+    sums = [run.step(grad.clone(), 0.01, reduces=SUMS).sums for run in (first, second) for _ in range(2)]
     assert torch.equal(sums[1], sums[3])
     assert all(torch.equal(a, b) for a, b in zip(first.snapshot(), second.snapshot()))
     assert not torch.equal(first.data, data)

@@ -15,6 +15,7 @@ import torch
 from fastpeft.config.schedules import BaconConfig, BatsConfig, SalelrConfig, ScheduleConfig, SnacConfig
 from fastpeft.errors import UserError
 from fastpeft.kernels import AdamWOptions, FlatLayout, adamw_step
+from fastpeft.kernels.ops.adamw.op import SUMS
 from fastpeft.schedules import make_schedule
 from fastpeft.schedules.schedule import Schedule
 from fastpeft.schedules.snac import SignalShare
@@ -115,7 +116,7 @@ def sums_of(grad_TD: torch.Tensor, adam: AdamWOptions) -> list[BlockSums]:
     moments, step, made = [torch.zeros_like(data), torch.zeros_like(data)], torch.zeros(()), []
     for grad in grad_TD:
         done = adamw_step(
-            data, grad.clone(), *moments, step, layout, lr=0.0, norm=grad.norm(), options=adam, reduces=True
+            data, grad.clone(), *moments, step, layout, lr=0.0, norm=grad.norm(), options=adam, reduces=SUMS
         )  # fmt: skip
         made.append(BlockSums(*done.sums.double().numpy().T))
     return made

@@ -334,9 +334,9 @@ def test_matrices_without_the_size_of_b_are_refused() -> None:
 
 
 def test_only_what_is_switched_on_is_asked_for() -> None:
-    assert make().needs == {Need.LOSS, Need.BLOCKS}
-    assert make(gate=True).needs == {Need.LOSS, Need.BLOCKS, Need.TOKENS, Need.PROMPT}
-    assert make(block_scaling=True).needs == {Need.LOSS, Need.BLOCKS, Need.ANSWER_GRADIENT}
+    assert make().needs == {Need.LOSS, Need.GRAD_SQ, Need.SECOND, Need.DESCENT}
+    assert make(gate=True).needs == {Need.LOSS, Need.GRAD_SQ, Need.SECOND, Need.DESCENT, Need.TOKENS, Need.PROMPT}
+    assert make(block_scaling=True).needs == {Need.LOSS, Need.GRAD_SQ, Need.SECOND, Need.DESCENT, Need.ANSWER_GRADIENT}
     assert make(calibrate=True, anneal=0.3).needs == make(alignment=True).needs == make().needs
 
 

@@ -227,9 +227,9 @@ def test_a_resume_continues_exactly(stop, options, seed):
 
 def test_needs():
     always = {Need.LENS}
-    assert make().needs == always | {Need.BLOCKS, Need.SECANT}
-    assert make(guard="paper").needs == always | {Need.BLOCKS, Need.PLAIN_SECANT}
-    assert make(curvature="hvp").needs == always | {Need.BLOCKS, Need.PRODUCT}
+    assert make().needs == always | {Need.DESCENT, Need.SECANT}
+    assert make(guard="paper").needs == always | {Need.DESCENT, Need.PLAIN_SECANT}
+    assert make(curvature="hvp").needs == always | {Need.DESCENT, Need.PRODUCT}
     assert make(online=False).needs == always | {Need.SECANT}
 
 

@@ -12,8 +12,9 @@ import numpy as np
 import torch
 
 from fastpeft.kernels import AdamWOptions, FlatLayout, MatrixGroup, adamw_step
+from fastpeft.kernels.ops.adamw.op import SUMS
 from fastpeft.schedules import Schedule
-from fastpeft.signals import Blocks, BlockSums, Measured, Need, Rates, Secants
+from fastpeft.signals import BLOCK_SUMS, Blocks, BlockSums, Measured, Need, Rates, Secants
 
 
 def blocks_of(num_layers: int, projections: tuple[str, ...], others: int = 1) -> Blocks:
@@ -78,7 +79,7 @@ class Loop:
     model: ResidualMlp
     rows: Callable[[int], tuple[torch.Tensor, torch.Tensor]]
     options: AdamWOptions = field(default_factory=lambda: AdamWOptions(max_norm=1.0))
-    needs: frozenset[Need] = frozenset({Need.BLOCKS, Need.SECANT})
+    needs: frozenset[Need] = BLOCK_SUMS | {Need.SECANT}
     step_s: float = 0.003
     num_taken: int = 0
 
@@ -114,7 +115,7 @@ class Loop:
         self.buffers[1].copy_(grad)
         sums = adamw_step(
             *self.buffers, self.count, layout, lr=rates.lr, norm=grad.norm(), options=self.options,
-            multiplier_K=multiplier_K, reduces=True,
+            multiplier_K=multiplier_K, reduces=SUMS,
         ).sums.double().numpy()  # fmt: skip
         secants = self._secants(raw)
         self._changes = [self._changes[1], flat - before]

@@ -13,7 +13,7 @@ import numpy as np
 
 from fastpeft.config.schedules import ScheduleConfig
 from fastpeft.schedules import Schedule, make_schedule
-from fastpeft.signals import Blocks, BlockSums, Measured, Need, Rates, Secants
+from fastpeft.signals import BLOCK_SUMS, Blocks, BlockSums, Measured, Need, Rates, Secants
 
 PEAK = 1e-3
 K, U = 6, 8
@@ -28,7 +28,7 @@ BLOCKS = Blocks(
 # The fields of Measured that a need fills; what has no need is filled always.
 FIELDS = {
     Need.LOSS: ("loss", "grad_norm"),
-    Need.BLOCKS: ("blocks",),
+    **dict.fromkeys(BLOCK_SUMS, ("blocks",)),
     Need.SECANT: ("secant",),
     Need.PLAIN_SECANT: ("secant",),
     Need.PRODUCT: ("secant",),
@@ -94,6 +94,9 @@ def only(measured: Measured, needs: Collection[Need]) -> Measured:
     """Without what none of the needs asks for."""
     kept = {name for need in needs for name in FIELDS[need]}
     dropped = {name for names in FIELDS.values() for name in names} - kept
+    if measured.blocks is not None:
+        unasked = {f"{need}_U": np.full(U, math.nan) for need in BLOCK_SUMS - set(needs)}
+        measured = replace(measured, blocks=replace(measured.blocks, **unasked))
     return replace(measured, **{name: math.nan if name in FIELDS[Need.LOSS] else None for name in dropped})
 
 

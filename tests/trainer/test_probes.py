@@ -11,7 +11,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastpeft.schedules import Schedule
-from fastpeft.signals import Need
+from fastpeft.signals import BLOCK_SUMS, Need
 from fastpeft.trainer import train
 from fastpeft.trainer.build import build_job
 from fastpeft.trainer.probes.hooks import NO_PROBES, NoProbes, Probes, make_probes
@@ -57,7 +57,7 @@ def test_scalars_come_a_step_late_and_as_they_were(tmp_path: Path, monkeypatch: 
 @pytest.mark.parametrize("method", ["lora", "adalora", "full"])
 def test_blocks_equal_sums_over_parameters(method: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """With clipping, decays, a faster head and a rate for each matrix; AdaLoRA's masks act after the step."""
-    put_in(monkeypatch, Recorder, frozenset({Need.BLOCKS}))
+    put_in(monkeypatch, Recorder, BLOCK_SUMS)
     run = Steps(pairs_run(tmp_path, method=method)).take(5).finish()
     clipped = [float(s.grad_norm) > run.job.run.optimizer.max_grad_norm for s in run.signals]
     assert any(clipped)
@@ -94,7 +94,7 @@ def test_secants_equal_those_of_stored_gradients(kind: Need, tmp_path: Path, mon
 def test_a_skipped_step_says_so_and_spoils_no_other(
     kind: Need, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    put_in(monkeypatch, Recorder, frozenset({Need.BLOCKS, Need.ANSWER_GRADIENT, kind}))
+    put_in(monkeypatch, Recorder, BLOCK_SUMS | {Need.ANSWER_GRADIENT, kind})
     bad = PRODUCT_STEP - 1 if kind == Need.PRODUCT else 5
     run = Steps(pairs_run(tmp_path), bad=(bad,)).take(bad + 4).finish()
     assert [m.step for m in run.measured if m.skipped] == [bad]
@@ -168,7 +168,7 @@ def test_a_step_is_read_after_the_next_ones_passes_and_before_its_update(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """So that a GPU has work while the host waits."""
-    put_in(monkeypatch, Recorder, frozenset({Need.BLOCKS}))
+    put_in(monkeypatch, Recorder, BLOCK_SUMS)
     run, order = Steps(pairs_run(tmp_path)), []
 
     def told(name: str, original: Any) -> Any:

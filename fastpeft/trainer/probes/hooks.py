@@ -21,7 +21,7 @@ import torch
 from fastpeft.adapters import Adapter
 from fastpeft.data.batches import Batch
 from fastpeft.models.lens import FirstLayer
-from fastpeft.signals import BlockSums, Measured, Need, Rates, Signals
+from fastpeft.signals import BLOCK_SUMS, BlockSums, Measured, Need, Rates, Signals
 from fastpeft.trainer.optim import Optimizer
 from fastpeft.trainer.probes.answer_gradient import AnswerGradient
 from fastpeft.trainer.probes.curvature import Curvature, PlainSecant, Product, Secant
@@ -92,7 +92,7 @@ class Probes:
         if Need.LENS in self._wanted:
             FirstLayer(adapter.model)  # refuses what it cannot read
         self._optimizer = optimizer
-        optimizer.sums_blocks = Need.BLOCKS in self._wanted
+        optimizer.sums = self._wanted & BLOCK_SUMS
         self._answers = AnswerGradient(adapter) if Need.ANSWER_GRADIENT in self._wanted else None
         self._curvature = next((_CURVATURE[need](adapter.flat, optimizer) for need in curvature), None)
         self._reader = _Reader(np.ones(adapter.flat.layout.num_units), self._curvature)

@@ -242,7 +242,7 @@ def test_nothing_more_is_computed_than_what_is_asked_for(job: Job, monkeypatch: 
     monkeypatch.setattr(loss_module, "FirstLayer", lambda model: watched.append(model))
     batch, num_items = first_batch(job)
     assert job.task.loss(job.adapter.model, batch, num_items).statistics == {}
-    assert job.task.loss(job.adapter.model, batch, num_items, (Need.LOSS, Need.BLOCKS)).statistics == {}
+    assert job.task.loss(job.adapter.model, batch, num_items, (Need.LOSS, Need.DESCENT)).statistics == {}
     assert [(call["statistics"], call["lens_hidden"]) for call in calls] == [(False, None)] * 2
     assert not watched
     job.task.loss(job.adapter.model, batch, num_items, (Need.TOKENS,))

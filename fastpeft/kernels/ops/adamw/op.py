@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Collection
 from dataclasses import dataclass
 
 import torch
@@ -15,7 +16,8 @@ from fastpeft.kernels.ops.adamw import reference
 from fastpeft.kernels.ops.adamw.reference import AdamWOptions
 
 BLOCK, BLOCK_ROWS, NUM_WARPS = 512, 64, 4
-NUM_SUMS = 4
+SUMS = ("grad_sq", "mean_sq", "second", "descent")
+"""Columns of AdamWResult.sums."""
 
 
 @dataclass(frozen=True)
@@ -23,7 +25,7 @@ class AdamWResult:
     skipped: torch.Tensor
     """1.0 where nothing was changed, because the norm or the loss is not finite; else 0.0."""
     sums: torch.Tensor | None
-    """(num_units, 4) where they were asked for: of each matrix in the model's order, then of each other parameter, the
+    """(num_units, 4) where any were asked for, as in SUMS; on a CPU NaN for the others: of each matrix in the model's order, then of each other parameter, the
     sums over its elements of g^2, of the squared bias-corrected mean of g, of the bias-corrected mean of g^2, and of
     g u (1 - rate decay). g is the gradient before clipping; the means are those after this step; u is
     the direction of the step before this one, theta <- theta - rate u, with its rate (0 before the first)."""
@@ -43,7 +45,7 @@ def adamw_step(
     options: AdamWOptions,
     loss: torch.Tensor | None = None,
     multiplier_K: torch.Tensor | None = None,
-    reduces: bool = False,
+    reduces: Collection[str] = (),
 ) -> AdamWResult:
     """One step of AdamW (arXiv:1711.05101) over flat buffers, in place; the host reads nothing.
 
@@ -57,7 +59,7 @@ def adamw_step(
         norm: (), norm of `grad` as it lies there, in its dtype, from weighted_frobenius.
         loss: (), watched by the guard.
         multiplier_K: (num_blocks,), a factor on the rate of each block; of other parameters it is 1.
-        reduces: also give the sums of AdamWResult.
+        reduces: of SUMS, those that are wanted in AdamWResult.
 
     Raises:
         ValueError: shapes, dtypes or devices that do not fit.
@@ -69,9 +71,7 @@ def adamw_step(
     good = norm.isfinite() if loss is None else norm.isfinite() & loss.isfinite()
     skipped = (~good).to(data.dtype)
     divisor = (norm / options.max_norm).clamp_min(1.0) if options.max_norm else torch.ones_like(norm)
-    terms = data.new_empty(3, layout.num_total) if reduces else None
-    if terms is not None:
-        _write_terms(terms, buffers, options, layout)
+    sums = _sums_before(buffers, layout, options, reduces)
     if data.dtype == torch.float32:
         before = None if multiplier_K is None else data.clone()
         _step_fused(buffers, layout, lr, divisor, skipped, options)
@@ -79,13 +79,15 @@ def adamw_step(
             torch.lerp(before, data, layout.spread(multiplier_K, fill=1.0), out=data)
     else:
         _step_plainly(buffers, layout, lr, divisor, good, multiplier_K, options)
-    if terms is None:
+    if not reduces:
         return AdamWResult(skipped, None)
-    torch.mul(exp_avg, exp_avg, out=terms[2])
-    square_U, dot_U, mean_U = layout.unit_sums(terms)  # at once: on a CPU a call costs what it reads
     bias1, bias2 = _bias_corrections(step, options)
-    sums = torch.stack([square_U, mean_U / bias1**2, layout.unit_sums(exp_avg_sq) / bias2, dot_U], dim=1)
-    return AdamWResult(skipped, sums)
+    if "mean_sq" in reduces:
+        sums["mean_sq"] = layout.unit_sums(exp_avg * exp_avg) / bias1**2
+    if "second" in reduces:
+        sums["second"] = layout.unit_sums(exp_avg_sq) / bias2
+    unknown_U = data.new_full((layout.num_units,), math.nan)
+    return AdamWResult(skipped, torch.stack([sums.get(name, unknown_U) for name in SUMS], dim=1))
 
 
 def _check(buffers, layout, norm, loss, multiplier_K) -> None:
@@ -151,24 +153,26 @@ def _step_fused(
         )
 
 
-def _write_terms(terms: torch.Tensor, buffers: Buffers, options: AdamWOptions, layout: FlatLayout) -> None:
-    """What is known before the step: g^2, and g u (1 - rate decay) as reference.direction gives it."""
+def _sums_before(
+    buffers: Buffers, layout: FlatLayout, options: AdamWOptions, reduces: Collection[str]
+) -> dict[str, torch.Tensor]:
+    """Those that are known before the step: of g^2, and of g u (1 - rate decay), u as reference.direction gives it."""
     data, grad, exp_avg, exp_avg_sq, step = buffers
-    torch.mul(grad, grad, out=terms[0])
-    dots = terms[1]
+    sums = {"grad_sq": layout.unit_sums(grad * grad)} if "grad_sq" in reduces else {}
+    if "descent" not in reduces:
+        return sums
     if step == 0:
-        dots.zero_()
-        return
+        return sums | {"descent": data.new_zeros(layout.num_units)}
     bias1, bias2 = _bias_corrections(step, options)
     root = math.sqrt(bias2)
-    torch.sqrt(exp_avg_sq, out=dots).add_(options.eps * root)
-    torch.div(exp_avg, dots, out=dots)
+    terms = torch.sqrt(exp_avg_sq).add_(options.eps * root)
+    torch.div(exp_avg, terms, out=terms)
     decays = options.weight_decay, options.head_weight_decay
     cut = layout.num_total if decays[0] == decays[1] else layout.num_adapter
     for part, decay in zip((slice(cut), slice(cut, None)), decays):
         if decay and part.start != layout.num_total:
-            dots[part].add_(data[part], alpha=decay * bias1 / root)
-    dots.mul_(grad).mul_(root / bias1)
+            terms[part].add_(data[part], alpha=decay * bias1 / root)
+    return sums | {"descent": layout.unit_sums(terms.mul_(grad)) * (root / bias1)}
 
 
 def _bias_corrections(step: torch.Tensor, options: AdamWOptions) -> tuple[float, float]:
@@ -215,7 +219,7 @@ def _launch(buffers, layout, lr, norm, loss, multiplier_K, options, reduces) -> 
     skipped = data.new_empty(())
     partials, sums = skipped, skipped
     if reduces:
-        partials, sums = data.new_empty(num_slices, NUM_SUMS), data.new_empty(layout.num_units, NUM_SUMS)
+        partials, sums = data.new_empty(num_slices, len(SUMS)), data.new_empty(layout.num_units, len(SUMS))
     launch(
         adamw_kernel,
         (num_slices,),
@@ -246,7 +250,7 @@ def _launch(buffers, layout, lr, norm, loss, multiplier_K, options, reduces) -> 
         HAS_LOSS=loss is not None,
         CLIPS=options.max_norm > 0,
         MULTIPLIES=multiplier_K is not None,
-        REDUCES=reduces,
+        REDUCES=bool(reduces),
         ALIGNED=layout.aligned,
         BLOCK=BLOCK,
         BLOCK_ROWS=BLOCK_ROWS,
