@@ -158,10 +158,10 @@ def test_a_warm_up_that_is_cut_is_told_once() -> None:
         ({"total_steps": 5, "final": 0.5}, "final: .*got 0.5"),
         ({"total_steps": 5, "final_ratio": 2.0}, "final_ratio: .*got 2.0"),
         ({"total_steps": 5, "warmup_steps": -1}, "warmup_steps: .*got -1"),
-        ({"total_steps": 5, "name": "salelr"}, "schedule salelr needs measurements .*: blocks. Use"),
+        ({"total_steps": 5, "name": "salelr"}, "schedule salelr needs measurements .*: grad_sq. Use"),
         ({"total_steps": 5, "name": "bats"}, "schedule bats needs measurements .*: tokens. Use"),
         ({"total_steps": 5, "name": "reactor"}, "schedule reactor needs measurements .*: loss, tokens. Use"),
-        ({"total_steps": 5, "name": "bacon"}, "schedule bacon needs measurements .*: blocks, secant. Use"),
+        ({"total_steps": 5, "name": "bacon"}, "schedule bacon needs measurements .*: grad_sq, mean_sq, secant. Use"),
     ],
 )
 def test_what_cannot_be_is_refused(settings: dict, message: str) -> None:

@@ -50,8 +50,8 @@ class Fast(nn.Module):
 
 @cache
 def made(fast: type[Fast], theirs: type[nn.Module], attributes: tuple[tuple[str, Any], ...] = ()) -> type[nn.Module]:
-    """The class of `theirs` with `fast` before it."""
-    return type(f"Fast{theirs.__name__}", (fast, theirs), {"__doc__": fast.__doc__, **dict(attributes)})
+    """The class of `theirs` with `fast` before it, under the name that users know."""
+    return type(theirs.__name__, (fast, theirs), {"__doc__": fast.__doc__, **dict(attributes)})
 
 
 def is_free(module: nn.Module) -> bool:

@@ -87,7 +87,8 @@ def test_counts_what_answers_are_worth(writes) -> None:
             ("#### 1.5", True),  # an answer, and wrong
         ]
     )
-    score = score_problems(nn.Identity(), problem_set(references, unusable=(4,)), decoding(), 100, mean_loss=lambda: 1.5)
+    problems = problem_set(references, unusable=(4,))
+    score = score_problems(nn.Identity(), problems, decoding(), 100, mean_loss=lambda: 1.5)
     assert calls[0]["rows"] == [0, 1, 2, 3, 5]
     assert score.value == 2 / 6
     assert score.more == {"no_answer": 3 / 6, "cut": 1 / 6, "no_room": 1 / 6}

@@ -25,10 +25,11 @@ class AdamWResult:
     skipped: torch.Tensor
     """1.0 where nothing was changed, because the norm or the loss is not finite; else 0.0."""
     sums: torch.Tensor | None
-    """(num_units, 4) where any were asked for, as in SUMS; on a CPU NaN for the others: of each matrix in the model's order, then of each other parameter, the
-    sums over its elements of g^2, of the squared bias-corrected mean of g, of the bias-corrected mean of g^2, and of
-    g u (1 - rate decay). g is the gradient before clipping; the means are those after this step; u is
-    the direction of the step before this one, theta <- theta - rate u, with its rate (0 before the first)."""
+    """(num_units, 4) where any were asked for, as in SUMS; on a CPU NaN for the others. Of each matrix in the model's
+    order, then of each other parameter, the sums over its elements of g^2, of the squared bias-corrected mean of g, of
+    the bias-corrected mean of g^2, and of g u (1 - rate decay). g is the gradient before clipping; the means are those
+    after this step; u is the direction of the step before this one, theta <- theta - rate u, with its rate (0 before
+    the first)."""
 
 
 @torch.no_grad()
