@@ -3,7 +3,7 @@
 On a CPU few: a pass whose activations are a few times the cache is as fast as one of a hundred times their size, since
 products read the weights seldom enough from FEWEST tokens on. So a micro-batch has FOOTPRINT bytes of activations or
 FEWEST tokens, whichever is more. So has an evaluation batch; and for decoding, which reads all weights for each token
-anew, as many bytes as a third of them. On a GPU there are MOST tokens, to keep it busy.
+anew, as many bytes as a quarter of them. On a GPU there are MOST tokens, to keep it busy.
 
 No pass takes more than SHARE of the memory that is free, whatever the settings say: nobody is killed for what was asked
 of them. What a token takes is counted on a few of the shortest rows. But for that bound, the figures hang on model,
@@ -185,7 +185,7 @@ def suits_evaluation(cost: Cost, model: nn.Module) -> int:
     weights = list(model.parameters())
     if weights[0].is_cuda:
         return MOST_EVALUATED
-    footprint = max(FOOTPRINT, sum(weight.nbytes for weight in weights) / 3)
+    footprint = max(FOOTPRINT, sum(weight.nbytes for weight in weights) / 4)
     return min(MOST, max(FEWEST, int(footprint / max(1.0, cost.linear))))
 
 
