@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from fastpeft.kernels.ops.rotary.op import rotary
-from fastpeft.models.fast.small_parts import on_cpu
+from fastpeft.models.fast.small_parts import fuses
 from fastpeft.models.fast.swaps import Fast, Outputs, alike
 
 _FUNCTION = "apply_rotary_pos_emb"
@@ -49,7 +49,7 @@ class RotaryAttention(Fast):
 @cache
 def _rotating(theirs: Callable) -> Callable:
     def apply_rotary_pos_emb(q, k, cos, sin, unsqueeze_dim=1):
-        if not on_cpu(q) or cos.shape[-1] != q.shape[-1]:  # some rotate a part of each head
+        if not fuses(q) or cos.shape[-1] != q.shape[-1]:  # some rotate a part of each head
             return theirs(q, k, cos, sin, unsqueeze_dim=unsqueeze_dim)
         cos, sin = cos.unsqueeze(unsqueeze_dim), sin.unsqueeze(unsqueeze_dim)
         return rotary(q, cos, sin), rotary(k, cos, sin)

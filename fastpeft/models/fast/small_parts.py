@@ -13,12 +13,18 @@ from fastpeft.kernels.ops.gated.op import gated
 from fastpeft.kernels.ops.gated.reference import ACTIVATIONS
 from fastpeft.kernels.ops.residual_norm.op import residual_norm
 from fastpeft.kernels.ops.rms_norm.op import rms_norm
+from fastpeft.kernels.rows import takes_rows
 from fastpeft.models.fast.swaps import TRIAL_ROWS, Fast, Outputs, noise, with_gradients
 
 
 def on_cpu(x: torch.Tensor) -> bool:
-    """Where these forms pay: a GPU has its own, and a compiler fuses by itself."""
+    """Where the forms pay that a GPU has its own of; a compiler fuses by itself."""
     return x.is_cpu and not torch.compiler.is_compiling()
+
+
+def fuses(x: torch.Tensor) -> bool:
+    """Where chains of elementwise operations pay: on a GPU each is one Triton kernel."""
+    return (x.is_cpu or takes_rows(x)) and not torch.compiler.is_compiling()
 
 
 def _children(module: nn.Module) -> set[str]:
@@ -52,9 +58,14 @@ class RmsNorm(Fast):
         return lambda module: with_gradients(module, x)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if not on_cpu(x) or x.dtype.itemsize < 4 or x.dtype != self.weight.dtype or self.weight.requires_grad:
+        if not self._is_fast(x):
             return super().forward(x)
         return rms_norm(x, self.weight, cast(float, _eps(self)), self.fast_offset)
+
+    def _is_fast(self, x: torch.Tensor) -> bool:
+        """On a CPU in fp32, where transformers' own is of the same precision."""
+        is_wide = x.dtype.itemsize >= 4 or x.is_cuda
+        return is_wide and fuses(x) and x.dtype == self.weight.dtype and not self.weight.requires_grad
 
 
 def _eps(module: nn.Module) -> float | None:
@@ -85,7 +96,7 @@ class ResidualNorm(Fast):
 
     def forward(self, hidden_states: torch.Tensor, input_tensor: torch.Tensor) -> torch.Tensor:
         norm = self.LayerNorm
-        if not on_cpu(hidden_states) or norm.weight.requires_grad:
+        if not fuses(hidden_states) or norm.weight.requires_grad:
             return super().forward(hidden_states, input_tensor)
         x = self.dense(hidden_states)
         p = self.dropout.p if self.training else 0.0
@@ -126,7 +137,7 @@ class GatedFeedForward(Fast):
         return lambda module: with_gradients(module, x)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if not on_cpu(x):
+        if not fuses(x):
             return super().forward(x)
         return self.down_proj(gated(self.gate_proj(x), self.up_proj(x), self.fast_activation))
 

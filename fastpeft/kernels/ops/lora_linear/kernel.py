@@ -31,7 +31,7 @@ def _dot(u, v, acc, PRECISION: tl.constexpr):
 
 
 @triton.jit
-def _keep(seed_ptr, rows_M, first_column, drop_below, BLOCK_N: tl.constexpr):
+def keep_columns(seed_ptr, rows_M, first_column, drop_below, BLOCK_N: tl.constexpr):
     """(rows, BLOCK_N) of what dropout leaves: reference.philox_keep from `first_column` on, a multiple of 8."""
     groups = (first_column // 8 + tl.arange(0, BLOCK_N // 8))[None, :]
     zero = groups * 0
@@ -50,7 +50,7 @@ def keep_mask_kernel(
     rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     first = tl.program_id(1) * BLOCK_N
     columns = first + tl.arange(0, BLOCK_N)
-    keep = _keep(seed_ptr, rows, first, drop_below, BLOCK_N)
+    keep = keep_columns(seed_ptr, rows, first, drop_below, BLOCK_N)
     out_ptrs = out_ptr + rows.to(tl.int64)[:, None] * num_columns + columns[None, :]
     mask = (rows < num_rows)[:, None] & (columns < num_columns)[None, :]
     tl.store(out_ptrs, keep.to(out_ptr.dtype.element_ty), mask=mask)
@@ -129,7 +129,7 @@ def lora_matmul_kernel(
             l2 = _factor(l2_ptr, columns[None, :], first + ranks[:, None], N, R, FORWARD, EVEN_N)
             update = _dot(s, l2, update, PRECISION)
         if DROPOUT:
-            keep = _keep(seed_ptr, rows, block_n * BLOCK_N, drop_below, BLOCK_N)
+            keep = keep_columns(seed_ptr, rows, block_n * BLOCK_N, drop_below, BLOCK_N)
             acc += tl.where(keep, update * keep_factor, 0.0)
         else:
             acc = update
@@ -159,7 +159,7 @@ def skinny_kernel(
         x_ptrs = x_ptr + inside[:, None] * stride_x + first + ks[None, :]
         x = tl.load(x_ptrs) if EVEN_K else tl.load(x_ptrs, mask=ks[None, :] < K - first, other=0.0)
         if DROPOUT:
-            x = tl.where(_keep(seed_ptr, rows, first, drop_below, BLOCK_K), x, 0.0)
+            x = tl.where(keep_columns(seed_ptr, rows, first, drop_below, BLOCK_K), x, 0.0)
         l1 = _factor(l1_ptr, first + ks[:, None], ranks[None, :], K, R, not FORWARD, EVEN_K)
         acc = _dot(x, l1, acc, PRECISION)
     s_ptrs = s_ptr + rows.to(tl.int64)[:, None] * stride_s + ranks[None, :]
@@ -213,7 +213,7 @@ def _features(
         wide_ptrs = wide_ptr + rows.to(tl.int64)[:, None] * stride_wide + features[None, :]
         wide = tl.load(wide_ptrs, mask=inside & (features < num_features)[None, :], other=0.0)
         if DROPOUT:
-            wide = tl.where(_keep(seed_ptr, rows, first, drop_below, BLOCK_F), wide, 0.0)
+            wide = tl.where(keep_columns(seed_ptr, rows, first, drop_below, BLOCK_F), wide, 0.0)
         skinny_ptrs = skinny_ptr + rows.to(tl.int64)[:, None] * stride_skinny + ranks[None, :]
         skinny = tl.load(skinny_ptrs, mask=inside & (ranks < R)[None, :], other=0.0)
         acc = _dot(tl.trans(wide), skinny, acc, PRECISION)

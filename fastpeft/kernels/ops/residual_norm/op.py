@@ -1,7 +1,7 @@
 """residual_norm: dropout, the residual sum and LayerNorm behind a linear layer, as encoders have them.
 
 Against autograd over the plain expression it keeps one tensor, the sum, and no mask; y itself is made again from the
-sum by lora_linear, which needs it as its x.
+sum by lora_linear, which needs it as its x. On a GPU each direction is one launch.
 
 Shape suffixes: T tokens, D features.
 """
@@ -13,8 +13,10 @@ from typing import Any
 import torch
 
 from fastpeft.kernels.dropout import draw_seed, keep_mask
-from fastpeft.kernels.launch import refuse_second_order
+from fastpeft.kernels.launch import launch, refuse_second_order
+from fastpeft.kernels.ops.lora_linear.reference import drop_below
 from fastpeft.kernels.recompute import made_of
+from fastpeft.kernels.rows import row_tiles, takes_rows
 
 
 def residual_norm(
@@ -44,8 +46,7 @@ def residual_norm(
     if dropout and seed is None:
         seed = draw_seed(x.device)
     if not (torch.is_grad_enabled() and (x.requires_grad or residual.requires_grad)):
-        total = _total(x, residual, dropout, seed)
-        return torch.nn.functional.layer_norm(total, weight.shape, weight, bias, eps)
+        return _forward(x, residual, weight, bias, eps, dropout, seed)[0]
     y, total = _ResidualNorm.apply(x, residual, weight, bias, eps, dropout, seed)
     return made_of(y, lambda total, *affine: _affine_norm(total, eps, *affine), *_without_none(total, weight, bias))
 
@@ -73,6 +74,81 @@ def _mask(x: torch.Tensor, dropout: float, seed: torch.Tensor) -> torch.Tensor:
     return keep_mask(x.shape[:-1].numel(), x.shape[-1], dropout, seed, x.dtype).view(x.shape)
 
 
+def _forward(
+    x: torch.Tensor,
+    residual: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    eps: float,
+    dropout: float,
+    seed: torch.Tensor | None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """y, the sum, and its mean and 1 / standard deviation of each row."""
+    if takes_rows(x):
+        return _launch(x, residual, weight, bias, eps, dropout, seed)
+    total = _total(x, residual, dropout, seed)
+    y, mean, rstd = torch.native_layer_norm(total, weight.shape, weight, bias, eps)
+    return y, total, mean, rstd
+
+
+def _launch(
+    x: torch.Tensor,
+    residual: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    eps: float,
+    dropout: float,
+    seed: torch.Tensor | None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    from fastpeft.kernels.ops.residual_norm.kernel import residual_norm_kernel
+
+    x, residual, weight = x.contiguous(), residual.contiguous(), weight.contiguous()
+    num_rows, width = x.shape[:-1].numel(), x.shape[-1]
+    total, y = torch.empty_like(x), torch.empty_like(x)
+    mean, rstd = (x.new_empty(num_rows, dtype=torch.float32) for _ in range(2))
+    m, d, warps = row_tiles(width)
+    launch(
+        residual_norm_kernel,
+        (-(-num_rows // m),),
+        *(x, residual, weight, weight if bias is None else bias, x if seed is None else seed, total, y, mean, rstd),
+        *(num_rows, width, eps, drop_below(dropout), 1 / (1 - dropout)),
+        DROPOUT=dropout > 0,
+        HAS_BIAS=bias is not None,
+        BLOCK_M=m,
+        BLOCK_D=d,
+        num_warps=warps,
+    )
+    return y, total, mean, rstd
+
+
+def _launch_backward(
+    dy: torch.Tensor,
+    total: torch.Tensor,
+    mean: torch.Tensor,
+    rstd: torch.Tensor,
+    weight: torch.Tensor,
+    dropout: float,
+    seed: torch.Tensor | None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    from fastpeft.kernels.ops.residual_norm.kernel import residual_norm_backward_kernel
+
+    num_rows, width = total.shape[:-1].numel(), total.shape[-1]
+    dtotal = torch.empty_like(total)
+    dx = torch.empty_like(total) if dropout else dtotal
+    m, d, warps = row_tiles(width)
+    launch(
+        residual_norm_backward_kernel,
+        (-(-num_rows // m),),
+        *(dy.contiguous(), total, weight.contiguous(), total if seed is None else seed, mean, rstd, dtotal, dx),
+        *(num_rows, width, drop_below(dropout), 1 / (1 - dropout)),
+        DROPOUT=dropout > 0,
+        BLOCK_M=m,
+        BLOCK_D=d,
+        num_warps=warps,
+    )
+    return dx, dtotal
+
+
 class _ResidualNorm(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -85,8 +161,7 @@ class _ResidualNorm(torch.autograd.Function):
         dropout: float,
         seed: torch.Tensor | None,
     ) -> tuple[torch.Tensor, ...]:
-        total = _total(x, residual, dropout, seed)
-        y, mean, rstd = torch.native_layer_norm(total, weight.shape, weight, bias, eps)
+        y, total, mean, rstd = _forward(x, residual, weight, bias, eps, dropout, seed)
         ctx.save_for_backward(total, mean, rstd, weight, bias, seed)
         ctx.dropout = dropout
         ctx.mark_non_differentiable(total)
@@ -100,6 +175,9 @@ class _ResidualNorm(torch.autograd.Function):
         if dy is None:
             return (None,) * 7
         total, mean, rstd, weight, bias, seed = ctx.saved_tensors
+        if takes_rows(total):
+            dx, dtotal = _launch_backward(dy, total, mean, rstd, weight, ctx.dropout, seed)
+            return dx, dtotal, None, None, None, None, None
         dtotal = torch.ops.aten.native_layer_norm_backward(
             dy.contiguous(), total, weight.shape, mean, rstd, weight, bias, [True, False, False]
         )[0]

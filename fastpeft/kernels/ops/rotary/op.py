@@ -1,4 +1,5 @@
-"""rotary: rotary position embedding, written half by half into its result, that keeps only the angles for backward."""
+"""rotary: rotary position embedding, written half by half into its result, that keeps only the angles for backward. On
+a GPU it is one launch."""
 
 from __future__ import annotations
 
@@ -6,7 +7,12 @@ from typing import Any
 
 import torch
 
-from fastpeft.kernels.launch import refuse_second_order
+from fastpeft.kernels.dispatch import runs_triton
+from fastpeft.kernels.launch import launch, refuse_second_order
+from fastpeft.kernels.rows import row_tiles
+
+ELEMENTS = 512
+"""Of a program: strides of any kind take registers."""
 
 
 def rotary(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
@@ -26,6 +32,8 @@ def rotary(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tenso
 
 def _rotated(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, sign: int) -> torch.Tensor:
     """`sign` -1 gives the transpose of the map, where cos and sin may differ between the halves."""
+    if runs_triton(x) and x.ndim == 4 and cos.ndim == sin.ndim == 4 and cos.shape[1] == sin.shape[1] == 1 and x.numel():
+        return _launch(x, cos, sin, transposed=sign < 0)
     half = x.shape[-1] // 2
     first, second = x[..., :half], x[..., half:]
     y = x * cos
@@ -35,6 +43,22 @@ def _rotated(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, sign: int) -
     else:
         y[..., :half].addcmul_(second, sin[..., half:])
         y[..., half:].addcmul_(first, sin[..., :half], value=-1)
+    return y
+
+
+def _launch(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, transposed: bool) -> torch.Tensor:
+    from fastpeft.kernels.ops.rotary.kernel import rotary_kernel
+
+    num, heads, length, width = x.shape
+    y = torch.empty_like(x)
+    cos, sin = (angles.expand(num, 1, length, width) for angles in (cos, sin))
+    angle_strides = [stride for angles in (cos, sin) for i, stride in enumerate(angles.stride()) if i != 1]
+    m, d, warps = row_tiles(width // 2, ELEMENTS)
+    num_rows = num * heads * length
+    sizes = num_rows, heads, length, width // 2
+    arguments = x, cos, sin, y, *sizes, *x.stride(), *y.stride(), *angle_strides
+    tiles = {"BLOCK_M": m, "BLOCK_D": d, "num_warps": warps}
+    launch(rotary_kernel, (-(-num_rows // m),), *arguments, TRANSPOSED=transposed, **tiles)
     return y
 
 

@@ -1,0 +1,32 @@
+"""Tiles of Triton kernels that read whole rows: a program takes a few rows, each in one piece."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+
+from fastpeft.kernels.dispatch import runs_triton
+
+WIDEST = 8192
+"""Features of a row that still fit into the registers of one program."""
+_ELEMENTS = 2048
+
+
+class RowTiles(NamedTuple):
+    block_m: int
+    """Rows of a program."""
+    block_d: int
+    """Features, a power of two."""
+    num_warps: int
+
+
+def row_tiles(width: int, elements: int = _ELEMENTS) -> RowTiles:
+    """For rows of this width; a program takes about so many elements."""
+    block_d = max(16, 1 << (width - 1).bit_length())
+    return RowTiles(max(1, elements // block_d), block_d, min(16, max(4, block_d // 256)))
+
+
+def takes_rows(x: torch.Tensor) -> bool:
+    """Whether a kernel over rows (..., D) computes this one."""
+    return runs_triton(x) and 0 < x.shape[-1] <= WIDEST and x.numel() > 0
