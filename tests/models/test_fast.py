@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections import Counter
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from transformers import (
     AutoModelForTokenClassification,
 )
 
+from fastpeft.kernels.launch import LAUNCHES
 from fastpeft.models.fast import LEVERS, speed_up, without
 from fastpeft.models.fast.swaps import Fast
 from fastpeft.models.lm_head import decoder_of, hidden_states
@@ -95,6 +97,24 @@ def outputs(model: nn.Module, inputs: dict[str, torch.Tensor]) -> tuple[torch.Te
 def close(found, expected) -> None:
     for mine, theirs in zip(found, expected):
         assert (mine - theirs).norm() <= 2e-5 * theirs.norm()
+
+
+@pytest.mark.parametrize(
+    ("kind", "kernels"),
+    [
+        ("bert", {"residual_norm_kernel", "residual_norm_backward_kernel"}),
+        ("qwen3", {"rms_norm_kernel", "rms_norm_backward_kernel", "rotary_kernel", "gated_kernel"}),
+    ],
+)
+def test_the_same_numbers_from_triton(kind, kernels, monkeypatch):
+    """The kernels that a GPU would run, interpreted."""
+    model, inputs = build(kind), batch(9)
+    expected = outputs(model, inputs)
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    speed_up(model)
+    before = Counter(LAUNCHES)
+    close(outputs(model, inputs), expected)
+    assert kernels <= set(LAUNCHES - before)
 
 
 @pytest.mark.parametrize("length", LENGTHS.values(), ids=LENGTHS)
