@@ -25,8 +25,14 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
+import hypothesis
 import pytest
 import torch
+
+# Examples are the same in every run, as the seed is; `make soak` looks further.
+hypothesis.settings.register_profile("fixed", derandomize=True)
+if os.environ.get("FASTPEFT_TEST_SEED") != "random":
+    hypothesis.settings.load_profile("fixed")
 
 if not torch.cuda.is_available():
     # Triton decides when it is imported whether its own library is interpreted, and torch._dynamo imports it early. Of

@@ -127,7 +127,7 @@ def test_random_expressions_come_out_exactly(tree):
     assert (value is None) == (expected is None)
     if value is not None:
         assert abs(Fraction(value) - expected) < Fraction(1, 10**11)
-        if len(value.partition(".")[2]) <= 8 and expected.denominator < 10**6:
+        if len(value.partition(".")[2]) <= 8 and 10**8 % expected.denominator == 0:
             assert Fraction(value) == expected
 
 
