@@ -29,11 +29,6 @@ import hypothesis
 import pytest
 import torch
 
-# Examples are the same in every run, as the seed is; `make soak` looks further.
-hypothesis.settings.register_profile("fixed", derandomize=True)
-if os.environ.get("FASTPEFT_TEST_SEED") != "random":
-    hypothesis.settings.load_profile("fixed")
-
 if not torch.cuda.is_available():
     # Triton decides when it is imported whether its own library is interpreted, and torch._dynamo imports it early. Of
     # a kernel it decides when the module is imported, whichever test comes first.
@@ -48,6 +43,11 @@ if not torch.cuda.is_available():
 
 from tests.support.row_files import write_equal_pairs
 from tests.support.tiny import CAUSAL_FAMILIES, FAMILIES, make_causal_lm, make_model
+
+# Examples are the same in every run, as the seed is; `make soak` looks further.
+hypothesis.settings.register_profile("fixed", derandomize=True)
+if os.environ.get("FASTPEFT_TEST_SEED") != "random":
+    hypothesis.settings.load_profile("fixed")
 
 if TYPE_CHECKING:
     from tests.support.wandb_server import WandbServer
