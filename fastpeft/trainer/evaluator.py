@@ -8,6 +8,7 @@ from collections.abc import Callable
 from contextlib import nullcontext
 from typing import Any
 
+from fastpeft.data.predictions import write_predictions
 from fastpeft.device_memory import free_memory
 from fastpeft.runs.curves import VALIDATION, Budgets, Evaluation, auc_of
 from fastpeft.runs.events import number
@@ -60,6 +61,7 @@ class Evaluator:
             return
         self._evaluated_at = clock.steps
         value = self._log_score(VALIDATION, measured)
+        self._write_predictions("last", VALIDATION, measured, clock.steps)
         if math.isfinite(measured.value):
             self._curve.append(Evaluation(clock.steps, clock.elapsed_s, clock.meter.joules, measured.value))
         self._log.importance(job.adapter)
@@ -68,6 +70,7 @@ class Evaluator:
         self._result.metric = {"name": job.task.metric} | value
         if self._is_best(measured):
             self._result.best = value | {"step": clock.steps, "loss": measured.loss}
+            self._write_predictions("best", VALIDATION, measured, clock.steps)
             self.save_weights(best=self._result.best)
         self._expect_final(cost)
         job.evaluation_due.done(clock)
@@ -105,6 +108,7 @@ class Evaluator:
         if measured is None:
             return False
         value = self._log_score("test", measured)
+        self._write_predictions("test", "test", measured, best["step"])
         which = {"weights": "best", "step": best["step"]}
         self._result.test = {"name": job.task.metric, "num": measured.num_rows} | value | which
         self.write_result()
@@ -133,6 +137,14 @@ class Evaluator:
         return value
 
     # ---- what is written -------------------------------------------------------------------
+
+    def _write_predictions(self, which: str, split: str, measured: Score, step: int) -> None:
+        """`which` as Result has the scores: an evaluation of runs pairs them row by row."""
+        if measured.answered is not None:
+            path, value = self._folder.predictions(which), measured.value
+            write_predictions(
+                path, measured.answered(), split=split, step=step, metric=self._job.task.metric, value=value
+            )
 
     def save_weights(self, best: dict[str, Any] | None = None) -> None:
         """The last weights, or those whose score `best` holds: it lies beside them, so that a kill cannot part them."""
