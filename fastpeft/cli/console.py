@@ -294,7 +294,8 @@ def _p(contrast: Contrast | None) -> str | None:
     """After Holm, with the test that it is of."""
     if contrast is None:
         return None
-    return f"{contrast.note} ({contrast.test})" if contrast.p_holm is None else f"{contrast.p_holm:.3g} ({contrast.test})"
+    p = contrast.note if contrast.p_holm is None else f"{contrast.p_holm:.3g}"
+    return f"{p} ({contrast.test})"
 
 
 def left_out_table(found: list[Found]) -> Table:

@@ -10,7 +10,9 @@ from typing import Annotated, Any
 import typer
 
 from fastpeft.cli.runs_commands import ResultsDir
+from fastpeft.compare.found_runs import Found
 from fastpeft.errors import UserError
+from fastpeft.runs.store import RunFolder
 
 
 def evaluate(
@@ -53,16 +55,37 @@ def evaluate(
         return
     if pass_at is not None or (last and not rescore):
         raise UserError("--last and --pass-at go with --on PATH: which sets are to be scored?")
-    _report(console, runs or [], results_dir, target, baseline)
+    from fastpeft.compare.found_runs import find_runs
+
+    found = find_runs(runs or [], results_dir, lambda path: _fetch(path, results_dir))
+    if rescore:
+        _rescore([one.folder for one in found if one.folder is not None], last)
+    _report(console, found, results_dir, target, baseline)
 
 
-def _report(
-    console: Any, names: list[str], results_dir: Path, target: float | None, baseline: str | None
-) -> None:
+def _fetch(path: str, results_dir: Path) -> Path:
+    from fastpeft.trackers.wandb_history import fetch_run
+
+    print(f"reading {path} from W&B")
+    return fetch_run(path, results_dir / "comparison" / "wandb")
+
+
+def _rescore(folders: list[RunFolder], last: bool) -> None:
+    """A run that cannot be scored again is said, and does not keep the others from it."""
+    from fastpeft.export.rescore import rescore
+
+    for folder in folders:
+        try:
+            print(f"{folder.path.name}: {rescore(folder, print, 'last' if last else None)}")
+        except UserError as error:
+            print(f"{folder.path.name}: not scored again: {error}", file=sys.stderr)
+
+
+def _report(console: Any, found: list[Found], results_dir: Path, target: float | None, baseline: str | None) -> None:
     from fastpeft.cli.console import comparison_table, left_out_table
     from fastpeft.compare.report import report
 
-    made = report(names, results_dir, target, baseline)
+    made = report(found, results_dir, target, baseline)
     console.print(comparison_table(made.comparison))
     left_out = [one for one in made.found if not one.counts]
     if left_out:

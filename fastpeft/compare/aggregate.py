@@ -17,7 +17,9 @@ from fastpeft.runs.store import write_json
 NAME = "aggregated_metrics"
 
 
-def write_aggregated(comparison: Comparison, found: Sequence[Found], reports: Sequence[RunReport], folder: Path) -> None:
+def write_aggregated(
+    comparison: Comparison, found: Sequence[Found], reports: Sequence[RunReport], folder: Path
+) -> None:
     """A row a method and task, and every run with why it does not count."""
     table = [_flat(comparison, row) for row in comparison.rows]
     write_json(

@@ -17,7 +17,6 @@ from fastpeft.runs.store import Result
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
 
 _NAMES = {"metric": "last weights, validation", "best": "best weights, validation", "test": "test"}
 
@@ -54,29 +53,24 @@ def _tasks(comparison: Comparison) -> dict[str, list[Row]]:
     return tasks
 
 
-def _draw_rows(
-    comparison: Comparison, results: Sequence[Result], labels: list[str], folder: Path, topic: str
-) -> str:
+def _draw_rows(comparison: Comparison, results: Sequence[Result], labels: list[str], folder: Path, topic: str) -> str:
     """A panel a task, a line a label."""
     tasks = _tasks(comparison)
-    heights = [0.9 + 0.42 * len(rows) for rows in tasks.values()]
+    num_lines = max(2 * sum(one is not None for one in (row.seeds_test, row.rows_test)) for row in comparison.rows)
+    heights = [0.9 + max(0.42, 0.14 * num_lines) * len(rows) for rows in tasks.values()]
     what = "mean and 95 % t-interval over seeds" if topic == "bar" else "every seed: median, quartiles, range"
     with drawing(f"{_NAMES[comparison.by]}: {what}", (9.0, 0.8 + sum(heights)), results) as figure:
-        panels = _stacked(figure, heights)
-        for panel, (task, rows) in zip(panels, tasks.items()):
+        grid = figure.add_gridspec(len(tasks), 2, height_ratios=heights, width_ratios=(1.0, 0.55))
+        for at, (task, rows) in enumerate(tasks.items()):
+            panel = figure.add_subplot(grid[at, 0])
             (_bars if topic == "bar" else _boxes)(panel, rows, labels)
             panel.set_yticks(range(len(rows)), [f"{row.label}\nn = {row.metric.count}" for row in rows])
             panel.invert_yaxis()
             panel.grid(axis="y", visible=False)
             panel.set_xlabel(rows[0].measures)
             panel.set_title(task, loc="left")
-            _write_contrasts(panel, rows, comparison.baseline)
+            _write_contrasts(figure.add_subplot(grid[at, 1], sharey=panel), rows, comparison.baseline)
         return save(figure, folder / f"comparison_{topic}")
-
-
-def _stacked(figure: Figure, heights: list[float]) -> list[Axes]:
-    grid = figure.add_gridspec(len(heights), 1, height_ratios=heights)
-    return [figure.add_subplot(grid[i]) for i in range(len(heights))]
 
 
 def _bars(panel: Axes, rows: Sequence[Row], labels: list[str]) -> None:
@@ -104,24 +98,23 @@ def _boxes(panel: Axes, rows: Sequence[Row], labels: list[str]) -> None:
 
 def _write_contrasts(panel: Axes, rows: Sequence[Row], baseline: str | None) -> None:
     """Behind each line what it differs by from the baseline, with the effect size and the number of seeds."""
+    panel.set_axis_off()
     for at, row in enumerate(rows):
         texts = [contrast_text(one) for one in (row.seeds_test, row.rows_test) if one is not None]
         if row.label == baseline:
             texts = ["baseline"]
-        panel.annotate(
-            "\n".join(texts), (1.01, at), xycoords=("axes fraction", "data"), va="center", fontsize=7, annotation_clip=False
-        )  # fmt: skip
+        panel.text(0.0, at, "\n".join(texts), va="center", fontsize=7)
 
 
 def contrast_text(contrast: Contrast) -> str:
-    """Difference, interval, effect size, test with its numbers, and p after Holm."""
+    """Difference, interval and effect size; test, its numbers, and p after Holm."""
     ours, others = contrast.count
     unit = "rows" if contrast.test in ("McNemar", "paired bootstrap") else "seeds"
     count = f"{ours:,}" if ours == others else f"{ours:,} and {others:,}"
     interval = f" [{contrast.low:+.4f}, {contrast.high:+.4f}]" if contrast.low == contrast.low else ""
-    effect = f", {contrast.effect_name} {contrast.effect:+.2f}" if contrast.effect is not None else ""
-    p = f", p {p_text(contrast.p_holm)}" if contrast.p_holm is not None else f", {contrast.note}"
-    return f"{contrast.difference:+.4f}{interval}{effect}; {contrast.test}, {count} {unit}{p}"
+    effect = f", {contrast.effect_name} {contrast.effect:.2f}" if contrast.effect is not None else ""
+    p = f", Holm's p {p_text(contrast.p_holm)}" if contrast.p_holm is not None else f", {contrast.note}"
+    return f"{contrast.difference:+.4f}{interval}{effect}\n{contrast.test}, {count} {unit}{p}"
 
 
 def p_text(p: float) -> str:
@@ -134,7 +127,7 @@ def _draw_over(runs: Sequence[Drawn], labels: list[str], folder: Path, unit: str
     over, factor, axis = ("elapsed_s", 1.0, CLOCK) if unit == "seconds" else ("energy_j", 1e-3, "energy (kJ)")
     title = f"validation metric over {'time' if unit == 'seconds' else 'energy'}, a line a run"
     with drawing(title, (7.5, 3.0 * len(tasks) + 0.6), [run.result for run in runs]) as figure:
-        for panel, task in zip(_stacked(figure, [1.0] * len(tasks)), tasks):
+        for panel, task in zip(figure.subplots(len(tasks), 1, squeeze=False)[:, 0], tasks):
             counts: dict[str, int] = {}
             own = [run for run in runs if run.task == task]
             for run in own:

@@ -25,6 +25,7 @@ _RC: dict[str, Any] = {
     "svg.fonttype": "none",
     "font.size": 9,
     "axes.titlesize": 9,
+    "axes.unicode_minus": False,  # the other one stands in a font of its own, which takes 0.2 s to embed
     "axes.spines.top": False,
     "axes.spines.right": False,
     "axes.grid": True,
@@ -61,8 +62,10 @@ def save(figure: Figure, stem: Path) -> str:
     import matplotlib
 
     stem.parent.mkdir(parents=True, exist_ok=True)
-    figure.draw_without_rendering()
-    figure.set_layout_engine("none")  # laid out once for all three
+    engine = figure.get_layout_engine()
+    assert engine is not None
+    engine.execute(figure)
+    figure.set_layout_engine(None)  # laid out once for all three
     figure.savefig(f"{stem}.pdf", metadata={"CreationDate": None})
     figure.savefig(f"{stem}.png", dpi=_DPI)
     text = io.StringIO()

@@ -56,9 +56,7 @@ def find_runs(names: list[str], results_dir: Path, fetch: Callable[[str], Path] 
     return found
 
 
-def _named(
-    name: str, there: list[Found], results_dir: Path, fetch: Callable[[str], Path] | None
-) -> Iterator[Found]:
+def _named(name: str, there: list[Found], results_dir: Path, fetch: Callable[[str], Path] | None) -> Iterator[Found]:
     own = [one for one in there if one.name == name]
     own = own or [one for one in there if one.result is not None and one.result.group == name]
     folder = Path(name).expanduser()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import html
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
@@ -11,13 +12,14 @@ _STYLE = """
 @media (prefers-color-scheme: dark) {
   :root { --ink: #e6edf3; --dim: #9aa4ae; --line: #3a424b; --ground: #0f1419; --band: #171d24; }
 }
-body { margin: 0 auto; max-width: 70rem; padding: 2rem 1.25rem 4rem; background: var(--ground); color: var(--ink);
+body { margin: 0 auto; max-width: 76rem; padding: 2rem 1.25rem 4rem; background: var(--ground); color: var(--ink);
   font: 15px/1.5 system-ui, sans-serif; }
 h1 { font-size: 1.6rem; } h2 { font-size: 1.2rem; margin-top: 2.5rem; } h3 { font-size: 1rem; }
 .scroll { overflow-x: auto; }
 table { border-collapse: collapse; font-size: 0.87rem; font-variant-numeric: tabular-nums; }
-th, td { padding: 0.3rem 0.7rem; border-bottom: 1px solid var(--line); text-align: left; vertical-align: top; }
-td.number, th.number { text-align: right; white-space: nowrap; }
+th, td { padding: 0.3rem 0.6rem; border-bottom: 1px solid var(--line); text-align: left; vertical-align: top; }
+td.number, th.number { text-align: right; }
+td.short { white-space: nowrap; }
 th { color: var(--dim); font-weight: 600; } tbody tr:nth-child(even) { background: var(--band); }
 figure { margin: 1.25rem 0; } figure svg { max-width: 100%; height: auto; color: var(--ink); }
 svg text { fill: currentColor; font-family: system-ui, sans-serif; }
@@ -25,6 +27,10 @@ figcaption, .dim { color: var(--dim); font-size: 0.87rem; }
 details { border: 1px solid var(--line); border-radius: 6px; margin: 0.6rem 0; padding: 0.4rem 0.9rem; }
 summary { cursor: pointer; font-weight: 600; }
 """
+_NUMBER = re.compile(r"(< )?[-+]?[0-9][0-9,.]*%?( ± [0-9,.]+)?( (s|J|kJ))?")
+_SHORT = 24
+"""Characters of a cell that is never broken."""
+_CELL = re.compile(rf"-|{_NUMBER.pattern}")
 
 
 @dataclass(frozen=True)
@@ -34,7 +40,7 @@ class Text:
 
 @dataclass(frozen=True)
 class Table:
-    """The cells of a column whose texts all begin as numbers stand right."""
+    """A column of numbers stands right."""
 
     header: Sequence[str]
     rows: Sequence[Sequence[str]]
@@ -117,15 +123,17 @@ def _html(blocks: Iterable[Block], level: int) -> Iterable[str]:
 
 
 def _html_table(table: Table) -> str:
-    kinds = [' class="number"' if is_number else "" for is_number in _numbers(table)]
-    head = "".join(f"<th{kind}>{html.escape(name)}</th>" for kind, name in zip(kinds, table.header))
-    lines = (
-        "".join(f"<td{kind}>{html.escape(cell)}</td>" for kind, cell in zip(kinds, row)) for row in table.rows
-    )
+    kinds = ["number" if is_number else "" for is_number in _numbers(table)]
+    head = "".join(f'<th class="{kind}">{html.escape(name)}</th>' for kind, name in zip(kinds, table.header))
+    lines = ("".join(map(_html_cell, kinds, row)) for row in table.rows)
     rows = "\n".join(f"<tr>{line}</tr>" for line in lines)
     return f'<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table></div>'
 
 
+def _html_cell(kind: str, cell: str) -> str:
+    return f'<td class="{kind}{" short" if len(cell) <= _SHORT else ""}">{html.escape(cell)}</td>'
+
+
 def _numbers(table: Table) -> list[bool]:
     columns = list(zip(*table.rows)) or [()] * len(table.header)
-    return [bool(column) and all(cell[:1] in "0123456789+-" for cell in column) for column in columns]
+    return [any(map(_NUMBER.fullmatch, column)) and all(map(_CELL.fullmatch, column)) for column in columns]

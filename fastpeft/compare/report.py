@@ -13,7 +13,7 @@ from pathlib import Path
 from fastpeft.compare.aggregate import write_aggregated
 from fastpeft.compare.comparison import Comparison, compare, labels_of, score_of, tasks_of
 from fastpeft.compare.comparison_figures import Drawn, draw_comparison
-from fastpeft.compare.found_runs import Found, find_runs
+from fastpeft.compare.found_runs import Found
 from fastpeft.compare.page import markdown, page
 from fastpeft.compare.report_text import TITLE, report_blocks
 from fastpeft.compare.run_report import RunReport, report_run
@@ -32,28 +32,20 @@ class Report:
     folder: Path
 
 
-def report(
-    names: list[str],
-    results_dir: Path,
-    target: float | None = None,
-    baseline: str | None = None,
-    fetch: Callable[[str], Path] | None = None,
-) -> Report:
+def report(found: list[Found], results_dir: Path, target: float | None = None, baseline: str | None = None) -> Report:
     """Write RUN/metrics.json, RUN/figures/RUN_{curves,importance,confusion}.{pdf,png}, and under `results_dir`
     comparison/: aggregated_metrics.{json,csv}, comparison_{bar,box,seconds,joules}.{pdf,png}, report.{md,html}.
 
     Args:
-        names: as `find_runs` takes them; all runs when empty.
+        found: by `find_runs`.
         target: a metric over 0 and at most 1; how long and how many joules each run took to reach it is reported.
         baseline: the method that the others are compared with; plain LoRA when None.
-        fetch: makes a run folder of a W&B path.
 
     Raises:
-        UserError: no run that has been evaluated, a target out of bounds, a baseline that is not there.
+        UserError: a target out of bounds, a baseline that is not there.
     """
     if target is not None and not 0 < target <= 1:
         raise UserError(f"--target {target:g}: give a metric over 0 and at most 1; write 0.6 for 60 %")
-    found = find_runs(names, results_dir, fetch)
     counted = [one for one in found if one.counts]
     results = [one.result for one in counted if one.result is not None]
     by = score_of(results)
@@ -82,7 +74,7 @@ def _noted(found: Sequence[Found], counted: Sequence[Found]) -> Iterator[Found]:
     results = [one.result for one in counted if one.result is not None]
     other = {id(one): ", data " in task for one, task in zip(counted, tasks_of(results))}
     for one in found:
-        note = "other data than other runs of this name: compared only with runs on the same" if other.get(id(one)) else ""
+        note = "other data than runs of this name: compared only with those on the same" if other.get(id(one)) else ""
         yield replace(one, remark=note) if note else one
 
 

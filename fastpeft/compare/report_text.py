@@ -33,6 +33,13 @@ _CAPTIONS = {
     "importance": "Importance of the adapted matrices, and its drift.",
     "confusion": "Rows of a gold class by what was predicted.",
 }
+_NO_TEST = "one seed, and no answers to pair"
+_ABOUT_TESTS = """\
+Tests over seeds ask whether the method would be better if it were trained again; tests over rows whether these trained
+models would be better on other rows of the kind. p is two-sided; Holm's is of all tests over seeds, or of all over
+rows, in this table. d_z is the mean difference over the differences' standard deviation, g is Hedges', odds are the
+rows that only the method gets right over those that only the baseline does. Evaluations of one run are never tested:
+they follow from each other."""
 TITLE = "Comparison of runs"
 
 
@@ -49,7 +56,9 @@ def report_blocks(
     yield Text(_COMPARED[comparison.by])
     yield Section("Methods", [_methods(comparison), *_glue(comparison)])
     yield Section("Differences from the baseline", list(_differences(comparison)))
-    yield Section("Figures", [Picture(_CAPTIONS[topic], f"comparison_{topic}.png", svg) for topic, svg in figures.items()])
+    yield Section(
+        "Figures", [Picture(_CAPTIONS[topic], f"comparison_{topic}.png", svg) for topic, svg in figures.items()]
+    )
     yield Section("Runs", [_runs(found, reports)])
     yield Section("Each run", [_run(one, report, folder) for one, report in zip(found, reports) if report.figures])
     yield Text(_made_by())
@@ -72,9 +81,14 @@ def _methods(comparison: Comparison) -> Table:
         "time": [f"{row.seconds.value:,.0f} s" for row in rows],
         "energy": [f"{row.joules.value / 1000:,.1f} kJ" if row.joules else None for row in rows],
     }
-    columns = {name: cells for name, cells in columns.items() if any(cell is not None for cell in cells)}
     lines = [["-" if cell is None else str(cell) for cell in cells] for cells in zip(*columns.values())]
-    return Table(list(columns), lines)
+    return _table(list(columns), lines)
+
+
+def _table(names: Sequence[str], lines: Sequence[Sequence[str]]) -> Table:
+    """Without the columns that say nothing."""
+    kept = [i for i in range(len(names)) if not lines or any(line[i] not in ("", "-") for line in lines)]
+    return Table([names[i] for i in kept], [[line[i] for i in kept] for line in lines])
 
 
 def _glue(comparison: Comparison) -> Iterator[Block]:
@@ -93,24 +107,31 @@ def _differences(comparison: Comparison) -> Iterator[Block]:
         yield Text(f"Nothing else than {base} was run on one of its tasks.")
         return
     names = ["task", "method", f"minus {base}", "relative", "95 % interval", "test", "n", "effect", "p", "p (Holm)"]
-    yield Table([*names, "note"], lines)
-    yield Text(
-        "Tests over seeds ask whether the method would be better if it were trained again; tests over rows whether these "
-        "trained models would be better on other rows of the kind. p is two-sided; Holm's is of all tests over seeds, or "
-        "of all over rows, in this table. d_z is the mean difference over the differences' standard deviation, g is "
-        "Hedges', odds are the rows that only the method gets right over those that only the baseline does. Evaluations "
-        "of one run are never tested: they follow from each other."
-    )
+    yield _table([*names, "note"], lines)
+    yield Text(_ABOUT_TESTS)
 
 
 def _contrast_lines(row: Row) -> Iterator[list[str]]:
     relative = "-" if row.relative is None else f"{row.relative:+.2%}"
     tests = [one for one in (row.seeds_test, row.rows_test) if one is not None]
     for one in tests:
-        yield [row.task, row.label, f"{one.difference:+.4f}", relative, *_contrast_cells(one)]
+        own = relative if one is tests[0] else "-"
+        yield [row.task, row.label, f"{one.difference:+.4f}", own, *_contrast_cells(one)]
     if not tests:
         apart = "-" if row.minus_baseline is None else f"{row.minus_baseline.value:+.4f}"
-        yield [row.task, row.label, apart, relative, "-", "none", "-", "-", "-", "-", "one seed, and no answers to pair"]
+        yield [
+            row.task,
+            row.label,
+            apart,
+            relative,
+            "-",
+            "none",
+            "-",
+            "-",
+            "-",
+            "-",
+            _NO_TEST,
+        ]
 
 
 def _contrast_cells(contrast: Contrast) -> list[str]:
@@ -128,16 +149,16 @@ def _contrast_cells(contrast: Contrast) -> list[str]:
 
 
 def _runs(found: Sequence[Found], reports: Sequence[RunReport]) -> Table:
-    names = ["run", "status", "seed", "metric", "best", "test", "counts"]
-    has_rescored = any(report.rescored for report in reports)
+    names = ["run", "status", "seed", "last", "best", "test", "by PEFT alone", "counts", "note"]
     lines = []
     for one, report in zip(found, reports):
         result = one.result
-        scores = ["-"] * 4 if result is None else [str(result.seed), *map(_value, (result.metric, result.best, result.test))]
+        scores = (
+            ["-"] * 4 if result is None else [str(result.seed), *map(_value, (result.metric, result.best, result.test))]
+        )
         why = "; ".join(part for part in (one.note, one.remark, *_facts(result)) if part)
-        line = [one.name, one.status, *scores, "yes" if one.counts else "no"]
-        lines.append([*line, *([_rescored(report)] if has_rescored else []), why])
-    return Table([*names, *(["by PEFT alone"] if has_rescored else []), "note"], lines)
+        lines.append([one.name, one.status, *scores, _rescored(report), "yes" if one.counts else "no", why])
+    return _table(names, lines)
 
 
 def _facts(result: Result | None) -> Iterator[str]:

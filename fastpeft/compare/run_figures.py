@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from fastpeft.compare.figure_files import COLOURS, INK, drawing, save
+from fastpeft.compare.figure_files import COLOURS, drawing, save
 from fastpeft.compare.history import History, Snapshot, binned
 from fastpeft.data.predictions import Predictions
 from fastpeft.runs.events import Event, number
@@ -26,7 +26,7 @@ CLOCK = "time on the budget clock (s)"
 
 def draw_curves(history: History, result: Result, stem: Path) -> str:
     """Loss, metric and learning rate over time; with a meter energy, power, and the metric over energy too."""
-    has_meter = bool(np.isfinite(history.steps["energy_j"]).any())
+    has_meter = result.energy_j is not None
     panels: list[Callable[[Axes, History, Result], None]] = [_draw_loss, _draw_metric, _draw_rate]
     panels += [_draw_metric_over_energy, _draw_power, _draw_energy] if has_meter else []
     test = f", test {number(result.test['value']):.4f}" if "value" in result.test else ""
@@ -58,6 +58,7 @@ def _draw_metric(panel: Axes, history: History, result: Result) -> None:
 def _draw_rate(panel: Axes, history: History, result: Result) -> None:
     rate = binned(history.steps["elapsed_s"], history.steps["lr"], NUM_BINS)
     panel.plot(rate.x, rate.mean, color=COLOURS[0], linewidth=1)
+    panel.ticklabel_format(axis="y", scilimits=(-2, 3))
     panel.set_ylabel("learning rate")
     panel.set_xlabel(CLOCK)
 
@@ -136,7 +137,7 @@ def _draw_drift(panel: Axes, snapshots: Sequence[Snapshot], first: Snapshot) -> 
     apart = [float(np.abs(one.weights - first.weights).sum() / 2) for one in same]
     panel.plot([one.elapsed_s for one in same], apart, marker="o", markersize=3, linewidth=1, color=COLOURS[1])
     panel.set_ylim(bottom=0)
-    panel.set_ylabel("weight moved since the first measurement (share)")
+    panel.set_ylabel("weight on other matrices than at first (share)")
     panel.set_xlabel(CLOCK)
     panel.set_title("drift")
 
@@ -144,12 +145,13 @@ def _draw_drift(panel: Axes, snapshots: Sequence[Snapshot], first: Snapshot) -> 
 # ---- answers -------------------------------------------------------------------------------
 
 
-def classes_of(predictions: Predictions) -> list[str] | None:
-    """Where each answer is one of a few classes; None where a confusion matrix says nothing."""
+def classes_of(predictions: Predictions, labels: Sequence[str]) -> list[str] | None:
+    """Where each answer is one of a few classes, those of `labels` first; None where a matrix says nothing."""
     answers = predictions.answers
     if not all(isinstance(one.gold, str) and isinstance(one.predicted, str) for one in answers):
         return None
-    names = sorted({name for one in answers for name in (one.gold, one.predicted)})
+    found = {name for one in answers for name in (one.gold, one.predicted)}
+    names = [*(name for name in labels if name in found), *sorted(found - set(labels))]
     return names if 2 <= len(names) <= MAX_CLASSES and len(names) < len(answers) else None
 
 
@@ -172,7 +174,7 @@ def draw_confusion(predictions: Predictions, classes: list[str], result: Result,
         panel.set_ylabel("gold")
         if len(classes) <= _NUMBERED_CLASSES:
             for (row, column), count in np.ndenumerate(counts):
-                ink = INK if shares[row, column] > 0.5 else "#FFFFFF"
+                ink = "#111111" if shares[row, column] > 0.5 else "#FFFFFF"  # on the cell, whatever the page is
                 panel.text(column, row, f"{count:,}", ha="center", va="center", color=ink)
         figure.colorbar(image, ax=panel, label="share of the gold class")
         return save(figure, stem)

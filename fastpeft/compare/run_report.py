@@ -68,6 +68,8 @@ def report_run(found: Found, by: str, target: float | None) -> RunReport:
     history, notes = read_history(read_blocks(folder.events)), []
     curve = _curve_of(history, result, target)
     predictions = _predictions_of(folder, result, by, notes)
+    if history.warnings:
+        notes.append(f"{history.num_warnings:,} warnings, such as: {history.warnings[0]}")
     _write_metrics(folder, result, history, curve, target)
     wrong = [] if predictions is None else _wrong_rows(predictions)
     return RunReport(
@@ -80,7 +82,7 @@ def report_run(found: Found, by: str, target: float | None) -> RunReport:
         num_wrong=len(wrong),
         rescored=read_json(folder.path / RESCORED) or {},
         num_steps=len(history),
-        notes=notes + ([f"{history.num_warnings:,} warnings, such as: {history.warnings[0]}"] if history.warnings else []),
+        notes=notes,
     )
 
 
@@ -117,7 +119,7 @@ def _draw(folder: RunFolder, result: Result, history: History, predictions: Pred
         figures["curves"] = draw_curves(history, result, stem("curves"))
     if history.importance:
         figures["importance"] = draw_importance(history, result, stem("importance"))
-    classes = None if predictions is None else classes_of(predictions)
+    classes = None if predictions is None else classes_of(predictions, result.labels)
     if predictions is not None and classes is not None:
         figures["confusion"] = draw_confusion(predictions, classes, result, stem("confusion"))
     return figures

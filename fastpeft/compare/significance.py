@@ -53,7 +53,9 @@ def paired_t(ours: Sequence[float], others: Sequence[float]) -> Contrast:
         return replace(contrast, note="the differences do not vary")
     found: Any = ttest_rel(ours, others)
     low, high = found.confidence_interval(CONFIDENCE)
-    return replace(contrast, low=float(low), high=float(high), p=float(found.pvalue), effect=contrast.difference / spread)
+    return replace(
+        contrast, low=float(low), high=float(high), p=float(found.pvalue), effect=contrast.difference / spread
+    )
 
 
 def welch_t(ours: Sequence[float], others: Sequence[float]) -> Contrast:
@@ -179,9 +181,7 @@ def with_tests(comparison: Comparison, scores: Mapping[str, RowScores | None]) -
         has_all = None not in ours and None not in others
         rows.append(over_rows(*known) if has_all else None)
     tested = zip(comparison.rows, with_holm(seeds), with_holm(rows))
-    return replace(
-        comparison, rows=[replace(row, seeds_test=seed, rows_test=own) for row, seed, own in tested]
-    )
+    return replace(comparison, rows=[replace(row, seeds_test=seed, rows_test=own) for row, seed, own in tested])
 
 
 def _is_constant(values: Any) -> bool:

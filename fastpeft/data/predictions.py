@@ -53,9 +53,7 @@ class Predictions:
     """What the model read, cut; empty for a row that was answered rightly."""
 
 
-def write_predictions(
-    path: Path, answered: AnsweredRows, *, split: str, step: int, metric: str, value: float
-) -> None:
+def write_predictions(path: Path, answered: AnsweredRows, *, split: str, step: int, metric: str, value: float) -> None:
     """Replaces the file whole. A text that is longer than 2,000 characters is cut."""
     digest, lines = hashlib.sha256(), []
     for row, answer in answered:

@@ -23,8 +23,9 @@ ALL_KINDS = ("classification", "word-problems", *KINDS)
 def folder(request, tmp_path_factory):
     home = tmp_path_factory.mktemp(request.param)
     settings = {"budget": "10steps", "evaluation.every": "end"}
-    make = problem_run if request.param == "word-problems" else lambda home, **more: kind_run(home, request.param, **more)
-    train(make(home, **settings), results_dir=home, name="r")
+    is_generated = request.param == "word-problems"
+    run = problem_run(home, **settings) if is_generated else kind_run(home, request.param, **settings)
+    train(run, results_dir=home, name="r")
     return RunFolder(home / "r")
 
 

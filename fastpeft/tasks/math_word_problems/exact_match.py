@@ -13,7 +13,6 @@ import numpy as np
 import torch
 from torch import nn
 
-from fastpeft.data.fingerprint import ReadRow
 from fastpeft.data.predictions import Answer, AnsweredRows
 from fastpeft.tasks.base import Score
 from fastpeft.tasks.causal_lm.decode_batches import FASTEST, Caching, DecodeMethod, cache_columns

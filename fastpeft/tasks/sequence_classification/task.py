@@ -128,7 +128,9 @@ class SequenceClassification(SequenceTask):
 
     def row_answers(self, answers: Answers, labels: np.ndarray) -> Iterable[Answer]:
         names, predicted = self.label_names, answers.logits_NC.argmax(-1).tolist()
-        return (Answer(names[gold], names[said], correct=gold == said) for gold, said in zip(labels.tolist(), predicted))
+        return (
+            Answer(names[gold], names[said], correct=gold == said) for gold, said in zip(labels.tolist(), predicted)
+        )
 
     def card_task(self) -> str:
         return f"{self.name}, labels {', '.join(self.label_names)}"
