@@ -75,7 +75,10 @@ def events_of(rows: Iterable[Mapping[str, Any]], metric: str | None) -> Iterator
         for prefix, split in (("eval/", "validation"), ("test/", "test")):
             scores = _part(known, prefix)
             if metric in scores:
-                value = scores.pop(metric)
+                value, more = scores.pop(metric), _part(scores, "more/")
+                scores = {key: score for key, score in scores.items() if "/" not in key} | (
+                    {"more": more} if more else {}
+                )
                 yield {"type": "eval", **at, "step": step, "split": split, "metric": metric, "value": value, **scores}
         if weights := _part(known, "importance/"):
             names = list(weights)
