@@ -49,8 +49,11 @@ def evaluate(
 
     console = Console(highlight=False, width=None if sys.stdout.isatty() else 250)
     if on:
-        if len(runs or []) != 1 or target is not None or baseline is not None or rescore:
-            raise UserError("--on scores one run: name it, and leave --target, --baseline and --rescore out")
+        if len(runs or []) != 1:
+            raise UserError("--on scores one run: name it")
+        others = {"--target": target is not None, "--baseline": baseline is not None, "--rescore": rescore}
+        if given := [name for name, is_given in others.items() if is_given]:
+            raise UserError(f"--on scores the weights of a run, and compares none: leave {', '.join(given)} out")
         _evaluate_on(console, (runs or [])[0], on, results_dir, last, pass_at)
         return
     if pass_at is not None or (last and not rescore):

@@ -64,8 +64,8 @@ def report(found: list[Found], results_dir: Path, target: float | None = None, b
     figures = draw_comparison(comparison, drawn, folder) if drawn else {}
     write_aggregated(comparison, found, reports, folder)
     blocks = list(report_blocks(comparison, found, reports, figures, folder))
-    (folder / "report.md").write_text(markdown(TITLE, blocks), encoding="utf-8")
-    (folder / "report.html").write_text(page(TITLE, blocks), encoding="utf-8")
+    for name, text in (("report.md", markdown(TITLE, blocks)), ("report.html", page(TITLE, blocks))):
+        (folder / name).write_text(text, encoding="utf-8", errors="backslashreplace")
     return Report(comparison, found, folder)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -17,42 +17,61 @@ from fastpeft.runs.store import Result
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
+    _Draw = Callable[[Axes, History, Result], None]
+
 NUM_BINS = 400
 MAX_CLASSES = 40
 """More are no matrix that anybody reads."""
 _NUMBERED_CLASSES = 12
+_NUM_SHADES = 40
+"""Of a heatmap. From 50 on matplotlib draws a scale as pixels."""
+_SLANTED: dict[str, Any] = {"rotation": 40, "ha": "right", "rotation_mode": "anchor"}
+_NUM_TICKS = 5
+"""At most: they take most of the time of a figure."""
 CLOCK = "time on the budget clock (s)"
 
 
 def draw_curves(history: History, result: Result, stem: Path) -> str:
-    """Loss, metric and learning rate over time; with a meter energy, power, and the metric over energy too."""
+    """Loss, metric and learning rate over time; with a meter power and energy too, and the metric over energy.
+
+    Its margins are fixed: most runs of a report are drawn by it alone, and measuring labels takes a fifth of the time.
+    """
     has_meter = result.energy_j is not None
-    panels: list[Callable[[Axes, History, Result], None]] = [_draw_loss, _draw_metric, _draw_rate]
-    panels += [_draw_metric_over_energy, _draw_power, _draw_energy] if has_meter else []
+    over_time: list[_Draw] = [_draw_loss, _draw_metric, _draw_rate]
+    over_time += [_draw_power, _draw_energy] if has_meter else []
     test = f", test {number(result.test['value']):.4f}" if "value" in result.test else ""
-    with drawing(f"{result.name}{test}", (5.0 * (1 + has_meter), 6.5), [result]) as figure:
-        axes = figure.subplots(3, 1 + has_meter, squeeze=False)
-        for panel, draw in zip(axes.T.flat, panels):
+    width, left = 4.8 * (1 + has_meter), 0.75
+    with drawing(f"{result.name}{test}", (width, 6.0), [result]) as figure:
+        figure.set_layout_engine(None)
+        room = {"left": left / width, "right": 1 - 0.15 / width, "top": 0.93, "bottom": 0.08}
+        axes = figure.subplots(3, 1 + has_meter, squeeze=False, gridspec_kw={**room, "wspace": 0.24, "hspace": 0.2})
+        for column in axes.T:
+            for panel in column:
+                panel.locator_params(nbins=_NUM_TICKS)
+            *above, last = column if column is axes.T[0] or not has_meter else column[:2]
+            for panel in above:
+                panel.sharex(last)
+                panel.tick_params(labelbottom=False)
+            last.set_xlabel(CLOCK)
+        for panel, draw in zip(axes.T.flat, over_time):
             draw(panel, history, result)
+        if has_meter:
+            _draw_metric_over_energy(axes[2, 1], history, result)
         return save(figure, stem)
 
 
 def _draw_loss(panel: Axes, history: History, result: Result) -> None:
     curve = binned(history.steps["elapsed_s"], history.steps["loss"], NUM_BINS)
     if curve.per_bin > 1:
-        panel.fill_between(curve.x, curve.low, curve.high, color=COLOURS[0], alpha=0.2, linewidth=0, label="range")
-        panel.plot(curve.x, curve.mean, color=COLOURS[0], linewidth=1, label=f"mean of {curve.per_bin} steps")
-        panel.legend()
-    else:
-        panel.plot(curve.x, curve.mean, color=COLOURS[0], linewidth=1)
+        panel.fill_between(curve.x, curve.low, curve.high, color=COLOURS[0], alpha=0.2, linewidth=0)
+        panel.set_title(f"mean and range of {curve.per_bin} steps", loc="right", fontsize=8)
+    panel.plot(curve.x, curve.mean, color=COLOURS[0], linewidth=1)
     panel.set_ylabel("task loss")
-    panel.set_xlabel(CLOCK)
 
 
 def _draw_metric(panel: Axes, history: History, result: Result) -> None:
     draw_scores(panel, history.validations, "elapsed_s", 1, color=COLOURS[0])
     panel.set_ylabel(f"validation {result.metric.get('name', 'metric')}")
-    panel.set_xlabel(CLOCK)
 
 
 def _draw_rate(panel: Axes, history: History, result: Result) -> None:
@@ -60,13 +79,6 @@ def _draw_rate(panel: Axes, history: History, result: Result) -> None:
     panel.plot(rate.x, rate.mean, color=COLOURS[0], linewidth=1)
     panel.ticklabel_format(axis="y", scilimits=(-2, 3))
     panel.set_ylabel("learning rate")
-    panel.set_xlabel(CLOCK)
-
-
-def _draw_metric_over_energy(panel: Axes, history: History, result: Result) -> None:
-    draw_scores(panel, history.validations, "energy_j", 1e-3, color=COLOURS[0])
-    panel.set_ylabel(f"validation {result.metric.get('name', 'metric')}")
-    panel.set_xlabel("energy (kJ)")
 
 
 def _draw_power(panel: Axes, history: History, result: Result) -> None:
@@ -81,14 +93,18 @@ def _draw_power(panel: Axes, history: History, result: Result) -> None:
     panel.plot(curve.x, curve.mean, color=COLOURS[1], linewidth=1)
     panel.set_ylim(bottom=0)
     panel.set_ylabel("power (W)")
-    panel.set_xlabel(CLOCK)
 
 
 def _draw_energy(panel: Axes, history: History, result: Result) -> None:
     energy = binned(history.steps["elapsed_s"], history.steps["energy_j"], NUM_BINS)
     panel.plot(energy.x, energy.mean / 1000, color=COLOURS[1], linewidth=1)
     panel.set_ylabel("energy (kJ)")
-    panel.set_xlabel(CLOCK)
+
+
+def _draw_metric_over_energy(panel: Axes, history: History, result: Result) -> None:
+    draw_scores(panel, history.validations, "energy_j", 1e-3, color=COLOURS[0])
+    panel.set_ylabel(f"validation {result.metric.get('name', 'metric')}")
+    panel.set_xlabel("energy (kJ)")
 
 
 def draw_scores(
@@ -120,15 +136,26 @@ def _draw_heatmap(panel: Axes, snapshot: Snapshot) -> None:
     grid = np.full((len(layers), len(projections)), np.nan)
     for layer, projection, weight in zip(snapshot.layer, snapshot.projection, snapshot.weights):
         grid[layers.index(layer), projections.index(projection)] = weight
-    image = panel.imshow(grid, aspect="auto", origin="lower", cmap="cividis", interpolation="nearest")
-    panel.set_xticks(range(len(projections)), projections, rotation=40, ha="right", rotation_mode="anchor")
     step = -(-len(layers) // 12)
+    _draw_cells(panel, grid, "share of the total weight", float(np.nanmax(grid)))
+    panel.set_xticks(range(len(projections)), projections, **_SLANTED)
     panel.set_yticks(range(0, len(layers), step), [str(layer) for layer in layers[::step]])
     panel.set_ylabel("layer")
+    panel.set_title(f"after {snapshot.elapsed_s:,.0f} s")
+
+
+def _draw_cells(panel: Axes, grid: np.ndarray, label: str, most: float) -> None:
+    """As rectangles, and the scale in few enough shades that it is none of pixels either."""
+    import matplotlib
+
+    shades = matplotlib.colormaps["cividis"].resampled(_NUM_SHADES)
+    rows, columns = grid.shape
+    cells = panel.pcolormesh(
+        np.arange(columns), np.arange(rows), grid, shading="nearest", cmap=shades, vmin=0, vmax=most
+    )
     panel.grid(visible=False)
-    panel.set_title(f"weight after {snapshot.elapsed_s:,.0f} s (share of the total)")
     assert panel.figure is not None
-    panel.figure.colorbar(image, ax=panel)
+    panel.figure.colorbar(cells, ax=panel, label=label)
 
 
 def _draw_drift(panel: Axes, snapshots: Sequence[Snapshot], first: Snapshot) -> None:
@@ -166,15 +193,14 @@ def draw_confusion(predictions: Predictions, classes: list[str], result: Result,
     title = f"{result.name}: {predictions.split}, {len(gold):,} rows"
     with drawing(title, (side + 1.2, side), [result]) as figure:
         panel = figure.subplots()
-        image = panel.imshow(shares, vmin=0, vmax=1, cmap="cividis", interpolation="nearest")
-        panel.set_xticks(range(len(classes)), classes, rotation=40, ha="right", rotation_mode="anchor")
+        _draw_cells(panel, shares, "share of the gold class", 1.0)
+        panel.invert_yaxis()
+        panel.set_xticks(range(len(classes)), classes, **_SLANTED)
         panel.set_yticks(range(len(classes)), classes)
-        panel.grid(visible=False)
         panel.set_xlabel("predicted")
         panel.set_ylabel("gold")
         if len(classes) <= _NUMBERED_CLASSES:
             for (row, column), count in np.ndenumerate(counts):
                 ink = "#111111" if shares[row, column] > 0.5 else "#FFFFFF"  # on the cell, whatever the page is
                 panel.text(column, row, f"{count:,}", ha="center", va="center", color=ink)
-        figure.colorbar(image, ax=panel, label="share of the gold class")
         return save(figure, stem)

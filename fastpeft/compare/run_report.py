@@ -132,7 +132,7 @@ def _write_metrics(folder: RunFolder, result: Result, history: History, curve: C
     """All that the run measured, on one line: null is a number that is missing or not finite."""
     losses = history.steps["loss"][-_LAST_STEPS:]
     values = {
-        **finite(dataclasses.asdict(result)),
+        **_well_formed(finite(dataclasses.asdict(result))),
         "auc": curve.auc,
         "target": None if target is None else {"value": target, **curve.target},
         "evaluations": [_without(event, "type", "time_s", "split") for event in history.validations],
@@ -141,7 +141,7 @@ def _write_metrics(folder: RunFolder, result: Result, history: History, curve: C
         "tokens_per_s": result.tokens / result.elapsed_s if result.elapsed_s else None,
         "steps_logged": len(history),
         "warnings": history.num_warnings,
-        "config": _config_of(folder, history),
+        "config": _well_formed(_config_of(folder, history)),
         "history": {
             "steps": {name: _compact(name, column) for name, column in history.steps.items()},
             "system": {name: column.astype(np.float32) for name, column in history.system.items()},
@@ -171,6 +171,15 @@ def _config_of(folder: RunFolder, history: History) -> dict[str, Any]:
         return run_values(load_run(folder.config))
     except UserError:
         return {}
+
+
+def _well_formed(value: Any) -> Any:
+    """With what a path may have and UTF-8 has not, half of a surrogate pair, written out."""
+    if isinstance(value, dict):
+        return {key: _well_formed(one) for key, one in value.items()}
+    if isinstance(value, list):
+        return [_well_formed(one) for one in value]
+    return value.encode("utf-8", "backslashreplace").decode() if isinstance(value, str) else value
 
 
 def _without(event: Event, *keys: str) -> Event:

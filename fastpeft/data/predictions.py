@@ -6,6 +6,7 @@ A comparison on the same rows reads it: tests that pair two runs row by row, a c
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -58,7 +59,7 @@ def write_predictions(path: Path, answered: AnsweredRows, *, split: str, step: i
     digest, lines = hashlib.sha256(), []
     for row, answer in answered:
         digest.update(ascii((tuple(row.given), tuple(row.wanted))).encode())
-        lines.append(orjson.dumps(finite(_record(row, answer)), option=orjson.OPT_SERIALIZE_NUMPY))
+        lines.append(json.dumps(finite(_record(row, answer)), allow_nan=False, separators=(",", ":")).encode())
     header = {
         "format": _FORMAT,
         "split": split,
@@ -70,7 +71,7 @@ def write_predictions(path: Path, answered: AnsweredRows, *, split: str, step: i
     }
     path.parent.mkdir(exist_ok=True)
     temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_bytes(b"\n".join([orjson.dumps(header), *lines]) + b"\n")
+    temporary.write_bytes(b"\n".join([json.dumps(header).encode(), *lines]) + b"\n")
     temporary.replace(path)
 
 
@@ -88,7 +89,7 @@ def read_predictions(path: Path) -> Predictions | None:
     """
     try:
         with path.open("rb") as file:
-            header = orjson.loads(file.readline())
+            header = json.loads(file.readline())
             if header["format"] != _FORMAT:
                 raise UserError(f"{path}: written by another version of fastpeft, format {header['format']}")
             answers, given = [], []
@@ -116,9 +117,16 @@ def read_predictions(path: Path) -> Predictions | None:
 
 def _records(lines: Iterable[bytes]) -> Iterator[tuple[Answer, tuple[str, ...]]]:
     for line in lines:
-        record = orjson.loads(line)
+        record = _parse(line)
         counts = record.get("counts")
         answer = Answer(
             record["gold"], record["predicted"], record.get("correct"), None if counts is None else tuple(counts)
         )
         yield answer, tuple(record.get("given", ()))
+
+
+def _parse(line: bytes) -> dict[str, Any]:
+    try:
+        return orjson.loads(line)
+    except ValueError:  # half of a surrogate pair, which an answer may have, is JSON all the same
+        return json.loads(line)

@@ -140,8 +140,11 @@ def parse_event(line: bytes) -> Event | None:
     """None for a line that is no event."""
     try:
         event = orjson.loads(line)
-    except ValueError:
-        return None
+    except ValueError:  # half of a surrogate pair, which a name may have, is JSON all the same
+        try:
+            event = json.loads(line)
+        except ValueError:
+            return None
     return event if isinstance(event, dict) and isinstance(event.get("type"), str) else None
 
 

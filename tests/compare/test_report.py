@@ -8,8 +8,7 @@ import json
 import math
 import os
 import re
-import subprocess
-import sys
+import shutil
 from html.parser import HTMLParser
 
 import pytest
@@ -50,6 +49,12 @@ def results(tmp_path_factory):
 @pytest.fixture(scope="module")
 def made(results):
     return evaluated(results)
+
+
+@pytest.fixture
+def results_copy(results, tmp_path):
+    """To be evaluated otherwise than `made` was."""
+    return shutil.copytree(results, tmp_path / "copy")
 
 
 def test_metrics_hold_the_whole_history_and_the_settings(made, results):
@@ -103,13 +108,13 @@ def test_methods_are_tested_against_the_baseline_over_seeds_and_over_rows(made):
     assert lines[1]["improvement"] == ""
 
 
-def test_another_baseline_is_named(made, results):
-    other = evaluated(results, baseline="iw_lora").comparison
+def test_another_baseline_is_named(made, results_copy, quick_figures):
+    other = evaluated(results_copy, baseline="iw_lora").comparison
     assert other.row("lora", other.rows[0].task).minus_baseline.value == pytest.approx(
         -made.comparison.rows[0].minus_baseline.value
     )
     with pytest.raises(UserError, match=r"--baseline iwlora: no run is called so; there are: iw_lora, lora"):
-        evaluated(results, baseline="iwlora")
+        evaluated(results_copy, baseline="iwlora")
 
 
 class _Page(HTMLParser):
@@ -156,15 +161,14 @@ def test_refusals(results, tmp_path):
         find_runs([], tmp_path)
 
 
-def test_the_command(results, tmp_path):
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
-    command = [sys.executable, "-m", "fastpeft", "evaluate", "--results-dir", str(results), "--target", "0.01"]
-    done = subprocess.run([*command, "lora", "iw_lora", "lorra"], capture_output=True, text=True, env=environment)
-    assert done.returncode == 0, done.stderr
+def test_the_command(results_copy, fastpeft_here, quick_figures):
+    command = ["evaluate", "--results-dir", results_copy, "--target", "0.01"]
+    done = fastpeft_here(*command, "lora", "iw_lora", "lorra")
+    assert done.code == 0, done.err
     for fact in ("minus lora (best)", "to 0.01", "p over rows", "lorra", "missing", "report.html"):
-        assert fact in done.stdout, fact
-    done = subprocess.run([*command, "nothing"], capture_output=True, text=True, env=environment)
-    assert (done.returncode, "no such run" in done.stderr, "Traceback" in done.stderr) == (2, True, False)
+        assert fact in done.out, fact
+    assert "no such run" in fastpeft_here(*command, "nothing").refused()
+    assert "--baseline nothing" in fastpeft_here(*command, "--baseline", "nothing").refused()
 
 
 # ---- made runs ----------------------------------------------------------------------------------
@@ -193,7 +197,7 @@ def made_run(results_dir, name, values, metered=True, **fields):
     return folder
 
 
-def test_areas_the_target_and_the_test_are_reported(tmp_path):
+def test_areas_the_target_and_the_test_are_reported(tmp_path, quick_figures):
     folder = made_run(tmp_path, "a", [0.2, 0.4, 0.6, 0.5])
     made_run(tmp_path, "b", [0.1, 0.2, 0.3, 0.4], seed=1)
     comparison = evaluated(tmp_path, target=0.6).comparison
@@ -208,13 +212,13 @@ def test_areas_the_target_and_the_test_are_reported(tmp_path):
     assert [(entry["split"], entry["value"]) for entry in saved["other_splits"]] == [("test", 0.99)]
     assert json.loads((tmp_path / "b" / "metrics.json").read_text())["target"]["seconds"] is None
     assert (str(row.target), row.auc["seconds"].count, comparison.by) == ("1 of 2 runs", 2, "test")
-    assert (tmp_path / "comparison" / "comparison_joules.pdf").read_bytes().startswith(PDF)
+    assert (tmp_path / "comparison" / "comparison_joules.pdf").is_file()
     text = printed(comparison_table(comparison))
     for fact in ("AUC over J", "to 0.6", "1 of 2 runs", "0.9900", "minus lora (test)"):
         assert fact in text, fact
 
 
-def test_without_a_meter_nothing_is_drawn_or_said_over_joules(tmp_path):
+def test_without_a_meter_nothing_is_drawn_or_said_over_joules(tmp_path, quick_figures):
     made_run(tmp_path, "a", [0.2, 0.4], metered=False)
     stale = tmp_path / "comparison" / "comparison_joules.png"
     stale.parent.mkdir()
@@ -257,7 +261,7 @@ def mixed(tmp_path):
     return tmp_path
 
 
-def test_runs_that_cannot_be_counted_are_rows_that_say_so(mixed):
+def test_runs_that_cannot_be_counted_are_rows_that_say_so(mixed, quick_figures):
     names = [path.parent.name for path in mixed.glob("*/run.yaml")]
     made = evaluated(mixed, *names, "nowhere")
     found = {one.name: one for one in made.found}
@@ -290,7 +294,7 @@ def test_runs_that_cannot_be_counted_are_rows_that_say_so(mixed):
     assert "STAND-IN" in content
 
 
-def test_only_runs_that_do_not_count_make_a_report_all_the_same(mixed):
+def test_only_runs_that_do_not_count_make_a_report_all_the_same(mixed, quick_figures):
     made = evaluated(mixed, "running", "failed")
     assert (made.comparison.rows, (made.folder / "report.html").is_file()) == ([], True)
     assert (mixed / "running" / "metrics.json").is_file()
@@ -307,7 +311,7 @@ def answers_of(folder, right):
     write_json(folder.result, result | {"test": result["test"] | {"value": value}})
 
 
-def test_one_run_a_side_is_told_apart_by_mcnemar(tmp_path):
+def test_one_run_a_side_is_told_apart_by_mcnemar(tmp_path, quick_figures):
     first, second = made_run(tmp_path, "a", [0.2]), made_run(tmp_path, "b", [0.3])
     write_json(second.result, json.loads(second.result.read_text()) | {"method": "iw_lora"})
     answers_of(first, [True] * 30 + [False] * 10)
@@ -320,7 +324,7 @@ def test_one_run_a_side_is_told_apart_by_mcnemar(tmp_path):
     assert "3 \\| \\`x\\`" in (made.folder / "report.md").read_text(), "no cell of its own"
 
 
-def test_answers_of_another_evaluation_are_left_out_and_said(tmp_path):
+def test_answers_of_another_evaluation_are_left_out_and_said(tmp_path, quick_figures):
     folder = made_run(tmp_path, "a", [0.2])
     answers_of(folder, [True, False])
     write_json(folder.result, json.loads(folder.result.read_text()) | {"test": {"name": "exact_match", "value": 0.9}})
@@ -330,9 +334,11 @@ def test_answers_of_another_evaluation_are_left_out_and_said(tmp_path):
     assert "test.jsonl: cannot be read" in (evaluated(tmp_path).folder / "report.md").read_text()
 
 
-def test_many_runs_are_read_in_processes_of_their_own(tmp_path, monkeypatch):
-    for i in range(3):
+def test_many_runs_are_read_in_processes_of_their_own(tmp_path, monkeypatch, quick_figures):
+    for i in range(2):
         made_run(tmp_path, f"r{i}", [0.2, 0.1 * i], seed=i)
     alone = evaluated(tmp_path).comparison
     monkeypatch.setattr("fastpeft.compare.report._OWN_PROCESSES_FROM", 2)
     assert evaluated(tmp_path).comparison == alone
+    for i in range(2):  # where figures are quick only in this process
+        assert (tmp_path / f"r{i}" / "figures" / f"r{i}_curves.png").read_bytes().startswith(PNG)

@@ -92,6 +92,11 @@ def test_a_damaged_file_is_refused_by_name(tmp_path, damage):
         read_predictions(path)
 
 
+def test_an_answer_may_hold_what_utf_8_does_not(tmp_path):
+    found = written(tmp_path / "p" / "x.jsonl", answers=[ANSWERS[0], Answer("no", "half a pair \ud800", correct=False)])
+    assert found.answers[1].predicted == "half a pair \ud800"
+
+
 def test_numbers_that_are_not_finite_are_texts(tmp_path):
     found = written(tmp_path / "p" / "x.jsonl", ROWS, [Answer(1.0, float("nan")), Answer(2.5, 3.0)])
     assert [answer.predicted for answer in found.answers] == ["nan", 3.0]
