@@ -16,6 +16,7 @@ from typing import Annotated, Any, cast
 import typer
 
 from fastpeft._version import __version__
+from fastpeft.cli.evaluate_command import evaluate
 from fastpeft.cli.runs_commands import ResultsDir, runs
 from fastpeft.errors import UserError
 
@@ -30,6 +31,7 @@ app = typer.Typer(
     help="Fine-tune with LoRA inside a budget.",
 )
 app.add_typer(runs, name="runs")
+app.command()(evaluate)
 
 
 def main() -> None:
@@ -330,55 +332,3 @@ def tui(
     from fastpeft.tui.show import show
 
     show(results_dir)
-
-
-@app.command()
-def evaluate(
-    runs: Annotated[
-        list[str] | None, typer.Argument(metavar="[RUN]...", help="Runs or groups; all when absent.")
-    ] = None,
-    target: Annotated[
-        float | None, typer.Option(help="Say when each run reached this metric, at most 1.", show_default=False)
-    ] = None,
-    on: Annotated[
-        list[str] | None,
-        typer.Option(metavar="[NAME=]PATH", help="Score the run's weights on this set of word problems; repeatable."),
-    ] = None,
-    last: Annotated[bool, typer.Option("--last", help="--on: the last weights, not the best.")] = False,
-    pass_at: Annotated[
-        int | None,
-        typer.Option(help="--on: also pass@k for this k; 0: none; when absent what the run has.", show_default=False),
-    ] = None,
-    results_dir: ResultsDir = Path("results"),
-) -> None:
-    """Figures and metrics of runs, and their comparison over seeds; with --on the scores of one run on several sets."""
-    from rich.console import Console
-
-    console = Console(highlight=False, width=None if sys.stdout.isatty() else 250)
-    if on:
-        if len(runs or []) != 1 or target is not None:
-            raise UserError("--on scores one run: name it, and leave --target out")
-        _evaluate_on(console, (runs or [])[0], on, results_dir, last, pass_at)
-        return
-    if last or pass_at is not None:
-        raise UserError("--last and --pass-at go with --on PATH: which sets are to be scored?")
-    from fastpeft.cli.console import comparison_table
-    from fastpeft.compare.report import report
-
-    console.print(comparison_table(report(runs or [], results_dir, target)))
-    print(f"\nwritten      {results_dir / 'comparison'}, and metrics.json and figures/ in each run's folder")
-
-
-def _evaluate_on(console: Any, run: str, on: list[str], results_dir: Path, last: bool, pass_at: int | None) -> None:
-    from fastpeft.cli.console import sets_table
-    from fastpeft.compare.problem_sets import SETS, make_plan, score_sets
-
-    plan = make_plan(run, on, results_dir, last, pass_at)
-    try:
-        scores = score_sets(plan, print)
-    except KeyboardInterrupt:
-        print("interrupted; the sets that were scored are kept", file=sys.stderr)
-        raise typer.Exit(128 + signal.SIGINT) from None
-    console.print(sets_table(scores))
-    step = "" if plan.step is None else f", of step {plan.step:,}"
-    print(f"\nwritten      {plan.folder.path / SETS}: {plan.which} weights{step}")

@@ -19,7 +19,8 @@ from rich.progress import BarColumn, Progress, Task, TextColumn, TimeElapsedColu
 from rich.table import Table
 from rich.text import Text
 
-from fastpeft.compare.comparison import Comparison, metric_of
+from fastpeft.compare.comparison import Comparison, Contrast, metric_of
+from fastpeft.compare.found_runs import Found
 from fastpeft.compare.problem_sets import SetScore, difference
 from fastpeft.config.methods import METHODS
 from fastpeft.runs.events import Event, number
@@ -274,13 +275,15 @@ def comparison_table(comparison: Comparison) -> Table:
         "test": [row.test for row in rows],
         MAJORITY: [row.majority for row in rows],
         minus if comparison.by == "metric" else f"{minus} ({comparison.by})": [row.minus_baseline for row in rows],
+        "p over seeds": [_p(row.seeds_test) for row in rows],
+        "p over rows": [_p(row.rows_test) for row in rows],
         "AUC": [row.auc.get("seconds") for row in rows],
         "AUC over J": [row.auc.get("joules") for row in rows],
         f"to {target}": [row.target for row in rows],
         "time": [f"{row.seconds.value:.0f} s" for row in rows],
         "energy": [f"{row.joules.value:,.0f} J" if row.joules else None for row in rows],
     }
-    optional = ("test", MAJORITY, "AUC", "AUC over J", f"to {target}")
+    optional = ("test", MAJORITY, "p over seeds", "p over rows", "AUC", "AUC over J", f"to {target}")
     columns = {name: cells for name, cells in columns.items() if name not in optional or any(cells)}
     table = Table(box=None, pad_edge=False)
     for name in columns:
@@ -289,6 +292,24 @@ def comparison_table(comparison: Comparison) -> Table:
         table.add_row(*("-" if cell is None else str(cell) for cell in cells))
     for label, mean in comparison.glue.items():
         table.add_row("GLUE average", label, str(mean.count), "-", str(mean), *["-"] * (len(columns) - 5), style="bold")
+    return table
+
+
+def _p(contrast: Contrast | None) -> str | None:
+    """After Holm, with the test that it is of."""
+    if contrast is None:
+        return None
+    p = contrast.note if contrast.p_holm is None else f"{contrast.p_holm:.3g}"
+    return f"{p} ({contrast.test})"
+
+
+def left_out_table(found: list[Found]) -> Table:
+    """`fastpeft evaluate`: the runs that are no part of the means, and why."""
+    table = Table(box=None, pad_edge=False)
+    for name in ("left out", "status", "why"):
+        table.add_column(name, overflow="fold")
+    for one in found:
+        table.add_row(escape(one.name), one.status, escape(one.note))
     return table
 
 

@@ -6,11 +6,12 @@ import math
 import statistics
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from fastpeft.config import Budget
+from fastpeft.errors import UserError
 from fastpeft.runs.events import number
 from fastpeft.runs.store import MAJORITY, Result
 
@@ -99,6 +100,29 @@ def glue_average(results: Iterable[Result]) -> Mean | None:
 
 
 @dataclass(frozen=True)
+class Contrast:
+    """A method minus the baseline."""
+
+    test: str
+    """paired t, Welch's t, McNemar or paired bootstrap."""
+    difference: float
+    low: float
+    high: float
+    """The 95 % interval of `difference`."""
+    p: float | None
+    """Two-sided; None where `note` says that there is none."""
+    count: tuple[int, int]
+    """Seeds of the method and of the baseline; or, twice, rows."""
+    effect: float | None = None
+    effect_name: str = ""
+    """d_z: the mean difference over the differences' standard deviation. g: Hedges', over the pooled one with his
+    correction. odds: rows that only the method gets right over rows that only the baseline does."""
+    p_holm: float | None = None
+    """Of all contrasts of its kind in one report."""
+    note: str = ""
+
+
+@dataclass(frozen=True)
 class Row:
     """One method on one task and model, over its seeds."""
 
@@ -121,6 +145,13 @@ class Row:
     """The metric's name."""
     majority: Mean | None = None
     """What one answer to every row would have scored, where a run tells it."""
+    by_seed: dict[int, float] = field(default_factory=dict)
+    """Seed -> `Comparison.by`."""
+    relative: float | None = None
+    """`minus_baseline` over the baseline's mean on the same seeds."""
+    seeds_test: Contrast | None = None
+    rows_test: Contrast | None = None
+    """Where `fastpeft evaluate` made them."""
 
 
 @dataclass(frozen=True)
@@ -134,13 +165,25 @@ class Comparison:
     where every run has that, else `metric`, that of the last weights."""
     target: float | None = None
 
+    def row(self, label: str, task: str) -> Row | None:
+        return next((row for row in self.rows if (row.label, row.task) == (label, task)), None)
 
-def compare(results: list[Result], curves: Sequence[Curve] | None = None, target: float | None = None) -> Comparison:
-    """Group runs by what `labels_of` tells apart, and by task and model. The baseline is plain LoRA, where it is.
+
+def compare(
+    results: list[Result],
+    curves: Sequence[Curve] | None = None,
+    target: float | None = None,
+    baseline: str | None = None,
+) -> Comparison:
+    """Group runs by what `labels_of` tells apart, and by task and model.
 
     Args:
         curves: one a result; where absent the areas are those that result.json holds.
         target: the metric that `curves` hold the way to, over 0 and at most 1.
+        baseline: the label that the others are compared with; plain LoRA, where it is, when None.
+
+    Raises:
+        UserError: no run has the label `baseline`.
     """
     labels, tasks = labels_of(results), tasks_of(results)
     groups: dict[tuple[str, str], list[tuple[Result, Curve]]] = {}
@@ -148,13 +191,16 @@ def compare(results: list[Result], curves: Sequence[Curve] | None = None, target
     for result, label, task, curve in zip(results, labels, tasks, all_curves):
         if "value" in result.metric:
             groups.setdefault((label, task), []).append((result, curve))
-    baseline = "lora" if any(label == "lora" for label, _ in groups) else None
-    by = _by([run for members in groups.values() for run, _ in members])
+    there = sorted({label for label, _ in groups})
+    if baseline is not None and baseline not in there:
+        raise UserError(f"--baseline {baseline}: no run is called so; there are: {', '.join(there) or 'none'}")
+    baseline = baseline or ("lora" if "lora" in there else None)
+    by = score_of([run for members in groups.values() for run, _ in members])
     rows = []
     for (label, task), members in sorted(groups.items(), key=lambda item: item[0][::-1]):
         runs, others = ([run for run, _ in some] for some in (members, groups.get((baseline or "", task), [])))
-        minus = _paired(runs, others, by) if label != baseline else None
-        rows.append(_row(label, task, runs, by, minus, [curve for _, curve in members], target))
+        row = _row(label, task, runs, by, [curve for _, curve in members], target)
+        rows.append(row if label == baseline else _minus(row, _by_seed(others, by)))
     glue = {
         label: glue_average([r for r, own in zip(results, labels) if own == label]) for label in dict.fromkeys(labels)
     }
@@ -167,7 +213,6 @@ def _row(
     task: str,
     runs: list[Result],
     by: str,
-    minus: Mean | None,
     curves: list[Curve],
     target: float | None,
 ) -> Row:
@@ -179,7 +224,7 @@ def _row(
         task=task,
         metric=metric,
         best=metric_of(runs, "best"),
-        minus_baseline=minus,
+        minus_baseline=None,
         seconds=mean_of([run.elapsed_s for run in runs]),
         joules=_all([run.energy_j for run in runs]),
         runs=[run.name for run in runs],
@@ -188,6 +233,7 @@ def _row(
         target=None if target is None else _reached(curves),
         measures=str(runs[0].metric.get("name", "metric")),
         majority=_majority(runs, by),
+        by_seed=_by_seed(runs, by),
     )
 
 
@@ -208,8 +254,8 @@ def _all(values: list[float | None]) -> Mean | None:
     return mean_of(known) if len(known) == len(values) else None
 
 
-def _by(results: list[Result]) -> str:
-    """What the runs are compared by. The best of a sample's rows is no score of the split."""
+def score_of(results: list[Result]) -> str:
+    """Which score of these runs is compared: see Comparison.by. The best of a sample's rows is none of the split."""
     kept = [of for of in ("test", "best") if all("value" in getattr(run, of) for run in results)]
     return next((of for of in kept if of == "test" or not any("num" in run.best for run in results)), "metric")
 
@@ -261,7 +307,15 @@ def _budget(result: Result) -> str:
     return str(Budget(result.budget["kind"], result.budget["limit"])) if result.budget else "no budget"
 
 
-def _paired(runs: list[Result], others: list[Result], by: str) -> Mean | None:
-    by_seed = {other.seed: number(getattr(other, by)["value"]) for other in others}
-    found = [number(getattr(run, by)["value"]) - by_seed[run.seed] for run in runs if run.seed in by_seed]
-    return mean_of(found) if found else None
+def _by_seed(runs: list[Result], by: str) -> dict[int, float]:
+    return {run.seed: number(getattr(run, by)["value"]) for run in runs}
+
+
+def _minus(row: Row, baseline: dict[int, float]) -> Row:
+    """With its difference from the baseline on the seeds that both have."""
+    shared = sorted(row.by_seed.keys() & baseline.keys())
+    if not shared:
+        return row
+    minus = mean_of([row.by_seed[seed] - baseline[seed] for seed in shared])
+    level = statistics.fmean(baseline[seed] for seed in shared)
+    return replace(row, minus_baseline=minus, relative=minus.value / level if level else None)

@@ -83,14 +83,23 @@ def make_plan(
     found = find_reader(reader)
     if trim is not None and not (math.isfinite(trim) and 0 < trim <= 1):
         raise ExportError(f"--trim {trim:g}: give the share of each update's energy to keep, over 0 and at most 1")
-    folder = _find_run(run, results_dir)
-    weights, source, full = _find_weights(folder, weights)
-    if full and trim is not None:
-        raise ExportError(f"{source}: a fully fine-tuned model has no low-rank update to trim; leave --trim out")
-    if full and not merge:
-        raise ExportError(f"{source} is a fully fine-tuned model, not an adapter; add --merge to export it whole")
-    target = folder.path / "export" if to is None else to.expanduser()
+    plan = plan_reading(_find_run(run, results_dir), weights)
+    if plan.full and trim is not None:
+        raise ExportError(f"{plan.source}: a fully fine-tuned model has no low-rank update to trim; leave --trim out")
+    if plan.full and not merge:
+        raise ExportError(f"{plan.source} is a fully fine-tuned model, not an adapter; add --merge to export it whole")
+    target = plan.target if to is None else to.expanduser()
     _check_target(target)
+    return replace(plan, target=target, merge=merge, trim=trim, reader=found)
+
+
+def plan_reading(folder: RunFolder, weights: Weights | None) -> Plan:
+    """A run's weights, to be read as they are; the target is RUN/export.
+
+    Raises:
+        UserError: no weights.
+    """
+    weights, source, full = _find_weights(folder, weights)
     return Plan(
         folder=folder,
         run=replace(load_run(folder.config), stand_in=None),
@@ -99,10 +108,9 @@ def make_plan(
         weights=weights,
         source=source,
         full=full,
-        target=target,
-        merge=merge,
-        trim=trim,
-        reader=found,
+        target=folder.path / "export",
+        merge=full,
+        trim=None,
     )
 
 

@@ -117,6 +117,10 @@ class RunFolder:
         """Of the last or the best weights: adapter/, adapter_best/; of a full fine-tune model/, model_best/."""
         return self.path / (f"{saved_as}_best" if best else saved_as)
 
+    def predictions(self, which: str) -> Path:
+        """What was answered to each row by the `last` or the `best` weights on validation, or on `test`."""
+        return self.path / "predictions" / f"{which}.jsonl"
+
     def check_free(self) -> None:
         """Raises RunError if the name is taken."""
         if os.path.lexists(self.path) and not self._is_remains():

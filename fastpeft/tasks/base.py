@@ -20,6 +20,7 @@ from fastpeft.config.schema import DatasetConfig, EvaluationConfig, ModelConfig
 from fastpeft.data.batches import Batch, TokenRows
 from fastpeft.data.fingerprint import Fingerprint, ReadRow
 from fastpeft.data.known import KnownDataset
+from fastpeft.data.predictions import AnsweredRows
 from fastpeft.data.source import Source
 from fastpeft.device_memory import TokenLimits
 from fastpeft.models.backbone import Backbone, load_classifier
@@ -55,6 +56,8 @@ class Score:
     decode_s: float | None = None
     """Seconds spent decoding, where answers are decoded; they are on the budget's clock."""
     decode_tokens: int | None = None
+    answered: Callable[[], AnsweredRows] | None = field(default=None, compare=False, repr=False)
+    """Every row that was scored, in order, with what was answered to it: made when it is called for."""
 
 
 class ExportCheck(ABC):

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from contextlib import nullcontext
 from typing import Any
 
+from fastpeft.data.predictions import write_predictions
 from fastpeft.device_memory import free_memory
 from fastpeft.runs.curves import VALIDATION, Budgets, Evaluation, auc_of
 from fastpeft.runs.events import number
@@ -87,6 +88,7 @@ class Evaluator:
             return False
         is_whole = task is job.task
         value = self._log_score(VALIDATION, measured)
+        self._write_predictions("last", VALIDATION, measured, clock.steps)
         if math.isfinite(measured.value) and (is_whole or not is_final):
             self._curve.append(Evaluation(clock.steps, clock.elapsed_s, clock.meter.joules, measured.value))
         self._log.importance(job.adapter)
@@ -96,6 +98,7 @@ class Evaluator:
         self._result.metric = {"name": job.task.metric} | value | rows
         if self._is_best(measured, rows):
             self._result.best = value | {"step": clock.steps, "loss": measured.loss} | rows
+            self._write_predictions("best", VALIDATION, measured, clock.steps)
             self.save_weights(best=self._result.best)
         if is_whole:
             self._evaluated_at = clock.steps
@@ -147,6 +150,7 @@ class Evaluator:
         if measured is None:
             return False
         value = self._log_score("test", measured)
+        self._write_predictions("test", "test", measured, best["step"])
         which = {"weights": "best", "step": best["step"]}
         self._result.test = {"name": job.task.metric, "num": measured.num_rows} | value | which
         self.write_result()
@@ -175,6 +179,14 @@ class Evaluator:
         return value
 
     # ---- what is written -------------------------------------------------------------------
+
+    def _write_predictions(self, which: str, split: str, measured: Score, step: int) -> None:
+        """`which` as Result has the scores: an evaluation of runs pairs them row by row."""
+        if measured.answered is not None:
+            path, value = self._folder.predictions(which), measured.value
+            write_predictions(
+                path, measured.answered(), split=split, step=step, metric=self._job.task.metric, value=value
+            )
 
     def save_weights(self, best: dict[str, Any] | None = None) -> None:
         """The last weights, or those whose score `best` holds: it lies beside them, so that a kill cannot part them."""

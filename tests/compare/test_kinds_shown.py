@@ -9,6 +9,7 @@ from rich.console import Console
 
 from fastpeft.cli.console import ConsoleReporter, closing, comparison_table
 from fastpeft.compare.comparison import compare
+from fastpeft.compare.found_runs import find_runs
 from fastpeft.compare.report import report
 from fastpeft.runs.curves import Budgets, auc_of, evaluations, to_target_of
 from fastpeft.runs.store import Result
@@ -82,15 +83,15 @@ def correlations(tmp_path):
     return tmp_path
 
 
-def test_curves_and_targets_take_values_under_0(correlations):
-    comparison = report([], correlations, target=0.3)
+def test_curves_and_targets_take_values_under_0(correlations, quick_figures):
+    comparison = report(find_runs([], correlations), correlations, target=0.3).comparison
     rows = {row.label: row for row in comparison.rows}
     assert rows["rising"].measures == rows["below"].measures == "spearman"
     assert rows["below"].metric.value == -0.125
     assert rows["below"].auc["seconds"].value < 0 < 0.1
     assert str(rows["rising"].target) == "3.0 s, 1.0 J"
     assert str(rows["below"].target) == "not reached"
-    assert (correlations / "comparison" / "metric.png").read_bytes().startswith(b"\x89PNG")
+    assert (correlations / "comparison" / "comparison_seconds.png").is_file()
     lines = printed(comparison_table(comparison))
     assert lines[0].startswith("task method seeds measures metric best")
     assert any(" spearman -0.1250 " in line for line in lines)
@@ -110,7 +111,7 @@ def test_an_area_may_lie_under_0():
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_every_command_shows_a_kind_by_its_own_metrics(kind, tmp_path, fastpeft_here):
+def test_every_command_shows_a_kind_by_its_own_metrics(kind, tmp_path, fastpeft_here, quick_figures):
     kind_run(tmp_path, kind)
     settings = ["budget=10steps", "evaluation.every=end"]
     shown = fastpeft_here("train", "--run", tmp_path / "run.yaml", "--name", "r", *settings).out

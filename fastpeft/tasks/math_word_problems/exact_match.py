@@ -6,12 +6,14 @@ import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from torch import nn
 
+from fastpeft.data.predictions import Answer, AnsweredRows
 from fastpeft.tasks.base import Score
 from fastpeft.tasks.causal_lm.decode_batches import FASTEST, Caching, DecodeMethod, cache_columns
 from fastpeft.tasks.causal_lm.generate import (
@@ -26,7 +28,7 @@ from fastpeft.tasks.causal_lm.generate import (
 from fastpeft.tasks.causal_lm.prompts import EncodedPrompts
 from fastpeft.tasks.math_word_problems.answers import final_number, same_answer
 from fastpeft.tasks.math_word_problems.calculator import evaluate
-from fastpeft.tasks.math_word_problems.reading import Problems
+from fastpeft.tasks.math_word_problems.reading import Problems, problem_rows
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -111,7 +113,15 @@ def score_problems(
         more[f"pass@{sampling.k}"] = sum(each) / count
         seconds, num_tokens = seconds + drawn.seconds, num_tokens + drawn.num_tokens
     exact_match = sum(_num_right(answers.texts, references)) / count
-    return Score(exact_match, loss, count, more, decode_s=seconds, decode_tokens=num_tokens)
+    answered = partial(_answered, problem_set.problems, [own[0] for own in answers.texts])
+    return Score(exact_match, loss, count, more, decode_s=seconds, decode_tokens=num_tokens, answered=answered)
+
+
+def _answered(problems: Problems, texts: list[str]) -> AnsweredRows:
+    """With the greedy answers."""
+    for row, text in zip(problem_rows(problems), texts, strict=True):
+        reference = row.wanted[0]
+        yield row, Answer(reference, text, correct=same_answer(text, reference))
 
 
 def _num_right(texts: list[list[str]], references: list[str]) -> list[int]:

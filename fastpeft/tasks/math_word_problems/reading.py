@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
 from fastpeft.config.schema import ColumnsConfig, DatasetConfig
+from fastpeft.data.fingerprint import ReadRow
 from fastpeft.data.local import find_test, read_split
 from fastpeft.data.rows import (
     NUM_NAMED,
@@ -68,6 +69,10 @@ class Problems:
 
     def name_row(self, row: int) -> str:
         return self.where[row] if self.where else f"row {row + 1}"
+
+
+def problem_rows(problems: Problems) -> Iterator[ReadRow]:
+    return (ReadRow((question,), (answer,)) for question, answer in zip(problems.question, problems.answer))
 
 
 @dataclass(frozen=True)

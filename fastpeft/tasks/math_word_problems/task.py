@@ -39,6 +39,7 @@ from fastpeft.tasks.math_word_problems.reading import (
     Problems,
     ProblemSplits,
     as_prompts,
+    problem_rows,
     read_problem_set,
     read_problem_splits,
 )
@@ -88,11 +89,7 @@ class MathWordProblems(CausalLMTask):
 
     def rows_read(self) -> dict[str, Iterable[ReadRow]]:
         splits = {TRAIN: self.splits.train, VALIDATION: self.splits.validation, TEST: self.splits.test}
-        return {
-            name: (ReadRow((question,), (answer,)) for question, answer in zip(split.question, split.answer))
-            for name, split in splits.items()
-            if split is not None
-        }
+        return {name: problem_rows(split) for name, split in splits.items() if split is not None}
 
     def specimen(self) -> list[dict[str, Any]]:
         return [{"question": f"How many are {i}?", "answer": f"{i} are {i}.\n{MARK} {i}"} for i in range(1, 4)]

@@ -19,7 +19,7 @@ Shapes: N rows, C labels.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from typing import Any, ClassVar, Self
 
 import numpy as np
@@ -27,6 +27,7 @@ import torch
 from torch import nn
 
 from fastpeft.config.schema import DatasetConfig, EvaluationConfig
+from fastpeft.data.predictions import Answer
 from fastpeft.data.source import TRAIN, Source
 from fastpeft.runs.store import MAJORITY
 from fastpeft.signals import Need
@@ -136,12 +137,23 @@ class MultiLabel(SequenceTask):
         p = logits_NC.sigmoid()
         return (torch.special.entr(p) + torch.special.entr(1 - p)).mean(1)
 
+    def row_answers(self, answers: Answers, labels: np.ndarray) -> Iterable[Answer]:
+        predicted_NC, gold_NC = self._given(answers), labels > 0.5
+        counts = zip((predicted_NC & gold_NC).sum(1), predicted_NC.sum(1), gold_NC.sum(1))
+        for gold_C, predicted_C, (hits, says, there) in zip(gold_NC, predicted_NC, counts):
+            yield Answer(
+                self.label_words(gold_C), self.label_words(predicted_C), counts=(int(hits), int(says), int(there))
+            )
+
+    def _given(self, answers: Answers) -> np.ndarray:
+        return answers.logits_NC.sigmoid().numpy() >= self.threshold
+
     def metrics(self, answers: Answers, labels: np.ndarray) -> tuple[float, dict[str, float], dict[str, dict]]:
         """F1 over all (row, label) pairs; the mean of the labels' F1; the share of rows whose labels are all right.
 
         F1 is 2 TP / (2 TP + FP + FN), and 0 where a label neither is there nor is predicted.
         """
-        predicted_NC, gold_NC = answers.logits_NC.sigmoid().numpy() >= self.threshold, labels > 0.5
+        predicted_NC, gold_NC = self._given(answers), labels > 0.5
         hits_C, says_C, is_C = (predicted_NC & gold_NC).sum(0), predicted_NC.sum(0), gold_NC.sum(0)
         f1_C = 2 * hits_C / np.maximum(1, says_C + is_C)
         groups = {

@@ -18,7 +18,7 @@ What a user has to know:
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterable
 from typing import Any, ClassVar, Self, cast
 
 import numpy as np
@@ -26,6 +26,7 @@ import torch
 from torch import nn
 
 from fastpeft.config.schema import DatasetConfig, EvaluationConfig
+from fastpeft.data.predictions import Answer
 from fastpeft.data.rows import Row
 from fastpeft.data.source import TRAIN, Source
 from fastpeft.signals import Need
@@ -107,6 +108,9 @@ class Regression(SequenceTask):
         gold = labels.astype(np.float64)
         spearman, pearson = correlations(predicted, gold)
         return spearman, {"pearson": pearson, "mse": float(np.square(predicted - gold).mean())}, {}
+
+    def row_answers(self, answers: Answers, labels: np.ndarray) -> Iterable[Answer]:
+        return map(Answer, labels.tolist(), answers.logits_NC[:, 0].tolist())
 
     def card_task(self) -> str:
         scores = self.texts.train.labels

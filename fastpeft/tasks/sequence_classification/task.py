@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any, ClassVar, Self
 
 import numpy as np
@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from fastpeft.config.schema import DatasetConfig, EvaluationConfig
+from fastpeft.data.predictions import Answer
 from fastpeft.data.rows import HALF_PAIR, DataError, Row, is_unicode, label_text
 from fastpeft.data.source import TRAIN, Source
 from fastpeft.runs.store import MAJORITY
@@ -124,6 +125,12 @@ class SequenceClassification(SequenceTask):
         is_class, says_class = labels == self.f1_class, predicted == self.f1_class
         named = int(is_class.sum() + says_class.sum())
         return accuracy, {"f1": 2 * int((is_class & says_class).sum()) / max(1, named)} | majority, {}
+
+    def row_answers(self, answers: Answers, labels: np.ndarray) -> Iterable[Answer]:
+        names, predicted = self.label_names, answers.logits_NC.argmax(-1).tolist()
+        return (
+            Answer(names[gold], names[said], correct=gold == said) for gold, said in zip(labels.tolist(), predicted)
+        )
 
     def card_task(self) -> str:
         return f"{self.name}, labels {', '.join(self.label_names)}"

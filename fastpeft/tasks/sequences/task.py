@@ -10,6 +10,7 @@ from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import nullcontext
 from copy import copy
 from dataclasses import replace
+from functools import partial
 from typing import Any, ClassVar, Self
 
 import numpy as np
@@ -19,6 +20,7 @@ from torch import nn
 from fastpeft.config.schema import DatasetConfig, EvaluationConfig
 from fastpeft.data.batches import Batch, evaluation_batches
 from fastpeft.data.fingerprint import ReadRow
+from fastpeft.data.predictions import Answer, AnsweredRows
 from fastpeft.data.source import TEST, TRAIN, VALIDATION
 from fastpeft.data.splitting import sample_note
 from fastpeft.device_memory import TokenLimits, unmeasured
@@ -66,6 +68,10 @@ class SequenceTask(Task[Encoded]):
     @abstractmethod
     def metrics(self, answers: Answers, labels: np.ndarray) -> tuple[float, dict[str, float], dict[str, dict]]:
         """(the task's metric, further metrics, metrics of groups) of a whole split."""
+
+    @abstractmethod
+    def row_answers(self, answers: Answers, labels: np.ndarray) -> Iterable[Answer]:
+        """Of each row what `metrics` is made of."""
 
     def statistics(
         self, logits_NC: torch.Tensor, labels: torch.Tensor, num_items: int, needs: Collection[Need]
@@ -163,16 +169,21 @@ class SequenceTask(Task[Encoded]):
 
     def evaluate(self, model: nn.Module, limits: TokenLimits, stop: Stop, shrink: Shrink | None) -> Score | None:
         answers = answer_rows(model, self.validation, self.row_losses, limits.evaluation, self._device, stop, shrink)
-        return None if answers is None else self._score(answers, self.validation.labels)
+        return None if answers is None else self._score(answers, self.validation.labels, self._validation_rows)
 
     def evaluate_test(self, model: nn.Module, limits: TokenLimits, stop: Stop, shrink: Shrink | None) -> Score | None:
         assert self._test is not None
+        assert self._test_rows is not None
         answers = answer_rows(model, self._test, self.row_losses, limits.evaluation, self._device, stop, shrink)
-        return None if answers is None else self._score(answers, self._test.labels)
+        return None if answers is None else self._score(answers, self._test.labels, self._test_rows)
 
-    def _score(self, answers: Answers, labels: np.ndarray) -> Score:
+    def _score(self, answers: Answers, labels: np.ndarray, rows: Examples) -> Score:
         value, more, groups = self.metrics(answers, labels)
-        return Score(value, answers.mean_loss, len(labels), more, groups)
+        answered = partial(self._answered, answers, labels, rows)
+        return Score(value, answers.mean_loss, len(labels), more, groups, answered=answered)
+
+    def _answered(self, answers: Answers, labels: np.ndarray, rows: Examples) -> AnsweredRows:
+        return zip(self._rows_read(rows), self.row_answers(answers, labels), strict=True)
 
     def time_evaluation(self, model: nn.Module, limits: TokenLimits) -> float:
         return time_rows(model, self.validation, limits.evaluation, self._device)
@@ -235,7 +246,7 @@ class _Check(ExportCheck):
             self._encoded = task._encode(self._rows, self._tokenizer, self.max_length, self._segments)
         answers = answer_rows(model, self._encoded, task.row_losses, unmeasured(task._evaluation.batch_tokens), device)
         assert answers is not None
-        return task._score(answers, self._encoded.labels).value
+        return task._score(answers, self._encoded.labels, self._rows).value
 
 
 def _num_characters(examples: Examples) -> int:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -50,9 +50,7 @@ def score_entities(
     from seqeval.scheme import IOB2
 
     types = sorted({name[2:] for name in label_names if name != "O"})
-    # seqeval strips hyphens off types, and its averages stand among them: it is given numbers for names.
-    numbered = {name: name if name == "O" else f"{name[0]}-{types.index(name[2:])}" for name in label_names}
-    true, said = ([[numbered[tag] for tag in tags] for tags in split] for split in (gold, predicted))
+    true, said = _numbered(gold, label_names), _numbered(predicted, label_names)
     zero: Any = 0  # seqeval's annotation says text
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", RuntimeWarning)  # of its macro average, unread, where there is no entity
@@ -70,6 +68,24 @@ def score_entities(
         per_type={name: _type_score(report.get(str(number))) for number, name in enumerate(types)},
         token_accuracy=sum(one == other for one, other in pairs) / max(1, len(pairs)),
     )
+
+
+def count_entities(
+    gold: Sequence[Sequence[str]], predicted: Sequence[Sequence[str]], label_names: Sequence[str]
+) -> Iterator[tuple[int, int, int]]:
+    """Of each sentence (entities found rightly, found, there), as `score_entities` counts them."""
+    from seqeval.scheme import IOB2, Entities
+
+    true, said = (Entities(_numbered(split, label_names), IOB2).entities for split in (gold, predicted))
+    for is_there, found in zip(true, said, strict=True):
+        yield len(set(is_there) & set(found)), len(found), len(is_there)
+
+
+def _numbered(sentences: Sequence[Sequence[str]], label_names: Sequence[str]) -> list[list[str]]:
+    """Types as numbers: seqeval strips hyphens off names, and puts its averages among them."""
+    types = sorted({name[2:] for name in label_names if name != "O"})
+    numbered = {name: name if name == "O" else f"{name[0]}-{types.index(name[2:])}" for name in label_names}
+    return [[numbered[tag] for tag in tags] for tags in sentences]
 
 
 def _type_score(row: dict[str, Any] | None) -> TypeScore:

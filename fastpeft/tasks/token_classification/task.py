@@ -25,6 +25,7 @@ from collections.abc import Collection, Iterable, Sequence
 from contextlib import nullcontext
 from copy import copy
 from dataclasses import replace
+from functools import partial
 from typing import Any, ClassVar, Self
 
 import numpy as np
@@ -34,6 +35,7 @@ from torch import nn
 from fastpeft.config.schema import DatasetConfig, EvaluationConfig
 from fastpeft.data.batches import Batch, evaluation_batches, micro_batches
 from fastpeft.data.fingerprint import ReadRow
+from fastpeft.data.predictions import Answer, AnsweredRows
 from fastpeft.data.source import TEST, TRAIN, VALIDATION, Source
 from fastpeft.data.splitting import sample_note
 from fastpeft.device_memory import TokenLimits, free_memory, is_out_of_memory, unmeasured
@@ -48,7 +50,7 @@ from fastpeft.tasks.token_classification.datasets import DATASETS
 from fastpeft.tasks.token_classification.encode import EncodedSentences, collate_tokens, encode_sentences
 from fastpeft.tasks.token_classification.reading import TaggedSplits, holds_tagged_words, read_tagged_splits
 from fastpeft.tasks.token_classification.schemes import OUTSIDE
-from fastpeft.tasks.token_classification.score import score_entities
+from fastpeft.tasks.token_classification.score import count_entities, score_entities
 from fastpeft.tasks.token_classification.sentences import Sentences
 
 CHECK_SENTENCES, LENS_TOKENS = 32, 256
@@ -206,7 +208,13 @@ class TokenClassification(Task[EncodedSentences]):
         scores = score_entities(sentences.tags, tags, self.label_names)
         more = {"precision": scores.precision, "recall": scores.recall, "token_accuracy": scores.token_accuracy}
         groups = {name: dict(vars(one)) for name, one in scores.per_type.items()}
-        return Score(scores.f1, mean_loss, len(sentences), more, groups)
+        answered = partial(self._answered, sentences, tags)
+        return Score(scores.f1, mean_loss, len(sentences), more, groups, answered=answered)
+
+    def _answered(self, sentences: Sentences, tags: list[list[str]]) -> AnsweredRows:
+        counts = count_entities(sentences.tags, tags, self.label_names)
+        answers = (Answer(gold, said, counts=own) for gold, said, own in zip(sentences.tags, tags, counts))
+        return zip(map(ReadRow, sentences.words, sentences.tags), answers, strict=True)
 
     def time_evaluation(self, model: nn.Module, limits: TokenLimits) -> float:
         groups = evaluation_batches(self.validation, limits.evaluation)

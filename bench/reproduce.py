@@ -1,0 +1,248 @@
+"""A paper's table again: its methods and baselines on its tasks, what it claims beside what is measured.
+
+    python bench/reproduce.py --paper iwlora --scale stand-in
+    python bench/reproduce.py --paper iwlora --scale real --model DIR --data DIR
+    python bench/reproduce.py --paper iwlora --scale full
+
+stand-in  the shipped encoder on made-up sentence pairs, which stand in for each of the paper's tasks: one of them, 5
+          seeds at an equal budget of 120 s, about 25 minutes on 2 cores. It shows that the table can be made.
+real      a small pretrained encoder (`--model`) on MNLI and SST-2 in `--data`, 3 seeds at 480 s each: about two hours
+          on 2 cores.
+full      the presets as they stand, with the paper's model and data from the hub, 5 seeds: takes a GPU.
+
+Each run is `fastpeft train` in a process of its own, `--workers` at a time. What is done is not run again and what was
+stopped goes on, so that the command may be interrupted and given again. Seeds are the outermost loop: a table is
+complete for the seeds that it has. The table goes to `--out` as Markdown, the whole report to RUNS/comparison.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from fastpeft.compare.comparison import Comparison, Row
+from fastpeft.compare.comparison_figures import p_text
+from fastpeft.compare.found_runs import find_runs
+from fastpeft.compare.report import report
+from fastpeft.config import load_run
+from fastpeft.errors import UserError
+from fastpeft.runs.store import RunFolder, read_json
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@dataclass(frozen=True)
+class Scale:
+    tasks: tuple[str, ...]
+    num_seeds: int
+    settings: tuple[str, ...]
+    """Of `fastpeft train`."""
+    needs_data: bool = False
+
+
+@dataclass(frozen=True)
+class Paper:
+    baseline: str
+    """A method, as results name it."""
+    methods: Mapping[str, str]
+    """The name of a preset without its task -> the method."""
+    claimed: Mapping[tuple[str, str], float]
+    """(method, task) -> what the paper says, as a share."""
+    where: str
+    """What the claims are of."""
+    scales: Mapping[str, Scale]
+    rates: Mapping[str, float] = field(default_factory=dict)
+    """Learning rates of the small encoder, by method, as bench/methods.py --tune finds them."""
+
+
+def _shares(table: Mapping[str, Mapping[str, float]]) -> dict[tuple[str, str], float]:
+    return {(method, task): value / 100 for method, row in table.items() for task, value in row.items()}
+
+
+PAPERS = {
+    "iwlora": Paper(
+        baseline="lora",
+        methods={"lora": "lora", "adalora": "adalora", "iwlora": "iw_lora", "full": "full"},
+        claimed=_shares(
+            {
+                "lora": {"mnli": 84.6, "sst2": 93.2, "rte": 72.0},
+                "adalora": {"mnli": 85.3, "sst2": 93.8, "rte": 73.4},
+                "iw_lora": {"mnli": 85.1, "sst2": 93.7, "rte": 73.2},
+            }
+        ),
+        where="DeBERTa-v3-base, r 8, 3 epochs; accuracy, of RTE F1",
+        scales={
+            "stand-in": Scale(("mnli",), 5, ("--budget", "120s", "training.threads=1")),
+            "real": Scale(
+                ("mnli", "sst2"),
+                3,
+                ("--budget", "480s", "training.threads=1", "schedule.warmup_steps=50", "evaluation.every=end"),
+                needs_data=True,
+            ),
+            "full": Scale(("mnli", "sst2", "rte"), 5, ("--no-stand-in",)),
+        },
+        rates={"lora": 2e-3, "iw_lora": 2e-3, "adalora": 2e-2, "full": 2e-4},
+    )
+}
+
+
+@dataclass(frozen=True)
+class Planned:
+    preset: str
+    method: str
+    task: str
+    seed: int
+
+    @property
+    def name(self) -> str:
+        return f"{self.preset}-seed{self.seed}"
+
+
+def plan(paper: Paper, scale: Scale, num_seeds: int) -> Iterator[Planned]:
+    for seed in range(num_seeds):
+        for task in scale.tasks:
+            for preset, method in paper.methods.items():
+                yield Planned(f"{preset}_{task}", method, task, seed)
+
+
+def command(one: Planned, paper: Paper, scale: Scale, options: argparse.Namespace) -> list[str] | None:
+    """That trains this run, or the rest of it; None where it is done."""
+    folder = RunFolder(options.runs / one.name)
+    result = folder.read_result()
+    if result is not None and result.status in ("done", "diverged"):
+        return None
+    train = [sys.executable, "-m", "fastpeft", "train", "--results-dir", str(options.runs), "--name", one.name]
+    if folder.config.is_file():
+        return [*train, "--resume"]
+    settings = [*scale.settings, "wandb.mode=disabled"]
+    if scale.needs_data:
+        settings += [f"model.name={options.model}", f"dataset.path={options.data / one.task}"]
+        settings += ["adapter.target_modules=all-linear", f"training.learning_rate={paper.rates[one.method]}"]
+    return [*train, "--run", one.preset, "--seed", str(one.seed), *settings]
+
+
+def train_all(planned: Sequence[Planned], paper: Paper, scale: Scale, options: argparse.Namespace) -> None:
+    def train(one: Planned) -> None:
+        call = command(one, paper, scale, options)
+        if call is None:
+            return
+        print(f"training {one.name}", flush=True)
+        log = options.runs / f"{one.name}.log"
+        with log.open("ab") as out:
+            done = subprocess.run(call, cwd=ROOT, stdout=out, stderr=subprocess.STDOUT)
+        if done.returncode:
+            print(f"{one.name} ended with {done.returncode}: see {log}", flush=True)
+
+    with ThreadPoolExecutor(options.workers) as pool:
+        list(pool.map(train, planned))
+
+
+def table(paper: Paper, comparison: Comparison, planned: Sequence[Planned]) -> list[str]:
+    """Lines of Markdown: a method and task a line."""
+    preset_of = {one.name: one for one in planned}
+    base = paper.baseline
+    names = ["task", "method", "seeds", f"claimed ({paper.where})", f"measured ({comparison.by})"]
+    names += [f"claimed minus {base}", f"measured minus {base}, 95 % interval", "effect", "Holm's p", "time", "energy"]
+    lines = [names, ["---"] * len(names)]
+    for row in comparison.rows:
+        one = preset_of[row.runs[0]]
+        score = str(getattr(row, comparison.by))
+        lines.append([row.task, row.label, str(len(row.by_seed)), *_cells(paper, row, one, score)])
+    return [f"| {' | '.join(line)} |" for line in lines]
+
+
+def _cells(paper: Paper, row: Row, one: Planned, score: str) -> list[str]:
+    claimed, base = (paper.claimed.get((method, one.task)) for method in (one.method, paper.baseline))
+    test = row.seeds_test
+    cells = ["-" if claimed is None else f"{claimed:.3f}", score]
+    if one.method == paper.baseline:
+        cells += ["-"] * 4
+    else:
+        cells.append("-" if claimed is None or base is None else f"{claimed - base:+.3f}")
+        cells.append("-" if test is None else f"{test.difference:+.4f} ({test.low:+.4f} to {test.high:+.4f})")
+        cells.append("-" if test is None or test.effect is None else f"{test.effect_name} {test.effect:.2f}")
+        cells.append("-" if test is None or test.p_holm is None else p_text(test.p_holm))
+    return [*cells, f"{row.seconds.value:,.0f} s", "-" if row.joules is None else f"{row.joules.value / 1000:,.1f} kJ"]
+
+
+def provenance(runs: Path, planned: Sequence[Planned]) -> str:
+    """Device, versions and commit that the runs noted, each once; and the date."""
+    found = [read_json(RunFolder(runs / one.name).environment) or {} for one in planned]
+    facts: dict[str, set[str]] = {"device": set(), "commit": set(), "versions": set()}
+    for environment in filter(None, found):
+        packages = environment.get("packages", {})
+        facts["device"].add(f"{environment.get('device')}, {environment.get('threads')} threads a run")
+        facts["commit"].add(str(environment.get("git")))
+        facts["versions"].add(", ".join(f"{name} {packages.get(name)}" for name in ("torch", "transformers", "peft")))
+    said = "; ".join(f"{name} {' and '.join(sorted(values))}" for name, values in facts.items() if values)
+    return f"{datetime.datetime.now(datetime.UTC):%Y-%m-%d}; {said}."
+
+
+def write_table(paper: Paper, planned: Sequence[Planned], options: argparse.Namespace) -> str:
+    names = [one.name for one in planned if (options.runs / one.name / "run.yaml").is_file()]
+    made = report(find_runs(names, options.runs), options.runs, baseline=paper.baseline)
+    missing = len(planned) - sum(one.counts for one in made.found)
+    lines = [f"# {options.paper}, {options.scale}", "", provenance(options.runs, planned), ""]
+    lines += [f"{missing} of {len(planned)} runs are not done, and left out.", ""] if missing else []
+    if options.scale == "stand-in":
+        lines += [
+            "STAND-IN: what is measured is of a small model on made-up text. It says nothing about the claims.",
+            "",
+        ]
+    text = "\n".join([*lines, *table(paper, made.comparison, planned), ""])
+    options.out.parent.mkdir(parents=True, exist_ok=True)
+    options.out.write_text(text, encoding="utf-8")
+    return text
+
+
+def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--paper", choices=PAPERS, required=True)
+    parser.add_argument("--scale", choices=("stand-in", "real", "full"), required=True)
+    parser.add_argument("--runs", type=Path, help="results/reproduce/PAPER-SCALE when absent")
+    parser.add_argument("--out", type=Path, help="RUNS/table.md when absent")
+    parser.add_argument("--seeds", type=int, help="how many, from 0")
+    parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument("--model", type=Path, help="real: the encoder's folder")
+    parser.add_argument("--data", type=Path, help="real: a folder with mnli/ and sst2/")
+    parser.add_argument("--table", action="store_true", help="train nothing, and make the table of what is done")
+    options = parser.parse_args(arguments)
+    scale = PAPERS[options.paper].scales[options.scale]
+    if scale.needs_data and not (options.model and options.data):
+        parser.error(f"--scale {options.scale} needs --model and --data")
+    for path in [options.model, *([options.data / task for task in scale.tasks] if options.data else [])]:
+        if path is not None and not path.is_dir():
+            parser.error(f"{path}: there is no such folder")
+    options.model, options.data = (path and path.resolve() for path in (options.model, options.data))
+    options.runs = (options.runs or ROOT / "results" / "reproduce" / f"{options.paper}-{options.scale}").resolve()
+    options.out = options.out or options.runs / "table.md"
+    return options
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    options = parse(arguments)
+    paper = PAPERS[options.paper]
+    scale = paper.scales[options.scale]
+    planned = list(plan(paper, scale, options.seeds or scale.num_seeds))
+    for preset in {one.preset for one in planned}:
+        load_run(preset)  # a name that is none is found out before anything is trained
+    options.runs.mkdir(parents=True, exist_ok=True)
+    if not options.table:
+        train_all(planned, paper, scale, options)
+    try:
+        print(write_table(paper, planned, options))
+    except UserError as error:
+        raise SystemExit(f"no table: {error}") from None
+    print(f"written  {options.out} and {options.runs / 'comparison' / 'report.html'}")
+
+
+if __name__ == "__main__":
+    main()

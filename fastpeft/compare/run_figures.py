@@ -1,0 +1,206 @@
+"""Figures of one run, drawn from its event log and its answers alone."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from fastpeft.compare.figure_files import COLOURS, drawing, save
+from fastpeft.compare.history import History, Snapshot, binned
+from fastpeft.data.predictions import Predictions
+from fastpeft.runs.events import Event, number
+from fastpeft.runs.store import Result
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+    _Draw = Callable[[Axes, History, Result], None]
+
+NUM_BINS = 400
+MAX_CLASSES = 40
+"""More are no matrix that anybody reads."""
+_NUMBERED_CLASSES = 12
+_NUM_SHADES = 40
+"""Of a heatmap. From 50 on matplotlib draws a scale as pixels."""
+_SLANTED: dict[str, Any] = {"rotation": 40, "ha": "right", "rotation_mode": "anchor"}
+_NUM_TICKS = 5
+"""At most: they take most of the time of a figure."""
+CLOCK = "time on the budget clock (s)"
+
+
+def draw_curves(history: History, result: Result, stem: Path) -> str:
+    """Loss, metric and learning rate over time; with a meter power and energy too, and the metric over energy.
+
+    Its margins are fixed: most runs of a report are drawn by it alone, and measuring labels takes a fifth of the time.
+    """
+    has_meter = result.energy_j is not None
+    over_time: list[_Draw] = [_draw_loss, _draw_metric, _draw_rate]
+    over_time += [_draw_power, _draw_energy] if has_meter else []
+    test = f", test {number(result.test['value']):.4f}" if "value" in result.test else ""
+    width, left = 4.8 * (1 + has_meter), 0.75
+    with drawing(f"{result.name}{test}", (width, 6.0), [result]) as figure:
+        figure.set_layout_engine(None)
+        room = {"left": left / width, "right": 1 - 0.15 / width, "top": 0.93, "bottom": 0.08}
+        axes = figure.subplots(3, 1 + has_meter, squeeze=False, gridspec_kw={**room, "wspace": 0.24, "hspace": 0.2})
+        for column in axes.T:
+            for panel in column:
+                panel.locator_params(nbins=_NUM_TICKS)
+            *above, last = column if column is axes.T[0] or not has_meter else column[:2]
+            for panel in above:
+                panel.sharex(last)
+                panel.tick_params(labelbottom=False)
+            last.set_xlabel(CLOCK)
+        for panel, draw in zip(axes.T.flat, over_time):
+            draw(panel, history, result)
+        if has_meter:
+            _draw_metric_over_energy(axes[2, 1], history, result)
+        return save(figure, stem)
+
+
+def _draw_loss(panel: Axes, history: History, result: Result) -> None:
+    curve = binned(history.steps["elapsed_s"], history.steps["loss"], NUM_BINS)
+    if curve.per_bin > 1:
+        panel.fill_between(curve.x, curve.low, curve.high, color=COLOURS[0], alpha=0.2, linewidth=0)
+        panel.set_title(f"mean and range of {curve.per_bin} steps", loc="right", fontsize=8)
+    panel.plot(curve.x, curve.mean, color=COLOURS[0], linewidth=1)
+    panel.set_ylabel("task loss")
+
+
+def _draw_metric(panel: Axes, history: History, result: Result) -> None:
+    draw_scores(panel, history.validations, "elapsed_s", 1, color=COLOURS[0])
+    panel.set_ylabel(f"validation {result.metric.get('name', 'metric')}")
+
+
+def _draw_rate(panel: Axes, history: History, result: Result) -> None:
+    rate = binned(history.steps["elapsed_s"], history.steps["lr"], NUM_BINS)
+    panel.plot(rate.x, rate.mean, color=COLOURS[0], linewidth=1)
+    panel.ticklabel_format(axis="y", scilimits=(-2, 3))
+    panel.set_ylabel("learning rate")
+
+
+def _draw_power(panel: Axes, history: History, result: Result) -> None:
+    """As heartbeats measured it; else the slope of the energy that the steps tell."""
+    x, power = history.system["elapsed_s"], history.system["power_w"]
+    if not np.isfinite(power).any():
+        energy = binned(history.steps["elapsed_s"], history.steps["energy_j"], NUM_BINS)
+        span = np.diff(energy.x)
+        power = np.divide(np.diff(energy.mean), span, out=np.full_like(span, np.nan), where=span > 0)
+        x = (energy.x[1:] + energy.x[:-1]) / 2
+    curve = binned(x, power, NUM_BINS)
+    panel.plot(curve.x, curve.mean, color=COLOURS[1], linewidth=1)
+    panel.set_ylim(bottom=0)
+    panel.set_ylabel("power (W)")
+
+
+def _draw_energy(panel: Axes, history: History, result: Result) -> None:
+    energy = binned(history.steps["elapsed_s"], history.steps["energy_j"], NUM_BINS)
+    panel.plot(energy.x, energy.mean / 1000, color=COLOURS[1], linewidth=1)
+    panel.set_ylabel("energy (kJ)")
+
+
+def _draw_metric_over_energy(panel: Axes, history: History, result: Result) -> None:
+    draw_scores(panel, history.validations, "energy_j", 1e-3, color=COLOURS[0])
+    panel.set_ylabel(f"validation {result.metric.get('name', 'metric')}")
+    panel.set_xlabel("energy (kJ)")
+
+
+def draw_scores(
+    panel: Axes, evaluations: Sequence[Event], over: str, unit: float, label: str | None = None, **style: str
+) -> None:
+    """The metric of each evaluation whose place is known, over a field of it times `unit`."""
+    there = [event for event in evaluations if event.get(over) is not None]
+    x, values = [number(event[over]) * unit for event in there], [number(event["value"]) for event in there]
+    panel.plot(x, values, marker="o", markersize=3, linewidth=1, label=label, **style)
+
+
+# ---- importance ----------------------------------------------------------------------------
+
+
+def draw_importance(history: History, result: Result, stem: Path) -> str:
+    """The last importances by layer and projection; where they were measured again, how far they drifted."""
+    first, last = history.importance[0], history.importance[-1]
+    is_repeated = len(history.importance) > 1
+    with drawing(f"{result.name}: importance of the adapted matrices", (8.5, 4.2), [result]) as figure:
+        heatmap, *more = figure.subplots(1, 1 + is_repeated, squeeze=False)[0]
+        _draw_heatmap(heatmap, last)
+        if is_repeated:
+            _draw_drift(more[0], history.importance, first)
+        return save(figure, stem)
+
+
+def _draw_heatmap(panel: Axes, snapshot: Snapshot) -> None:
+    layers, projections = sorted(set(snapshot.layer)), list(dict.fromkeys(snapshot.projection))
+    grid = np.full((len(layers), len(projections)), np.nan)
+    for layer, projection, weight in zip(snapshot.layer, snapshot.projection, snapshot.weights):
+        grid[layers.index(layer), projections.index(projection)] = weight
+    step = -(-len(layers) // 12)
+    _draw_cells(panel, grid, "share of the total weight", float(np.nanmax(grid)))
+    panel.set_xticks(range(len(projections)), projections, **_SLANTED)
+    panel.set_yticks(range(0, len(layers), step), [str(layer) for layer in layers[::step]])
+    panel.set_ylabel("layer")
+    panel.set_title(f"after {snapshot.elapsed_s:,.0f} s")
+
+
+def _draw_cells(panel: Axes, grid: np.ndarray, label: str, most: float) -> None:
+    """As rectangles, and the scale in few enough shades that it is none of pixels either."""
+    import matplotlib
+
+    shades = matplotlib.colormaps["cividis"].resampled(_NUM_SHADES)
+    rows, columns = grid.shape
+    cells = panel.pcolormesh(
+        np.arange(columns), np.arange(rows), grid, shading="nearest", cmap=shades, vmin=0, vmax=most
+    )
+    panel.grid(visible=False)
+    assert panel.figure is not None
+    panel.figure.colorbar(cells, ax=panel, label=label)
+
+
+def _draw_drift(panel: Axes, snapshots: Sequence[Snapshot], first: Snapshot) -> None:
+    """Total variation: the share of the weight that lies on other matrices than at first."""
+    same = [one for one in snapshots if one.names == first.names]
+    apart = [float(np.abs(one.weights - first.weights).sum() / 2) for one in same]
+    panel.plot([one.elapsed_s for one in same], apart, marker="o", markersize=3, linewidth=1, color=COLOURS[1])
+    panel.set_ylim(bottom=0)
+    panel.set_ylabel("weight on other matrices than at first (share)")
+    panel.set_xlabel(CLOCK)
+    panel.set_title("drift")
+
+
+# ---- answers -------------------------------------------------------------------------------
+
+
+def classes_of(predictions: Predictions, labels: Sequence[str]) -> list[str] | None:
+    """Where each answer is one of a few classes, those of `labels` first; None where a matrix says nothing."""
+    answers = predictions.answers
+    if not all(isinstance(one.gold, str) and isinstance(one.predicted, str) for one in answers):
+        return None
+    found = {name for one in answers for name in (one.gold, one.predicted)}
+    names = [*(name for name in labels if name in found), *sorted(found - set(labels))]
+    return names if 2 <= len(names) <= MAX_CLASSES and len(names) < len(answers) else None
+
+
+def draw_confusion(predictions: Predictions, classes: list[str], result: Result, stem: Path) -> str:
+    """Rows of a gold class by what was predicted: shares of the row, and counts where there are few classes."""
+    place = {name: i for i, name in enumerate(classes)}
+    counts = np.zeros((len(classes), len(classes)), np.int64)
+    gold, said = ([place[getattr(one, of)] for one in predictions.answers] for of in ("gold", "predicted"))
+    np.add.at(counts, (gold, said), 1)
+    shares = counts / np.maximum(1, counts.sum(1, keepdims=True))
+    side = min(9.0, 2.4 + 0.45 * len(classes))
+    title = f"{result.name}: {predictions.split}, {len(gold):,} rows"
+    with drawing(title, (side + 1.2, side), [result]) as figure:
+        panel = figure.subplots()
+        _draw_cells(panel, shares, "share of the gold class", 1.0)
+        panel.invert_yaxis()
+        panel.set_xticks(range(len(classes)), classes, **_SLANTED)
+        panel.set_yticks(range(len(classes)), classes)
+        panel.set_xlabel("predicted")
+        panel.set_ylabel("gold")
+        if len(classes) <= _NUMBERED_CLASSES:
+            for (row, column), count in np.ndenumerate(counts):
+                ink = "#111111" if shares[row, column] > 0.5 else "#FFFFFF"  # on the cell, whatever the page is
+                panel.text(column, row, f"{count:,}", ha="center", va="center", color=ink)
+        return save(figure, stem)
