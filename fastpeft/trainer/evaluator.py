@@ -40,16 +40,16 @@ class Evaluator:
 
     # ---- scores ----------------------------------------------------------------------------
 
-    def evaluate_if_it_fits(self) -> None:
+    def evaluate_if_it_fits(self) -> Score | None:
         """A periodic evaluation, unless only the final one still fits."""
         clock = self._job.clock
         if clock.fits(0, more_s=clock.final_s):
-            self.evaluate()
-        else:
-            self._job.evaluation_due.done(clock)
+            return self.evaluate()
+        self._job.evaluation_due.done(clock)
+        return None
 
-    def evaluate(self) -> None:
-        """Score the validation split; keep the weights if they are the best so far. Nothing where it is interrupted."""
+    def evaluate(self) -> Score | None:
+        """Score the validation split; keep the weights if they are the best so far. None where it is interrupted."""
         self._log.fetch()
         free_memory()  # training's activations, which an evaluation's do not fit into
         job, clock = self._job, self._job.clock
@@ -57,7 +57,7 @@ class Evaluator:
         with job.optimizer.averaged():
             measured = job.task.evaluate(job.adapter.model, job.limits, self._stop, self._shrink)
         if measured is None:
-            return
+            return None
         self._evaluated_at = clock.steps
         value = self._log_score(VALIDATION, measured)
         if math.isfinite(measured.value):
@@ -73,6 +73,7 @@ class Evaluator:
         job.evaluation_due.done(clock)
         self.write_result()
         free_memory()
+        return measured
 
     def _is_best(self, measured: Score) -> bool:
         """Ties in the metric are broken by lower validation loss. NaN is worse than any number."""
