@@ -17,6 +17,7 @@ import typer
 
 from fastpeft._version import __version__
 from fastpeft.cli.runs_commands import ResultsDir, runs
+from fastpeft.cli.sweep_command import sweep
 from fastpeft.errors import UserError
 
 EXIT_CANNOT_TRAIN = 1
@@ -252,6 +253,9 @@ def _load(
         return None
     config = load_run(run, texts)
     return trial_run(config, num_seeds) if mode == "trial" else config
+
+
+app.command()(sweep)
 
 
 @app.command()
