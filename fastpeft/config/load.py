@@ -95,9 +95,11 @@ def apply_stand_in(run: RunConfig) -> RunConfig:
     assert run.stand_in is not None
     values = run_values(run)
     for key, value in run.stand_in.overrides.items():
-        if key == SPACE and key not in run.overrides:
+        if key in run.overrides:
+            continue
+        if key == SPACE and isinstance(value, dict):
             values["optuna"]["space"] |= value  # its keys have dots of their own; what it leaves out stays
-        elif key not in run.overrides:
+        else:
             _set(values, key, value)
     values["model"] = {"name": run.stand_in.model}
     values["dataset"] = {k: v for k, v in values["dataset"].items() if k not in HUB_KEYS}
@@ -267,6 +269,7 @@ def _merge(base: dict, over: dict) -> dict:
     out = dict(base)
     for key, value in over.items():
         both = isinstance(value, dict) and isinstance(out.get(key), dict)
+        both = both and "type" not in value  # a search parameter of another type has other keys
         out[key] = _merge(out[key], value) if both else value
     return out
 

@@ -77,7 +77,7 @@ class SearchParameter:
             raise ValueError(
                 f"low must be under high, and positive for loguniform: got low {self.low:g}, high {self.high:g}"
             )
-        if self.type == "int" and not (self.low.is_integer() and self.high.is_integer()):
+        if self.type == "int" and not (float(self.low).is_integer() and float(self.high).is_integer()):
             raise ValueError(f"type int takes whole numbers, got low {self.low:g}, high {self.high:g}")
 
     def _check_choices(self) -> None:

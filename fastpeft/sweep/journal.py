@@ -118,7 +118,10 @@ class JournalFile(JournalFileBackend):
 def open_journal(path: Path) -> JournalStorage:
     """Raises JournalError where it cannot be read."""
     try:
-        return JournalStorage(JournalFile(path))
+        journal = JournalFile(path)
+        for line in path.read_bytes().splitlines()[-1:]:
+            json.loads(line)  # a last line that is none Optuna takes for one that is being written
+        return JournalStorage(journal)
     except (ValueError, KeyError, TypeError) as error:  # of a line that is no record
         if isinstance(error, UserError):
             raise

@@ -10,8 +10,6 @@ import optuna
 from optuna.study import Study, StudyDirection
 from optuna.trial import TrialState
 
-from fastpeft.config.search import OWN_METRIC
-
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
@@ -22,13 +20,16 @@ _MIN_TRIALS = 4
 
 
 def draw_sweep(study: Study, folder: Path, metric: str, stand_in: bool) -> None:
-    """history and importance, each as PDF and PNG; importance where there are trials enough."""
+    """history and importance, each as PDF and PNG; importance where there are trials enough.
+
+    Args:
+        metric: what the trials' values are, in words.
+    """
     title = f"{study.study_name} (STAND-IN: no numbers of a real model)" if stand_in else study.study_name
-    name = "metric" if metric == OWN_METRIC else metric
-    _save(_history(study, name, title), folder / "history")
+    _save(_history(study, metric, title), folder / "history")
     weights = importances(study)
     if weights:
-        _save(_importance(weights, name, title), folder / "importance")
+        _save(_importance(weights, metric, title), folder / "importance")
 
 
 def importances(study: Study) -> dict[str, float]:

@@ -14,7 +14,7 @@ from fastpeft.runs.store import write_json
 from fastpeft.sweep.best import BestRun
 from fastpeft.sweep.study import best_of, counted
 from fastpeft.sweep.sweep_figures import draw_sweep
-from fastpeft.sweep.trials import ENERGY_J, rows_of
+from fastpeft.sweep.trials import ENERGY_J, METRIC, rows_of
 
 SUMMARY = "sweep.json"
 
@@ -31,11 +31,12 @@ def write_summary(
     """Write everything anew from the study."""
     best, trials = best_of(study), study.get_trials(deepcopy=False)
     joules = [trial.user_attrs[ENERGY_J] for trial in trials if trial.user_attrs.get(ENERGY_J) is not None]
+    metric = run.optuna.metric if best is None else best.user_attrs.get(METRIC, run.optuna.metric)
     values: dict[str, Any] = {
         "study": study.study_name,
         "run_id": run.run_id,
         "status": status,
-        "metric": run.optuna.metric,
+        "metric": metric,
         "direction": run.optuna.direction,
         "trials": len(counted(study)),
         "wanted": run.optuna.trials,
@@ -50,7 +51,7 @@ def write_summary(
     _write_trials(folder / "trials.csv", study, list(run.optuna.space))
     if best is not None:
         save_run(with_values(run, best.params), folder / "best.yaml")
-        draw_sweep(study, folder / "figures", run.optuna.metric, stand_in)
+        draw_sweep(study, folder / "figures", metric, stand_in)
 
 
 def _write_trials(path: Path, study: Study, keys: list[str]) -> None:

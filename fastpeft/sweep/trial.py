@@ -50,7 +50,8 @@ def train_trial(spec: Message, channel: Channel) -> Message:
         spec: {run, results_dir, name, resume, metric, direction, worker, num_workers}.
 
     Returns:
-        {status, value, elapsed_s, setup_s, energy_j, steps}; `value` None without a finite evaluation.
+        {status, value, metric, elapsed_s, setup_s, energy_j, steps}; `value` None without a finite evaluation, `metric`
+        the task's own.
     """
     from fastpeft.trainer import train
 
@@ -125,7 +126,8 @@ def _run(spec: Message) -> RunConfig:
 
 
 def _outcome(result: Result) -> Message:
-    return {key: getattr(result, key) for key in ("status", "elapsed_s", "setup_s", "energy_j", "steps")}
+    figures = {key: getattr(result, key) for key in ("status", "elapsed_s", "setup_s", "energy_j", "steps")}
+    return figures | {"metric": result.metric.get("name")}
 
 
 def _take_share(worker: int, num_workers: int) -> None:

@@ -21,13 +21,14 @@ from optuna.study import Study
 from optuna.trial import FrozenTrial, Trial, TrialState
 
 from fastpeft.config import ConfigError, RunConfig, parse_budget, run_values, with_values
+from fastpeft.config.search import OWN_METRIC
 from fastpeft.errors import UserError, first_line
 from fastpeft.sweep.lease import HEARTBEAT, HEARTBEAT_EVERY_S, LEASE, Lease, is_alive
 from fastpeft.sweep.space import distributions, trial_settings
 from fastpeft.sweep.study import ask, best_of, counted
 from fastpeft.sweep.worker import Message, Worker, wait
 
-OUTCOME, ENERGY_J, DURATION_S, PAUSED = "outcome", "energy_j", "duration_s", "paused_in"
+OUTCOME, METRIC, ENERGY_J, DURATION_S, PAUSED = "outcome", "metric", "energy_j", "duration_s", "paused_in"
 """User attributes of a trial."""
 _POLL_S = 0.5
 _OPTUNA_STATE = {"done": TrialState.COMPLETE, "pruned": TrialState.PRUNED, "diverged": TrialState.PRUNED}
@@ -272,6 +273,7 @@ class Trials:
         status, value, energy_j = outcome["status"], outcome["value"], outcome["energy_j"]
         one.trial.set_user_attr(DURATION_S, round(took_s, 3))
         one.trial.set_user_attr(ENERGY_J, energy_j)
+        one.trial.set_user_attr(METRIC, outcome["metric"] if self._config.metric == OWN_METRIC else self._config.metric)
         if status == "stopped":
             self._pause(one.trial)
             return
