@@ -254,6 +254,8 @@ class Trials:
 
     def _reported(self, one: _Running, evaluation: int, value: float) -> bool:
         """Whether the trial is to end there."""
+        if not math.isfinite(value):  # -inf would be the best that a minimisation has seen
+            return True
         try:
             one.trial.report(value, evaluation)
             return bool(one.trial.should_prune())
@@ -262,7 +264,7 @@ class Trials:
             return True
 
     def _end(self, one: _Running, outcome: Message) -> None:
-        took_s = time.monotonic() - one.began_s
+        took_s = round(time.monotonic() - one.began_s, 3)
         if one.lost:
             self._listener.say(f"trial {one.trial.number} was taken for dead by another sweep: its result is left out")
             return
@@ -271,14 +273,14 @@ class Trials:
             self._check_failures(one, outcome)
             return
         status, value, energy_j = outcome["status"], outcome["value"], outcome["energy_j"]
-        one.trial.set_user_attr(DURATION_S, round(took_s, 3))
+        one.trial.set_user_attr(DURATION_S, took_s)
         one.trial.set_user_attr(ENERGY_J, energy_j)
         one.trial.set_user_attr(METRIC, outcome["metric"] if self._config.metric == OWN_METRIC else self._config.metric)
         if status == "stopped":
             self._pause(one.trial)
             return
-        if status == "done" and value is None:
-            status = "diverged"  # no evaluation was finite
+        if status == "done" and (value is None or not math.isfinite(value)):
+            status, value = "diverged", None
         self._tell(one.trial, status, value, energy_j)
         self._failures = 0
         self._remove_weights(one.trial.number)

@@ -28,6 +28,8 @@ Message = dict[str, Any]
 Job = Callable[[Message, "Channel"], Message]
 """What a process runs: (what it is to do, its end of the pipe) -> what it came to."""
 
+PRELOADED = ["fastpeft.sweep.preloaded", "fastpeft.cli"]
+"""Modules that the server imports."""
 _END_S = 10.0
 _CRASHED = 1
 
@@ -137,7 +139,7 @@ def _context() -> ForkServerContext:
     # Whether there is a GPU is asked without CUDA's runtime, which a forked process could not use any more.
     os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["fastpeft.sweep.preloaded", "fastpeft.cli"])
+    context.set_forkserver_preload(PRELOADED)
     return context
 
 

@@ -12,7 +12,8 @@ from typing import Any
 from fastpeft.config import RunConfig, load_run
 from fastpeft.sweep.worker import Channel, Message
 
-QUADRATIC, CRASH, ALWAYS_CRASH = (f"{__name__}:{name}" for name in ("quadratic", "crash", "always_crash"))
+_JOBS = "quadratic", "crash", "always_crash", "infinite", "ten_joules", "costly", "resumable"
+QUADRATIC, CRASH, ALWAYS_CRASH, INFINITE, TEN_JOULES, COSTLY, RESUMABLE = (f"{__name__}:{job}" for job in _JOBS)
 RATE, BATCH = "training.learning_rate", "training.batch_size"
 BEST_RATE, BEST_BATCH = 1e-3, 32
 SPACE = {
@@ -65,5 +66,50 @@ def always_crash(spec: Message, channel: Channel) -> Message:
     raise RuntimeError("out of luck")
 
 
-def _ended(status: str, value: float, seconds: float) -> Message:
+def _ended(status: str, value: float | None, seconds: float) -> Message:
     return {"status": status, "value": value, "metric": "accuracy", "elapsed_s": seconds, "energy_j": None}
+
+
+def infinite(spec: Message, channel: Channel) -> Message:
+    """Every other trial says minus infinity, in the end or before."""
+    number = int(spec["name"])
+    if number % 4 == 3 and channel.report(1, -math.inf):
+        return _ended("pruned", None, 0.0)
+    value = -math.inf if number % 2 else 0.5
+    return _ended("done", value, 0.0)
+
+
+def ten_joules(spec: Message, channel: Channel) -> Message:
+    return _ended("done", score(spec["params"]), 0.0) | {"energy_j": 10.0}
+
+
+def costly(spec: Message, channel: Channel) -> Message:
+    return _ended("done", score(spec["params"]), 0.0) | {"energy_j": float(spec["params"][BATCH])}
+
+
+def resumable(spec: Message, channel: Channel) -> Message:
+    """Prints each evaluation once; stops at SIGTERM behind the one under way, and goes on from there."""
+    stopped = False
+
+    def stop(number: int, frame: object) -> None:
+        nonlocal stopped
+        stopped = True
+
+    signal.signal(signal.SIGTERM, stop)
+    folder = Path(spec["results_dir"]) / spec["name"]
+    kept = folder / "evaluations"
+    done = int(kept.read_text()) if spec["resume"] else 0
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "run.yaml").touch()
+    seconds = spec["run"]["training"]["epochs"]
+    for evaluation in range(done + 1, _EVALUATIONS + 1):
+        until = time.monotonic() + seconds / _EVALUATIONS
+        while time.monotonic() < until:
+            time.sleep(0.01)
+        print(evaluation, flush=True)
+        kept.write_text(str(evaluation))
+        if evaluation < _EVALUATIONS:
+            channel.report(evaluation, score(spec["params"], evaluation / _EVALUATIONS))
+            if stopped:
+                return _ended("stopped", None, seconds)
+    return _ended("done", score(spec["params"]), seconds)
