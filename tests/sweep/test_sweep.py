@@ -149,10 +149,11 @@ def test_values_of_an_evaluation():
     assert best_value(events, "loss", "minimize") is None
 
 
+@pytest.mark.soak
 def test_ctrl_c_saves_and_the_same_command_goes_on(files, tmp_path):
     """In a process of its own, as a user has it."""
     values = yaml.safe_load((files / "run.yaml").read_text())
-    values |= {"optuna": {"space": SPACE, "trials": 2, "pruner": "none"}, "budget": "400steps"}
+    values |= {"optuna": {"space": SPACE, "trials": 2, "pruner": "none"}, "budget": "150steps"}
     values["evaluation"] = {"every": "end"}
     (tmp_path / "run.yaml").write_text(yaml.safe_dump(values))
     command = ["sweep", "--run", str(tmp_path / "run.yaml"), "--results-dir", str(tmp_path / "r"), "--trials-only"]
@@ -165,10 +166,10 @@ def test_ctrl_c_saves_and_the_same_command_goes_on(files, tmp_path):
     stopped = RunFolder(events.parent).read_result()
     assert stopped is not None
     assert stopped.status == "stopped"
-    assert 0 < stopped.steps < 400
+    assert 0 < stopped.steps < 150
     with Child(tmp_path / "log", *command) as child:
-        assert child.end() == 0, child.output()
+        assert child.end(300) == 0, child.output()
     steps = [event["step"] for event in read_events(events) if event["type"] == "step"]
-    assert steps == list(range(400)), "the trial went on from its checkpoint"
+    assert steps == list(range(150)), "the trial went on from its checkpoint"
     summary = json.loads((tmp_path / "r" / "tiny-sweep" / "sweep.json").read_text())
     assert (summary["status"], summary["trials"], summary["made_again"]) == ("done", 2, 0)
