@@ -1,4 +1,5 @@
-"""What `fastpeft sweep` prints: a line a trial as it ends, a live line with the best and what is left, a closing table."""
+"""What `fastpeft sweep` prints: a line a trial as it ends, a live line with the best and what is left, a closing
+table."""
 
 from __future__ import annotations
 
@@ -16,7 +17,7 @@ from fastpeft.cli.console import ConsoleReporter, closing, group_table
 from fastpeft.config import Budget, RunConfig, parse_budget
 from fastpeft.runs.events import Event
 from fastpeft.sweep.sweep import Outcome
-from fastpeft.sweep.trials import Standing, TrialRow
+from fastpeft.sweep.trial_rows import Standing, TrialRow
 
 _VALUE_WIDTH, _MIN_WIDTH = 11, 8
 PLAIN_EVERY_S = 60.0

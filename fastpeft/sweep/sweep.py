@@ -15,16 +15,19 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, Protocol
 
+from optuna.study import Study
+
 from fastpeft.config import ConfigError, RunConfig, run_from_values, run_values
 from fastpeft.config.search import parse_sweep_budget
 from fastpeft.errors import UserError
 from fastpeft.runs.events import Event
 from fastpeft.runs.store import RunError, RunFolder, read_json
-from fastpeft.sweep import trials as trials_module
+from fastpeft.sweep import trial_rows
 from fastpeft.sweep.best import BestRun, train_best
 from fastpeft.sweep.space import check_space, identity
 from fastpeft.sweep.study import JOURNAL, best_of, counted, open_storage, open_study
 from fastpeft.sweep.sweep_summary import SUMMARY, write_summary
+from fastpeft.sweep.trials import Trials
 from fastpeft.sweep.worker import Message, Worker, wait, warm_up
 
 LOOK = "fastpeft.sweep.trial:look"
@@ -32,7 +35,7 @@ TRAIN_TRIAL = "fastpeft.sweep.trial:train_trial"
 _POLL_S = 0.5
 
 
-class Listener(trials_module.Listener, Protocol):
+class Listener(trial_rows.Listener, Protocol):
     """Tells the user what happens."""
 
     def on_event(self, event: Event) -> None:
@@ -50,7 +53,6 @@ class Plan:
     num_workers: int = 1
     allow_stand_in: bool = True
     trains_best: bool = True
-    trial_target: str = TRAIN_TRIAL
 
     @property
     def folder(self) -> Path:
@@ -99,47 +101,55 @@ def sweep(plan: Plan, listener: Listener, stop: StopSignals) -> Outcome:
     Raises:
         UserError: input that cannot be used, before anything is trained; a storage that fails; trials that all fail.
     """
-    if plan.trial_target == TRAIN_TRIAL:  # another target has no model to resolve, as in the tests of trials
-        check_space(plan.run)
+    check_space(plan.run)
     warm_up()
     with _owned(plan), stop:
         looked = _look(plan, listener, stop)
         if looked is None:
             return Outcome("stopped", 0, None, False, stop.signal)
         run = run_from_values(looked["run"], plan.run.run_id)
-        check_space(run)
+        check_space(run)  # of a stand-in it is another
         _check_meter(run, looked["meter"])
-        storage = open_storage(plan.storage, plan.folder)
-        study, is_new = open_study(storage, plan.name, run.optuna, identity(run))
-        if is_new and (plan.folder / "trials").exists() and any((plan.folder / "trials").iterdir()):
-            raise UserError(
-                f"{plan.folder} holds trials of another study; choose another --name, or give the --storage that it had"
-            )
-        _say_where(plan, listener, len(counted(study)), run)
-        earlier = read_json(plan.folder / SUMMARY) or {}
-        trials = trials_module.Trials(
-            run,
-            study,
-            plan.folder,
-            listener,
-            num_workers=plan.num_workers,
-            target=plan.trial_target,
-            spent_s=float(earlier.get("spent_s", 0.0)),
-            stop=stop,
+        study = _open(plan, run, listener)
+        status, trained = _search(plan, run, study, looked["stand_in"], listener, stop)
+        return Outcome(status, len(counted(study)), trained, looked["stand_in"], stop.signal)
+
+
+def _search(
+    plan: Plan, run: RunConfig, study: Study, stand_in: bool, listener: Listener, stop: StopSignals
+) -> tuple[str, BestRun | None]:
+    """Returns why it ended, and the best settings where they were trained."""
+    earlier = read_json(plan.folder / SUMMARY) or {}
+    spent_s = float(earlier.get("spent_s", 0.0))
+    parts = {"num_workers": plan.num_workers, "target": TRAIN_TRIAL, "spent_s": spent_s, "stop": stop}
+    trials, status = Trials(run, study, plan.folder, listener, **parts), "failed"
+    try:
+        status = trials.run_all()
+    finally:
+        spent_s = trials.spent_s
+        write_summary(plan.folder, run, study, status, spent_s, stand_in)
+    if status == "stopped" or not plan.trains_best:
+        return status, None
+    best = best_of(study)
+    if best is None:
+        raise UserError(f"no trial came to its end with a finite value{_why_none(run)}: there is no best one to train")
+    trained = train_best(run, best, plan.name, plan.results_dir, listener, stop)
+    write_summary(plan.folder, run, study, status, spent_s, stand_in, trained)
+    return "stopped" if stop() else status, trained
+
+
+def _open(plan: Plan, run: RunConfig, listener: Listener) -> Study:
+    """The study, made before any trial begins."""
+    study, is_new = open_study(open_storage(plan.storage, plan.folder), plan.name, run.optuna, identity(run))
+    if is_new and next((plan.folder / "trials").glob("*"), None) is not None:
+        raise UserError(
+            f"{plan.folder} holds trials of another study; choose another --name, or give the --storage that it had"
         )
-        status = "failed"
-        try:
-            status = trials.run_all()
-        finally:
-            write_summary(plan.folder, run, study, status, trials.spent_s, looked["stand_in"])
-        best = best_of(study)
-        if status == "stopped" or not plan.trains_best:
-            return Outcome(status, len(counted(study)), None, looked["stand_in"], stop.signal)
-        if best is None:
-            raise UserError(f"no trial came to its end with a finite value{_why_none(run)}: there is no best one to train")
-        trained = train_best(run, best, plan.name, plan.results_dir, listener, stop)
-        write_summary(plan.folder, run, study, status, trials.spent_s, looked["stand_in"], trained)
-        return Outcome("stopped" if stop() else status, len(counted(study)), trained, looked["stand_in"], stop.signal)
+    num_counted = len(counted(study))
+    goes_on = f", which has {num_counted} of them" if num_counted else ""
+    where = "the storage that was given" if plan.storage else plan.folder / JOURNAL
+    listener.say(f"{run.optuna.trials} trials of {', '.join(run.optuna.space)} in {where}{goes_on}")
+    return study
 
 
 @contextmanager
@@ -191,12 +201,6 @@ def _check_meter(run: RunConfig, fault: str) -> None:
     ]
     if problems:
         raise ConfigError(run.run_id, problems)
-
-
-def _say_where(plan: Plan, listener: Listener, num_counted: int, run: RunConfig) -> None:
-    where = plan.storage or plan.folder / JOURNAL
-    goes_on = f", which has {num_counted} of them" if num_counted else ""
-    listener.say(f"{run.optuna.trials} trials of {', '.join(run.optuna.space)} in {where}{goes_on}")
 
 
 def _why_none(run: RunConfig) -> str:

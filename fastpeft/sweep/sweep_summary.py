@@ -14,7 +14,7 @@ from fastpeft.runs.store import write_json
 from fastpeft.sweep.best import BestRun
 from fastpeft.sweep.study import best_of, counted
 from fastpeft.sweep.sweep_figures import draw_sweep
-from fastpeft.sweep.trials import ENERGY_J, METRIC, rows_of
+from fastpeft.sweep.trial_rows import ENERGY_J, METRIC, rows_of
 
 SUMMARY = "sweep.json"
 

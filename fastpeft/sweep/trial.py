@@ -1,4 +1,4 @@
-"""The jobs of a sweep's processes that need torch: look at the run, train one trial, train the best settings in full."""
+"""The jobs of a sweep's processes that need torch: look at the run, train a trial, train the best settings in full."""
 
 from __future__ import annotations
 

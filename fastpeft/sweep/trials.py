@@ -9,10 +9,9 @@ from __future__ import annotations
 import math
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
 
 import optuna
 from optuna.distributions import BaseDistribution
@@ -26,10 +25,9 @@ from fastpeft.errors import UserError, first_line
 from fastpeft.sweep.lease import HEARTBEAT, HEARTBEAT_EVERY_S, LEASE, Lease, is_alive
 from fastpeft.sweep.space import distributions, trial_settings
 from fastpeft.sweep.study import ask, best_of, counted
+from fastpeft.sweep.trial_rows import DURATION_S, ENERGY_J, METRIC, OUTCOME, PAUSED, Listener, Standing, TrialRow
 from fastpeft.sweep.worker import Message, Worker, wait
 
-OUTCOME, METRIC, ENERGY_J, DURATION_S, PAUSED = "outcome", "metric", "energy_j", "duration_s", "paused_in"
-"""User attributes of a trial."""
 _POLL_S = 0.5
 _OPTUNA_STATE = {"done": TrialState.COMPLETE, "pruned": TrialState.PRUNED, "diverged": TrialState.PRUNED}
 """A configuration that diverges is a bad one, not a failure: the sampler has to learn to keep away from it, and takes a
@@ -40,41 +38,6 @@ class SweepError(UserError):
     """The sweep cannot go on; the message says why."""
 
     exit_code = 1
-
-
-@dataclass(frozen=True)
-class TrialRow:
-    """A trial that has ended."""
-
-    number: int
-    outcome: str
-    """done, pruned, diverged, or how it failed."""
-    value: float | None
-    params: dict[str, Any]
-    duration_s: float
-    energy_j: float | None
-    counts: bool
-    """Among the trials that were asked for."""
-
-
-@dataclass(frozen=True)
-class Standing:
-    """How far the sweep is."""
-
-    counted: int
-    wanted: int
-    running: int
-    best: FrozenTrial | None
-    spent_s: float
-    spent_j: float | None
-
-
-class Listener(Protocol):
-    def say(self, message: str) -> None: ...
-
-    def on_trial(self, row: TrialRow) -> None: ...
-
-    def on_standing(self, standing: Standing) -> None: ...
 
 
 @dataclass
@@ -309,7 +272,7 @@ class Trials:
         self._listener.on_trial(TrialRow(trial.number, cause, None, trial.params, took_s, None, counts=False))
         if self._failures >= self._config.max_failures:
             raise SweepError(
-                f"{self._failures} trials failed one after another (optuna.max_failures), the last one, {trial.number}: "
+                f"{self._failures} trials failed one after another (optuna.max_failures), the last {trial.number}: "
                 f"{first_line(cause)}. Its output is in {self.folder}"
             )
 
@@ -387,15 +350,3 @@ class Trials:
             self.study.tell(one.trial, state=TrialState.FAIL, skip_if_finished=True)
         except (UserError, optuna.exceptions.StorageInternalError):
             return  # the storage is what failed; the lease tells the next sweep
-
-
-def rows_of(study: Study) -> Iterator[TrialRow]:
-    """Every trial that has ended, in order."""
-    for trial in study.get_trials(deepcopy=False):
-        if trial.state.is_finished():
-            attributes, counts = trial.user_attrs, trial.state in (TrialState.COMPLETE, TrialState.PRUNED)
-            outcome = attributes.get(OUTCOME) or ("done" if counts else "killed with its sweep")
-            took_s = attributes.get(DURATION_S, 0.0)
-            yield TrialRow(
-                trial.number, outcome, trial.value, trial.params, took_s, attributes.get(ENERGY_J), counts=counts
-            )

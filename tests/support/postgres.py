@@ -72,7 +72,10 @@ def _wait(folder: Path, process: subprocess.Popen) -> None:
 def _programs() -> Path | None:
     """Debian keeps them beside each version and not on the path."""
     on_path = shutil.which("initdb")
-    found = [*sorted(Path("/usr/lib/postgresql").glob("*/bin/initdb"), reverse=True), *([Path(on_path)] if on_path else [])]
+    found = [
+        *sorted(Path("/usr/lib/postgresql").glob("*/bin/initdb"), reverse=True),
+        *([Path(on_path)] if on_path else []),
+    ]
     return next((path.parent for path in found if (path.parent / "postgres").exists()), None)
 
 

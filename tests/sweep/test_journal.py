@@ -48,10 +48,10 @@ def test_a_line_that_a_kill_cut_off_is_taken_away(path, torn):
 
 def test_a_journal_that_is_no_journal_is_refused(path):
     path.write_text("accuracy 0.9\n")
-    with pytest.raises(JournalError, match="is no journal of Optuna, or is damaged"):
+    with pytest.raises(JournalError, match=r"is no journal of Optuna, or is damaged"):
         open_journal(path)
     (path.parent / "folder").mkdir()
-    with pytest.raises(JournalError, match="cannot be opened"):
+    with pytest.raises(JournalError, match=r"cannot be opened"):
         open_journal(path.parent / "folder")
 
 

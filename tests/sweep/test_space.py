@@ -64,7 +64,13 @@ def test_a_hostile_parameter_is_refused_by_name(key, searched, words):
 
 
 def test_every_fault_is_named_at_once():
-    message = refused({"training.batch_size": {"type": "int", "low": -1, "high": 2}, RATE: RATES | {"high": 1e39}, "schedule.name": {"type": "categorical", "choices": ["linear", "bad"]}})
+    message = refused(
+        {
+            "training.batch_size": {"type": "int", "low": -1, "high": 2},
+            RATE: RATES | {"high": 1e39},
+            "schedule.name": {"type": "categorical", "choices": ["linear", "bad"]},
+        }
+    )
     assert "optuna.space.training.batch_size" in message
     assert "optuna.space.schedule.name" in message
 

@@ -44,24 +44,26 @@ def test_the_same_is_found_again_and_another_space_is_refused_with_what_differs(
     assert "optuna.space.training.learning_rate: {'type': 'loguniform', 'low': 1e-05, 'high': 0.1} there" in message
     assert "choose another --name" in message
     assert "batch_size" not in message
-    with pytest.raises(UserError, match="optuna.space.training.batch_size: .*128.* there, .*64"):
+    with pytest.raises(UserError, match=r"optuna\.space\.training\.batch_size: .*128.* there, .*64"):
         opened(tmp_path, space=SPACE | {"training.batch_size": {"type": "categorical", "choices": [8, 32, 64]}})
-    with pytest.raises(UserError, match="optuna.direction: maximize there, minimize here"):
+    with pytest.raises(UserError, match=r"optuna\.direction: maximize there, minimize here"):
         opened(tmp_path, direction="minimize")
-    with pytest.raises(UserError, match="optuna.pruner: median there, none here"):
+    with pytest.raises(UserError, match=r"optuna\.pruner: median there, none here"):
         opened(tmp_path, pruner="none")
 
 
 def test_a_study_of_somebody_elses_is_refused(tmp_path):
     study = optuna.create_study(storage=open_storage(None, tmp_path), study_name="s", direction="maximize")
     study.ask()
-    with pytest.raises(UserError, match="was not made by a sweep"):
+    with pytest.raises(UserError, match=r"was not made by a sweep"):
         opened(tmp_path)
 
 
-@pytest.mark.parametrize("url", ["nonsense", "postgresql+psycopg://me:secret@127.0.0.1:1/db", "nosuch://me:secret@h/db"])
+@pytest.mark.parametrize(
+    "url", ["nonsense", "postgresql+psycopg://me:secret@127.0.0.1:1/db", "nosuch://me:secret@h/db"]
+)
 def test_a_storage_that_cannot_be_opened_is_said_without_its_password(url, tmp_path):
-    with pytest.raises(UserError, match="--storage") as caught:
+    with pytest.raises(UserError, match=r"--storage") as caught:
         open_storage(url, tmp_path)
     assert "secret" not in str(caught.value)
 
@@ -200,7 +202,5 @@ def test_figures_are_drawn_once_there_is_something_to_draw(tmp_path):
 def test_importances_of_equal_values_are_none(tmp_path):
     study, _ = opened(tmp_path)
     for i in range(6):
-        study.add_trial(
-            create_trial(params={"a": i / 6}, distributions={"a": FloatDistribution(0, 1)}, value=0.5)
-        )
+        study.add_trial(create_trial(params={"a": i / 6}, distributions={"a": FloatDistribution(0, 1)}, value=0.5))
     assert importances(study) == {}

@@ -119,10 +119,10 @@ def test_the_metric_may_be_a_loss_and_one_that_is_not_measured_ends_the_sweep(fi
 
 
 def test_what_no_trial_could_have_is_refused_before_any_is_made(files, tmp_path):
-    with pytest.raises(UserError, match="optuna.budget: joules need an energy meter"):
+    with pytest.raises(UserError, match=r"optuna\.budget: joules need an energy meter"):
         swept(tiny(files, budget="5kJ", max_trial_energy_j=5), tmp_path / "a")
     run = load_with(files / "run.yaml", {"optuna": {"space": SPACE}, "model": {"name": "/no/such/model"}})
-    with pytest.raises(UserError, match="there is no such folder") as caught:
+    with pytest.raises(UserError, match=r"there is no such folder") as caught:
         swept(run, tmp_path / "b")
     assert caught.value.exit_code == 3
     assert not list(tmp_path.rglob("trials"))
@@ -132,11 +132,11 @@ def test_a_sweep_that_runs_elsewhere_and_a_runs_name_are_refused(files, tmp_path
     held = RunFolder.at(tmp_path, "s")
     held.path.mkdir()
     held.lock()
-    with pytest.raises(UserError, match="is a sweep that another process runs"):
+    with pytest.raises(UserError, match=r"is a sweep that another process runs"):
         swept(tiny(files), tmp_path)
     held.unlock()
     held.config.touch()
-    with pytest.raises(UserError, match="is a run; choose another --name"):
+    with pytest.raises(UserError, match=r"is a run; choose another --name"):
         swept(tiny(files), tmp_path)
 
 

@@ -23,7 +23,8 @@ from fastpeft.config import RunConfig
 from fastpeft.sweep.lease import HEARTBEAT, LEASE, Lease
 from fastpeft.sweep.space import identity
 from fastpeft.sweep.study import best_of, counted, open_storage, open_study
-from fastpeft.sweep.trials import DURATION_S, OUTCOME, PAUSED, Standing, SweepError, TrialRow, Trials, rows_of
+from fastpeft.sweep.trial_rows import DURATION_S, OUTCOME, PAUSED, Standing, TrialRow, rows_of
+from fastpeft.sweep.trials import SweepError, Trials
 from tests.support import toy_trials
 from tests.support.toy_trials import BATCH, BEST_BATCH, BEST_RATE, RATE, toy_run
 
