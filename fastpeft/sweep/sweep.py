@@ -9,17 +9,18 @@ from __future__ import annotations
 
 import signal
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 from typing import Any, Protocol
 
+from optuna.exceptions import StorageInternalError
 from optuna.study import Study
 
 from fastpeft.config import ConfigError, RunConfig, run_from_values, run_values
 from fastpeft.config.search import parse_sweep_budget
-from fastpeft.errors import UserError
+from fastpeft.errors import UserError, first_line
 from fastpeft.runs.events import Event
 from fastpeft.runs.store import RunError, RunFolder, read_json
 from fastpeft.sweep import trial_rows
@@ -33,6 +34,7 @@ from fastpeft.sweep.worker import Message, Worker, wait, warm_up
 LOOK = "fastpeft.sweep.trial:look"
 TRAIN_TRIAL = "fastpeft.sweep.trial:train_trial"
 _POLL_S = 0.5
+_GOES_ON = "What was found is kept; the same command goes on when that is mended"
 
 
 class Listener(trial_rows.Listener, Protocol):
@@ -110,8 +112,12 @@ def sweep(plan: Plan, listener: Listener, stop: StopSignals) -> Outcome:
         run = run_from_values(looked["run"], plan.run.run_id)
         check_space(run)  # of a stand-in it is another
         _check_meter(run, looked["meter"])
-        study = _open(plan, run, listener)
-        status, trained = _search(plan, run, study, looked["stand_in"], listener, stop)
+        try:
+            study = _open(plan, run, listener)
+            status, trained = _search(plan, run, study, looked["stand_in"], listener, stop)
+        except (OSError, StorageInternalError) as error:
+            cause = error.strerror if isinstance(error, OSError) else first_line(error.__cause__ or error)
+            raise UserError(f"{plan.folder}: {cause}. {_GOES_ON}") from None
         return Outcome(status, len(counted(study)), trained, looked["stand_in"], stop.signal)
 
 
@@ -122,12 +128,15 @@ def _search(
     earlier = read_json(plan.folder / SUMMARY) or {}
     spent_s = float(earlier.get("spent_s", 0.0))
     parts = {"num_workers": plan.num_workers, "target": TRAIN_TRIAL, "spent_s": spent_s, "stop": stop}
-    trials, status = Trials(run, study, plan.folder, listener, **parts), "failed"
+    trials = Trials(run, study, plan.folder, listener, **parts)
     try:
         status = trials.run_all()
-    finally:
-        spent_s = trials.spent_s
-        write_summary(plan.folder, run, study, status, spent_s, stand_in)
+    except BaseException:
+        with suppress(OSError, StorageInternalError, UserError):  # what ended it may be in the way of this too
+            write_summary(plan.folder, run, study, "failed", trials.spent_s, stand_in)
+        raise
+    spent_s = trials.spent_s
+    write_summary(plan.folder, run, study, status, spent_s, stand_in)
     if status == "stopped" or not plan.trains_best:
         return status, None
     best = best_of(study)
