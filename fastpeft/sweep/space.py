@@ -7,12 +7,11 @@ from typing import TYPE_CHECKING, Any
 
 from fastpeft.config import ConfigError, RunConfig, run_values, with_values
 from fastpeft.config.search import OptunaConfig, SearchParameter
+from fastpeft.config.trackers import TRACKERS
 
 if TYPE_CHECKING:
     from optuna.distributions import BaseDistribution
 
-_OF_A_TRIAL = {"wandb.mode": "disabled", "tensorboard": False}
-"""Only the best settings' full training is tracked."""
 _NOT_IDENTITY = ("trials", "budget", "max_failures", "seeds")
 """Of the section optuna: what may be another when a sweep goes on."""
 
@@ -64,13 +63,22 @@ def distributions(space: Mapping[str, SearchParameter]) -> dict[str, BaseDistrib
 def trial_settings(config: OptunaConfig, params: Mapping[str, Any]) -> dict[str, Any]:
     """What a trial's run has that the sweep's run has not, by dotted key."""
     budget = {} if config.trial_budget is None else {"budget": config.trial_budget}
-    return {**params, **budget, **_OF_A_TRIAL}
+    return {**params, **budget, **_untracked()}
+
+
+def _untracked() -> dict[str, Any]:
+    """Every tracker off: only the best settings' full training is tracked."""
+    off: dict[str, Any] = {}
+    for tracker in TRACKERS:
+        off |= {f"{tracker.section}.{key}": value for key, value in tracker.trial.items()}
+        off |= {tracker.section: False} if tracker.default is not None else {}
+    return off
 
 
 def identity(run: RunConfig) -> dict[str, Any]:
     """What makes trials comparable, by dotted key: a sweep goes on with the same only."""
     values = run_values(run)
-    for key in ("wandb", "tensorboard", "overrides", "stand_in"):
+    for key in (*TRACKERS.section_keys, "overrides", "stand_in"):
         values.pop(key, None)
     values["optuna"] = {key: value for key, value in values["optuna"].items() if key not in _NOT_IDENTITY}
     space = values["optuna"].pop("space")

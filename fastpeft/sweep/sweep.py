@@ -110,6 +110,8 @@ def sweep(plan: Plan, listener: Listener, stop: StopSignals) -> Outcome:
         if looked is None:
             return Outcome("stopped", 0, None, False, stop.signal)
         run = run_from_values(looked["run"], plan.run.run_id)
+        if looked["stand_in"]:
+            listener.say(f"STAND-IN: {run.model.name} on {run.dataset.name} ({looked['reason']})")
         check_space(run)  # of a stand-in it is another
         _check_meter(run, looked["meter"])
         try:
