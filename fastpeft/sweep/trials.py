@@ -100,7 +100,7 @@ class Trials:
             self._continue_paused()
             while True:
                 self._begin_more()
-                if not self._running:
+                if not self._running and not self._waits_for_others():
                     return self._why_over()
                 wait([one.worker for one in self._running], _POLL_S)
                 for one in list(self._running):
@@ -124,10 +124,19 @@ class Trials:
             return False
         if self._budget is not None and self._is_spent():
             return False
+        running = len(self._running) + len(self._elsewhere())
+        return len(counted(self.study)) + running < self._config.trials
+
+    def _elsewhere(self) -> list[FrozenTrial]:
+        """Trials that another sweep runs over the same storage."""
         mine = {one.trial.number for one in self._running}
         running = self.study.get_trials(deepcopy=False, states=(TrialState.RUNNING,))
-        elsewhere = sum(trial.number not in mine for trial in running)
-        return len(counted(self.study)) + len(mine) + elsewhere < self._config.trials
+        return [trial for trial in running if trial.number not in mine and not self._is_paused_here(trial)]
+
+    def _waits_for_others(self) -> bool:
+        """Whether the last trials are another sweep's, which may yet die."""
+        is_spent = self._budget is not None and self._is_spent()
+        return not self._stop() and not is_spent and bool(self._elsewhere())
 
     def _is_spent(self) -> bool:
         """No trial is begun that is not expected to end in time."""
@@ -177,12 +186,10 @@ class Trials:
 
     def _bury_dead(self) -> None:
         """FAIL what RUNs for a sweep that is not there any more."""
-        mine = {one.trial.number for one in self._running}
-        for trial in self.study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
-            if trial.number in mine or self._is_paused_here(trial) or is_alive(trial.user_attrs):
-                continue
-            self.study.tell(trial.number, state=TrialState.FAIL, skip_if_finished=True)
-            self._listener.say(f"trial {trial.number} was left by a sweep that is gone: it is made again")
+        for trial in self._elsewhere():
+            if not is_alive(trial.user_attrs):
+                self.study.tell(trial.number, state=TrialState.FAIL, skip_if_finished=True)
+                self._listener.say(f"trial {trial.number} was left by a sweep that is gone: it is made again")
 
     def _is_paused_here(self, trial: FrozenTrial) -> bool:
         return trial.user_attrs.get(PAUSED) == self._place()
@@ -191,7 +198,9 @@ class Trials:
         return f"{self._lease.host.partition(' ')[0]}:{self.folder.resolve()}"
 
     def _continue_paused(self) -> None:
-        """Trials that an interrupted sweep stopped at a checkpoint."""
+        """Trials that an interrupted sweep stopped at a checkpoint, where there is time for them."""
+        if self._is_over_time():
+            return
         for found in self.study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
             if not self._is_paused_here(found):
                 continue
@@ -199,7 +208,7 @@ class Trials:
             self._own(trial)
             if len(self._running) < self._num_workers:
                 trial.set_user_attr(PAUSED, None)
-                self._start(trial, resume=(self.folder / f"{trial.number:04d}" / "run.yaml").is_file())
+                self._start(trial, resume=self._can_go_on(trial))
             else:  # fewer workers than before
                 self._tell_failed(trial, "not continued", 0.0)
 
@@ -227,20 +236,22 @@ class Trials:
             return True
 
     def _end(self, one: _Running, outcome: Message) -> None:
-        took_s = round(time.monotonic() - one.began_s, 3)
+        took_s = round(time.monotonic() - one.began_s + one.trial.user_attrs.get(DURATION_S, 0.0), 3)
         if one.lost:
             self._listener.say(f"trial {one.trial.number} was taken for dead by another sweep: its result is left out")
             return
         if "failed" in outcome:
-            self._tell_failed(one.trial, outcome["failed"], took_s)
-            self._check_failures(one, outcome)
+            self._end_failed(one, outcome, took_s)
             return
         status, value, energy_j = outcome["status"], outcome["value"], outcome["energy_j"]
         one.trial.set_user_attr(DURATION_S, took_s)
         one.trial.set_user_attr(ENERGY_J, energy_j)
         one.trial.set_user_attr(METRIC, outcome["metric"] if self._config.metric == OWN_METRIC else self._config.metric)
         if status == "stopped":
-            self._pause(one.trial)
+            if self._is_ending:
+                one.trial.set_user_attr(PAUSED, self._place())
+            else:
+                self._tell_failed(one.trial, "stopped by a signal", took_s)
             return
         if status == "done" and (value is None or not math.isfinite(value)):
             status, value = "diverged", None
@@ -250,6 +261,21 @@ class Trials:
         self._listener.on_trial(
             TrialRow(one.trial.number, status, value, one.trial.params, took_s, energy_j, counts=True)
         )
+
+    def _end_failed(self, one: _Running, outcome: Message, took_s: float) -> None:
+        if outcome.get("ends_sweep"):
+            self._forget(one)
+            error = SweepError(f"{outcome['failed']}. The trial's output is in {one.worker.log}")
+            error.exit_code = outcome["exit_code"]
+            raise error
+        if self._is_ending and self._can_go_on(one.trial):  # the signal came while it was loading
+            one.trial.set_user_attr(PAUSED, self._place())
+            return
+        self._tell_failed(one.trial, outcome["failed"], took_s)
+
+    def _can_go_on(self, trial: Trial) -> bool:
+        """It has a run folder, and a checkpoint or nothing to lose."""
+        return (self.folder / f"{trial.number:04d}" / "run.yaml").is_file()
 
     def _tell(self, trial: Trial, status: str, value: float | None, energy_j: float | None) -> None:
         trial.set_user_attr(OUTCOME, status)
@@ -275,16 +301,6 @@ class Trials:
                 f"{self._failures} trials failed one after another (optuna.max_failures), the last {trial.number}: "
                 f"{first_line(cause)}. Its output is in {self.folder}"
             )
-
-    def _check_failures(self, one: _Running, outcome: Message) -> None:
-        if outcome.get("ends_sweep"):
-            error = SweepError(f"{outcome['failed']}. The trial's output is in {one.worker.log}")
-            error.exit_code = outcome["exit_code"]
-            raise error
-
-    def _pause(self, trial: Trial) -> None:
-        """It has a checkpoint, from which the same command goes on."""
-        trial.set_user_attr(PAUSED, self._place())
 
     def _remove_weights(self, number: int) -> None:
         """Of a trial its settings, events and scores are kept: the best one is trained in full afterwards."""

@@ -64,6 +64,7 @@ class Worker:
         log.parent.mkdir(parents=True, exist_ok=True)
         self.log = log
         self._ended: Message | None = None
+        self._untold: list[Message] = []
         self._pipe, theirs = connection.Pipe()
         arguments = (theirs, target, json.dumps(spec), str(log))
         self._process: ForkServerProcess = _context().Process(target=_run, args=arguments)
@@ -82,17 +83,20 @@ class Worker:
 
     def messages(self) -> list[Message]:
         """What it has told since the last look, but for its end."""
-        found = []
+        self._read()
+        found, self._untold = self._untold, []
+        return found
+
+    def _read(self) -> None:
         try:
             while not self._pipe.closed and self._pipe.poll():
                 message = json.loads(self._pipe.recv_bytes())
                 if "ended" in message:
                     self._ended = message["ended"]
                 else:
-                    found.append(message)
+                    self._untold.append(message)
         except (EOFError, OSError):
             self._pipe.close()
-        return found
 
     def answer(self, prune: bool) -> None:
         """To a report."""
@@ -105,7 +109,7 @@ class Worker:
         """Of a process that has ended: what its job returned, or {failed, exit_code}. None while it runs."""
         if self._process.is_alive():
             return None
-        self.messages()
+        self._read()
         self._process.join()
         if self._ended is not None:
             return self._ended

@@ -227,15 +227,22 @@ def test_a_sweep_that_is_killed_goes_on_and_its_trials_die_with_it(tmp_path):
 def test_a_trial_of_a_sweep_elsewhere_is_left_alone_while_its_heart_beats(tmp_path):
     run = toy_run(trials=4)
     trials = prepared(tmp_path, run)
-    other = trials.study.ask()
-    other.set_user_attr(LEASE, Lease("another host", 1, 0.0).to_json())
-    other.set_user_attr(HEARTBEAT, time.time())
-    assert trials.run_all() == "budget"  # one of the 4 is the other's
-    assert states(trials.study)["RUNNING"] == 1
-    assert len(counted(trials.study)) == 3
-    other.set_user_attr(HEARTBEAT, time.time() - 1000)
-    assert prepared(tmp_path, run).run_all() == "done"
-    assert trials.study.trials[other.number].state is TrialState.FAIL
+    others = [trials.study.ask() for _ in range(2)]
+    for other, beaten_s in zip(others, (time.time(), time.time() - 1000)):
+        other.set_user_attr(LEASE, Lease("another host", 1, 0.0).to_json())
+        other.set_user_attr(HEARTBEAT, beaten_s)
+
+    def end_soon() -> None:
+        while len(counted(trials.study)) < 3:
+            time.sleep(0.02)
+        trials.study.tell(others[0], 0.5)
+
+    thread = threading.Thread(target=end_soon)
+    thread.start()
+    assert trials.run_all() == "done"  # one of the 4 is the other's, and was waited for
+    thread.join()
+    assert [trials.study.trials[other.number].state for other in others] == [TrialState.COMPLETE, TrialState.FAIL]
+    assert len(counted(trials.study)) == 4
 
 
 # ---- budgets and interruptions -------------------------------------------------------------
