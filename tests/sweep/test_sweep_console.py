@@ -70,8 +70,8 @@ def test_in_a_terminal_the_standing_is_one_live_line():
 
 def test_the_end_names_the_best_settings_and_their_full_trainings():
     console, out = printed()
-    results = [Result(run_id="r", name=f"s-best0007-seed{seed}", status="done", seed=seed, method="lora",
-                      metric={"name": "accuracy", "value": 0.8}, model="m", dataset="d") for seed in (1, 2)]  # fmt: skip
+    facts = {"run_id": "r", "status": "done", "method": "lora", "metric": {"name": "accuracy", "value": 0.8}}
+    results = [Result(name=f"s-best0007-seed{seed}", seed=seed, **facts) for seed in (1, 2)]
     console.close(Outcome("done", 40, BestRun(7, 0.75, {RATE: 1e-3, BATCH: 32}, results), True, None))
     text = out.getvalue()
     assert "0.7500 of trial 7" in text
