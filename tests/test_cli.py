@@ -67,7 +67,16 @@ def test_help_loads_little_more_than_the_argument_parser(args):
 
 
 @pytest.mark.parametrize(
-    "args", [["train", "--help"], ["runs", "--help"], ["runs", "validate", "lora_mnli"], ["runs", "ls"], ["train"]]
+    "args",
+    [
+        ["train", "--help"],
+        ["sweep", "--help"],
+        ["runs", "--help"],
+        ["runs", "validate", "lora_mnli"],
+        ["runs", "ls"],
+        ["train"],
+        ["sweep"],
+    ],
 )
 def test_what_trains_nothing_loads_no_torch(args, tmp_path):
     code = f"sys.argv = {['fastpeft', *args]!r}; from fastpeft.cli import main; main()"

@@ -18,6 +18,7 @@ import typer
 from fastpeft._version import __version__
 from fastpeft.cli.evaluate_command import evaluate
 from fastpeft.cli.runs_commands import ResultsDir, runs
+from fastpeft.cli.sweep_command import sweep
 from fastpeft.errors import UserError
 
 EXIT_CANNOT_TRAIN = 1
@@ -254,6 +255,9 @@ def _load(
         return None
     config = load_run(run, texts)
     return trial_run(config, num_seeds) if mode == "trial" else config
+
+
+app.command()(sweep)
 
 
 @app.command()

@@ -17,6 +17,7 @@ import yaml
 from fastpeft.config.contradictions import HUB_KEYS, contradictions
 from fastpeft.config.registry import complete
 from fastpeft.config.schema import FAMILIES, RunConfig
+from fastpeft.config.search import SPACE
 from fastpeft.config.spelling import refuse_both, respelt, respelt_key, without_retired
 from fastpeft.config.trackers import TRACKERS
 from fastpeft.errors import UserError
@@ -83,7 +84,7 @@ def run_from_values(values: dict[str, Any], source: str) -> RunConfig:
         run = _adapter(_versions()).validate_python(values)
     except ValidationError as error:
         raise ConfigError(source, [_explain(e, values) for e in error.errors()]) from None
-    problems = [*contradictions(run), *_unknown_keys(run)]
+    problems = [*contradictions(run), *_unknown_keys(run), *run.optuna.problems()]
     if problems:
         raise ConfigError(source, problems)
     return run
@@ -94,7 +95,11 @@ def apply_stand_in(run: RunConfig) -> RunConfig:
     assert run.stand_in is not None
     values = run_values(run)
     for key, value in run.stand_in.overrides.items():
-        if key not in run.overrides:
+        if key in run.overrides:
+            continue
+        if key == SPACE and isinstance(value, dict):
+            values["optuna"]["space"] |= value  # its keys have dots of their own; what it leaves out stays
+        else:
             _set(values, key, value)
     values["model"] = {"name": run.stand_in.model}
     values["dataset"] = {k: v for k, v in values["dataset"].items() if k not in HUB_KEYS}
@@ -264,6 +269,7 @@ def _merge(base: dict, over: dict) -> dict:
     out = dict(base)
     for key, value in over.items():
         both = isinstance(value, dict) and isinstance(out.get(key), dict)
+        both = both and "type" not in value  # a search parameter of another type has other keys
         out[key] = _merge(out[key], value) if both else value
     return out
 

@@ -26,6 +26,7 @@ from fastpeft.config.methods import METHODS, AdapterConfig
 from fastpeft.config.optimizers import OPTIMIZERS, OptimizerConfig
 from fastpeft.config.registry import Registry, with_sections
 from fastpeft.config.schedules import SCHEDULES, ScheduleConfig
+from fastpeft.config.search import OptunaConfig
 from fastpeft.config.tasks import TASKS
 from fastpeft.config.trackers import TRACKERS
 from fastpeft.config.units import parse_budget, parse_interval
@@ -186,35 +187,6 @@ class EvaluationConfig:
     """Of those samples."""
     top_p: Annotated[float, Range(gt=0, le=1)] = 0.95
     """Of those samples: draw from the likeliest tokens that together have this probability."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class SearchParameter:
-    __pydantic_config__ = STRICT_KEYS
-
-    type: Literal["loguniform", "uniform", "int", "categorical"]
-    low: float | None = None
-    high: float | None = None
-    choices: list[bool | int | float | str] | None = None
-
-    def __post_init__(self) -> None:
-        if self.type == "categorical":
-            if not self.choices or self.low is not None or self.high is not None:
-                raise ValueError("type categorical takes `choices`, and no low or high")
-        elif self.low is None or self.high is None or self.choices is not None:
-            raise ValueError(f"type {self.type} takes `low` and `high`, and no choices")
-        elif not self.low < self.high or (self.type == "loguniform" and self.low <= 0):
-            raise ValueError(f"low must be under high, and positive for loguniform: {self}")
-
-
-@dataclass(frozen=True, kw_only=True)
-class OptunaConfig:
-    __pydantic_config__ = STRICT_KEYS
-
-    trials: PositiveInt = 30
-    direction: Literal["maximize", "minimize"] = "maximize"
-    space: dict[str, SearchParameter] = field(default_factory=dict)
-    """Dotted key of this file -> the values to search."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -41,7 +41,7 @@ class Result:
     run_id: str
     name: str
     status: str = "running"
-    """running, done, stopped, diverged or failed."""
+    """running, done, stopped, pruned (by a sweep, after an evaluation), diverged or failed."""
     metric: dict[str, Any] = field(default_factory=dict)
     """{name, value} of the weights in adapter/; and {more: {name: value}} where a task has further metrics, {groups:
     {part: {name: value}}} where it has metrics of parts of the data."""

@@ -71,11 +71,12 @@ class Job:
         return self.precision.dtype
 
 
-def build_job(run: RunConfig, precision: Precision | None = None) -> Job:
+def build_job(run: RunConfig, precision: Precision | None = None, score_test: bool = True) -> Job:
     """Load data and model, tokenise, attach the adapter.
 
     Args:
         precision: that a run which goes on began in; else as training.precision says, which may mean to measure.
+        score_test: else a test split counts as none.
 
     Raises:
         UserError: data, model or configuration that cannot be used.
@@ -94,6 +95,8 @@ def build_job(run: RunConfig, precision: Precision | None = None) -> Job:
     phases.begin("tokenise", "tokenising")
     with token_cache.in_use(run.dataset.cache_tokens) as cache_notes:
         task.encode(backbone, device)
+    if not score_test:
+        task.has_test, task.test_cost = False, 0.0
     unchecked = _check(task, adapter, backbone) if run.model.check else []
     batches = Batches(task.train, run.training.batch_size, run.training.seed)
     meter = EnergyMeter.open(gpu_uuid(device))

@@ -54,13 +54,13 @@ class Evaluator:
 
     # ---- scores ----------------------------------------------------------------------------
 
-    def evaluate_if_it_fits(self) -> None:
+    def evaluate_if_it_fits(self) -> Score | None:
         """A periodic evaluation, unless only the final one still fits, or its share of the budget is spent."""
         clock = self._job.clock
         if clock.fits(0, more_s=clock.final_s) and self._may_spend():
-            self._evaluate(self._sample or self._job.task, is_final=False)
-        else:
-            self._job.evaluation_due.done(clock)
+            return self._evaluate(self._sample or self._job.task, is_final=False)
+        self._job.evaluation_due.done(clock)
+        return None
 
     def _may_spend(self) -> bool:
         """An evaluation like the last one stays inside the share that they have together."""
@@ -69,15 +69,16 @@ class Evaluator:
             return True
         return self._spent + self._last_cost[budget.kind == "joules"] <= SHARE * budget.limit
 
-    def evaluate(self) -> None:
+    def evaluate(self) -> Score | None:
         """The final evaluation: of all rows. Where those before it were of a sample, first of that, so that the best
-        weights are found on the same rows. Nothing where it is interrupted."""
-        sample, has_compared = self._sample, self._sampled_at == self._job.clock.steps
-        if sample is None or has_compared or not self._result.best or self._evaluate(sample, is_final=True):
-            self._evaluate(self._job.task, is_final=True)
+        weights are found on the same rows. None where it is interrupted."""
+        sample = None if self._sampled_at == self._job.clock.steps else self._sample
+        if sample is not None and self._result.best and self._evaluate(sample, is_final=True) is None:
+            return None
+        return self._evaluate(self._job.task, is_final=True)
 
-    def _evaluate(self, task: Task, is_final: bool) -> bool:
-        """Score the validation split; keep the weights if they are the best so far. False where it is interrupted."""
+    def _evaluate(self, task: Task, is_final: bool) -> Score | None:
+        """Score the validation split; keep the weights if they are the best so far. None where it is interrupted."""
         self._log.fetch()
         free_memory()  # training's activations, which an evaluation's do not fit into
         job, clock = self._job, self._job.clock
@@ -85,7 +86,7 @@ class Evaluator:
         with job.optimizer.averaged():
             measured = task.evaluate(job.adapter.model, job.limits, self._stop, self._shrink)
         if measured is None:
-            return False
+            return None
         is_whole = task is job.task
         value = self._log_score(VALIDATION, measured)
         self._write_predictions("last", VALIDATION, measured, clock.steps)
@@ -110,7 +111,7 @@ class Evaluator:
         job.evaluation_due.done(clock)
         self.write_result()
         free_memory()
-        return True
+        return measured
 
     def _is_best(self, measured: Score, rows: dict[str, int]) -> bool:
         """Among scores of the same rows. Ties in the metric are broken by lower validation loss. NaN is worse than any

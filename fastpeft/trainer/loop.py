@@ -19,6 +19,7 @@ from fastpeft.config import run_values
 from fastpeft.device_memory import OutOfMemory
 from fastpeft.runs.events import EventLog
 from fastpeft.runs.store import Result, RunFolder
+from fastpeft.tasks.base import Score
 from fastpeft.trainer.build import Job
 from fastpeft.trainer.calibrate import calibrate
 from fastpeft.trainer.checkpoint_files import Checkpoint
@@ -32,12 +33,25 @@ from fastpeft.trainer.step_log import StepLog
 
 MAX_NON_FINITE = 20
 
+Prune = Callable[[int, Score], bool]
+"""Is told of each evaluation before the last one, by its number among those that are due (at `every: 20%` 1 to 4), and
+says whether the run is to end there."""
+
 
 class Loop:
     """Trains `job` and keeps `result`, the event log and the run folder up to date."""
 
-    def __init__(self, job: Job, folder: RunFolder, log: EventLog, result: Result, stop: Callable[[], bool]) -> None:
+    def __init__(
+        self,
+        job: Job,
+        folder: RunFolder,
+        log: EventLog,
+        result: Result,
+        stop: Callable[[], bool],
+        prune: Prune | None = None,
+    ) -> None:
         self.job, self.folder, self.result, self.stop = job, folder, result, stop
+        self._prune = prune
         self.log = StepLog(log, job.clock, job.device)
         self._evaluator = Evaluator(job, folder, result, self.log, stop)
         self._checkpointing = Checkpointing(folder.checkpoints, self._parts())
@@ -65,7 +79,7 @@ class Loop:
     # ---- the run ---------------------------------------------------------------------------
 
     def run(self, checkpoint: Checkpoint | None) -> str:
-        """Train to the end of the budget. Returns the status: done, stopped or diverged."""
+        """Train to the end of the budget. Returns the status: done, stopped, pruned or diverged."""
         clock = self.job.clock
         clock.meter.start()
         clock.start()
@@ -89,14 +103,19 @@ class Loop:
             self._calibrate()
         while not self._is_over():
             if clock.steps > 0 and self.job.evaluation_due(clock):
-                self._evaluator.evaluate_if_it_fits()
+                score = self._evaluator.evaluate_if_it_fits()
                 if self.stop():
                     break
+                if score is not None and self._is_pruned(score):
+                    return "pruned"
             if clock.steps - self._checkpointing.saved_at >= self.job.run.training.checkpoint_steps:
                 self._save_checkpoint()
             self._step()
         self.log.fetch()
         return self._stopped() if self.stop() else self._finish()
+
+    def _is_pruned(self, score: Score) -> bool:
+        return self._prune is not None and self._prune(self.job.evaluation_due.count, score)
 
     def _is_over(self) -> bool:
         if self.stop() or self.log.num_non_finite >= MAX_NON_FINITE:

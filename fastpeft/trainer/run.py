@@ -13,7 +13,7 @@ from fastpeft.config import RunConfig, save_run
 from fastpeft.config.trackers import TRACKERS
 from fastpeft.device_memory import high_water_bytes
 from fastpeft.models.backbone import quiet_transformers
-from fastpeft.runs.events import Event, EventLog, number
+from fastpeft.runs.events import Event, number
 from fastpeft.runs.store import Result, RunFolder, default_name, write_json
 from fastpeft.runs.system import Heartbeat, environment, git_commit
 from fastpeft.tasks.trained_on import TrainedOn
@@ -21,7 +21,7 @@ from fastpeft.trackers import Choice, Trackers, choose
 from fastpeft.trainer.build import Job, build_job, gpu_uuid
 from fastpeft.trainer.checkpoint_files import Checkpoint
 from fastpeft.trainer.interrupt import StopRequest
-from fastpeft.trainer.loop import Loop
+from fastpeft.trainer.loop import Loop, Prune
 from fastpeft.trainer.micro_batches import out_of_memory_is_told
 from fastpeft.trainer.prefix_cache import open_prefix_cache
 from fastpeft.trainer.resolve import Resolved, resolve
@@ -65,6 +65,8 @@ def train(
     reporter: Reporter | None = None,
     stop: StopRequest | None = None,
     group: str | None = None,
+    prune: Prune | None = None,
+    score_test: bool = True,
 ) -> Result:
     """Train `run` to the end of its budget.
 
@@ -77,9 +79,11 @@ def train(
         reporter: is told of every event.
         stop: a request to stop; by default SIGINT and SIGTERM make one while this runs.
         group: noted in result.json: what runs that belong together share.
+        prune: may end the run after an evaluation.
+        score_test: score the test split at the end, where there is one.
 
     Returns:
-        What result.json holds. `status` is done, stopped or diverged.
+        What result.json holds. `status` is done, stopped, pruned or diverged.
 
     Raises:
         UserError: anything that the user can mend, before any folder is made.
@@ -111,7 +115,7 @@ def train(
         ):
             _say_stand_in(reporter, resolved)
             with SetUp(folder, reporter.on_event, resume, checkpoint) as set_up:
-                job = build_job(resolved.run, began_in(folder, checkpoint))
+                job = build_job(resolved.run, began_in(folder, checkpoint), score_test)
                 keep_prefix(job, folder)
                 if resume:
                     job.notes += check_same_data(folder, job.trained_on, checkpoint)
@@ -122,7 +126,8 @@ def train(
                 write_json(folder.environment, environment() | _device_facts(job))
             result = _new_result(job, resolved, folder, group)
             result.setup_s = time.perf_counter() - began
-            return _run(job, result, folder, set_up.open_log(), checkpoint, chosen, reporter.say, stop)
+            loop = Loop(job, folder, set_up.open_log(), result, stop, prune)
+            return _run(loop, checkpoint, chosen, reporter.say)
     finally:
         folder.unlock()
 
@@ -162,19 +167,10 @@ def _new_result(job: Job, resolved: Resolved, folder: RunFolder, group: str | No
     )
 
 
-def _run(
-    job: Job,
-    result: Result,
-    folder: RunFolder,
-    log: EventLog,
-    checkpoint: Checkpoint | None,
-    chosen: list[Choice],
-    say: Callable[[str], None],
-    stop: StopRequest,
-) -> Result:
+def _run(loop: Loop, checkpoint: Checkpoint | None, chosen: list[Choice], say: Callable[[str], None]) -> Result:
     """The loop, between the `run` event and the last one."""
+    job, folder, result = loop.job, loop.folder, loop.result
     folder.write_result(result)
-    loop = Loop(job, folder, log, result, stop)
     error = trackers = None
     try:
         trackers = Trackers(chosen, folder.path, say, loop.log.warn)
@@ -189,7 +185,7 @@ def _run(
         _close(job, loop, folder, result, error)
         if trackers is not None:
             trackers.close()
-        log.close()
+        loop.log.close()
     return result
 
 

@@ -51,6 +51,9 @@ class StepLog:
         """Write an event of this moment; it may come before queued steps. For any thread."""
         self._log.write(type, elapsed_s=self._clock.elapsed_s, step=self._clock.steps, **fields)
 
+    def close(self) -> None:
+        self._log.close()
+
     def warn(self, message: str) -> None:
         self.event("warning", message=message)
 

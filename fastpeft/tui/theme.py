@@ -19,6 +19,7 @@ STATUS = {
     "dead": ("✖", "#D55E00"),
     "failed": ("✖", "#D55E00"),
     "diverged": ("▲", "#CC79A7"),
+    "pruned": ("◆", "#999999"),
     "no result": ("?", "#999999"),
 }
 """Sign and colour: the sign alone is enough."""

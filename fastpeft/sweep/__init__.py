@@ -1,0 +1,1 @@
+"""Search a run's settings: trials by Optuna, and the best of them trained in full."""

@@ -1,0 +1,128 @@
+"""Optuna's journal in a file, made safe against kill -9 and a full disk.
+
+Optuna's own file lock is a link that a killed process leaves behind, and its reader raises for ever after a line that
+was cut off. Here the kernel holds the lock, so that it ends with its process, and whoever gets it first cuts a torn
+line away.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import json
+import os
+import time
+from pathlib import Path
+from typing import IO, Any
+
+from optuna.storages import JournalStorage
+from optuna.storages.journal import JournalFileBackend
+
+from fastpeft.errors import UserError
+
+LOCK_TIMEOUT_S = 60.0
+_POLL_S = 0.005
+
+
+class JournalError(UserError):
+    """The journal cannot be read or written; the message says what to do."""
+
+
+class KernelLock:
+    """flock on a file beside the journal."""
+
+    def __init__(self, path: Path, timeout_s: float = LOCK_TIMEOUT_S) -> None:
+        self._path, self._timeout_s = path, timeout_s
+        self._held: IO[bytes] | None = None
+
+    def __enter__(self) -> None:
+        """Raises JournalError where another process holds it for `timeout_s`."""
+        file = self._path.open("ab")
+        until = time.monotonic() + self._timeout_s
+        while True:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError as error:
+                if error.errno not in (errno.EAGAIN, errno.EACCES):
+                    file.close()
+                    raise
+            else:
+                self._held = file
+                return
+            if time.monotonic() > until:
+                file.close()
+                raise JournalError(
+                    f"{self._path} is locked by another process for {self._timeout_s:.0f} s; end that process (fuser "
+                    "names it), or put the sweep into another --results-dir"
+                )
+            time.sleep(_POLL_S)
+
+    def __exit__(self, *exception: object) -> None:
+        assert self._held is not None
+        self._held.close()
+        self._held = None
+
+
+class JournalFile(JournalFileBackend):
+    """Appends whole lines or nothing."""
+
+    def __init__(self, path: Path, lock_timeout_s: float = LOCK_TIMEOUT_S) -> None:
+        self._path = path
+        self._kernel_lock = KernelLock(path.with_name(f"{path.name}.lock"), lock_timeout_s)
+        try:
+            super().__init__(str(path))
+            with self._kernel_lock:
+                self._cut_torn_line()
+        except OSError as error:
+            raise JournalError(f"{path} cannot be opened: {error.strerror}") from None
+
+    def append_logs(self, logs: list[dict[str, Any]]) -> None:
+        """Raises JournalError where they cannot be written; what was half written is taken back."""
+        try:
+            with self._kernel_lock:
+                self._cut_torn_line()
+                size = self._path.stat().st_size
+                try:
+                    self._append(logs)
+                except OSError:
+                    os.truncate(self._path, size)
+                    raise
+        except OSError as error:
+            raise JournalError(
+                f"{self._path} cannot be written: {error.strerror}. What is in it is kept; the same command goes on "
+                "when that is mended"
+            ) from None
+
+    def _append(self, logs: list[dict[str, Any]]) -> None:
+        lines = "".join(json.dumps(log, separators=(",", ":")) + "\n" for log in logs)
+        with self._path.open("ab", buffering=0) as file:
+            data = lines.encode()
+            while data:
+                data = data[file.write(data) :]
+            os.fsync(file.fileno())
+
+    def _cut_torn_line(self) -> None:
+        """Of a process that was killed while it wrote. The lock is held."""
+        with self._path.open("rb+") as file:
+            end = file.seek(0, os.SEEK_END)
+            whole = end
+            while whole:
+                file.seek(whole - 1)
+                if file.read(1) == b"\n":
+                    break
+                whole -= 1
+            if whole != end:
+                file.truncate(whole)
+
+
+def open_journal(path: Path) -> JournalStorage:
+    """Raises JournalError where it cannot be read."""
+    try:
+        journal = JournalFile(path)
+        for line in path.read_bytes().splitlines()[-1:]:
+            json.loads(line)  # a last line that is none Optuna takes for one that is being written
+        return JournalStorage(journal)
+    except (ValueError, KeyError, TypeError) as error:  # of a line that is no record
+        if isinstance(error, UserError):
+            raise
+        raise JournalError(f"{path} is no journal of Optuna, or is damaged: {error}") from None

@@ -1,0 +1,111 @@
+"""The search space of a run: Optuna's distributions, and the trials' runs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Any
+
+from fastpeft.config import ConfigError, RunConfig, run_values, with_values
+from fastpeft.config.search import OptunaConfig, SearchParameter
+from fastpeft.config.trackers import TRACKERS
+
+if TYPE_CHECKING:
+    from optuna.distributions import BaseDistribution
+
+_NOT_IDENTITY = ("trials", "budget", "max_failures", "seeds")
+"""Of the section optuna: what may be another when a sweep goes on."""
+
+
+def check_space(run: RunConfig) -> None:
+    """Try single values of every key in the run.
+
+    Raises:
+        ConfigError: no key at all, or one whose values the run cannot have, each named.
+    """
+    if not run.optuna.space:
+        raise ConfigError(
+            run.run_id, ["optuna.space: it is empty; name a key and its values, such as "
+                         "optuna.space='{training.learning_rate: {type: loguniform, low: 1e-5, high: 1e-3}}'"]
+        )  # fmt: skip
+    problems = [problem for key, searched in run.optuna.space.items() for problem in _faults(run, key, searched)]
+    if problems:
+        raise ConfigError(run.run_id, problems)
+
+
+def _faults(run: RunConfig, key: str, searched: SearchParameter) -> Iterator[str]:
+    """Of values alone in an otherwise unchanged run, at most one a key."""
+    for value in searched.specimens():
+        try:
+            with_values(run, {key: value})
+        except ConfigError as error:
+            yield f"optuna.space.{key}: a trial with {value!r} would be refused: {'; '.join(error.problems)}"
+            return
+
+
+def distributions(space: Mapping[str, SearchParameter]) -> dict[str, BaseDistribution]:
+    """Optuna's, by dotted key."""
+    from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
+
+    found: dict[str, BaseDistribution] = {}
+    for key, searched in space.items():
+        if searched.choices is not None:
+            found[key] = CategoricalDistribution(searched.choices)
+            continue
+        assert searched.low is not None
+        assert searched.high is not None
+        if searched.type == "int":
+            found[key] = IntDistribution(int(searched.low), int(searched.high))
+        else:
+            found[key] = FloatDistribution(searched.low, searched.high, log=searched.type == "loguniform")
+    return found
+
+
+def trial_settings(config: OptunaConfig, params: Mapping[str, Any]) -> dict[str, Any]:
+    """What a trial's run has that the sweep's run has not, by dotted key."""
+    budget = {} if config.trial_budget is None else {"budget": config.trial_budget}
+    return {**params, **budget, **_untracked()}
+
+
+def _untracked() -> dict[str, Any]:
+    """Every tracker off: only the best settings' full training is tracked."""
+    off: dict[str, Any] = {}
+    for tracker in TRACKERS:
+        off |= {f"{tracker.section}.{key}": value for key, value in tracker.trial.items()}
+        off |= {tracker.section: False} if tracker.default is not None else {}
+    return off
+
+
+def identity(run: RunConfig) -> dict[str, Any]:
+    """What makes trials comparable, by dotted key: a sweep goes on with the same only."""
+    values = run_values(run)
+    for key in (*TRACKERS.section_keys, "overrides", "stand_in"):
+        values.pop(key, None)
+    values["optuna"] = {key: value for key, value in values["optuna"].items() if key not in _NOT_IDENTITY}
+    space = values["optuna"].pop("space")
+    flat = dict(_flat(values, ""))
+    return flat | {f"optuna.space.{key}": _bare(searched) for key, searched in space.items()}
+
+
+def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """A sentence a key whose value is another."""
+    keys = [*before, *(key for key in now if key not in before)]
+    return [
+        f"{key}: {before.get(key, 'absent')} there, {now.get(key, 'absent')} here"
+        for key in keys
+        if before.get(key, _ABSENT) != now.get(key, _ABSENT)
+    ]
+
+
+_ABSENT = object()
+
+
+def _bare(searched: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in searched.items() if value is not None}
+
+
+def _flat(values: Mapping[str, Any], prefix: str) -> Iterator[tuple[str, Any]]:
+    for key, value in values.items():
+        if isinstance(value, Mapping):
+            yield from _flat(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value

@@ -1,0 +1,153 @@
+"""The study of a sweep: its storage, its sampler and pruner, what it is a study of, and which trials count."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import optuna
+from optuna.distributions import BaseDistribution
+from optuna.pruners import BasePruner, MedianPruner, NopPruner, SuccessiveHalvingPruner
+from optuna.samplers import BaseSampler, RandomSampler, TPESampler
+from optuna.storages import BaseStorage
+from optuna.study import Study
+from optuna.trial import FrozenTrial, TrialState
+
+from fastpeft.config.search import OptunaConfig
+from fastpeft.errors import UserError, first_line
+from fastpeft.sweep.journal import open_journal
+from fastpeft.sweep.space import differences
+
+IDENTITY = "fastpeft"
+"""User attribute of a study: what its trials have in common."""
+JOURNAL = "journal.log"
+
+
+class StudyError(UserError):
+    """A study that cannot be used; the message says what to do."""
+
+
+def open_storage(url: str | None, folder: Path) -> BaseStorage:
+    """A journal in `folder`, or the storage of an Optuna URL.
+
+    Raises:
+        UserError: it cannot be opened.
+    """
+    if url is None:
+        return open_journal(folder / JOURNAL)
+    try:
+        # A connection that the server closed while a trial trained is opened anew.
+        return optuna.storages.RDBStorage(url, engine_kwargs={"pool_pre_ping": True})
+    except ImportError as error:
+        raise StudyError(f"--storage {_masked(url)}: its driver is missing: {first_line(error)}") from None
+    except Exception as error:  # SQLAlchemy's, and each driver's own
+        raise StudyError(f"--storage {_masked(url)}: cannot be opened: {first_line(error)}") from None
+
+
+def _masked(url: str) -> str:
+    """Without the password."""
+    scheme, separator, rest = url.partition("://")
+    login, at, place = rest.rpartition("@")
+    return f"{scheme}{separator}{login.partition(':')[0]}{at}{place}" if separator else url
+
+
+def open_study(
+    storage: BaseStorage, name: str, config: OptunaConfig, identity: Mapping[str, Any]
+) -> tuple[Study, bool]:
+    """The study `name`, made where there is none.
+
+    Returns:
+        The study, and whether it is new.
+
+    Raises:
+        StudyError: it is there, and of another space, run or metric.
+    """
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    parts = {"sampler": make_sampler(config, 0), "pruner": make_pruner(config)}
+    names = optuna.get_all_study_names(storage)
+    is_new = name not in names
+    study = optuna.create_study(
+        storage=storage, study_name=name, direction=config.direction, load_if_exists=True, **parts
+    )
+    mine = json.loads(json.dumps(identity))
+    theirs = study.user_attrs.get(IDENTITY)
+    if theirs is None and not study.trials:
+        study.set_user_attr(IDENTITY, mine)
+        theirs = mine
+    if theirs is None:
+        raise StudyError(f"the study {name!r} is there and was not made by a sweep; choose another --name")
+    changed = differences(theirs, mine)
+    if study.direction.name.lower() != config.direction:
+        changed.insert(0, f"optuna.direction: {study.direction.name.lower()} there, {config.direction} here")
+    if changed:
+        raise StudyError(
+            f"the sweep {name!r} is there with other settings, and its trials cannot be compared with new ones:\n  "
+            + "\n  ".join(changed)
+            + "\n  Set them back to go on with it, or choose another --name"
+        )
+    return study, is_new
+
+
+def make_sampler(config: OptunaConfig, number: int) -> BaseSampler:
+    """The sampler for the `number`-th trial that is asked for: seeded by it, so that a sweep that goes on draws as one
+    that was never interrupted."""
+    import numpy as np
+
+    seed = int(np.random.SeedSequence([config.seed, number]).generate_state(1)[0])
+    if config.sampler == "random":
+        return RandomSampler(seed=seed)
+    return TPESampler(
+        n_startup_trials=config.startup_trials,
+        n_ei_candidates=24,
+        seed=seed,
+        multivariate=True,  # one joint density: a rate's best value depends on the batch size
+        group=False,  # every trial has every key
+        constant_liar=True,  # trials that run side by side keep apart
+    )
+
+
+def make_pruner(config: OptunaConfig) -> BasePruner:
+    if config.pruner == "none":
+        return NopPruner()
+    if config.pruner == "halving":
+        return SuccessiveHalvingPruner(
+            min_resource=max(1, config.pruner_warmup), reduction_factor=2, min_early_stopping_rate=0, bootstrap_count=0
+        )
+    return MedianPruner(
+        n_startup_trials=config.pruner_startup,
+        n_warmup_steps=config.pruner_warmup + 1,  # evaluations count from 1
+        interval_steps=1,
+        n_min_trials=3,
+    )
+
+
+def ask(study: Study, config: OptunaConfig, space: dict[str, BaseDistribution]) -> optuna.Trial:
+    """A new trial with a value for every key."""
+    study.sampler = make_sampler(config, len(study.get_trials(deepcopy=False)))
+    return study.ask(fixed_distributions=space)
+
+
+def counted(study: Study) -> list[FrozenTrial]:
+    """The trials that were asked for and are there: complete or pruned."""
+    return study.get_trials(deepcopy=False, states=(TrialState.COMPLETE, TrialState.PRUNED))
+
+
+def best_of(study: Study) -> FrozenTrial | None:
+    """The best complete trial with a finite value that keeps the constraints; None where there is none.
+
+    Optuna's own best_trial takes -inf for the best of a minimisation, and raises where all were pruned.
+    """
+    trials = [
+        trial
+        for trial in study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
+        if trial.value is not None and math.isfinite(trial.value) and is_feasible(trial)
+    ]
+    sign = -1.0 if study.direction == optuna.study.StudyDirection.MINIMIZE else 1.0
+    return max(trials, key=lambda trial: (sign * (trial.value or 0.0), -trial.number), default=None)
+
+
+def is_feasible(trial: FrozenTrial) -> bool:
+    return all(value <= 0 for value in trial.constraints.values())
