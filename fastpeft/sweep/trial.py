@@ -93,7 +93,7 @@ def train_best(spec: Message, channel: Channel) -> Message:
 
 
 def best_value(events: Iterable[Event], metric: str, direction: str) -> float | None:
-    """The best finite value of `metric` over the evaluations of the validation split; of those of all rows, where others
+    """The best finite value of `metric` over the evaluations of the validation split; of those of all rows where others
     were of a sample."""
     found = list(filter(is_validation, events))
     most = max((event["num"] for event in found), default=0)

@@ -22,7 +22,8 @@ def _activation(x, ACTIVATION: tl.constexpr):
 def gated_kernel(gate_ptr, up_ptr, y_ptr, num, ACTIVATION: tl.constexpr, BLOCK: tl.constexpr):
     places = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     mask = places < num
-    value, _ = _activation(tl.load(gate_ptr + places, mask=mask, other=0.0).to(tl.float32), ACTIVATION)
+    gate = tl.load(gate_ptr + places, mask=mask, other=0.0).to(tl.float32)
+    value, _ = _activation(gate, ACTIVATION)  # pyright: ignore[reportGeneralTypeIssues] (compiled by Triton)
     y = value * tl.load(up_ptr + places, mask=mask, other=0.0).to(tl.float32)
     tl.store(y_ptr + places, y.to(y_ptr.dtype.element_ty), mask=mask)
 
@@ -33,7 +34,8 @@ def gated_backward_kernel(
 ):  # fmt: skip
     places = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     mask = places < num
-    value, slope = _activation(tl.load(gate_ptr + places, mask=mask, other=0.0).to(tl.float32), ACTIVATION)
+    gate = tl.load(gate_ptr + places, mask=mask, other=0.0).to(tl.float32)
+    value, slope = _activation(gate, ACTIVATION)  # pyright: ignore[reportGeneralTypeIssues] (compiled by Triton)
     dy = tl.load(dy_ptr + places, mask=mask, other=0.0).to(tl.float32)
     up = tl.load(up_ptr + places, mask=mask, other=0.0).to(tl.float32)
     tl.store(dgate_ptr + places, (dy * up * slope).to(dgate_ptr.dtype.element_ty), mask=mask)
