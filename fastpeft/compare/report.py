@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import multiprocessing
 import os
 from collections.abc import Callable, Iterator, Sequence
@@ -80,7 +81,15 @@ def _noted(found: Sequence[Found], counted: Sequence[Found]) -> Iterator[Found]:
 
 def _report_runs(found: Sequence[Found], by: str, target: float | None) -> list[RunReport]:
     with _processes(len(found)) as many:
-        return list(many(report_run, found, [by] * len(found), [target] * len(found)))
+        return list(many(_report_run, found, [by] * len(found), [target] * len(found)))
+
+
+def _report_run(found: Found, by: str, target: float | None) -> RunReport:
+    """Where nothing is collected on the way, what a run's figures leave is collected behind each run."""
+    report = report_run(found, by, target)
+    if not gc.isenabled():
+        gc.collect()
+    return report
 
 
 @contextmanager
@@ -90,5 +99,6 @@ def _processes(count: int) -> Iterator[Callable[..., Iterator]]:
     if count < _OWN_PROCESSES_FROM or workers == 1:
         yield map
         return
-    with ProcessPoolExecutor(workers, multiprocessing.get_context("forkserver")) as pool:
+    context = multiprocessing.get_context("forkserver")
+    with ProcessPoolExecutor(workers, context, initializer=gc.disable) as pool:  # a fifth of the time of a figure
         yield pool.map

@@ -26,6 +26,8 @@ _NUMBERED_CLASSES = 12
 _NUM_SHADES = 40
 """Of a heatmap. From 50 on matplotlib draws a scale as pixels."""
 _SLANTED: dict[str, Any] = {"rotation": 40, "ha": "right", "rotation_mode": "anchor"}
+_WIDTH = 4.8
+"""Inches of a column of curves."""
 _NUM_TICKS = 5
 """At most: they take most of the time of a figure."""
 CLOCK = "time on the budget clock (s)"
@@ -34,13 +36,13 @@ CLOCK = "time on the budget clock (s)"
 def draw_curves(history: History, result: Result, stem: Path) -> str:
     """Loss, metric and learning rate over time; with a meter power and energy too, and the metric over energy.
 
-    Its margins are fixed: most runs of a report are drawn by it alone, and measuring labels takes a fifth of the time.
+    Its margins and the places of its labels are fixed: measuring texts to find them takes half of the time.
     """
     has_meter = result.energy_j is not None
     over_time: list[_Draw] = [_draw_loss, _draw_metric, _draw_rate]
     over_time += [_draw_power, _draw_energy] if has_meter else []
     test = f", test {number(result.test['value']):.4f}" if "value" in result.test else ""
-    width, left = 4.8 * (1 + has_meter), 0.75
+    width, left = _WIDTH * (1 + has_meter), 0.75
     with drawing(f"{result.name}{test}", (width, 6.0), [result]) as figure:
         figure.set_layout_engine(None)
         room = {"left": left / width, "right": 1 - 0.15 / width, "top": 0.93, "bottom": 0.08}
@@ -48,6 +50,8 @@ def draw_curves(history: History, result: Result, stem: Path) -> str:
         for column in axes.T:
             for panel in column:
                 panel.locator_params(nbins=_NUM_TICKS)
+                panel.yaxis.set_label_coords(-0.62 / _WIDTH, 0.5)
+                panel.xaxis.set_label_coords(0.5, -0.2)
             *above, last = column if column is axes.T[0] or not has_meter else column[:2]
             for panel in above:
                 panel.sharex(last)
