@@ -57,8 +57,8 @@ class Score:
     """Seconds spent decoding, where answers are decoded; they are on the budget's clock."""
     decode_tokens: int | None = None
     answered: Callable[[], AnsweredRows | None] = field(default=lambda: None, compare=False, repr=False)
-    """Every row that was scored, in order, with what was answered to it; made when it is called for. None where the kind
-    does not tell."""
+    """Every row that was scored, in order, with what was answered to it; made when called for. None where the kind does
+    not tell."""
 
 
 class ExportCheck(ABC):
