@@ -16,6 +16,8 @@ from fastpeft.runs.events import number
 from fastpeft.runs.store import MAJORITY, Result
 
 CONFIDENCE = 0.95
+DATA_MARK = ", data "
+"""Before the data's hash, in a task's name."""
 GLUE_TASKS = ("mnli", "sst2", "rte")
 
 
@@ -289,7 +291,7 @@ def tasks_of(results: list[Result]) -> list[str]:
     for name, result in zip(names, results):
         hashes.setdefault(name, set()).add(_data(result))
     return [
-        f"{name}, data {_data(result)[:8] or 'not noted'}" if len(hashes[name]) > 1 else name
+        f"{name}{DATA_MARK}{_data(result)[:8] or 'not noted'}" if len(hashes[name]) > 1 else name
         for name, result in zip(names, results)
     ]
 

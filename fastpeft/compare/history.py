@@ -1,22 +1,20 @@
 """One pass over a run's event log: its steps as columns, its evaluations, and what else a report shows.
 
-The log is read line by line. What is kept of a step is 8 bytes a column, whatever its line holds, so that 100,000 steps
-take 8 MB; heartbeats and importances are thinned to a bounded number.
+The log is read a megabyte at a time. What is kept of a step is 8 bytes a column, whatever its line holds, so that
+100,000 steps take 6.4 MB; heartbeats and importances are thinned to a bounded number.
 """
 
 from __future__ import annotations
 
 import math
-from array import array
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from operator import itemgetter
 from typing import Any, Generic, TypeVar
 
 import numpy as np
 
 from fastpeft.runs.curves import is_validation
-from fastpeft.runs.events import Event, number
+from fastpeft.runs.events import Event, number, parse_event
 
 COLUMNS = ("step", "elapsed_s", "loss", "penalty", "lr", "grad_norm", "tokens", "energy_j")
 """Of a step. What it lacks is NaN."""
@@ -24,7 +22,7 @@ SYSTEM = ("elapsed_s", "util", "memory_mb", "power_w", "temp_c")
 MAX_SNAPSHOTS = 64
 MAX_HEARTBEATS = 4096
 MAX_WARNINGS = 20
-_STEP = itemgetter(*COLUMNS)
+_STEP = b'{"type":"step"'
 _T = TypeVar("_T")
 
 
@@ -83,16 +81,15 @@ class History:
         return len(self.steps.get("step", ()))
 
 
-def read_history(blocks: Iterable[list[Event]]) -> History:
-    """Of a log from its beginning, as runs.events.read_blocks has it. A resumed run's log has each step once."""
-    history, columns = History(), {name: array("d") for name in COLUMNS}
+def read_history(blocks: Iterable[list[bytes]]) -> History:
+    """Of a log from its beginning, as runs.events.read_lines has it. A resumed run's log has each step once."""
+    history, columns = History(), [[np.empty(0)] for _ in COLUMNS]
     heartbeats, snapshots = Thinned[Event](MAX_HEARTBEATS), Thinned[Snapshot](MAX_SNAPSHOTS)
-    for block in blocks:
-        history.num_events += len(block)
-        steps, others = [], []
-        for event in block:
-            (steps if event["type"] == "step" else others).append(event)
-        _extend(columns, steps)
+    for lines in blocks:
+        steps, others = _parted(lines)
+        history.num_events += len(steps[0]) + len(others)
+        for column, values in zip(columns, steps):
+            column.append(values)
         for event in others:
             if event["type"] == "system":
                 heartbeats.add(event)
@@ -100,23 +97,44 @@ def read_history(blocks: Iterable[list[Event]]) -> History:
                 snapshots.add(_snapshot(event))
             else:
                 _note(history, event)
-    history.steps = {name: np.frombuffer(column, np.float64) for name, column in columns.items()}
+    history.steps = {name: np.concatenate(column) for name, column in zip(COLUMNS, columns)}
     kept = heartbeats.items()
     history.system = {name: np.array([_float(event.get(name)) for event in kept]) for name in SYSTEM}
     history.importance = snapshots.items()
     return history
 
 
-def _extend(columns: dict[str, array], steps: list[Event]) -> None:
+def _parted(lines: Sequence[bytes]) -> tuple[list[np.ndarray], list[Event]]:
+    """(COLUMNS of the steps, the other events)."""
+    others = [event for line in lines if not line.startswith(_STEP) and (event := parse_event(line)) is not None]
+    if all(event["type"] != "step" for event in others):
+        steps = _columns([line for line in lines if line.startswith(_STEP)])
+        if steps is not None:
+            return steps, others
+    events = [event for line in lines if (event := parse_event(line)) is not None]
+    steps = [event for event in events if event["type"] == "step"]
+    found = [np.array([_float(event.get(name)) for event in steps]) for name in COLUMNS]
+    return found, [event for event in events if event["type"] != "step"]
+
+
+def _columns(steps: Sequence[bytes]) -> list[np.ndarray] | None:
+    """Of steps on lines as `EventLog` writes them, in half the time that one by one takes.
+
+    None where a line is damaged, or a number that is not finite stands there as text.
+    """
+    import pyarrow as pa
+    from pyarrow import json
+
+    if not steps:
+        return [np.empty(0)] * len(COLUMNS)
+    text = b"\n".join(steps)
+    schema = pa.schema([(name, pa.float64()) for name in COLUMNS])
+    parse = json.ParseOptions(explicit_schema=schema, unexpected_field_behavior="ignore")
     try:
-        rows = list(zip(*map(_STEP, steps)))
-    except KeyError:
-        rows = [[event.get(name) for event in steps] for name in COLUMNS]
-    for column, values in zip(columns.values(), rows):
-        try:
-            column.fromlist(list(values))  # all of them or none
-        except TypeError:  # a number that is missing or not finite
-            column.fromlist([_float(value) for value in values])
+        table = json.read_json(pa.BufferReader(text), json.ReadOptions(False, len(text) + 1), parse)
+    except pa.ArrowInvalid:
+        return None
+    return [table.column(name).to_numpy() for name in COLUMNS]
 
 
 def _float(value: Any) -> float:

@@ -26,6 +26,8 @@ _NUMBERED_CLASSES = 12
 _NUM_SHADES = 40
 """Of a heatmap. From 50 on matplotlib draws a scale as pixels."""
 _SLANTED: dict[str, Any] = {"rotation": 40, "ha": "right", "rotation_mode": "anchor"}
+_WIDTH = 4.8
+"""Inches of a column of curves."""
 _NUM_TICKS = 5
 """At most: they take most of the time of a figure."""
 CLOCK = "time on the budget clock (s)"
@@ -34,21 +36,23 @@ CLOCK = "time on the budget clock (s)"
 def draw_curves(history: History, result: Result, stem: Path) -> str:
     """Loss, metric and learning rate over time; with a meter power and energy too, and the metric over energy.
 
-    Its margins are fixed: most runs of a report are drawn by it alone, and measuring labels takes a fifth of the time.
+    Its margins and the places of its labels are fixed: measuring texts to find them takes half of the time.
     """
     has_meter = result.energy_j is not None
     over_time: list[_Draw] = [_draw_loss, _draw_metric, _draw_rate]
     over_time += [_draw_power, _draw_energy] if has_meter else []
     test = f", test {number(result.test['value']):.4f}" if "value" in result.test else ""
-    width, left = 4.8 * (1 + has_meter), 0.75
-    with drawing(f"{result.name}{test}", (width, 6.0), [result]) as figure:
+    width, left = _WIDTH * (1 + has_meter), 0.75
+    with drawing(f"{result.name}{test}", (width, 6.4), [result]) as figure:
         figure.set_layout_engine(None)
         room = {"left": left / width, "right": 1 - 0.15 / width, "top": 0.93, "bottom": 0.08}
-        axes = figure.subplots(3, 1 + has_meter, squeeze=False, gridspec_kw={**room, "wspace": 0.24, "hspace": 0.2})
-        for column in axes.T:
+        axes = figure.subplots(3, 1 + has_meter, squeeze=False, gridspec_kw={**room, "wspace": 0.24, "hspace": 0.36})
+        for place, column in enumerate(axes.T):
             for panel in column:
                 panel.locator_params(nbins=_NUM_TICKS)
-            *above, last = column if column is axes.T[0] or not has_meter else column[:2]
+                panel.yaxis.set_label_coords(-0.62 / _WIDTH, 0.5)
+                panel.xaxis.set_label_coords(0.5, -0.19)
+            *above, last = column[:2] if place else column
             for panel in above:
                 panel.sharex(last)
                 panel.tick_params(labelbottom=False)
@@ -64,7 +68,8 @@ def _draw_loss(panel: Axes, history: History, result: Result) -> None:
     curve = binned(history.steps["elapsed_s"], history.steps["loss"], NUM_BINS)
     if curve.per_bin > 1:
         panel.fill_between(curve.x, curve.low, curve.high, color=COLOURS[0], alpha=0.2, linewidth=0)
-        panel.set_title(f"mean and range of {curve.per_bin} steps", loc="right", fontsize=8)
+        said = f"mean and range of {curve.per_bin} steps"
+        panel.text(0.99, 0.97, said, transform=panel.transAxes, ha="right", va="top", fontsize=8)
     panel.plot(curve.x, curve.mean, color=COLOURS[0], linewidth=1)
     panel.set_ylabel("task loss")
 
@@ -91,7 +96,7 @@ def _draw_power(panel: Axes, history: History, result: Result) -> None:
         x = (energy.x[1:] + energy.x[:-1]) / 2
     curve = binned(x, power, NUM_BINS)
     panel.plot(curve.x, curve.mean, color=COLOURS[1], linewidth=1)
-    panel.set_ylim(bottom=0)
+    panel.set_ylim(0, 1.1 * curve.mean.max() if len(curve.mean) else None)
     panel.set_ylabel("power (W)")
 
 

@@ -21,7 +21,7 @@ from fastpeft.config import load_run, run_values
 from fastpeft.data.predictions import Answer, Predictions, read_predictions
 from fastpeft.errors import UserError
 from fastpeft.runs.curves import Budgets, auc_of, evaluations, to_target_of
-from fastpeft.runs.events import Event, finite, number, read_blocks
+from fastpeft.runs.events import Event, finite, number, read_lines
 from fastpeft.runs.store import Result, RunFolder, read_json
 
 RESCORED = "rescored.json"
@@ -65,7 +65,7 @@ def report_run(found: Found, by: str, target: float | None) -> RunReport:
     folder, result = found.folder, found.result
     if folder is None or result is None or not folder.events.is_file():
         return RunReport(found.name)
-    history, notes = read_history(read_blocks(folder.events)), []
+    history, notes = read_history(read_lines(folder.events)), []
     curve = _curve_of(history, result, target)
     predictions = _predictions_of(folder, result, by, notes)
     if history.warnings:

@@ -72,16 +72,15 @@ def rescore(folder: RunFolder, say: Callable[[str], None], weights: Weights | No
     say(f"scoring {plan.source} with PEFT {metadata.version('peft')} alone")
     score = task.evaluate(model, limits, lambda: False, shrink)
     assert score is not None
-    assert score.answered is not None
     kept = read_predictions(folder.predictions(plan.weights))
-    answers = [answer for _, answer in score.answered()]
+    answers = [answer for _, answer in score.answered() or ()]
     found = Rescored(
         weights=plan.weights,
         metric=task.metric,
         value=score.value,
         noted=number(plan.metric.get("value", "nan")),
         num=score.num_rows,
-        num_alike=None if kept is None else sum(map(_is_alike, answers, kept.answers)),
+        num_alike=None if kept is None or not answers else sum(map(_is_alike, answers, kept.answers)),
     )
     write_json(folder.path / RESCORED, _facts(found, score.more))
     return found

@@ -56,8 +56,9 @@ class Score:
     decode_s: float | None = None
     """Seconds spent decoding, where answers are decoded; they are on the budget's clock."""
     decode_tokens: int | None = None
-    answered: Callable[[], AnsweredRows] | None = field(default=None, compare=False, repr=False)
-    """Every row that was scored, in order, with what was answered to it: made when it is called for."""
+    answered: Callable[[], AnsweredRows | None] = field(default=lambda: None, compare=False, repr=False)
+    """Every row that was scored, in order, with what was answered to it; made when called for. None where the kind does
+    not tell."""
 
 
 class ExportCheck(ABC):

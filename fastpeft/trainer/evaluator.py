@@ -183,11 +183,10 @@ class Evaluator:
 
     def _write_predictions(self, which: str, split: str, measured: Score, step: int) -> None:
         """`which` as Result has the scores: an evaluation of runs pairs them row by row."""
-        if measured.answered is not None:
-            path, value = self._folder.predictions(which), measured.value
-            write_predictions(
-                path, measured.answered(), split=split, step=step, metric=self._job.task.metric, value=value
-            )
+        answered = measured.answered()
+        if answered is not None:
+            path, metric = self._folder.predictions(which), self._job.task.metric
+            write_predictions(path, answered, split=split, step=step, metric=metric, value=measured.value)
 
     def save_weights(self, best: dict[str, Any] | None = None) -> None:
         """The last weights, or those whose score `best` holds: it lies beside them, so that a kill cannot part them."""

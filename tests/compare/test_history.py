@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import tracemalloc
 
@@ -9,13 +10,13 @@ import numpy as np
 import pytest
 
 from fastpeft.compare.history import COLUMNS, MAX_HEARTBEATS, MAX_SNAPSHOTS, Thinned, binned, read_history
-from fastpeft.runs.events import read_blocks, read_events
+from fastpeft.runs.events import parse_event, read_events, read_lines
 from tests.support.tui_logs import evaluation, event, header, heartbeat, importance, lines, step
 
 
 def history_of(path, events):
     path.write_bytes(lines(events))
-    return read_history(read_blocks(path))
+    return read_history(read_lines(path))
 
 
 def test_steps_become_columns_and_what_is_missing_or_not_finite_is_told_apart(tmp_path):
@@ -28,6 +29,18 @@ def test_steps_become_columns_and_what_is_missing_or_not_finite_is_told_apart(tm
     for name, row in (("loss", 2), ("energy_j", 1), ("penalty", 1)):
         assert math.isnan(found.steps[name][row])
     assert (len(found), found.num_events, found.end["type"], found.config["method"]) == (3, 5, "end", "iw_lora")
+
+
+def test_steps_written_otherwise_keep_their_order(tmp_path):
+    """One with blanks, one without most of its numbers, and one that a kill cut off."""
+    path = tmp_path / "log"
+    cut = lines([step(9)])[:40] + b"\n"
+    path.write_bytes(lines([step(0)]) + json.dumps(step(1)).encode() + b"\n" + cut + lines([step(2), header()]))
+    found = read_history(read_lines(path))
+    assert found.steps["step"].tolist() == [0, 1, 2]
+    assert (found.steps["loss"][1], found.num_events) == (1.5, 4)
+    path.write_bytes(lines([step(0)]) + cut + lines([step(2)]))
+    assert read_history(read_lines(path)).steps["step"].tolist() == [0, 2]
 
 
 def test_evaluations_are_kept_by_split_and_warnings_counted(tmp_path):
@@ -62,25 +75,28 @@ def test_thinned_keeps_the_first_and_the_last(count):
     assert items == sorted(set(items))
 
 
-def test_blocks_hold_the_events_that_lines_hold(tmp_path, monkeypatch):
+def test_blocks_hold_every_whole_line(tmp_path, monkeypatch):
     """Also where a block ends within a line, a line is damaged, longer than a block, or not ended."""
     path = tmp_path / "log"
     events = [step(i) for i in range(40)] + [event("warning", 0.0, 0, message="x" * 3000)]
     path.write_bytes(lines(events) + b'{"type": 3}\n[1]\n\n{"half": \n' + lines([step(41)]) + b'{"type":"step","x":1}')
     for size in (7, 100, 1 << 18):
         monkeypatch.setattr("fastpeft.runs.events._BLOCK_BYTES", size)
-        assert [one for block in read_blocks(path) for one in block] == list(read_events(path))
+        found = [parse_event(line) for lines in read_lines(path) for line in lines]
+        assert [one for one in found if one is not None] == list(read_events(path))
+        assert read_history(read_lines(path)).steps["step"].tolist() == [*range(40), 41]
     assert len(list(read_events(path))) == 42
 
 
-def test_a_step_more_takes_its_columns_and_nothing_else(tmp_path):
-    """64 bytes in eight columns, half as much again while they grow; as an event it would take a kilobyte."""
+def test_a_step_more_takes_its_columns_and_nothing_else(tmp_path, monkeypatch):
+    """64 bytes in eight columns, twice that while they are joined; as an event it would take a kilobyte."""
+    monkeypatch.setattr("fastpeft.runs.events._BLOCK_BYTES", 1 << 16)
 
     def peak(num_steps):
         path = tmp_path / "log"
         path.write_bytes(lines(step(i) for i in range(num_steps)))
         tracemalloc.start()
-        assert len(read_history(read_blocks(path))) == num_steps
+        assert len(read_history(read_lines(path))) == num_steps
         found = tracemalloc.get_traced_memory()[1]
         tracemalloc.stop()
         return found

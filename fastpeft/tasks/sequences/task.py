@@ -69,9 +69,9 @@ class SequenceTask(Task[Encoded]):
     def metrics(self, answers: Answers, labels: np.ndarray) -> tuple[float, dict[str, float], dict[str, dict]]:
         """(the task's metric, further metrics, metrics of groups) of a whole split."""
 
-    @abstractmethod
-    def row_answers(self, answers: Answers, labels: np.ndarray) -> Iterable[Answer]:
-        """Of each row what `metrics` is made of."""
+    def row_answers(self, answers: Answers, labels: np.ndarray) -> Iterable[Answer] | None:
+        """Of each row what `metrics` is made of. Without it runs keep no answers, and are compared over seeds alone."""
+        return None
 
     def statistics(
         self, logits_NC: torch.Tensor, labels: torch.Tensor, num_items: int, needs: Collection[Need]
@@ -182,8 +182,9 @@ class SequenceTask(Task[Encoded]):
         answered = partial(self._answered, answers, labels, rows)
         return Score(value, answers.mean_loss, len(labels), more, groups, answered=answered)
 
-    def _answered(self, answers: Answers, labels: np.ndarray, rows: Examples) -> AnsweredRows:
-        return zip(self._rows_read(rows), self.row_answers(answers, labels), strict=True)
+    def _answered(self, answers: Answers, labels: np.ndarray, rows: Examples) -> AnsweredRows | None:
+        found = self.row_answers(answers, labels)
+        return None if found is None else zip(self._rows_read(rows), found, strict=True)
 
     def time_evaluation(self, model: nn.Module, limits: TokenLimits) -> float:
         return time_rows(model, self.validation, limits.evaluation, self._device)
