@@ -98,6 +98,7 @@ VARIANTS = {
 }
 
 
+@pytest.mark.soak
 def test_alpha_zero_is_lora_bit_for_bit(lora_weights):
     """Dropout is on: the calibration must not have moved the RNG either."""
     lora = lora_weights("lora", method="lora")

@@ -60,6 +60,7 @@ def widths(inputs: Inputs) -> np.ndarray:
 # ---- the whole -----------------------------------------------------------------------------
 
 
+@pytest.mark.soak
 def test_two_rows_in_turns_from_a_bare_checkout(script, encoder, tmp_path):
     out = tmp_path / "out.json"
     rows, rounds, steps = [BASE, "fastpeft"], 2, 2
@@ -267,6 +268,7 @@ def test_a_setting_becomes_what_its_key_holds(prepared):
 # ---- workers -------------------------------------------------------------------------------
 
 
+@pytest.mark.soak
 def test_a_worker_that_dies_says_how(prepared):
     plan, folder = prepared["mnli"]
     with throughput_turns.Worker(folder, "no_such_row", plan) as worker:

@@ -156,6 +156,7 @@ def on_a_thread(monkeypatch: pytest.MonkeyPatch) -> list[Ahead]:
 SETTINGS: dict[str, Any] = {"budget": "30steps", "training": {"micro_batch_tokens": 60, "checkpoint_steps": 4}}
 
 
+@pytest.mark.soak
 def test_a_run_is_the_same_to_the_bit(tmp_path: Path, request: pytest.FixtureRequest) -> None:
     """Calibration, dropout, more than two epochs, a stop in between."""
     train(tiny_run(tmp_path, **SETTINGS), results_dir=tmp_path, name="plain")

@@ -33,6 +33,7 @@ from tests.support.probe_runs import (
     problem_run,
     put_in,
 )
+from tests.support.tiers import some
 
 SHAPES = ((4, 10, 6), (4, 10, 6), (2, 7, 9))
 HEAD_SHAPES = ((3, 6), (3,))
@@ -174,7 +175,7 @@ def test_product_is_autograds_within_a_thousandth(tmp_path: Path, monkeypatch: p
 # ---- what a product leaves as it was -------------------------------------------------------
 
 
-@pytest.mark.parametrize("task", ["pairs", "problems"])
+@pytest.mark.parametrize("task", some(["pairs", "problems"]))
 @pytest.mark.parametrize("kind", CURVATURE)
 def test_measuring_curvature_changes_no_bit_of_the_training(
     kind: Need, task: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

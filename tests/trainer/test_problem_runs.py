@@ -23,6 +23,7 @@ from fastpeft.tasks.math_word_problems.task import MathWordProblems
 from fastpeft.trainer import StopRequest, train
 from fastpeft.trainer.build import Job, build_job
 from tests.support.problem_runs import NUM_TEST, problem_run, write_run
+from tests.support.tiers import some
 from tests.support.tiny_runs import Child, Listener, assert_same_outcome, assert_same_weights, strict_events, weights
 
 METHODS = ["lora", "iw_lora", "adalora", "full", "schedule_free"]
@@ -118,7 +119,7 @@ def rigged(monkeypatch: pytest.MonkeyPatch):
     return rig
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", some(METHODS, (1,)))
 def test_the_best_weights_are_scored_once_and_the_last_are_kept(method: str, tmp_path: Path, rigged) -> None:
     tested, evaluated, jobs = rigged([0.2, 0.9, 0.4])
     run = problem_run(tmp_path, budget="30steps", training={"learning_rate": 5e-3}, **of_method(method))
@@ -169,7 +170,7 @@ def test_without_a_test_file_nothing_is_scored_twice(tmp_path: Path) -> None:
 # ---- stops and kills -------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("method", ["lora", "schedule_free"])
+@pytest.mark.parametrize("method", some(["lora", "schedule_free"]))
 def test_a_stop_during_the_test_leaves_a_checkpoint_and_a_resume_scores_it(
     method: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -195,6 +196,7 @@ def test_a_stop_during_the_test_leaves_a_checkpoint_and_a_resume_scores_it(
         assert_same_weights(weights(tmp_path / "r", adapter), weights(tmp_path / "unbroken", adapter))
 
 
+@pytest.mark.soak
 def test_a_kill_after_a_new_best_scores_that_best(tmp_path: Path) -> None:
     """The last checkpoint is of step 6, the best of step 8; after the resume nothing is evaluated but the end."""
     path = write_run(tmp_path)

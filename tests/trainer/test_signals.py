@@ -84,6 +84,7 @@ def resume_as_printed(child: Child, steps: int, files: Path) -> None:
     assert (result.status, result.steps) == ("done", 240)
 
 
+@pytest.mark.soak
 def test_sigterm_in_evaluation(tmp_path: Path) -> None:
     settings = ["training.checkpoint_steps=4", "evaluation.every=5steps", "evaluation.batch_tokens=1"]
     with start(tmp_path, *settings, num_dev=MANY_ROWS) as child:
