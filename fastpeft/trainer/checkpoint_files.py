@@ -23,7 +23,7 @@ from safetensors.torch import load_file, save_file
 from fastpeft.errors import UserError
 from fastpeft.runs.store import read_json, write_json
 
-FORMAT = 2
+FORMAT = 3
 """Version of what a checkpoint holds. Raise it whenever a part's state changes its form. The first had no number."""
 KEEP = 2
 _TENSORS, _VALUES, _MANIFEST = "state.safetensors", "state.json", "manifest.json"
