@@ -110,7 +110,7 @@ def test_a_checkpoint_of_another_format_is_refused_and_stays(tmp_path: Path) -> 
     before = {path.name: path.read_bytes() for path in old.iterdir()}
     with pytest.raises(CheckpointError) as caught:
         newest_checkpoint(tmp_path)
-    for part in (str(old), "format 1", "reads format 2", "Resume the run with the version", "begin anew"):
+    for part in (str(old), "format 1", "reads format 3", "Resume the run with the version", "begin anew"):
         assert part in str(caught.value)
     assert {path.name: path.read_bytes() for path in old.iterdir()} == before
 
@@ -119,7 +119,7 @@ def test_a_later_format_is_refused_too(tmp_path: Path, monkeypatch: pytest.Monke
     with monkeypatch.context() as patch:
         patch.setattr(module, "FORMAT", 7)
         save(tmp_path, 3)
-    with pytest.raises(CheckpointError, match=r"is a checkpoint of format 7, .* reads format 2"):
+    with pytest.raises(CheckpointError, match=r"is a checkpoint of format 7, .* reads format 3"):
         newest_checkpoint(tmp_path)
 
 
