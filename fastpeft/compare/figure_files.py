@@ -21,7 +21,7 @@ INK = "#000000"
 _LINES = ("-", "--", ":", "-.")
 """For more labels than colours."""
 _DPI = 120
-_RC: dict[str, Any] = {
+_RC: dict[Any, Any] = {
     "pdf.fonttype": 42,
     "svg.fonttype": "none",
     "font.size": 9,

@@ -177,12 +177,13 @@ def binned(x: np.ndarray, values: np.ndarray, num_bins: int) -> Binned:
     per_bin = -(-len(values) // num_bins) if len(values) else 1
     starts = np.arange(0, len(values), per_bin)
     if not len(starts):
-        return Binned(*[np.empty(0)] * 4, per_bin)
+        nothing = np.empty(0)
+        return Binned(nothing, nothing, nothing, nothing, per_bin)
     finite = np.isfinite(values)
     count = np.add.reduceat(finite, starts, dtype=np.int64)
     total = np.add.reduceat(np.where(finite, values, 0.0), starts)
     low = np.minimum.reduceat(np.where(finite, values, np.inf), starts)
     high = np.maximum.reduceat(np.where(finite, values, -np.inf), starts)
-    middle = np.add.reduceat(x, starts) / np.diff([*starts, len(values)])
+    middle = np.add.reduceat(x, starts) / np.diff(np.append(starts, len(values)))
     there = count > 0
     return Binned(middle[there], total[there] / count[there], low[there], high[there], per_bin)

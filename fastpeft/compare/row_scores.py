@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -35,22 +36,48 @@ class RowScores:
         if not answers:
             return None
         if answers[0].correct is not None:
-            return cls(predictions.rows, "share", np.array([[answer.correct] for answer in answers], np.float32))
+            return cls(predictions.rows, "share", np.array([[answer.correct] for answer in answers], np.float64))
         if answers[0].counts is not None:
-            return cls(predictions.rows, "f1", np.array([answer.counts for answer in answers], np.float32))
+            return cls(predictions.rows, "f1", np.array([answer.counts for answer in answers], np.float64))
         values = np.array([[number(answer.predicted), number(answer.gold)] for answer in answers])
         return cls(predictions.rows, "rank", values) if np.isfinite(values).all() else None
 
-    def metric(self, rows: np.ndarray) -> np.ndarray:
-        """Of samples of rows: ... x N indices -> ..."""
-        if self.form == "share":
-            return self.values[:, 0][rows].mean(-1, dtype=np.float64)
-        if self.form == "f1":
-            hits, said, there = (column[rows].sum(-1, dtype=np.float64) for column in self.values.T)
-            return 2 * hits / np.maximum(1, said + there)
-        from scipy.stats import rankdata
 
-        predicted, gold = (rankdata(column[rows], axis=-1) for column in self.values.T)
-        predicted, gold = predicted - predicted.mean(-1, keepdims=True), gold - gold.mean(-1, keepdims=True)
-        spread = np.sqrt((predicted**2).sum(-1) * (gold**2).sum(-1))
-        return np.divide((predicted * gold).sum(-1), spread, out=np.zeros_like(spread), where=spread > 0)
+def metrics(runs: Sequence[RowScores], rows: np.ndarray) -> np.ndarray:
+    """Of runs on the same rows, on samples of them: ... x N indices -> ... x runs."""
+    num_rows, num_columns = runs[0].values.shape
+    counts = _counts(rows, num_rows)
+    if runs[0].form == "rank":
+        return np.stack([_spearman(run.values, counts) for run in runs], axis=-1)
+    table = np.concatenate([run.values for run in runs], axis=1)
+    sums = (counts @ table).reshape(*rows.shape[:-1], len(runs), num_columns)
+    if runs[0].form == "share":
+        return sums[..., 0] / rows.shape[-1]
+    return 2 * sums[..., 0] / np.maximum(1, sums[..., 1] + sums[..., 2])
+
+
+def _counts(rows: np.ndarray, num_rows: int) -> np.ndarray:
+    """How often each row is in a sample: a sum over samples is then one product for all runs."""
+    samples = rows.reshape(-1, rows.shape[-1])
+    shifted = samples + num_rows * np.arange(len(samples))[:, None]
+    counts = np.bincount(shifted.ravel(), minlength=num_rows * len(samples))
+    return counts.reshape(*rows.shape[:-1], num_rows).astype(np.float64)
+
+
+def _spearman(values: np.ndarray, counts: np.ndarray) -> np.ndarray:
+    """Pearson's correlation of the ranks of two columns, 0 where one does not vary."""
+    total = counts.sum(-1, keepdims=True)
+    predicted, gold = (_ranks(column, counts) - (total + 1) / 2 for column in values.T)
+    spread = np.sqrt((counts * predicted**2).sum(-1) * (counts * gold**2).sum(-1))
+    return np.divide((counts * predicted * gold).sum(-1), spread, out=np.zeros_like(spread), where=spread > 0)
+
+
+def _ranks(column: np.ndarray, counts: np.ndarray) -> np.ndarray:
+    """Of each row's value in samples that have it `counts` times; equal ones share the mean of their ranks."""
+    order = np.argsort(column, kind="stable")
+    new = np.flatnonzero(np.diff(column[order], prepend=np.nan) != 0)
+    of_value = np.add.reduceat(counts[..., order], new, axis=-1)
+    ranks = of_value.cumsum(-1) - (of_value - 1) / 2
+    place = np.empty(len(column), np.int64)
+    place[order] = np.repeat(np.arange(len(new)), np.diff(np.append(new, len(column))))
+    return ranks[..., place]

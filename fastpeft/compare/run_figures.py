@@ -113,7 +113,7 @@ def _draw_metric_over_energy(panel: Axes, history: History, result: Result) -> N
 
 
 def draw_scores(
-    panel: Axes, evaluations: Sequence[Event], over: str, unit: float, label: str | None = None, **style: str
+    panel: Axes, evaluations: Sequence[Event], over: str, unit: float, label: str | None = None, **style: Any
 ) -> None:
     """The metric of each evaluation whose place is known, over a field of it times `unit`."""
     there = [event for event in evaluations if event.get(over) is not None]

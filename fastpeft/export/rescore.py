@@ -105,9 +105,10 @@ def _load(plan: Plan, task: Any, device: torch.device) -> tuple[Backbone, nn.Mod
 
 def _is_alike(answer: Answer, kept: Answer) -> bool:
     """Numbers up to the digits that bf16 has."""
-    if isinstance(answer.predicted, float) and not isinstance(kept.predicted, (str, list)):
-        return abs(answer.predicted - kept.predicted) <= 1e-2 * max(1.0, abs(kept.predicted))
-    return list(answer.predicted) == list(kept.predicted)
+    ours, theirs = answer.predicted, kept.predicted
+    if isinstance(ours, float) and isinstance(theirs, float):
+        return abs(ours - theirs) <= 1e-2 * max(1.0, abs(theirs))
+    return list(ours) == list(theirs) if isinstance(theirs, list) else ours == theirs
 
 
 def _facts(found: Rescored, more: dict[str, float]) -> dict[str, Any]:

@@ -70,8 +70,9 @@ def _untracked() -> dict[str, Any]:
     """Every tracker off: only the best settings' full training is tracked."""
     off: dict[str, Any] = {}
     for tracker in TRACKERS:
-        off |= {f"{tracker.section}.{key}": value for key, value in tracker.trial.items()}
-        off |= {tracker.section: False} if tracker.default is not None else {}
+        section = str(tracker.section)
+        off |= {f"{section}.{key}": value for key, value in tracker.trial.items()}
+        off |= {section: False} if tracker.default is not None else {}
     return off
 
 

@@ -50,10 +50,10 @@ def _history(study: Study, name: str, title: str) -> Figure:
     panel = figure.subplots()
     marks = {TrialState.COMPLETE: ("o", _BLUE, "complete"), TrialState.PRUNED: ("x", _GREY, "pruned, last evaluation")}
     for state, (mark, colour, label) in marks.items():
-        found = [trial for trial in study.get_trials(deepcopy=False, states=(state,)) if trial.value is not None]
+        trials = study.get_trials(deepcopy=False, states=(state,))
+        found = {trial.number: trial.value for trial in trials if trial.value is not None}
         if found:
-            values = [trial.value for trial in found]
-            panel.plot([t.number for t in found], values, mark, color=colour, label=f"{label} (n = {len(found)})")
+            panel.plot(list(found), list(found.values()), mark, color=colour, label=f"{label} (n = {len(found)})")
     numbers, best = _best_so_far(study)
     panel.step(numbers, best, where="post", color=_ORANGE, label="best so far")
     panel.set_xlabel("trial")

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from scipy.stats import binom, chi2, spearmanr
 
-from fastpeft.compare.row_scores import RowScores
+from fastpeft.compare.row_scores import RowScores, metrics
 from fastpeft.compare.significance import (
     NUM_RESAMPLES,
     mcnemar_test,
@@ -76,7 +76,7 @@ def test_what_does_not_vary_has_no_p():
 
 
 def shares(right, rows="same"):
-    return RowScores(rows, "share", np.array(right, np.float32)[:, None])
+    return RowScores(rows, "share", np.array(right, np.float64)[:, None])
 
 
 def pair(both, gained, lost, neither):
@@ -146,14 +146,22 @@ def test_other_metrics_are_computed_on_each_sample(seed):
     rng = np.random.default_rng(seed)
     counts = np.stack([np.minimum(a := rng.integers(0, 4, 60), b := rng.integers(0, 4, 60)), a, b], 1)
     numbers = rng.normal(size=(60, 2)).round(1)
-    f1, rank = RowScores("r", "f1", counts.astype(np.float32)), RowScores("r", "rank", numbers)
+    f1, rank = RowScores("r", "f1", counts.astype(np.float64)), RowScores("r", "rank", numbers)
     samples = rng.integers(0, 60, (5, 60))
-    for rows, one, other in zip(samples, f1.metric(samples), rank.metric(samples)):
+    for rows, one, other in zip(samples, metrics([f1], samples)[:, 0], metrics([rank], samples)[:, 0]):
         hits, said, there = counts[rows].sum(0)
         assert one == pytest.approx(2 * hits / (said + there))
         assert other == pytest.approx(spearmanr(*numbers[rows].T).statistic)
-    assert RowScores("r", "rank", np.ones((4, 2))).metric(np.arange(4)) == 0
-    assert RowScores("r", "f1", np.zeros((4, 3))).metric(np.arange(4)) == 0
+    assert metrics([RowScores("r", "rank", np.ones((4, 2)))], np.arange(4)) == 0
+    assert metrics([RowScores("r", "f1", np.zeros((4, 3)))], np.arange(4)) == 0
+
+
+def test_several_runs_are_sampled_alike(seed):
+    rng = np.random.default_rng(seed)
+    runs = [shares(rng.random(30) < 0.5) for _ in range(3)]
+    samples = rng.integers(0, 30, (4, 30))
+    expected = [[run.values[rows, 0].mean() for run in runs] for rows in samples]
+    assert metrics(runs, samples) == pytest.approx(np.array(expected))
 
 
 def test_row_scores_of_answers():
