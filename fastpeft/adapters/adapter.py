@@ -101,6 +101,15 @@ class Adapter(ABC):
     def after_step(self, signals: Signals, rates: Rates, progress: float) -> None:
         """Parameters are updated, gradients still present."""
 
+    @property
+    def adapted(self) -> list[str]:
+        """Names of the modules that are adapted."""
+        return [block.name for block in self.blocks]
+
+    def facts(self) -> dict[str, float]:
+        """What result.json says of the adapter beside its size. Reads the device."""
+        return {}
+
     def importance(self) -> Importance | None:
         """Reads the device. None while there is none."""
         return None

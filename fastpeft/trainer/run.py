@@ -137,8 +137,7 @@ def keep_prefix(job: Job, folder: RunFolder) -> None:
     if not setting:
         return
     sample = job.task.collate(job.batches.rows(0)[:2], job.device)
-    adapted = [block.name for block in job.adapter.blocks]
-    cache = open_prefix_cache(setting, folder.path, job.adapter.model, adapted, job.batches.encoded, sample)
+    cache = open_prefix_cache(setting, folder.path, job.adapter.model, job.adapter.adapted, job.batches.encoded, sample)
     job.prefix_cache = cache
     job.notes.append(cache.describe())
 
