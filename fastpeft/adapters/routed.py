@@ -108,7 +108,12 @@ class RoutedHost(ABC, Generic[F]):
     def _routed(self, folded: F, place: int, x: torch.Tensor) -> Route:
         reader, version = self.reader(folded, place), 0 if x.is_inference() else x._version
         found, kept = (version, torch.is_grad_enabled()), self._kept
-        if kept is None or kept.x() is not x or kept.reader is not reader or found != (kept.version, kept.with_gradient):
+        if (
+            kept is None
+            or kept.x() is not x
+            or kept.reader is not reader
+            or found != (kept.version, kept.with_gradient)
+        ):
             weight = self._weight
             weight_T = None if weight is None or weight.shape != x.shape[:-1] else weight.reshape(-1)
             route = self.route(folded, place, x.reshape(-1, x.shape[-1]), weight_T)

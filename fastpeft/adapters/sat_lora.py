@@ -154,7 +154,6 @@ class SatLora(Adapter):
 
     def facts(self) -> dict[str, float]:
         return {
-            "adapter_mb": self.adapter_bytes / 2**20,
             "extra_flops": self.overhead,
             "active_atoms": float(self.top_k),
         }
@@ -168,7 +167,13 @@ class SatLora(Adapter):
         for name, parameter in self._parameters().items():
             codes, scale = quantise(parameter.detach().cpu(), 8)
             tensors |= {name: codes, f"{name}.scale": scale}
-        header = {"format": FORMAT, "method": self.label, "sites": self.adapted, "top_k": self.top_k, "scale": self.scale}
+        header = {
+            "format": FORMAT,
+            "method": self.label,
+            "sites": self.adapted,
+            "top_k": self.top_k,
+            "scale": self.scale,
+        }
         return serialise(tensors, metadata={"sat_lora": json.dumps(header)})
 
     def save(self, folder: Path) -> None:

@@ -232,6 +232,7 @@ def closing_table(result: Result) -> Table:
         "energy": None if result.energy_method == "none" else _energy(result),
         "trained on": f"{result.tokens:,} tokens in {result.steps:,} steps",
         weights: "-" if result.adapter_mb is None else f"{result.adapter_mb:.2f} MB",
+        "of the adapter": _adapter_facts(result.adapter_facts),
         "peak memory": "-" if result.peak_memory_mb is None else f"{result.peak_memory_mb:,.0f} MB",
         "rows": _rows(result),
         "model, data": f"{result.model} on {result.dataset}{' (STAND-IN)' if result.stand_in else ''}",
@@ -240,6 +241,12 @@ def closing_table(result: Result) -> Table:
         if value is not None:
             table.add_row(name, escape(value))
     return table
+
+
+def _adapter_facts(facts: dict[str, float]) -> str | None:
+    said = [f"{facts['extra_flops']:.1%} extra FLOPs"] if "extra_flops" in facts else []
+    said += [f"{facts['active_atoms']:.2f} active atoms a token"] if "active_atoms" in facts else []
+    return ", ".join(said) or None
 
 
 def group_table(results: list[Result]) -> Table:

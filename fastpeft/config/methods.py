@@ -202,7 +202,10 @@ METHODS: Registry[MethodEntry] = Registry(
         ),
         MethodEntry(name="sat_lora", target="fastpeft.adapters.sat_lora:SatLora", config=SatLoraConfig),
         MethodEntry(
-            name="hf_sat_lora", target="fastpeft.adapters.hf_sat_lora:HfSatLora", config=SatLoraConfig, section="sat_lora"
+            name="hf_sat_lora",
+            target="fastpeft.adapters.hf_sat_lora:HfSatLora",
+            config=SatLoraConfig,
+            section="sat_lora",
         ),
         MethodEntry(name="full", target="fastpeft.adapters.full:FullFineTune", trains_backbone=True, saved_as="model"),
     ],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -204,6 +205,7 @@ def _close(job: Job, loop: Loop, folder: RunFolder, result: Result, error: str |
     sizes = [path.stat().st_size for path in folder.weights(job.adapter.saved_as).glob(job.adapter.weight_files)]
     if sizes:
         result.adapter_mb = round(sum(sizes) / 2**20, 3)
+    result.adapter_facts = {name: value for name, value in job.adapter.facts().items() if math.isfinite(value)}
     result.peak_memory_mb = round(high_water_bytes(job.device) / 2**20, 1)
     folder.write_result(result)
     outcome = {key: getattr(result, key) for key in ("status", "metric", "best", "energy_j")}

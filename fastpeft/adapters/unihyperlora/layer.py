@@ -56,9 +56,7 @@ class Host(RoutedHost[Folded]):
             z_TQ = z_TQ + fixed.offset
         weight_T = None if weight_T is None else weight_T.to(z_TQ.dtype)
         top_k = self.dictionary.shape.top_k
-        return Route(
-            *route_atoms(z_TQ, v_MQ, folded.slope_M, folded.bias_M, top_k, count=self.count, weight=weight_T)
-        )
+        return Route(*route_atoms(z_TQ, v_MQ, folded.slope_M, folded.bias_M, top_k, count=self.count, weight=weight_T))
 
     def add(self, folded: Folded, place: int, route: Route, y_TO: torch.Tensor) -> None:
         fixed = self._fixed[place]

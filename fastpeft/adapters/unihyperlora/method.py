@@ -18,7 +18,7 @@ import torch
 from fastpeft.adapters.adapter import Adapter
 from fastpeft.adapters.blocks import ParameterBlock
 from fastpeft.adapters.flat import FlatParameters
-from fastpeft.adapters.unihyperlora import format
+from fastpeft.adapters.unihyperlora import file_format
 from fastpeft.adapters.unihyperlora.attach import COUNTED_TOKENS, host_facts, overhead, projections
 from fastpeft.adapters.unihyperlora.dictionary import Dictionary, Shape
 from fastpeft.adapters.unihyperlora.heads import head_of, load_head, refuse_new_tokens, save_head
@@ -31,21 +31,22 @@ from fastpeft.errors import UserError
 from fastpeft.models.backbone import Backbone
 from fastpeft.signals import Signals
 
+
 class UniHyperLora(Adapter):
     export_format = "unihyperlora"
-    weight_files = format.FILE
+    weight_files = file_format.FILE
 
     def __init__(self, config: AdapterConfig, own: UniHyperLoraConfig, backbone: Backbone) -> None:
         refuse_new_tokens(backbone)
         self.model, self.config = backbone.model, own
         self.sites = find_sites(self.model, backbone.head, config.target_modules, backbone.notes)
         device = next(self.model.parameters()).device
-        stored = None if own.adapter is None else format.decode(Path(own.adapter).expanduser())
+        stored = None if own.adapter is None else file_format.decode(Path(own.adapter).expanduser())
         shape = _shape(config, own) if stored is None else stored.shape
         self.dictionary = Dictionary(shape).to(device)
         self.codes: Codes | None = None
         if stored is not None:
-            format.restore(self.dictionary, stored)
+            file_format.restore(self.dictionary, stored)
             self.codes = stored.codes
         elif shape.projector == "probe":
             self.codes = make_codes(self.model, backbone.tokenizer, self.sites, shape.width)
@@ -59,7 +60,7 @@ class UniHyperLora(Adapter):
         self.flat = FlatParameters(self.blocks, self._head.values())
         self._active = torch.zeros(2, dtype=torch.float64, device=device)
         """Sum over steps of the active atoms a token and site, and how many steps."""
-        self.adapter_bytes = len(format.encode(self.dictionary, self.facts_of_host, self.codes))
+        self.adapter_bytes = len(file_format.encode(self.dictionary, self.facts_of_host, self.codes))
         self.overhead = overhead(self.model, self.sites, shape)
         self._check_budgets()
 
@@ -141,7 +142,6 @@ class UniHyperLora(Adapter):
 
     def facts(self) -> dict[str, float]:
         return {
-            "adapter_mb": self.adapter_bytes / 2**20,
             "extra_flops": self.overhead,
             "active_atoms": self.active_atoms,
         }
@@ -153,12 +153,12 @@ class UniHyperLora(Adapter):
         self._active.copy_(state["active"])
 
     def save(self, folder: Path) -> None:
-        (folder / format.FILE).write_bytes(format.encode(self.dictionary, self.facts_of_host, self.codes))
+        (folder / file_format.FILE).write_bytes(file_format.encode(self.dictionary, self.facts_of_host, self.codes))
         save_head(self._head, folder)
 
     def load(self, folder: Path) -> None:
         """The quantised values: what was scored, not the fp32 ones behind them."""
-        format.restore(self.dictionary, format.decode(folder / format.FILE))
+        file_format.restore(self.dictionary, file_format.decode(folder / file_format.FILE))
         load_head(self._head, folder)
 
     def describe(self) -> list[str]:

@@ -95,7 +95,9 @@ def activations(
         def keep(module: nn.Module, args: tuple[Any, ...], y: torch.Tensor) -> None:
             assert own is not None
             x = args[0]
-            if (key := (site.layer, site.reads)) not in inputs or len(inputs[key]) < len(outputs.get(site.name, ())) + 1:
+            if (key := (site.layer, site.reads)) not in inputs or len(inputs[key]) < len(
+                outputs.get(site.name, ())
+            ) + 1:
                 inputs.setdefault(key, []).append(own @ x.reshape(-1, site.num_in).float())
             outputs.setdefault(site.name, []).append(own @ y.reshape(-1, site.num_out).float())
 
@@ -134,7 +136,9 @@ def make_codes(model: nn.Module, tokenizer: Any, sites: Sequence[Site], width: i
     spaces += [Space(site.depth, f"out.{site.role}") for site in sites]
     found = [codes_of(x, width) for x in inputs.values()] + [codes_of(outputs[site.name], width) for site in sites]
     quantised = [quantise(codes_WQ.t(), 8) for codes_WQ in found]
-    return Codes(tuple(spaces), torch.stack([q.cpu() for q, _ in quantised]), torch.stack([s.cpu() for _, s in quantised]))
+    return Codes(
+        tuple(spaces), torch.stack([q.cpu() for q, _ in quantised]), torch.stack([s.cpu() for _, s in quantised])
+    )
 
 
 def fit(model: nn.Module, tokenizer: Any, sites: Sequence[Site], codes: Codes) -> dict[str, Fixed]:

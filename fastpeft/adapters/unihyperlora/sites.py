@@ -69,7 +69,9 @@ def find_sites(model: nn.Module, head: list[str], wanted: str | list[str], notes
     roles = {name: role_of(name) for name in names}
     lost = sorted({projection_of(name) for name, role in roles.items() if role is None})
     if len(lost) and not any(roles.values()):
-        looked_for = "; ".join(f"{role}: {names.replace(chr(92), '').replace('|', ', ')}" for role, names in ROLES.items())
+        looked_for = "; ".join(
+            f"{role}: {names.replace(chr(92), '').replace('|', ', ')}" for role, names in ROLES.items()
+        )
         raise UserError(
             f"{type(model).__name__}: none of its linear layers ({', '.join(lost)}) is a projection that UniHyperLoRA "
             f"knows the role of. It looks for {looked_for}. Take method lora"

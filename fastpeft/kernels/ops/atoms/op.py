@@ -20,8 +20,8 @@ LARGEST_K = 8
 """More atoms a token are left to PyTorch."""
 BLOCK_T, GATHER_BLOCK_T = 32, 64
 NUM_WARPS, NUM_STAGES = 4, 2
-LARGEST_M, LARGEST_Q = 256, 64
-"""A program holds BLOCK_T x M logits, and M x Q atoms."""
+LARGEST_M, LARGEST_Q = 128, 32
+"""A program holds BLOCK_T x M logits, and M x Q atoms; larger dictionaries are left to PyTorch too."""
 
 
 class RouterCount:

@@ -92,7 +92,9 @@ def decode(path: Path) -> Stored:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
             if _HEADER not in metadata:
-                raise UserError(f"{path}: is a safetensors file, and no UniHyperLoRA adapter: its header says nothing of one")
+                raise UserError(
+                    f"{path}: is a safetensors file, and no UniHyperLoRA adapter: its header says nothing of one"
+                )
             header = _read_header(path, metadata[_HEADER])
             shape = Shape(**{key: header[key] for key in Shape.__dataclass_fields__})
             expected = _expected(shape, len(header["spaces"]))
@@ -102,7 +104,9 @@ def decode(path: Path) -> Stored:
         raise UserError(f"{path}: is damaged or cut off, and is not read: {error}") from None
     if _digest(tensors) != header["sha256"]:
         raise UserError(f"{path}: is damaged: its tensors are not those that its header has the SHA-256 of")
-    return Stored(shape, header["host"], _parameters(path, shape, tensors), _codes(header, tensors), path.stat().st_size)
+    return Stored(
+        shape, header["host"], _parameters(path, shape, tensors), _codes(header, tensors), path.stat().st_size
+    )
 
 
 def restore(dictionary: Dictionary, stored: Stored) -> None:
@@ -187,7 +191,9 @@ def _check_tensors(path: Path, file: Any, expected: Mapping[str, tuple[str, list
     names = set(file.keys())
     if names != set(expected):
         lacking, more = sorted(set(expected) - names), sorted(names - set(expected))
-        raise UserError(f"{path}: does not fit its header: it lacks {lacking or 'nothing'} and has {more or 'nothing'} more")
+        raise UserError(
+            f"{path}: does not fit its header: it lacks {lacking or 'nothing'} and has {more or 'nothing'} more"
+        )
     for name, (dtype, size) in expected.items():
         piece = file.get_slice(name)
         if (piece.get_dtype(), piece.get_shape()) != (dtype, size):
