@@ -14,7 +14,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Self
+from typing import Self
 
 import torch
 from safetensors.torch import load_file
@@ -137,8 +137,8 @@ class SatLora(Adapter):
         own = self.config
         if self.adapter_bytes > own.max_mb * 2**20:
             raise UserError(
-                f"the adapter's file has {self.adapter_bytes / 2**20:.1f} MB, over sat_lora.max_mb {own.max_mb:g}: take "
-                "fewer atoms (sat_lora.num_atoms), share_across_layers=on, or a larger limit"
+                f"the adapter's file has {self.adapter_bytes / 2**20:.1f} MB, over sat_lora.max_mb {own.max_mb:g}: "
+                "take fewer atoms (sat_lora.num_atoms), share_across_layers=on, or a larger limit"
             )
         if self.overhead > own.max_extra_flops:
             raise UserError(

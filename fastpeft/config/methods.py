@@ -116,8 +116,8 @@ class AdaLoraConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class UniHyperLoraConfig:
-    """One dictionary of atoms for hosts of any width and depth (method unihyperlora). adapter.alpha is the factor of its
-    update; adapter.rank and adapter.dropout are not used."""
+    """One dictionary of atoms for hosts of any width and depth (method unihyperlora). adapter.alpha is the factor of
+    its update; adapter.rank and adapter.dropout are not used."""
 
     __pydantic_config__ = STRICT_KEYS
 
@@ -131,8 +131,8 @@ class UniHyperLoraConfig:
     """Most active atoms a token and matrix; the papers' budget has 1 or 2."""
     projector: Literal["coordinate", "spectral", "probe"] = "coordinate"
     """Between a host's width and q. coordinate: a trained network of a unit's place, nothing of the host is read.
-    spectral: leading singular vectors of each frozen weight. probe: from what the host makes of fixed words; the adapter
-    ships codes of them."""
+    spectral: leading singular vectors of each frozen weight. probe: from what the host makes of fixed words; the
+    adapter ships codes of them."""
     budget_weight: NonNegativeFloat = 0.01
     """lambda_F, weight of the mean number of active atoms in the loss."""
     delta_weight: NonNegativeFloat = 1e-5
@@ -150,7 +150,10 @@ class UniHyperLoraConfig:
 
     def problems(self, beside: Beside) -> Iterator[str]:
         if self.train == "delta" and self.adapter is None:
-            yield "unihyperlora.train: delta trains the bias of an adapter that is there; name its file in unihyperlora.adapter"
+            yield (
+                "unihyperlora.train: delta trains the bias of an adapter that is there; name its file in "
+                "unihyperlora.adapter"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -65,8 +65,8 @@ def test_a_members_own_section_is_a_field_with_its_defaults(family: Registry[Any
 
 def test_sections_stand_where_they_stood_in_stored_runs() -> None:
     assert [field.name for field in dataclasses.fields(RunConfig)] == [
-        "run_id", "method", "model", "adapter", "regulariser", "adalora", "schedule", "optimizer", "dataset",
-        "training", "budget", "evaluation", "optuna", "wandb", "tensorboard", "stand_in", "overrides",
+        "run_id", "method", "model", "adapter", "regulariser", "adalora", "unihyperlora", "sat_lora",
+        "schedule", "optimizer", "dataset", "training", "budget", "evaluation", "optuna", "wandb", "tensorboard", "stand_in", "overrides",
     ]  # fmt: skip
 
 
@@ -89,7 +89,7 @@ def test_two_members_may_share_a_section() -> None:
     entry = dataclasses.replace(METHODS["iw_lora"], name="twin")
     METHODS.add(entry)
     try:
-        assert METHODS.section_keys == ("regulariser", "adalora")
+        assert METHODS.section_keys == ("regulariser", "adalora", "unihyperlora", "sat_lora")
     finally:
         METHODS.remove("twin")
 

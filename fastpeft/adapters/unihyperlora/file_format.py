@@ -135,7 +135,7 @@ def _read_header(path: Path, text: str) -> dict[str, Any]:
             raise ValueError(f"format {version!r}")
         if version > FORMAT:
             raise UserError(
-                f"{path}: is of format {version}, and this version of fastpeft reads up to {FORMAT}; install a newer one"
+                f"{path}: is of format {version}, and this version of fastpeft reads up to {FORMAT}: take a newer one"
             )
         for key, most in _LIMITS.items():
             if type(header[key]) is not int or not 1 <= header[key] <= most:

@@ -74,7 +74,7 @@ def spectral(weight: torch.Tensor, width: int) -> Fixed:
         raise ValueError(f"a weight of {tuple(w_OI.shape)} has no {width} singular vectors")
     is_wide = w_OI.shape[0] < w_OI.shape[1]
     gram = w_OI @ w_OI.t() if is_wide else w_OI.t() @ w_OI
-    values, vectors = torch.linalg.eigh(gram)
+    _, vectors = torch.linalg.eigh(gram)
     leading = vectors[:, -width:].flip(1)
     other = unit_columns((w_OI.t() if is_wide else w_OI) @ leading)
     right, left = (other, leading) if is_wide else (leading, other)

@@ -140,8 +140,8 @@ def addmm_in_place(y: list[int], a: list[int], b: list[int], **more: object) -> 
 
 @pytest.mark.parametrize("projector", PROJECTORS)
 def test_flops_by_formula_are_those_that_torch_counts(projector: str) -> None:
-    """Under attention's math kernel, whose products it sees; of products in place it has to be told. A classifier's head
-    reads one token a row."""
+    """Under attention's math kernel, whose products it sees; of products in place it has to be told. A classifier's
+    head reads one token a row."""
     shape, num_tokens = shape_of(projector), 16
     inputs = {"input_ids": torch.ones(1, num_tokens, dtype=torch.long)}
     model = host_model()
