@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import weakref
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from typing import Any, Generic, TypeVar
@@ -56,17 +57,33 @@ class RoutedHost(ABC, Generic[F]):
         self._weight: torch.Tensor | None = None
         self._kept: _Kept | None = None
         self._layers = [model.get_submodule(name) for name in names]
+        self._entry_points = list(dict.fromkeys(entry_points))
+        self._hooks: list[Any] = []
+        self.attach()
+
+    def attach(self) -> None:
+        """What `detach` takes back."""
         for place, layer in enumerate(self._layers):
             layer.__class__ = _adapted(type(layer))
             layer.host, layer.place = self, place  # type: ignore[assignment]
-        self._hooks = [m.register_forward_pre_hook(self._enter, with_kwargs=True) for m in dict.fromkeys(entry_points)]
+        self._hooks = [m.register_forward_pre_hook(self._enter, with_kwargs=True) for m in self._entry_points]
 
     def detach(self) -> None:
+        """The model is as it was."""
         for layer in self._layers:
             layer.__class__ = type(layer).__bases__[1]
             del layer.host, layer.place
         for hook in self._hooks:
             hook.remove()
+
+    @contextmanager
+    def absent(self) -> Iterator[None]:
+        """Within, the model is without the adapter."""
+        self.detach()
+        try:
+            yield
+        finally:
+            self.attach()
 
     @abstractmethod
     def fold(self) -> F:

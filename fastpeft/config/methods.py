@@ -141,8 +141,8 @@ class UniHyperLoraConfig:
     """Whose embedding the router takes; where a file does not have it, the mean of those that it has."""
     adapter: str | None = None
     """File of an adapter to begin with; sizes and projector are then the file's."""
-    train: Literal["all", "delta"] = "all"
-    """delta: of an adapter from a file, the mixer's bias alone is trained."""
+    train: Literal["all", "delta", "none"] = "all"
+    """delta: of an adapter from a file, the mixer's bias alone is trained. none: nothing but the head."""
     max_mb: PositiveFloat = 1.0
     """Largest file of the adapter; over it the run is refused."""
     max_extra_flops: PositiveFloat = 0.1

@@ -65,8 +65,9 @@ def test_a_members_own_section_is_a_field_with_its_defaults(family: Registry[Any
 
 def test_sections_stand_where_they_stood_in_stored_runs() -> None:
     assert [field.name for field in dataclasses.fields(RunConfig)] == [
-        "run_id", "method", "model", "adapter", "regulariser", "adalora", "unihyperlora", "sat_lora",
-        "schedule", "optimizer", "dataset", "training", "budget", "evaluation", "optuna", "wandb", "tensorboard", "stand_in", "overrides",
+        "run_id", "method", "model", "adapter", "regulariser", "adalora", "unihyperlora", "sat_lora", "schedule",
+        "optimizer", "dataset", "training", "budget", "evaluation", "optuna", "wandb", "tensorboard", "stand_in",
+        "overrides",
     ]  # fmt: skip
 
 

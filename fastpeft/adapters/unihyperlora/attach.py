@@ -56,6 +56,7 @@ def host_facts(model: nn.Module, sites: Sequence[Site]) -> dict[str, Any]:
     return {
         "name": str(getattr(config, "_name_or_path", "")),
         "architecture": type(model).__name__,
+        "roles": sorted({site.role for site in sites}),
         "layers": len({site.layer for site in sites}),
         "width": max(site.num_in for site in sites if site.role != "down") if sites else 0,
     }

@@ -56,6 +56,7 @@ class UniHyperLora(Adapter):
         self.host = Host(self.model, backbone.entry_points, self.sites, self.dictionary, fixed, task, pad)
         self.facts_of_host = host_facts(self.model, self.sites) if stored is None else stored.host
         self.blocks = self._blocks()
+        self.head_modules = list(backbone.head)
         self._head = head_of(self.model, backbone.head)
         self.flat = FlatParameters(self.blocks, self._head.values())
         self._active = torch.zeros(2, dtype=torch.float64, device=device)
@@ -71,7 +72,7 @@ class UniHyperLora(Adapter):
     def _blocks(self) -> list[ParameterBlock]:
         parts = self.dictionary.parts()
         self.dictionary.requires_grad_(False)
-        trained = ("delta",) if self.config.train == "delta" else tuple(parts)
+        trained = {"all": tuple(parts), "delta": ("delta",), "none": ()}[self.config.train]
         return [ParameterBlock(f"unihyperlora.{part}", 0, part, parts[part], "unihyperlora") for part in trained]
 
     def _check_budgets(self) -> None:
@@ -108,7 +109,7 @@ class UniHyperLora(Adapter):
             if own.budget_weight and self.config.train == "all":
                 self._backward_budget(own.budget_weight / count.num_tokens.clamp_min(1))
         delta = self.dictionary.mixer.delta
-        if own.delta_weight:
+        if own.delta_weight and self.config.train != "none":
             value = straight_through(delta.detach(), 4)
             assert delta.grad is not None
             delta.grad.add_(value, alpha=2 * own.delta_weight)
@@ -165,7 +166,8 @@ class UniHyperLora(Adapter):
         matched = Counter(site.role for site in self.sites)
         kinds = ", ".join(f"{role} x {count}" for role, count in matched.items())
         shape, trained = self.dictionary.shape, self.flat.num_adapter
-        what = "delta alone is trained" if self.config.train == "delta" else f"projector {shape.projector}"
+        alone = {"delta": ", delta alone is trained", "none": ", the head alone is trained"}
+        what = f"projector {shape.projector}{alone.get(self.config.train, '')}"
         source = f", from {self.config.adapter}" if self.config.adapter is not None else ""
         return [
             f"UniHyperLoRA on {len(self.sites)} matrices ({kinds}): {shape.num_atoms} atoms, canonical width "

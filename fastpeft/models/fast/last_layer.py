@@ -120,7 +120,7 @@ def every_token(model: nn.Module) -> Iterator[None]:
     short = [m for m in model.modules() if isinstance(m, (FirstTokenLayer, FirstTokenAttention))]
     kinds = [type(module) for module in short]
     for module, kind in zip(short, kinds):
-        module.__class__ = kind.__bases__[1]
+        cast(Any, module).__class__ = kind.__bases__[1]
     try:
         yield
     finally:
