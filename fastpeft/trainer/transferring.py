@@ -89,9 +89,8 @@ def transfer(
     for part in ("delta", "head", "lora"):
         RunFolder.at(results_dir, f"{name}-{part}").check_free()
     resolved = resolve(run, allow_stand_in)
-    moved = with_values(
-        resolved.run, {"method": METHOD, "unihyperlora.adapter": str(file), "unihyperlora.train": "delta"}
-    )
+    fresh = {"method": METHOD, "unihyperlora.adapter": None}
+    delta = {"unihyperlora.adapter": str(file), "unihyperlora.train": "delta"}
     say(f"zero-shot: {resolved.run.model.name} on {resolved.run.dataset.name}")
     with quiet_transformers():
         found, metric, dataset, fitted_to = _zero_shot(build_job(with_values(resolved.run, fresh | delta)))

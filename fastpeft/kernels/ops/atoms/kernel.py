@@ -35,7 +35,7 @@ def route_kernel(
     bias_M = tl.load(bias_ptr + m_M, mask=there_M, other=0.0)
     s_TM = tl.dot(z_TQ, tl.trans(v_MQ), input_precision="ieee")
     left_TM = tl.where(there_M[None, :], s_TM * slope_M[None, :] + bias_M[None, :], float("-inf"))
-    for k in tl.static_range(TOP_K):
+    for k in range(TOP_K):
         logit_T = tl.max(left_TM, axis=1)
         best_T = tl.min(tl.where(left_TM == logit_T[:, None], m_M[None, :], BLOCK_M), axis=1)
         is_best_TM = m_M[None, :] == best_T[:, None]
@@ -61,7 +61,7 @@ def gather_kernel(
     q_Q = tl.arange(0, BLOCK_Q)
     there_T, there_Q = t_T < num_tokens, q_Q < width
     acc_TQ = tl.zeros((BLOCK_T, BLOCK_Q), dtype=tl.float32)
-    for k in tl.static_range(TOP_K):
+    for k in range(TOP_K):
         c_T = tl.load(c_ptr + t_T * TOP_K + k, mask=there_T, other=0.0)
         atom_T = tl.load(index_ptr + t_T * TOP_K + k, mask=there_T, other=0)
         there_TQ = there_T[:, None] & there_Q[None, :]
