@@ -58,6 +58,8 @@ class Adapter(ABC):
     export_format: str = "own"
     """What `save` writes: `peft`, an adapter that PEFT loads; `transformers`, a whole model; or another word: a format
     that only `load` of this method reads."""
+    routes: bool = False
+    """The update depends on the token, so that neither a LoRA nor merged weights hold it."""
     weight_files: str = "*.safetensors"
     """Pattern of the files of `save` that hold weights; their size is the adapter's."""
     trains_backbone: bool = False

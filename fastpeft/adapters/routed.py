@@ -27,6 +27,8 @@ F = TypeVar("F")
 class Route:
     c_TK: torch.Tensor
     index_TK: torch.Tensor
+    weight_T: torch.Tensor | None = None
+    """1 for tokens and 0 for padding; None: all are tokens."""
 
 
 @dataclass

@@ -76,6 +76,7 @@ class SatHost(RoutedHost[Folded]):
 
 class SatLora(Adapter):
     export_format = "sat_lora"
+    routes = True
     weight_files = FILE
     label = "SAT-LoRA"
 

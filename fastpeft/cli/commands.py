@@ -308,6 +308,10 @@ def export(
     reader: Annotated[
         str, typer.Option("--for", help="Who is to read it: peft, vllm, sglang, llama.cpp or mlx.")
     ] = "peft",
+    approximate: Annotated[
+        int | None,
+        typer.Option(help="UniHyperLoRA: the update under mean gates, as a LoRA of this rank.", show_default=False),
+    ] = None,
     to: Annotated[Path | None, typer.Option(help="The folder to write; RUN/export when absent.")] = None,
     best: Annotated[
         bool | None, typer.Option("--best/--last", help="Which weights; the best, if there are any, when absent.")
@@ -318,14 +322,23 @@ def export(
     from fastpeft.export.plan import make_plan
 
     weights = None if best is None else ("best" if best else "last")
-    plan = make_plan(run, results_dir=results_dir, to=to, merge=merge, trim=trim, weights=weights, reader=reader)
+    plan = make_plan(
+        run, results_dir=results_dir, to=to, merge=merge, trim=trim, weights=weights, reader=reader,
+        approximate=approximate is not None,
+    )  # fmt: skip
     with _ctrl_c_ends_at_once():
-        from fastpeft.export.summary import closing, opening
+        from fastpeft.export.summary import approximated, closing, opening
         from fastpeft.export.write import export as write
 
     with _handled(signal.SIGTERM, lambda number, frame: sys.exit(128 + number)):  # nothing half-written stays
         for line in opening(plan):
             print(line)
+        if approximate is not None:
+            from fastpeft.export.approximate import approximate as write_lora
+
+            for line in approximated(write_lora(plan, approximate, print)):
+                print(line)
+            return
         for line in closing(plan, write(plan, print)):
             print(line)
 

@@ -183,6 +183,8 @@ class MethodEntry(Entry):
     """Folder of the weights in a run's folder."""
     prunes: bool = False
     """It sets weights to zero while it trains, and they have to stay zero."""
+    routes: bool = False
+    """Its update depends on the token, so that neither a LoRA nor merged weights hold it."""
 
 
 METHODS: Registry[MethodEntry] = Registry(
@@ -202,13 +204,15 @@ METHODS: Registry[MethodEntry] = Registry(
             name="unihyperlora",
             target="fastpeft.adapters.unihyperlora.method:UniHyperLora",
             config=UniHyperLoraConfig,
+            routes=True,
         ),
-        MethodEntry(name="sat_lora", target="fastpeft.adapters.sat_lora:SatLora", config=SatLoraConfig),
+        MethodEntry(name="sat_lora", target="fastpeft.adapters.sat_lora:SatLora", config=SatLoraConfig, routes=True),
         MethodEntry(
             name="hf_sat_lora",
             target="fastpeft.adapters.hf_sat_lora:HfSatLora",
             config=SatLoraConfig,
             section="sat_lora",
+            routes=True,
         ),
         MethodEntry(name="full", target="fastpeft.adapters.full:FullFineTune", trains_backbone=True, saved_as="model"),
     ],

@@ -41,6 +41,7 @@ def test_every_target_is_a_class_of_its_family(family: Registry[Any], name: str)
 def test_what_the_table_says_of_a_method_its_class_says_too(name: str) -> None:
     entry, kind = METHODS[name], METHODS.load(name)
     assert (entry.trains_backbone, entry.saved_as) == (kind.trains_backbone, kind.saved_as)
+    assert entry.routes == kind.routes
 
 
 @pytest.mark.parametrize("family", [family for family in FAMILIES if family.key], ids=lambda family: family.family)

@@ -34,6 +34,7 @@ from fastpeft.signals import Signals
 
 class UniHyperLora(Adapter):
     export_format = "unihyperlora"
+    routes = True
     weight_files = file_format.FILE
 
     def __init__(self, config: AdapterConfig, own: UniHyperLoraConfig, backbone: Backbone) -> None:
