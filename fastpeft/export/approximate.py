@@ -156,9 +156,9 @@ def card(plan: Plan, found: Approximated) -> str:
     offset = " The constant part of the probe projector is left out." if found.offset else ""
     return (
         f"# {plan.run.run_id}, approximated\n\n"
-        f"A PEFT LoRA of rank {found.rank} for {name}. It stands for a UniHyperLoRA adapter whose update depends on\n"
-        "the token; each atom's gate is replaced by its mean over training rows, and the rank is cut by SVD, which leaves\n"
-        f"out {found.lost:.2%} of a matrix's energy at most.{offset}\n\n"
+        f"A PEFT LoRA of rank {found.rank} for {name}. It stands for a UniHyperLoRA adapter, whose update depends\n"
+        "on the token: each atom's gate is replaced by its mean over training rows, and the rank is cut by SVD,\n"
+        f"which leaves out {found.lost:.2%} of a matrix's energy at most.{offset}\n\n"
         f"{found.metric} on {found.num_rows:,} validation rows: {found.before:.4f} before, {found.after:.4f} after.\n\n"
         "The exact adapter is the run's own file, which goes onto any supported host:\n\n"
         "```python\nimport fastpeft\n\n"

@@ -93,7 +93,7 @@ def transfer(
     delta = {"unihyperlora.adapter": str(file), "unihyperlora.train": "delta"}
     say(f"zero-shot: {resolved.run.model.name} on {resolved.run.dataset.name}")
     with quiet_transformers():
-        found, metric, dataset, fitted_to = _zero_shot(build_job(with_values(resolved.run, fresh | delta)))
+        found, metric, dataset, fitted_to = zero_shot(build_job(with_values(resolved.run, fresh | delta)))
     outcome = Transfer(
         str(file), stored.host, resolved.run.model.name, dataset, metric, fitted_to, resolved.stand_in, found
     )
@@ -120,7 +120,7 @@ def transfer(
     return outcome
 
 
-def _zero_shot(job: Job) -> tuple[list[Row], str, str, int]:
+def zero_shot(job: Job) -> tuple[list[Row], str, str, int]:
     """Rows with and without the adapter, the metric, the data's name, and answers that heads were fitted to."""
     adapter = cast(UniHyperLora, job.adapter)
     fitted_to = 0
