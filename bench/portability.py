@@ -22,6 +22,7 @@ import statistics
 import tempfile
 import time
 from collections import defaultdict
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -119,10 +120,9 @@ class Bench:
         (without, adapted), *_ = zero_shot(build_job(moved))
         self.note(target, "no adapter", "zero-shot", without.score)
         self.note(target, row, "zero-shot", adapted.score)
-        control = with_values(
-            moved, {"unihyperlora.adapter": str(redrawn(file, self.work / "fresh.safetensors", seed))}
-        )
-        self.note(target, f"fresh atoms, {projector}", "zero-shot", zero_shot(build_job(control))[0][1].score)
+        fresh = redrawn(file, self.work / "fresh.safetensors", seed)
+        (_, control), *_ = zero_shot(build_job(with_values(moved, {"unihyperlora.adapter": str(fresh)})))
+        self.note(target, f"fresh atoms, {projector}", "zero-shot", control.score)
         self.after(target, row, self.trained(moved, f"{slug(target)}-{projector}-{seed}"))
 
     def after(self, target: str, row: str, result: Result) -> None:
@@ -153,7 +153,7 @@ def seconds_a_step(folder: Path) -> float | None:
     """The median, from the event log."""
     events = [json.loads(line) for line in (folder / "events.jsonl").read_text().splitlines()]
     at = [event["elapsed_s"] for event in events if event["type"] == "step"]
-    return statistics.median(b - a for a, b in zip(at, at[1:])) if len(at) > 2 else None
+    return statistics.median(b - a for a, b in pairwise(at)) if len(at) > 2 else None
 
 
 def interval(values: list[float]) -> str:
@@ -174,15 +174,10 @@ def table(bench: Bench) -> str:
                 for figure in ("zero-shot", "after")
             ]
             facts = bench.facts.get((target, row), {})
-            figures = (
-                facts.get("MB"),
-                facts.get("extra_flops"),
-                facts.get("active_atoms"),
-                facts.get("seconds a step"),
+            wanted = {"MB": (1, 3), "extra_flops": (100, 1), "active_atoms": (1, 2), "seconds a step": (1, 3)}
+            mb, flops, atoms, seconds = (
+                f"{facts[key] * factor:.{digits}f}" if key in facts else "-" for key, (factor, digits) in wanted.items()
             )
-            mb, flops, atoms, seconds = ("-" if f is None else f"{f * k:.{d}f}" for f, k, d in zip(
-                figures, (1, 100, 1, 1), (3, 1, 2, 3)
-            ))  # fmt: skip
             lines.append(f"{row:28}{shown[0]:>18}{shown[1]:>18}{mb:>8}{flops:>8}{atoms:>7}{seconds:>8}")
     return "\n".join(lines)
 
