@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from fastpeft._version import __version__
 
 if TYPE_CHECKING:
-    from fastpeft.adapters.unihyperlora.load import load_adapter
+    from fastpeft.adapters.unihyperlora.loaded import load_adapter
     from fastpeft.models.accelerate import accelerate
     from fastpeft.runs.store import Result
     from fastpeft.schedules.budget_lr import BudgetLR
@@ -34,7 +34,7 @@ def __getattr__(name: str) -> Any:
 
         return accelerate
     if name == "load_adapter":
-        from fastpeft.adapters.unihyperlora.load import load_adapter
+        from fastpeft.adapters.unihyperlora.loaded import load_adapter
 
         return load_adapter
     if name == "BudgetLR":
