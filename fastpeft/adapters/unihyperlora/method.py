@@ -53,7 +53,7 @@ class UniHyperLora(Adapter):
             self.codes = make_codes(self.model, backbone.tokenizer, self.sites, shape.width)
         task = shape.tasks.index(own.task) if own.task in shape.tasks else None
         fixed = projections(self.model, backbone.tokenizer, self.sites, shape, self.codes)
-        pad = backbone.tokenizer.pad_token_id
+        pad = getattr(backbone.tokenizer, "pad_token_id", None)
         self.host = Host(self.model, backbone.entry_points, self.sites, self.dictionary, fixed, task, pad)
         self.facts_of_host = host_facts(self.model, self.sites) if stored is None else stored.host
         self.blocks = self._blocks()
