@@ -35,7 +35,8 @@ from fastpeft.errors import UserError
 from fastpeft.kernels import gather_atoms, route_atoms
 from fastpeft.models.backbone import Backbone
 
-FILE = "sat_lora.safetensors"
+NAME = "sat_lora"
+FILE = f"{NAME}.safetensors"
 FORMAT = 1
 
 
@@ -75,7 +76,7 @@ class SatHost(RoutedHost[Folded]):
 
 
 class SatLora(Adapter):
-    export_format = "sat_lora"
+    export_format = NAME
     routes = True
     weight_files = FILE
     label = "SAT-LoRA"
@@ -100,8 +101,8 @@ class SatLora(Adapter):
         self.mixing = self._make_mixing()
         self._head = head_of(self.model, backbone.head)
         self.blocks = [
-            *(ParameterBlock(f"{FILE[:-12]}.{key}", 0, key, (self.u[key], self.v[key]), "atoms") for key in self.u),
-            ParameterBlock(f"{FILE[:-12]}.mixing", 0, "mixing", tuple(self.mixing.values()), "mixing"),
+            *(ParameterBlock(f"{NAME}.{key}", 0, key, (self.u[key], self.v[key]), "atoms") for key in self.u),
+            ParameterBlock(f"{NAME}.mixing", 0, "mixing", tuple(self.mixing.values()), "mixing"),
         ]
         self.flat = FlatParameters(self.blocks, self._head.values())
         self.host = SatHost(backbone, self)
@@ -175,7 +176,7 @@ class SatLora(Adapter):
             "top_k": self.top_k,
             "scale": self.scale,
         }
-        return serialise(tensors, metadata={"sat_lora": json.dumps(header)})
+        return serialise(tensors, metadata={NAME: json.dumps(header)})
 
     def save(self, folder: Path) -> None:
         (folder / FILE).write_bytes(self._encoded())

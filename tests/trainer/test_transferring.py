@@ -47,9 +47,9 @@ def test_zero_shot_then_the_bias_then_what_it_is_compared_with(source: Path, tmp
     found = transfer(target, source, steps=3, results_dir=tmp_path, name="t")
     what = [row.what for row in found.rows]
     assert what == [
-        "no adapter, zero-shot", "adapter, zero-shot", "adapter, delta trained", "no adapter, head trained",
-        "LoRA r 8, as many seconds",
+        "no adapter, zero-shot", "adapter, zero-shot", "adapter, delta trained", "no adapter, head trained", what[-1],
     ]  # fmt: skip
+    assert what[-1].startswith("LoRA r 8, as many ")  # seconds, or steps where an evaluation takes most of them
     assert [row.steps for row in found.rows[:4]] == [0, 0, 3, 3]
     assert all(row.score is not None and 0 <= row.score <= 1 for row in found.rows)
     assert found.fitted_to == 96
@@ -114,7 +114,7 @@ def test_the_command_says_what_it_measured(source: Path, tmp_path: Path) -> None
     done = CliRunner().invoke(app, [*args, "--results-dir", str(tmp_path), *lifted])
     assert done.exit_code == 0, done.output
     assert "zero-shot: no step is taken; the head's output layer is fitted by ridge regression to 96" in done.output
-    for what in ("no adapter, zero-shot", "adapter, delta trained", "LoRA r 8, as many seconds"):
+    for what in ("no adapter, zero-shot", "adapter, delta trained", "LoRA r 8, as many"):
         assert what in done.output
     missing = CliRunner().invoke(app, ["transfer", "--run", "lora_mnli"])
     assert isinstance(missing.exception, UserError)
