@@ -280,6 +280,8 @@ def transfer(
     config = _load(run, overrides or [], None, seed, mode, False, 1)
     with _ctrl_c_ends_at_once():
         _say_first(config)
+        from rich.console import Console
+
         from fastpeft.cli.console import ConsoleReporter, transfer_table
         from fastpeft.trainer import StopRequest
         from fastpeft.trainer.transferring import transfer as move
@@ -290,7 +292,7 @@ def transfer(
             config, adapter, steps=2 if mode == "trial" else steps, lora_rate=lora_rate, results_dir=results_dir,
             name=name, allow_stand_in=not no_stand_in, reporter=reporter, stop=stop, say=reporter.say,
         )  # fmt: skip
-    reporter.console.print(transfer_table(outcome))
+    Console(highlight=False, width=None if sys.stdout.isatty() else 250).print(transfer_table(outcome))
     if outcome.stand_in:
         reporter.say(f"STAND-IN: these are numbers of {outcome.model} on {outcome.dataset}")
     if stop.signal is not None:

@@ -35,14 +35,22 @@ def wider(folder: Path) -> str:
     return str(make_model(folder / "wider", "bert", seed=1, **sizes))
 
 
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A source run, and a host that is wider and deeper."""
+    home = tmp_path_factory.mktemp("transfer")
+    train(run_of(home, budget="4steps", training={"learning_rate": 0.3}), results_dir=home, name="r")
+    wider(home)
+    return home
+
+
 @pytest.fixture
-def source(tmp_path: Path) -> Path:
-    train(run_of(tmp_path, budget="4steps", training={"learning_rate": 0.3}), results_dir=tmp_path, name="r")
-    return tmp_path / FILE
+def source(home: Path) -> Path:
+    return home / FILE
 
 
-def test_zero_shot_then_the_bias_then_what_it_is_compared_with(source: Path, tmp_path: Path) -> None:
-    target = run_of(tmp_path, {"num_atoms": 99}, model={"name": wider(tmp_path)})
+def test_zero_shot_then_the_bias_then_what_it_is_compared_with(source: Path, home: Path, tmp_path: Path) -> None:
+    target = run_of(home, {"num_atoms": 99}, model={"name": str(home / "wider")})
     before = source.read_bytes()
     found = transfer(target, source, steps=3, results_dir=tmp_path, name="t")
     what = [row.what for row in found.rows]
@@ -53,18 +61,18 @@ def test_zero_shot_then_the_bias_then_what_it_is_compared_with(source: Path, tmp
     assert [row.steps for row in found.rows[:4]] == [0, 0, 3, 3]
     assert all(row.score is not None and 0 <= row.score <= 1 for row in found.rows)
     assert found.fitted_to == 96
-    assert found.source["name"] == str(tmp_path / "model")
-    assert found.model == str(tmp_path / "wider")
+    assert found.source["name"] == str(home / "model")
+    assert found.model == str(home / "wider")
     stored = json.loads((tmp_path / "t-transfer.json").read_text())
     assert [row["score"] for row in stored["rows"]] == [row.score for row in found.rows]
     assert source.read_bytes() == before
-    with pytest.raises(UserError, match="exists"):
+    with pytest.raises(UserError, match="has this name: choose another --name"):
         transfer(target, source, steps=3, results_dir=tmp_path, name="t")
 
 
-def test_without_the_adapter_the_host_is_itself(source: Path, tmp_path: Path) -> None:
+def test_without_the_adapter_the_host_is_itself(source: Path, home: Path, tmp_path: Path) -> None:
     """The row beside it is of the very model that was loaded, and not of an adapter of gains 0."""
-    job = build_job(run_of(tmp_path, {"adapter": str(source), "train": "delta"}, model={"name": wider(tmp_path)}))
+    job = build_job(run_of(home, {"adapter": str(source), "train": "delta"}, model={"name": str(home / "wider")}))
     adapter: Any = job.adapter
     batch = job.task.collate(job.batches.rows(0), job.device)
     with torch.no_grad():
@@ -77,9 +85,9 @@ def test_without_the_adapter_the_host_is_itself(source: Path, tmp_path: Path) ->
     assert not torch.allclose(plain, adapted, atol=1e-4)
 
 
-def test_a_fitted_head_answers_what_features_tell(tmp_path: Path) -> None:
+def test_a_fitted_head_answers_what_features_tell(home: Path) -> None:
     """On the training rows it is at least as right as ridge regression by normal equations in float64 has it."""
-    job = build_job(run_of(tmp_path))
+    job = build_job(run_of(home))
     model, rows = job.adapter.model, job.batches.rows(0)
     head = job.adapter.head_modules  # type: ignore[attr-defined]
     assert fit_head(job, head) == 96
@@ -108,9 +116,9 @@ def test_a_fitted_head_answers_what_features_tell(tmp_path: Path) -> None:
         output_layer(model, head, 7)
 
 
-def test_the_command_says_what_it_measured(source: Path, tmp_path: Path) -> None:
-    args = ["transfer", "--adapter", str(source), "--run", str(tmp_path / "run.yaml"), "--steps", "2", "--name", "t"]
-    lifted = ["unihyperlora.max_extra_flops=100", f"model.name={wider(tmp_path)}"]
+def test_the_command_says_what_it_measured(source: Path, home: Path, tmp_path: Path) -> None:
+    args = ["transfer", "--adapter", str(source), "--run", str(home / "run.yaml"), "--steps", "2", "--name", "t"]
+    lifted = ["unihyperlora.max_extra_flops=100", f"model.name={home / 'wider'!s}"]
     done = CliRunner().invoke(app, [*args, "--results-dir", str(tmp_path), *lifted])
     assert done.exit_code == 0, done.output
     assert "zero-shot: no step is taken; the head's output layer is fitted by ridge regression to 96" in done.output
@@ -130,11 +138,11 @@ def load_host(folder: Path) -> nn.Module:
     return transformers.AutoModelForSequenceClassification.from_pretrained(folder, num_labels=2).eval()
 
 
-def test_load_adapter_gives_what_the_run_had(source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    job = build_job(run_of(tmp_path, model={"name": str(tmp_path / "model")}))
+def test_load_adapter_gives_what_the_run_had(source: Path, home: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    job = build_job(run_of(home, model={"name": str(home / "model")}))
     job.adapter.load(source.parent)
     batch = job.task.collate(job.batches.rows(0), job.device)
-    model = load_host(tmp_path / "model")
+    model = load_host(home / "model")
     with torch.no_grad():
         want = job.adapter.model.eval()(**batch.inputs).logits
         loaded = fastpeft.load_adapter(model, source.parent, task="source")
@@ -146,8 +154,8 @@ def test_load_adapter_gives_what_the_run_had(source: Path, tmp_path: Path, capsy
     assert type(model.bert.encoder.layer[0].output.dense) is nn.Linear
 
 
-def test_load_adapter_onto_another_host(source: Path, tmp_path: Path) -> None:
-    model = load_host(Path(wider(tmp_path)))
+def test_load_adapter_onto_another_host(source: Path, home: Path, tmp_path: Path) -> None:
+    model = load_host(home / "wider")
     loaded = fastpeft.load_adapter(model, source, quiet=True)
     assert len(loaded.host.sites) == 18
     assert any("is of another host: the model's own head is used" in note for note in loaded.notes)
