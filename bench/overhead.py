@@ -16,6 +16,7 @@ Random weights of the real shapes and random tokens of MNLI-like lengths; no net
     fastpeft_lora            The trainer's own train_step.
     fastpeft_iwlora          Likewise, calibrated, with the penalty.
     fastpeft_iwlora_online   Likewise, with the sensitivities measured on while it trains.
+    fastpeft_unihyperlora, fastpeft_sat_lora, fastpeft_hf_sat_lora   The trainer's step of the methods that share atoms.
     calibration_exact, calibration_sketch   One batch of calibration: forward, backward, estimate; no update.
 
 Every row has the same matrices (all linear layers, rank 8), precision, batches and dropout. A time is the median over
@@ -75,13 +76,19 @@ ROWS = {  # in the order of their turns: what is compared most closely stands si
     "calibration_sketch": "fastpeft_lora",
     "fastpeft_iwlora_online": "fastpeft_lora",
     "fastpeft_iwlora": "fastpeft_lora",
+    "fastpeft_hf_sat_lora": "fastpeft_lora",
+    "fastpeft_sat_lora": "fastpeft_lora",
+    "fastpeft_unihyperlora": "fastpeft_lora",
     "fastpeft_lora": "fastpeft_lora",
 }
 """Name -> its own LoRA, which `ratio` compares it with."""
 SHOWN = [
     "frozen", "peft_lora", "peft_lora_loop_penalty", "peft_adalora", "fastpeft_lora", "fastpeft_iwlora",
-    "fastpeft_iwlora_online", "calibration_exact", "calibration_sketch",
+    "fastpeft_iwlora_online", "fastpeft_unihyperlora", "fastpeft_sat_lora", "fastpeft_hf_sat_lora",
+    "calibration_exact", "calibration_sketch",
 ]  # fmt: skip
+PLAIN = ["fastpeft_lora", "fastpeft_unihyperlora", "fastpeft_sat_lora", "fastpeft_hf_sat_lora"]
+"""The trainer's step of a method as it is, with the defaults of its own section."""
 NUM_BATCHES = 3
 CLOSE = ["fastpeft_iwlora_online", "fastpeft_iwlora", "fastpeft_lora"]
 """A per cent is to be told between these: they get rounds of their own, in the last CLOSE_SHARE of the seconds."""
@@ -138,8 +145,8 @@ class Rows:
             return self._peft(name)
         if name.startswith("calibration_"):
             return self._calibration(name.removeprefix("calibration_"))
-        if name == "fastpeft_lora":
-            return self._trained(self._adapter("lora"))
+        if name in PLAIN:
+            return self._trained(self._adapter(name.removeprefix("fastpeft_")))
         adapter = self._adapter("iw_lora", online=name.endswith("online"))
         with adapter.calibrating():
             for index in range(CALIBRATION_BATCHES):

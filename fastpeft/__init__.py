@@ -8,12 +8,13 @@ from typing import TYPE_CHECKING, Any
 from fastpeft._version import __version__
 
 if TYPE_CHECKING:
+    from fastpeft.adapters.unihyperlora.loaded import load_adapter
     from fastpeft.models.accelerate import accelerate
     from fastpeft.runs.store import Result
     from fastpeft.schedules.budget_lr import BudgetLR
     from fastpeft.trainer import train
 
-__all__ = ["BudgetLR", "Result", "__version__", "accelerate", "load_run", "train"]
+__all__ = ["BudgetLR", "Result", "__version__", "accelerate", "load_adapter", "load_run", "train"]
 
 
 def load_run(name_or_path: str | Path, **overrides: Any):
@@ -32,6 +33,10 @@ def __getattr__(name: str) -> Any:
         from fastpeft.models.accelerate import accelerate
 
         return accelerate
+    if name == "load_adapter":
+        from fastpeft.adapters.unihyperlora.loaded import load_adapter
+
+        return load_adapter
     if name == "BudgetLR":
         from fastpeft.schedules.budget_lr import BudgetLR
 

@@ -100,8 +100,7 @@ def check_trial(path: Path, tmp_path: Path) -> None:
     assert kinds.count("checkpoint") == 1
     assert kinds[-1] == "end"
     assert all(event["num"] == 32 for event in events if event["type"] == "eval")
-    is_full = path.stem.startswith("full_")
-    assert (tmp_path / "r" / ("model/config.json" if is_full else "adapter/adapter_config.json")).is_file()
+    assert any((tmp_path / "r" / METHODS[result.method].saved_as).glob("*.safetensors"))
     assert load_run(tmp_path / "r" / "run.yaml").run_id == path.stem
 
 

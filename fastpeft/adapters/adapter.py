@@ -58,6 +58,8 @@ class Adapter(ABC):
     export_format: str = "own"
     """What `save` writes: `peft`, an adapter that PEFT loads; `transformers`, a whole model; or another word: a format
     that only `load` of this method reads."""
+    routes: bool = False
+    """The update depends on the token, so that neither a LoRA nor merged weights hold it."""
     weight_files: str = "*.safetensors"
     """Pattern of the files of `save` that hold weights; their size is the adapter's."""
     trains_backbone: bool = False
@@ -100,6 +102,15 @@ class Adapter(ABC):
 
     def after_step(self, signals: Signals, rates: Rates, progress: float) -> None:
         """Parameters are updated, gradients still present."""
+
+    @property
+    def adapted(self) -> list[str]:
+        """Names of the modules that are adapted."""
+        return [block.name for block in self.blocks]
+
+    def facts(self) -> dict[str, float]:
+        """What result.json says of the adapter beside its size. Reads the device."""
+        return {}
 
     def importance(self) -> Importance | None:
         """Reads the device. None while there is none."""

@@ -261,6 +261,51 @@ app.command()(sweep)
 
 
 @app.command()
+def transfer(
+    overrides: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[KEY=VALUE]...", help="Settings over the file's, such as model.name=X."),
+    ] = None,
+    adapter: Annotated[Path | None, typer.Option(help="The UniHyperLoRA file, or the folder that it is in.")] = None,
+    run: Annotated[str | None, typer.Option(help="The target: a preset's name, or the path of a YAML file.")] = None,
+    steps: Annotated[int, typer.Option(help="Optimizer steps on the adapter's bias.")] = 500,
+    lora_rate: Annotated[float, typer.Option(help="Learning rate of the LoRA run that it is compared with.")] = 5e-4,
+    mode: Annotated[str, typer.Option(help="full, or trial: two steps through every code path.")] = "full",
+    results_dir: ResultsDir = Path("results"),
+    name: Annotated[str | None, typer.Option(help="Of the runs: NAME-delta, NAME-head, NAME-lora.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Same as training.seed=N.")] = None,
+    no_stand_in: Annotated[
+        bool, typer.Option("--no-stand-in", help="Fail where model or data cannot be reached.")
+    ] = False,
+) -> None:
+    """Score a UniHyperLoRA adapter on another host, as it is and after a few steps, beside no adapter and LoRA."""
+    if adapter is None or run is None:
+        raise UserError("transfer needs --adapter FILE and --run RUN: which adapter goes onto which host?")
+    if steps < 1 or not lora_rate > 0:
+        raise UserError(f"--steps {steps}, --lora-rate {lora_rate:g}: expected numbers over 0")
+    config = _load(run, overrides or [], None, seed, mode, False, 1)
+    with _ctrl_c_ends_at_once():
+        _say_first(config)
+        from rich.console import Console
+
+        from fastpeft.cli.console import ConsoleReporter, transfer_table
+        from fastpeft.trainer import StopRequest
+        from fastpeft.trainer.transferring import transfer as move
+
+    with ConsoleReporter() as reporter:
+        stop = StopRequest()
+        outcome = move(
+            config, adapter, steps=2 if mode == "trial" else steps, lora_rate=lora_rate, results_dir=results_dir,
+            name=name, allow_stand_in=not no_stand_in, reporter=reporter, stop=stop, say=reporter.say,
+        )  # fmt: skip
+    Console(highlight=False, width=None if sys.stdout.isatty() else 250).print(transfer_table(outcome))
+    if outcome.stand_in:
+        reporter.say(f"STAND-IN: these are numbers of {outcome.model} on {outcome.dataset}")
+    if stop.signal is not None:
+        raise typer.Exit(128 + stop.signal)
+
+
+@app.command()
 def export(
     run: Annotated[str, typer.Argument(metavar="RUN", help="A run's name, or its folder's path.")],
     merge: Annotated[bool, typer.Option("--merge", help="A whole model for transformers, not an adapter.")] = False,
@@ -271,6 +316,10 @@ def export(
     reader: Annotated[
         str, typer.Option("--for", help="Who is to read it: peft, vllm, sglang, llama.cpp or mlx.")
     ] = "peft",
+    approximate: Annotated[
+        int | None,
+        typer.Option(help="UniHyperLoRA: the update under mean gates, as a LoRA of this rank.", show_default=False),
+    ] = None,
     to: Annotated[Path | None, typer.Option(help="The folder to write; RUN/export when absent.")] = None,
     best: Annotated[
         bool | None, typer.Option("--best/--last", help="Which weights; the best, if there are any, when absent.")
@@ -281,14 +330,23 @@ def export(
     from fastpeft.export.plan import make_plan
 
     weights = None if best is None else ("best" if best else "last")
-    plan = make_plan(run, results_dir=results_dir, to=to, merge=merge, trim=trim, weights=weights, reader=reader)
+    plan = make_plan(
+        run, results_dir=results_dir, to=to, merge=merge, trim=trim, weights=weights, reader=reader,
+        approximate=approximate is not None,
+    )  # fmt: skip
     with _ctrl_c_ends_at_once():
-        from fastpeft.export.summary import closing, opening
+        from fastpeft.export.summary import approximated, closing, opening
         from fastpeft.export.write import export as write
 
     with _handled(signal.SIGTERM, lambda number, frame: sys.exit(128 + number)):  # nothing half-written stays
         for line in opening(plan):
             print(line)
+        if approximate is not None:
+            from fastpeft.export.approximate import approximate as write_lora
+
+            for line in approximated(write_lora(plan, approximate, print)):
+                print(line)
+            return
         for line in closing(plan, write(plan, print)):
             print(line)
 

@@ -115,6 +115,65 @@ class AdaLoraConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class UniHyperLoraConfig:
+    """One dictionary of atoms for hosts of any width and depth (method unihyperlora). adapter.alpha is the factor of
+    its update; adapter.rank and adapter.dropout are not used."""
+
+    __pydantic_config__ = STRICT_KEYS
+
+    num_atoms: Annotated[int, Range(ge=2, le=4096)] = 128
+    """M, rank-one atoms in the dictionary."""
+    atom_width: Annotated[int, Range(ge=8, le=4096)] = 256
+    """d0, numbers that an atom's side is stored in."""
+    width: Annotated[int, Range(ge=4, le=64)] = 16
+    """q, the canonical width, in which tokens meet atoms."""
+    top_k: Annotated[int, Range(ge=1, le=2)] = 2
+    """Most active atoms a token and matrix; the papers' budget has 1 or 2."""
+    projector: Literal["coordinate", "spectral", "probe"] = "coordinate"
+    """Between a host's width and q. coordinate: a trained network of a unit's place, nothing of the host is read.
+    spectral: leading singular vectors of each frozen weight. probe: from what the host makes of fixed words; the
+    adapter ships codes of them."""
+    budget_weight: NonNegativeFloat = 0.01
+    """lambda_F, weight of the mean number of active atoms in the loss."""
+    delta_weight: NonNegativeFloat = 1e-5
+    """lambda_Q, weight of ||delta||^2."""
+    task: str = "source"
+    """Whose embedding the router takes; where a file does not have it, the mean of those that it has."""
+    adapter: str | None = None
+    """File of an adapter to begin with; sizes and projector are then the file's."""
+    train: Literal["all", "delta", "none"] = "all"
+    """delta: of an adapter from a file, the mixer's bias alone is trained. none: nothing but the head."""
+    max_mb: PositiveFloat = 1.0
+    """Largest file of the adapter; over it the run is refused."""
+    max_extra_flops: PositiveFloat = 0.1
+    """Largest share that the adapter may add to the model's FLOPs; over it the run is refused."""
+
+    def problems(self, beside: Beside) -> Iterator[str]:
+        if self.train == "delta" and self.adapter is None:
+            yield (
+                "unihyperlora.train: delta trains the bias of an adapter that is there; name its file in "
+                "unihyperlora.adapter"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class SatLoraConfig:
+    """Dictionaries of atoms that matrices of one shape share (methods sat_lora and hf_sat_lora). adapter.rank is the
+    number of atoms that a token uses; the update is scaled by adapter.alpha / adapter.rank."""
+
+    __pydantic_config__ = STRICT_KEYS
+
+    num_atoms: Annotated[int, Range(ge=2, le=256)] = 32
+    """M, rank-one atoms in each dictionary."""
+    share_across_layers: bool = True
+    """One dictionary for all matrices of a shape; off: one for each matrix."""
+    max_mb: PositiveFloat = 32.0
+    """Largest file of the adapter; over it the run is refused."""
+    max_extra_flops: PositiveFloat = 0.1
+    """Largest share that the adapter may add to the model's FLOPs; over it the run is refused."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class MethodEntry(Entry):
     """Facts that others need without importing the method; its class says the same."""
 
@@ -124,6 +183,8 @@ class MethodEntry(Entry):
     """Folder of the weights in a run's folder."""
     prunes: bool = False
     """It sets weights to zero while it trains, and they have to stay zero."""
+    routes: bool = False
+    """Its update depends on the token, so that neither a LoRA nor merged weights hold it."""
 
 
 METHODS: Registry[MethodEntry] = Registry(
@@ -139,6 +200,20 @@ METHODS: Registry[MethodEntry] = Registry(
             section="regulariser",
         ),
         MethodEntry(name="adalora", target="fastpeft.adapters.adalora:AdaLora", config=AdaLoraConfig, prunes=True),
+        MethodEntry(
+            name="unihyperlora",
+            target="fastpeft.adapters.unihyperlora.method:UniHyperLora",
+            config=UniHyperLoraConfig,
+            routes=True,
+        ),
+        MethodEntry(name="sat_lora", target="fastpeft.adapters.sat_lora:SatLora", config=SatLoraConfig, routes=True),
+        MethodEntry(
+            name="hf_sat_lora",
+            target="fastpeft.adapters.hf_sat_lora:HfSatLora",
+            config=SatLoraConfig,
+            section="sat_lora",
+            routes=True,
+        ),
         MethodEntry(name="full", target="fastpeft.adapters.full:FullFineTune", trains_backbone=True, saved_as="model"),
     ],
 )

@@ -214,7 +214,8 @@ class RunConfig:
     run_id: Annotated[str, Parsed(check_run_id)]
     """Name of the run's kind; the default for --name, followed by the time."""
     method: Annotated[str, OneOf(METHODS)]
-    """lora, rslora (alpha / sqrt(rank) as the scale), iw_lora, adalora; full trains every weight."""
+    """lora, rslora (alpha / sqrt(rank) as the scale), iw_lora, adalora; unihyperlora, sat_lora and hf_sat_lora share
+    atoms between matrices; full trains every weight."""
     model: ModelConfig
     adapter: AdapterConfig = field(default_factory=AdapterConfig)
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Literal
 
 from fastpeft.config import RunConfig, load_run
+from fastpeft.config.methods import METHODS
 from fastpeft.errors import UserError
 from fastpeft.export.readers import PEFT, Reader, find_reader
 from fastpeft.runs.store import Result, RunFolder, list_runs
@@ -66,6 +67,7 @@ def make_plan(
     trim: float | None = None,
     weights: Weights | None = None,
     reader: str = PEFT,
+    approximate: bool = False,
 ) -> Plan:
     """Check what is asked for.
 
@@ -76,6 +78,7 @@ def make_plan(
         trim: share of each update's energy to keep, over 0 and at most 1.
         weights: best or last; the best, if there are any, when absent.
         reader: peft, or a name in READERS: who is to read it.
+        approximate: the update may be another one, as fastpeft.export.approximate makes it.
 
     Raises:
         UserError: no such run, no weights, a target in the way, a share out of bounds, no such reader.
@@ -88,6 +91,7 @@ def make_plan(
         raise ExportError(f"{plan.source}: a fully fine-tuned model has no low-rank update to trim; leave --trim out")
     if plan.full and not merge:
         raise ExportError(f"{plan.source} is a fully fine-tuned model, not an adapter; add --merge to export it whole")
+    _check_routed(plan.run, plan.source, approximate, merge or trim is not None or found is not None)
     target = plan.target if to is None else to.expanduser()
     _check_target(target)
     return replace(plan, target=target, merge=merge, trim=trim, reader=found)
@@ -112,6 +116,25 @@ def plan_reading(folder: RunFolder, weights: Weights | None) -> Plan:
         merge=full,
         trim=None,
     )
+
+
+def _check_routed(run: RunConfig, source: Path, approximate: bool, otherwise: bool) -> None:
+    """Raises ExportError for an update that depends on the token, unless it may be approximated."""
+    if not METHODS[run.method].routes:
+        if approximate:
+            raise ExportError(f"--approximate: the update of method {run.method} is exported as it is; leave it out")
+        return
+    if approximate and otherwise:
+        raise ExportError("--approximate writes a PEFT LoRA: leave out --merge, --trim and --for")
+    if not approximate:
+        ways = " --approximate RANK writes the update under mean gates as a PEFT LoRA, and says what that costs"
+        exact = f"The exact adapter is the run's own file in {source}"
+        if run.method == "unihyperlora":
+            exact += ", which fastpeft.load_adapter(model, path) puts onto any supported host;"
+        raise ExportError(
+            f"{source}: which atoms a token uses depends on the token, so that no plain LoRA and no merged model holds "
+            f"the adapter exactly. {exact}{ways if run.method == 'unihyperlora' else ''}"
+        )
 
 
 def _find_run(run: str, results_dir: Path) -> RunFolder:

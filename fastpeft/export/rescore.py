@@ -11,6 +11,7 @@ import peft
 import torch
 from torch import nn
 
+from fastpeft.config.methods import METHODS
 from fastpeft.data.predictions import Answer, read_predictions
 from fastpeft.device_memory import TokenLimits, unmeasured
 from fastpeft.errors import UserError, first_line
@@ -90,6 +91,10 @@ def _load(plan: Plan, task: Any, device: torch.device) -> tuple[Backbone, nn.Mod
     if plan.full:
         backbone = load_whole(plan.source, task, device)
         return backbone, backbone.model.eval()
+    if METHODS[plan.run.method].routes:
+        raise ExportError(
+            f"{plan.source}: PEFT knows no adapter of method {plan.run.method}; score it without --rescore"
+        )
     backbone = load_base(plan.run.model, task, device)
     try:
         with quiet_transformers():

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 from fastpeft.export.card import STAND_IN_WARNING
 from fastpeft.export.exported import Exported
 from fastpeft.export.plan import Plan
 from fastpeft.runs.events import number
+
+if TYPE_CHECKING:
+    from fastpeft.export.approximate import Approximated
 
 
 def opening(plan: Plan) -> Iterator[str]:
@@ -60,3 +64,12 @@ def closing(plan: Plan, exported: Exported) -> Iterator[str]:
     yield from exported.notes
     if exported.stand_in:
         yield STAND_IN_WARNING
+
+
+def approximated(found: Approximated) -> Iterator[str]:
+    yield (
+        f"metric    {found.metric} {found.before:.4f} before, {found.after:.4f} after "
+        f"({found.after - found.before:+.4f}) on {found.num_rows:,} rows"
+    )
+    yield f"rank      {found.rank}, which leaves out {found.lost:.2%} of a matrix's mean update at most"
+    yield f"written   {found.target}: an approximation, as its README.md says"

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from fastpeft.kernels.flat_layout import FlatLayout, MatrixGroup
     from fastpeft.kernels.ops.adamw.op import adamw_step
     from fastpeft.kernels.ops.adamw.reference import AdamWOptions
+    from fastpeft.kernels.ops.atoms.op import RouterCount, gather_atoms, route_atoms
     from fastpeft.kernels.ops.frobenius.op import FrobeniusResult, weighted_frobenius
     from fastpeft.kernels.ops.linear_cross_entropy.op import linear_cross_entropy, logits_cross_entropy
     from fastpeft.kernels.ops.lora_linear.compute import LoraMeasures
@@ -27,14 +28,17 @@ _PUBLIC = {
     "FrobeniusResult": "ops.frobenius.op",
     "LoraMeasures": "ops.lora_linear.compute",
     "MatrixGroup": "flat_layout",
+    "RouterCount": "ops.atoms.op",
     "SecantSums": "ops.secant.op",
     "adamw_step": "ops.adamw.op",
     "dropout_mask": "dropout",
+    "gather_atoms": "ops.atoms.op",
     "gradient_norm": "ops.sensitivity.op",
     "linear_cross_entropy": "ops.linear_cross_entropy.op",
     "logits_cross_entropy": "ops.linear_cross_entropy.op",
     "lora_linear": "ops.lora_linear.op",
     "lora_linear_grouped": "ops.lora_linear.op",
+    "route_atoms": "ops.atoms.op",
     "secant_sums": "ops.secant.op",
     "sketch_norm": "ops.sensitivity.op",
     "weighted_frobenius": "ops.frobenius.op",
@@ -46,14 +50,17 @@ __all__ = [
     "FrobeniusResult",
     "LoraMeasures",
     "MatrixGroup",
+    "RouterCount",
     "SecantSums",
     "adamw_step",
     "dropout_mask",
+    "gather_atoms",
     "gradient_norm",
     "linear_cross_entropy",
     "logits_cross_entropy",
     "lora_linear",
     "lora_linear_grouped",
+    "route_atoms",
     "secant_sums",
     "sketch_norm",
     "weighted_frobenius",

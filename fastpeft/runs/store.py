@@ -76,6 +76,8 @@ class Result:
     """Label names in the order of their numbers, where the task has them."""
     data: dict[str, Any] = field(default_factory=dict)
     """{sha256, splits: {name: {rows, and hashes of them}}}: what the run was trained and scored on, as it was read."""
+    adapter_facts: dict[str, Any] = field(default_factory=dict)
+    """What a method measures of its adapter: extra_flops, a share of the model's own, and active_atoms a token."""
     adapter_mb: float | None = None
     peak_memory_mb: float | None = None
     git: str | None = None

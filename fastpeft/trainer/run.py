@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -142,8 +143,7 @@ def keep_prefix(job: Job, folder: RunFolder) -> None:
     if not setting:
         return
     sample = job.task.collate(job.batches.rows(0)[:2], job.device)
-    adapted = [block.name for block in job.adapter.blocks]
-    cache = open_prefix_cache(setting, folder.path, job.adapter.model, adapted, job.batches.encoded, sample)
+    cache = open_prefix_cache(setting, folder.path, job.adapter.model, job.adapter.adapted, job.batches.encoded, sample)
     job.prefix_cache = cache
     job.notes.append(cache.describe())
 
@@ -201,6 +201,7 @@ def _close(job: Job, loop: Loop, folder: RunFolder, result: Result, error: str |
     sizes = [path.stat().st_size for path in folder.weights(job.adapter.saved_as).glob(job.adapter.weight_files)]
     if sizes:
         result.adapter_mb = round(sum(sizes) / 2**20, 3)
+    result.adapter_facts = {name: value for name, value in job.adapter.facts().items() if math.isfinite(value)}
     result.peak_memory_mb = round(high_water_bytes(job.device) / 2**20, 1)
     folder.write_result(result)
     outcome = {key: getattr(result, key) for key in ("status", "metric", "best", "energy_j")}

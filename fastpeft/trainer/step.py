@@ -63,6 +63,7 @@ def forward_backward(
     """Gradient of the mean loss over the `num_items` of all micro-batches, unscaled, in the flat buffer."""
     probes.before_passes(lambda: forward_backward(adapter, loss, batches, num_items, loss_scale))
     adapter.flat.grad.zero_()
+    adapter.discard_pass()
     total = torch.zeros((), device=adapter.flat.data.device)
     statistics: dict[str, torch.Tensor] = {}
     num_tokens = 0

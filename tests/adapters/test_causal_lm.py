@@ -23,7 +23,8 @@ from fastpeft.trainer.optim import FlatAdamW
 from tests.support.tiny import make_causal_lm
 
 CPU = torch.device("cpu")
-WITH_ADAPTER = [entry.name for entry in METHODS if not entry.trains_backbone]
+WITH_ADAPTER = [name for name in METHODS.names if METHODS.load(name).export_format == "peft"]
+LOADED_BY_OTHERS = [name for name in METHODS.names if METHODS.load(name).export_format in ("peft", "transformers")]
 PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 SETTINGS = {
     "adapter.target_modules": "all-linear",
@@ -31,6 +32,10 @@ SETTINGS = {
     "adalora.initial_rank": 4,
     "adalora.target_rank": 2,
     "regulariser.warmup_steps": 2,
+    "unihyperlora.max_extra_flops": 100.0,
+    "unihyperlora.budget_weight": 0.0,
+    "unihyperlora.delta_weight": 0.0,
+    "sat_lora.max_extra_flops": 100.0,
     "training.precision": "fp32",
     "optimizer.weight_decay": 0.0,
     "optimizer.max_grad_norm": 0.0,
@@ -143,7 +148,7 @@ def test_gpt2_has_no_layer_to_adapt_but_is_trained_whole(folders, seed):
 
 
 @pytest.mark.parametrize("family", ["qwen3", "llama"])
-@pytest.mark.parametrize("method", METHODS.names)
+@pytest.mark.parametrize("method", LOADED_BY_OTHERS)
 def test_others_load_what_was_saved(folders, tmp_path, family, method, seed):
     adapter, _, run = build(folders[family], method)
     train(adapter, run, seed)

@@ -41,6 +41,7 @@ def test_every_target_is_a_class_of_its_family(family: Registry[Any], name: str)
 def test_what_the_table_says_of_a_method_its_class_says_too(name: str) -> None:
     entry, kind = METHODS[name], METHODS.load(name)
     assert (entry.trains_backbone, entry.saved_as) == (kind.trains_backbone, kind.saved_as)
+    assert entry.routes == kind.routes
 
 
 @pytest.mark.parametrize("family", [family for family in FAMILIES if family.key], ids=lambda family: family.family)
@@ -65,8 +66,9 @@ def test_a_members_own_section_is_a_field_with_its_defaults(family: Registry[Any
 
 def test_sections_stand_where_they_stood_in_stored_runs() -> None:
     assert [field.name for field in dataclasses.fields(RunConfig)] == [
-        "run_id", "method", "model", "adapter", "regulariser", "adalora", "schedule", "optimizer", "dataset",
-        "training", "budget", "evaluation", "optuna", "wandb", "tensorboard", "stand_in", "overrides",
+        "run_id", "method", "model", "adapter", "regulariser", "adalora", "unihyperlora", "sat_lora", "schedule",
+        "optimizer", "dataset", "training", "budget", "evaluation", "optuna", "wandb", "tensorboard", "stand_in",
+        "overrides",
     ]  # fmt: skip
 
 
@@ -89,7 +91,7 @@ def test_two_members_may_share_a_section() -> None:
     entry = dataclasses.replace(METHODS["iw_lora"], name="twin")
     METHODS.add(entry)
     try:
-        assert METHODS.section_keys == ("regulariser", "adalora")
+        assert METHODS.section_keys == ("regulariser", "adalora", "unihyperlora", "sat_lora")
     finally:
         METHODS.remove("twin")
 

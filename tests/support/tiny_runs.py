@@ -113,7 +113,9 @@ def steps_logged(folder: Path) -> list[int]:
 
 
 def weights(folder: Path, adapter: str = "adapter") -> dict[str, torch.Tensor]:
-    return load_file(folder / adapter / "adapter_model.safetensors")
+    """Of all files there."""
+    files = sorted((folder / adapter).glob("*.safetensors"))
+    return {name: tensor for file in files for name, tensor in load_file(file).items()}
 
 
 def peft_accuracy(files: Path, adapter: Path) -> float:

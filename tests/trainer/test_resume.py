@@ -43,14 +43,21 @@ def kill(child: Child, folder: Path, target: int, in_a_save: bool, rng: random.R
     assert child.end() == -signal.SIGKILL, f"it was not alive any more:\n{child.output()}"
 
 
-def kill_and_resume(files: Path, num_steps: int, saves: list[bool], rng: random.Random, **names: str) -> None:
+LIFTED = {"unihyperlora": {"max_extra_flops": 100.0}, "sat_lora": {"max_extra_flops": 100.0}}
+"""The tiny model is narrower than a dictionary of atoms."""
+
+
+def kill_and_resume(
+    files: Path, num_steps: int, saves: list[bool], rng: random.Random, method: str = "iw_lora", **names: str
+) -> None:
     """Kill a run of `num_steps` once for each of `saves`, in a save or not, and compare with an unbroken one.
 
     `names`: of the run's sections, such as optimizer.
     """
     path, seed = write_run(files), rng.randrange(1000)
     settings = [f"budget={num_steps}steps", "evaluation.every=20%", f"training.seed={seed}"]
-    settings += [f"{section}.name={name}" for section, name in names.items()]
+    settings += [f"{section}.name={name}" for section, name in names.items()] + [f"method={method}"]
+    settings += [f"{section}.{key}={value}" for section, own in LIFTED.items() for key, value in own.items()]
     folder = files / "killed"
     places = ["--name", "killed", "--results-dir", str(files)]
     start = ["train", "--run", str(path), *places, *settings]
@@ -73,7 +80,8 @@ def kill_and_resume(files: Path, num_steps: int, saves: list[bool], rng: random.
         assert "resuming" in child.output()
 
     sections = {section: {"name": name} for section, name in names.items()}
-    run = tiny_run(files, budget=f"{num_steps}steps", evaluation={"every": "20%"}, training={"seed": seed}, **sections)
+    sections |= {"evaluation": {"every": "20%"}, "training": {"seed": seed}, **LIFTED}
+    run = tiny_run(files, method=method, budget=f"{num_steps}steps", **sections)
     unbroken = train(run, results_dir=files, name="unbroken")
     result = RunFolder(folder).read_result()
     assert result is not None
@@ -94,6 +102,12 @@ def test_three_kills(tmp_path: Path, seed: int) -> None:
     saves = [True, True, False]
     rng.shuffle(saves)
     kill_and_resume(tmp_path, num_steps=30 * STEPS_PER_EPOCH, saves=saves, rng=rng)
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("method", ["unihyperlora", "sat_lora", "hf_sat_lora"])
+def test_three_kills_of_methods_with_files_of_their_own(method: str, tmp_path: Path, seed: int) -> None:
+    kill_and_resume(tmp_path, 20 * STEPS_PER_EPOCH, [True, False, True], random.Random(seed), method)
 
 
 @pytest.mark.soak

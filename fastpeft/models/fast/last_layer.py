@@ -5,6 +5,8 @@ Keys and values are those of all tokens; the query, the output and the feed-forw
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, cast
 
 import torch
@@ -110,6 +112,20 @@ def shorten_last_layer(model: Any) -> bool:
         model.train(training)
     last.__class__, inner.__class__ = theirs
     return False
+
+
+@contextmanager
+def every_token(model: nn.Module) -> Iterator[None]:
+    """Within, the last layer computes all tokens again."""
+    short = [m for m in model.modules() if isinstance(m, (FirstTokenLayer, FirstTokenAttention))]
+    kinds = [type(module) for module in short]
+    for module, kind in zip(short, kinds):
+        cast(Any, module).__class__ = kind.__bases__[1]
+    try:
+        yield
+    finally:
+        for module, kind in zip(short, kinds):
+            module.__class__ = kind
 
 
 def _logits(model: Any) -> torch.Tensor:

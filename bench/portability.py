@@ -1,0 +1,216 @@
+"""What of a UniHyperLoRA adapter moves to a host that it never saw?
+
+    python bench/portability.py --host MODEL [--source-data DIR --target-data DIR] [--steps 500] [--seeds 0,1,2]
+
+Each seed trains a source adapter on MODEL a projector, and moves it to MODEL cut to half of its layers and to MODEL
+with two thirds of its width. Rows, on each target: zero-shot (frozen adapter, ridge head) and after --steps steps on
+delta, beside no adapter, an adapter of the same size with fresh atoms, and SAT-LoRA, HF-SAT-LoRA, LoRA r 8 and full
+fine-tuning trained on the target for as many steps. Scores are means over seeds with 95 % t-intervals. MODEL is a
+folder of a BERT-shaped encoder; without one the small encoder that ships is taken, cut in depth alone.
+
+Writes bench/results/portability-TIME.json; hosts and runs lie in a temporary folder, or --work DIR, where a run that is
+there already is not trained again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import statistics
+import tempfile
+import time
+from collections import defaultdict
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+import torch
+from scipy.stats import t as student
+
+from bench.cut_hosts import cut_depth, cut_width
+from fastpeft.adapters.unihyperlora import file_format
+from fastpeft.adapters.unihyperlora.dictionary import Dictionary
+from fastpeft.config import RunConfig, load_run, with_values
+from fastpeft.runs.store import Result, RunFolder
+from fastpeft.standins import embedded_path
+from fastpeft.trainer import train
+from fastpeft.trainer.build import build_job
+from fastpeft.trainer.transferring import zero_shot
+
+PROJECTORS = ("coordinate", "spectral", "probe")
+BASELINES: dict[str, dict[str, Any]] = {
+    "head alone": {"method": "unihyperlora", "unihyperlora.train": "none"},
+    "SAT-LoRA": {"method": "sat_lora", "training.learning_rate": 3e-4},
+    "HF-SAT-LoRA": {"method": "hf_sat_lora", "training.learning_rate": 3e-4},
+    "LoRA r 8": {"method": "lora", "adapter.rank": 8, "adapter.alpha": 16.0, "training.learning_rate": 5e-4},
+    "full": {"method": "full", "training.learning_rate": 2e-5},
+}
+Scores = dict[tuple[str, str, str], list[float]]
+"""(target, row, figure) -> a value a seed."""
+
+
+class Bench:
+    def __init__(self, options: argparse.Namespace, work: Path) -> None:
+        self.options, self.work = options, work
+        self.scores: Scores = defaultdict(list)
+        self.facts: dict[tuple[str, str], dict[str, float]] = {}
+        self.host = Path(options.host) if options.host else embedded_path("embedded/deberta-tiny")
+        assert self.host is not None
+
+    def targets(self) -> dict[str, Path]:
+        assert self.host is not None
+        found = {"half the depth": cut_depth(self.host, self.work / "shallow", 0.5)}
+        if self.options.host:
+            found["two thirds of the width"] = cut_width(self.host, self.work / "narrow", 2 / 3)
+        return {"the source itself": self.host, **found}
+
+    def run(self, host: Path, data: str | None, seed: int, **values: Any) -> RunConfig:
+        own = {
+            "model.name": str(host),
+            "training.seed": seed,
+            "training.threads": self.options.threads,
+            "budget": f"{self.options.steps}steps",
+            "evaluation.every": "end",
+            "wandb.mode": "disabled",
+            "adapter.target_modules": "all-linear",
+            "schedule.warmup_steps": self.options.steps // 10,
+        }
+        own |= {"dataset.path": data, "dataset.name": Path(data).name} if data else {"dataset.name": "embedded-nli"}
+        if not self.options.host:
+            own |= {"unihyperlora.width": 8, "unihyperlora.max_extra_flops": 1.0, "sat_lora.max_extra_flops": 1.0}
+        return load_run(self.options.run, own | {key.replace("__", "."): value for key, value in values.items()})
+
+    def trained(self, run: RunConfig, name: str) -> Result:
+        folder = RunFolder(self.work / name)
+        done = folder.read_result() if folder.path.is_dir() else None
+        if done is not None and done.status == "done":
+            return done
+        print(f"  {name}", flush=True)
+        return train(run, results_dir=self.work, name=name)
+
+    def note(self, target: str, row: str, figure: str, value: float | None) -> None:
+        if value is not None:
+            self.scores[target, row, figure].append(value)
+
+    def one_seed(self, seed: int) -> None:
+        options, targets = self.options, self.targets()
+        for projector in options.projectors:
+            values = {"unihyperlora.projector": projector, "budget": f"{options.source_steps}steps"}
+            assert self.host is not None
+            source = self.run(self.host, options.source_data, seed, **values)
+            self.trained(source, f"source-{projector}-{seed}")
+            file = self.work / f"source-{projector}-{seed}" / "adapter" / file_format.FILE
+            for target, host in targets.items():
+                self.moved(target, host, projector, file, seed)
+        for target, host in targets.items():
+            for row, values in BASELINES.items():
+                result = self.trained(
+                    with_values(self.run(host, options.target_data, seed), values), f"{slug(target)}-{slug(row)}-{seed}"
+                )
+                self.after(target, row, result)
+
+    def moved(self, target: str, host: Path, projector: str, file: Path, seed: int) -> None:
+        run = self.run(host, self.options.target_data, seed)
+        row = f"UniHyperLoRA, {projector}"
+        moved = with_values(run, {"unihyperlora.adapter": str(file), "unihyperlora.train": "delta"})
+        (without, adapted), *_ = zero_shot(build_job(moved))
+        self.note(target, "no adapter", "zero-shot", without.score)
+        self.note(target, row, "zero-shot", adapted.score)
+        fresh = redrawn(file, self.work / "fresh.safetensors", seed)
+        (_, control), *_ = zero_shot(build_job(with_values(moved, {"unihyperlora.adapter": str(fresh)})))
+        self.note(target, f"fresh atoms, {projector}", "zero-shot", control.score)
+        self.after(target, row, self.trained(moved, f"{slug(target)}-{projector}-{seed}"))
+
+    def after(self, target: str, row: str, result: Result) -> None:
+        self.note(target, row, "after", result.metric.get("value"))
+        facts = {"MB": result.adapter_mb, "seconds a step": seconds_a_step(self.work / result.name)}
+        known = {key: value for key, value in (facts | result.adapter_facts).items() if value is not None}
+        self.facts[target, row] = known
+
+
+def slug(text: str) -> str:
+    return "".join(c if c.isalnum() else "_" for c in text.lower())
+
+
+def redrawn(file: Path, out: Path, seed: int) -> Path:
+    """The same adapter with atoms as they were before training: another update of the same size."""
+    stored = file_format.decode(file)
+    with torch.random.fork_rng():
+        torch.manual_seed(seed + 1000)
+        dictionary, fresh = Dictionary(stored.shape), Dictionary(stored.shape)
+    file_format.restore(dictionary, stored)
+    for own, other in zip(dictionary.atoms.parameters(), fresh.atoms.parameters()):
+        own.data.copy_(other.data)
+    out.write_bytes(file_format.encode(dictionary, stored.host, stored.codes))
+    return out
+
+
+def seconds_a_step(folder: Path) -> float | None:
+    """The median, from the event log."""
+    events = [json.loads(line) for line in (folder / "events.jsonl").read_text().splitlines()]
+    at = [event["elapsed_s"] for event in events if event["type"] == "step"]
+    return statistics.median(b - a for a, b in pairwise(at)) if len(at) > 2 else None
+
+
+def interval(values: list[float]) -> str:
+    mean = statistics.fmean(values)
+    if len(values) < 2:
+        return f"{mean:.3f}"
+    half = float(student.ppf(0.975, len(values) - 1)) * statistics.stdev(values) / math.sqrt(len(values))
+    return f"{mean:.3f} +- {half:.3f}"
+
+
+def table(bench: Bench) -> str:
+    lines = []
+    for target in dict.fromkeys(target for target, _, _ in bench.scores):
+        lines += ["", target, f"{'':28}{'zero-shot':>18}{'after':>18}{'MB':>8}{'FLOP %':>8}{'atoms':>7}{'s/step':>8}"]
+        for row in dict.fromkeys(row for at, row, _ in bench.scores if at == target):
+            shown = [
+                interval(found) if (found := bench.scores.get((target, row, figure))) else "-"
+                for figure in ("zero-shot", "after")
+            ]
+            facts = bench.facts.get((target, row), {})
+            wanted = {"MB": (1, 3), "extra_flops": (100, 1), "active_atoms": (1, 2), "seconds a step": (1, 3)}
+            mb, flops, atoms, seconds = (
+                f"{facts[key] * factor:.{digits}f}" if key in facts else "-" for key, (factor, digits) in wanted.items()
+            )
+            lines.append(f"{row:28}{shown[0]:>18}{shown[1]:>18}{mb:>8}{flops:>8}{atoms:>7}{seconds:>8}")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--host", help="folder of a BERT-shaped encoder")
+    parser.add_argument("--run", default="unihyperlora_sst2", help="preset whose rates are taken")
+    parser.add_argument("--source-data", help="folder of train and dev files; with --target-data")
+    parser.add_argument("--target-data")
+    parser.add_argument("--source-steps", type=int, default=1000)
+    parser.add_argument("--steps", type=int, default=500)
+    parser.add_argument("--seeds", type=lambda text: [int(s) for s in text.split(",")], default=[0, 1, 2])
+    parser.add_argument("--projectors", type=lambda text: text.split(","), default=list(PROJECTORS))
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--work", type=Path)
+    parser.add_argument("--out", type=Path)
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory() as temporary:
+        bench = Bench(options, options.work or Path(temporary))
+        bench.work.mkdir(parents=True, exist_ok=True)
+        for seed in options.seeds:
+            print(f"seed {seed}", flush=True)
+            bench.one_seed(seed)
+            print(table(bench), flush=True)
+    out = options.out or Path("bench/results") / f"portability-{time.strftime('%Y%m%d-%H%M%S')}.json"
+    out.parent.mkdir(parents=True, exist_ok=True)
+    rows = [{"target": t, "row": r, "figure": f, "values": v} for (t, r, f), v in bench.scores.items()]
+    facts = [{"target": t, "row": r, **found} for (t, r), found in bench.facts.items()]
+    settings = {key: str(value) for key, value in vars(options).items()}
+    out.write_text(json.dumps({"settings": settings, "scores": rows, "facts": facts}, indent=1) + "\n")
+    print(f"\nwritten {out}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,157 @@
+"""A UniHyperLoRA adapter on another host: as it is, and after a few steps on its bias, beside what costs as much.
+
+Zero-shot means that the adapter is frozen and no step is taken: a classifier's output layer is fitted by ridge
+regression on what the frozen model makes of training rows, a language model keeps its own head. The same is done
+without the adapter.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, cast
+
+from fastpeft.adapters.unihyperlora.file_format import decode
+from fastpeft.adapters.unihyperlora.method import UniHyperLora
+from fastpeft.config import ConfigError, RunConfig, with_values
+from fastpeft.models.backbone import quiet_transformers
+from fastpeft.runs.store import Result, RunFolder, default_name, write_json
+from fastpeft.trainer.build import Job, build_job
+from fastpeft.trainer.fitted_head import fit_head
+from fastpeft.trainer.interrupt import StopRequest
+from fastpeft.trainer.resolve import resolve
+from fastpeft.trainer.run import Reporter, train
+
+STEPS = 500
+LORA_RATE = 5e-4
+METHOD = "unihyperlora"
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of the outcome."""
+
+    what: str
+    steps: int
+    score: float | None
+    seconds: float | None = None
+    """Of the budget's clock."""
+    adapter_mb: float | None = None
+    extra_flops: float | None = None
+    active_atoms: float | None = None
+    run: str | None = None
+    """Name of the run's folder."""
+
+
+@dataclass(frozen=True)
+class Transfer:
+    adapter: str
+    source: dict[str, Any]
+    model: str
+    dataset: str
+    metric: str
+    fitted_to: int
+    """Answers that heads were fitted to; 0: the head is the model's own."""
+    stand_in: bool
+    rows: list[Row]
+
+
+def transfer(
+    run: RunConfig,
+    file: Path,
+    *,
+    steps: int = STEPS,
+    lora_rate: float = LORA_RATE,
+    results_dir: Path = Path("results"),
+    name: str | None = None,
+    allow_stand_in: bool = True,
+    reporter: Reporter | None = None,
+    stop: StopRequest | None = None,
+    say: Callable[[str], None] = lambda text: None,
+) -> Transfer:
+    """Put the adapter in `file` onto the host of `run`, score it, train its bias, and train what it is compared with.
+
+    Args:
+        run: of the target: model, data, rates. Its method is not looked at.
+        steps: optimizer steps on the bias; LoRA then gets as many seconds as they took.
+        lora_rate: learning rate of the LoRA run.
+        name: of the runs' folders, which are NAME-delta, NAME-head and NAME-lora.
+
+    Returns:
+        What NAME-transfer.json holds. Where `stop` says so, without the runs that were not begun.
+
+    Raises:
+        UserError: a file that cannot be read, a host that cannot be adapted, a folder that is taken.
+    """
+    stored = decode(file)
+    name = name or default_name(run.run_id)
+    for part in ("delta", "head", "lora"):
+        RunFolder.at(results_dir, f"{name}-{part}").check_free()
+    resolved = resolve(run, allow_stand_in)
+    fresh = {"method": METHOD, "unihyperlora.adapter": None}
+    delta = {"unihyperlora.adapter": str(file), "unihyperlora.train": "delta"}
+    say(f"zero-shot: {resolved.run.model.name} on {resolved.run.dataset.name}")
+    with quiet_transformers():
+        found, metric, dataset, fitted_to = zero_shot(build_job(with_values(resolved.run, fresh | delta)))
+    outcome = Transfer(
+        str(file), stored.host, resolved.run.model.name, dataset, metric, fitted_to, resolved.stand_in, found
+    )
+    options: dict[str, Any] = {
+        "results_dir": results_dir, "reporter": reporter, "stop": stop, "group": name, "allow_stand_in": allow_stand_in,
+    }  # fmt: skip
+
+    def trained(what: str, part: str, values: dict[str, Any]) -> Result | None:
+        if stop is not None and stop():
+            return None
+        say(f"{what}: {results_dir / f'{name}-{part}'}")
+        result = train(with_values(resolved.run, values), name=f"{name}-{part}", **options)
+        outcome.rows.append(_row(what, result))
+        return result
+
+    budget = {"budget": f"{steps}steps"}
+    first = trained("adapter, delta trained", "delta", fresh | budget | delta)
+    if fitted_to:
+        trained("no adapter, head trained", "head", fresh | budget | {"unihyperlora.train": "none"})
+    if first is not None and first.status == "done":
+        lora = {"method": "lora", "adapter.rank": 8, "adapter.alpha": 16.0, "training.learning_rate": lora_rate}
+        try:
+            trained("LoRA r 8, as many seconds", "lora", lora | {"budget": f"{max(1.0, first.elapsed_s):.1f}s"})
+        except ConfigError:  # an evaluation alone takes most of it
+            trained("LoRA r 8, as many steps", "lora", lora | budget)
+    write_json(results_dir / f"{name}-transfer.json", asdict(outcome))
+    return outcome
+
+
+def zero_shot(job: Job) -> tuple[list[Row], str, str, int]:
+    """Rows with and without the adapter, the metric, the data's name, and answers that heads were fitted to."""
+    adapter = cast(UniHyperLora, job.adapter)
+    fitted_to = 0
+
+    def score() -> float:
+        nonlocal fitted_to
+        if adapter.head_modules:
+            fitted_to = fit_head(job, adapter.head_modules)
+        found = job.task.evaluate(adapter.model, job.limits, lambda: False, None)
+        assert found is not None
+        return found.value
+
+    with adapter.host.absent():
+        without = Row("no adapter, zero-shot", 0, score())
+    size = adapter.adapter_bytes / 2**20
+    moved = Row("adapter, zero-shot", 0, score(), adapter_mb=size, extra_flops=adapter.overhead)
+    return [without, moved], job.task.metric, job.task.name, fitted_to
+
+
+def _row(what: str, result: Result) -> Row:
+    facts = result.adapter_facts
+    return Row(
+        what,
+        result.steps,
+        result.metric.get("value"),
+        round(result.elapsed_s, 2),
+        result.adapter_mb,
+        facts.get("extra_flops"),
+        facts.get("active_atoms"),
+        result.name,
+    )
