@@ -163,7 +163,7 @@ class SatLoraConfig:
 
     __pydantic_config__ = STRICT_KEYS
 
-    num_atoms: Annotated[int, Range(ge=2, le=256)] = 32
+    num_atoms: Annotated[int, Range(ge=2, le=256)] = 24
     """M, rank-one atoms in each dictionary."""
     share_across_layers: bool = True
     """One dictionary for all matrices of a shape; off: one for each matrix."""

@@ -32,10 +32,6 @@ if it rains tomorrow the match will be moved to the large hall behind the school
 scientists found a fish that lives deep in the ocean and makes its own light
 the bread was stale the soup was cold and the waiter forgot our drinks twice
 in the north of the country winters are dark and cold while summers are short
-the judge asked the witness to repeat what she had seen on the evening of the fire
-a little salt makes the chocolate taste sweeter which surprises most children
-they bought a house with a red door two windows and a garden full of apple trees
-london paris and rome are old cities that millions of tourists visit every summer
 the program stops when the file is empty or when the user presses a key
 """.strip().splitlines()
 WORDS = [sentence.split() for sentence in SENTENCES]
