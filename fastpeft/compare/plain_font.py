@@ -9,6 +9,7 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any, cast
 
 FALLBACK = "DejaVu Sans"
 """For the letters that ours lacks; alone where ours is not in use."""
@@ -57,5 +58,5 @@ def _make(path: Path) -> None:
     subsetter.subset(font)
     for one in font["name"].names:
         if one.nameID in _NAMES:
-            one.string = _FAMILY.replace(" ", "") if one.nameID == 6 else _FAMILY
+            cast(Any, one).string = _FAMILY.replace(" ", "") if one.nameID == 6 else _FAMILY
     font.save(path)

@@ -113,7 +113,7 @@ def _is_alike(answer: Answer, kept: Answer) -> bool:
     ours, theirs = answer.predicted, kept.predicted
     if isinstance(ours, float) and isinstance(theirs, float):
         return abs(ours - theirs) <= 1e-2 * max(1.0, abs(theirs))
-    return list(ours) == list(theirs) if isinstance(theirs, list) else ours == theirs
+    return list(cast(Any, ours)) == list(theirs) if isinstance(theirs, list) else ours == theirs
 
 
 def _facts(found: Rescored, more: dict[str, float]) -> dict[str, Any]:

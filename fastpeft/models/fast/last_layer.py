@@ -125,7 +125,7 @@ def every_token(model: nn.Module) -> Iterator[None]:
         yield
     finally:
         for module, kind in zip(short, kinds):
-            module.__class__ = kind
+            cast(Any, module).__class__ = kind
 
 
 def _logits(model: Any) -> torch.Tensor:
