@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from fastpeft.kernels.ops.residual_norm.kernel import residual_norm_backward_kernel, residual_norm_kernel
-from fastpeft.kernels.rows import row_tiles
+from fastpeft.kernels.row_tiles import row_tiles
 from tests.support.aot import Case
 
 WIDTHS = (384, 1024, 8192)

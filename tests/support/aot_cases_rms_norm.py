@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from fastpeft.kernels.ops.rms_norm.kernel import rms_norm_backward_kernel, rms_norm_kernel
-from fastpeft.kernels.rows import row_tiles
+from fastpeft.kernels.row_tiles import row_tiles
 from tests.support.aot import Case
 
 WIDTHS = (640, 4096, 8192)

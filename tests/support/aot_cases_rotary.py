@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from fastpeft.kernels.ops.rotary.kernel import rotary_kernel
 from fastpeft.kernels.ops.rotary.op import ELEMENTS
-from fastpeft.kernels.rows import row_tiles
+from fastpeft.kernels.row_tiles import row_tiles
 from tests.support.aot import Case
 
 

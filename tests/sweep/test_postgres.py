@@ -48,6 +48,7 @@ def url():
         yield url
 
 
+@pytest.mark.soak
 def test_two_sweeps_at_once_and_one_killed_give_the_trials_that_were_asked_for(url, tmp_path):
     script = tmp_path / "sweep.py"
     script.write_text(SWEEP)

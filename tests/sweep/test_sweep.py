@@ -104,6 +104,7 @@ def test_trials_are_searched_and_the_best_is_trained_with_every_seed(files, tmp_
     assert told.events == []
 
 
+@pytest.mark.soak
 def test_the_metric_may_be_a_loss_and_one_that_is_not_measured_ends_the_sweep(files, tmp_path):
     run = tiny(files, trials=1, metric="loss", direction="minimize")
     outcome = swept(run, tmp_path / "a", trains_best=False)
@@ -141,12 +142,14 @@ def test_a_sweep_that_runs_elsewhere_and_a_runs_name_are_refused(files, tmp_path
 
 
 def test_values_of_an_evaluation():
-    event = {"type": "eval", "metric": "f1", "value": 0.5, "loss": "nan", "more": {"precision": 0.25}}
+    event = {"type": "eval", "metric": "f1", "value": 0.5, "loss": "nan", "more": {"precision": 0.25}, "num": 64}
     assert [value_of(event, name) for name in ("auto", "f1", "precision")] == [0.5, 0.5, 0.25]
     events = [event, event | {"value": 0.75}, event | {"value": "inf"}, event | {"split": "test", "value": 1.0}]
     assert best_value(events, "auto", "maximize") == 0.75
     assert best_value(events, "auto", "minimize") == 0.5
     assert best_value(events, "loss", "minimize") is None
+    sampled = [event | {"value": 0.9, "num": 20}, *events]
+    assert best_value(sampled, "auto", "maximize") == 0.75, "a sample's score is none of all rows"
 
 
 @pytest.mark.soak

@@ -129,7 +129,11 @@ def test_stand_in_for_a_preset():
     assert resolved.stand_in
     assert "HF_HUB_OFFLINE" in resolved.reason
     assert (resolved.run.model.name, resolved.run.dataset.name) == (run.stand_in.model, run.stand_in.dataset)
+    space = run.stand_in.overrides.get("optuna.space", {})
+    assert set(space) <= set(resolved.run.optuna.space), "the stand-in's own over the preset's"
     for key, value in run.stand_in.overrides.items():
+        if key == "optuna.space":
+            continue
         section, name = key.split(".")
         got = getattr(getattr(resolved.run, section), name)
         assert got == type(got)(value), key  # YAML reads 2e-3 as a text

@@ -101,6 +101,7 @@ def test_another_seed_gives_other_weights(tmp_path: Path) -> None:
     ],
     ids=lambda r: "-".join(map(str, r.values())),
 )
+@pytest.mark.soak
 def test_alpha_zero_is_lora_bit_for_bit(regulariser: dict, tmp_path: Path) -> None:
     train(tiny_run(tmp_path, method="lora"), results_dir=tmp_path, name="lora")
     train(tiny_run(tmp_path, regulariser={"alpha": 0.0, **regulariser}), results_dir=tmp_path, name="iw")

@@ -13,7 +13,7 @@ from fastpeft.kernels.ops.gated.op import gated
 from fastpeft.kernels.ops.gated.reference import ACTIVATIONS
 from fastpeft.kernels.ops.residual_norm.op import residual_norm
 from fastpeft.kernels.ops.rms_norm.op import rms_norm
-from fastpeft.kernels.rows import takes_rows
+from fastpeft.kernels.row_tiles import takes_rows
 from fastpeft.models.fast.swaps import TRIAL_ROWS, Fast, Outputs, noise, with_gradients
 
 

@@ -16,7 +16,7 @@ from fastpeft.kernels.dropout import draw_seed, keep_mask
 from fastpeft.kernels.launch import launch, refuse_second_order
 from fastpeft.kernels.ops.lora_linear.reference import drop_below
 from fastpeft.kernels.recompute import made_of
-from fastpeft.kernels.rows import row_tiles, takes_rows
+from fastpeft.kernels.row_tiles import row_tiles, takes_rows
 
 
 def residual_norm(

@@ -11,7 +11,7 @@ import torch
 
 from fastpeft.kernels.launch import launch, refuse_second_order
 from fastpeft.kernels.recompute import made_of
-from fastpeft.kernels.rows import row_tiles, takes_rows
+from fastpeft.kernels.row_tiles import row_tiles, takes_rows
 
 
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float, offset: float = 0.0) -> torch.Tensor:

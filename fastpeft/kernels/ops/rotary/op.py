@@ -9,7 +9,7 @@ import torch
 
 from fastpeft.kernels.dispatch import runs_triton
 from fastpeft.kernels.launch import launch, refuse_second_order
-from fastpeft.kernels.rows import row_tiles
+from fastpeft.kernels.row_tiles import row_tiles
 
 ELEMENTS = 512
 """Of a program: strides of any kind take registers."""
