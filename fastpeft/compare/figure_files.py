@@ -45,7 +45,8 @@ def drawing(title: str, size: tuple[float, float], results: Sequence[Result]) ->
     import matplotlib
     from matplotlib.figure import Figure
 
-    with matplotlib.rc_context(_RC | {"font.family": families()}):
+    look: Any = _RC | {"font.family": families()}
+    with matplotlib.rc_context(look):
         figure = Figure(figsize=size, layout="constrained")
         figure.suptitle(mark_stand_ins(title, results))
         yield figure
