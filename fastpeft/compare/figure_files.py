@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 from fastpeft.compare.plain_font import families
 from fastpeft.runs.store import Result
@@ -45,7 +45,8 @@ def drawing(title: str, size: tuple[float, float], results: Sequence[Result]) ->
     import matplotlib
     from matplotlib.figure import Figure
 
-    with matplotlib.rc_context(cast(Any, _RC | {"font.family": families()})):
+    look: Any = _RC | {"font.family": families()}
+    with matplotlib.rc_context(look):
         figure = Figure(figsize=size, layout="constrained")
         figure.suptitle(mark_stand_ins(title, results))
         yield figure

@@ -9,7 +9,7 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 FALLBACK = "DejaVu Sans"
 """For the letters that ours lacks; alone where ours is not in use."""
@@ -56,7 +56,8 @@ def _make(path: Path) -> None:
     font, subsetter = subset.load_font(findfont(FALLBACK), options), subset.Subsetter(options)
     subsetter.populate(unicodes=_LETTERS)
     subsetter.subset(font)
-    for one in font["name"].names:
+    names: Any = font["name"]
+    for one in names.names:
         if one.nameID in _NAMES:
-            cast(Any, one).string = _FAMILY.replace(" ", "") if one.nameID == 6 else _FAMILY
+            one.string = _FAMILY.replace(" ", "") if one.nameID == 6 else _FAMILY
     font.save(path)

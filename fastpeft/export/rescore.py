@@ -92,9 +92,7 @@ def _load(plan: Plan, task: Any, device: torch.device) -> tuple[Backbone, nn.Mod
         backbone = load_whole(plan.source, task, device)
         return backbone, backbone.model.eval()
     if METHODS[plan.run.method].routes:
-        raise ExportError(
-            f"{plan.source}: PEFT knows no adapter of method {plan.run.method}; score it without --rescore"
-        )
+        raise ExportError(f"{plan.source}: PEFT knows no adapter of {plan.run.method}; score it without --rescore")
     backbone = load_base(plan.run.model, task, device)
     try:
         with quiet_transformers():
@@ -111,9 +109,11 @@ def _load(plan: Plan, task: Any, device: torch.device) -> tuple[Backbone, nn.Mod
 def _is_alike(answer: Answer, kept: Answer) -> bool:
     """Numbers up to the digits that bf16 has."""
     ours, theirs = answer.predicted, kept.predicted
+    if isinstance(theirs, list):
+        return list(ours) == theirs
     if isinstance(ours, float) and isinstance(theirs, float):
         return abs(ours - theirs) <= 1e-2 * max(1.0, abs(theirs))
-    return list(cast(Any, ours)) == list(theirs) if isinstance(theirs, list) else ours == theirs
+    return ours == theirs
 
 
 def _facts(found: Rescored, more: dict[str, float]) -> dict[str, Any]:
