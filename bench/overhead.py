@@ -156,7 +156,10 @@ class Rows:
 
     def _adapter(self, method: str, **regulariser: Any) -> Adapter:
         run = replace(self.run, method=method, regulariser=replace(self.run.regulariser, **regulariser))
-        adapter = method_class(method).build(run.adapter, METHODS.own_section(run), self.host.copy(fast=True))
+        own = METHODS.own_section(run)
+        if METHODS[method].routes:  # the small host of a short look is no wider than the atoms
+            own = replace(own, max_extra_flops=100.0, max_mb=100.0)
+        adapter = method_class(method).build(run.adapter, own, self.host.copy(fast=True))
         adapter.model.train()
         return adapter
 

@@ -51,7 +51,7 @@ def test_the_approximation_loads_in_peft_and_says_what_it_costs(results: Path) -
     adapter: Any = job.adapter
     adapter.load(results / "r" / "adapter")
     gates_SM = mean_gates(job)
-    assert 0 < float(gates_SM.sum(1).max()) <= 2
+    assert 0 < float(gates_SM.sum(1).max()) <= 2 + 1e-6
     site = adapter.sites[0]
     phi = adapter.host.fold().phi[site.num_in].double()
     dictionary = adapter.dictionary

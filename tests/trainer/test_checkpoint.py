@@ -135,7 +135,7 @@ def test_an_older_one_of_another_format_is_not_asked_for_while_the_newest_is_goo
 def test_a_format_that_was_damaged_is_damage(tmp_path: Path) -> None:
     save(tmp_path, 3, 6)
     path = tmp_path / "step-00000006" / "manifest.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"format": 3}))
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"format": 4}))
     found, skipped = newest_checkpoint(tmp_path)
     assert_is(found, 3)
     assert skipped == ["step-00000006: manifest.json is not what was written"]

@@ -59,6 +59,9 @@ class Quadratic:
         for (start, size), value in zip(self.flat.layout.others, HESSIAN_U[len(SHAPES) :]):
             self.hessian[start : start + size] = value
 
+    def discard_pass(self) -> None:
+        """Nothing is kept from pass to pass."""
+
     def parameter(self, *shape: int) -> nn.Parameter:
         return nn.Parameter(torch.randn(shape, generator=self.random))
 

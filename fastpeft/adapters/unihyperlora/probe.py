@@ -91,6 +91,8 @@ def activations(
         def keep(module: nn.Module, args: tuple[Any, ...], y: torch.Tensor) -> None:
             assert own is not None
             x = args[0]
+            if x.numel() != own.shape[1] * site.num_in:  # DeBERTa projects its distances as well
+                return
             if (key := (site.layer, site.reads)) not in inputs or len(inputs[key]) < len(
                 outputs.get(site.name, ())
             ) + 1:
