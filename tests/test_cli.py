@@ -16,6 +16,7 @@ import fastpeft
 from fastpeft.cli import commands as cli
 from fastpeft.config import load_run, preset_names
 from fastpeft.runs.store import Result, RunFolder
+from tests.support.tiers import presets
 
 HEAVY = {
     "torch",
@@ -239,7 +240,7 @@ def test_sigterm_ends_an_export_as_an_exception_does(fastpeft_here, monkeypatch)
 # ---- runs ----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("preset", preset_names())
+@pytest.mark.parametrize("preset", presets(preset_names()))
 def test_presets_are_valid_and_shown_with_their_defaults(preset, fastpeft_here, tmp_path):
     assert fastpeft_here("runs", "validate", preset).out.startswith(f"{preset}: valid (")
     shown = fastpeft_here("runs", "show", preset)

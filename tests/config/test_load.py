@@ -21,6 +21,7 @@ from fastpeft.config import (
 )
 from fastpeft.config import load as loading
 from tests.support.run_files import SMALL, one_problem, problems, write
+from tests.support.tiers import presets
 
 PRESET_FILES = sorted(loading.PRESETS.rglob("*.yaml"))
 # ---- presets -------------------------------------------------------------------------------
@@ -31,7 +32,7 @@ def test_every_shipped_file_is_a_preset_and_each_name_is_given_once():
     assert {"lora_mnli", "iwlora_mnli"} <= set(preset_names())
 
 
-@pytest.mark.parametrize("path", PRESET_FILES, ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", presets(PRESET_FILES))
 def test_a_preset_survives_saving_and_loading(path, tmp_path):
     run = load_run(path.stem)
     save_run(run, tmp_path / "run.yaml")
@@ -39,7 +40,7 @@ def test_a_preset_survives_saving_and_loading(path, tmp_path):
     assert load_run(path) == run
 
 
-@pytest.mark.parametrize("path", PRESET_FILES, ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", presets(PRESET_FILES))
 def test_a_trial_of_a_preset_is_small_and_survives_saving_too(path, tmp_path):
     run = trial_run(load_run(path.stem))
     assert (run.budget, run.wandb.mode) == ("2steps", "disabled")
@@ -50,7 +51,7 @@ def test_a_trial_of_a_preset_is_small_and_survives_saving_too(path, tmp_path):
     assert load_run(tmp_path / "run.yaml") == run
 
 
-@pytest.mark.parametrize("path", PRESET_FILES, ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", presets(PRESET_FILES))
 def test_a_presets_file_agrees_with_its_name_and_has_a_stand_in(path):
     run = load_run(path.stem)
     assert run.run_id == path.stem

@@ -198,6 +198,7 @@ def test_compiled(seed):
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.soak
 def test_compiled_without_and_with_gradients(seed):
     """One graph each, where siblings have learnt to be computed together too."""
     torch._dynamo.reset()

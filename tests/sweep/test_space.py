@@ -11,6 +11,7 @@ from optuna.distributions import CategoricalDistribution, FloatDistribution, Int
 from fastpeft.config import ConfigError, apply_stand_in, load_run, preset_names, with_values
 from fastpeft.config.search import OptunaConfig, SearchParameter
 from fastpeft.sweep.space import check_space, differences, distributions, identity, trial_settings
+from tests.support.tiers import presets
 
 RATE = "training.learning_rate"
 RATES = {"type": "loguniform", "low": 1e-5, "high": 1e-3}
@@ -154,7 +155,7 @@ def test_more_of_the_same_is_the_same_sweep(more):
 # ---- presets -------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", preset_names())
+@pytest.mark.parametrize("name", presets(preset_names()))
 def test_every_preset_can_be_swept_around_its_own_settings(name):
     run = load_run(name)
     check_space(run)
