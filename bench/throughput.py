@@ -109,13 +109,18 @@ def plan_of(args: argparse.Namespace, rows: list[str]) -> tuple[Plan, int]:
     return plan, steps
 
 
+def _name(folder: str | None) -> str | None:
+    """The last two parts of its path: where it lies on a machine is no result."""
+    return folder and "/".join(Path(folder).parts[-2:])
+
+
 def describe(args: argparse.Namespace, plan: Plan, steps: int) -> dict[str, Any]:
     run, preset = plan.run(Path()), PRESETS[args.preset]
     random = "" if plan.has_weights else ", random weights"
     return {
         "preset": args.preset,
-        "model": (args.model or preset.shapes[args.device]["model_type"]) + random,
-        "data": args.data or ("made up" if plan.makes_up_data else run.dataset.name),
+        "model": (_name(args.model) or preset.shapes[args.device]["model_type"]) + random,
+        "data": _name(args.data) or ("made up" if plan.makes_up_data else run.dataset.name),
         "batch_size": run.training.batch_size,
         "rank": run.adapter.rank,
         "precision": run.training.precision,

@@ -288,7 +288,8 @@ def transfer(
         _say_first(config)
         from rich.console import Console
 
-        from fastpeft.cli.console import ConsoleReporter, transfer_table
+        from fastpeft.cli.console import ConsoleReporter
+        from fastpeft.cli.transfer_console import transfer_table
         from fastpeft.trainer import StopRequest
         from fastpeft.trainer.transferring import transfer as move
 
