@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -9,6 +11,7 @@ from torch import nn
 
 from fastpeft.errors import UnavailableError, UserError, first_line
 from fastpeft.models.fast.last_rows import ROWS, takes_rows
+from fastpeft.models.layers import is_bare
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -74,6 +77,26 @@ def decoder_of(model: PreTrainedModel) -> Any:
 def output_embeddings(model: nn.Module) -> nn.Module | None:
     """The head of a language model; None where there is none."""
     return cast(Any, model).get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+
+
+@contextmanager
+def fewer_logits(model: nn.Module, most: int = 4096) -> Iterator[None]:
+    """Logits of `most` tokens or somewhat fewer, evenly spaced: comparing two passes needs no more.
+
+    Of a small model the head is most of a short pass: 671 of 1,072 MB of weights in Gemma 3 270M. A head that is more
+    than nn.Linear stays whole.
+    """
+    head = output_embeddings(bare_model(model))
+    if not is_bare(head, nn.Linear) or len(head.weight) <= most:
+        yield
+        return
+    whole, every = (head.weight, head.bias), -(-len(head.weight) // most)
+    weight, bias = (None if held is None else nn.Parameter(held.detach()[::every].clone(), False) for held in whole)
+    try:
+        head.weight, head.bias = cast(nn.Parameter, weight), cast(nn.Parameter, bias)
+        yield
+    finally:
+        head.weight, head.bias = whole
 
 
 @torch.no_grad()

@@ -20,6 +20,7 @@ from fastpeft.data.batches import TokenRows, concatenate, pad
 from fastpeft.device_memory import is_out_of_memory
 from fastpeft.errors import UserError, first_line
 from fastpeft.models.backbone import Backbone, quiet_transformers
+from fastpeft.models.lm_head import fewer_logits
 
 TOLERANCE = {torch.float32: 1e-3, torch.float16: 2e-2, torch.bfloat16: 0.15}
 """Largest difference of two outputs that ought to be equal, as a share of the outputs' size. With Gemma 3 of 18 layers
@@ -140,12 +141,12 @@ def apart(found: torch.Tensor, wanted: torch.Tensor) -> float:
 
 @contextmanager
 def trying(model: nn.Module) -> Iterator[None]:
-    """In eval mode and without gradients; modes and random numbers are left as they were."""
+    """In eval mode, without gradients, of a few tokens' logits; modes and random numbers are left as they were."""
     modes = [(module, module.training) for module in model.modules()]
     devices = {parameter.device for parameter in model.parameters() if parameter.device.type == "cuda"}
     model.eval()
     try:
-        with torch.random.fork_rng(devices), torch.inference_mode(), quiet_transformers():
+        with torch.random.fork_rng(devices), fewer_logits(model), torch.inference_mode(), quiet_transformers():
             yield
     finally:
         for module, training in modes:

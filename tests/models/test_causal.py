@@ -17,7 +17,7 @@ from fastpeft.errors import UnavailableError, UserError
 from fastpeft.models import nf4
 from fastpeft.models.backbone import Backbone, load_causal_lm
 from fastpeft.models.files import fetch_model
-from fastpeft.models.lm_head import hidden_states
+from fastpeft.models.lm_head import fewer_logits, hidden_states
 from tests.support.classifiers import load_backbone
 from tests.support.tiny import CAUSAL_FAMILIES, MAX_POSITIONS, causal_model, make_causal_lm, save_character_tokenizer
 
@@ -252,6 +252,23 @@ def test_hidden_states_give_the_models_own_logits(causal_folders, family, seed):
         logits = model(input_ids=ids).logits
     assert hidden.shape == (3, 17, 32)
     torch.testing.assert_close(torch.nn.functional.linear(hidden, weight, bias), logits, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_fewer_logits_are_some_of_the_models_own(tied):
+    model = causal_model("qwen3", tie_word_embeddings=tied).eval()
+    head, ids = model.get_output_embeddings(), torch.arange(12).view(2, 6)
+    whole, num = head.weight, len(head.weight)
+    with torch.no_grad():
+        wanted = model(input_ids=ids).logits
+        with fewer_logits(model, num // 3):
+            torch.testing.assert_close(model(input_ids=ids).logits, wanted[..., :: -(-num // (num // 3))])
+        with fewer_logits(model, num):
+            assert model(input_ids=ids).logits.equal(wanted)
+        with pytest.raises(ZeroDivisionError), fewer_logits(model, 1):
+            raise ZeroDivisionError
+    assert head.weight is whole
+    assert (model.get_input_embeddings().weight is whole) == tied
 
 
 @pytest.mark.parametrize("family", [*CAUSAL_FAMILIES, "opt", "bloom", "gpt_neox", "phi", "qwen3_moe"])

@@ -200,7 +200,8 @@ def tiny_config(name: str, kind: str, tokens: dict[str, int | None], vocab_size:
     if any(medium in part for part in default.sub_configs for medium in ("vision", "audio", "image", "perception")):
         raise ValueError("it reads more than text")
     own = _OWN.get(name, {}) if kind == "causal" or name not in ("bert", "xlm", "reformer") else {}
-    own = own | {"is_decoder": True} if kind == "causal" and name in _ENCODERS_TOO else {}
+    if kind == "causal" and name in _ENCODERS_TOO:
+        own = own | {"is_decoder": True}
     fixed = {key for key in _SIZES if isinstance(getattr(type(default), key, None), property)}
     sizes = {
         key: value

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import cycle, islice
+from typing import NamedTuple
 
 import torch
 from torch import nn
@@ -22,7 +23,10 @@ from fastpeft.tasks.causal_lm.decode_batches import BATCHES, STATIC, Caching, De
 from fastpeft.tasks.causal_lm.prompts import EncodedPrompts
 from fastpeft.tasks.self_check import apart, longest_row, spread_rows, tolerance, trying
 
-_NUM_TOKENS = 4
+_NUM_TOKENS = 3
+
+ReadRow = tuple[list[int], torch.Tensor]
+"""Tokens of a row (L), and the logits (L x V) that the model's own forward pass has for it."""
 
 _METHODS = (
     STATIC,
@@ -35,13 +39,14 @@ _METHODS = (
 
 
 def find_decode_method(
-    model: nn.Module, backbone: Backbone, encoded: EncodedPrompts, max_new_tokens: int
+    model: nn.Module, backbone: Backbone, encoded: EncodedPrompts, max_new_tokens: int, read: Sequence[ReadRow] = ()
 ) -> tuple[DecodeMethod, list[str]]:
     """The fastest way that is right, and what to tell the user.
 
     Args:
         model: the one that is decoded.
         encoded: whose prompts are continued; caches are as large as the longest of them needs.
+        read: rows of unequal lengths, to be continued instead where they are long enough.
 
     Raises:
         UserError: none is right.
@@ -49,10 +54,9 @@ def find_decode_method(
     core, most = bare_model(model), int(encoded.prompt_lengths.max()) + max_new_tokens
     failures: list[str] = []
     with trying(model):
-        prompts = _prompts(core, encoded)
-        continued = [_continue(core, prompt) for prompt in prompts]
+        rows = _cut_rows(read) or [_continue(core, prompt) for prompt in _prompts(core, encoded)]
         for method in dict.fromkeys((fastest_method(core), *_METHODS)):
-            fault = _fault(core, backbone, method, prompts, continued, most)
+            fault = _fault(core, backbone, method, rows, most)
             if fault is None:
                 return method, _notes(backbone, method, failures)
             failures.append(f"with {method}, {fault}")
@@ -75,23 +79,38 @@ def _prompts(model: nn.Module, encoded: EncodedPrompts) -> list[list[int]]:
     return [encoded.prompt(row)[: max(1, longest * (i + 1) // len(rows))].tolist() for i, row in enumerate(rows)]
 
 
-def _continue(model: nn.Module, prompt: list[int]) -> tuple[list[int], torch.Tensor]:
-    """The prompt's own tokens once more, and the logits (_NUM_TOKENS x V) before each, of one pass over the row."""
+class _Row(NamedTuple):
+    prompt: list[int]
+    tokens: list[int]
+    """_NUM_TOKENS that follow it."""
+    logits: torch.Tensor
+    """Before each of them, _NUM_TOKENS x V."""
+
+
+def _cut_rows(read: Sequence[ReadRow]) -> list[_Row]:
+    """None unless a prompt is left of each, and they are of unequal lengths."""
+    num = _NUM_TOKENS
+    lengths = {len(tokens) for tokens, _ in read}
+    if len(lengths) < 2 or min(lengths) <= num:
+        return []
+    return [_Row(tokens[:-num], tokens[-num:], logits_LV[-num - 1 : -1]) for tokens, logits_LV in read]
+
+
+def _continue(model: nn.Module, prompt: list[int]) -> _Row:
+    """By its own tokens once more, in one pass over the row."""
     device, tokens = next(model.parameters()).device, [*islice(cycle(prompt), _NUM_TOKENS)]
     row = torch.tensor([[*prompt, *tokens[:-1]]], device=device)
-    return tokens, model(input_ids=row, use_cache=False).logits[0, -_NUM_TOKENS:].float()
+    return _Row(prompt, tokens, model(input_ids=row, use_cache=False).logits[0, -_NUM_TOKENS:].float())
 
 
 def _fault(
     model: nn.Module,
     backbone: Backbone,
     method: DecodeMethod,
-    prompts: Sequence[list[int]],
-    continued: Sequence[tuple[list[int], torch.Tensor]],
+    rows: Sequence[_Row],
     most: int,
 ) -> str | None:
     """What is wrong with the method, in words."""
-    rows = list(zip(prompts, continued))
     groups = [rows] if method.padded else [[row, row] for row in rows]
     try:
         largest = max(_largest_difference(model, backbone, method, group, most) for group in groups)
@@ -106,20 +125,18 @@ def _largest_difference(
     model: nn.Module,
     backbone: Backbone,
     method: DecodeMethod,
-    rows: Sequence[tuple[list[int], tuple[list[int], torch.Tensor]]],
+    rows: Sequence[_Row],
     most: int,
 ) -> float:
     """Of the logits after each token, when all ways have continued with the same tokens."""
     device = next(model.parameters()).device
     none_E = torch.empty(0, dtype=torch.int64, device=device)
-    batch = BATCHES[method.caching](
-        model, [prompt for prompt, _ in rows], most, backbone.tokenizer.pad_token_id, device
-    )
+    batch = BATCHES[method.caching](model, [row.prompt for row in rows], most, backbone.tokenizer.pad_token_id, device)
     largest = 0.0
     for step in range(_NUM_TOKENS):
         logits_BV = batch.forward().float()
-        wanted_BV = torch.stack([logits[step] for _, (_, logits) in rows])
+        wanted_BV = torch.stack([row.logits[step] for row in rows])
         centred = (logits - logits.mean(-1, keepdim=True) for logits in (logits_BV, wanted_BV))
         largest = max(largest, apart(*centred))
-        batch.append(torch.tensor([tokens[step] for _, (tokens, _) in rows], device=device), none_E, step)
+        batch.append(torch.tensor([row.tokens[step] for row in rows], device=device), none_E, step)
     return largest

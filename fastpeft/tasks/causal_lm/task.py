@@ -17,6 +17,7 @@ from fastpeft.models.backbone import Backbone, load_causal_lm
 from fastpeft.models.lm_head import hidden_states
 from fastpeft.signals import Need
 from fastpeft.tasks.base import BatchLoss, ExportCheck, Task
+from fastpeft.tasks.causal_lm.decode_check import ReadRow
 from fastpeft.tasks.causal_lm.loss import AnswerLoss
 from fastpeft.tasks.causal_lm.prompts import EncodedPrompts, collate_prompts
 from fastpeft.tasks.self_check import check_batches, check_tokens
@@ -62,10 +63,22 @@ class CausalLMTask(Task[EncodedPrompts]):
         self._loss = AnswerLoss(device, backbone.dtype, backbone.head_is_frozen, backbone.trains_all)
 
     def check(self, model: nn.Module, backbone: Backbone) -> None:
+        self.check_rows(model, backbone)
+
+    def check_rows(self, model: nn.Module, backbone: Backbone) -> list[ReadRow]:
+        """check, and the rows that the model's own forward pass has read for it."""
+        rows: list[ReadRow] = []
+
+        def own_logits(model: nn.Module, inputs: dict[str, torch.Tensor], lengths: Sequence[int]) -> list[torch.Tensor]:
+            logits_LV = _centred(model(input_ids=inputs["input_ids"], use_cache=False).logits[0])
+            rows.append((inputs["input_ids"][0].tolist(), logits_LV))
+            return [logits_LV]
+
         check_tokens(backbone, {"training": self.train, "validation": self.validation})
-        padded, notes = check_batches(model, backbone, self.train, _trained_logits, _own_logits)
+        padded, notes = check_batches(model, backbone, self.train, _trained_logits, own_logits)
         self.train, self.validation = replace(self.train, padded=padded), replace(self.validation, padded=padded)
         self.notes += notes
+        return rows
 
     def max_length(self, backbone: Backbone) -> int:
         return min(self.config.max_length, backbone.max_positions or self.config.max_length)
@@ -104,10 +117,6 @@ def _trained_logits(model: nn.Module, inputs: dict[str, torch.Tensor], lengths: 
     hidden_NLD, weight, bias = hidden_states(model, inputs["input_ids"])
     rows = (hidden_LD[:length].to(weight.dtype) for hidden_LD, length in zip(hidden_NLD, lengths))
     return [_centred(nn.functional.linear(row, weight, bias)) for row in rows]
-
-
-def _own_logits(model: nn.Module, inputs: dict[str, torch.Tensor], lengths: Sequence[int]) -> list[torch.Tensor]:
-    return list(_centred(model(input_ids=inputs["input_ids"], use_cache=False).logits))
 
 
 def _centred(logits: torch.Tensor) -> torch.Tensor:

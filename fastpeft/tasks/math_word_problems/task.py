@@ -116,12 +116,12 @@ class MathWordProblems(CausalLMTask):
     def check(self, model: nn.Module, backbone: Backbone) -> None:
         if self._test is not None:
             check_tokens(backbone, {"test": self._test.encoded})
-        super().check(model, backbone)
+        read = self.check_rows(model, backbone)
         self._validation = replace(self._validation, encoded=self.validation)
         if self._test is not None:
             encoded = replace(self._test.encoded, padded=self.validation.padded)
             self._test = replace(self._test, encoded=encoded)
-        method, notes = find_decode_method(model, backbone, self.validation, self.evaluation.max_new_tokens)
+        method, notes = find_decode_method(model, backbone, self.validation, self.evaluation.max_new_tokens, read)
         self._plain, self._sampled = replace(self._plain, method=method), replace(self._sampled, method=method)
         self.notes += notes
 

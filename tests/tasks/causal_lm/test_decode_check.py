@@ -100,6 +100,20 @@ def test_the_fastest_way_that_is_right_is_found_and_is_right(name: str, tmp_path
     assert [answer.tokens for answer in answers(backbone, encoded, method, [ends])] == cut
 
 
+def test_rows_that_were_read_already_are_what_decoding_is_compared_with(tmp_path: Path) -> None:
+    backbone = load(tmp_path, "gpt_neo")
+    encoded, generator = prompts_of(backbone), torch.Generator().manual_seed(0)
+    read = []
+    for row in range(2):
+        tokens = encoded.prompt(row).tolist() + torch.randint(5, 100, (20 * row + 4,), generator=generator).tolist()
+        with torch.no_grad():
+            read.append((tokens, backbone.model(input_ids=torch.tensor([tokens])).logits[0]))
+    assert find_decode_method(backbone.model, backbone, encoded, MOST, read)[0] == MODELS["gpt_neo"][0]
+    wrong = [(tokens, logits.flip(-1)) for tokens, logits in read]
+    with pytest.raises(UserError, match="cannot be decoded"):
+        find_decode_method(backbone.model, backbone, encoded, MOST, wrong)
+
+
 @pytest.mark.parametrize("name", ["lfm2", "mamba"])
 @pytest.mark.parametrize("method", [NONE, *UNPADDED])
 def test_every_slower_way_gives_the_same_answers(name: str, method: DecodeMethod, tmp_path: Path) -> None:
