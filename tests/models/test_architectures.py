@@ -25,7 +25,8 @@ def test_no_architecture_is_wrong_in_silence(kind: str) -> None:
 @pytest.mark.parametrize(
     ("kind", "name", "status"),
     [("causal", "mamba", "slower"), ("causal", "lfm2", "right"), ("causal", "rembert", "refused"),
-     ("causal", "llama4_text", "right"), ("causal", "gptj", "right"), ("classifier", "mpnet", "right"), ("classifier", "fnet", "slower"),
+     ("causal", "llama4_text", "right"), ("causal", "gptj", "right"),
+     ("classifier", "mpnet", "right"), ("classifier", "fnet", "slower"),
      ("classifier", "gpt2", "right")],
 )  # fmt: skip
 def test_some_of_them_each_time(kind: str, name: str, status: str) -> None:
