@@ -19,12 +19,26 @@ def test_the_grid_is_of_presets_and_of_the_methods_that_the_claims_are_of(name):
     paper = PAPERS[name]
     for scale in paper.scales.values():
         for one in plan(paper, scale, 1):
-            assert load_run(one.preset).method == one.method
+            assert load_run(one.preset).method == paper.methods[one.own]
             load_run(one.preset, [text for text in scale.settings if "=" in text])
-    methods = set(paper.methods.values())
-    assert {method for method, _ in paper.claimed} <= methods
-    assert paper.baseline in methods
-    assert set(paper.rates) == methods
+    assert {paper.baseline, *paper.rates} <= set(paper.methods)
+    assert set(paper.claimed) | set(paper.gains)
+    for own, task in [*paper.claimed, *paper.gains]:
+        assert own in paper.methods
+        assert task in paper.scales["full"].tasks
+
+
+@pytest.mark.parametrize("name", ["fot", "graff", "unihyperlora"])
+def test_rows_of_schedules_are_told_apart_by_their_presets(name, tmp_path):
+    paper = PAPERS[name]
+    options = options_of(tmp_path, "--table", "--paper", name)
+    planned = list(plan(paper, paper.scales["stand-in"], 2))
+    for one in planned:
+        make(tmp_path, one, value=0.5 + 0.01 * one.seed)
+    text = write_table(paper, planned, options)
+    for own in paper.methods:
+        assert f"| {paper.label(own, planned[0].task)} | 2 |" in text, own
+    assert f"{len(planned)} runs are not done" not in text
 
 
 def options_of(tmp_path, *more):
@@ -34,11 +48,12 @@ def options_of(tmp_path, *more):
 
 def make(tmp_path, one, status="done", value=0.5):
     folder = RunFolder(tmp_path / "runs" / one.name)
+    method = next(paper.methods[one.own] for paper in PAPERS.values() if one.own in paper.methods)
     folder.path.mkdir(parents=True)
     folder.config.write_text("method: lora\n")
     write_json(folder.environment, {"device": "cpu", "threads": 1, "git": "abc", "packages": {"torch": "2.13.0"}})
     result = Result(
-        run_id=one.preset, name=one.name, status=status, method=one.method, seed=one.seed, dataset="embedded-nli",
+        run_id=one.preset, name=one.name, status=status, method=method, seed=one.seed, dataset="embedded-nli",
         model="embedded/deberta-tiny", stand_in=True, metric={"name": "accuracy", "value": value},
         best={"value": value, "step": 1}, elapsed_s=120.0,
     )  # fmt: skip
@@ -64,9 +79,9 @@ def test_the_table_has_claims_measurements_and_where_they_were_made(tmp_path):
     options, scale = options_of(tmp_path, "--table"), IWLORA.scales["stand-in"]
     planned = list(plan(IWLORA, scale, 3))
     for one in planned:
-        if one.method in ("lora", "iw_lora"):
-            level = 0.6 if one.method == "iw_lora" else 0.5
-            make(tmp_path, one, value=level + 0.01 * one.seed * (1 + (one.method == "lora")))
+        if one.own in ("lora", "iwlora"):
+            level = 0.6 if one.own == "iwlora" else 0.5
+            make(tmp_path, one, value=level + 0.01 * one.seed * (1 + (one.own == "lora")))
     text = write_table(IWLORA, planned, options)
     lines = {line.split(" | ")[1]: line for line in text.splitlines() if line.startswith("| embedded-nli")}
     assert "0.851 | 0.6100 ± 0.0248 | +0.005 | +0.0900 (" in lines["iw_lora"]
