@@ -58,11 +58,11 @@ class Bench:
         self.options, self.work = options, work
         self.scores: Scores = defaultdict(list)
         self.facts: dict[tuple[str, str], dict[str, float]] = {}
-        self.host = Path(options.host) if options.host else embedded_path("embedded/deberta-tiny")
-        assert self.host is not None
+        host = Path(options.host) if options.host else embedded_path("embedded/deberta-tiny")
+        assert host is not None
+        self.host = host
 
     def targets(self) -> dict[str, Path]:
-        assert self.host is not None
         found = {"half the depth": cut_depth(self.host, self.work / "shallow", 0.5)}
         if self.options.host:
             found["two thirds of the width"] = cut_width(self.host, self.work / "narrow", 2 / 3)
@@ -100,7 +100,6 @@ class Bench:
         options, targets = self.options, self.targets()
         for projector in options.projectors:
             values = {"unihyperlora.projector": projector, "budget": f"{options.source_steps}steps"}
-            assert self.host is not None
             source = self.run(self.host, options.source_data, seed, **values)
             self.trained(source, f"source-{projector}-{seed}")
             file = self.work / f"source-{projector}-{seed}" / "adapter" / file_format.FILE
@@ -124,6 +123,16 @@ class Bench:
         (_, control), *_ = zero_shot(build_job(with_values(moved, {"unihyperlora.adapter": str(fresh)})))
         self.note(target, f"fresh atoms, {projector}", "zero-shot", control.score)
         self.after(target, row, self.trained(moved, f"{slug(target)}-{projector}-{seed}"))
+
+    def write(self, topic: str) -> Path:
+        options = self.options
+        out = options.out or Path("bench/results") / f"{topic}-{time.strftime('%Y%m%d-%H%M%S')}.json"
+        out.parent.mkdir(parents=True, exist_ok=True)
+        rows = [{"target": t, "row": r, "figure": f, "values": v} for (t, r, f), v in self.scores.items()]
+        facts = [{"target": t, "row": r, **found} for (t, r), found in self.facts.items()]
+        settings = {key: str(value) for key, value in vars(options).items()}
+        out.write_text(json.dumps({"settings": settings, "scores": rows, "facts": facts}, indent=1) + "\n")
+        return out
 
     def after(self, target: str, row: str, result: Result) -> None:
         self.note(target, row, "after", result.metric.get("value"))
@@ -182,8 +191,8 @@ def table(bench: Bench) -> str:
     return "\n".join(lines)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+def parser_of(description: str) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--host", help="folder of a BERT-shaped encoder")
     parser.add_argument("--run", default="unihyperlora_sst2", help="preset whose rates are taken")
     parser.add_argument("--source-data", help="folder of train and dev files; with --target-data")
@@ -195,7 +204,11 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--work", type=Path)
     parser.add_argument("--out", type=Path)
-    options = parser.parse_args()
+    return parser
+
+
+def main() -> None:
+    options = parser_of((__doc__ or "").splitlines()[0]).parse_args()
     with tempfile.TemporaryDirectory() as temporary:
         bench = Bench(options, options.work or Path(temporary))
         bench.work.mkdir(parents=True, exist_ok=True)
@@ -203,13 +216,7 @@ def main() -> None:
             print(f"seed {seed}", flush=True)
             bench.one_seed(seed)
             print(table(bench), flush=True)
-    out = options.out or Path("bench/results") / f"portability-{time.strftime('%Y%m%d-%H%M%S')}.json"
-    out.parent.mkdir(parents=True, exist_ok=True)
-    rows = [{"target": t, "row": r, "figure": f, "values": v} for (t, r, f), v in bench.scores.items()]
-    facts = [{"target": t, "row": r, **found} for (t, r), found in bench.facts.items()]
-    settings = {key: str(value) for key, value in vars(options).items()}
-    out.write_text(json.dumps({"settings": settings, "scores": rows, "facts": facts}, indent=1) + "\n")
-    print(f"\nwritten {out}")
+    print(f"\nwritten {bench.write('portability')}")
 
 
 if __name__ == "__main__":
