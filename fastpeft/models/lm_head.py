@@ -87,7 +87,7 @@ def fewer_logits(model: nn.Module, most: int = 4096) -> Iterator[None]:
     than nn.Linear stays whole.
     """
     head = output_embeddings(bare_model(model))
-    if not is_bare(head, nn.Linear) or len(head.weight) <= most:
+    if head is None or not is_bare(head, nn.Linear) or len(head.weight) <= most:
         yield
         return
     whole, every = (head.weight, head.bias), -(-len(head.weight) // most)
