@@ -8,6 +8,9 @@ delta, beside no adapter, an adapter of the same size with fresh atoms, and SAT-
 fine-tuning trained on the target for as many steps. Scores are means over seeds with 95 % t-intervals. MODEL is a
 folder of a BERT-shaped encoder; without one the small encoder that ships is taken, cut in depth alone.
 
+`--count` trains nothing and prints what the update costs hosts of BERT's kind, counted on the meta device: FLOPs a
+token, and its traffic beside the host's arithmetic at an H200's ceilings (bf16, nothing fused with the linear layers).
+
 Writes bench/results/portability-TIME.json; hosts and runs lie in a temporary folder, or --work DIR, where a run that is
 there already is not trained again.
 """
@@ -29,11 +32,14 @@ from typing import Any
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import torch
+import transformers
 from scipy.stats import t as student
 
 from bench.cut_hosts import cut_depth, cut_width
 from fastpeft.adapters.unihyperlora import file_format
-from fastpeft.adapters.unihyperlora.dictionary import Dictionary
+from fastpeft.adapters.unihyperlora.cost import extra_flops, host_flops
+from fastpeft.adapters.unihyperlora.dictionary import Dictionary, Shape
+from fastpeft.adapters.unihyperlora.sites import find_sites
 from fastpeft.config import RunConfig, load_run, with_values
 from fastpeft.runs.store import Result, RunFolder
 from fastpeft.standins import embedded_path
@@ -193,6 +199,35 @@ def table(bench: Bench) -> str:
     return "\n".join(lines)
 
 
+SHAPES = {"TinyBERT": (312, 4, 1200), "MiniLM-L6": (384, 6, 1536), "BERT-base": (768, 12, 3072),
+          "BERT-large": (1024, 24, 4096)}  # fmt: skip
+"""Width, layers, width of the feed-forward."""
+PEAK_FLOPS, PEAK_BYTES = 989e12, 4.8e12
+"""A second, of an H200 in bf16."""
+
+
+def count() -> str:
+    lines = [f"{'':12}{'host MFLOP':>12}{'extra':>9}{'%':>7}{'LoRA r 8 %':>12}{'host ns':>9}{'extra ns':>10}{'%':>6}"]
+    for name, (width, layers, inner) in SHAPES.items():
+        config = transformers.BertConfig(
+            hidden_size=width, num_hidden_layers=layers, num_attention_heads=12 if width % 64 else width // 64,
+            intermediate_size=inner,
+        )  # fmt: skip
+        with torch.device("meta"):
+            model = transformers.AutoModelForSequenceClassification.from_config(config)
+        sites = find_sites(model, ["classifier"], "all-linear", [])
+        host, extra = host_flops(model, 128), extra_flops(sites, Shape(projector="probe"))
+        lora = sum(2 * 8 * (site.num_in + site.num_out) for site in sites)
+        read = {(site.layer, site.reads): site.num_in for site in sites}
+        moved = 2 * (sum(read.values()) + 2 * sum(site.num_out for site in sites))  # y is read and written once more
+        times = host / PEAK_FLOPS * 1e9, (extra / PEAK_FLOPS + moved / PEAK_BYTES) * 1e9
+        lines.append(
+            f"{name:12}{host / 1e6:12.1f}{extra / 1e6:9.2f}{100 * extra / host:7.2f}{100 * lora / host:12.2f}"
+            f"{times[0]:9.1f}{times[1]:10.1f}{100 * times[1] / times[0]:6.0f}"
+        )
+    return "\n".join(lines)
+
+
 def parser_of(description: str) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--host", help="folder of a BERT-shaped encoder")
@@ -210,7 +245,12 @@ def parser_of(description: str) -> argparse.ArgumentParser:
 
 
 def main() -> None:
-    options = parser_of((__doc__ or "").splitlines()[0]).parse_args()
+    parser = parser_of((__doc__ or "").splitlines()[0])
+    parser.add_argument("--count", action="store_true", help="count what it costs, and train nothing")
+    options = parser.parse_args()
+    if options.count:
+        print(count())
+        return
     with tempfile.TemporaryDirectory() as temporary:
         bench = Bench(options, options.work or Path(temporary))
         bench.work.mkdir(parents=True, exist_ok=True)
