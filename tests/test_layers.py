@@ -92,7 +92,7 @@ def test_imports_point_down():
         ("fastpeft.schedules.x", "from fastpeft.adapters.adapter import Adapter"),
         ("fastpeft.tasks.x.task", "from fastpeft.compare import comparison"),
         ("fastpeft.export.x", "from fastpeft.compare.problem_sets import score"),
-        ("fastpeft.trainer.x", "if True:\n    from fastpeft.cli.console import closing_table"),
+        ("fastpeft.trainer.x", "if True:\n    from fastpeft.cli.result_tables import closing_table"),
         ("fastpeft.cli.x", "from fastpeft.standins import build_qwen3"),
     ],
 )

@@ -142,7 +142,8 @@ def _train_one(config: Any, results_dir: Path, name: str | None, resume: bool, a
         RunFolder.at(results_dir, name).check_free()
     with _ctrl_c_ends_at_once():
         _say_first(config)
-        from fastpeft.cli.console import ConsoleReporter, closing
+        from fastpeft.cli.console import ConsoleReporter
+        from fastpeft.cli.result_tables import closing
         from fastpeft.trainer import StopRequest
         from fastpeft.trainer import train as train_run
 
@@ -178,7 +179,8 @@ def _train_seeds(
     group = name or default_name(config.run_id)
     with _ctrl_c_ends_at_once():
         _say_first(config)
-        from fastpeft.cli.console import ConsoleReporter, closing, group_table
+        from fastpeft.cli.console import ConsoleReporter
+        from fastpeft.cli.result_tables import closing, group_table
         from fastpeft.trainer import StopRequest
         from fastpeft.trainer.seeds import train_seeds
 

@@ -85,7 +85,7 @@ def _rescore(folders: list[RunFolder], last: bool) -> None:
 
 
 def _report(console: Any, found: list[Found], results_dir: Path, target: float | None, baseline: str | None) -> None:
-    from fastpeft.cli.console import comparison_table, left_out_table
+    from fastpeft.cli.result_tables import comparison_table, left_out_table
     from fastpeft.compare.report import report
 
     made = report(found, results_dir, target, baseline)
@@ -98,7 +98,7 @@ def _report(console: Any, found: list[Found], results_dir: Path, target: float |
 
 
 def _evaluate_on(console: Any, run: str, on: list[str], results_dir: Path, last: bool, pass_at: int | None) -> None:
-    from fastpeft.cli.console import sets_table
+    from fastpeft.cli.result_tables import sets_table
     from fastpeft.compare.problem_sets import SETS, make_plan, score_sets
 
     plan = make_plan(run, on, results_dir, last, pass_at)

@@ -21,7 +21,7 @@ def runs_ls(results_dir: ResultsDir = Path("results")) -> None:
     """Every run under the results folder."""
     from rich.console import Console
 
-    from fastpeft.cli.console import runs_table
+    from fastpeft.cli.result_tables import runs_table
     from fastpeft.runs.store import list_runs
 
     folders = list(list_runs(results_dir))
@@ -41,7 +41,7 @@ def runs_show(
     import yaml
     from rich.console import Console
 
-    from fastpeft.cli.console import closing
+    from fastpeft.cli.result_tables import closing
     from fastpeft.config import load_run, preset_names, run_values
     from fastpeft.runs.store import RunFolder
 

@@ -13,7 +13,8 @@ from rich.markup import escape
 from rich.status import Status
 from rich.table import Table
 
-from fastpeft.cli.console import ConsoleReporter, closing, group_table
+from fastpeft.cli.console import ConsoleReporter
+from fastpeft.cli.result_tables import closing, group_table
 from fastpeft.config import Budget, RunConfig, parse_budget
 from fastpeft.runs.events import Event
 from fastpeft.sweep.sweep import Outcome

@@ -7,7 +7,8 @@ import json
 import pytest
 from rich.console import Console
 
-from fastpeft.cli.console import ConsoleReporter, closing, comparison_table
+from fastpeft.cli.console import ConsoleReporter
+from fastpeft.cli.result_tables import closing, comparison_table
 from fastpeft.compare.comparison import compare
 from fastpeft.compare.found_runs import find_runs
 from fastpeft.compare.report import report

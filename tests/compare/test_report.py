@@ -14,7 +14,7 @@ from html.parser import HTMLParser
 import pytest
 from rich.console import Console
 
-from fastpeft.cli.console import comparison_table, left_out_table
+from fastpeft.cli.result_tables import comparison_table, left_out_table
 from fastpeft.compare.found_runs import find_runs
 from fastpeft.compare.report import Report, report
 from fastpeft.config import load_run

@@ -15,7 +15,8 @@ import pytest
 from rich.console import Console
 
 from fastpeft.budget import energy
-from fastpeft.cli.console import ConsoleReporter, closing_table
+from fastpeft.cli.console import ConsoleReporter
+from fastpeft.cli.result_tables import closing_table
 from fastpeft.errors import UserError
 from fastpeft.runs.store import Result
 from fastpeft.trainer import StopRequest, train

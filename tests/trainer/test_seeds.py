@@ -7,7 +7,7 @@ import signal
 
 import pytest
 
-from fastpeft.cli.console import runs_table
+from fastpeft.cli.result_tables import runs_table
 from fastpeft.config import ConfigError, load_run, parse_budget, trial_run
 from fastpeft.errors import UserError
 from fastpeft.runs.store import RunError, list_runs
