@@ -294,7 +294,7 @@ def _parse_overrides(texts: Sequence[str]) -> dict[str, Any]:
 
 def _flat(given: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
     """Sections given as dicts, key by key."""
-    leaves = set(_leaf_keys())
+    leaves = _leaf_keys()
     for key, value in given.items():
         if isinstance(value, Mapping) and key not in leaves:
             yield from _flat({f"{key}.{inner}": v for inner, v in value.items()})
@@ -348,7 +348,7 @@ def _explain(error: Mapping[str, Any], values: dict[str, Any]) -> str:
 
 def _unknown_keys(run: RunConfig) -> Iterator[str]:
     """Dotted keys of other sections that name nothing."""
-    known = set(_leaf_keys())
+    known = _leaf_keys()
     for key in run.optuna.space:
         if key not in known:
             yield f"optuna.space.{key}: unknown key{_nearest(key, sorted(known))}"
@@ -378,16 +378,18 @@ def _keys_at(path: list[str]) -> list[str]:
     return [f.name for f in dataclasses.fields(owner)]
 
 
-def _leaf_keys(owner: type | None = None, prefix: str = "") -> Iterator[str]:
-    """Dotted keys of a section, or of a whole run, that are no sections."""
-    owner = owner or _run_type(_versions())
-    hints = typing.get_type_hints(owner)
+def _leaf_keys() -> frozenset[str]:
+    """Dotted keys of a run that are no sections."""
+    return frozenset(_leaves(_run_type(_versions())))
+
+
+@lru_cache(maxsize=128)
+def _leaves(owner: type) -> tuple[str, ...]:
+    hints, found = typing.get_type_hints(owner), []
     for field in dataclasses.fields(owner):
         section = _section_type(hints[field.name])
-        if section is not None:
-            yield from _leaf_keys(section, f"{prefix}{field.name}.")
-        else:
-            yield prefix + field.name
+        found += [field.name] if section is None else [f"{field.name}.{leaf}" for leaf in _leaves(section)]
+    return tuple(found)
 
 
 def _nearest(word: str, options: list[str]) -> str:
