@@ -138,7 +138,12 @@ class Bench:
         out.parent.mkdir(parents=True, exist_ok=True)
         rows = [{"target": t, "row": r, "figure": f, "values": v} for (t, r, f), v in self.scores.items()]
         facts = [{"target": t, "row": r, **found} for (t, r), found in self.facts.items()]
-        settings = {key: str(value) for key, value in vars(options).items()}
+        named = {"host", "run", "source_data", "target_data"}  # a machine's folders are nobody's business
+        settings = {
+            key: Path(str(value)).name if key in named else str(value)
+            for key, value in vars(options).items()
+            if key not in ("work", "out")
+        }
         out.write_text(json.dumps({"settings": settings, "scores": rows, "facts": facts}, indent=1) + "\n")
         return out
 
