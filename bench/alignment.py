@@ -53,28 +53,26 @@ def weak_ridge(x_WI: torch.Tensor, codes_WQ: torch.Tensor) -> tuple[torch.Tensor
         projectors.RIDGE = before
 
 
-def _components(x_WI: torch.Tensor, codes_WQ: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """(mean, directions I x Q, spread Q): x's leading components, their order and sign turned into the codes' basis."""
-    x = x_WI.double()
+def _turned_components(x_WI: torch.Tensor, codes_WQ: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """(mean I, directions I x Q, spread Q, rotation Q x Q): x's leading components, and what turns them, at unit
+    variance, nearest to the codes."""
+    x, width = x_WI.double(), codes_WQ.shape[1]
     mean = x.mean(0)
     _, s, vt = torch.linalg.svd(x - mean, full_matrices=False)
-    width = codes_WQ.shape[1]
-    return mean, vt[:width].t(), s[:width].clamp_min(1e-9) / len(x) ** 0.5
+    directions, spread = vt[:width].t(), s[:width].clamp_min(1e-9) / len(x) ** 0.5
+    left, _, right = torch.linalg.svd(((x - mean) @ directions / spread).t() @ codes_WQ.double())
+    return mean, directions, spread, left @ right
 
 
 def procrustes_read(x_WI: torch.Tensor, codes_WQ: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    mean, directions, spread = _components(x_WI, codes_WQ)
-    white = (x_WI.double() - mean) @ directions / spread
-    left, _, right = torch.linalg.svd(white.t() @ codes_WQ.double())
-    phi = directions / spread @ (left @ right)
+    mean, directions, spread, rotation = _turned_components(x_WI, codes_WQ)
+    phi = directions / spread @ rotation
     return phi.float(), -(mean @ phi).float()
 
 
 def procrustes_write(y_WO: torch.Tensor, codes_WQ: torch.Tensor) -> torch.Tensor:
-    mean, directions, spread = _components(y_WO, codes_WQ)
-    white = (y_WO.double() - mean) @ directions / spread
-    left, _, right = torch.linalg.svd(white.t() @ codes_WQ.double())
-    return projectors.unit_columns(directions @ (left @ right)).float()
+    _, directions, _, rotation = _turned_components(y_WO, codes_WQ)
+    return projectors.unit_columns(directions @ rotation).float()
 
 
 def cca_read(x_WI: torch.Tensor, codes_WQ: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -25,7 +25,7 @@ from fastpeft.tasks.self_check import apart, longest_row, spread_rows, tolerance
 
 _NUM_TOKENS = 3
 
-ReadRow = tuple[list[int], torch.Tensor]
+OwnLogits = tuple[list[int], torch.Tensor]
 """Tokens of a row (L), and the logits (L x V) that the model's own forward pass has for it."""
 
 _METHODS = (
@@ -39,7 +39,7 @@ _METHODS = (
 
 
 def find_decode_method(
-    model: nn.Module, backbone: Backbone, encoded: EncodedPrompts, max_new_tokens: int, read: Sequence[ReadRow] = ()
+    model: nn.Module, backbone: Backbone, encoded: EncodedPrompts, max_new_tokens: int, read: Sequence[OwnLogits] = ()
 ) -> tuple[DecodeMethod, list[str]]:
     """The fastest way that is right, and what to tell the user.
 
@@ -87,8 +87,8 @@ class _Row(NamedTuple):
     """Before each of them, _NUM_TOKENS x V."""
 
 
-def _cut_rows(read: Sequence[ReadRow]) -> list[_Row]:
-    """None unless a prompt is left of each, and they are of unequal lengths."""
+def _cut_rows(read: Sequence[OwnLogits]) -> list[_Row]:
+    """Empty unless a prompt is left of each, and they are of unequal lengths."""
     num = _NUM_TOKENS
     lengths = {len(tokens) for tokens, _ in read}
     if len(lengths) < 2 or min(lengths) <= num:

@@ -17,7 +17,7 @@ from fastpeft.models.backbone import Backbone, load_causal_lm
 from fastpeft.models.lm_head import hidden_states
 from fastpeft.signals import Need
 from fastpeft.tasks.base import BatchLoss, ExportCheck, Task
-from fastpeft.tasks.causal_lm.decode_check import ReadRow
+from fastpeft.tasks.causal_lm.decode_check import OwnLogits
 from fastpeft.tasks.causal_lm.loss import AnswerLoss
 from fastpeft.tasks.causal_lm.prompts import EncodedPrompts, collate_prompts
 from fastpeft.tasks.self_check import check_batches, check_tokens
@@ -65,9 +65,9 @@ class CausalLMTask(Task[EncodedPrompts]):
     def check(self, model: nn.Module, backbone: Backbone) -> None:
         self.check_rows(model, backbone)
 
-    def check_rows(self, model: nn.Module, backbone: Backbone) -> list[ReadRow]:
+    def check_rows(self, model: nn.Module, backbone: Backbone) -> list[OwnLogits]:
         """check, and the rows that the model's own forward pass has read for it."""
-        rows: list[ReadRow] = []
+        rows: list[OwnLogits] = []
 
         def own_logits(model: nn.Module, inputs: dict[str, torch.Tensor], lengths: Sequence[int]) -> list[torch.Tensor]:
             logits_LV = _centred(model(input_ids=inputs["input_ids"], use_cache=False).logits[0])
