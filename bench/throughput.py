@@ -17,6 +17,8 @@
     fastpeft         The product as it is, in its own loop.
     fastpeft_plain   Without any lever; fastpeft_NAME with one alone: LEVERS in bench/throughput_presets.py. `levers`
                      among the rows means all of these.
+    fastpeft_prefix  With training.cache_prefix, after its first epoch; for adapter.target_modules on upper layers, and
+                     among the rows only by name.
 
 Every row is a process of its own, set up and warmed up before the clock. A round is one turn of each row forwards and
 one backwards, of `--steps` steps. Rows of a turn train on the same batches, of one rank, dropout, precision and
@@ -55,6 +57,7 @@ from bench.throughput_presets import (
     CUDA_STEPS,
     LEVER_ROWS,
     PEERS,
+    PREFIX,
     PRESETS,
     ROWS,
     WARMUP_STEPS,
@@ -134,7 +137,7 @@ def add_curves(rows: list[dict[str, Any]], folder: Path, plan: Plan, seeds: list
     """Losses of each row that was timed, a seed; sets `void` of those that are not hf_grouped's."""
     curves: dict[str, list[list[float]]] = {}
     for row in rows:
-        if row["tokens_a_s"] is None or row["failed"]:
+        if row["tokens_a_s"] is None or row["failed"] or row["name"] == PREFIX:
             continue
         try:
             curves[row["name"]] = [Worker.curve(folder, row["name"], plan, seed) for seed in seeds]
@@ -212,7 +215,8 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     try:
         args.device = choose_device(args.device).type
-        args.rows = names_in(args.rows and args.rows.replace("levers", ",".join(LEVER_ROWS)), ROWS)
+        asked = args.rows or ",".join(row for row in ROWS if row != PREFIX)
+        args.rows = names_in(asked.replace("levers", ",".join(LEVER_ROWS)), ROWS)
     except SystemExit as error:
         parser.error(str(error))
     for name, wanted in (("model", "config.json"), ("data", "")):

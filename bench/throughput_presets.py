@@ -205,13 +205,16 @@ LEVERS: dict[str, Lever] = {
 PLAIN = f"{PRODUCT}_plain"
 """The product without any lever."""
 LEVER_ROWS = [PLAIN, *(f"{PRODUCT}_{name}" for name in LEVERS)]
-ROWS = [*PEERS, *LEVER_ROWS, PRODUCT]
+PREFIX = f"{PRODUCT}_prefix"
+"""The product with all levers and training.cache_prefix, after its first epoch. It learns otherwise: below the first
+adapter there is no dropout."""
+ROWS = [*PEERS, *LEVER_ROWS, PRODUCT, PREFIX]
 """In the order of their turns."""
 
 
 def levers_of(row: str) -> dict[str, bool]:
     """Lever -> whether the row has it."""
-    return {name: row in (PRODUCT, f"{PRODUCT}_{name}") for name in LEVERS}
+    return {name: row in (PRODUCT, PREFIX, f"{PRODUCT}_{name}") for name in LEVERS}
 
 
 # ---- the run -------------------------------------------------------------------------------

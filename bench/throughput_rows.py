@@ -19,7 +19,18 @@ from torch.utils.data import Dataset
 
 from bench.hf_trainer import load_model, trainer_settings, with_lora
 from bench.throughput_inputs import Inputs
-from bench.throughput_presets import LEVERS, PEERS, PRESETS, PRODUCT, Peer, Plan, Preset, levers_of
+from bench.throughput_presets import (
+    LEVERS,
+    PEERS,
+    PREFIX,
+    PRESETS,
+    PRODUCT,
+    Peer,
+    Plan,
+    Preset,
+    levers_of,
+    with_settings,
+)
 from fastpeft.config import RunConfig
 from fastpeft.data.batches import Batches, TokenRows
 from fastpeft.models.backbone import quiet_transformers
@@ -29,9 +40,10 @@ from fastpeft.runs.events import Event, EventLog, number
 from fastpeft.runs.store import Result, RunFolder
 from fastpeft.runs.system import Heartbeat
 from fastpeft.tasks import load_task
-from fastpeft.trainer.build import build_job, gpu_uuid
+from fastpeft.trainer.build import Job, build_job, gpu_uuid
 from fastpeft.trainer.loop import Loop
 from fastpeft.trainer.micro_batches import out_of_memory_is_told
+from fastpeft.trainer.run import keep_prefix
 
 Pause = Callable[[int, int], bool]
 """Told, between two steps, how many have been taken and the tokens in them, padding not counted; true: take no more.
@@ -67,6 +79,8 @@ class GivenBatches(Batches):
 
 def _train_product(run: RunConfig, row: str, inputs: Inputs, folder: Path, pause: Pause) -> list[float]:
     losses: list[float] = []
+    if row == PREFIX:
+        run = with_settings(run, {"training.cache_prefix": True})
 
     def on_event(event: Event) -> None:
         if event["type"] == "step":
@@ -83,6 +97,8 @@ def _train_product(run: RunConfig, row: str, inputs: Inputs, folder: Path, pause
         own = RunFolder.at(folder, "run")
         own.create()
         stack.callback(own.unlock)
+        keep_prefix(job, own)
+        _read_once(job)
         log = EventLog(own.events, (on_event,))
         stack.callback(log.close)
         result = Result(run_id=run.run_id, name="run")
@@ -92,6 +108,16 @@ def _train_product(run: RunConfig, row: str, inputs: Inputs, folder: Path, pause
         loop.run(None)
         job.clock.stop()
     return losses
+
+
+def _read_once(job: Job) -> None:
+    """The rows of all steps, by the prefix cache where there is one, as a first epoch would."""
+    if job.prefix_cache is None:
+        return
+    for rows in job.batches.epoch(0):
+        batch = job.task.collate(rows, job.device)
+        with job.prefix_cache.reading(rows, batch, lambda new: job.task.collate(new, job.device)):
+            pass
 
 
 # ---- peers ---------------------------------------------------------------------------------

@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -13,9 +14,10 @@ import pytest
 
 from bench import throughput, throughput_presets, throughput_rows, throughput_turns
 from bench.throughput_inputs import Inputs, grouped_batches, prepare
-from bench.throughput_presets import BASE, LEVERS, PEERS, PRESETS, ROWS, Lever, Plan, levers_of, with_settings
+from bench.throughput_presets import BASE, LEVERS, PEERS, PREFIX, PRESETS, ROWS, Lever, Plan, levers_of, with_settings
 from bench.throughput_turns import RowFailed
 from fastpeft.data.batches import IGNORE
+from fastpeft.models.prefix import FrozenPrefix
 from tests.support.tiny import _settings
 
 SMALL = {"training.batch_size": 4, "adapter.rank": 4}
@@ -130,7 +132,7 @@ def test_bad_arguments_are_named_before_anything_is_made(monkeypatch, capsys, gi
 def test_rows_are_chosen_in_their_order_and_levers_means_all_of_them():
     assert throughput.parse(["--rows", "fastpeft,hf_grouped"]).rows == ["hf_grouped", "fastpeft"]
     assert throughput.parse(["--rows", "levers"]).rows == throughput_presets.LEVER_ROWS
-    assert throughput.parse([]).rows == ROWS
+    assert throughput.parse([]).rows == [row for row in ROWS if row != PREFIX]
 
 
 @pytest.mark.parametrize(
@@ -255,6 +257,24 @@ def test_a_lever_is_alone_in_its_row_and_on_while_it_trains(prepared, monkeypatc
         throughput_rows.train(row, plan, folder, 0, pause)
         assert set(seen) == {row == "fastpeft_quick"}
         assert states == []
+
+
+def test_the_prefix_row_is_timed_after_its_first_epoch(prepared, monkeypatch):
+    plan, folder = prepared["mnli"]
+    plan = replace(plan, settings={"adapter.target_modules": r".*layer\.1\..*(query|value)"})
+    taken = []
+    take = FrozenPrefix.take
+    monkeypatch.setattr(FrozenPrefix, "take", lambda *args: taken.append(None) or take(*args))
+    before = []
+
+    def pause(steps: int, tokens: int) -> bool:
+        before.append(len(taken))
+        return steps >= 2
+
+    losses = throughput_rows.train(PREFIX, plan, folder, 0, pause)
+    assert len(losses) == 2
+    assert before[0] > 1
+    assert set(before) == {before[0]}, "a layer below the first adapter ran in a timed step"
 
 
 def test_a_setting_becomes_what_its_key_holds(prepared):
