@@ -13,14 +13,31 @@ from torch import nn
 _TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "vocab.txt")
 
 
+def is_decoder(host: Path) -> bool:
+    """A causal language model, by its config."""
+    architectures = transformers.AutoConfig.from_pretrained(host, local_files_only=True).architectures or [""]
+    return architectures[0].endswith("ForCausalLM")
+
+
 def cut_depth(host: Path, out: Path, share: float) -> Path:
-    """The lowest `share` of the layers, at least one."""
+    """Of an encoder the lowest `share` of the layers, at least one. Of a decoder the layers around its middle are left
+    out: its last ones make what the head reads."""
     if (out / "config.json").is_file():
         return out
-    model: Any = transformers.AutoModel.from_pretrained(host, local_files_only=True)
-    count = max(1, round(model.config.num_hidden_layers * share))
-    model.encoder.layer = model.encoder.layer[:count]
-    model.config.num_hidden_layers = count
+    causal = is_decoder(host)
+    auto: Any = transformers.AutoModelForCausalLM if causal else transformers.AutoModel
+    model = auto.from_pretrained(host, local_files_only=True)
+    config = model.config
+    count = max(1, round(config.num_hidden_layers * share))
+    if causal:
+        low = (count + 1) // 2
+        kept = [*range(low), *range(config.num_hidden_layers - count + low, config.num_hidden_layers)]
+        model.model.layers = nn.ModuleList(model.model.layers[i] for i in kept)
+        if getattr(config, "layer_types", None):
+            config.layer_types = [config.layer_types[i] for i in kept]
+    else:
+        model.encoder.layer = model.encoder.layer[:count]
+    config.num_hidden_layers = count
     return _saved(model, host, out)
 
 

@@ -6,7 +6,9 @@ Each seed trains a source adapter on MODEL a projector, and moves it to MODEL cu
 with two thirds of its width. Rows, on each target: zero-shot (frozen adapter, ridge head) and after --steps steps on
 delta, beside no adapter, an adapter of the same size with fresh atoms, and SAT-LoRA, HF-SAT-LoRA, LoRA r 8 and full
 fine-tuning trained on the target for as many steps. Scores are means over seeds with 95 % t-intervals. MODEL is a
-folder of a BERT-shaped encoder; without one the small encoder that ships is taken, cut in depth alone.
+folder of a BERT-shaped encoder, or of a causal language model (`--run unihyperlora_gsm8k`), which is cut to --depth of
+its layers alone and keeps its own head; without one the small encoders that ship are taken, three of other widths and
+depths, each pretrained by itself. `loss` is of the validation rows.
 
 `--count` trains nothing and prints what the update costs hosts of BERT's kind, counted on the meta device: FLOPs a
 token, and its traffic beside the host's arithmetic at an H200's ceilings (bf16, nothing fused with the linear layers).
@@ -35,7 +37,8 @@ import torch
 import transformers
 from scipy.stats import t as student
 
-from bench.cut_hosts import cut_depth, cut_width
+from bench.cut_hosts import cut_depth, cut_width, is_decoder
+from bench.interleave import names_in
 from fastpeft.adapters.unihyperlora import file_format
 from fastpeft.adapters.unihyperlora.cost import extra_flops, host_flops
 from fastpeft.adapters.unihyperlora.dictionary import Dictionary, Shape
@@ -45,9 +48,10 @@ from fastpeft.runs.store import Result, RunFolder
 from fastpeft.standins import embedded_path
 from fastpeft.trainer import train
 from fastpeft.trainer.build import build_job
-from fastpeft.trainer.transferring import zero_shot
+from fastpeft.trainer.transferring import final_loss, zero_shot
 
 PROJECTORS = ("coordinate", "spectral", "probe")
+STAND_INS = ("embedded/deberta-small", "embedded/deberta-deep")
 BASELINES: dict[str, dict[str, Any]] = {
     "head alone": {"method": "unihyperlora", "unihyperlora.train": "none"},
     "SAT-LoRA": {"method": "sat_lora", "training.learning_rate": 3e-4},
@@ -55,6 +59,7 @@ BASELINES: dict[str, dict[str, Any]] = {
     "LoRA r 8": {"method": "lora", "adapter.rank": 8, "adapter.alpha": 16.0, "training.learning_rate": 5e-4},
     "full": {"method": "full", "training.learning_rate": 2e-5},
 }
+FIGURES = ("zero-shot", "after", "zero-shot loss", "loss after")
 Scores = dict[tuple[str, str, str], list[float]]
 """(target, row, figure) -> a value a seed."""
 
@@ -69,10 +74,15 @@ class Bench:
         self.host = host
 
     def targets(self) -> dict[str, Path]:
-        found = {"half the depth": cut_depth(self.host, self.work / "shallow", 0.5)}
-        if self.options.host:
-            found["two thirds of the width"] = cut_width(self.host, self.work / "narrow", 2 / 3)
-        return {"the source itself": self.host, **found}
+        own = {"the source itself": self.host}
+        if not self.options.host:
+            return own | {name: path for name in STAND_INS if (path := embedded_path(name)) is not None}
+        share = self.options.depth
+        name = "half the depth" if share == 0.5 else f"{share:.0%} of the depth"
+        own |= {name: cut_depth(self.host, self.work / "shallow", share)}
+        if is_decoder(self.host):
+            return own
+        return own | {"two thirds of the width": cut_width(self.host, self.work / "narrow", 2 / 3)}
 
     def run(self, host: Path, data: str | None, seed: int, **values: Any) -> RunConfig:
         own = {
@@ -87,7 +97,10 @@ class Bench:
             "unihyperlora.max_extra_flops": 1.0,  # a share of a narrow host is measured here, not kept to
             "sat_lora.max_extra_flops": 1.0,
         }
-        own |= {"dataset.path": data, "dataset.name": Path(data).name} if data else {"dataset.name": "embedded-nli"}
+        if data:
+            own |= {"dataset.path": data, "dataset.name": Path(data).name}
+        elif not self.options.host:
+            own |= {"dataset.name": "embedded-nli"}
         if not self.options.host:
             own |= {"unihyperlora.width": 8}
         return load_run(self.options.run, own | {key.replace("__", "."): value for key, value in values.items()})
@@ -114,7 +127,10 @@ class Bench:
             for target, host in targets.items():
                 self.moved(target, host, projector, file, seed)
         for target, host in targets.items():
-            for row, values in BASELINES.items():
+            for row in options.baselines:
+                if row == "head alone" and is_decoder(host):
+                    continue  # its head is the model's own
+                values = BASELINES[row]
                 result = self.trained(
                     with_values(self.run(host, options.target_data, seed), values), f"{slug(target)}-{slug(row)}-{seed}"
                 )
@@ -125,11 +141,13 @@ class Bench:
         row = f"UniHyperLoRA, {projector}"
         moved = with_values(run, {"unihyperlora.adapter": str(file), "unihyperlora.train": "delta"})
         (without, adapted), *_ = zero_shot(build_job(moved))
-        self.note(target, "no adapter", "zero-shot", without.score)
-        self.note(target, row, "zero-shot", adapted.score)
+        for name, found in (("no adapter", without), (row, adapted)):
+            self.note(target, name, "zero-shot", found.score)
+            self.note(target, name, "zero-shot loss", found.loss)
         fresh = redrawn(file, self.work / "fresh.safetensors", seed)
         (_, control), *_ = zero_shot(build_job(with_values(moved, {"unihyperlora.adapter": str(fresh)})))
         self.note(target, f"fresh atoms, {projector}", "zero-shot", control.score)
+        self.note(target, f"fresh atoms, {projector}", "zero-shot loss", control.loss)
         self.after(target, row, self.trained(moved, f"{slug(target)}-{projector}-{seed}"))
 
     def write(self, topic: str) -> Path:
@@ -149,6 +167,7 @@ class Bench:
 
     def after(self, target: str, row: str, result: Result) -> None:
         self.note(target, row, "after", result.metric.get("value"))
+        self.note(target, row, "loss after", final_loss(RunFolder(self.work / result.name)))
         facts = {"MB": result.adapter_mb, "seconds a step": seconds_a_step(self.work / result.name)}
         known = {key: value for key, value in (facts | result.adapter_facts).items() if value is not None}
         self.facts[target, row] = known
@@ -189,18 +208,19 @@ def interval(values: list[float]) -> str:
 def table(bench: Bench) -> str:
     lines = []
     for target in dict.fromkeys(target for target, _, _ in bench.scores):
-        lines += ["", target, f"{'':28}{'zero-shot':>18}{'after':>18}{'MB':>8}{'FLOP %':>8}{'atoms':>7}{'s/step':>8}"]
+        heads = "".join(f"{figure:>18}" for figure in FIGURES)
+        lines += ["", target, f"{'':28}{heads}{'MB':>8}{'FLOP %':>8}{'atoms':>7}{'s/step':>8}"]
         for row in dict.fromkeys(row for at, row, _ in bench.scores if at == target):
             shown = [
-                interval(found) if (found := bench.scores.get((target, row, figure))) else "-"
-                for figure in ("zero-shot", "after")
+                interval(found) if (found := bench.scores.get((target, row, figure))) else "-" for figure in FIGURES
             ]
             facts = bench.facts.get((target, row), {})
             wanted = {"MB": (1, 3), "extra_flops": (100, 1), "active_atoms": (1, 2), "seconds a step": (1, 3)}
             mb, flops, atoms, seconds = (
                 f"{facts[key] * factor:.{digits}f}" if key in facts else "-" for key, (factor, digits) in wanted.items()
             )
-            lines.append(f"{row:28}{shown[0]:>18}{shown[1]:>18}{mb:>8}{flops:>8}{atoms:>7}{seconds:>8}")
+            cells = "".join(f"{cell:>18}" for cell in shown)
+            lines.append(f"{row:28}{cells}{mb:>8}{flops:>8}{atoms:>7}{seconds:>8}")
     return "\n".join(lines)
 
 
@@ -235,7 +255,8 @@ def count() -> str:
 
 def parser_of(description: str) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=description)
-    parser.add_argument("--host", help="folder of a BERT-shaped encoder")
+    parser.add_argument("--host", help="folder of a BERT-shaped encoder, or of a causal language model")
+    parser.add_argument("--depth", type=float, default=0.5, help="share of the layers that a cut host keeps")
     parser.add_argument("--run", default="unihyperlora_sst2", help="preset whose rates are taken")
     parser.add_argument("--source-data", help="folder of train and dev files; with --target-data")
     parser.add_argument("--target-data")
@@ -243,6 +264,7 @@ def parser_of(description: str) -> argparse.ArgumentParser:
     parser.add_argument("--steps", type=int, default=500)
     parser.add_argument("--seeds", type=lambda text: [int(s) for s in text.split(",")], default=[0, 1, 2])
     parser.add_argument("--projectors", type=lambda text: text.split(","), default=list(PROJECTORS))
+    parser.add_argument("--baselines", type=lambda text: names_in(text, list(BASELINES)), default=list(BASELINES))
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--work", type=Path)
     parser.add_argument("--out", type=Path)

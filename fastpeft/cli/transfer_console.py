@@ -16,12 +16,13 @@ def transfer_table(outcome: Transfer) -> Group:
     """`fastpeft transfer`: a line a way, and how zero-shot is meant."""
     table = Table(box=None, pad_edge=False)
     table.add_column("")
-    for name in ("steps", outcome.metric, "time", "adapter", "extra FLOPs", "atoms a token"):
+    for name in ("steps", outcome.metric, "loss", "time", "adapter", "extra FLOPs", "atoms a token"):
         table.add_column(name, justify="right")
     for row in outcome.rows:
         values = (
             f"{row.steps:,}",
             "-" if row.score is None else f"{row.score:.4f}",
+            "-" if row.loss is None else f"{row.loss:.4f}",
             "-" if row.seconds is None else f"{row.seconds:.1f} s",
             "-" if row.adapter_mb is None else f"{row.adapter_mb:.3f} MB",
             "-" if row.extra_flops is None else f"{row.extra_flops:.1%}",

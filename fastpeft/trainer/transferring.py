@@ -16,6 +16,8 @@ from fastpeft.adapters.unihyperlora.file_format import decode
 from fastpeft.adapters.unihyperlora.method import UniHyperLora
 from fastpeft.config import ConfigError, RunConfig, with_values
 from fastpeft.models.backbone import quiet_transformers
+from fastpeft.runs.curves import is_validation
+from fastpeft.runs.events import number, read_events
 from fastpeft.runs.store import Result, RunFolder, default_name, write_json
 from fastpeft.trainer.build import Job, build_job
 from fastpeft.trainer.fitted_head import fit_head
@@ -35,6 +37,8 @@ class Row:
     what: str
     steps: int
     score: float | None
+    loss: float | None = None
+    """On the validation rows; of a language model it tells more than answers that are right or wrong."""
     seconds: float | None = None
     """Of the budget's clock."""
     adapter_mb: float | None = None
@@ -106,7 +110,7 @@ def transfer(
             return None
         say(f"{what}: {results_dir / f'{name}-{part}'}")
         result = train(with_values(resolved.run, values), name=f"{name}-{part}", **options)
-        outcome.rows.append(_row(what, result))
+        outcome.rows.append(_row(what, result, RunFolder.at(results_dir, result.name)))
         return result
 
     budget = {"budget": f"{steps}steps"}
@@ -128,27 +132,34 @@ def zero_shot(job: Job) -> tuple[list[Row], str, str, int]:
     adapter = cast(UniHyperLora, job.adapter)
     fitted_to = 0
 
-    def score() -> float:
+    def score() -> tuple[float, float]:
         nonlocal fitted_to
         if adapter.head_modules:
             fitted_to = fit_head(job, adapter.head_modules)
         found = job.task.evaluate(adapter.model, job.limits, lambda: False, None)
         assert found is not None
-        return found.value
+        return found.value, found.loss
 
     with adapter.host.absent():
-        without = Row("no adapter, zero-shot", 0, score())
+        without = Row("no adapter, zero-shot", 0, *score())
     size = adapter.adapter_bytes / 2**20
-    moved = Row("adapter, zero-shot", 0, score(), adapter_mb=size, extra_flops=adapter.overhead)
+    moved = Row("adapter, zero-shot", 0, *score(), adapter_mb=size, extra_flops=adapter.overhead)
     return [without, moved], job.task.metric, job.task.name, fitted_to
 
 
-def _row(what: str, result: Result) -> Row:
+def final_loss(folder: RunFolder) -> float | None:
+    """Of the last evaluation on the validation rows; None where there was none."""
+    losses = [number(event["loss"]) for event in read_events(folder.events) if is_validation(event)]
+    return losses[-1] if losses else None
+
+
+def _row(what: str, result: Result, folder: RunFolder) -> Row:
     facts = result.adapter_facts
     return Row(
         what,
         result.steps,
         result.metric.get("value"),
+        final_loss(folder),
         round(result.elapsed_s, 2),
         result.adapter_mb,
         facts.get("extra_flops"),

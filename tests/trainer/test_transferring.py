@@ -60,6 +60,7 @@ def test_zero_shot_then_the_bias_then_what_it_is_compared_with(source: Path, hom
     assert what[-1].startswith("LoRA r 8, as many ")  # seconds, or steps where an evaluation takes most of them
     assert [row.steps for row in found.rows[:4]] == [0, 0, 3, 3]
     assert all(row.score is not None and 0 <= row.score <= 1 for row in found.rows)
+    assert all(row.loss is not None and row.loss > 0 for row in found.rows)
     assert found.fitted_to == 96
     assert found.source["name"] == str(home / "model")
     assert found.model == str(home / "wider")
