@@ -26,9 +26,8 @@ def main() -> None:
     result = fastpeft.train(run, results_dir=arguments.results_dir, name="from-python")
 
     print(f"{result.status} after {result.steps} steps, {result.tokens:,} tokens and {result.elapsed_s:.1f} s")
-    print(
-        f"{result.metric['name']} of the last weights {result.metric['value']:.3f}, of the best {result.best['value']:.3f}"
-    )
+    last, best = result.metric["value"], result.best["value"]
+    print(f"{result.metric['name']} of the last weights {last:.3f}, of the best {best:.3f}")
     if result.stand_in:
         print("the hub could not be reached: these are numbers of the stand-in")
     print(f"the adapter is in {arguments.results_dir / result.name / 'adapter_best'}")
