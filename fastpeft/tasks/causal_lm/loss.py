@@ -22,7 +22,7 @@ from fastpeft.models.lens import FirstLayer
 from fastpeft.models.lm_head import hidden_states
 from fastpeft.signals import Need
 from fastpeft.tasks.base import BatchLoss, Stop
-from fastpeft.tasks.causal_lm.prompts import EncodedPrompts, collate_prompts
+from fastpeft.tasks.causal_lm.labelled_rows import LabelledRows, collate_labelled
 
 PROMPT_TOKENS, LENS_TOKENS = 1024, 256
 """Most tokens of a micro-batch that Need.PROMPT and Need.LENS look at."""
@@ -66,7 +66,7 @@ class AnswerLoss:
             statistics["prompt_fisher"] = _prompt_fisher(hidden, weight, bias, batch) * share
         return BatchLoss(found.loss, statistics)
 
-    def mean(self, model: nn.Module, encoded: EncodedPrompts, limits: TokenLimits, stop: Stop) -> float | None:
+    def mean(self, model: nn.Module, encoded: LabelledRows, limits: TokenLimits, stop: Stop) -> float | None:
         """Nats a token of the answers, as far as they fit; NaN where none does; None if `stop` said so."""
         training, total = model.training, torch.zeros((), dtype=torch.float64, device=self._device)
         model.eval()
@@ -80,7 +80,7 @@ class AnswerLoss:
         count = int(encoded.num_labelled.sum())
         return float(total) / count if count else math.nan
 
-    def expected_s(self, model: nn.Module, encoded: EncodedPrompts, limits: TokenLimits) -> float:
+    def expected_s(self, model: nn.Module, encoded: LabelledRows, limits: TokenLimits) -> float:
         """Of `mean`, from its largest batch."""
         groups = _loss_batches(encoded, limits)
         areas = [len(rows) * int(encoded.widths[rows].max()) for rows in groups]
@@ -91,8 +91,8 @@ class AnswerLoss:
         return (time.perf_counter() - start) * sum(areas) / max(areas)
 
     @torch.no_grad()
-    def _sum(self, model: nn.Module, encoded: EncodedPrompts, rows: np.ndarray) -> torch.Tensor:
-        batch = collate_prompts(encoded, rows, self._device)
+    def _sum(self, model: nn.Module, encoded: LabelledRows, rows: np.ndarray) -> torch.Tensor:
+        batch = collate_labelled(encoded, rows, self._device)
         with self._autocast():
             hidden_LD, weight, bias = hidden_states(model, batch.inputs["input_ids"], batch.rows)
         return self._cross_entropy(hidden_LD, weight, bias, batch, num_items=1).loss
@@ -158,7 +158,7 @@ def _statistics(
         return linear_cross_entropy(hidden, weight.detach().to(hidden.dtype), labels, detached, statistics=True)
 
 
-def _loss_batches(encoded: EncodedPrompts, limits: TokenLimits) -> list[np.ndarray]:
+def _loss_batches(encoded: LabelledRows, limits: TokenLimits) -> list[np.ndarray]:
     """What fits with gradients fits without."""
     return evaluation_batches(encoded, min(limits.training, limits.evaluation))
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import replace
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeVar
 
 import numpy as np
 import torch
@@ -18,8 +18,8 @@ from fastpeft.models.lm_head import hidden_states
 from fastpeft.signals import Need
 from fastpeft.tasks.base import BatchLoss, ExportCheck, Task
 from fastpeft.tasks.causal_lm.decode_check import OwnLogits
+from fastpeft.tasks.causal_lm.labelled_rows import LabelledRows, collate_labelled
 from fastpeft.tasks.causal_lm.loss import AnswerLoss
-from fastpeft.tasks.causal_lm.prompts import EncodedPrompts, collate_prompts
 from fastpeft.tasks.self_check import check_batches, check_tokens
 
 CHECK_ROWS, CHECK_POSITIONS = 16, 16
@@ -30,7 +30,10 @@ _CHUNK_BYTES = 32 * 2**20
 """Of logits at a time."""
 
 
-class CausalLMTask(Task[EncodedPrompts]):
+Rows = TypeVar("Rows", bound=LabelledRows)
+
+
+class CausalLMTask(Task[Rows]):
     """What a kind adds: its rows as prompts and answers, and how answers are decoded and scored."""
 
     auto_class: ClassVar[str] = "AutoModelForCausalLM"
@@ -89,7 +92,7 @@ class CausalLMTask(Task[EncodedPrompts]):
         return int(self.train.num_labelled[rows].sum())
 
     def collate(self, rows: np.ndarray, device: torch.device) -> Batch:
-        return collate_prompts(self.train, rows, device)
+        return collate_labelled(self.train, rows, device)
 
     def loss(self, model: nn.Module, batch: Batch, num_items: int, needs: Collection[Need] = ()) -> BatchLoss:
         return self.answer_loss.batch(model, batch, num_items, needs)
@@ -97,7 +100,7 @@ class CausalLMTask(Task[EncodedPrompts]):
     # ---- export ----------------------------------------------------------------------------
 
     @abstractmethod
-    def encode_validation(self, rows: Sequence[int] | None, tokenizer: Any, max_length: int) -> EncodedPrompts:
+    def encode_validation(self, rows: Sequence[int] | None, tokenizer: Any, max_length: int) -> LabelledRows:
         """Rows of the validation split, or all of them, as training would tokenise them."""
 
     def export_check(self, backbone: Backbone) -> ExportCheck:
@@ -130,7 +133,7 @@ class TokenAccuracy(ExportCheck):
 
     def __init__(
         self,
-        encode: Callable[[Sequence[int] | None, Any, int], EncodedPrompts],
+        encode: Callable[[Sequence[int] | None, Any, int], LabelledRows],
         num_validation: int,
         tokenizer: Any,
         max_length: int,
@@ -156,10 +159,9 @@ class TokenAccuracy(ExportCheck):
         found = []
         for row in range(len(encoded)):
             tokens = encoded.tokens[encoded.offsets[row] : encoded.offsets[row + 1]]
-            first = int(encoded.prompt_lengths[row]) - 1
+            places = encoded.places(row)[:CHECK_POSITIONS]
             ids = torch.from_numpy(tokens.astype(np.int64))[None].to(device)
-            positions = slice(first, min(len(tokens) - 1, first + CHECK_POSITIONS))
-            found.append(model(input_ids=ids, use_cache=False).logits[0, positions].float().cpu())
+            found.append(model(input_ids=ids, use_cache=False).logits[0, torch.from_numpy(places - 1)].float().cpu())
         return torch.cat(found)
 
     @torch.inference_mode()
@@ -167,7 +169,7 @@ class TokenAccuracy(ExportCheck):
         encoded = self._encode(None, self._tokenizer, self._longest)
         correct = torch.zeros((), dtype=torch.int64, device=device)
         for rows in evaluation_batches(encoded, self._batch_tokens):
-            batch = collate_prompts(encoded, rows, device)
+            batch = collate_labelled(encoded, rows, device)
             hidden, weight, bias = hidden_states(model, batch.inputs["input_ids"])
             hidden_LD, labels_L = hidden.flatten(0, 1)[batch.rows], batch.labels.flatten()[batch.rows]
             chunk = max(1, _CHUNK_BYTES // (weight.dtype.itemsize * len(weight)))
