@@ -10,7 +10,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar, Generic, Self, TypeVar
+from typing import Any, ClassVar, Generic, NamedTuple, Self, TypeVar
 
 import numpy as np
 import torch
@@ -42,6 +42,14 @@ class BatchLoss:
     """Scalars by the names of signals.Measured, as shares of the batch's mean: micro-batches add up to it."""
 
 
+class Sample(NamedTuple):
+    """What a model answers to one of a few prompts, the same ones at each evaluation."""
+
+    prompt: str
+    answer: str
+    reference: str
+
+
 @dataclass(frozen=True)
 class Score:
     value: float
@@ -56,6 +64,7 @@ class Score:
     decode_s: float | None = None
     """Seconds spent decoding, where answers are decoded; they are on the budget's clock."""
     decode_tokens: int | None = None
+    samples: tuple[Sample, ...] = ()
     answered: Callable[[], AnsweredRows | None] = field(default=lambda: None, compare=False, repr=False)
     """Every row that was scored, in order, with what was answered to it; made when called for. None where the kind does
     not tell."""
@@ -232,6 +241,12 @@ class Task(ABC, Generic[Rows]):
         Raises:
             UserError: a model that no way is right for, and what differed.
         """
+
+    def keep(self, folder: Path) -> None:
+        """Write beside the weights what they mean and no data tell, such as a chat template."""
+
+    def recall(self, folder: Path) -> None:
+        """Go by what `keep` wrote there, before `load_model`."""
 
     # ---- training --------------------------------------------------------------------------
 

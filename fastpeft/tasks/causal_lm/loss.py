@@ -1,6 +1,7 @@
 """Cross entropy of the answers' tokens, through the model's head without its logits where that is frozen.
 
-Shapes: N rows of a micro-batch, L tokens of a row, D hidden, P sampled prompt tokens, M sampled labelled tokens.
+Shapes: N rows of a micro-batch, L tokens of a row, C labelled tokens at a time, V vocabulary, D hidden, P sampled
+prompt tokens, M sampled labelled tokens.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ import math
 import time
 from collections.abc import Collection
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -28,6 +30,30 @@ PROMPT_TOKENS, LENS_TOKENS = 1024, 256
 """Most tokens of a micro-batch that Need.PROMPT and Need.LENS look at."""
 _READ_ELSEWHERE = {Need.PROMPT, Need.ANSWER_GRADIENT}
 """These look at tokens without a label, in every layer."""
+
+
+_CHUNK_BYTES = 32 * 2**20
+"""Of logits in fp32 at a time, where they are looked at and not only their loss."""
+
+
+@dataclass(frozen=True)
+class TokenScores:
+    """Of N rows."""
+
+    correct: np.ndarray
+    """Of each row, labelled tokens that the model puts first, given those before them."""
+    labelled: np.ndarray
+    """Of each row, all of them."""
+    loss: float
+    """Nats a labelled token."""
+
+    @property
+    def accuracy(self) -> float:
+        return float(self.correct.sum() / max(1, self.labelled.sum()))
+
+    @property
+    def perplexity(self) -> float:
+        return float(np.exp(np.float64(self.loss)))
 
 
 class AnswerLoss:
@@ -79,6 +105,38 @@ class AnswerLoss:
             model.train(training)
         count = int(encoded.num_labelled.sum())
         return float(total) / count if count else math.nan
+
+    @torch.no_grad()
+    def token_scores(
+        self, model: nn.Module, encoded: LabelledRows, limits: TokenLimits, stop: Stop
+    ) -> TokenScores | None:
+        """None if `stop` said so before the end. Leaves the model's mode as it was."""
+        training, correct_N = model.training, torch.zeros(len(encoded), dtype=torch.int64, device=self._device)
+        total = torch.zeros((), dtype=torch.float64, device=self._device)
+        model.eval()
+        try:
+            for rows in _loss_batches(encoded, limits):
+                if stop():
+                    return None
+                batch = collate_labelled(encoded, rows, self._device)
+                of_row_L = torch.from_numpy(np.repeat(rows, encoded.num_labelled[rows])).to(self._device)
+                assert batch.rows is not None
+                with self._autocast():
+                    hidden_LD, weight, bias = hidden_states(model, batch.inputs["input_ids"], batch.rows)
+                labels_L = batch.labels.view(-1)[batch.rows]
+                chunk = max(1, _CHUNK_BYTES // (4 * len(weight)))
+                for hidden_CD, labels_C, of_row_C in zip(
+                    *(each.split(chunk) for each in (hidden_LD, labels_L, of_row_L))
+                ):
+                    with self._autocast():
+                        logits_CV = nn.functional.linear(hidden_CD.to(weight.dtype), weight, bias)
+                    total += nn.functional.cross_entropy(logits_CV.float(), labels_C, reduction="sum").double()
+                    correct_N.index_add_(0, of_row_C, (logits_CV.argmax(-1) == labels_C).long())
+        finally:
+            model.train(training)
+        labelled = encoded.num_labelled
+        count = int(labelled.sum())
+        return TokenScores(correct_N.cpu().numpy(), labelled, float(total) / count if count else math.nan)
 
     def expected_s(self, model: nn.Module, encoded: LabelledRows, limits: TokenLimits) -> float:
         """Of `mean`, from its largest batch."""
