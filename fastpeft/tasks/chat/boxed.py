@@ -87,11 +87,7 @@ class MathVerifier:
     """
 
     def __init__(self, limit_s: float = LIMIT_S) -> None:
-        if find_spec(_PACKAGE) is None:
-            raise UserError(
-                "evaluation.exact_match boxed: compares answers with the package math-verify: pip install "
-                "'fastpeft[math]'; or set evaluation.exact_match=off"
-            )
+        self.require()
         self._limit_s, self._process = limit_s, None
         self.num_late = 0
         """Pairs that took too long, and count as different."""
@@ -99,6 +95,15 @@ class MathVerifier:
     @staticmethod
     def is_installed() -> bool:
         return find_spec(_PACKAGE) is not None
+
+    @classmethod
+    def require(cls) -> None:
+        """Raises UserError where the library is not installed."""
+        if not cls.is_installed():
+            raise UserError(
+                "evaluation.exact_match boxed: compares answers with the package math-verify: pip install "
+                "'fastpeft[math]'; or set evaluation.exact_match=off"
+            )
 
     def same(self, answer: str | None, reference: str | None) -> bool:
         """Whether the answer of one text is that of the reference. The order matters: see verify_answers."""

@@ -38,7 +38,11 @@ def token_answers(chats: Conversations, encoded: ChatRows, scores: TokenScores) 
 
 
 def reading_of(setting: str, references: Sequence[str]) -> tuple[Reading | None, list[str]]:
-    """How answers are read, and what to tell the user."""
+    """How answers are read, and what to tell the user.
+
+    Raises:
+        UserError: boxed answers are to be compared, and math-verify is not there.
+    """
     if setting == "off" or not references:
         return None, []
     shares = {
@@ -47,6 +51,8 @@ def reading_of(setting: str, references: Sequence[str]) -> tuple[Reading | None,
     }
     if setting != "auto":
         reading: Reading = "boxed" if setting == "boxed" else "number"
+        if reading == "boxed":
+            MathVerifier.require()
         return reading, [
             f"answers are compared by {_WORDS[reading]}, which {shares[reading]:.0%} of the references have"
         ]
