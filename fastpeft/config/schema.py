@@ -130,6 +130,9 @@ class DatasetConfig:
     overflow: Literal["drop", "truncate_left", "split"] = "drop"
     """Conversations of more than max_length tokens are left out, lose their beginning, or become several rows; each is
     counted."""
+    packing: bool = False
+    """Conversations: put several into a row of max_length tokens, kept apart by their positions, where the model keeps
+    them apart. A row of training.batch_size is then a full one."""
     held_out: PositiveInt = 512
     """Word problems: training rows that are held out, the same ones whatever the seed, to tune and to choose
     the best weights on. The test split is scored once, at the end."""

@@ -18,6 +18,9 @@ from fastpeft.data.batches import IGNORE, Batch, TokenRows, move
 class LabelledRows(TokenRows, ABC):
     """Of each row some tokens have a label: they are predicted from those before them. The others are read."""
 
+    positions: np.ndarray | None = None
+    """Of each token, where rows hold several texts: its place in its own. Else None."""
+
     @property
     @abstractmethod
     def num_labelled(self) -> np.ndarray:
@@ -42,5 +45,16 @@ def collate_labelled(encoded: LabelledRows, rows: np.ndarray, device: torch.devi
         tokens[i, : len(own)] = own
         labels[i, places - 1] = own[places]
     inputs = {"input_ids": move(tokens, device)}
+    if encoded.positions is not None:
+        inputs["position_ids"] = move(_positions(encoded, encoded.positions, rows, width), device)
     labelled = np.flatnonzero(labels != IGNORE)
     return Batch(inputs, move(labels, device), int(encoded.lengths[rows].sum()), move(labelled, device))
+
+
+def _positions(encoded: LabelledRows, positions: np.ndarray, rows: np.ndarray, width: int) -> np.ndarray:
+    """N x L int64; padding is a text of its own."""
+    found = np.zeros((len(rows), width), dtype=np.int64)
+    for i, row in enumerate(rows):
+        own = positions[encoded.offsets[row] : encoded.offsets[row + 1]]
+        found[i, : len(own)], found[i, len(own) :] = own, np.arange(width - len(own))
+    return found

@@ -76,7 +76,9 @@ class AnswerLoss:
         lens = self._lens(model) if Need.LENS in needs else None
         rows = None if _READ_ELSEWHERE.intersection(needs) else batch.rows
         with self._autocast(), lens.watching() if lens else nullcontext():
-            hidden, weight, bias = hidden_states(model, batch.inputs["input_ids"], rows)
+            hidden, weight, bias = hidden_states(
+                model, batch.inputs["input_ids"], rows, batch.inputs.get("position_ids")
+            )
         lens_MD = lens.read(_spread(batch.rows, LENS_TOKENS)) if lens else None
         found = self._cross_entropy(
             hidden, weight, bias, batch, num_items, statistics=Need.TOKENS in needs, lens_hidden=lens_MD
@@ -122,7 +124,9 @@ class AnswerLoss:
                 of_row_L = torch.from_numpy(np.repeat(rows, encoded.num_labelled[rows])).to(self._device)
                 assert batch.rows is not None
                 with self._autocast():
-                    hidden_LD, weight, bias = hidden_states(model, batch.inputs["input_ids"], batch.rows)
+                    hidden_LD, weight, bias = hidden_states(
+                        model, batch.inputs["input_ids"], batch.rows, batch.inputs.get("position_ids")
+                    )
                 labels_L = batch.labels.view(-1)[batch.rows]
                 chunk = max(1, _CHUNK_BYTES // (4 * len(weight)))
                 for hidden_CD, labels_C, of_row_C in zip(
@@ -152,7 +156,9 @@ class AnswerLoss:
     def _sum(self, model: nn.Module, encoded: LabelledRows, rows: np.ndarray) -> torch.Tensor:
         batch = collate_labelled(encoded, rows, self._device)
         with self._autocast():
-            hidden_LD, weight, bias = hidden_states(model, batch.inputs["input_ids"], batch.rows)
+            hidden_LD, weight, bias = hidden_states(
+                model, batch.inputs["input_ids"], batch.rows, batch.inputs.get("position_ids")
+            )
         return self._cross_entropy(hidden_LD, weight, bias, batch, num_items=1).loss
 
     def _lens(self, model: nn.Module) -> FirstLayer:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import replace
 from typing import Any, ClassVar, TypeVar
 
@@ -16,7 +16,7 @@ from fastpeft.data.batches import Batch, evaluation_batches
 from fastpeft.models.backbone import Backbone, load_causal_lm
 from fastpeft.models.lm_head import hidden_states
 from fastpeft.signals import Need
-from fastpeft.tasks.base import BatchLoss, ExportCheck, Task
+from fastpeft.tasks.base import BatchLoss, ExportCheck, Piece, Task
 from fastpeft.tasks.causal_lm.decode_check import OwnLogits
 from fastpeft.tasks.causal_lm.labelled_rows import LabelledRows, collate_labelled
 from fastpeft.tasks.causal_lm.loss import AnswerLoss
@@ -39,6 +39,7 @@ class CausalLMTask(Task[Rows]):
     auto_class: ClassVar[str] = "AutoModelForCausalLM"
     peft_task_type: ClassVar[str] = "CAUSAL_LM"
     pipeline_tag: ClassVar[str] = "text-generation"
+    predicts_tokens: ClassVar[bool] = True
     noun: ClassVar[str] = "rows"
     """What a row is called."""
 
@@ -54,6 +55,16 @@ class CausalLMTask(Task[Rows]):
     def answer_loss(self) -> AnswerLoss:
         assert self._loss is not None, "encode comes first"
         return self._loss
+
+    # ---- data ------------------------------------------------------------------------------
+
+    @abstractmethod
+    def encode_first(self, count: int, tokenizer: Any, model: str) -> LabelledRows:
+        """The first training rows that training would take of the first `count`."""
+
+    def first_rows(self, tokenizer: Any, model: str, count: int) -> list[list[Piece]]:
+        encoded = self.encode_first(count, tokenizer, model)
+        return [list(_pieces(encoded, row, tokenizer)) for row in range(len(encoded))]
 
     # ---- model and tokens ------------------------------------------------------------------
 
@@ -113,6 +124,18 @@ class CausalLMTask(Task[Rows]):
             self.batch_tokens,
             self.noun,
         )
+
+
+def _pieces(encoded: LabelledRows, row: int, tokenizer: Any) -> Iterator[Piece]:
+    """Stretches of tokens that are read and that are learned, in turn, as they decode in their place."""
+    tokens = encoded.tokens[encoded.offsets[row] : encoded.offsets[row + 1]]
+    learned = np.isin(np.arange(len(tokens)), encoded.places(row))
+    ends = [*(np.flatnonzero(learned[1:] != learned[:-1]) + 1).tolist(), len(tokens)]
+    before = ""
+    for end in ends:
+        text = tokenizer.decode(tokens[:end], skip_special_tokens=False, clean_up_tokenization_spaces=False)
+        yield Piece(text[len(before) :], bool(learned[end - 1]))
+        before = text
 
 
 def _trained_logits(model: nn.Module, inputs: dict[str, torch.Tensor], lengths: Sequence[int]) -> list[torch.Tensor]:

@@ -12,14 +12,17 @@ import select
 import subprocess
 import sys
 from importlib.util import find_spec
+from pathlib import Path
 from types import TracebackType
 from typing import Self
+
+import psutil
 
 from fastpeft.errors import UserError
 
 LIMIT_S = 5.0
-"""For one pair. Some expressions keep SymPy busy for ever."""
-_START_S = 60.0
+"""Of CPU time, for one pair: a busy machine makes no answer wrong. Some expressions keep SymPy busy for ever."""
+_START_S, _LOOK_EVERY_S = 60.0, 0.1
 _PACKAGE = "math_verify"
 _BOX = re.compile(r"\\(?:boxed|fbox)\s*")
 _TEXT = re.compile(r"\\(?:text|textbf|textit|mbox|mathrm|textrm|mathbf)\s*\{([^{}]*)\}")
@@ -138,9 +141,7 @@ class MathVerifier:
 
     def _ask(self, given: str, wanted: str) -> bool:
         if self._process is None:
-            command = [sys.executable, "-m", "fastpeft.tasks.chat.verify_answers"]
-            self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, bufsize=0)
-            self._read(_START_S)
+            self._start()
         process = self._process
         assert process.stdin is not None
         try:
@@ -153,13 +154,32 @@ class MathVerifier:
             self.close()
         return found == b"1"
 
+    def _start(self) -> None:
+        """By its path: as a module it would import all that its package does."""
+        command = [sys.executable, "-P", str(Path(__file__).with_name("verify_answers.py"))]
+        self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, bufsize=0)
+        if self._read(_START_S) is None:
+            self.close()
+            raise UserError(
+                f"math-verify could not be loaded within {_START_S:.0f} s of CPU time to compare answers with; set "
+                "evaluation.exact_match=off"
+            )
+
     def _read(self, limit_s: float) -> bytes | None:
-        """One line; None where it does not come in time."""
+        """One line; None where it does not come within so much CPU time, or the process has ended."""
         assert self._process is not None
         assert self._process.stdout is not None
-        ready, _, _ = select.select([self._process.stdout], [], [], limit_s)
-        line = self._process.stdout.readline() if ready else b""
-        return line.strip() or None
+        began_s = self._cpu_s()
+        while not select.select([self._process.stdout], [], [], min(limit_s, _LOOK_EVERY_S))[0]:
+            if self._cpu_s() - began_s > limit_s:
+                return None
+        return self._process.stdout.readline().strip() or None
+
+    def _cpu_s(self) -> float:
+        """That the process has used."""
+        assert self._process is not None
+        times = psutil.Process(self._process.pid).cpu_times()
+        return times.user + times.system
 
 
 def _letter(text: str) -> str:

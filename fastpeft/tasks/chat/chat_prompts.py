@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -32,19 +32,6 @@ class PromptSet:
     @property
     def references(self) -> list[str]:
         return [row.turns[row.answers[-1]].text for row in self.chats.rows]
-
-    def pick(self, rows: Sequence[int]) -> PromptSet:
-        encoded = self.encoded
-        tokens = Ragged.of(encoded.tokens[encoded.offsets[row] : encoded.offsets[row + 1]] for row in rows)
-        picked = replace(
-            encoded,
-            tokens=tokens.flat,
-            offsets=tokens.offsets,
-            prompt_lengths=encoded.prompt_lengths[list(rows)],
-            rows=np.arange(len(rows)),
-            unusable=np.flatnonzero(np.isin(rows, encoded.unusable)),
-        )
-        return PromptSet(self.chats.pick(rows), picked, self.ends)
 
 
 def encode_chat_prompts(
@@ -87,13 +74,13 @@ def encode_chat_prompts(
     )
 
 
-def prompt_tokens(messages: Sequence[dict[str, str]], template: ChatTemplate) -> list[int]:
+def prompt_tokens(messages: Sequence[Mapping[str, str]], template: ChatTemplate) -> list[int]:
     """What a model is given to answer the last of the messages.
 
     Raises:
         RowFault: messages that the template does not take.
     """
-    text, _ = template.render(messages, prompt=True)
+    text, _ = template.render([dict(message) for message in messages], prompt=True)
     return template.tokenizer(text, add_special_tokens=False, return_attention_mask=False)["input_ids"]
 
 

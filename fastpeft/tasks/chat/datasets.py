@@ -12,6 +12,6 @@ DATASETS = {
         config="default",
         columns={"text": "problem", "label": "solution"},
     ),
-    "embedded-conversations": KnownDataset(generated="fastpeft.standins.conversations:splits"),
-    "embedded-boxed-problems": KnownDataset(generated="fastpeft.standins.conversations:boxed_splits"),
+    "embedded-conversations": KnownDataset(generated="fastpeft.standins.dialogues:splits"),
+    "embedded-boxed-problems": KnownDataset(generated="fastpeft.standins.dialogues:boxed_splits"),
 }

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from copy import copy
 from dataclasses import replace
 from functools import partial
@@ -35,10 +35,12 @@ from fastpeft.tasks.causal_lm.decode_check import find_decode_method
 from fastpeft.tasks.causal_lm.generate import DecodeOptions
 from fastpeft.tasks.causal_lm.loss import TokenScores
 from fastpeft.tasks.causal_lm.task import CausalLMTask
-from fastpeft.tasks.chat.chat_prompts import PromptSet, encode_chat_prompts, ending_token
+from fastpeft.tasks.chat.chat_prompts import PromptSet, encode_chat_prompts, ending_token, prompt_tokens
 from fastpeft.tasks.chat.chat_rows import ChatOptions, ChatRows, encode_chats
 from fastpeft.tasks.chat.chat_scores import Reading, judge, reading_of, samples_of, token_answers
+from fastpeft.tasks.chat.conversations import RowFault
 from fastpeft.tasks.chat.datasets import DATASETS
+from fastpeft.tasks.chat.packing import pack
 from fastpeft.tasks.chat.reading import (
     ChatSplits,
     Conversations,
@@ -115,6 +117,16 @@ class Chat(CausalLMTask[ChatRows]):
             for i in (1, 22, 333, 4444)
         ]
 
+    def encode_first(self, count: int, tokenizer: Any, model: str) -> ChatRows:
+        first = self.splits.train.pick(range(min(count, len(self.splits.train))))
+        return self._rows(first, self.use_template(tokenizer, model), self.config.max_length, "training")
+
+    def prompt_tokens(self, tokenizer: Any, model: str, messages: Sequence[Mapping[str, str]]) -> list[int]:
+        try:
+            return prompt_tokens(messages, self.use_template(tokenizer, model))
+        except RowFault as fault:
+            raise UserError(str(fault)) from None
+
     # ---- model and tokens ------------------------------------------------------------------
 
     def load_model(
@@ -155,9 +167,12 @@ class Chat(CausalLMTask[ChatRows]):
         super().encode(backbone, device)
         template, max_length = self._known_template, self.max_length(backbone)
         self.train = self._rows(self.splits.train, template, max_length, "training").on(device)
+        train_notes = self.train.notes
+        if self.config.packing:
+            self.train, note = pack(self.train, backbone)
+            train_notes = (*train_notes, note)
         self.validation = self._rows(self._held_out, template, max_length, "validation").on(device)
         self._prompts = self._encode_prompts(self._held_out, backbone)
-        self._sampled = self._prompts.pick(range(min(self.evaluation.samples, len(self._prompts))))
         if self._test is not None:
             self._test_rows = self._rows(self._test, template, max_length, "test").on(device)
             self._test_prompts = self._encode_prompts(self._test, backbone)
@@ -166,7 +181,7 @@ class Chat(CausalLMTask[ChatRows]):
         self._decoding = Decoding(
             backbone.tokenizer, ends, self.evaluation.max_new_tokens, method=fastest_method(backbone.model)
         )
-        self.notes += [*template.notes, *self.train.notes, *self.validation.notes]
+        self.notes += [*template.notes, *train_notes, *self.validation.notes]
         self.notes += self._prompts.encoded.notes if self._reading is not None else ()
         if max_length < self.config.max_length:
             self.notes.append(
@@ -189,7 +204,9 @@ class Chat(CausalLMTask[ChatRows]):
         return encode_chats(chats, template, options, what)
 
     def _encode_prompts(self, chats: Conversations, backbone: Backbone) -> PromptSet:
-        """Of which a model's context leaves room for an answer."""
+        """Those that an evaluation has answered: all where answers are compared, else a few to look at."""
+        if self._reading is None:
+            chats = chats.pick(range(min(self.evaluation.samples, len(chats))))
         positions, most = backbone.max_positions, self.evaluation.max_new_tokens
         max_length = self.max_length(backbone)
         longest = max_length if positions is None else positions - most
@@ -207,16 +224,12 @@ class Chat(CausalLMTask[ChatRows]):
         read = self.check_rows(model, backbone)
         if self._test is not None:
             self._test_rows = replace(self._test_rows, padded=self.validation.padded)
-        if not self._decodes:
+        if not self._asks_anything:
             return
         encoded, most = self._prompts.encoded, self.evaluation.max_new_tokens
         method, notes = find_decode_method(model, backbone, encoded, most, read)
         self._decoding = replace(self._decoding, method=method)
         self.notes += notes
-
-    @property
-    def _decodes(self) -> bool:
-        return self._reading is not None or len(self._sampled) > 0
 
     # ---- evaluation ------------------------------------------------------------------------
 
@@ -245,13 +258,12 @@ class Chat(CausalLMTask[ChatRows]):
         if tokens is None:
             return None
         more = {"token_accuracy": tokens.accuracy, "perplexity": tokens.perplexity}
-        asked = self._sampled if self._reading is None else prompts
-        answers = self._answers(model, asked, limits, stop, shrink) if len(asked) else Answers([], 0, 0.0, 0)
+        answers = self._answers(model, prompts, limits, stop, shrink) if len(prompts) else Answers([], 0, 0.0, 0)
         if answers is None:
             return None
         texts = [own[0] for own in answers.texts]
         decoded = {"decode_s": answers.seconds, "decode_tokens": answers.num_tokens} if texts else {}
-        shown = samples_of(asked.chats, texts, asked.references)[: self.evaluation.samples]
+        shown = samples_of(prompts.chats, texts, prompts.references)[: self.evaluation.samples]
         if self._reading is None:
             answered = partial(token_answers, chats, rows, tokens)
             return _token_score(tokens, len(chats), shown, decoded, answered)
@@ -276,35 +288,31 @@ class Chat(CausalLMTask[ChatRows]):
     def time_evaluation(self, model: nn.Module, limits: TokenLimits) -> float:
         """As if no answer ended by itself: an untrained model's may not."""
         seconds = self.answer_loss.expected_s(model, self.validation, limits)
-        if not self._decodes or not self._asks_anything:
+        if not self._asks_anything:
             return seconds
-        return seconds + expected_decode_s(model, self._asked.encoded, self._decoding, limits.evaluation)
-
-    @property
-    def _asked(self) -> PromptSet:
-        """Prompts that an evaluation has answered."""
-        return self._sampled if self._reading is None else self._prompts
+        return seconds + expected_decode_s(model, self._prompts.encoded, self._decoding, limits.evaluation)
 
     @property
     def _asks_anything(self) -> bool:
-        return len(self._asked.encoded.unusable) < len(self._asked)
+        return len(self._prompts.encoded.unusable) < len(self._prompts)
 
     def sampled(self, num_rows: int, backbone: Backbone, device: torch.device) -> Self:
         smaller, held_out = copy(self), self._held_out.sample(num_rows)
         rows = self._rows(held_out, self._known_template, self.max_length(backbone), "validation").on(device)
         smaller._held_out, smaller.validation = held_out, replace(rows, padded=self.validation.padded)
-        smaller._prompts = self._encode_prompts(held_out, backbone)
+        if self._reading is not None:
+            smaller._prompts = self._encode_prompts(held_out, backbone)
         return smaller
 
     def try_evaluation(self, model: nn.Module, limits: TokenLimits) -> None:
-        if self._decodes and self._asks_anything:
-            try_largest_batch(model, self._asked.encoded, self._decoding, limits.evaluation)
+        if self._asks_anything:
+            try_largest_batch(model, self._prompts.encoded, self._decoding, limits.evaluation)
         else:
             self.time_evaluation(model, limits)
 
     def largest_evaluation_batch(self, limits: TokenLimits) -> tuple[int, int]:
-        if self._decodes and self._asks_anything:
-            return largest_batch(self._asked.encoded, self._decoding, limits.evaluation)
+        if self._asks_anything:
+            return largest_batch(self._prompts.encoded, self._decoding, limits.evaluation)
         batches = evaluation_batches(self.validation, min(limits.training, limits.evaluation))
         sizes = [(len(rows), int(self.validation.widths[rows].max())) for rows in batches]
         return max(sizes, key=lambda size: size[0] * size[1])

@@ -10,31 +10,33 @@ import json
 import sys
 from typing import Any
 
-_LIMIT_S = 3
-"""Of each of the library's own alarms: this is a main thread."""
+_MEMORY_BYTES = 4 * 2**30
+"""Of addresses. A tower of powers takes all there is before it takes its time."""
 
 
 def same(wanted: str, given: str) -> bool:
     """Each is put into a box of its own: two boxes in one text would be read as a set."""
     import math_verify
 
+    # Its own time limits are wall clocks, which a busy machine makes wrong: whoever asks has one of CPU time.
     found: Any = [
         math_verify.parse(
             f"\\boxed{{{text}}}",
             extraction_config=[math_verify.LatexExtractionConfig(boxed_match_priority=0)],
-            parsing_timeout=_LIMIT_S,
+            parsing_timeout=None,
         )
         for text in (wanted, given)
     ]
-    return bool(all(found) and math_verify.verify(*found, timeout_seconds=_LIMIT_S))
+    return bool(all(found) and math_verify.verify(*found, timeout_seconds=None))
 
 
 def main() -> None:
     import logging
+    import resource
 
-    import math_verify  # noqa: F401 (what takes a second is done before the first pair)
-
+    resource.setrlimit(resource.RLIMIT_AS, (_MEMORY_BYTES, _MEMORY_BYTES))
     logging.disable(logging.CRITICAL)
+    same("1", "2")  # loads the library and builds its parser, before the first pair's time begins
     print("ready", flush=True)
     for line in sys.stdin:
         try:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from copy import copy
 from dataclasses import replace
 from pathlib import Path
@@ -29,7 +29,7 @@ from fastpeft.tasks.causal_lm.answering import (
 )
 from fastpeft.tasks.causal_lm.decode_batches import fastest_method
 from fastpeft.tasks.causal_lm.decode_check import find_decode_method
-from fastpeft.tasks.causal_lm.prompts import EncodedPrompts, encode_prompts, writes_start
+from fastpeft.tasks.causal_lm.prompts import EncodedPrompts, Prompted, encode_prompts, writes_start
 from fastpeft.tasks.causal_lm.task import CausalLMTask
 from fastpeft.tasks.math_word_problems.answers import MARK
 from fastpeft.tasks.math_word_problems.calculator import evaluate
@@ -39,6 +39,7 @@ from fastpeft.tasks.math_word_problems.reading import (
     Problems,
     ProblemSplits,
     as_prompts,
+    fill_prompt,
     problem_rows,
     read_problem_set,
     read_problem_splits,
@@ -93,6 +94,15 @@ class MathWordProblems(CausalLMTask[EncodedPrompts]):
 
     def specimen(self) -> list[dict[str, Any]]:
         return [{"question": f"How many are {i}?", "answer": f"{i} are {i}.\n{MARK} {i}"} for i in range(1, 4)]
+
+    def encode_first(self, count: int, tokenizer: Any, model: str) -> EncodedPrompts:
+        first = self.splits.train.pick(range(min(count, len(self.splits.train))))
+        return encode_prompts(as_prompts(first, self.config.prompt), tokenizer, self.config.max_length)
+
+    def prompt_tokens(self, tokenizer: Any, model: str, messages: Sequence[Mapping[str, str]]) -> list[int]:
+        """Of the last question alone: the model has learned from one at a time."""
+        asked = Prompted([fill_prompt(self.config.prompt, messages[-1]["content"])], ["."], lambda row: "the question")
+        return encode_prompts(asked, tokenizer, self.config.max_length, training=False).prompt(0).tolist()
 
     def encode(self, backbone: Backbone, device: torch.device) -> None:
         super().encode(backbone, device)

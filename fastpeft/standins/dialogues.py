@@ -42,9 +42,7 @@ def _conversations(nouns: str, count: int, seed: int) -> list[dict[str, Any]]:
     rng, found = Random(seed), {}
     while len(found) < count:
         said = rng.choice((_counted, _counted, _compared, _repeated))(nouns, rng)
-        messages = [
-            {"role": role, "content": text} for pair in said for role, text in zip(("user", "assistant"), pair)
-        ]
+        messages = [{"role": role, "content": text} for pair in said for role, text in zip(("user", "assistant"), pair)]
         if rng.random() < _SYSTEM_SHARE:
             messages.insert(0, {"role": "system", "content": rng.choice(_SYSTEM)})
         found.setdefault(repr(messages), messages)
