@@ -18,7 +18,7 @@ from fastpeft.trainer import train
 
 FILES = sorted(PRESETS.rglob("*.yaml"))
 CLASSIC = ("constant", "linear", "cosine", "wsd", "rex")
-WITH_TEST = ("embedded-word-problems", "embedded-entities")
+WITH_TEST = ("embedded-word-problems", "embedded-entities", "embedded-boxed-problems")
 """Generated sets that have a test split."""
 
 
