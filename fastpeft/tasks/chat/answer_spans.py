@@ -57,6 +57,8 @@ class Renderer:
         self.template, self.train_on = template, train_on
         self._frames: dict[tuple[str, str], None] = {}
         """(what stands before an answer, what stands behind it), as seen until now."""
+        self._ends: dict[str, int] = {}
+        """By what stands behind an answer, where in it the answer's last token ends: some models have thousands."""
 
     def render(self, row: Conversation) -> RenderedConversation:
         """Raises RowFault for a row that the template does not write as it stands, with the turn."""
@@ -148,29 +150,31 @@ class Renderer:
 
     def _end(self, tail: str) -> int:
         """Where in the tail the token ends that ends the answer."""
-        found = [(tail.index(token), -len(token)) for token in self.template.ends if token in tail]
-        if not found:
-            raise RowFault(
-                f"{self.template} puts no token behind an answer that ends it, so that a model trained on it would "
-                "never stop; take another dataset.template"
-            )
-        at, negative = min(found)
-        return at - negative
+        if tail not in self._ends:
+            found = [(tail.index(token), -len(token)) for token in self.template.ends if token in tail]
+            if not found:
+                raise RowFault(
+                    f"{self.template} puts no token behind an answer that ends it, so that a model trained on it would "
+                    "never stop; take another dataset.template"
+                )
+            at, negative = min(found)
+            self._ends[tail] = at - negative
+        return self._ends[tail]
 
     # ---- the rest --------------------------------------------------------------------------
 
     def _check_control_tokens(self, row: Conversation) -> None:
         for i, turn in enumerate(row.turns):
-            for token in self.template.ends:
-                if token in turn.text or token in turn.reasoning:
-                    raise RowFault(f"turn {i + 1} holds {token!r}, which the tokenizer takes for the end of something")
+            token = self.template.first_end(turn.text) or self.template.first_end(turn.reasoning)
+            if token is not None:
+                raise RowFault(f"turn {i + 1} holds {token!r}, which the tokenizer takes for the end of something")
 
     def _check_context(self, row: Conversation, turns: Sequence[Turn], text: str) -> None:
         """The template has left nothing out, as it does with roles and tools that it does not know."""
         squeezed: str | None = None
         for i, turn in enumerate(turns):
             told = turn.text.rpartition(_THOUGHT)[2].strip() if turn.role == Role.ASSISTANT else turn.text.strip()
-            if told in text:
+            if told in text or (turn.parts is not None and all(part.strip() in text for part in turn.parts)):
                 continue
             squeezed = squeezed or _squeezed(text)
             if not any(_squeezed(form) in squeezed for form in (told, json.dumps(told)[1:-1], *_unicode_form(told))):

@@ -101,13 +101,14 @@ def token_rows(rendered: Sequence[Rendered], template: ChatTemplate) -> list[lis
         RowFault: tokens that do not come back as the text.
     """
     tokenizer = template.tokenizer
-    whole = _call(tokenizer, [row.text for row in rendered], offsets=tokenizer.is_fast)
+    whole = _call(tokenizer, [row.text for row in rendered])
     prompts = [row.text[:start] for row in rendered for start, _ in row.spans]
     before = iter(_call(tokenizer, prompts)["input_ids"])
+    encodings = whole.encodings if tokenizer.is_fast and rendered else None
     result = []
     for i, row in enumerate(rendered):
         tokens, own = whole["input_ids"][i], [next(before) for _ in row.spans]
-        places = _places(whole["offset_mapping"][i], row.spans) if tokenizer.is_fast else None
+        places = None if encodings is None else _places(encodings[i], row.spans)
         if places is not None and all(tokens[: len(p)] == p and first == len(p) for p, (first, _) in zip(own, places)):
             labelled = [False] * len(tokens)
             for first, end in places:
@@ -118,15 +119,19 @@ def token_rows(rendered: Sequence[Rendered], template: ChatTemplate) -> list[lis
     return result
 
 
-def _places(offsets: Sequence[tuple[int, int]], spans: Sequence[tuple[int, int]]) -> list[tuple[int, int]] | None:
+def _places(encoding: Any, spans: Sequence[tuple[int, int]]) -> list[tuple[int, int]] | None:
     """Of each span of characters its tokens, from and to; None where a token reaches over an end of one."""
-    starts, ends = np.array([start for start, _ in offsets]), np.array([end for _, end in offsets])
     found = []
     for start, end in spans:
-        first, last = int(np.searchsorted(ends, start, side="right")), int(np.searchsorted(starts, end, side="left"))
-        if last <= first or starts[first] < start or ends[last - 1] > end:
+        first, last = encoding.char_to_token(start), encoding.char_to_token(end - 1)
+        if first is None or last is None:
             return None
-        found.append((first, last))
+        chars = encoding.token_to_chars(last)
+        while last + 1 < len(encoding) and encoding.token_to_chars(last + 1) == chars:
+            last += 1  # bytes of one character
+        if encoding.token_to_chars(first)[0] < start or chars[1] > end:
+            return None
+        found.append((first, last + 1))
     return found
 
 
@@ -147,16 +152,11 @@ def _decoded(tokenizer: Any, tokens: list[int]) -> str:
     return tokenizer.decode(tokens, skip_special_tokens=False, clean_up_tokenization_spaces=False)
 
 
-def _call(tokenizer: Any, texts: list[str], offsets: bool = False) -> dict[str, list]:
+def _call(tokenizer: Any, texts: list[str]) -> Any:
+    """As transformers gives it."""
     if not texts:
         return {"input_ids": []}
-    return tokenizer(
-        texts,
-        add_special_tokens=False,
-        return_attention_mask=False,
-        verbose=False,
-        **({"return_offsets_mapping": True} if offsets else {}),
-    )
+    return tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False)
 
 
 def _arrays(chats: Conversations, template: ChatTemplate, options: ChatOptions) -> Arrays:

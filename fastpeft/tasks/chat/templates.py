@@ -61,9 +61,16 @@ class ChatTemplate:
         added = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
         self.ends = sorted(added | set(tokenizer.all_special_tokens), key=len, reverse=True)
         """Tokens that may end an answer, as texts, longest first."""
+        self._may_end = re.compile(f"[{re.escape(''.join({token[0] for token in self.ends}))}]") if self.ends else None
 
     def __str__(self) -> str:
         return f"the chat template of {self.source}"
+
+    def first_end(self, text: str) -> str | None:
+        """A token of `ends` that the text holds. Most texts hold none of the characters that such tokens begin with."""
+        if self._may_end is None or self._may_end.search(text) is None:
+            return None
+        return next((token for token in self.ends if token in text), None)
 
     @property
     def notes(self) -> list[str]:

@@ -11,8 +11,11 @@ import pytest
 from fastpeft.config.schema import ColumnsConfig, DatasetConfig
 from fastpeft.data.rows import DataError
 from fastpeft.tasks import load_task
+from fastpeft.tasks.chat.answer_spans import Renderer
 from fastpeft.tasks.chat.reading import Conversations
 from fastpeft.tasks.chat.task import Chat
+from fastpeft.tasks.chat.templates import NAMED, ChatTemplate
+from tests.support.chat_templates import byte_tokenizer
 
 SAID = [("user", "how many?"), ("assistant", "two"), ("user", "more?"), ("assistant", "three")]
 PAIR = [("user", "how many?"), ("assistant", "two")]
@@ -107,6 +110,10 @@ def test_an_alpaca_row_keeps_what_its_template_writes_apart(tmp_path: Path) -> N
     messages = {row.turns[0].text: row.turns[0].message for row in found}
     assert messages["count\n\ncats"]["input"] == "cats"
     assert "input" not in messages["count"]
+    template = ChatTemplate(NAMED["alpaca"], byte_tokenizer(), "alpaca")
+    texts = {row.turns[0].text: Renderer(template, "assistant").render(row).rows[0].text for row in found}
+    assert "### Instruction:\ncount\n\n### Input:\ncats\n\n### Response:\ntwo" in texts["count\n\ncats"]
+    assert "### Input" not in texts["count"]
 
 
 def test_columns_are_overridden(tmp_path: Path) -> None:
