@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -17,8 +18,8 @@ from fastpeft.data.token_cache import Arrays, cached
 from fastpeft.data.tokenise import Ragged
 from fastpeft.errors import UserError
 from fastpeft.tasks.causal_lm.labelled_rows import LabelledRows
-from fastpeft.tasks.chat.answer_spans import Rendered, Renderer, TrainOn
-from fastpeft.tasks.chat.conversations import RowFault
+from fastpeft.tasks.chat.answer_spans import Rendered, RenderedConversation, Renderer, TrainOn
+from fastpeft.tasks.chat.conversations import Conversation, RowFault
 from fastpeft.tasks.chat.overflow import TokenRow, fitted
 from fastpeft.tasks.chat.reading import Conversations, check_faults
 from fastpeft.tasks.chat.templates import ChatTemplate
@@ -199,25 +200,40 @@ def _arrays(chats: Conversations, template: ChatTemplate, options: ChatOptions) 
 
 
 def _rendered(chats: Conversations, renderer: Renderer) -> Iterator[tuple[int, Any, Any]]:
-    """(index, its token rows or what is wrong with it, what it was rendered to)."""
-    for start in range(0, len(chats), _PART):
-        part = chats.rows[start : start + _PART]
-        found: list[Any] = []
-        for row in part:
-            try:
-                found.append(renderer.render(row))
-            except RowFault as fault:
-                found.append(fault)
-        good = [one for one in found if not isinstance(one, RowFault)]
-        made = iter(_tokenised([row for one in good for row in one.rows], renderer.template))
-        for i, one in enumerate(found, start):
-            if isinstance(one, RowFault):
-                yield i, one, None
-                continue
-            own = [next(made) for _ in one.rows]
-            fault = next((row for row in own if isinstance(row, RowFault)), None)
-            yield i, fault or [row for rows in own if not isinstance(rows, RowFault) for row in rows], one
-        phases.progress(start + len(part), len(chats), "conversations")
+    """(index, its token rows or what is wrong with it, what it was rendered to).
+
+    A tokenizer works without Python's lock: while one part is tokenised, the next one is rendered.
+    """
+    with ThreadPoolExecutor(1) as thread:
+        before: tuple[int, list[Any], Future[list[Any]]] | None = None
+        for start in range(0, len(chats), _PART):
+            found = [_or_render_fault(row, renderer) for row in chats.rows[start : start + _PART]]
+            good = [row for one in found if not isinstance(one, RowFault) for row in one.rows]
+            made = thread.submit(_tokenised, good, renderer.template)
+            if before is not None:
+                yield from _matched(*before)
+            before = start, found, made
+            phases.progress(start + len(found), len(chats), "conversations")
+        if before is not None:
+            yield from _matched(*before)
+
+
+def _matched(start: int, found: list[Any], future: Future[list[Any]]) -> Iterator[tuple[int, Any, Any]]:
+    made = iter(future.result())
+    for i, one in enumerate(found, start):
+        if isinstance(one, RowFault):
+            yield i, one, None
+            continue
+        own = [next(made) for _ in one.rows]
+        fault = next((row for row in own if isinstance(row, RowFault)), None)
+        yield i, fault or [row for rows in own if not isinstance(rows, RowFault) for row in rows], one
+
+
+def _or_render_fault(row: Conversation, renderer: Renderer) -> RenderedConversation | RowFault:
+    try:
+        return renderer.render(row)
+    except RowFault as fault:
+        return fault
 
 
 def _tokenised(rows: list[Rendered], template: ChatTemplate) -> list[list[TokenRow] | RowFault]:
