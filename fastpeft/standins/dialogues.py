@@ -15,7 +15,7 @@ from fastpeft.standins.problems import MAX_CHANGE, MAX_START, MAX_TOTAL, draw_wo
 
 NUM_TRAIN, NUM_VALIDATION = 4_000, 400
 MAX_QUESTIONS = 3
-_SYSTEM = ("Answer in short.", "You can count.", "You are in a shop.")
+_SYSTEM = ("Answer in short.", "You can count.", "You are patient.")
 _SYSTEM_SHARE = 0.3
 
 Said = tuple[str, str]

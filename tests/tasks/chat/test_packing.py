@@ -57,7 +57,8 @@ def job_of(folder: Path, family: str, packing: bool, **model: Any) -> Job:
     dataset = {"path": str(write_chats(folder / "multi")), "packing": packing}
     chat_run(folder)  # writes a model of its own kind
     make_causal_lm(folder / "model", family, max_position_embeddings=128, **model)
-    return build_job(chat_run(folder, dataset=dataset, adapter={"dropout": 0.0}))
+    method = "full" if family == "gpt2" else "lora"  # GPT-2 has no nn.Linear to adapt
+    return build_job(chat_run(folder, method=method, dataset=dataset, adapter={"dropout": 0.0}))
 
 
 def gradient(job: Job) -> tuple[float, torch.Tensor]:
