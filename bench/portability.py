@@ -43,7 +43,7 @@ from fastpeft.adapters.unihyperlora import file_format
 from fastpeft.adapters.unihyperlora.cost import extra_flops, host_flops
 from fastpeft.adapters.unihyperlora.dictionary import Dictionary, Shape
 from fastpeft.adapters.unihyperlora.sites import find_sites
-from fastpeft.config import RunConfig, load_run, with_values
+from fastpeft.config import RunConfig, apply_stand_in, load_run, with_values
 from fastpeft.runs.store import Result, RunFolder
 from fastpeft.standins import embedded_path
 from fastpeft.trainer import train
@@ -72,6 +72,7 @@ class Bench:
         host = Path(options.host) if options.host else embedded_path("embedded/deberta-tiny")
         assert host is not None
         self.host = host
+        self.began = time.strftime("%Y%m%d-%H%M%S")
 
     def targets(self) -> dict[str, Path]:
         own = {"the source itself": self.host}
@@ -97,13 +98,9 @@ class Bench:
             "unihyperlora.max_extra_flops": 1.0,  # a share of a narrow host is measured here, not kept to
             "sat_lora.max_extra_flops": 1.0,
         }
-        if data:
-            own |= {"dataset.path": data, "dataset.name": Path(data).name}
-        elif not self.options.host:
-            own |= {"dataset.name": "embedded-nli"}
-        if not self.options.host:
-            own |= {"unihyperlora.width": 8}
-        return load_run(self.options.run, own | {key.replace("__", "."): value for key, value in values.items()})
+        own |= {"dataset.path": data, "dataset.name": Path(data).name} if data else {}
+        base = load_run(self.options.run)
+        return with_values(base if self.options.host else apply_stand_in(base), own | values)
 
     def trained(self, run: RunConfig, name: str) -> Result:
         folder = RunFolder(self.work / name)
@@ -152,7 +149,7 @@ class Bench:
 
     def write(self, topic: str) -> Path:
         options = self.options
-        out = options.out or Path("bench/results") / f"{topic}-{time.strftime('%Y%m%d-%H%M%S')}.json"
+        out = options.out or Path("bench/results") / f"{topic}-{self.began}.json"
         out.parent.mkdir(parents=True, exist_ok=True)
         rows = [{"target": t, "row": r, "figure": f, "values": v} for (t, r, f), v in self.scores.items()]
         facts = [{"target": t, "row": r, **found} for (t, r), found in self.facts.items()]
@@ -284,8 +281,7 @@ def main() -> None:
         for seed in options.seeds:
             print(f"seed {seed}", flush=True)
             bench.one_seed(seed)
-            print(table(bench), flush=True)
-    print(f"\nwritten {bench.write('portability')}")
+            print(f"{table(bench)}\n\nwritten {bench.write('portability')}", flush=True)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """Real tokens a second of fastpeft, of each of its levers, and of its peers, in turns on the same batches.
 
-    python bench/throughput.py [--preset mnli|gsm8k|gemma] [--model DIR] [--data DIR] [--rows hf_grouped,fastpeft]
+    python bench/throughput.py [--preset mnli|gsm8k|gemma|alpaca] [--model DIR] [--data DIR] [--rows R,R]
                                [--rounds 6] [--steps N] [--seconds S] [--threads N] [--device cpu|cuda]
                                [--curves [1,2,3]] [--json OUT] [key=value ...]
 
@@ -8,11 +8,13 @@
              of DeBERTa-v3-base in bf16.
     gsm8k    A random Qwen3 of 384 x 6, vocabulary 32,000; r 64, batch 16. On a GPU the shape of Qwen3-0.6B in bf16.
     gemma    Gemma 3 270M (--model); r 64, batch 16; the peers in micro-batches of 4.
+    alpaca   The same on instructions in the template `alpaca`, r 16.
 
     hf_padded        transformers' Trainer and PEFT, each row padded to the longest length.
     hf_grouped       The same, rows of similar length padded to the longest of them. The ratios compare with it.
     hf_compiled      The same with torch_compile=True.
-    trl_packed       TRL's SFTTrainer with packing, on language models. Its batches are its own.
+    trl              TRL's SFTTrainer, on language models, loss on the answers alone.
+    trl_packed       The same with packing. Its batches are its own.
     unsloth, liger   On a GPU, where they are installed.
     fastpeft         The product as it is, in its own loop.
     fastpeft_plain   Without any lever; fastpeft_NAME with one alone: LEVERS in bench/throughput_presets.py. `levers`

@@ -31,7 +31,7 @@ from fastpeft.data.batches import IGNORE, TokenRows
 from fastpeft.models.backbone import quiet_transformers
 from fastpeft.models.precision import DTYPES
 from fastpeft.tasks import Task, load_task
-from fastpeft.tasks.causal_lm.prompts import EncodedPrompts
+from fastpeft.tasks.causal_lm.labelled_rows import LabelledRows
 from fastpeft.tasks.sequences.examples import Encoded
 
 NUM_BATCHES = 200
@@ -100,13 +100,17 @@ def _inputs(encoded: TokenRows, batch_size: int, plan: Plan) -> Inputs:
     steps: list[np.ndarray] = []
     while len(steps) < plan.num_steps:
         steps += [batches[i] for i in order.permutation(len(batches))]
-    is_causal = isinstance(encoded, EncodedPrompts)
-    assert is_causal or isinstance(encoded, Encoded)
-    segments = None if is_causal else encoded.segments
+    if isinstance(encoded, LabelledRows):
+        segments, labels = None, encoded.lengths - encoded.num_labelled
+        firsts = [int(encoded.places(row)[0]) for row in range(len(encoded))]
+        assert labels.tolist() == firsts, "something is read behind what is learned"
+    else:
+        assert isinstance(encoded, Encoded)
+        segments, labels = encoded.segments, encoded.labels
     return Inputs(
         tokens=encoded.tokens,
         offsets=encoded.offsets,
-        labels=encoded.prompt_lengths if is_causal else encoded.labels,
+        labels=labels,
         segments=np.zeros(0, dtype=np.uint8) if segments is None else segments,
         steps_SB=np.stack(steps[: plan.num_steps]),
         warmup_WB=np.array([by_width[i] for i in chosen], dtype=np.int64).reshape(-1, batch_size),
@@ -141,6 +145,8 @@ def _make_up_data(folder: Path, preset: Preset, run: RunConfig) -> None:
         first, second = ([*_texts(random, lengths, count)] for lengths in preset.texts)
         if preset.kind == "word-problems":
             rows = [{"question": q, "answer": f"{a}\n#### 7"} for q, a in zip(first, second)]
+        elif preset.kind == "chat":
+            rows = [{"prompt": q, "completion": a} for q, a in zip(first, second)]
         else:
             rows = [
                 {"premise": p, "hypothesis": h, "label": LABELS[i % 3]} for i, (p, h) in enumerate(zip(first, second))
@@ -197,7 +203,7 @@ def _save_random_model(folder: Path, plan: Plan, preset: Preset, tokenizer: Any,
     import transformers
     from tokenizers import processors
 
-    config, is_causal = _config(plan, preset), preset.kind == "word-problems"
+    config, is_causal = _config(plan, preset), preset.is_causal
     numbers = {name: tokenizer.token_to_id(SPECIAL[name]) for name in SPECIAL}
     config.pad_token_id, config.eos_token_id, config.bos_token_id = numbers["pad_token"], numbers["eos_token"], None
     if not is_causal:

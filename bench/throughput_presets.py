@@ -82,6 +82,10 @@ class Preset:
     trims: bool = False
     """Workers that wait give their freed memory back, and begin each turn with a step that is not timed."""
 
+    @property
+    def is_causal(self) -> bool:
+        return self.kind in ("word-problems", "chat")
+
 
 _PAIR = tuple(Lengths(share * (MEAN_LENGTH - 3), LENGTH_SIGMA, int(share * LONGEST)) for share in (0.65, 0.35))
 _PROBLEM = (Lengths(65, 0.31, 200), Lengths(124, 0.42, 300))
@@ -114,6 +118,18 @@ PRESETS = {
     ),
     "gsm8k": Preset(**_LANGUAGE, shapes={"cpu": QWEN3_384, "cuda": QWEN3_600M}, run=_GSM8K, threads=1, steps=2),
     "gemma": Preset(**_LANGUAGE, shapes={}, run=_GSM8K, threads=2, steps=1, peer_rows=4, trims=True),
+    "alpaca": Preset(
+        dataset="alpaca",
+        kind="chat",
+        embedded="embedded-conversations",
+        texts=_PROBLEM,
+        shapes={},
+        run=_GSM8K | {"adapter.rank": 16, "dataset.template": "alpaca"},
+        threads=2,
+        steps=1,
+        peer_rows=4,
+        trims=True,
+    ),
 }
 CUDA_STEPS = 20
 WARMUP_STEPS = 3
@@ -139,7 +155,7 @@ def _compiler(preset: Preset, device: str) -> str | None:
 
 def _package(name: str, only_causal: bool = False, only_cuda: bool = False) -> Missing:
     def missing(preset: Preset, device: str) -> str | None:
-        if only_causal and preset.kind != "word-problems":
+        if only_causal and not preset.is_causal:
             return f"{name} trains language models only"
         if only_cuda and device != "cuda":
             return f"{name} computes on a GPU only"
@@ -156,6 +172,8 @@ class Peer:
     """Or max_length."""
     trainer: str = "transformers"
     """Or trl, unsloth."""
+    packing: bool = False
+    """Of trl."""
     arguments: Mapping[str, Any] = field(default_factory=dict)
     """Of TrainingArguments."""
     missing: Missing = _always
@@ -168,7 +186,8 @@ PEERS = {
     "hf_padded": Peer(padding="max_length"),
     BASE: Peer(),
     "hf_compiled": Peer(arguments={"torch_compile": True}, missing=_compiler, warmup_steps=8),
-    "trl_packed": Peer(trainer="trl", missing=_package("trl", only_causal=True), own_batches=True),
+    "trl": Peer(trainer="trl", missing=_package("trl", only_causal=True)),
+    "trl_packed": Peer(trainer="trl", packing=True, missing=_package("trl", only_causal=True), own_batches=True),
     "unsloth": Peer(trainer="unsloth", missing=_package("unsloth", only_causal=True, only_cuda=True)),
     "liger": Peer(arguments={"use_liger_kernel": True}, missing=_package("liger_kernel", only_cuda=True)),
 }

@@ -156,12 +156,12 @@ def _train_peer(
 
     transformers.set_seed(run.training.seed)
     tokenizer = transformers.AutoTokenizer.from_pretrained(run.model.name, local_files_only=True)
-    is_causal = preset.kind == "word-problems"
+    is_causal = preset.is_causal
     settings = peer_settings(peer, run, preset, folder, len(inputs.batches())) | ({"logging_steps": 1} if curve else {})
     with quiet_transformers():
         model = _unsloth_model(run) if peer.trainer == "unsloth" else with_lora_of(run)
         if peer.trainer == "trl":
-            trainer, counted = _packing_trainer(model, tokenizer, settings, run, inputs)
+            trainer, counted = _trl_trainer(peer, model, tokenizer, settings, run, inputs)
         else:
             counted = _Counted(_collator(tokenizer, peer, run, is_causal))
             trainer = transformers.Trainer(
@@ -237,33 +237,31 @@ class _Watch:
         return Callback()
 
 
-def _packing_trainer(
-    model: nn.Module, tokenizer: Any, settings: dict[str, Any], run: RunConfig, inputs: Inputs
+def _trl_trainer(
+    peer: Peer, model: nn.Module, tokenizer: Any, settings: dict[str, Any], run: RunConfig, inputs: Inputs
 ) -> tuple[Any, _Counted]:
-    """TRL's, on rows packed to the longest length, about as many tokens a step as the others have."""
+    """Loss on the answers alone. Packed to the longest length, about as many tokens a step as the others have."""
     import datasets
     import trl
 
     lengths = np.diff(inputs.offsets)
-    packed = max(1, round(lengths[inputs.steps_SB].sum(1).mean() / run.dataset.max_length))
+    rows = range(len(lengths)) if peer.packing else np.concatenate(inputs.batches()).tolist()
     columns = {
-        "input_ids": [inputs.feature(row, True)["input_ids"] for row in range(len(lengths))],
-        "completion_mask": [[0] * p + [1] * (n - p) for n, p in zip(lengths.tolist(), inputs.labels.tolist())],
+        "input_ids": [inputs.feature(row, True)["input_ids"] for row in rows],
+        "completion_mask": [
+            [0] * p + [1] * (n - p) for n, p in zip(lengths[rows].tolist(), inputs.labels[rows].tolist())
+        ],
     }
-    args = trl.SFTConfig(
-        **settings
-        | {
-            "per_device_train_batch_size": packed,
-            "gradient_accumulation_steps": 1,
-            "train_sampling_strategy": "random",
-            "gradient_checkpointing": False,
-            "packing": True,
-            "max_length": run.dataset.max_length,
-            "completion_only_loss": True,
-        }
-    )
+    own = {"max_length": run.dataset.max_length, "completion_only_loss": True, "gradient_checkpointing": False}
+    if peer.packing:
+        packed = max(1, round(lengths[inputs.steps_SB].sum(1).mean() / run.dataset.max_length))
+        batches = {"per_device_train_batch_size": packed, "gradient_accumulation_steps": 1}
+        own |= {"packing": True, "train_sampling_strategy": "random"} | batches
     trainer = trl.SFTTrainer(
-        model=model, args=args, train_dataset=datasets.Dataset.from_dict(columns), processing_class=tokenizer
+        model=model,
+        args=trl.SFTConfig(**settings | own),
+        train_dataset=datasets.Dataset.from_dict(columns),
+        processing_class=tokenizer,
     )
     counted = trainer.data_collator = _Counted(trainer.data_collator)
     return trainer, counted

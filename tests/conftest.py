@@ -103,10 +103,11 @@ def fastpeft_cli(tmp_path: Path) -> Callable[..., subprocess.CompletedProcess]:
 @pytest.fixture
 def fewer_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     """A tenth of the stand-ins' rows: two steps read few of them, and drawing and encoding all takes longer."""
-    from fastpeft.standins import problems, sentence_pairs
+    from fastpeft.standins import dialogues, problems, sentence_pairs
 
     monkeypatch.setattr(problems, "NUM_TRAIN_PROBLEMS", 800)
     monkeypatch.setattr(problems, "NUM_TEST_PROBLEMS", 100)
+    monkeypatch.setattr(dialogues, "NUM_TRAIN", 400)
     monkeypatch.setattr(sentence_pairs, "NUM_TRAIN_PAIRS", 2000)
 
 

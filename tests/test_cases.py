@@ -38,6 +38,10 @@ GENERATE = (
     "training.learning_rate=3e-3", "schedule.warmup_steps=10", "training.precision=fp32", "training.threads=1",
     "evaluation.max_examples=8", "evaluation.max_test_examples=8",
 )  # fmt: skip
+CHAT = (
+    "train", "--run", "lora_alpaca", "--name", "r", "evaluation.max_new_tokens=8", "dataset.max_length=100",
+    "training.batch_size=8", "evaluation.every=end", "training.precision=fp32", "training.threads=1",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -107,7 +111,15 @@ CASES = [
         ("60 training sentences", "20 validation sentences", "tags are IOB1"),
         result=lambda result: result.kind == "token-classification",
     ),
-    Case("chats", ("the columns are messages",), exit_code=2),  # no kind of task reads conversations yet
+    Case(
+        "chats",
+        ("60 training conversations with 120 answers", "messages, from 'messages'"),
+        ("budget=2steps", "dataset.template=plain"),
+        "llama",
+        result=lambda result: result.kind == "chat" and result.metric["name"] == "token_accuracy",
+        command=CHAT,
+    ),
+    Case("chats", ("has no chat template: set dataset.template",), model="llama", exit_code=2, command=CHAT),
     Case("new_token", ("its embeddings grow from 39 to 40 rows",), model="bert_new_token"),
     Case("long", ("80 training rows were cut to 64 tokens",), ("budget=2steps", "dataset.max_length=200"), "mpnet"),
     Case("long", ("80 training rows were cut to 64 tokens",), ("budget=2steps", "dataset.max_length=200")),

@@ -18,7 +18,7 @@ from fastpeft.trainer import train
 
 FILES = sorted(PRESETS.rglob("*.yaml"))
 CLASSIC = ("constant", "linear", "cosine", "wsd", "rex")
-WITH_TEST = ("embedded-word-problems", "embedded-entities")
+WITH_TEST = ("embedded-word-problems", "embedded-entities", "embedded-boxed-problems")
 """Generated sets that have a test split."""
 
 
@@ -27,8 +27,9 @@ def kind(path: Path) -> tuple[str, ...]:
     that measure nothing are one, and on word problems all but one are."""
     run = load_run(path.stem)
     dataset = run.stand_in.dataset if run.stand_in else run.dataset.name
+    model = run.stand_in.model if run.stand_in else run.model.name
     one = run.schedule.name in CLASSIC or (dataset == "embedded-word-problems" and path.stem != "graff_gsm8k")
-    return run.method, "any" if one else run.schedule.name, run.optimizer.name, dataset
+    return run.method, "any" if one else run.schedule.name, run.optimizer.name, dataset, model
 
 
 # Of each kind the preset with the shortest name, and of those the first. Schedules are told apart on sentence pairs.

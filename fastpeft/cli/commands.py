@@ -8,14 +8,15 @@ import os
 import shlex
 import signal
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any, cast
 
 import typer
 
 from fastpeft._version import __version__
+from fastpeft.cli.chat_command import chat
+from fastpeft.cli.ctrl_c import ctrl_c_ends_at_once, handled
+from fastpeft.cli.data_commands import data
 from fastpeft.cli.evaluate_command import evaluate
 from fastpeft.cli.runs_commands import ResultsDir, runs
 from fastpeft.cli.sweep_command import sweep
@@ -32,7 +33,9 @@ app = typer.Typer(
     help="Fine-tune with LoRA inside a budget.",
 )
 app.add_typer(runs, name="runs")
+app.add_typer(data, name="data")
 app.command()(evaluate)
+app.command()(chat)
 
 
 def main() -> None:
@@ -46,20 +49,6 @@ def main() -> None:
     except UserError as error:
         print(f"fastpeft: {error}", file=sys.stderr)
         sys.exit(error.exit_code)
-
-
-@contextmanager
-def _handled(number: signal.Signals, handler: Any) -> Iterator[None]:
-    before = signal.signal(number, handler)
-    try:
-        yield
-    finally:
-        signal.signal(number, before)
-
-
-def _ctrl_c_ends_at_once() -> Any:
-    """While torch is loaded: inside its imports a KeyboardInterrupt becomes an ImportError or aborts the process."""
-    return _handled(signal.SIGINT, lambda number, frame: os._exit(128 + number))
 
 
 def _version(wanted: bool) -> None:
@@ -140,7 +129,7 @@ def _train_one(config: Any, results_dir: Path, name: str | None, resume: bool, a
         from fastpeft.runs.store import RunFolder
 
         RunFolder.at(results_dir, name).check_free()
-    with _ctrl_c_ends_at_once():
+    with ctrl_c_ends_at_once():
         _say_first(config)
         from fastpeft.cli.console import ConsoleReporter
         from fastpeft.cli.result_tables import closing
@@ -177,7 +166,7 @@ def _train_seeds(
     from fastpeft.runs.store import default_name
 
     group = name or default_name(config.run_id)
-    with _ctrl_c_ends_at_once():
+    with ctrl_c_ends_at_once():
         _say_first(config)
         from fastpeft.cli.console import ConsoleReporter
         from fastpeft.cli.result_tables import closing, group_table
@@ -286,7 +275,7 @@ def transfer(
     if steps < 1 or not lora_rate > 0:
         raise UserError(f"--steps {steps}, --lora-rate {lora_rate:g}: expected numbers over 0")
     config = _load(run, overrides or [], None, seed, mode, False, 1)
-    with _ctrl_c_ends_at_once():
+    with ctrl_c_ends_at_once():
         _say_first(config)
         from rich.console import Console
 
@@ -337,11 +326,11 @@ def export(
         run, results_dir=results_dir, to=to, merge=merge, trim=trim, weights=weights, reader=reader,
         approximate=approximate is not None,
     )  # fmt: skip
-    with _ctrl_c_ends_at_once():
+    with ctrl_c_ends_at_once():
         from fastpeft.export.summary import approximated, closing, opening
         from fastpeft.export.write import export as write
 
-    with _handled(signal.SIGTERM, lambda number, frame: sys.exit(128 + number)):  # nothing half-written stays
+    with handled(signal.SIGTERM, lambda number, frame: sys.exit(128 + number)):  # nothing half-written stays
         for line in opening(plan):
             print(line)
         if approximate is not None:
@@ -368,7 +357,7 @@ def doctor(
 ) -> None:
     """Look at this machine: device, versions, kernels, energy meter, hub, disk; say what to do."""
     if tune:
-        with _ctrl_c_ends_at_once():
+        with ctrl_c_ends_at_once():
             from fastpeft.doctor.tuning import tune_gpu
 
         try:

@@ -30,6 +30,8 @@ def contradictions(run: RunConfig) -> Iterator[str]:
     if run.dataset.labels is not None and len(set(run.dataset.labels)) < max(2, len(run.dataset.labels)):
         yield f"dataset.labels: expected two or more different names, got {run.dataset.labels}"
     yield from _hub(run.dataset)
+    if run.dataset.packing and run.training.cache_prefix:
+        yield "dataset.packing: does not go with training.cache_prefix, which keeps rows by themselves; leave one out"
     if schedule.reads_mean and run.optimizer.beta1 == 0:
         yield (
             f"optimizer.beta1: schedule {schedule.name} tells signal from noise by the running mean of the gradient, "

@@ -15,6 +15,7 @@ from fastpeft.config.fields import (
     STRICT_KEYS,
     NonNegativeInt,
     OneOf,
+    OrOff,
     Parsed,
     PositiveFloat,
     PositiveInt,
@@ -71,10 +72,10 @@ class ColumnsConfig:
     __pydantic_config__ = STRICT_KEYS
 
     text: str | NonNegativeInt | None = None
-    """Column of the text, of a pair's first text, of the question, or of the words. Guessed from the usual names when
-    absent."""
+    """Column of the text, of a pair's first text, of the question, of the words, or of a conversation's messages.
+    Guessed from the usual names when absent."""
     text_pair: str | NonNegativeInt | None = None
-    """Column of a pair's second text, or of a question's second half."""
+    """Column of a pair's second text, of a question's second half, or of what an instruction is about."""
     label: str | NonNegativeInt | list[str | NonNegativeInt] | None = None
     """Column of the label, of the score, of the words' tags, or of the answer to a question. A list: one column of
     zeros and ones for each of several labels."""
@@ -122,6 +123,16 @@ class DatasetConfig:
     """Of a pair that is too long, which text gives way."""
     scheme: Literal["auto", "iob1", "iob2", "iobes", "bilou"] = "auto"
     """Of tagged words: how tags mark where an entity begins. auto: told from the tags, and said."""
+    template: str | None = None
+    """Conversations: chatml, alpaca or plain, or a Jinja file; the model's own chat template when absent."""
+    train_on: Literal["assistant", "last", "all"] = "assistant"
+    """Conversations: what is learned. Everything that the assistant says, its last answer alone, or every token."""
+    overflow: Literal["drop", "truncate_left", "split"] = "drop"
+    """Conversations of more than max_length tokens are left out, lose their beginning, or become several rows; each is
+    counted."""
+    packing: bool = False
+    """Conversations: put several into a row of max_length tokens, kept apart by their positions, where the model keeps
+    them apart. A row of training.batch_size is then a full one."""
     held_out: PositiveInt = 512
     """Word problems: training rows that are held out, the same ones whatever the seed, to tune and to choose
     the best weights on. The test split is scored once, at the end."""
@@ -175,8 +186,13 @@ class EvaluationConfig:
     """Several labels a text: the probability from which a label is given; kept in the export."""
     max_test_examples: NonNegativeInt = 0
     """Score this many rows of the test split, drawn likewise, once, at the end; 0 takes all."""
+    samples: NonNegativeInt = 3
+    """Conversations: answer this many held-out prompts, the same ones each time, and write the answers to the log."""
+    exact_match: Annotated[Literal["auto", "off", "boxed", "number"], OrOff()] = "auto"
+    """Conversations: decode an answer to each held-out prompt and compare its last \\boxed, or the number behind its
+    ####, with the reference's. auto: where the references have one."""
     max_new_tokens: PositiveInt = 256
-    """Word problems: longest answer in tokens; one without an end by then counts as it stands."""
+    """Word problems and conversations: longest answer in tokens; one without an end by then counts as it stands."""
     calculator: bool = False
     """Word problems: while decoding, compute the result of each calculator note `<<48/2=` as in arXiv:2110.14168."""
     pass_at: NonNegativeInt = 0

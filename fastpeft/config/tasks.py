@@ -13,5 +13,6 @@ TASKS: Registry[Entry] = Registry(
         Entry(name="multi-label", target="fastpeft.tasks.multi_label.task:MultiLabel"),
         Entry(name="regression", target="fastpeft.tasks.regression.task:Regression"),
         Entry(name="word-problems", target="fastpeft.tasks.math_word_problems.task:MathWordProblems"),
+        Entry(name="chat", target="fastpeft.tasks.chat.task:Chat"),
     ],
 )

@@ -86,7 +86,7 @@ def make_plan(
     found = find_reader(reader)
     if trim is not None and not (math.isfinite(trim) and 0 < trim <= 1):
         raise ExportError(f"--trim {trim:g}: give the share of each update's energy to keep, over 0 and at most 1")
-    plan = plan_reading(_find_run(run, results_dir), weights)
+    plan = plan_reading(find_run(run, results_dir), weights)
     if plan.full and trim is not None:
         raise ExportError(f"{plan.source}: a fully fine-tuned model has no low-rank update to trim; leave --trim out")
     if plan.full and not merge:
@@ -137,7 +137,8 @@ def _check_routed(run: RunConfig, source: Path, approximate: bool, otherwise: bo
         )
 
 
-def _find_run(run: str, results_dir: Path) -> RunFolder:
+def find_run(run: str, results_dir: Path) -> RunFolder:
+    """By its name under `results_dir`, or by its folder's path. Raises ExportError where there is none."""
     for path in (results_dir / run, Path(run).expanduser()):
         try:
             if run and (path / "run.yaml").is_file():

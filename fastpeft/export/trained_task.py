@@ -66,8 +66,10 @@ def trained_task(plan: Plan, say: Callable[[str], None]) -> TrainedTask:
         if noted is None:
             say("the run does not say which data it was trained on: whether these are the same, nobody can tell")
         if not found:
+            task.recall(plan.source)
             return TrainedTask(task, noted or now, resolved.stand_in)
     assert noted is not None
     say(f"{fault}. Labels and kind of task are those that were trained; the check is made on {MADE_UP}")
     restored = restore_task(noted, run.dataset, run.evaluation, run.training.seed)
+    restored.recall(plan.source)
     return TrainedTask(restored, noted, plan.result is not None and plan.result.stand_in, has_rows=False)

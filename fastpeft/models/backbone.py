@@ -258,6 +258,18 @@ def load_causal_lm(config: ModelConfig, dtype: torch.dtype, device: torch.device
     )
 
 
+def load_tokenizer(config: ModelConfig) -> Any:
+    """A model's tokenizer without its weights.
+
+    Raises:
+        UnavailableError: a folder or repository that holds no usable one.
+    """
+    import transformers
+
+    with _loading(config, "a tokenizer") as folder:
+        return transformers.AutoTokenizer.from_pretrained(folder, **_LOCAL)
+
+
 @contextmanager
 def _loading(config: ModelConfig, what: str) -> Iterator[Path]:
     """The model's folder, fetched if need be; what fails within is an UnavailableError."""

@@ -30,7 +30,10 @@ _PROBE_LOGIT = 1e3
 
 
 def hidden_states(
-    model: nn.Module, input_ids: torch.Tensor, rows: torch.Tensor | None = None
+    model: nn.Module,
+    input_ids: torch.Tensor,
+    rows: torch.Tensor | None = None,
+    position_ids: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
     """What a causal LM's logits are made of, without making them: logits = hidden weight^T + bias.
 
@@ -43,6 +46,8 @@ def hidden_states(
         input_ids: B x T.
         rows: L, int64, of the B * T tokens: only these are asked for, and where the last layer can leave out the
             others, it does.
+        position_ids: B x T, of rows that hold several texts, each counted from 0; models that take such positions for
+            what they are keep the texts apart.
 
     Returns:
         hidden: B x T x D, or L x D with `rows`; normalised, as the head takes them.
@@ -55,7 +60,8 @@ def hidden_states(
     assert head is not None, "check_causal_lm has found one"
     decoder = decoder_of(bare)
     asked = {ROWS: rows} if rows is not None and takes_rows(decoder) else {}
-    hidden = decoder(input_ids=input_ids, use_cache=False, **asked).last_hidden_state
+    placed = {} if position_ids is None else {"position_ids": position_ids}
+    hidden = decoder(input_ids=input_ids, use_cache=False, **placed, **asked).last_hidden_state
     if rows is not None and not asked:
         hidden = hidden.flatten(0, 1).index_select(0, rows)
     return hidden, head.weight, getattr(head, "bias", None)

@@ -9,7 +9,7 @@ from fastpeft.errors import UnavailableError
 EMBEDDED_PREFIX = "embedded/"
 """Of model.name: one of the shipped models."""
 
-PATHS = {name: Path(__file__).parent / name for name in ("deberta_tiny", "qwen3_tiny")}
+PATHS = {name: Path(__file__).parent / name for name in ("deberta_tiny", "deberta_small", "deberta_deep", "qwen3_tiny")}
 
 
 def embedded_path(name: str) -> Path | None:

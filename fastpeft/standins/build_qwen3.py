@@ -23,6 +23,16 @@ WORDS = Regex(r"[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\
 """Qwen2's split into words, every digit alone, without its list of English contractions."""
 MARKS = "Question: Answer: <<>>\n#### .\n####"
 """What only the word problems write."""
+CHAT_TEMPLATE = """\
+{%- if tools %}{{ 'Tools:\\n' + (tools | tojson) + '\\n' }}{% endif %}
+{%- for message in messages %}
+{%- if message.role == 'user' %}{{ 'Question:\\n' + message.content + '\\n' }}
+{%- elif message.role == 'assistant' and message.tool_calls %}{{ (message.tool_calls | tojson) + '\\n' }}
+{%- elif message.role == 'assistant' %}{{ 'Answer:\\n' + message.content + eos_token + '\\n' }}
+{%- else %}{{ message.content + '\\n' }}{% endif %}
+{%- endfor %}
+{%- if add_generation_prompt %}{{ 'Answer:\\n' }}{% endif %}"""
+"""Turns of a conversation by words that the vocabulary has; the end of text ends the assistant's."""
 NUM_VOCAB_TEXTS, VOCAB_SIZE, MIN_COUNT = 30_000, 1024, 20
 
 
@@ -57,6 +67,7 @@ def save_tokenizer(tokenizer: Tokenizer, folder: Path, max_length: int) -> None:
         "clean_up_tokenization_spaces": False,
         "eos_token": EOS,
         "pad_token": PAD,
+        "chat_template": CHAT_TEMPLATE,
     }
     (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n")
 

@@ -7,10 +7,11 @@ export and the comparison know this interface and no kind.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
-from typing import Any, ClassVar, Generic, Self, TypeVar
+from typing import Any, ClassVar, Generic, NamedTuple, Self, TypeVar
 
 import numpy as np
 import torch
@@ -21,8 +22,9 @@ from fastpeft.data.batches import Batch, TokenRows
 from fastpeft.data.fingerprint import Fingerprint, ReadRow
 from fastpeft.data.known import KnownDataset
 from fastpeft.data.predictions import AnsweredRows
-from fastpeft.data.source import Source
+from fastpeft.data.source import TRAIN, Source
 from fastpeft.device_memory import TokenLimits
+from fastpeft.errors import UserError
 from fastpeft.models.backbone import Backbone, load_classifier
 from fastpeft.signals import Need
 from fastpeft.tasks.trained_on import TrainedOn
@@ -42,6 +44,22 @@ class BatchLoss:
     """Scalars by the names of signals.Measured, as shares of the batch's mean: micro-batches add up to it."""
 
 
+class Sample(NamedTuple):
+    """What a model answers to one of a few prompts, the same ones at each evaluation."""
+
+    prompt: str
+    answer: str
+    reference: str
+
+
+class Piece(NamedTuple):
+    """Of a row as text."""
+
+    text: str
+    is_learned: bool
+    """It is predicted from what stands before it. Else it is read."""
+
+
 @dataclass(frozen=True)
 class Score:
     value: float
@@ -56,6 +74,7 @@ class Score:
     decode_s: float | None = None
     """Seconds spent decoding, where answers are decoded; they are on the budget's clock."""
     decode_tokens: int | None = None
+    samples: tuple[Sample, ...] = ()
     answered: Callable[[], AnsweredRows | None] = field(default=lambda: None, compare=False, repr=False)
     """Every row that was scored, in order, with what was answered to it; made when called for. None where the kind does
     not tell."""
@@ -123,6 +142,8 @@ class Task(ABC, Generic[Rows]):
     """Of the hub."""
     datasets: ClassVar[Mapping[str, KnownDataset]] = {}
     """Those that are known by name."""
+    predicts_tokens: ClassVar[bool] = False
+    """What is learned stands in the rows themselves, as with language models."""
     scores_other_sets: ClassVar[bool] = False
     """A trained model can be scored on files that it was not trained with: `read_set` is there."""
 
@@ -181,6 +202,15 @@ class Task(ABC, Generic[Rows]):
             specimen=tuple(self.specimen()),
         )
 
+    def first_rows(self, tokenizer: Any, model: str, count: int) -> list[list[Piece]]:
+        """The first training rows: what is read of each, and what is learned.
+
+        Args:
+            tokenizer: of the model of this name.
+        """
+        rows = islice(iter(self.rows_read()[TRAIN]), count)
+        return [[Piece(" ".join(row.given), False), Piece(" ".join(row.wanted), True)] for row in rows]
+
     def warnings(self) -> list[str]:
         """What makes the scores say little, or the labels look wrong."""
         return []
@@ -232,6 +262,12 @@ class Task(ABC, Generic[Rows]):
         Raises:
             UserError: a model that no way is right for, and what differed.
         """
+
+    def keep(self, folder: Path) -> None:
+        """Write beside the weights what they mean and no data tell, such as a chat template."""
+
+    def recall(self, folder: Path) -> None:
+        """Go by what `keep` wrote there, before `load_model`."""
 
     # ---- training --------------------------------------------------------------------------
 
@@ -286,6 +322,14 @@ class Task(ABC, Generic[Rows]):
             DataError: no such file, a malformed row.
         """
         raise AssertionError("this task is scored on its own splits only")
+
+    def prompt_tokens(self, tokenizer: Any, model: str, messages: Sequence[Mapping[str, str]]) -> list[int]:
+        """What a trained model is given to answer the last of the messages, each with role and content.
+
+        Raises:
+            UserError: messages that the task has no prompt for.
+        """
+        raise UserError(f"a run of the kind {self.kind} answers no questions: only language models talk")
 
     # ---- export ----------------------------------------------------------------------------
 

@@ -177,6 +177,8 @@ class Evaluator:
             num=measured.num_rows,
             energy_j=self._job.clock.meter.joules,
         )
+        if measured.samples:
+            self._log.event("samples", split=split, samples=[sample._asdict() for sample in measured.samples])
         return value
 
     # ---- what is written -------------------------------------------------------------------
@@ -196,6 +198,7 @@ class Evaluator:
             with self._job.optimizer.averaged():
                 adapter.save(temporary)
             self._job.trained_on.write(temporary)
+            self._job.task.keep(temporary)
             if best is not None:
                 write_json(temporary / BEST_SCORE, best)
         self._save_s = time.perf_counter() - began

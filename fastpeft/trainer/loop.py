@@ -211,6 +211,9 @@ class Loop:
             notes=[*self.job.notes, *self._evaluator.notes],
             resumed=resumed,
         )
+        if self.job.task.predicts_tokens:
+            first = self.job.task.first_rows(self.job.backbone.tokenizer, self.job.run.model.name, 1)
+            self.log.event("example", pieces=first[0])
         if self.job.precision.warning:
             self.log.warn(self.job.precision.warning)
         for warning in self.job.task.warnings():

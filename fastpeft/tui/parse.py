@@ -15,6 +15,7 @@ import orjson
 from fastpeft.runs.curves import VALIDATION, is_validation
 from fastpeft.runs.events import Event, number
 from fastpeft.runs.parts import Groups
+from fastpeft.tui.answer_list import AnswerSet, Pieces, read_answers, read_example
 from fastpeft.tui.format import printable
 from fastpeft.tui.series import Floats, StepTable
 
@@ -89,6 +90,8 @@ class Parsed:
     rates: list[Rates] = field(default_factory=list)
     tests: list[SplitScore] = field(default_factory=list)
     parts: list[PartScores] = field(default_factory=list)
+    answers: list[AnswerSet] = field(default_factory=list)
+    example: Pieces | None = None
     header: Event | None = None
     phase: Event | None = None
     end: Event | None = None
@@ -176,6 +179,8 @@ def _others(events: Iterable[Event], parsed: Parsed) -> None:
 
 
 _COMMON = {"type", "time_s", "elapsed_s", "step"}
+_KEPT = {"rates", "samples", "example"}
+"""Events that are neither drawn as a curve nor listed."""
 FORECAST = "forecast"
 MAX_FIGURES = 16
 """Of one schedule event."""
@@ -191,7 +196,7 @@ def _other(event: Event, parsed: Parsed, values: dict[str, list[list[float]]]) -
     kind = event["type"]
     if not isinstance(kind, str):
         raise TypeError("no type")
-    if kind not in _TEXTS and kind not in _ROWS and kind != "rates":
+    if kind not in _TEXTS and kind not in _ROWS and kind not in _KEPT:
         return
     at = [float(event["elapsed_s"]), float(event["step"])]
     if not all(map(math.isfinite, at)):
@@ -208,6 +213,10 @@ def _other(event: Event, parsed: Parsed, values: dict[str, list[list[float]]]) -
         parsed.importance.append(_importance(event))
     elif kind == "rates":
         parsed.rates.append(_rates(event))
+    elif kind == "samples":
+        parsed.answers.append(read_answers(event))
+    elif kind == "example":
+        parsed.example = read_example(event)
     elif kind == "run":
         parsed.header, parsed.end = event, None
     elif kind == "phase":

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 
+from fastpeft.tui.answer_list import MOST_SETS, AnswerSet, Pieces
 from fastpeft.tui.parse import Blocks, Importance, Notable, Parsed, PartScores, Rates, SplitScore, columns_of, parse
 from fastpeft.tui.series import Series, StepTable, Table
 
@@ -72,6 +73,8 @@ class _State:
     tests: list[SplitScore] = field(default_factory=list)
     parts: dict[str, PartScores] = field(default_factory=dict)
     """The last of each split."""
+    answers: list[AnswerSet] = field(default_factory=list)
+    example: Pieces | None = None
     header: dict[str, Any] | None = None
     phase: dict[str, Any] | None = None
     end: dict[str, Any] | None = None
@@ -145,6 +148,18 @@ class RunTail:
         state = self._state
         ahead = {one.split: one for s in state.samples for one in s.parsed.parts}
         return [*(state.parts | ahead).values()]
+
+    @property
+    def answers(self) -> list[AnswerSet]:
+        """Of the newest evaluations, in order."""
+        state = self._state
+        return [*state.answers, *(a for s in state.samples for a in s.parsed.answers)][-MOST_SETS:]
+
+    @property
+    def example(self) -> Pieces | None:
+        """The first training row, of the process that trains, or trained last."""
+        state = self._state
+        return next((s.parsed.example for s in reversed(state.samples) if s.parsed.example), state.example)
 
     @property
     def header(self) -> dict[str, Any] | None:
@@ -328,6 +343,8 @@ class RunTail:
             state.rates = _thinned([*state.rates, *parsed.rates])
         if parsed.parts:
             state.parts = state.parts | {one.split: one for one in parsed.parts}
+        state.answers = [*state.answers, *parsed.answers][-MOST_SETS:]
+        state.example = parsed.example or state.example
         if parsed.tests:
             state.tests = [*state.tests, *parsed.tests][-MAX_SNAPSHOTS:]
         if parsed.header is not None:

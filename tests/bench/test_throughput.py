@@ -47,7 +47,7 @@ def prepared(tmp_path_factory: pytest.TempPathFactory, encoder: Path) -> dict[st
     decoder = tmp_path_factory.mktemp("decoder")
     (decoder / "config.json").write_text(json.dumps(QWEN3))
     made = {}
-    for preset, model in (("mnli", encoder), ("gemma", decoder)):
+    for preset, model in (("mnli", encoder), ("gemma", decoder), ("alpaca", decoder)):
         folder = tmp_path_factory.mktemp(preset)
         made[preset] = plan(preset, model, settings=SMALL | {"training.batch_size": 8}), folder
         made[preset][0].write(folder)
@@ -192,14 +192,15 @@ def test_a_peer_is_given_the_rows_as_they_are_counted(prepared, preset, row):
         assert ((batch["labels"] != IGNORE).sum(1).numpy() == lengths - inputs.labels[rows]).all()
 
 
-@pytest.mark.parametrize("preset", ["mnli", "gemma"])
+@pytest.mark.parametrize("preset", ["mnli", "gemma", "alpaca"])
 def test_rows_begin_with_the_same_loss_on_the_same_tokens(prepared, preset):
-    """The gemma preset's peers take a batch in parts."""
+    """The language models' peers take a batch in parts."""
     plan, folder = prepared[preset]
     inputs = Inputs.read(folder)
     wanted = np.cumsum([widths(inputs)[rows].sum() for rows in inputs.batches()])
     losses = {}
-    for row in (BASE, "hf_padded", "fastpeft"):
+    others = ["hf_padded", "fastpeft", *(["trl"] if PEERS["trl"].missing(PRESETS[preset], "cpu") is None else [])]
+    for row in (BASE, *others):
         counted = {}
 
         def pause(steps: int, tokens: int, counted: dict[int, int] = counted) -> bool:
@@ -208,7 +209,7 @@ def test_rows_begin_with_the_same_loss_on_the_same_tokens(prepared, preset):
 
         losses[row] = throughput_rows.train(row, plan, folder, 7, pause, curve=True)
         assert {steps: tokens for steps, tokens in counted.items() if steps} == dict(enumerate(wanted[:3], 1))
-    for row in ("hf_padded", "fastpeft"):
+    for row in others:
         assert losses[row][0] == pytest.approx(losses[BASE][0], rel=1e-4)
 
 

@@ -237,14 +237,21 @@ def test_pretraining_sees_one_sentence_an_input():
     assert not any(tuple(t for t in ids if t != build.PAD) in untouched for ids, flags in rows if any(flags))
 
 
-def test_encoder_loads_and_is_small():
+SHAPES = {"deberta_tiny": (128, 4), "deberta_small": (64, 3), "deberta_deep": (96, 6)}
+"""Width and layers."""
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_encoder_loads_and_is_small(name):
     transformers = pytest.importorskip("transformers")
-    folder = PATHS["deberta_tiny"]
+    folder = PATHS[name]
     names = {path.name for path in folder.iterdir()}
     assert {"config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json", "README.md"} <= names
     assert not any(Path(name).suffix in (".bin", ".pt", ".pth", ".pkl") for name in names)
     assert sum(path.stat().st_size for path in folder.iterdir()) <= 4 * 2**20
-    assert json.loads((folder / "config.json").read_text())["model_type"] == "deberta-v2"
+    config = json.loads((folder / "config.json").read_text())
+    assert config["model_type"] == "deberta-v2"
+    assert (config["hidden_size"], config["num_hidden_layers"]) == SHAPES[name]
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
     model = transformers.AutoModelForSequenceClassification.from_pretrained(folder, num_labels=3)
     batch = tokenizer(["every poodle slept ."] * 2, ["some dog slept .", "no ."], padding=True, return_tensors="pt")

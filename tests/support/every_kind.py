@@ -8,7 +8,7 @@ from typing import Any
 
 from fastpeft.config import RunConfig
 from fastpeft.config.tasks import TASKS
-from tests.support import kind_runs, problem_runs, tiny_runs
+from tests.support import chat_runs, kind_runs, problem_runs, tiny_runs
 
 ALL_KINDS = TASKS.names
 SETTINGS: dict[str, Any] = {
@@ -30,6 +30,9 @@ def run_of_kind(folder: Path, kind: str, **sections: Any) -> RunConfig:
     if kind == "word-problems":
         settings["evaluation"] |= {"max_new_tokens": 4}
         return problem_runs.problem_run(folder, **settings)
+    if kind == "chat":
+        settings["evaluation"] |= {"max_new_tokens": 4}
+        return chat_runs.chat_run(folder, **settings)
     return kind_runs.kind_run(folder, kind, **settings)
 
 
@@ -47,7 +50,7 @@ def change_rows(run: RunConfig, kind: str, how: str) -> None:
     elif how == "order":
         rows = rows[::-1]
     else:
-        key = next(key for key in ("label", "labels", "score", "tags", "answer") if key in rows[0])
+        key = next(key for key in ("label", "labels", "score", "tags", "answer", "completion") if key in rows[0])
         others = (row for row in rows if row[key] != rows[0][key])
         other = next(row for row in others if key != "tags" or len(row[key]) == len(rows[0][key]))
         rows[0][key], other[key] = other[key], rows[0][key]

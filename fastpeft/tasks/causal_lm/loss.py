@@ -1,6 +1,7 @@
 """Cross entropy of the answers' tokens, through the model's head without its logits where that is frozen.
 
-Shapes: N rows of a micro-batch, L tokens of a row, D hidden, P sampled prompt tokens, M sampled labelled tokens.
+Shapes: N rows of a micro-batch, L tokens of a row, C labelled tokens at a time, V vocabulary, D hidden, P sampled
+prompt tokens, M sampled labelled tokens.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ import math
 import time
 from collections.abc import Collection
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -22,12 +24,36 @@ from fastpeft.models.lens import FirstLayer
 from fastpeft.models.lm_head import hidden_states
 from fastpeft.signals import Need
 from fastpeft.tasks.base import BatchLoss, Stop
-from fastpeft.tasks.causal_lm.prompts import EncodedPrompts, collate_prompts
+from fastpeft.tasks.causal_lm.labelled_rows import LabelledRows, collate_labelled
 
 PROMPT_TOKENS, LENS_TOKENS = 1024, 256
 """Most tokens of a micro-batch that Need.PROMPT and Need.LENS look at."""
 _READ_ELSEWHERE = {Need.PROMPT, Need.ANSWER_GRADIENT}
 """These look at tokens without a label, in every layer."""
+
+
+_CHUNK_BYTES = 32 * 2**20
+"""Of logits in fp32 at a time, where they are looked at and not only their loss."""
+
+
+@dataclass(frozen=True)
+class TokenScores:
+    """Of N rows."""
+
+    correct: np.ndarray
+    """Of each row, labelled tokens that the model puts first, given those before them."""
+    labelled: np.ndarray
+    """Of each row, all of them."""
+    loss: float
+    """Nats a labelled token."""
+
+    @property
+    def accuracy(self) -> float:
+        return float(self.correct.sum() / max(1, self.labelled.sum()))
+
+    @property
+    def perplexity(self) -> float:
+        return float(np.exp(np.float64(self.loss)))
 
 
 class AnswerLoss:
@@ -50,7 +76,9 @@ class AnswerLoss:
         lens = self._lens(model) if Need.LENS in needs else None
         rows = None if _READ_ELSEWHERE.intersection(needs) else batch.rows
         with self._autocast(), lens.watching() if lens else nullcontext():
-            hidden, weight, bias = hidden_states(model, batch.inputs["input_ids"], rows)
+            hidden, weight, bias = hidden_states(
+                model, batch.inputs["input_ids"], rows, batch.inputs.get("position_ids")
+            )
         lens_MD = lens.read(_spread(batch.rows, LENS_TOKENS)) if lens else None
         found = self._cross_entropy(
             hidden, weight, bias, batch, num_items, statistics=Need.TOKENS in needs, lens_hidden=lens_MD
@@ -66,7 +94,7 @@ class AnswerLoss:
             statistics["prompt_fisher"] = _prompt_fisher(hidden, weight, bias, batch) * share
         return BatchLoss(found.loss, statistics)
 
-    def mean(self, model: nn.Module, encoded: EncodedPrompts, limits: TokenLimits, stop: Stop) -> float | None:
+    def mean(self, model: nn.Module, encoded: LabelledRows, limits: TokenLimits, stop: Stop) -> float | None:
         """Nats a token of the answers, as far as they fit; NaN where none does; None if `stop` said so."""
         training, total = model.training, torch.zeros((), dtype=torch.float64, device=self._device)
         model.eval()
@@ -80,7 +108,41 @@ class AnswerLoss:
         count = int(encoded.num_labelled.sum())
         return float(total) / count if count else math.nan
 
-    def expected_s(self, model: nn.Module, encoded: EncodedPrompts, limits: TokenLimits) -> float:
+    @torch.no_grad()
+    def token_scores(
+        self, model: nn.Module, encoded: LabelledRows, limits: TokenLimits, stop: Stop
+    ) -> TokenScores | None:
+        """None if `stop` said so before the end. Leaves the model's mode as it was."""
+        training, correct_N = model.training, torch.zeros(len(encoded), dtype=torch.int64, device=self._device)
+        total = torch.zeros((), dtype=torch.float64, device=self._device)
+        model.eval()
+        try:
+            for rows in _loss_batches(encoded, limits):
+                if stop():
+                    return None
+                batch = collate_labelled(encoded, rows, self._device)
+                of_row_L = torch.from_numpy(np.repeat(rows, encoded.num_labelled[rows])).to(self._device)
+                assert batch.rows is not None
+                with self._autocast():
+                    hidden_LD, weight, bias = hidden_states(
+                        model, batch.inputs["input_ids"], batch.rows, batch.inputs.get("position_ids")
+                    )
+                labels_L = batch.labels.view(-1)[batch.rows]
+                chunk = max(1, _CHUNK_BYTES // (4 * len(weight)))
+                for hidden_CD, labels_C, of_row_C in zip(
+                    *(each.split(chunk) for each in (hidden_LD, labels_L, of_row_L))
+                ):
+                    with self._autocast():
+                        logits_CV = nn.functional.linear(hidden_CD.to(weight.dtype), weight, bias)
+                    total += nn.functional.cross_entropy(logits_CV.float(), labels_C, reduction="sum").double()
+                    correct_N.index_add_(0, of_row_C, (logits_CV.argmax(-1) == labels_C).long())
+        finally:
+            model.train(training)
+        labelled = encoded.num_labelled
+        count = int(labelled.sum())
+        return TokenScores(correct_N.cpu().numpy(), labelled, float(total) / count if count else math.nan)
+
+    def expected_s(self, model: nn.Module, encoded: LabelledRows, limits: TokenLimits) -> float:
         """Of `mean`, from its largest batch."""
         groups = _loss_batches(encoded, limits)
         areas = [len(rows) * int(encoded.widths[rows].max()) for rows in groups]
@@ -91,10 +153,12 @@ class AnswerLoss:
         return (time.perf_counter() - start) * sum(areas) / max(areas)
 
     @torch.no_grad()
-    def _sum(self, model: nn.Module, encoded: EncodedPrompts, rows: np.ndarray) -> torch.Tensor:
-        batch = collate_prompts(encoded, rows, self._device)
+    def _sum(self, model: nn.Module, encoded: LabelledRows, rows: np.ndarray) -> torch.Tensor:
+        batch = collate_labelled(encoded, rows, self._device)
         with self._autocast():
-            hidden_LD, weight, bias = hidden_states(model, batch.inputs["input_ids"], batch.rows)
+            hidden_LD, weight, bias = hidden_states(
+                model, batch.inputs["input_ids"], batch.rows, batch.inputs.get("position_ids")
+            )
         return self._cross_entropy(hidden_LD, weight, bias, batch, num_items=1).loss
 
     def _lens(self, model: nn.Module) -> FirstLayer:
@@ -158,7 +222,7 @@ def _statistics(
         return linear_cross_entropy(hidden, weight.detach().to(hidden.dtype), labels, detached, statistics=True)
 
 
-def _loss_batches(encoded: EncodedPrompts, limits: TokenLimits) -> list[np.ndarray]:
+def _loss_batches(encoded: LabelledRows, limits: TokenLimits) -> list[np.ndarray]:
     """What fits with gradients fits without."""
     return evaluation_batches(encoded, min(limits.training, limits.evaluation))
 

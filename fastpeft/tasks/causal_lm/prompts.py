@@ -1,7 +1,4 @@
-"""Prompts and their answers as tokens: prompt, answer, end of text; only the answer and the end are predicted.
-
-Shapes: N rows, L tokens of the longest row of a batch.
-"""
+"""Prompts and their answers as tokens: prompt, answer, end of text; only the answer and the end are predicted."""
 
 from __future__ import annotations
 
@@ -10,13 +7,12 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
-import torch
 
-from fastpeft.data.batches import IGNORE, Batch, TokenRows, move
 from fastpeft.data.rows import NUM_NAMED
 from fastpeft.data.token_cache import cached
 from fastpeft.data.tokenise import Ragged, tokenised
 from fastpeft.errors import UserError
+from fastpeft.tasks.causal_lm.labelled_rows import LabelledRows
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -34,7 +30,7 @@ class Prompted:
 
 
 @dataclass(frozen=True, kw_only=True)
-class EncodedPrompts(TokenRows):
+class EncodedPrompts(LabelledRows):
     """Row i begins with prompt_lengths[i] tokens that are read; the rest of it is predicted."""
 
     prompt_lengths: np.ndarray
@@ -49,6 +45,9 @@ class EncodedPrompts(TokenRows):
     def num_labelled(self) -> np.ndarray:
         """Tokens to predict, of each row."""
         return self.lengths - self.prompt_lengths
+
+    def places(self, row: int) -> np.ndarray:
+        return np.arange(self.prompt_lengths[row], self.lengths[row])
 
     def prompt(self, row: int) -> np.ndarray:
         """The tokens that decoding starts from, int32."""
@@ -124,26 +123,6 @@ def encode_prompts(
         notes=_notes(texts, unusable, named, what.format(max_length))
         + (training * _begun(tokenizer, int(found["num_begun"]))),
     )
-
-
-def collate_prompts(encoded: EncodedPrompts, rows: np.ndarray, device: torch.device) -> Batch:
-    """Pad `rows` on the right to the longest of them and move them to `device`, without waiting for it.
-
-    labels[i, t] is the token after position t of row i, if it belongs to the answer; so the prompt's last position
-    predicts the answer's first token. There is no attention mask: a causal model sees nothing of what follows.
-    """
-    lengths, width = encoded.lengths[rows], int(encoded.widths[rows].max())
-    first = encoded.prompt_lengths[rows] - 1
-    tokens = np.full((len(rows), width), encoded.pad_token, dtype=np.int64)
-    labels = np.full((len(rows), width), IGNORE, dtype=np.int64)
-    positions = np.arange(width)
-    for i, row in enumerate(rows):
-        own = encoded.tokens[encoded.offsets[row] : encoded.offsets[row + 1]]
-        tokens[i, : len(own)] = own
-        labels[i, first[i] : len(own) - 1] = own[first[i] + 1 :]
-    labelled = (positions >= first[:, None]) & (positions < lengths[:, None] - 1)
-    inputs = {"input_ids": move(tokens, device)}
-    return Batch(inputs, move(labels, device), int(lengths.sum()), move(np.flatnonzero(labelled), device))
 
 
 def writes_start(text: str, tokenizer: PreTrainedTokenizerBase) -> bool:

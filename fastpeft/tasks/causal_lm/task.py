@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import replace
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeVar
 
 import numpy as np
 import torch
@@ -16,10 +16,10 @@ from fastpeft.data.batches import Batch, evaluation_batches
 from fastpeft.models.backbone import Backbone, load_causal_lm
 from fastpeft.models.lm_head import hidden_states
 from fastpeft.signals import Need
-from fastpeft.tasks.base import BatchLoss, ExportCheck, Task
+from fastpeft.tasks.base import BatchLoss, ExportCheck, Piece, Task
 from fastpeft.tasks.causal_lm.decode_check import OwnLogits
+from fastpeft.tasks.causal_lm.labelled_rows import LabelledRows, collate_labelled
 from fastpeft.tasks.causal_lm.loss import AnswerLoss
-from fastpeft.tasks.causal_lm.prompts import EncodedPrompts, collate_prompts
 from fastpeft.tasks.self_check import check_batches, check_tokens
 
 CHECK_ROWS, CHECK_POSITIONS = 16, 16
@@ -30,12 +30,16 @@ _CHUNK_BYTES = 32 * 2**20
 """Of logits at a time."""
 
 
-class CausalLMTask(Task[EncodedPrompts]):
+Rows = TypeVar("Rows", bound=LabelledRows)
+
+
+class CausalLMTask(Task[Rows]):
     """What a kind adds: its rows as prompts and answers, and how answers are decoded and scored."""
 
     auto_class: ClassVar[str] = "AutoModelForCausalLM"
     peft_task_type: ClassVar[str] = "CAUSAL_LM"
     pipeline_tag: ClassVar[str] = "text-generation"
+    predicts_tokens: ClassVar[bool] = True
     noun: ClassVar[str] = "rows"
     """What a row is called."""
 
@@ -51,6 +55,16 @@ class CausalLMTask(Task[EncodedPrompts]):
     def answer_loss(self) -> AnswerLoss:
         assert self._loss is not None, "encode comes first"
         return self._loss
+
+    # ---- data ------------------------------------------------------------------------------
+
+    @abstractmethod
+    def encode_first(self, count: int, tokenizer: Any, model: str) -> LabelledRows:
+        """The first training rows that training would take of the first `count`."""
+
+    def first_rows(self, tokenizer: Any, model: str, count: int) -> list[list[Piece]]:
+        encoded = self.encode_first(count, tokenizer, model)
+        return [list(_pieces(encoded, row, tokenizer)) for row in range(len(encoded))]
 
     # ---- model and tokens ------------------------------------------------------------------
 
@@ -89,7 +103,7 @@ class CausalLMTask(Task[EncodedPrompts]):
         return int(self.train.num_labelled[rows].sum())
 
     def collate(self, rows: np.ndarray, device: torch.device) -> Batch:
-        return collate_prompts(self.train, rows, device)
+        return collate_labelled(self.train, rows, device)
 
     def loss(self, model: nn.Module, batch: Batch, num_items: int, needs: Collection[Need] = ()) -> BatchLoss:
         return self.answer_loss.batch(model, batch, num_items, needs)
@@ -97,7 +111,7 @@ class CausalLMTask(Task[EncodedPrompts]):
     # ---- export ----------------------------------------------------------------------------
 
     @abstractmethod
-    def encode_validation(self, rows: Sequence[int] | None, tokenizer: Any, max_length: int) -> EncodedPrompts:
+    def encode_validation(self, rows: Sequence[int] | None, tokenizer: Any, max_length: int) -> LabelledRows:
         """Rows of the validation split, or all of them, as training would tokenise them."""
 
     def export_check(self, backbone: Backbone) -> ExportCheck:
@@ -110,6 +124,18 @@ class CausalLMTask(Task[EncodedPrompts]):
             self.batch_tokens,
             self.noun,
         )
+
+
+def _pieces(encoded: LabelledRows, row: int, tokenizer: Any) -> Iterator[Piece]:
+    """Stretches of tokens that are read and that are learned, in turn, as they decode in their place."""
+    tokens = encoded.tokens[encoded.offsets[row] : encoded.offsets[row + 1]]
+    learned = np.isin(np.arange(len(tokens)), encoded.places(row))
+    ends = [*(np.flatnonzero(learned[1:] != learned[:-1]) + 1).tolist(), len(tokens)]
+    before = ""
+    for end in ends:
+        text = tokenizer.decode(tokens[:end], skip_special_tokens=False, clean_up_tokenization_spaces=False)
+        yield Piece(text[len(before) :], bool(learned[end - 1]))
+        before = text
 
 
 def _trained_logits(model: nn.Module, inputs: dict[str, torch.Tensor], lengths: Sequence[int]) -> list[torch.Tensor]:
@@ -130,7 +156,7 @@ class TokenAccuracy(ExportCheck):
 
     def __init__(
         self,
-        encode: Callable[[Sequence[int] | None, Any, int], EncodedPrompts],
+        encode: Callable[[Sequence[int] | None, Any, int], LabelledRows],
         num_validation: int,
         tokenizer: Any,
         max_length: int,
@@ -156,10 +182,9 @@ class TokenAccuracy(ExportCheck):
         found = []
         for row in range(len(encoded)):
             tokens = encoded.tokens[encoded.offsets[row] : encoded.offsets[row + 1]]
-            first = int(encoded.prompt_lengths[row]) - 1
+            places = encoded.places(row)[:CHECK_POSITIONS]
             ids = torch.from_numpy(tokens.astype(np.int64))[None].to(device)
-            positions = slice(first, min(len(tokens) - 1, first + CHECK_POSITIONS))
-            found.append(model(input_ids=ids, use_cache=False).logits[0, positions].float().cpu())
+            found.append(model(input_ids=ids, use_cache=False).logits[0, torch.from_numpy(places - 1)].float().cpu())
         return torch.cat(found)
 
     @torch.inference_mode()
@@ -167,7 +192,7 @@ class TokenAccuracy(ExportCheck):
         encoded = self._encode(None, self._tokenizer, self._longest)
         correct = torch.zeros((), dtype=torch.int64, device=device)
         for rows in evaluation_batches(encoded, self._batch_tokens):
-            batch = collate_prompts(encoded, rows, device)
+            batch = collate_labelled(encoded, rows, device)
             hidden, weight, bias = hidden_states(model, batch.inputs["input_ids"])
             hidden_LD, labels_L = hidden.flatten(0, 1)[batch.rows], batch.labels.flatten()[batch.rows]
             chunk = max(1, _CHUNK_BYTES // (weight.dtype.itemsize * len(weight)))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from copy import copy
 from dataclasses import replace
 from pathlib import Path
@@ -19,26 +19,27 @@ from fastpeft.device_memory import TokenLimits, unmeasured
 from fastpeft.errors import UserError
 from fastpeft.models.backbone import Backbone, load_causal_lm
 from fastpeft.tasks.base import OtherSet, Score, Shrink, Stop
-from fastpeft.tasks.causal_lm.decode_batches import fastest_method
-from fastpeft.tasks.causal_lm.decode_check import find_decode_method
-from fastpeft.tasks.causal_lm.prompts import EncodedPrompts, encode_prompts, writes_start
-from fastpeft.tasks.causal_lm.task import CausalLMTask
-from fastpeft.tasks.math_word_problems.answers import MARK
-from fastpeft.tasks.math_word_problems.datasets import DATASETS
-from fastpeft.tasks.math_word_problems.exact_match import (
+from fastpeft.tasks.causal_lm.answering import (
     Decoding,
-    ProblemSet,
     Sampling,
     expected_decode_s,
     largest_batch,
     reads_references,
-    score_problems,
     try_largest_batch,
 )
+from fastpeft.tasks.causal_lm.decode_batches import fastest_method
+from fastpeft.tasks.causal_lm.decode_check import find_decode_method
+from fastpeft.tasks.causal_lm.prompts import EncodedPrompts, Prompted, encode_prompts, writes_start
+from fastpeft.tasks.causal_lm.task import CausalLMTask
+from fastpeft.tasks.math_word_problems.answers import MARK
+from fastpeft.tasks.math_word_problems.calculator import evaluate
+from fastpeft.tasks.math_word_problems.datasets import DATASETS
+from fastpeft.tasks.math_word_problems.exact_match import ProblemSet, score_problems
 from fastpeft.tasks.math_word_problems.reading import (
     Problems,
     ProblemSplits,
     as_prompts,
+    fill_prompt,
     problem_rows,
     read_problem_set,
     read_problem_splits,
@@ -58,7 +59,7 @@ print(tokenizer.decode(answer[0, batch["input_ids"].shape[1] :], skip_special_to
 """
 
 
-class MathWordProblems(CausalLMTask):
+class MathWordProblems(CausalLMTask[EncodedPrompts]):
     kind: ClassVar[str] = "word-problems"
     noun: ClassVar[str] = "problems"
     datasets = DATASETS
@@ -93,6 +94,15 @@ class MathWordProblems(CausalLMTask):
 
     def specimen(self) -> list[dict[str, Any]]:
         return [{"question": f"How many are {i}?", "answer": f"{i} are {i}.\n{MARK} {i}"} for i in range(1, 4)]
+
+    def encode_first(self, count: int, tokenizer: Any, model: str) -> EncodedPrompts:
+        first = self.splits.train.pick(range(min(count, len(self.splits.train))))
+        return encode_prompts(as_prompts(first, self.config.prompt), tokenizer, self.config.max_length)
+
+    def prompt_tokens(self, tokenizer: Any, model: str, messages: Sequence[Mapping[str, str]]) -> list[int]:
+        """Of the last question alone: the model has learned from one at a time."""
+        asked = Prompted([fill_prompt(self.config.prompt, messages[-1]["content"])], ["."], lambda row: "the question")
+        return encode_prompts(asked, tokenizer, self.config.max_length, training=False).prompt(0).tolist()
 
     def encode(self, backbone: Backbone, device: torch.device) -> None:
         super().encode(backbone, device)
@@ -136,8 +146,8 @@ class MathWordProblems(CausalLMTask):
 
     def time_evaluation(self, model: nn.Module, limits: TokenLimits) -> float:
         """As if no answer ended by itself: an untrained model's may not."""
-        decode_s = expected_decode_s(model, self._validation, self._plain, limits.evaluation)
-        if reads_references(self._validation, self._plain):
+        decode_s = expected_decode_s(model, self.validation, self._plain, limits.evaluation)
+        if reads_references(self.validation, self._plain):
             return decode_s
         return decode_s + self.answer_loss.expected_s(model, self.validation, limits)
 
@@ -150,10 +160,10 @@ class MathWordProblems(CausalLMTask):
 
     def try_evaluation(self, model: nn.Module, limits: TokenLimits) -> None:
         """What decoding takes: the loss's passes need less than those of training."""
-        try_largest_batch(model, self._validation, self._plain, limits.evaluation)
+        try_largest_batch(model, self.validation, self._plain, limits.evaluation)
 
     def largest_evaluation_batch(self, limits: TokenLimits) -> tuple[int, int]:
-        return largest_batch(self._validation, self._plain, limits.evaluation)
+        return largest_batch(self.validation, self._plain, limits.evaluation)
 
     def _score(
         self,
@@ -224,10 +234,10 @@ class _OtherProblems(OtherSet):
         return found
 
     def try_scoring(self, model: nn.Module, limits: TokenLimits) -> None:
-        try_largest_batch(model, self._set, self._decoding, limits.evaluation)
+        try_largest_batch(model, self._set.encoded, self._decoding, limits.evaluation)
 
     def largest_batch(self, limits: TokenLimits) -> tuple[int, int]:
-        return largest_batch(self._set, self._decoding, limits.evaluation)
+        return largest_batch(self._set.encoded, self._decoding, limits.evaluation)
 
 
 def make_problem_set(
@@ -254,9 +264,8 @@ def make_problem_set(
 
 def decoding_of(config: EvaluationConfig, backbone: Backbone, sampling: Sampling | None = None) -> Decoding:
     method = fastest_method(backbone.model)
-    return Decoding(
-        backbone.tokenizer, backbone.eos_token_ids, config.max_new_tokens, config.calculator, sampling, method
-    )
+    complete = evaluate if config.calculator else None
+    return Decoding(backbone.tokenizer, backbone.eos_token_ids, config.max_new_tokens, complete, sampling, method)
 
 
 def sampling_of(config: EvaluationConfig, seed: int) -> Sampling | None:

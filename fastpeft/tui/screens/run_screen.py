@@ -13,6 +13,7 @@ from textual.containers import Container, Vertical, VerticalScroll
 from textual.widgets import Footer, Static
 
 from fastpeft.tui import forecast_band, metrics
+from fastpeft.tui.answer_list import answers_text
 from fastpeft.tui.format import decimal, duration, printable
 from fastpeft.tui.grids import Grid, importance_grid, rates_grid
 from fastpeft.tui.parse import MAX_FIGURES
@@ -66,6 +67,7 @@ class RunScreen(RunsKeys):
         Binding("2", "pane('importance')", "Importance", group=_PANES, id="run.importance"),
         Binding("3", "pane('events')", "Events", group=_PANES, id="run.events"),
         Binding("4", "pane('config')", "Config", group=_PANES, id="run.config"),
+        Binding("5", "pane('answers')", "Answers", group=_PANES, id="run.answers"),
         Binding("left_square_bracket", "step(-1)", "Plot before", key_display="[", show=False, id="run.before"),
         Binding("right_square_bracket", "step(1)", "Next", key_display="]", tooltip="Next plot", id="run.next"),
         Binding("m", "map", "Matrices", tooltip="Importances, or factors on the rate", show=False, id="run.map"),
@@ -88,6 +90,7 @@ class RunScreen(RunsKeys):
         self._plots: dict[str, LinePlot] = {}
         self._tail: RunTail | None = None
         self._drawn_importance: object = None
+        self._knows_answers = False
         self._yaml = Static(id="yaml")
 
     def compose(self) -> ComposeResult:
@@ -105,6 +108,8 @@ class RunScreen(RunsKeys):
                 yield EventLog(id="log")
             with VerticalScroll(id="config", can_focus=True):
                 yield self._yaml
+            with VerticalScroll(id="answers", can_focus=True):
+                yield Lines(id="said")
         yield Footer(show_command_palette=False, compact=True)
 
     def on_mount(self) -> None:
@@ -171,6 +176,7 @@ class RunScreen(RunsKeys):
         self._draw_importance(tail)
         self.query_one(SystemPanel).show(tail.series)
         self._draw_schedule(tail)
+        self._draw_answers(tail)
         self.query_one(EventLog).show(tail.notable)
 
     def _draw_title(self) -> None:
@@ -180,6 +186,17 @@ class RunScreen(RunsKeys):
         panel, text = self.query_one("#schedule", Lines), forecast_band.summary(tail)
         panel.display = bool(text)
         panel.show(text)
+
+    def _draw_answers(self, tail: RunTail) -> None:
+        self.query_one("#said", Lines).show(answers_text(tail.example, tail.answers))
+        if self.has_answers != self._knows_answers:
+            self._knows_answers = self.has_answers
+            self.refresh_bindings()
+
+    @property
+    def has_answers(self) -> bool:
+        """A language model's run, which tells what it is trained on and what it answers."""
+        return self._tail is not None and bool(self._tail.answers or self._tail.example)
 
     def _draw_plots(self, tail: RunTail) -> None:
         self._add_plots(tail)
@@ -290,10 +307,10 @@ class RunScreen(RunsKeys):
     def action_pane(self, pane: str) -> None:
         self.minimize()
         self.pane = pane
-        for name in ("curves", "importance", "events", "config"):
+        for name in ("curves", "importance", "events", "config", "answers"):
             self.set_class(name == pane, f"-{name}")
         focus = {"curves": f"#{self._plots[self.shown_plots()[0]].id}", "importance": "#heatmap", "events": "#log"}
-        self.query_one(focus.get(pane, "#config")).focus()
+        self.query_one(focus.get(pane, f"#{pane}")).focus()
         self.draw()
 
     def action_step(self, by: int) -> None:
@@ -323,7 +340,9 @@ class RunScreen(RunsKeys):
         self._draw_importance(self._tail)
 
     def check_action(self, action: str, parameters: tuple[object, ...]) -> bool | None:
-        """Parts have a key where there are any."""
+        """Parts and answers have a key where there are any."""
+        if action == "pane" and parameters == ("answers",):
+            return self.has_answers
         return bool(self._tail is not None and self._tail.parts) if action == "parts" else True
 
     def action_parts(self) -> None:

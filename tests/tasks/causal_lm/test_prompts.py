@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 from fastpeft.config.schema import DatasetConfig
 from fastpeft.data.batches import IGNORE, Batches, evaluation_batches, micro_batches
 from fastpeft.errors import UserError
-from fastpeft.tasks.causal_lm.prompts import collate_prompts, writes_start
+from fastpeft.tasks.causal_lm.labelled_rows import collate_labelled
+from fastpeft.tasks.causal_lm.prompts import writes_start
 from fastpeft.tasks.math_word_problems.reading import Problems
 from tests.support.problem_runs import encode_problems
 from tests.support.tiny import causal_model
@@ -78,7 +79,7 @@ def test_labels_are_the_next_tokens_of_the_answer(draw, num_rows, special):
     problems = some_problems(rng, num_rows)
     encoded = encode_problems(problems, tokenizer(special), PROMPT, 512)
     rows = rng.permutation(num_rows)[: rng.integers(1, num_rows + 1)]
-    batch = collate_prompts(encoded, rows, CPU)
+    batch = collate_labelled(encoded, rows, CPU)
     tokens, labels = batch.inputs["input_ids"], batch.labels
     assert set(batch.inputs) == {"input_ids"}
     assert tokens.shape == labels.shape == (len(rows), encoded.widths[rows].max())
@@ -100,7 +101,7 @@ def test_the_loss_is_that_of_transformers_own_shift(seed):
     """Which gets labels in place, shifts them itself and takes its loss in fp32."""
     problems = some_problems(np.random.default_rng(seed), 6, longest=8)
     encoded = encode_problems(problems, tokenizer(), PROMPT, 128)
-    batch = collate_prompts(encoded, np.arange(6), CPU)
+    batch = collate_labelled(encoded, np.arange(6), CPU)
     model = causal_model(vocab_size=300, max_position_embeddings=128).double().eval()
     in_place = batch.inputs["input_ids"].clone()
     for i in range(6):
@@ -119,7 +120,7 @@ def test_batches_take_word_problems(seed):
     assert sorted(np.concatenate(order)) == list(range(70))
     parts = [part for rows in order for part in micro_batches(encoded, rows, 400)]
     for part in [*parts, *evaluation_batches(encoded, 400)]:
-        shape = collate_prompts(encoded, part, CPU).labels.shape
+        shape = collate_labelled(encoded, part, CPU).labels.shape
         assert len(part) == 1 or shape[0] * shape[1] <= 400
 
 
@@ -169,7 +170,7 @@ def test_evaluation_keeps_every_row_and_names_those_without_room():
         f"2 prompts leave no room for an answer in {limit} tokens and count as wrong: row 3 ({limit} tokens), "
         f"row 4 ({limit + 88} tokens)",
     )
-    batch = collate_prompts(encoded, np.arange(4), CPU)
+    batch = collate_labelled(encoded, np.arange(4), CPU)
     assert len(batch.rows) == 11
 
 
@@ -211,7 +212,7 @@ def test_a_tokenizer_without_padding_or_end():
     unpadded.pad_token = None
     encoded = encode_problems(Problems(["q", "qqq"], ["#### 1"] * 2), unpadded, PROMPT, 64)
     assert encoded.pad_token == END
-    batch = collate_prompts(encoded, np.arange(2), CPU)
+    batch = collate_labelled(encoded, np.arange(2), CPU)
     short, real = batch.inputs["input_ids"][0], int(encoded.lengths[0])
     assert short[:real].tolist() == encoded.tokens[:real].tolist()
     assert set(short[real:].tolist()) == {END}

@@ -10,17 +10,12 @@ import pytest
 from torch import nn
 
 from fastpeft.models.merge import Merged
+from fastpeft.tasks.causal_lm import answering as module
+from fastpeft.tasks.causal_lm.answering import Decoding, Sampling, expected_decode_s, largest_batch
 from fastpeft.tasks.causal_lm.generate import CHECK_EVERY, Answer, Decoded
 from fastpeft.tasks.causal_lm.prompts import EncodedPrompts
-from fastpeft.tasks.math_word_problems import exact_match as module
-from fastpeft.tasks.math_word_problems.exact_match import (
-    Decoding,
-    ProblemSet,
-    Sampling,
-    expected_decode_s,
-    largest_batch,
-    score_problems,
-)
+from fastpeft.tasks.math_word_problems.calculator import evaluate
+from fastpeft.tasks.math_word_problems.exact_match import ProblemSet, score_problems
 from fastpeft.tasks.math_word_problems.reading import Problems
 
 EOS = 0
@@ -51,7 +46,7 @@ def problem_set(references: list[str], unusable: tuple[int, ...] = (), lengths: 
 
 
 def decoding(**more) -> Decoding:
-    return Decoding(Characters(), (EOS,), **{"max_new_tokens": 40, "calculator": False} | more)
+    return Decoding(Characters(), (EOS,), **{"max_new_tokens": 40} | more)
 
 
 @pytest.fixture
@@ -140,7 +135,7 @@ def test_a_stop_gives_no_score(stopped_at: int, monkeypatch: pytest.MonkeyPatch)
 @pytest.mark.parametrize("calculator", [True, False])
 def test_the_calculator_is_on_where_it_is_asked_for(calculator: bool, writes) -> None:
     calls = writes([("#### 1", True)])
-    score_problems(nn.Identity(), problem_set(["#### 1"]), decoding(calculator=calculator), 10)
+    score_problems(nn.Identity(), problem_set(["#### 1"]), decoding(complete=evaluate if calculator else None), 10)
     assert (calls[0]["complete"] is not None, calls[0]["tokenizer"] is not None) == (calculator, calculator)
     if calculator:
         assert calls[0]["complete"]("6*7") == "42"
@@ -179,16 +174,16 @@ def simulated(monkeypatch: pytest.MonkeyPatch) -> list[dict]:
 @pytest.mark.parametrize(("max_tokens", "batches"), [(10**6, 1), (1, 5)])
 def test_expects_every_step_of_every_batch(most: int, max_tokens: int, batches: int, simulated: list[dict]) -> None:
     some = problem_set(["#### 1"] * 5, lengths=[3, 30, 9, 17, 24])
-    found = expected_decode_s(nn.Linear(1, 1), some, decoding(max_new_tokens=most), max_tokens)
+    found = expected_decode_s(nn.Linear(1, 1), some.encoded, decoding(max_new_tokens=most), max_tokens)
     assert found == pytest.approx(MERGE_S + batches * (PREFILL_S + most * STEP_S))
     assert len(simulated) == 2
-    rows, width = largest_batch(some, decoding(max_new_tokens=most), max_tokens)
+    rows, width = largest_batch(some.encoded, decoding(max_new_tokens=most), max_tokens)
     assert simulated[1] == {"rows": rows, "max_tokens": rows * width}
     assert rows == 5 // batches
 
 
 def test_problems_without_room_are_not_reckoned_with(simulated: list[dict]) -> None:
     some = problem_set(["#### 1"] * 3, unusable=(1,), lengths=[3, 900, 9])
-    assert largest_batch(some, decoding(), 10**6) == (2, 16 + 40)
-    expected_decode_s(nn.Linear(1, 1), some, decoding(), 10**6)
+    assert largest_batch(some.encoded, decoding(), 10**6) == (2, 16 + 40)
+    expected_decode_s(nn.Linear(1, 1), some.encoded, decoding(), 10**6)
     assert simulated[1]["rows"] == 2

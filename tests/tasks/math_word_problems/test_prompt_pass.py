@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from fastpeft.tasks.causal_lm import decode_batches
-from fastpeft.tasks.math_word_problems.exact_match import reads_references
+from fastpeft.tasks.causal_lm.answering import reads_references
 from fastpeft.tasks.math_word_problems.task import MathWordProblems
 from fastpeft.trainer.build import Job, build_job
 from tests.support.every_kind import run_of_kind
@@ -23,7 +23,7 @@ def both(job: Job) -> tuple[float, float]:
     """(by the prompts' pass, by the loss's own)."""
     task, model = job.task, job.adapter.model
     assert isinstance(task, MathWordProblems)
-    assert reads_references(task._validation, task._plain), "or there is nothing to compare"
+    assert reads_references(task.validation, task._plain), "or there is nothing to compare"
     score = task.evaluate(model, job.limits, lambda: False, None)
     mean = task.answer_loss.mean(model, task.validation, job.limits, lambda: False)
     assert score is not None

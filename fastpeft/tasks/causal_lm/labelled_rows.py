@@ -1,0 +1,60 @@
+"""Rows of a language model of which some tokens are predicted, and their batches.
+
+Shapes: N rows, L tokens of the longest row of a batch.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from fastpeft.data.batches import IGNORE, Batch, TokenRows, move
+
+
+@dataclass(frozen=True, kw_only=True)
+class LabelledRows(TokenRows, ABC):
+    """Of each row some tokens have a label: they are predicted from those before them. The others are read."""
+
+    positions: np.ndarray | None = None
+    """Of each token, where rows hold several texts: its place in its own. Else None."""
+
+    @property
+    @abstractmethod
+    def num_labelled(self) -> np.ndarray:
+        """Tokens to predict, of each row."""
+
+    @abstractmethod
+    def places(self, row: int) -> np.ndarray:
+        """Which of the row's tokens are predicted, counted from its first, in order. The first is none of them."""
+
+
+def collate_labelled(encoded: LabelledRows, rows: np.ndarray, device: torch.device) -> Batch:
+    """Pad `rows` on the right to the longest of them and move them to `device`, without waiting for it.
+
+    labels[i, t] is the token after position t of row i, if that has a label; so a prompt's last position predicts the
+    answer's first token. There is no attention mask: a causal model sees nothing of what follows.
+    """
+    width = int(encoded.widths[rows].max())
+    tokens = np.full((len(rows), width), encoded.pad_token, dtype=np.int64)
+    labels = np.full((len(rows), width), IGNORE, dtype=np.int64)
+    for i, row in enumerate(rows):
+        own, places = encoded.tokens[encoded.offsets[row] : encoded.offsets[row + 1]], encoded.places(row)
+        tokens[i, : len(own)] = own
+        labels[i, places - 1] = own[places]
+    inputs = {"input_ids": move(tokens, device)}
+    if encoded.positions is not None:
+        inputs["position_ids"] = move(_positions(encoded, encoded.positions, rows, width), device)
+    labelled = np.flatnonzero(labels != IGNORE)
+    return Batch(inputs, move(labels, device), int(encoded.lengths[rows].sum()), move(labelled, device))
+
+
+def _positions(encoded: LabelledRows, positions: np.ndarray, rows: np.ndarray, width: int) -> np.ndarray:
+    """N x L int64; padding is a text of its own."""
+    found = np.zeros((len(rows), width), dtype=np.int64)
+    for i, row in enumerate(rows):
+        own = positions[encoded.offsets[row] : encoded.offsets[row + 1]]
+        found[i, : len(own)], found[i, len(own) :] = own, np.arange(width - len(own))
+    return found

@@ -1,0 +1,1 @@
+"""Conversations and instructions: a language model learns what the assistant says."""

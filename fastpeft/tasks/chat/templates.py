@@ -1,0 +1,174 @@
+"""Chat templates: the model's own, one of ours by name, or a Jinja file. transformers' sandbox renders them."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from fastpeft.data.text_files import read_text
+from fastpeft.errors import UserError, first_line
+from fastpeft.tasks.chat.conversations import RowFault
+
+FILE = "chat_template.jinja"
+"""As transformers names it beside a tokenizer's other files."""
+
+_MARK = re.compile(r"\{%-?\s*generation\s*-?%\}")
+_CHATML = """\
+{%- if tools %}{{ '<|im_start|>system\\n' }}
+{%- if messages and messages[0].role == 'system' %}{{ messages[0].content + '\\n\\n' }}{% endif %}
+{{- 'Tools that may be called, as JSON:\\n' }}
+{%- for tool in tools %}{{ tool | tojson + '\\n' }}{% endfor %}
+{{- 'A call is <tool_call>\\n{"name": ..., "arguments": ...}\\n</tool_call><|im_end|>\\n' }}{% endif %}
+{%- for message in messages %}
+{%- if not (tools and loop.first and message.role == 'system') %}
+{{- '<|im_start|>' + message.role + '\\n' + message.content }}
+{%- for call in message.tool_calls or [] %}
+{{- ('\\n' if message.content or not loop.first else '') + '<tool_call>\\n' }}
+{{- call.function | tojson + '\\n</tool_call>' }}{% endfor %}
+{{- '<|im_end|>\\n' }}{% endif %}
+{%- endfor %}
+{%- if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"""
+_ALPACA = """\
+{%- for message in messages %}
+{%- if message.role == 'system' %}{{ message.content + '\\n\\n' }}
+{%- elif message.role == 'user' %}
+{%- if loop.first %}{{ 'Below is an instruction that describes a task' }}
+{{- ', paired with an input that provides further context' if message.input }}
+{{- '. Write a response that appropriately completes the request.\\n\\n' }}{% endif %}
+{{- '### Instruction:\\n' + (message.instruction or message.content) + '\\n\\n' }}
+{{- '### Input:\\n' + message.input + '\\n\\n' if message.input }}
+{%- elif message.role == 'assistant' %}{{ '### Response:\\n' + message.content + eos_token + '\\n\\n' }}
+{%- else %}{{ raise_exception('the template alpaca has no role ' + message.role) }}{% endif %}
+{%- endfor %}
+{%- if add_generation_prompt %}{{ '### Response:\\n' }}{% endif %}"""
+_PLAIN = """\
+{%- for message in messages %}
+{{- message.content + (eos_token if message.role == 'assistant' else '') + '\\n' }}
+{%- endfor %}"""
+NAMED: Mapping[str, str] = {"chatml": _CHATML, "alpaca": _ALPACA, "plain": _PLAIN}
+_CHATML_TOKENS = ("<|im_start|>", "<|im_end|>")
+
+
+class ChatTemplate:
+    """With the tokenizer whose special tokens it writes."""
+
+    def __init__(self, text: str, tokenizer: Any, source: str) -> None:
+        self.text, self.tokenizer, self.source = text, tokenizer, source
+        self.has_marks = _MARK.search(text) is not None
+        """It says itself what the assistant generates."""
+        added = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
+        self.ends = sorted(added | set(tokenizer.all_special_tokens), key=len, reverse=True)
+        """Tokens that may end an answer, as texts, longest first."""
+        self._may_end = re.compile(f"[{re.escape(''.join({token[0] for token in self.ends}))}]") if self.ends else None
+
+    def __str__(self) -> str:
+        return f"the chat template of {self.source}"
+
+    def first_end(self, text: str) -> str | None:
+        """A token of `ends` that the text holds. Most texts hold none of the characters that such tokens begin with."""
+        if self._may_end is None or self._may_end.search(text) is None:
+            return None
+        return next((token for token in self.ends if token in text), None)
+
+    @property
+    def notes(self) -> list[str]:
+        if "strftime_now" not in self.text:
+            return []
+        return [f"{self} writes today's date into its prompts: a run of another day reads another text"]
+
+    def render(
+        self, messages: Sequence[dict[str, Any]], tools: Sequence[dict[str, Any]] = (), prompt: bool = False
+    ) -> tuple[str, list[tuple[int, int]]]:
+        """(text, where in it stands what the assistant generates: empty without marks).
+
+        Args:
+            prompt: for the assistant to go on from.
+
+        Raises:
+            RowFault: what the template raises.
+        """
+        from transformers.utils.chat_template_utils import render_jinja_template
+
+        try:
+            found: Any = render_jinja_template(
+                conversations=[list(messages)],
+                tools=list(tools) or None,
+                chat_template=self.text,
+                return_assistant_tokens_mask=self.has_marks,
+                add_generation_prompt=prompt,
+                **self.tokenizer.special_tokens_map,
+            )
+        except Exception as error:  # of Jinja, of the template's own, and of what it does to the row's values
+            raise RowFault(f"{self} refuses it: {first_line(error) or type(error).__name__}") from error
+        texts, marks = found
+        return texts[0], marks[0] if marks else []
+
+
+def choose_template(setting: str | None, tokenizer: Any, model: str) -> ChatTemplate:
+    """As dataset.template says; the tokenizer's own where it says nothing.
+
+    Raises:
+        UserError: there is none, no such file, or one that this tokenizer has no tokens for.
+    """
+    if setting is None:
+        own = tokenizer.chat_template
+        if own is None:
+            raise UserError(
+                f"model {model} has no chat template: set dataset.template to one of {', '.join(NAMED)}, or to a Jinja "
+                "file"
+            )
+        text, source = own["default"] if isinstance(own, dict) else own, f"model {model}"
+    elif setting in NAMED:
+        text, source = _begun(NAMED[setting], tokenizer), f"dataset.template={setting}"
+        _check_tokens(setting, tokenizer, model)
+    else:
+        path = Path(setting).expanduser()
+        if not path.is_file():
+            raise UserError(
+                f"dataset.template {setting}: is none of {', '.join(NAMED)}, and there is no such file. Leave it out "
+                "to take the model's own"
+            )
+        text, source = read_text(path)[0], str(path)
+    return checked(ChatTemplate(text, tokenizer, source))
+
+
+def template_file(setting: str | None) -> tuple[str, ...]:
+    """Text of the file that dataset.template names; empty where it names none."""
+    path = None if setting is None or setting in NAMED else Path(setting).expanduser()
+    return (read_text(path)[0],) if path is not None and path.is_file() else ()
+
+
+def checked(template: ChatTemplate) -> ChatTemplate:
+    """Raises UserError for what is no Jinja."""
+    from jinja2 import TemplateSyntaxError
+
+    try:
+        template.render([{"role": "user", "content": "a"}])
+    except RowFault as error:  # what it makes of such a row is its own affair
+        if isinstance(error.__cause__, TemplateSyntaxError):
+            line = error.__cause__.lineno
+            raise UserError(f"{template.source}: line {line} is no chat template: {error.__cause__}") from None
+    return template
+
+
+def _check_tokens(name: str, tokenizer: Any, model: str) -> None:
+    if name != "chatml":
+        if tokenizer.eos_token is None:
+            raise UserError(f"dataset.template {name}: model {model} has no end-of-text token, which ends its answers")
+        return
+    known = tokenizer.get_vocab()
+    lacking = [token for token in _CHATML_TOKENS if token not in known]
+    if lacking:
+        raise UserError(
+            f"dataset.template {name}: model {model} has no token {' and '.join(lacking)}, so that no answer would "
+            "end. alpaca and plain end answers by the end of text"
+        )
+
+
+def _begun(text: str, tokenizer: Any) -> str:
+    """Behind the token that the tokenizer puts before any text."""
+    first = tokenizer("a", return_attention_mask=False)["input_ids"][:1]
+    begins = tokenizer.bos_token_id is not None and first == [tokenizer.bos_token_id]
+    return "{{- bos_token }}" + text if begins else text
