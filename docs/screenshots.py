@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -16,6 +17,8 @@ RUNS = (
     ("lora", ["--run", "lora_mnli", "--seeds", "0,1", "--budget", "600steps"]),
     ("iwlora", ["--run", "iwlora_mnli", "--seeds", "0,1", "--budget", "600steps", "regulariser.online=true"]),
 )
+FETCHED_FONT = re.compile(r',\s*url\("https?://[^"]*"\) format\("woff2?"\)')
+"""Rich names a font on a server; a reader without it gets the monospace font of the system."""
 SHOTS = {
     "tui-runs": ((100, 24), ["down"]),
     "tui-run": ((150, 44), ["down", "enter"]),
@@ -32,7 +35,7 @@ def main() -> None:
             subprocess.run(command, check=True)
         for name, (size, keys) in SHOTS.items():
             svg = asyncio.run(shoot(size, keys))
-            (HERE / f"{name}.svg").write_text(svg)
+            (HERE / f"{name}.svg").write_text(FETCHED_FONT.sub("", svg))
             print(f"written docs/{name}.svg")
 
 
