@@ -72,6 +72,10 @@ def test_output_and_gradients(lengths, buckets, seed):
     compare(Inputs.of(seed, lengths, buckets=buckets))
 
 
+def test_rows_of_the_tables_that_no_distance_reads(seed):
+    compare(Inputs.of(seed, [6, 9], rows=[0, 0, 0, 0, 1, 3, 4, 5, 6, 7, 8, 9, 12, 12, 12, 14, 14]))
+
+
 @pytest.mark.parametrize(("keys", "queries"), [(False, False), (True, False), (False, True)])
 def test_a_part_of_the_positions(keys, queries, seed):
     compare(Inputs.of(seed, [7, 12], keys=keys, queries=queries))
@@ -193,13 +197,12 @@ def test_shapes_that_do_not_fit_are_named(seed):
             inputs.query, inputs.key, inputs.value[1:], inputs.position_keys[1:], None, inputs.distances, 0.3,
             inputs.cu_seqlens,
         )  # fmt: skip
+    few, tables = Distances.of(range(5), 3), (inputs.position_keys[:5], None)
     with pytest.raises(ValueError, match="queries 0 to 5 and keys 0 to 5; the distances are of 3 and 3 at most"):
-        few = Distances.of(range(5), 3)
-        tables = inputs.position_keys[:5], None
         disentangled_attention(inputs.query, inputs.key, inputs.value, *tables, few, 0.3, inputs.cu_seqlens)
 
 
-@pytest.mark.parametrize("rows", [[1, 2], [0, 2], [0, 1, 0]])
+@pytest.mark.parametrize("rows", [[], [1, 2], [0, 1, 0]])
 def test_distances_ascend_from_zero(rows):
     with pytest.raises(ValueError, match="expected a row for each distance"):
         Distances.of(rows, 1)

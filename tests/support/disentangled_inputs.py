@@ -50,6 +50,7 @@ class Inputs:
         lengths: Sequence[int],
         *,
         buckets: int = -1,
+        rows: list[int] | None = None,
         keys: bool = True,
         queries: bool = True,
         mask: torch.Tensor | None = None,
@@ -68,7 +69,7 @@ class Inputs:
             return x.to(device, dtype).requires_grad_()
 
         longest = max(lengths)
-        rows = bucket_rows(longest, buckets, 64, 64 if buckets < 0 else buckets)
+        rows = rows or bucket_rows(longest, buckets, 64, 64 if buckets < 0 else buckets)
         rows = [row - rows[0] for row in rows]
         seen = rows if asked is None else rows[: longest + asked - 1]
         num_queries = sum(lengths) if asked is None else sum(min(length, asked) for length in lengths)
@@ -109,11 +110,8 @@ class Inputs:
 
     def expected(self, *, dropout: float = 0.0, keep: torch.Tensor | None = None) -> torch.Tensor:
         """In float64, of what these tensors hold."""
-        query, key, value, *tables = (
-            None if x is None else x.double()
-            for x in (self.query, self.key, self.value, self.position_keys, self.position_queries)
-        )
-        assert query is not None and key is not None and value is not None
+        query, key, value = (x.double() for x in (self.query, self.key, self.value))
+        tables = [None if x is None else x.double() for x in (self.position_keys, self.position_queries)]
         num_tokens, starts = sum(self.lengths), self._ends(self.lengths).tolist()
         asking = torch.tensor(
             [start + i for start, num in zip(starts, self.num_asked) for i in range(num)], dtype=torch.int64

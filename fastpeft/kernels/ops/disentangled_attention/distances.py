@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -21,29 +22,26 @@ class Distances:
     """int32: the distances of row r are those from starts[r] up to, not with, starts[r + 1]."""
     max_queries: int
     max_keys: int
+    one_each: bool
+    """Distance and row are the same, counted from the first."""
 
     @property
     def num_rows(self) -> int:
         return self.starts_R1.numel() - 1
-
-    @property
-    def one_each(self) -> bool:
-        """No two distances share a row."""
-        return self.num_rows == self.rows_P.numel()
 
     @staticmethod
     def of(rows: Sequence[int], max_keys: int, device: torch.device | str = "cpu") -> Distances:
         """`rows` holds one row for each distance.
 
         Raises:
-            ValueError: there are fewer distances than keys, or the rows do not ascend from 0 without a gap.
+            ValueError: there are fewer distances than keys, or the rows do not begin at 0, or descend.
         """
-        steps = {after - before for before, after in zip(rows, rows[1:])}
-        if not 1 <= max_keys <= len(rows) or rows[0] != 0 or not steps <= {0, 1}:
+        if not 1 <= max_keys <= len(rows) or rows[0] != 0 or list(rows) != sorted(rows):
             raise ValueError(
-                f"Distances: {len(rows)} rows for {max_keys} keys, first {list(rows[:1])}, steps {sorted(steps)}; "
-                "expected a row for each distance, the first 0 and each the same as the one before it or the next"
+                f"Distances: {len(rows)} rows for {max_keys} keys, the first {list(rows[:3])}; expected a row for each "
+                "distance, from 0 up"
             )
-        starts = [place for place, row in enumerate(rows) if not place or row != rows[place - 1]]
-        rows_P, starts_R1 = (torch.tensor(x, dtype=torch.int32, device=device) for x in (rows, [*starts, len(rows)]))
-        return Distances(rows_P, starts_R1, len(rows) - max_keys + 1, max_keys)
+        starts = [bisect_left(rows, row) for row in range(rows[-1] + 2)]
+        rows_P, starts_R1 = (torch.tensor(x, dtype=torch.int32, device=device) for x in (list(rows), starts))
+        one_each = list(rows) == list(range(len(rows)))
+        return Distances(rows_P, starts_R1, len(rows) - max_keys + 1, max_keys, one_each)
