@@ -15,7 +15,7 @@ LENGTHS = {
     "one token": [1],
     "equal": [8, 8, 8],
     "nearly equal": [17, 16, 15, 17],
-    "one long among short": [3, 40, 2, 5],
+    "one long among short": [3, 20, 2],
     "empty rows": [0, 7, 0, 0, 9, 0],
 }
 HEADS, WIDTH, SCALE = 2, 8, 0.3
