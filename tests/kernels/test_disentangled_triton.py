@@ -10,7 +10,6 @@ import torch
 from fastpeft.kernels.dropout import dropout_mask
 from fastpeft.kernels.launch import LAUNCHES
 from fastpeft.kernels.ops.disentangled_attention import launches
-from fastpeft.kernels.ops.disentangled_attention.launches import Tiles
 from fastpeft.kernels.ops.disentangled_attention.op import disentangled_attention
 from tests.support.closeness import relative_error
 from tests.support.disentangled_inputs import HEADS, LENGTHS, SCALE, Inputs, gradients
@@ -22,7 +21,7 @@ BOUND = {torch.float32: 1e-5, torch.bfloat16: 2e-2}
 @pytest.fixture
 def small_tiles(monkeypatch):
     """So that short rows have several."""
-    monkeypatch.setattr(launches, "tiles", lambda length, width, dtype: Tiles(16, 4, 1))
+    monkeypatch.setattr(launches, "block", lambda length, dtype: 16)
 
 
 def compare(inputs: Inputs, dropout: float = 0.0) -> tuple[torch.Tensor, ...]:

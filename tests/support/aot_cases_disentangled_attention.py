@@ -11,7 +11,7 @@ from fastpeft.kernels.ops.disentangled_attention.kernel import (
     query_gradients_kernel,
     sum_positions_kernel,
 )
-from fastpeft.kernels.ops.disentangled_attention.launches import MOST_SPLITS, tiles
+from fastpeft.kernels.ops.disentangled_attention.launches import BAND_BLOCK, MOST_SPLITS, NUM_WARPS, block
 from tests.support.aot import Case
 
 DTYPES = {torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32"}
@@ -23,10 +23,10 @@ STRIDES = ("stride_q", "stride_k", "stride_v", "stride")
 ATTENTION = attend_kernel, query_gradients_kernel, key_gradients_kernel, position_gradients_kernel
 
 
-def case(kernel, dtype: torch.dtype, length: int, width: int, **choices: bool) -> Case:
-    tile = tiles(length, width, dtype)
-    constants = {"C2P": True, "P2C": True, "HAS_MASK": False, "DROPOUT": True} | choices
-    constants |= {"BLOCK": tile.block, "D": width, "BLOCK_D": max(16, width), "SPLITS": MOST_SPLITS}
+def case(kernel, dtype: torch.dtype, length: int = 128, width: int = 64, **choices: bool) -> Case:
+    tile = BAND_BLOCK if kernel in (position_gradients_kernel, sum_positions_kernel) else block(length, dtype)
+    constants = {"C2P": True, "P2C": True, "HAS_MASK": True, "DROPOUT": True} | choices
+    constants |= {"BLOCK": tile, "D": width, "BLOCK_D": max(16, width), "SPLITS": MOST_SPLITS}
     constants["PRECISION"] = "tf32x3" if dtype == torch.float32 else "tf32"
     constants = {name: value for name, value in constants.items() if name in kernel.arg_names}
     signature = {
@@ -35,17 +35,16 @@ def case(kernel, dtype: torch.dtype, length: int, width: int, **choices: bool) -
         if name not in constants
     }
     aligned = tuple(name for name in STRIDES if name in signature)
-    attends = kernel in ATTENTION
-    return Case(kernel, signature, constants, tile.num_warps, tile.num_stages, aligned, tensor_cores=attends)
+    return Case(kernel, signature, constants, NUM_WARPS, 1, aligned, tensor_cores=kernel in ATTENTION)
 
 
 def cases(every: bool) -> list[Case]:
+    """All choices on, which takes the most registers; all combinations only where `every` one is wanted."""
     kernels = *ATTENTION, sum_positions_kernel
-    found = [case(kernel, torch.bfloat16, 128, 64) for kernel in kernels]
+    found = [case(kernel, torch.bfloat16) for kernel in kernels]
     if every:
-        for dtype in DTYPES:
-            for length, width in ((16, 64), (32, 64), (64, 64), (128, 64), (128, 32), (128, 128)):
-                found += [case(kernel, dtype, length, width) for kernel in kernels]
-        parts = {"C2P": False}, {"P2C": False}, {"HAS_MASK": True, "DROPOUT": False}
-        found += [case(kernel, torch.bfloat16, 128, 64, **part) for part in parts for kernel in ATTENTION]
+        found += [case(kernel, dtype, length) for dtype in DTYPES for length in (16, 128) for kernel in kernels]
+        found += [case(kernel, torch.bfloat16, width=32) for kernel in kernels]
+        off = {"C2P": False}, {"P2C": False}, {"HAS_MASK": False, "DROPOUT": False}
+        found += [case(kernel, torch.bfloat16, **each) for each in off for kernel in ATTENTION]
     return found

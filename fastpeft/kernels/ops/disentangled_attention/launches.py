@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -19,22 +18,16 @@ from fastpeft.kernels.ops.disentangled_attention.row_plan import Attended
 from fastpeft.kernels.ops.lora_linear.fused import precision
 from fastpeft.kernels.ops.lora_linear.reference import drop_below
 
-PROGRAMS, MOST_SPLITS = 264, 32
-"""Of position_gradients_kernel, two for each multiprocessor of an H100; so many sums of one band at most."""
+PROGRAMS, MOST_SPLITS = 1056, 32
+"""Of position_gradients_kernel, eight for each multiprocessor of an H100; so many sums of one band at most."""
+BAND_BLOCK = 16
+"""Queries and keys of a tile of it: with 32 it would spill registers."""
+NUM_WARPS = 4
 
 
-@dataclass(frozen=True)
-class Tiles:
-    block: int
-    """Queries and keys of a tile."""
-    num_warps: int
-    num_stages: int
-
-
-def tiles(length: int, width: int, dtype: torch.dtype) -> Tiles:
-    """For rows of up to so many tokens; no larger than what compiles without a spill for every GPU (tests/support)."""
-    block = 32 if dtype == torch.float32 or width > 64 else 64
-    return Tiles(min(block, max(16, 1 << (length - 1).bit_length())), 4, 1)
+def block(length: int, dtype: torch.dtype) -> int:
+    """Queries and keys of the other kernels' tiles, for rows of so many tokens: the most that spill no registers."""
+    return 16 if dtype == torch.float32 or length <= 16 else 32
 
 
 class _Call:
@@ -56,8 +49,7 @@ class _Call:
         self.has = {"C2P": tables[0] is not None, "P2C": tables[1] is not None}
         self.tables = [query if x is None else x for x in tables]
         distances = attended.distances
-        self.tiles = tiles(max(distances.max_queries, distances.max_keys), self.width, query.dtype)
-        self.blocks_q, self.blocks_k = (-(-n // self.tiles.block) for n in (distances.max_queries, distances.max_keys))
+        self.block = block(distances.max_keys, query.dtype)
         mask, seed = attended.mask, attended.seed
         rows = attended.cu_queries, attended.cu_seqlens
         self.pointers = [*self.inputs, *self.tables, distances.rows_P, *rows]
@@ -65,28 +57,26 @@ class _Call:
         strides = [x.stride(0) for x in self.inputs]
         self.numbers = [distances.rows_P.numel(), distances.max_keys, *strides, self.num_heads * self.width]
         self.numbers += [self.num_heads, attended.scale, drop_below(attended.dropout), 1 / (1 - attended.dropout)]
-        self.constants: dict[str, Any] = {
-            "BLOCK": self.tiles.block,
-            "D": self.width,
-            "BLOCK_D": max(16, 1 << (self.width - 1).bit_length()),
-            "num_warps": self.tiles.num_warps,
-            "num_stages": self.tiles.num_stages,
-        } | self.has
+        self.constants: dict[str, Any] = {"D": self.width, "BLOCK_D": max(16, 1 << (self.width - 1).bit_length())}
+        self.constants |= self.has | {"num_warps": NUM_WARPS, "num_stages": 1}
         self.choices = {
             "HAS_MASK": mask is not None,
             "DROPOUT": attended.dropout > 0,
             "PRECISION": precision(query.dtype),
         }
 
-    def launch(self, kernel: Any, grid: tuple[int, int, int], *rest: torch.Tensor, more: tuple[int, ...] = ()) -> None:
+    def launch(self, kernel: Any, num_tiles: int, *rest: torch.Tensor) -> None:
+        """A program for each tile of each head and row."""
+        grid = num_tiles, self.num_heads, self.num_rows
         if all(grid):
-            launch(kernel, grid, *self.pointers, *rest, *self.numbers, *more, **self.constants, **self.choices)
+            constants = self.constants | self.choices
+            launch(kernel, grid, *self.pointers, *rest, *self.numbers, BLOCK=self.block, **constants)
 
-    def over_queries(self) -> tuple[int, int, int]:
-        return self.blocks_q, self.num_heads, self.num_rows
+    def over_queries(self, kernel: Any, *rest: torch.Tensor) -> None:
+        self.launch(kernel, -(-self.attended.distances.max_queries // self.block), *rest)
 
-    def over_keys(self) -> tuple[int, int, int]:
-        return self.blocks_k, self.num_heads, self.num_rows
+    def over_keys(self, kernel: Any, *rest: torch.Tensor) -> None:
+        self.launch(kernel, -(-self.attended.distances.max_keys // self.block), *rest)
 
 
 def _by_token(x: torch.Tensor) -> torch.Tensor:
@@ -107,7 +97,7 @@ def forward(
     call = _Call(query, key, value, position_keys, position_queries, attended)
     y = torch.zeros_like(query, memory_format=torch.contiguous_format)
     logsum = query.new_empty(query.shape[:2], dtype=torch.float32)
-    call.launch(attend_kernel, call.over_queries(), y, logsum)
+    call.over_queries(attend_kernel, y, logsum)
     return y, logsum
 
 
@@ -126,8 +116,8 @@ def backward(
     call = _Call(query, key, value, position_keys, position_queries, attended)
     dy, delta = dy.contiguous(), torch.empty_like(logsum)
     dq, dk, dv = (torch.zeros_like(x, memory_format=torch.contiguous_format) for x in (query, key, value))
-    call.launch(query_gradients_kernel, call.over_queries(), y, dy, logsum, delta, dq)
-    call.launch(key_gradients_kernel, call.over_keys(), dy, logsum, delta, dk, dv)
+    call.over_queries(query_gradients_kernel, y, dy, logsum, delta, dq)
+    call.over_keys(key_gradients_kernel, dy, logsum, delta, dk, dv)
     dpk, dpq = (None if x is None else torch.zeros_like(x) for x in (position_keys, position_queries))
     if dpk is not None or dpq is not None:
         _position_gradients(call, dy, logsum, delta, dpk, dpq)
@@ -143,21 +133,26 @@ def _position_gradients(
     dpq: torch.Tensor | None,
 ) -> None:
     """Fills both."""
-    num_diagonals = call.blocks_q + call.blocks_k - 1
-    splits = max(1, min(call.num_rows, MOST_SPLITS, PROGRAMS // (num_diagonals * call.num_heads)))
-    part = dy.new_empty(splits, call.num_heads, num_diagonals, 2, 2 * call.tiles.block, call.width, dtype=torch.float32)
-    numbers = call.num_rows, splits, num_diagonals, call.blocks_k
-    grid = num_diagonals, call.num_heads, splits
-    call.launch(position_gradients_kernel, grid, dy, logsum, delta, part, more=numbers)
     distances = call.attended.distances
+    blocks_q, blocks_k = (-(-num // BAND_BLOCK) for num in (distances.max_queries, distances.max_keys))
+    num_diagonals = blocks_q + blocks_k - 1
+    splits = max(1, min(call.num_rows, MOST_SPLITS, PROGRAMS // (num_diagonals * call.num_heads)))
+    part = dy.new_empty(splits, call.num_heads, num_diagonals, 2, 2 * BAND_BLOCK, call.width, dtype=torch.float32)
+    launch(
+        position_gradients_kernel,
+        (num_diagonals, call.num_heads, splits),
+        *(*call.pointers, dy, logsum, delta, part, *call.numbers, call.num_rows, splits, num_diagonals, blocks_k),
+        BLOCK=BAND_BLOCK,
+        **call.constants,
+        **call.choices,
+    )
     launch(
         sum_positions_kernel,
         (distances.num_rows, call.num_heads),
         *(part, distances.starts_R1, part if dpk is None else dpk, part if dpq is None else dpq),
-        *(distances.max_keys, splits, num_diagonals, call.blocks_k, call.num_heads * call.width, call.num_heads),
+        *(distances.max_keys, splits, num_diagonals, blocks_k, call.num_heads * call.width, call.num_heads),
         call.attended.scale,
-        **{name: call.constants[name] for name in ("BLOCK", "D", "BLOCK_D")},
-        **call.has,
+        BLOCK=BAND_BLOCK,
         SPLITS=1 << (splits - 1).bit_length(),
-        num_warps=4,
+        **call.constants,
     )

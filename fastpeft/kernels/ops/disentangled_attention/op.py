@@ -19,8 +19,8 @@ from fastpeft.kernels.ops.disentangled_attention import row_blocks
 from fastpeft.kernels.ops.disentangled_attention.distances import Distances
 from fastpeft.kernels.ops.disentangled_attention.row_plan import Attended
 
-WIDEST = 128
-"""Features of a head that the Triton kernels take."""
+WIDEST = 64
+"""Features of a head that the Triton kernels take, which every DeBERTa has; of more they would spill registers."""
 
 
 def disentangled_attention(
