@@ -1,17 +1,20 @@
 """DeBERTa's attention: only the distances that a batch has are projected, and no scores of positions are gathered.
 
-Shapes: N rows, T tokens, Q of them asked for, H heads, P = Q + T - 1 distances.
+Shapes: N rows, T tokens, Q of them asked for, H heads, R rows of the table of positions.
 """
 
 from __future__ import annotations
 
 import math
-from typing import Any, cast
+from functools import lru_cache
+from typing import Any, NamedTuple, cast
 
+import numpy as np
 import torch
 from torch import nn
 
-from fastpeft.kernels.ops.attention.op import attention
+from fastpeft.kernels.ops.disentangled_attention.distances import Distances
+from fastpeft.kernels.ops.disentangled_attention.op import disentangled_attention
 from fastpeft.models.fast.swaps import TRIAL_ROWS, Fast, Outputs, noise, with_gradients
 
 _PARTS = {"query_proj", "key_proj", "value_proj", "pos_dropout", "dropout"}
@@ -68,59 +71,68 @@ class DisentangledAttention(Fast):
             return super().forward(
                 hidden_states, attention_mask, output_attentions, query_states, relative_pos, rel_embeddings
             )
-        length = hidden_states.shape[1]
+        num_rows, length = hidden_states.shape[:2]
         asked = length if num_queries is None else num_queries
+        band = self._band(asked, length, hidden_states.device)
         query = self.query_proj(hidden_states if asked == length else hidden_states[:, :asked])
         key, value = self.key_proj(hidden_states), self.value_proj(hidden_states)
-        position_keys, position_queries = self._positions(asked, length, rel_embeddings)
+        position_keys, position_queries = self._positions(rel_embeddings[band.first : band.end])
         parts = 1 + ("c2p" in self.pos_att_type) + ("p2c" in self.pos_att_type)
-        padding = attention_mask.diagonal(dim1=-2, dim2=-1)[:, :, None, :] == 0
-        bias = torch.zeros(padding.shape, dtype=query.dtype, device=query.device)
-        bias.masked_fill_(padding, torch.finfo(query.dtype).min)
-        y = attention(
-            self._heads(query),
-            self._heads(key),
-            self._heads(value),
-            1 / math.sqrt(query.shape[-1] // self.num_attention_heads * parts),
-            bias,
+        y = disentangled_attention(
+            *(self._heads(x).flatten(0, 1) for x in (query, key, value)),
             position_keys,
             position_queries,
+            band.distances,
+            1 / math.sqrt(query.shape[-1] // self.num_attention_heads * parts),
+            _ends(num_rows, length, key.device),
+            cu_queries=_ends(num_rows, asked, key.device),
+            mask=attention_mask.diagonal(dim1=-2, dim2=-1).flatten() != 0,
             dropout=self.dropout.p if self.training else 0.0,
         )
-        return y.flatten(2), None
+        return y.view(num_rows, asked, -1), None
 
     def _heads(self, x: torch.Tensor) -> torch.Tensor:
         return x.view(*x.shape[:-1], self.num_attention_heads, -1)
 
-    def _positions(
-        self, asked: int, length: int, rel_embeddings: torch.Tensor
-    ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-        """(P, H, D) of the distances i - j, from i = Q - 1 down for the keys' table, up for the queries'."""
-        rows_P = self._table_rows(asked, length)
-        first, last = int(rows_P[0]), int(rows_P[-1])
-        band = self.pos_dropout(rel_embeddings[first : last + 1]).unsqueeze(0)
-        queries = keys = None
+    def _positions(self, table_RD: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+        """(R, H, D) of keys and of queries."""
+        band = self.pos_dropout(table_RD).unsqueeze(0)
+        keys = queries = None
         if "p2c" in self.pos_att_type:
             project = self.query_proj if self.share_att_key else cast(Any, self).pos_query_proj
             queries = self._heads(project(band)[0])
         if "c2p" in self.pos_att_type:
             project = self.key_proj if self.share_att_key else cast(Any, self).pos_key_proj
             keys = self._heads(project(band)[0])
-        if last - first + 1 != len(rows_P):  # far distances share rows
-            index_P = torch.from_numpy(rows_P - first).to(band.device)
-            queries, keys = (None if x is None else x.index_select(0, index_P) for x in (queries, keys))
-        return None if keys is None else keys.flip(0), queries
+        return keys, queries
 
-    def _table_rows(self, asked: int, length: int) -> Any:
-        """Of the distances i - j from 1 - T to Q - 1, ascending; on the host."""
-        import numpy as np
+    def _band(self, asked: int, length: int, device: torch.device) -> Band:
+        return _band(asked, length, self.position_buckets, self.max_relative_positions, self.pos_ebd_size, device)
 
-        distances_P = np.arange(1 - length, asked)
-        buckets, furthest = self.position_buckets, self.max_relative_positions
-        if buckets > 0 and furthest > 0:
-            middle = buckets // 2
-            size = np.maximum(np.abs(distances_P), 1)
-            far = np.ceil(np.log(size / middle) / np.log((furthest - 1) / middle) * (middle - 1)) + middle
-            distances_P = np.where(size <= middle, distances_P, far * np.sign(distances_P)).astype(np.int64)
-        span = self.pos_ebd_size
-        return np.clip(distances_P + span, 0, 2 * span - 1)
+
+class Band(NamedTuple):
+    """The rows of the table of positions that the distances of a batch read."""
+
+    first: int
+    end: int
+    distances: Distances
+
+
+@lru_cache(maxsize=256)
+def _band(asked: int, length: int, buckets: int, furthest: int, span: int, device: torch.device) -> Band:
+    """Of the distances i - j from 1 - T to Q - 1, as transformers' make_log_bucket_position has them."""
+    distances_P = np.arange(1 - length, asked)
+    if buckets > 0 and furthest > 0:
+        middle = buckets // 2
+        size = np.maximum(np.abs(distances_P), 1)
+        far = np.ceil(np.log(size / middle) / np.log((furthest - 1) / middle) * (middle - 1)) + middle
+        distances_P = np.where(size <= middle, distances_P, far * np.sign(distances_P)).astype(np.int64)
+    rows_P = np.clip(distances_P + span, 0, 2 * span - 1)
+    first, last = int(rows_P[0]), int(rows_P[-1])
+    return Band(first, last + 1, Distances.of((rows_P - first).tolist(), length, device))
+
+
+@lru_cache(maxsize=256)
+def _ends(num_rows: int, length: int, device: torch.device) -> torch.Tensor:
+    """cu_seqlens of rows of this length each."""
+    return torch.arange(num_rows + 1, dtype=torch.int32, device=device) * length

@@ -1,0 +1,125 @@
+"""disentangled_attention: DeBERTa's attention over rows of tokens of any length, without padding.
+
+A Triton kernel on a GPU (launches.py), else PyTorch over blocks of rows, heads and queries (row_blocks.py). Neither
+holds a tensor of tokens x positions or of all weights: backward makes the weights and dropout's mask again.
+
+Shape suffixes: N rows, T tokens of all rows, H heads, D features of a head, P distances, R rows of a position table.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from fastpeft.kernels.dispatch import runs_triton
+from fastpeft.kernels.dropout import draw_seed
+from fastpeft.kernels.launch import refuse_second_order
+from fastpeft.kernels.ops.disentangled_attention import row_blocks
+from fastpeft.kernels.ops.disentangled_attention.distances import Distances
+from fastpeft.kernels.ops.disentangled_attention.row_plan import Attended
+
+WIDEST = 64
+"""Features of a head that the Triton kernels take, which every DeBERTa has; of more they would spill registers."""
+
+
+def disentangled_attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    position_keys: torch.Tensor | None,
+    position_queries: torch.Tensor | None,
+    distances: Distances,
+    scale: float,
+    cu_seqlens: torch.Tensor,
+    *,
+    cu_queries: torch.Tensor | None = None,
+    mask: torch.Tensor | None = None,
+    dropout: float = 0.0,
+    seed: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """D(softmax(scale S)) V in each row, S_ij = q_i . k_j + q_i . position_keys[t] + k_j . position_queries[t].
+
+    t is the row of the distance i - j in `distances`; each part of S stands only where its table is given
+    (arXiv:2006.03654, eq. 4). On a GPU nothing is asked of the host, all sums have a fixed order, and a call can be
+    captured in a graph whose replays have other lengths. There dropout keeps `dropout.philox_keep` of
+    (T * H, max_keys): by token and head, and by the place of the key in its row.
+
+    Args:
+        query: (T, H, D) in a floating dtype, the tokens of a row one behind another; (sum of the queries, H, D) with
+            cu_queries. A head lies in one piece.
+        key, value: (T, H, D), in its dtype.
+        position_keys, position_queries: (R, H, D), in its dtype.
+        distances: on query's device, for rows of up to distances.max_keys tokens.
+        scale: of the scores.
+        cu_seqlens: (N + 1,) int32 on query's device: row n has the tokens from cu_seqlens[n] to cu_seqlens[n + 1]. A
+            row may have none. Tokens behind the last row belong to none.
+        cu_queries: the same of query, where only the first tokens of a row ask, up to distances.max_queries.
+        mask: (T,) bool, the tokens that take part.
+        dropout: probability in [0, 1) of a weight to be dropped.
+        seed: int64 of one element on query's device; None draws one from torch's generator there.
+
+    Returns:
+        In the shape of query, contiguous. Tokens that take no part, or belong to no row, get 0.
+
+    Raises:
+        ValueError: shapes that do not fit each other; on a CPU also a row longer than `distances` has.
+    """
+    _check(query, key, value, position_keys, position_queries, distances, cu_seqlens, cu_queries, mask)
+    if dropout and seed is None:
+        seed = draw_seed(query.device)
+    cu_queries = cu_seqlens if cu_queries is None else cu_queries
+    attended = Attended(distances, scale, cu_queries, cu_seqlens, mask, dropout, seed)
+    return _DisentangledAttention.apply(query, key, value, position_keys, position_queries, attended)
+
+
+def _check(query, key, value, position_keys, position_queries, distances, cu_seqlens, cu_queries, mask) -> None:
+    num_tokens, num_heads, width = key.shape
+    tables = [table for table in (position_keys, position_queries) if table is not None]
+    wanted = {
+        "query": query.shape[1:] == key.shape[1:] and (cu_queries is not None or query.shape == key.shape),
+        "value": value.shape == key.shape,
+        "position tables": all(table.shape == (distances.num_rows, num_heads, width) for table in tables),
+        "dtypes": all(x.dtype == query.dtype for x in (key, value, *tables)),
+        "cu_seqlens": cu_seqlens.dtype == torch.int32 and cu_seqlens.ndim == 1 and cu_seqlens.numel() > 0,
+        "cu_queries": cu_queries is None or (cu_queries.dtype, cu_queries.shape) == (torch.int32, cu_seqlens.shape),
+        "mask": mask is None or (mask.dtype, mask.shape) == (torch.bool, (num_tokens,)),
+    }
+    wrong = [name for name, right in wanted.items() if not right]
+    if wrong:
+        raise ValueError(
+            f"disentangled_attention: {', '.join(wrong)}: query {tuple(query.shape)}, key {tuple(key.shape)}, value "
+            f"{tuple(value.shape)}, tables {[tuple(table.shape) for table in tables]} of {distances.num_rows} rows, "
+            f"cu_seqlens {tuple(cu_seqlens.shape)} {cu_seqlens.dtype}; expected (T, H, D), (R, H, D), int32 (N + 1,) "
+            "and a bool mask (T,)"
+        )
+
+
+def takes_triton(query: torch.Tensor) -> bool:
+    return runs_triton(query) and 0 < query.shape[-1] <= WIDEST
+
+
+class _DisentangledAttention(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, query, key, value, position_keys, position_queries, attended: Attended):
+        ctx.attended = attended
+        inputs = query, key, value, position_keys, position_queries
+        if takes_triton(query):
+            from fastpeft.kernels.ops.disentangled_attention import launches
+
+            y, logsum = launches.forward(*inputs, attended)
+            ctx.save_for_backward(*inputs, y, logsum)
+            return y
+        ctx.save_for_backward(*inputs)
+        y, ctx.blocks = row_blocks.forward(*inputs, attended)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        refuse_second_order("disentangled_attention")
+        inputs, kept = ctx.saved_tensors[:5], ctx.saved_tensors[5:]
+        if kept:
+            from fastpeft.kernels.ops.disentangled_attention import launches
+
+            return *launches.backward(*inputs, *kept, gradients[0], ctx.attended), None
+        return *row_blocks.backward(*inputs, gradients[0], ctx.attended, ctx.blocks), None
