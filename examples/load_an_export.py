@@ -12,7 +12,7 @@ import argparse
 from pathlib import Path
 
 import torch
-from peft import PeftModel
+from peft import PeftConfig, PeftModel
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreTrainedModel
 
 from fastpeft.export.plan import make_plan
@@ -35,15 +35,16 @@ def main() -> None:
     )
     parser.add_argument("--results-dir", type=Path, default=Path("results"))
     arguments = parser.parse_args()
-    result = RunFolder.at(arguments.results_dir, arguments.run).read_result()
-    assert result is not None, f"there is no run {arguments.run} in {arguments.results_dir}"
+    folder = RunFolder.at(arguments.results_dir, arguments.run)
+    result = folder.read_result()
+    assert result is not None, f"there is no run {folder.path}"
 
     adapter = export(make_plan(arguments.run, results_dir=arguments.results_dir)).target
-    merged = export(
-        make_plan(arguments.run, results_dir=arguments.results_dir, merge=True, to=adapter / "merged")
-    ).target
+    to = folder.path / "export-merged"
+    merged = export(make_plan(arguments.run, results_dir=arguments.results_dir, merge=True, to=to)).target
 
-    base = AutoModelForSequenceClassification.from_pretrained(result.model, num_labels=len(result.labels))
+    name = PeftConfig.from_pretrained(adapter).base_model_name_or_path
+    base = AutoModelForSequenceClassification.from_pretrained(name, num_labels=len(result.labels))
     by_peft = logits(PeftModel.from_pretrained(base, adapter), adapter)
     by_transformers = logits(AutoModelForSequenceClassification.from_pretrained(merged), merged)
 

@@ -58,4 +58,4 @@ def test_rows_of_ones_own_are_learned(example, tmp_path: Path) -> None:
     assert "on bad, good" in said
     result = RunFolder.at(tmp_path / "results", "reviews").read_result()
     assert result is not None
-    assert (result.status, result.labels, result.stand_in) == ("done", ["bad", "good"], False)
+    assert (result.status, result.labels) == ("done", ["bad", "good"])
