@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     from fastpeft.kernels.ops.adamw.op import adamw_step
     from fastpeft.kernels.ops.adamw.reference import AdamWOptions
     from fastpeft.kernels.ops.atoms.op import RouterCount, gather_atoms, route_atoms
+    from fastpeft.kernels.ops.disentangled_attention.distances import Distances
+    from fastpeft.kernels.ops.disentangled_attention.op import disentangled_attention
     from fastpeft.kernels.ops.frobenius.op import FrobeniusResult, weighted_frobenius
     from fastpeft.kernels.ops.linear_cross_entropy.op import linear_cross_entropy, logits_cross_entropy
     from fastpeft.kernels.ops.lora_linear.compute import LoraMeasures
@@ -24,6 +26,7 @@ if TYPE_CHECKING:
 
 _PUBLIC = {
     "AdamWOptions": "ops.adamw.reference",
+    "Distances": "ops.disentangled_attention.distances",
     "FlatLayout": "flat_layout",
     "FrobeniusResult": "ops.frobenius.op",
     "LoraMeasures": "ops.lora_linear.compute",
@@ -31,6 +34,7 @@ _PUBLIC = {
     "RouterCount": "ops.atoms.op",
     "SecantSums": "ops.secant.op",
     "adamw_step": "ops.adamw.op",
+    "disentangled_attention": "ops.disentangled_attention.op",
     "dropout_mask": "dropout",
     "gather_atoms": "ops.atoms.op",
     "gradient_norm": "ops.sensitivity.op",
@@ -46,6 +50,7 @@ _PUBLIC = {
 
 __all__ = [
     "AdamWOptions",
+    "Distances",
     "FlatLayout",
     "FrobeniusResult",
     "LoraMeasures",
@@ -53,6 +58,7 @@ __all__ = [
     "RouterCount",
     "SecantSums",
     "adamw_step",
+    "disentangled_attention",
     "dropout_mask",
     "gather_atoms",
     "gradient_norm",

@@ -12,7 +12,7 @@ from fastpeft.kernels.ops.disentangled_attention.distances import Distances
 from fastpeft.kernels.ops.disentangled_attention.op import disentangled_attention
 from fastpeft.kernels.ops.disentangled_attention.reference import disentangled_attention_reference
 from tests.support.closeness import Largest
-from tests.support.disentangled_inputs import LENGTHS, Inputs, bucket_rows, gradients
+from tests.support.disentangled_inputs import LENGTHS, Inputs, bucket_rows, frozen_tables, gradients
 
 SEED = torch.tensor([77])
 
@@ -70,6 +70,16 @@ def compare(inputs: Inputs, **options) -> None:
 @pytest.mark.parametrize("buckets", [-1, 8], ids=["no buckets", "log buckets"])
 def test_output_and_gradients(lengths, buckets, seed):
     compare(Inputs.of(seed, lengths, buckets=buckets))
+
+
+def test_frozen_tables_get_no_gradient(seed):
+    inputs = Inputs.of(seed, [7, 12])
+    frozen = frozen_tables(inputs)
+    weights = torch.randn_like(inputs.query)
+    found, expected = (
+        torch.autograd.grad((each.computed() * weights).sum(), inputs.leaves()[:3]) for each in (frozen, inputs)
+    )
+    torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
 
 
 def test_rows_of_the_tables_that_no_distance_reads(seed):

@@ -12,7 +12,7 @@ from fastpeft.kernels.launch import LAUNCHES
 from fastpeft.kernels.ops.disentangled_attention import launches
 from fastpeft.kernels.ops.disentangled_attention.op import disentangled_attention
 from tests.support.closeness import relative_error
-from tests.support.disentangled_inputs import HEADS, LENGTHS, SCALE, Inputs, gradients
+from tests.support.disentangled_inputs import HEADS, LENGTHS, SCALE, Inputs, frozen_tables, gradients
 from tests.support.tiers import some
 
 BOUND = {torch.float32: 1e-5, torch.bfloat16: 2e-2}
@@ -145,3 +145,6 @@ def test_which_kernels_are_launched(triton_device, seed):
     torch.autograd.grad(y.sum(), inputs.leaves())
     names = "attend", "query_gradients", "key_gradients", "position_gradients", "sum_positions"
     assert LAUNCHES - before == {f"{name}_kernel": 1 for name in names}
+    before = LAUNCHES.copy()
+    torch.autograd.grad(frozen_tables(inputs).computed().sum(), inputs.leaves()[:3])
+    assert LAUNCHES - before == {f"{name}_kernel": 1 for name in names[:3]}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -124,6 +124,11 @@ class Inputs:
             mask=self.mask, dropout=dropout, keep=keep,
         )  # fmt: skip
         return torch.cat([y[asking], torch.zeros_like(query[len(asking) :])])
+
+
+def frozen_tables(inputs: Inputs) -> Inputs:
+    keys, queries = (None if x is None else x.detach() for x in (inputs.position_keys, inputs.position_queries))
+    return replace(inputs, position_keys=keys, position_queries=queries)
 
 
 def gradients(

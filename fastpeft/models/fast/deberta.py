@@ -6,7 +6,7 @@ Shapes: N rows, T tokens, Q of them asked for, H heads, R rows of the table of p
 from __future__ import annotations
 
 import math
-from functools import lru_cache
+from functools import cache
 from typing import Any, NamedTuple, cast
 
 import numpy as np
@@ -118,7 +118,7 @@ class Band(NamedTuple):
     distances: Distances
 
 
-@lru_cache(maxsize=256)
+@cache  # for good: a captured graph reads from where it lies
 def _band(asked: int, length: int, buckets: int, furthest: int, span: int, device: torch.device) -> Band:
     """Of the distances i - j from 1 - T to Q - 1, as transformers' make_log_bucket_position has them."""
     distances_P = np.arange(1 - length, asked)
@@ -132,7 +132,7 @@ def _band(asked: int, length: int, buckets: int, furthest: int, span: int, devic
     return Band(first, last + 1, Distances.of((rows_P - first).tolist(), length, device))
 
 
-@lru_cache(maxsize=256)
+@cache  # for good: a captured graph reads from where it lies
 def _ends(num_rows: int, length: int, device: torch.device) -> torch.Tensor:
     """cu_seqlens of rows of this length each."""
     return torch.arange(num_rows + 1, dtype=torch.int32, device=device) * length

@@ -53,7 +53,10 @@ class _Call:
         mask, seed = attended.mask, attended.seed
         rows = attended.cu_queries, attended.cu_seqlens
         self.pointers = [*self.inputs, *self.tables, distances.rows_P, *rows]
-        self.pointers += [query if mask is None else mask.view(torch.int8), query if seed is None else seed]
+        self.pointers += [
+            query if mask is None else mask.contiguous().view(torch.int8),
+            query if seed is None else seed,
+        ]
         strides = [x.stride(0) for x in self.inputs]
         self.numbers = [distances.rows_P.numel(), distances.max_keys, *strides, self.num_heads * self.width]
         self.numbers += [self.num_heads, attended.scale, drop_below(attended.dropout), 1 / (1 - attended.dropout)]
@@ -111,16 +114,22 @@ def backward(
     logsum: torch.Tensor,
     dy: torch.Tensor,
     attended: Attended,
+    *,
+    of_positions: bool,
 ) -> tuple[torch.Tensor | None, ...]:
-    """Of query, key, value and the two tables."""
+    """Of query, key, value and, where they are wanted, of the two tables."""
     call = _Call(query, key, value, position_keys, position_queries, attended)
     dy, delta = dy.contiguous(), torch.empty_like(logsum)
     dq, dk, dv = (torch.zeros_like(x, memory_format=torch.contiguous_format) for x in (query, key, value))
     call.over_queries(query_gradients_kernel, y, dy, logsum, delta, dq)
     call.over_keys(key_gradients_kernel, dy, logsum, delta, dk, dv)
-    dpk, dpq = (None if x is None else torch.zeros_like(x) for x in (position_keys, position_queries))
-    if dpk is not None or dpq is not None:
-        _position_gradients(call, dy, logsum, delta, dpk, dpq)
+    if not of_positions:
+        return dq, dk, dv, None, None
+    dpk, dpq = (
+        None if x is None else torch.empty_like(x, memory_format=torch.contiguous_format)
+        for x in (position_keys, position_queries)
+    )
+    _position_gradients(call, dy, logsum, delta, dpk, dpq)
     return dq, dk, dv, dpk, dpq
 
 

@@ -118,8 +118,10 @@ class _DisentangledAttention(torch.autograd.Function):
     def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         refuse_second_order("disentangled_attention")
         inputs, kept = ctx.saved_tensors[:5], ctx.saved_tensors[5:]
+        of_positions = any(ctx.needs_input_grad[3:5])
         if kept:
             from fastpeft.kernels.ops.disentangled_attention import launches
 
-            return *launches.backward(*inputs, *kept, gradients[0], ctx.attended), None
-        return *row_blocks.backward(*inputs, gradients[0], ctx.attended, ctx.blocks), None
+            return *launches.backward(*inputs, *kept, gradients[0], ctx.attended, of_positions=of_positions), None
+        found = row_blocks.backward(*inputs, gradients[0], ctx.attended, ctx.blocks, of_positions=of_positions)
+        return *found, None

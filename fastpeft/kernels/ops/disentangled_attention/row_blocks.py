@@ -55,7 +55,7 @@ class Part:
         return torch.softmax(scores, dim=-1)
 
     def gradients(
-        self, dscores: torch.Tensor
+        self, dscores: torch.Tensor, of_positions: bool
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
         """Of the scaled queries, the keys, the position keys and the scaled position queries."""
         num_queries, num_keys = dscores.shape[-2:]
@@ -65,7 +65,8 @@ class Part:
             each = dscores.new_zeros(*dq.shape[:-1], self.position_keys_HPD.shape[1])
             _slanted(each, num_keys, num_queries - 1).copy_(dscores)
             dq += each @ self.position_keys_HPD[:, None]
-            dpk = each.flatten(1, 2).transpose(-1, -2) @ self.q_HNQD.flatten(1, 2)
+            if of_positions:
+                dpk = each.flatten(1, 2).transpose(-1, -2) @ self.q_HNQD.flatten(1, 2)
         if self.position_queries_HPD is not None:
             dpq = torch.zeros_like(self.position_queries_HPD)
             for keys, distances in self._key_slices():
@@ -73,7 +74,8 @@ class Part:
                 each = dscores.new_zeros(*k.shape[:-1], positions.shape[1])
                 _slanted(each, num_queries, k.shape[2] - 1).copy_(dscores[..., keys].transpose(-1, -2))
                 dk[:, :, keys] += each @ positions[:, None]
-                dpq[:, distances] += each.flatten(1, 2).transpose(-1, -2) @ k.flatten(1, 2)
+                if of_positions:
+                    dpq[:, distances] += each.flatten(1, 2).transpose(-1, -2) @ k.flatten(1, 2)
         return dq, dk, dpk, dpq
 
     def _key_slices(self) -> Iterator[tuple[slice, slice]]:
@@ -224,8 +226,10 @@ def backward(
     dy: torch.Tensor,
     attended: Attended,
     blocks: list[Block],
+    *,
+    of_positions: bool,
 ) -> tuple[torch.Tensor | None, ...]:
-    """Of query, key, value and the two tables."""
+    """Of query, key, value and, where they are wanted, of the two tables."""
     tables = _Tables(position_keys, position_queries, attended)
     masks = _Masks(attended.dropout, attended.seed)
     wide = torch.promote_types(query.dtype, torch.float32)
@@ -241,7 +245,7 @@ def backward(
             if block.queries.real_NL is not None:
                 part_dy = part_dy * block.queries.real_NL[:, part.queries, None]
             dscores, part_dv = _score_gradients(part, part_dy, masks)
-            part_dq, part_dk, part_dpk, part_dpq = part.gradients(dscores)
+            part_dq, part_dk, part_dpk, part_dpq = part.gradients(dscores, of_positions)
             torch.mul(part_dq, attended.scale, out=dq[part.heads, :, part.queries])
             if part.queries.start:
                 dk[part.heads] += part_dk
@@ -254,6 +258,8 @@ def backward(
                 dpq[part.heads, part.distances] += part_dpq
         for side, x, each in zip(sides, gradients, found):
             side.write(x, each)
+    if not of_positions:
+        return *(x[:-1] for x in gradients), None, None
     dpk = None if dpk is None else tables.gradient(dpk, -1, query.dtype)
     dpq = None if dpq is None else tables.gradient(dpq.mul_(attended.scale), 1, query.dtype)
     return *(x[:-1] for x in gradients), dpk, dpq
