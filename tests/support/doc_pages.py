@@ -104,6 +104,7 @@ def links(page: Path) -> list[str]:
     return LINK.findall(re.sub(r"`[^`\n]*`", "", prose(page)))
 
 
+@cache
 def anchors(page: Path) -> set[str]:
     """Of headings, as mkdocs and GitHub both make them, and of the identifiers that are documented there."""
     text = prose(page)
@@ -119,6 +120,7 @@ def _slug(heading: str) -> str:
 # ---- the site ------------------------------------------------------------------------------
 
 
+@cache
 def nav_pages() -> list[str]:
     """Every page that the site's navigation names."""
 
@@ -136,6 +138,7 @@ def nav_pages() -> list[str]:
     return list(walk(yaml.safe_load(text)["nav"]))
 
 
+@cache
 def generated_pages() -> set[str]:
     """The pages that docs/generated_pages.py makes, read from its source: importing it needs mkdocs."""
     tree = ast.parse((DOCS / "generated_pages.py").read_text())
@@ -211,6 +214,7 @@ def setting_keys() -> tuple[frozenset[str], frozenset[str]]:
     return frozenset(values), frozenset(sections)
 
 
+@cache
 def run_files() -> dict[str, str]:
     """YAML run files that the pages show, by run_id."""
     found = {}
