@@ -79,7 +79,9 @@ class DisentangledAttention(Fast):
         position_keys, position_queries = self._positions(rel_embeddings[band.first : band.end])
         parts = 1 + ("c2p" in self.pos_att_type) + ("p2c" in self.pos_att_type)
         y = disentangled_attention(
-            *(self._heads(x).flatten(0, 1) for x in (query, key, value)),
+            self._heads(query).flatten(0, 1),
+            self._heads(key).flatten(0, 1),
+            self._heads(value).flatten(0, 1),
             position_keys,
             position_queries,
             band.distances,

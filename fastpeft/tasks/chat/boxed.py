@@ -143,6 +143,7 @@ class MathVerifier:
         if self._process is None:
             self._start()
         process = self._process
+        assert process is not None
         assert process.stdin is not None
         try:
             process.stdin.write(json.dumps([wanted, given]).encode() + b"\n")

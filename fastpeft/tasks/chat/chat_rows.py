@@ -38,7 +38,7 @@ class ChatRows(LabelledRows):
     notes: tuple[str, ...] = ()
 
     @cached_property
-    def num_labelled(self) -> np.ndarray:
+    def num_labelled(self) -> np.ndarray:  # pyright: ignore[reportIncompatibleMethodOverride]
         counts = np.concatenate([[0], np.cumsum(self.is_labelled, dtype=np.int64)])
         return counts[self.offsets[1:]] - counts[self.offsets[:-1]]
 

@@ -23,7 +23,7 @@ def same(wanted: str, given: str) -> bool:
         math_verify.parse(
             f"\\boxed{{{text}}}",
             extraction_config=[math_verify.LatexExtractionConfig(boxed_match_priority=0)],
-            parsing_timeout=None,
+            parsing_timeout=None,  # pyright: ignore[reportArgumentType]
         )
         for text in (wanted, given)
     ]

@@ -117,11 +117,16 @@ class _DisentangledAttention(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         refuse_second_order("disentangled_attention")
-        inputs, kept = ctx.saved_tensors[:5], ctx.saved_tensors[5:]
+        query, key, value, position_keys, position_queries, *kept = ctx.saved_tensors
+        tables = position_keys, position_queries
         of_positions = any(ctx.needs_input_grad[3:5])
         if kept:
             from fastpeft.kernels.ops.disentangled_attention import launches
 
-            return *launches.backward(*inputs, *kept, gradients[0], ctx.attended, of_positions=of_positions), None
-        found = row_blocks.backward(*inputs, gradients[0], ctx.attended, ctx.blocks, of_positions=of_positions)
+            return *launches.backward(
+                query, key, value, *tables, *kept, gradients[0], ctx.attended, of_positions=of_positions
+            ), None
+        found = row_blocks.backward(
+            query, key, value, *tables, gradients[0], ctx.attended, ctx.blocks, of_positions=of_positions
+        )
         return *found, None
