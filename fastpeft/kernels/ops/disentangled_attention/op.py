@@ -123,8 +123,9 @@ class _DisentangledAttention(torch.autograd.Function):
         if kept:
             from fastpeft.kernels.ops.disentangled_attention import launches
 
+            y, logsum = kept
             return *launches.backward(
-                query, key, value, *tables, *kept, gradients[0], ctx.attended, of_positions=of_positions
+                query, key, value, *tables, y, logsum, gradients[0], ctx.attended, of_positions=of_positions
             ), None
         found = row_blocks.backward(
             query, key, value, *tables, gradients[0], ctx.attended, ctx.blocks, of_positions=of_positions
