@@ -60,6 +60,15 @@ def test_a_conversation_is_kept_and_begun_anew(capsys: pytest.CaptureFixture[str
     assert [message["role"] for message in said] == ["system", "user", "assistant"]
 
 
+@pytest.fixture
+def heeds_ctrl_c() -> Iterator[None]:
+    """Also where the tests run in the background of a shell, which has them ignore it, and their children with them."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("heeds_ctrl_c")
 def test_ctrl_c_ends_the_answer_and_not_the_conversation(capsys: pytest.CaptureFixture[str]) -> None:
     def answer(messages, stop) -> str:
         if messages[-1]["content"] == "long":
@@ -91,6 +100,7 @@ def test_a_question_that_cannot_be_answered_is_forgotten(capsys: pytest.CaptureF
 # ---- with a model ----------------------------------------------------------------------------
 
 
+@pytest.mark.usefixtures("heeds_ctrl_c")
 def test_a_trained_model_answers_in_a_terminal(trained: Path) -> None:
     """In a process of its own, through a terminal: two answers, Ctrl-C while it asks, and the end by Ctrl-D."""
     main, child = pty.openpty()

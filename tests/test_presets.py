@@ -29,7 +29,7 @@ def kind(path: Path) -> tuple[str, ...]:
     dataset = run.stand_in.dataset if run.stand_in else run.dataset.name
     model = run.stand_in.model if run.stand_in else run.model.name
     one = run.schedule.name in CLASSIC or (dataset == "embedded-word-problems" and path.stem != "graff_gsm8k")
-    return run.method, "any" if one else run.schedule.name, run.optimizer.name, dataset, model
+    return run.method, "any" if one else run.schedule.name, run.optimizer.name, model, dataset
 
 
 # Of each kind the preset with the shortest name, and of those the first. Schedules are told apart on sentence pairs.
