@@ -10,7 +10,7 @@ ceilings in bf16. No GPU has confirmed it. Deep models are counted at two and at
 
 An operation takes the longer of its arithmetic and its traffic:
 
-products      matrix products, by 2 m n k; attention apart, since its products are small
+products      matrix products, by 2 m n k; those with a side of 64 or less have a pace of their own, and so has attention
 functions     exp, erf, tanh and what is made of them, by the element: on a CPU they cost more than their traffic
 traffic       everything else: what it reads and writes, once
 calls         what a call costs by itself, on a CPU; a GPU's launches are taken to be hidden, as a CUDA graph hides them
@@ -49,6 +49,7 @@ ATTENTION = "_scaled_dot_product"
 FUNCTIONS = ("gelu", "silu", "exp", "tanh", "erf", "softmax", "log", "sigmoid", "rsqrt")
 """In the name of an operation."""
 WITHIN = 0.2
+THIN = 64
 Step = Callable[[], object]
 
 
@@ -57,6 +58,8 @@ class Work:
     """Of a step."""
 
     product_flops: float = 0.0
+    thin_flops: float = 0.0
+    """Of products with a side of THIN or less, such as LoRA's, which no machine does at full pace."""
     attention_flops: float = 0.0
     function_elements: float = 0.0
     bytes: float = 0.0
@@ -73,6 +76,7 @@ class Work:
 @dataclass(frozen=True)
 class Ceilings:
     product_flops_s: float
+    thin_flops_s: float
     attention_flops_s: float
     function_elements_s: float
     bytes_s: float
@@ -81,7 +85,10 @@ class Ceilings:
     def parts(self, work: Work) -> dict[str, float]:
         """Seconds."""
         return {
-            "products": max(work.product_flops / self.product_flops_s, work.product_bytes / self.bytes_s),
+            "products": max(
+                work.product_flops / self.product_flops_s + work.thin_flops / self.thin_flops_s,
+                work.product_bytes / self.bytes_s,
+            ),
             "attention": work.attention_flops / self.attention_flops_s,
             "functions": work.function_elements / self.function_elements_s,
             "traffic": work.bytes / self.bytes_s,
@@ -90,8 +97,8 @@ class Ceilings:
 
 
 GPUS = {
-    "A100": Ceilings(312e12, 312e12, float("inf"), 2.04e12),
-    "H200": Ceilings(989e12, 989e12, float("inf"), 4.8e12),
+    "A100": Ceilings(312e12, 312e12, 312e12, float("inf"), 2.04e12),
+    "H200": Ceilings(989e12, 989e12, 989e12, float("inf"), 4.8e12),
 }
 """Dense bf16 and memory, as NVIDIA's data sheets of the SXM cards have them."""
 
@@ -116,11 +123,16 @@ class Counter(TorchDispatchMode):
         moved = sum(x.numel() * x.element_size() for x in tensors)
         if ATTENTION in name:
             work.attention_flops += _attention_flops(args, backward="backward" in name)
-        elif packet == ATEN.addmm_:
-            work.product_flops += 2 * args[1].shape[0] * args[1].shape[1] * args[2].shape[1]
-            work.product_bytes += moved
-        elif packet in flop_registry:
-            work.product_flops += flop_registry[packet](*args, **kwargs, out_val=out)
+        elif packet == ATEN.addmm_ or packet in flop_registry:
+            flops = (
+                2 * args[1].shape[0] * args[1].shape[1] * args[2].shape[1]
+                if packet == ATEN.addmm_
+                else flop_registry[packet](*args, **kwargs, out_val=out)
+            )
+            if min(min(x.shape[-2:]) for x in tensors if x.ndim > 1) <= THIN:
+                work.thin_flops += flops
+            else:
+                work.product_flops += flops
             work.product_bytes += moved
         elif any(part in name for part in FUNCTIONS):
             work.function_elements += max(x.numel() for x in tensors)
@@ -149,13 +161,16 @@ def measure_ceilings(repeats: int = 5) -> Ceilings:
     query = torch.randn(16, 12, 64, 32)
     values, other, out = torch.randn(1 << 20), torch.randn(1 << 20), torch.empty(1 << 20)
     small = torch.zeros(8)
+    thin = torch.randn(768, 32)
     product_s = _least(lambda: x @ weight, repeats)
+    thin_s = _least(lambda: x @ thin, repeats)
     attention_s = _least(lambda: functional.scaled_dot_product_attention(query, query, query), repeats)
     function_s = _least(lambda: functional.gelu(values), repeats)
     copy_s = _least(lambda: torch.add(values, other, out=out), repeats)
     call_s = _least(lambda: [small.add_(1.0) for _ in range(1000)], repeats) / 1000
     return Ceilings(
         2 * 1024 * 768 * 768 / product_s,
+        2 * 1024 * 768 * 32 / thin_s,
         4 * 16 * 12 * 64 * 64 * 32 / attention_s,
         len(values) / function_s,
         3 * values.nbytes / copy_s,
