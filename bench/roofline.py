@@ -10,7 +10,7 @@ ceilings in bf16. No GPU has confirmed it. Deep models are counted at two and at
 
 An operation takes the longer of its arithmetic and its traffic:
 
-products      matrix products, by 2 m n k; those with a side of 64 or less have a pace of their own, and so has attention
+products      matrix products, by 2 m n k; those with a side of 64 or less, and attention, have a pace of their own
 functions     exp, erf, tanh and what is made of them, by the element: on a CPU they cost more than their traffic
 traffic       everything else: what it reads and writes, once
 calls         what a call costs by itself, on a CPU; a GPU's launches are taken to be hidden, as a CUDA graph hides them
