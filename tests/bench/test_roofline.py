@@ -1,0 +1,54 @@
+"""A step's work is counted by what it computes and moves, and continued to depth in a straight line."""
+
+from __future__ import annotations
+
+from dataclasses import fields
+
+import pytest
+import torch
+from torch.nn.functional import scaled_dot_product_attention
+
+from bench.roofline import Ceilings, Work, count
+
+T, I, O, R = 96, 80, 112, 8  # noqa: E741
+
+
+def test_products_are_told_apart_by_their_thinnest_side():
+    x, weight, thin, out = torch.ones(T, I), torch.ones(I, O), torch.ones(I, R), torch.ones(T, O)
+
+    def step():
+        _ = x @ weight
+        _ = x @ thin
+        out.addmm_(x, weight)
+
+    work = count(step)
+    assert work.product_flops == 2 * 2 * T * I * O
+    assert work.thin_flops == 2 * T * I * R
+    assert work.calls == 3
+    assert work.bytes == 0
+    assert work.product_bytes == 4 * (2 * (T * I + I * O + T * O) + T * I + I * R + T * R)
+
+
+def test_the_rest_is_counted_by_elements_or_bytes():
+    x, query = torch.ones(T, I), torch.ones(2, 3, 16, 8)
+    work = count(lambda: (x.exp(), x + 1.0, x.view(I, T)))
+    assert work.function_elements == T * I
+    assert work.bytes == 2 * 4 * T * I
+    assert work.calls == 2
+    assert count(lambda: scaled_dot_product_attention(query, query, query)).attention_flops == 4 * 2 * 3 * 16 * 16 * 8
+
+
+def test_least_times_are_the_longer_of_arithmetic_and_traffic():
+    ceilings = Ceilings(100.0, 10.0, 50.0, 5.0, 20.0, 0.5)
+    work = Work(200.0, 10.0, 100.0, 10.0, 40.0, 20.0, 4.0)
+    assert ceilings.parts(work) == {"products": 3.0, "attention": 2.0, "functions": 2.0, "traffic": 2.0, "calls": 2.0}
+    work.product_bytes = 200.0
+    assert ceilings.parts(work)["products"] == 10.0
+
+
+def test_depth_is_a_straight_line():
+    shallow, deep = Work(*range(len(fields(Work)))), Work(*(3 * i for i in range(len(fields(Work)))))
+    found = shallow.continued(deep, 2.0)
+    assert [getattr(found, one.name) for one in fields(Work)] == pytest.approx(
+        [5 * i for i in range(len(fields(Work)))]
+    )
