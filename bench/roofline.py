@@ -26,7 +26,7 @@ import os
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -202,11 +202,11 @@ def cpu_steps() -> dict[str, Step]:
         batches = random_batches(host, 32, 3, cpu)
         own = Rows(host, run_config("all-linear", 8), batches, cpu).build("fastpeft_lora")
         steps[name] = lambda own=own: own(1)
-    steps["Qwen3 384 x 6, b 8"] = language_step({**QWEN3_384}, torch.float32, rows=8, width=190, rank=64)
+    steps["Qwen3 384 x 6, b 8"] = language_step(QWEN3_384, torch.float32, rows=8, width=190, rank=64)
     return steps
 
 
-def language_step(shape: dict[str, Any], dtype: torch.dtype, rows: int, width: int, rank: int) -> Step:
+def language_step(shape: Mapping[str, Any], dtype: torch.dtype, rows: int, width: int, rank: int) -> Step:
     """Forward and backward pass of a language model of `shape` with LoRA on all its linears, two thirds labelled."""
     import transformers
 
@@ -246,6 +246,7 @@ def check(threads: int, rounds: int) -> dict[str, Any]:
         works[name] = count(step)
     found: dict[str, list[tuple[float, float]]] = {name: [] for name in steps}
     parts: dict[str, dict[str, float]] = {}
+    ceilings = measure_ceilings()
     for _ in range(rounds):
         ceilings = measure_ceilings()
         for name, step in steps.items():

@@ -10,7 +10,7 @@ from typing import Annotated, Protocol
 import typer
 
 from fastpeft.cli.ctrl_c import ctrl_c_asks, ctrl_c_ends_at_once
-from fastpeft.cli.runs_commands import ResultsDir
+from fastpeft.cli.runs_commands import Best, ResultsDir, which_weights
 from fastpeft.errors import UserError
 
 HELP = "Ctrl-C ends an answer; /new begins anew; /exit or Ctrl-D ends."
@@ -22,15 +22,13 @@ def chat(
     system: Annotated[str | None, typer.Option(help="What the system says first.", show_default=False)] = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer in tokens.")] = 512,
     temperature: Annotated[float, typer.Option(min=0.0, help="0: the likeliest token each time; else sampled.")] = 0.0,
-    best: Annotated[
-        bool | None, typer.Option("--best/--last", help="Which weights; the best, if there are any, when absent.")
-    ] = None,
+    best: Best = None,
     results_dir: ResultsDir = Path("results"),
 ) -> None:
     """Talk to a trained language model."""
     from fastpeft.export.plan import find_run, plan_reading
 
-    weights = None if best is None else ("best" if best else "last")
+    weights = which_weights(best)
     plan = plan_reading(find_run(run, results_dir), weights)
     print(f"loading {plan.run.model.name} and the {plan.weights} weights of {plan.folder.path.name}", flush=True)
     with ctrl_c_ends_at_once():

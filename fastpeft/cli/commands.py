@@ -18,7 +18,7 @@ from fastpeft.cli.chat_command import chat
 from fastpeft.cli.ctrl_c import ctrl_c_ends_at_once, handled
 from fastpeft.cli.data_commands import data
 from fastpeft.cli.evaluate_command import evaluate
-from fastpeft.cli.runs_commands import ResultsDir, runs
+from fastpeft.cli.runs_commands import Best, ResultsDir, runs, which_weights
 from fastpeft.cli.sweep_command import sweep
 from fastpeft.errors import UserError
 
@@ -313,15 +313,13 @@ def export(
         typer.Option(help="UniHyperLoRA: the update under mean gates, as a LoRA of this rank.", show_default=False),
     ] = None,
     to: Annotated[Path | None, typer.Option(help="The folder to write; RUN/export when absent.")] = None,
-    best: Annotated[
-        bool | None, typer.Option("--best/--last", help="Which weights; the best, if there are any, when absent.")
-    ] = None,
+    best: Best = None,
     results_dir: ResultsDir = Path("results"),
 ) -> None:
     """Write a run's weights as an adapter or a merged model, for the reader that is named, and check that they load."""
     from fastpeft.export.plan import make_plan
 
-    weights = None if best is None else ("best" if best else "last")
+    weights = which_weights(best)
     plan = make_plan(
         run, results_dir=results_dir, to=to, merge=merge, trim=trim, weights=weights, reader=reader,
         approximate=approximate is not None,

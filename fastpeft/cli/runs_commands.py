@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -14,6 +14,14 @@ from fastpeft.errors import UserError
 runs = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Look at runs and run files.")
 
 ResultsDir = Annotated[Path, typer.Option(help="Where the runs' folders are.")]
+Best = Annotated[
+    bool | None, typer.Option("--best/--last", help="Which weights; the best, if there are any, when absent.")
+]
+
+
+def which_weights(best: bool | None) -> Literal["best", "last"] | None:
+    """What `Best` asks for, by its name in a run's folder."""
+    return None if best is None else ("best" if best else "last")
 
 
 @runs.command("ls")
