@@ -7,7 +7,10 @@ DOCS_STAMP := .venv/.docs-installed
 .PHONY: run test soak lint screenshots docs docs-serve clean
 
 run: $(STAMP)
-	$(BIN)/fastpeft train --run iwlora_mnli
+	at=$$(date +%Y%m%d-%H%M%S) && \
+	$(BIN)/fastpeft train --run iwlora_mnli --name iwlora_mnli-$$at && \
+	$(BIN)/fastpeft train --run lora_mnli --name lora_mnli-$$at && \
+	$(BIN)/fastpeft evaluate iwlora_mnli-$$at lora_mnli-$$at
 
 test: $(STAMP)
 	$(BIN)/ruff check .
