@@ -2,7 +2,7 @@
 
     python bench/sweep.py overhead          # 40 trials of a 2-second objective, 2 workers
     python bench/sweep.py search            # toy objectives with learning curves, 10 studies, and 100 for an interval
-    python bench/sweep.py real [key=value ...]   # lora_mnli, both ways, in seconds of the trials' clocks
+    python bench/sweep.py real [key=value ...]   # --run, both ways, in seconds of the trials' clocks
 
 `overhead` sleeps in its trials, so that what it measures is the sweep's own time and the start of processes; run it
 on a machine that is otherwise idle. `search` counts evaluations and sleeps nowhere: its figures are the same on any
@@ -40,6 +40,7 @@ def main() -> None:
     parser.add_argument("what", choices=("overhead", "search", "real"))
     parser.add_argument("--studies", type=int, default=10, help="search: pairs of studies")
     parser.add_argument("--trials", type=int, help="trials of random search")
+    parser.add_argument("--run", default="lora_mnli", help="real: the preset; lora_mnli when absent")
     parser.add_argument("--out", type=Path, help="real: the results folder, so that it can be resumed")
     parser.add_argument("settings", nargs="*", metavar="key=value", help="real: of every trial")
     arguments = parser.parse_intermixed_args()
@@ -49,7 +50,8 @@ def main() -> None:
         search(arguments.studies, arguments.trials or TRIALS)
     else:
         settings = arguments.settings or ["training.epochs=1"]
-        real(arguments.trials or TRIALS, arguments.out or Path("results/bench-sweep"), settings)
+        out = arguments.out or Path("results/bench-sweep")
+        real(arguments.run, arguments.trials or TRIALS, out, settings)
 
 
 # ---- overhead ------------------------------------------------------------------------------
@@ -200,11 +202,11 @@ def search(studies: int, trials: int) -> None:
 # ---- real ----------------------------------------------------------------------------------
 
 
-def real(trials: int, out: Path, settings: list[str]) -> None:
+def real(run: str, trials: int, out: Path, settings: list[str]) -> None:
     """Both searches by the command itself; each goes on where it was."""
     times: dict[str, list[tuple[float, float]]] = {}
     for name, search in (("random", ["optuna.sampler=random", "optuna.pruner=none"]), ("tpe", [])):
-        command = [sys.executable, "-m", "fastpeft", "sweep", "--run", "lora_mnli", "--name", name, "--trials-only"]
+        command = [sys.executable, "-m", "fastpeft", "sweep", "--run", run, "--name", name, "--trials-only"]
         command += ["--trials", str(trials), "--results-dir", str(out), *settings, *search]
         subprocess.run(command, check=True)
         times[name] = curve_of(out / name / "trials")
