@@ -44,10 +44,14 @@ SCREEN = (
 
 
 def floors() -> list[str]:
-    """Each dependency at its lower bound; one without an upper bound of its own is pinned there."""
+    """Each dependency at its lower bound: of >=2 a release 2.0.x, of >=6.33.5 that one."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     found = (re.match(r"([A-Za-z0-9_.-]+)(?:\[.*\])?>=([0-9.]+)", line) for line in project["dependencies"])
-    return [f"{one[1]}=={one[2]}" for one in found if one]
+    return [f"{one[1]}=={_pinned(one[2])}" for one in found if one]
+
+
+def _pinned(floor: str) -> str:
+    return floor if floor.count(".") > 1 else f"{floor}{'' if '.' in floor else '.0'}.*"
 
 
 class Environment:
