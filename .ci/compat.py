@@ -3,21 +3,20 @@
     python .ci/compat.py [--torch 2.13.0] [--only oldest] [--work DIR]
 
 Builds a wheel and an sdist, and installs the wheel into two fresh environments: `newest` has what pip chooses, `oldest`
-the lower bounds of pyproject.toml, all at once. --torch names one release for both, such as the one that a machine has
-a CPU build of. Each environment then runs, from an empty folder: doctor, two steps of a preset for each kind of task
-and of each method, evaluate, an export, which PEFT loads, and the terminal UI without a terminal. The sdist is
-installed over the wheel in `newest`. Prints a table of versions and outcomes, and exits with 1 where anything failed.
+the lowest releases that pyproject.toml allows and that go together. --torch names one release for both, such as the one
+that a machine has a CPU build of. Each environment then runs, from an empty folder: doctor, two steps of a preset for
+each kind of task and of each method, evaluate, an export, which PEFT loads, a sweep, and the terminal UI without a
+terminal. The sdist is installed over the wheel in `newest`. Prints a table of versions and outcomes, and exits with 1
+where anything failed.
 """
 
 from __future__ import annotations
 
 import argparse
 import os
-import re
 import subprocess
 import sys
 import tempfile
-import tomllib
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -31,6 +30,7 @@ COMMANDS = [
     ("export", "export iwlora_mnli"),
     ("sweep", "sweep --run lora_mnli --trials 2 --trials-only --name sweep budget=2steps"),
 ]
+OF_TORCH = ("torch==", "triton==", "nvidia-c", "nvidia-n", "cuda-")
 SCREEN = (
     "import asyncio\n"
     "from pathlib import Path\n"
@@ -43,15 +43,16 @@ SCREEN = (
 )
 
 
-def floors() -> list[str]:
-    """Each dependency at its lower bound: of >=2 a release 2.0.x, of >=6.33.5 that one."""
-    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    found = (re.match(r"([A-Za-z0-9_.-]+)(?:\[.*\])?>=([0-9.]+)", line) for line in project["dependencies"])
-    return [f"{one[1]}=={_pinned(one[2])}" for one in found if one]
-
-
-def _pinned(floor: str) -> str:
-    return floor if floor.count(".") > 1 else f"{floor}{'' if '.' in floor else '.0'}.*"
+def lowest(work: Path, without: tuple[str, ...]) -> list[str]:
+    """The oldest releases of the dependencies that go together, as uv resolves them; packages that begin with one of
+    `without` are left out, and what only they demand."""
+    tools = work / "tools"
+    run([sys.executable, "-m", "venv", str(tools)], work, check=True)
+    run([str(tools / "bin" / "pip"), "install", "--quiet", "uv"], work, check=True)
+    command = [str(tools / "bin" / "uv"), "pip", "compile", "--quiet", "--no-header", "--no-annotate"]
+    command += ["--resolution", "lowest-direct", str(ROOT / "pyproject.toml")]
+    lines = run(command, work, check=True).stdout.split()
+    return [line for line in lines if not line.startswith(without)]
 
 
 class Environment:
@@ -108,14 +109,14 @@ def main() -> None:
     parser.add_argument("--work", type=Path, help="a temporary folder when absent")
     options = parser.parse_args()
     torch = [f"torch=={options.torch}"] if options.torch else []
-    lowest = [*torch, *(one for one in floors() if not (torch and one.startswith(("torch==", "triton=="))))]
     with tempfile.TemporaryDirectory() as temporary:
         work = (options.work or Path(temporary)).resolve()
         work.mkdir(parents=True, exist_ok=True)
         wheel, sdist = build(work)
         made: list[Environment] = []
-        for name, pins in (("newest", torch), ("oldest", lowest)):
+        for name in ("newest", "oldest"):
             if options.only in (None, name):
+                pins = torch if name == "newest" else [*torch, *lowest(work, OF_TORCH if torch else ())]
                 made.append(Environment(work, name))
                 made[-1].install(str(wheel), *pins)
                 made[-1].use()
