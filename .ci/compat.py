@@ -34,9 +34,9 @@ OF_TORCH = ("torch==", "triton==", "nvidia-c", "nvidia-n", "cuda-")
 SCREEN = (
     "import asyncio\n"
     "from pathlib import Path\n"
-    "from fastpeft.tui.runs_app import RunsApp\n"
+    "from fastpeft.tui.program import FastpeftApp\n"
     "async def look():\n"
-    "    async with RunsApp(Path('results')).run_test(size=(120, 40)) as pilot:\n"
+    "    async with FastpeftApp(Path('results')).run_test(size=(120, 40)) as pilot:\n"
     "        await pilot.pause(1.0)\n"
     "        assert pilot.app.export_screenshot()\n"
     "asyncio.run(look())\n"
