@@ -22,7 +22,7 @@ FETCHED_FONT = re.compile(r',\s*url\("https?://[^"]*"\) format\("woff2?"\)')
 """Rich names a font on a server; a reader without it gets the monospace font of the system."""
 FILM = ("tui-live", (110, 32), ["--run", "iwlora_mnli", "--budget", "600steps", "evaluation.every=10%"])
 """Name, size, and the run that is watched."""
-NUM_FRAMES, FRAME_S = 9, 1.2
+NUM_FRAMES, FRAME_S = 7, 1.2
 SHOTS = {
     "tui-runs": ((100, 24), ["down"]),
     "tui-run": ((150, 44), ["down", "enter"]),
@@ -68,7 +68,7 @@ async def film(size: tuple[int, int], arguments: list[str]) -> list[str]:
         async with app.run_test(size=size) as pilot:
             while not any(event["type"] == "step" for event in logged(Path("live/live/events.jsonl"))):
                 await pilot.pause(0.5)
-            await pilot.press("down", "enter")
+            await pilot.press("down", "enter", "s", "s", "s")
             while trainer.poll() is None:
                 await pilot.pause(1)
                 frames.append(app.export_screenshot())
