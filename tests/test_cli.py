@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 import os
@@ -11,6 +12,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from safetensors import SafetensorError
 
 import fastpeft
 from fastpeft.cli import commands as cli
@@ -361,6 +363,37 @@ def test_text_that_the_terminal_cannot_show_is_escaped(tmp_path):
     )  # fmt: skip
     assert (done.returncode, done.stderr) == (0, "")
     assert "\\u96ea/\\xe9" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (
+            OSError(errno.ENOSPC, "no", "results/a/events.jsonl"),
+            "results/a/events.jsonl: No space left on device: nothing",
+        ),
+        (OSError(errno.EROFS, "no"), "Read-only file system: nothing"),
+        (SafetensorError("I/O error: No space left on device (os error 28)"), "No space left on device: nothing"),
+    ],
+    ids=["full", "read-only", "safetensors"],
+)
+def test_a_disk_that_takes_no_more_is_a_sentence(error, said, fastpeft_here, monkeypatch):
+    def fail() -> None:
+        raise error
+
+    monkeypatch.setattr(cli, "app", fail)
+    message = fastpeft_here("train").refused()
+    assert f"fastpeft: {said} more can be written. Make room" in message
+    assert "fastpeft train --resume --name NAME" in message
+
+
+def test_an_error_of_ours_stays_a_traceback(fastpeft_here, monkeypatch):
+    def fail() -> None:
+        raise OSError(errno.EBADF, "a bug")
+
+    monkeypatch.setattr(cli, "app", fail)
+    with pytest.raises(OSError, match="a bug"):
+        fastpeft_here("train")
 
 
 def test_a_mistake_in_a_real_process_is_one_line_on_stderr(fastpeft_cli):

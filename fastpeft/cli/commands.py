@@ -20,7 +20,7 @@ from fastpeft.cli.data_commands import data
 from fastpeft.cli.evaluate_command import evaluate
 from fastpeft.cli.runs_commands import Best, ResultsDir, runs, which_weights
 from fastpeft.cli.sweep_command import sweep
-from fastpeft.errors import UserError
+from fastpeft.errors import UserError, disk_message
 
 EXIT_CANNOT_TRAIN = 1
 EXIT_DIVERGED = 4
@@ -49,6 +49,12 @@ def main() -> None:
     except UserError as error:
         print(f"fastpeft: {error}", file=sys.stderr)
         sys.exit(error.exit_code)
+    except Exception as error:
+        message = disk_message(error)
+        if message is None:
+            raise
+        print(f"fastpeft: {message}", file=sys.stderr)
+        sys.exit(UserError.exit_code)
 
 
 def _version(wanted: bool) -> None:

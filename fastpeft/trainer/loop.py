@@ -89,13 +89,13 @@ class Loop:
         self._announce(resumed=checkpoint is not None)
         for warning in changed:
             self.log.warn(warning)
-        try:
-            with phases.told_to(self.log.phase):
+        with self._checkpointing, phases.told_to(self.log.phase):
+            try:
                 return self._train()
-        except OutOfMemory:  # nothing of the step that did not fit has been taken
-            if clock.steps > self._checkpointing.saved_at:
-                self._save_checkpoint()
-            raise
+            except OutOfMemory:  # nothing of the step that did not fit has been taken
+                if clock.steps > self._checkpointing.saved_at:
+                    self._save_checkpoint()
+                raise
 
     def _train(self) -> str:
         clock = self.job.clock

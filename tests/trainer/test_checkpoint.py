@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
+import os
 import random
 import shutil
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +17,7 @@ import torch
 from safetensors.torch import save_file
 
 from fastpeft.trainer import checkpoint_files as module
+from fastpeft.trainer import checkpointing
 from fastpeft.trainer.checkpoint_files import Checkpoint, CheckpointError, State, newest_checkpoint, save_checkpoint
 from fastpeft.trainer.checkpointing import Checkpointing
 from fastpeft.trainer.rng import GlobalRng, rng_state, set_rng_state
@@ -159,13 +163,45 @@ class Part:
 def test_every_part_is_saved_and_restored(tmp_path: Path) -> None:
     first, second = ({"a": Part(start), "b": Part(start + 1)} for start in (1, 10))
     saving, restoring = (Checkpointing(tmp_path, parts) for parts in (first, second))
-    saving.save(5, events_bytes=70)
+    with saving:
+        saving.save(5, events_bytes=70)
     checkpoint, _ = newest_checkpoint(tmp_path)
     assert checkpoint is not None
     restoring.restore(checkpoint)
     assert [part.value for part in second.values()] == [1, 2]
     assert [part.weights.tolist() for part in second.values()] == [[1.0] * 3, [2.0] * 3]
     assert (checkpoint.events_bytes, saving.saved_at, restoring.saved_at) == (70, 5, 5)
+
+
+def test_training_goes_on_while_a_checkpoint_is_written_as_it_was(tmp_path: Path, monkeypatch) -> None:
+    may_write, part = threading.Event(), Part(1)
+
+    def slow(folder: Path, checkpoint: Checkpoint) -> Path:
+        assert may_write.wait(30)
+        return save_checkpoint(folder, checkpoint)
+
+    monkeypatch.setattr(checkpointing, "save_checkpoint", slow)
+    with Checkpointing(tmp_path, {"a": part}) as saving:
+        saving.save(5, events_bytes=0)
+        assert newest_checkpoint(tmp_path) == (None, [])
+        part.load_state_dict({"value": 2, "weights": torch.full((3,), 2.0)})
+        may_write.set()
+    checkpoint, _ = newest_checkpoint(tmp_path)
+    assert checkpoint is not None
+    assert checkpoint.parts["a"]["value"] == 1
+    assert checkpoint.parts["a"]["weights"].tolist() == [1.0] * 3
+
+
+@pytest.mark.parametrize("is_last", [True, False])
+def test_a_checkpoint_that_cannot_be_written_is_told_by_the_next_one_or_at_the_end(tmp_path, monkeypatch, is_last):
+    def full(folder: Path, checkpoint: Checkpoint) -> Path:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(checkpointing, "save_checkpoint", full)
+    saving = Checkpointing(tmp_path, {"a": Part(1)})
+    saving.save(5, events_bytes=0)
+    with pytest.raises(OSError, match="No space"):
+        saving.__exit__() if is_last else saving.save(6, events_bytes=0)
 
 
 @pytest.mark.parametrize(
@@ -177,7 +213,8 @@ def test_every_part_is_saved_and_restored(tmp_path: Path) -> None:
     ],
 )
 def test_other_parts_are_refused_by_name_and_nothing_is_restored(names: str, message: str, tmp_path: Path) -> None:
-    Checkpointing(tmp_path, {"a": Part(1), "b": Part(2)}).save(5, events_bytes=0)
+    with Checkpointing(tmp_path, {"a": Part(1), "b": Part(2)}) as saving:
+        saving.save(5, events_bytes=0)
     checkpoint, _ = newest_checkpoint(tmp_path)
     parts = {name: Part(10) for name in names}
     with pytest.raises(CheckpointError, match=message):
