@@ -169,6 +169,7 @@ class VarlenDecoder(Varlen):
     ) -> Any:
         if isinstance(attention_mask, Sequences):
             attention_mask = dict.fromkeys(("full_attention", "sliding_attention"), attention_mask)
+            more["use_cache"] = False
         return super().forward(input_ids, attention_mask, **more)
 
 
