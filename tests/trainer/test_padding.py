@@ -10,6 +10,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import transformers
+from peft import PeftModel
 
 from fastpeft.config import ConfigError, RunConfig
 from fastpeft.data.batches import Batches
@@ -195,15 +197,18 @@ def test_a_resume_goes_on_to_the_bit(kind, family, tmp_path):
     assert_same_weights(weights(tmp_path / "broken", "adapter"), weights(tmp_path / "unbroken", "adapter"))
 
 
-def test_memory_that_is_short_halves_what_the_rows_have(tmp_path):
-    """And not what they would have padded, which may be more than there are."""
-    _, job = jobs(tmp_path, "classification", "bert")
-    encoded = job.task.train
-    order = np.argsort(encoded.lengths)
-    rows = np.array([*order[:30], order[-1]])
-    num_rows, width = encoded.shape(rows)
-    tokens = int(encoded.lengths[rows].sum())
-    assert tokens <= num_rows * width < tokens + num_rows
+@pytest.mark.parametrize(("kind", "family"), [("classification", "deberta-v2"), ("token-classification", "roberta")])
+def test_peft_scores_the_adapter_the_same(kind, family, tmp_path):
+    run = run_of(
+        tmp_path, kind, family, dropout=0.1, budget="12steps", evaluation={"every": "end"},
+        training={"padding": "none"},
+    )  # fmt: skip
+    result = train(run, results_dir=tmp_path, name="r")
+    job = build_job(run)
+    auto = getattr(transformers, job.task.auto_class)
+    base = auto.from_pretrained(job.backbone.model.name_or_path, **job.task.load_arguments())
+    model = PeftModel.from_pretrained(base, tmp_path / "r" / "adapter").eval()
+    assert job.task.export_check(job.backbone).score(model, torch.device("cpu")) == result.metric["value"]
 
 
 # ---- which way ---------------------------------------------------------------------------------
@@ -236,8 +241,6 @@ def test_a_model_that_is_not_known_is_padded_and_says_so(tmp_path):
 
 
 def make_electra(folder: Path) -> None:
-    import transformers
-
     shutil.copytree(folder / "model", folder / "electra")
     config = transformers.AutoConfig.for_model(
         "electra", vocab_size=64, embedding_size=16, hidden_size=32, num_hidden_layers=2, num_attention_heads=4,
