@@ -60,7 +60,9 @@ def choose_batches(job: Job, order: str, count: int) -> list[np.ndarray]:
         epoch = job.batches.epoch(0)
         return [epoch[i] for i in np.linspace(0, len(epoch) - 1, min(count, len(epoch))).astype(int)]
     rows = np.random.default_rng(0).permutation(len(job.task.train))
-    return [rows[i : i + job.batches.batch_size] for i in range(0, count * job.batches.batch_size, job.batches.batch_size)]
+    return [
+        rows[i : i + job.batches.batch_size] for i in range(0, count * job.batches.batch_size, job.batches.batch_size)
+    ]
 
 
 def main(report: Callable[[str], None] = print) -> None:
@@ -94,13 +96,13 @@ def main(report: Callable[[str], None] = print) -> None:
     low, middle, high = np.percentile(paired, [25, 50, 75])
     wall = times.ratio("grouped", "none")[0]
     report(
-        f"{arguments.run}, {arguments.order} batches of {padded.batches.batch_size}, micro-batches of {limit:,} tokens, "
-        f"{torch.get_num_threads()} thread(s): {padding_share(padded.batches):.1%} padding in grouped batches, "
+        f"{arguments.run}, {arguments.order} batches of {padded.batches.batch_size}, micro-batches of {limit:,} "
+        f"tokens, {torch.get_num_threads()} thread(s): {padding_share(padded.batches):.1%} padding in grouped batches, "
         f"{steps['grouped'].padding():.1%} left in the padded micro-batches"
     )
     report(
-        f"padded over none, {len(paired)} rounds: CPU time {middle:.3f} ({low:.3f} to {high:.3f}), wall {wall:.3f}; CPU "
-        f"{np.median(cpu['grouped']) * 1e3:.0f} and {np.median(cpu['none']) * 1e3:.0f} ms a step"
+        f"padded over none, {len(paired)} rounds: CPU time {middle:.3f} ({low:.3f} to {high:.3f}), wall {wall:.3f}; "
+        f"CPU {np.median(cpu['grouped']) * 1e3:.0f} and {np.median(cpu['none']) * 1e3:.0f} ms a step"
     )
 
 

@@ -40,15 +40,17 @@ class Sequences:
         return tuple((len(list(run)), length) for length, run in groupby(self.lengths))
 
     @cached_property
-    def first_N(self) -> torch.Tensor:
-        """int64: each row's first token."""
+    def starts(self) -> torch.Tensor:
+        """(N,) int64: each row's first token."""
         return self.cu_seqlens[:-1].long()
 
     @cached_property
     def firsts(self) -> Sequences:
         """Of the first tokens alone, one behind another."""
-        return Sequences((1,) * len(self.lengths), torch.arange(len(self.cu_seqlens), dtype=torch.int32).to(self.cu_seqlens.device))
+        return Sequences(
+            (1,) * len(self.lengths), torch.arange(len(self.cu_seqlens), dtype=torch.int32).to(self.cu_seqlens.device)
+        )
 
     def take_first(self, x: torch.Tensor) -> torch.Tensor:
         """(N, 1, D) of the first tokens, of (1, T, D)."""
-        return x[0].index_select(0, self.first_N).unsqueeze(1)
+        return x[0].index_select(0, self.starts).unsqueeze(1)

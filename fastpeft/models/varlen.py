@@ -1,8 +1,8 @@
 """Models of transformers that take the rows of a batch one behind another, without padding.
 
-Where a batch is padded, a model is given N x L tokens and a mask. Here it is given 1 x T, positions that begin anew with
-each row, and Sequences in place of the mask: projections, norms and feed-forward networks compute real tokens alone, and
-attention stays within a row. A head that reads each row's first token is given N x 1.
+Where a batch is padded, a model is given N x L tokens and a mask. Here it is given 1 x T, positions that begin anew
+with each row, and Sequences in place of the mask: projections, norms and feed-forward networks compute real tokens
+alone, and attention stays within a row. A head that reads each row's first token is given N x 1.
 
 A patch changes the class of the model before the head, as swaps do, and nothing where it is called with a mask. Each
 was written against the forward pass of the versions in KNOWN. What is not known keeps its padded batches.
@@ -196,9 +196,7 @@ class VarlenLlama(Varlen):
         x = self.embed_tokens(input_ids)
         rotation = self.rotary_emb(x, position_ids=position_ids)
         for layer in self.layers:
-            x = layer(
-                x, attention_mask=attention_mask, position_embeddings=rotation, position_ids=position_ids, **more
-            )
+            x = layer(x, attention_mask=attention_mask, position_embeddings=rotation, position_ids=position_ids, **more)
         return BaseModelOutputWithPast(last_hidden_state=self.norm(x))
 
 

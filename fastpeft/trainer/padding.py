@@ -1,4 +1,4 @@
-"""Whether a batch's rows are padded to one length or lie one behind another: as asked for, or as it was measured to pay.
+"""Whether a batch's rows are padded to one length or lie one behind another: as asked for, or as measured to pay.
 
 Batches hold rows of nearly one length, so that there is little padding to leave out.
 """
@@ -19,8 +19,8 @@ from fastpeft.models.varlen import use_varlen
 from fastpeft.tasks import Task
 
 PAYS_ABOVE = {"cpu": 0.1}
-"""Share of padding, by device, from which rows without padding were measured to be no slower (bench/LOG.md). Where nobody
-has measured it, `auto` pads."""
+"""Share of padding, by device, above which rows without padding were measured to be no slower (bench/LOG.md). Where
+nobody has measured it, `auto` pads."""
 
 
 def lay_out(run: RunConfig, task: Task, adapter: Adapter, backbone: Backbone, device: torch.device) -> list[str]:

@@ -52,9 +52,9 @@ def test_the_first_tokens_alone(kind, fresh_seed):
     lengths = draw_lengths(kind, random.Random(fresh_seed))
     query, key, value = draw(lengths)
     sequences = Sequences.of(lengths)
-    found = varlen_attention(query[sequences.first_N], key, value, sequences, SCALE, first_only=True)
+    found = varlen_attention(query[sequences.starts], key, value, sequences, SCALE, first_only=True)
     whole = varlen_attention_reference(query, key, value, lengths, SCALE)
-    compare((query, key, value), found, whole[sequences.first_N])
+    compare((query, key, value), found, whole[sequences.starts])
 
 
 @pytest.mark.parametrize("mask", MASKS.values(), ids=MASKS)
@@ -64,9 +64,7 @@ def test_dropout_keeps_rows_apart_and_the_mean(mask, seed):
     lengths = [3, 3, 7]
     query, key, value = (x.detach() for x in draw(lengths, groups=2))
     copies = 2000
-    tiled = [
-        torch.cat([row.repeat(copies, 1, 1) for row in x.split(lengths)]) for x in (query, key, value)
-    ]
+    tiled = [torch.cat([row.repeat(copies, 1, 1) for row in x.split(lengths)]) for x in (query, key, value)]
     many = Sequences.of([length for length in lengths for _ in range(copies)])
     found = varlen_attention(*tiled, many, SCALE, dropout=0.25, **mask)
     rows = found.split([copies * length for length in lengths])
@@ -118,10 +116,10 @@ def test_the_kernel_of_a_gpu(kind, first_only, triton_device, seed):
     lengths = draw_lengths(kind, random.Random(seed), longest=9)
     query, key, value = draw(lengths, heads=1, groups=1, dtype=torch.float32, device=triton_device)
     sequences = Sequences.of(lengths, triton_device)
-    asked = query[sequences.first_N] if first_only else query
+    asked = query[sequences.starts] if first_only else query
     found = varlen_attention(asked, key, value, sequences, SCALE, first_only=first_only)
     expected = varlen_attention_reference(query, key, value, lengths, SCALE)
-    expected = expected[sequences.first_N] if first_only else expected
+    expected = expected[sequences.starts] if first_only else expected
     compare((query, key, value), found, expected, bound=2e-5)
 
 
@@ -184,8 +182,8 @@ def test_torch_is_called_as_it_is_documented(torch_version, mask, groups, seed):
     found = varlen_attention(*tensors, sequences, SCALE, **mask)
     compare(tensors, found, varlen_attention_reference(*tensors, lengths, SCALE, **mask))
     if not mask:
-        first = varlen_attention(tensors[0][sequences.first_N], *tensors[1:], sequences, SCALE, first_only=True)
-        torch.testing.assert_close(first, found[sequences.first_N])
+        first = varlen_attention(tensors[0][sequences.starts], *tensors[1:], sequences, SCALE, first_only=True)
+        torch.testing.assert_close(first, found[sequences.starts])
 
 
 @pytest.mark.parametrize("torch_version", [torch_of_2_10], indirect=True)

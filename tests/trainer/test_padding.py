@@ -1,4 +1,4 @@
-"""Runs without padding: what is learned is what padded rows of transformers' own layers give, and it goes on to the bit."""
+"""Runs without padding learn what padded rows of transformers' own layers teach, and go on to the bit."""
 
 from __future__ import annotations
 
@@ -267,5 +267,5 @@ def test_a_model_that_lets_rows_leak_is_padded_and_says_so(tmp_path, monkeypatch
 
 
 def test_a_cached_prefix_keeps_padded_rows(tmp_path):
-    with pytest.raises(ConfigError, match="training.padding: none does not go with training.cache_prefix"):
+    with pytest.raises(ConfigError, match=r"training\.padding: none does not go with training\.cache_prefix"):
         kind_run(tmp_path, "classification", training={"padding": "none", "cache_prefix": True})

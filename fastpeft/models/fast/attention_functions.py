@@ -1,5 +1,5 @@
-"""transformers' attention by fastpeft where torch's own has no fast path: on a CPU, while there is dropout, and for rows
-that lie one behind another without padding."""
+"""transformers' attention by fastpeft: where torch's own has no fast path, on a CPU while there is dropout; and for
+rows that lie one behind another, without padding."""
 
 from __future__ import annotations
 

@@ -66,8 +66,8 @@ class DisentangledAttention(Fast):
         rel_embeddings: torch.Tensor | None = None,
         num_queries: int | None = None,
     ) -> tuple[torch.Tensor, None]:
-        """`relative_pos` is what transformers' encoder makes of the length. `num_queries`: only of the first tokens, which
-        is 1 where `attention_mask` tells how rows lie one behind another in (1, T, D)."""
+        """`relative_pos` is what transformers' encoder makes of the length. `num_queries`: only of the first tokens; of
+        rows one behind another, as Sequences in place of a mask tell, of one each."""
         if isinstance(attention_mask, Sequences):
             assert rel_embeddings is not None, "relative attention has them"
             return self._within(hidden_states, attention_mask, rel_embeddings, num_queries is not None)

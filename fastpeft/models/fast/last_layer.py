@@ -81,9 +81,7 @@ class FirstTokenAttention(Fast):
     def trial(cls, module: nn.Module) -> Outputs:
         raise TypeError("see shorten_last_layer")
 
-    def forward(
-        self, hidden_states: torch.Tensor, attention_mask: torch.Tensor | Sequences | None = None, **more: Any
-    ):
+    def forward(self, hidden_states: torch.Tensor, attention_mask: torch.Tensor | Sequences | None = None, **more: Any):
         from transformers import AttentionInterface
 
         if isinstance(attention_mask, Sequences):

@@ -215,7 +215,7 @@ def _prompts(batch: Batch) -> tuple[torch.Tensor, torch.Tensor, int]:
         num_rows, width = batch.labels.shape
         starts_N = width * torch.arange(num_rows, device=batch.labels.device)
         return starts_N, (batch.labels != IGNORE).float().argmax(1), width
-    starts_N, ends_N = batch.sequences.first_N, batch.sequences.cu_seqlens[1:]
+    starts_N, ends_N = batch.sequences.starts, batch.sequences.cu_seqlens[1:]
     assert batch.rows is not None
     behind = torch.cat([batch.rows, ends_N[-1:]])  # so that there is one behind each start
     first_N = behind[torch.searchsorted(batch.rows, starts_N)]

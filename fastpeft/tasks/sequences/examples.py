@@ -135,7 +135,7 @@ def _tokens(examples: Examples, tokenizer: Any, max_length: int, cut: str, call:
 
 
 def collate(encoded: Encoded, rows: np.ndarray, device: torch.device) -> Batch:
-    """Pad `rows` to the longest of them, or put one behind another, and move them to `device`, without waiting for it."""
+    """Pad `rows` to the longest of them, or put one behind another, and move them to `device`. Nothing waits for it."""
     inputs = inputs_of(encoded, rows, device, encoded.segments)
     sequences = inputs["attention_mask"] if encoded.varlen else None
     return Batch(inputs, move(encoded.labels[rows], device), int(encoded.lengths[rows].sum()), sequences=sequences)

@@ -70,7 +70,16 @@ def varlen_attention(
         distances = _distances(sequences.longest, query.device)
         cu_queries = queries.cu_seqlens if first_only else None
         return disentangled_attention(
-            query, key, value, None, None, distances, scale, sequences.cu_seqlens, cu_queries=cu_queries, dropout=dropout
+            query,
+            key,
+            value,
+            None,
+            None,
+            distances,
+            scale,
+            sequences.cu_seqlens,
+            cu_queries=cu_queries,
+            dropout=dropout,
         )
     return _by_runs(query, key, value, queries, sequences, scale, causal and not first_only, window, dropout)
 
