@@ -97,8 +97,8 @@ def main(report: Callable[[str], None] = print) -> None:
     wall = times.ratio("grouped", "none")[0]
     report(
         f"{arguments.run}, {arguments.order} batches of {padded.batches.batch_size}, micro-batches of {limit:,} "
-        f"tokens, {torch.get_num_threads()} thread(s): {padding_share(padded.batches):.1%} padding in grouped batches, "
-        f"{steps['grouped'].padding():.1%} left in the padded micro-batches"
+        f"tokens, {torch.get_num_threads()} thread(s): {steps['grouped'].padding():.1%} padding in micro-batches, and "
+        f"{padding_share(padded.batches):.1%} in those that auto looks at"
     )
     report(
         f"padded over none, {len(paired)} rounds: CPU time {middle:.3f} ({low:.3f} to {high:.3f}), wall {wall:.3f}; "

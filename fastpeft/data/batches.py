@@ -174,8 +174,6 @@ def _split_by_length(rows: np.ndarray, lengths: np.ndarray, max_tokens: int) -> 
 def evaluation_batches(encoded: TokenRows, max_tokens: int) -> list[np.ndarray]:
     """All rows by length, in batches of at most `max_tokens` padded tokens."""
     rows = np.arange(len(encoded))
-    if encoded.varlen:
-        return list(_split_by_length(rows, encoded.lengths, max_tokens))
     return list(split_by_width(rows, encoded.lengths, encoded.widths, max_tokens, encoded.padded))
 
 

@@ -136,10 +136,9 @@ def varlen_fault(model: nn.Module, backbone: Backbone, encoded: TokenRows, outpu
     with trying(model):
         wanted = [outputs(model, *_inputs(rows.row(i), backbone))[0] for i in range(len(rows))]
         found = _difference(lambda: outputs(model, *_inputs(replace(rows, varlen=True), backbone)), wanted)
-    kind = type(backbone.model).__name__
-    return (
-        None if found.value <= tolerance(backbone) else f"{kind} computes other outputs for rows in one piece: {found}"
-    )
+    if found.value <= tolerance(backbone):
+        return None
+    return f"{type(backbone.model).__name__} computes other outputs for rows in one piece: {found}"
 
 
 def by_row(x: torch.Tensor, lengths: Sequence[int]) -> list[torch.Tensor]:

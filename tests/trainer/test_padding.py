@@ -19,6 +19,7 @@ from fastpeft.signals import Need
 from fastpeft.trainer import StopRequest, padding, train
 from fastpeft.trainer.build import Job, build_job
 from fastpeft.trainer.padding import padding_share
+from fastpeft.trainer.probes.answer_gradient import AnswerGradient
 from fastpeft.trainer.step import forward_backward
 from tests.support import chat_runs, kind_runs, problem_runs
 from tests.support.closeness import relative_error
@@ -164,6 +165,26 @@ def test_the_signals_of_a_schedule(kind, tmp_path, monkeypatch):
             np.testing.assert_allclose(varlen[name], padded[name], rtol=1e-3, atol=1e-7, err_msg=name)
 
 
+def test_a_table_of_positions_counts_as_no_tokens(tmp_path):
+    """It has 2 L - 1 rows, as many as two rows of L and L - 1 have tokens."""
+    run_of(tmp_path, "token-classification", "deberta-v2")
+    none = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+    make_model(tmp_path / "model", "deberta-v2", position_buckets=64, **none)
+    padded, varlen = jobs(tmp_path, "token-classification", "deberta-v2")
+    lengths = padded.task.train.lengths.tolist()
+    longer = next(length for length in lengths if length - 1 in lengths)
+    rows = np.array([lengths.index(longer - 1), lengths.index(longer)])
+    squares = []
+    for job in (padded, varlen):
+        answers, batch = AnswerGradient(job.adapter), job.task.collate(rows, job.device)
+        answers.start()
+        answers.before_pass(batch)
+        job.task.loss(job.adapter.model, batch, job.task.num_items(rows)).loss.backward()
+        answers.after_pass()
+        squares.append(answers.squares(None))
+    assert relative_error(squares[1], squares[0]) <= CLOSE
+
+
 def test_adalora_prunes_the_same(tmp_path):
     sections = {"adalora": {"initial_rank": 6, "target_rank": 3}, "budget": "8steps", "evaluation": {"every": "end"}}
     kept = []
@@ -223,7 +244,7 @@ def test_auto_goes_by_what_was_measured(tmp_path, monkeypatch):
     monkeypatch.setattr(padding, "PAYS_ABOVE", {"cpu": share / 2})
     job = build_job(run)
     assert job.task.train.varlen
-    assert f"the rows of a batch lie one behind another: {share:.1%} of padding is left out" in job.notes
+    assert "the rows of a batch lie one behind another, without padding" in job.notes
     monkeypatch.setattr(padding, "PAYS_ABOVE", {"cuda": 0.0})
     assert not build_job(run).task.train.varlen
 

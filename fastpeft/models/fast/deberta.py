@@ -134,14 +134,14 @@ class DisentangledAttention(Fast):
 
     def _positions(self, table_RD: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor | None]:
         """(R, H, D) of keys and of queries."""
-        band = self.pos_dropout(table_RD).unsqueeze(0)
+        band = self.pos_dropout(table_RD)[None, None]  # by which a RowMask knows that it holds no tokens
         keys = queries = None
         if "p2c" in self.pos_att_type:
             project = self.query_proj if self.share_att_key else cast(Any, self).pos_query_proj
-            queries = self._heads(project(band)[0])
+            queries = self._heads(project(band)[0, 0])
         if "c2p" in self.pos_att_type:
             project = self.key_proj if self.share_att_key else cast(Any, self).pos_key_proj
-            keys = self._heads(project(band)[0])
+            keys = self._heads(project(band)[0, 0])
         return keys, queries
 
     def _band(self, asked: int, length: int, device: torch.device) -> Band:

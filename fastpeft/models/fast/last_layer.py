@@ -49,14 +49,14 @@ class FirstTokenLayer(Fast):
         **more: Any,
     ):
         inner = self.attention.self
-        within = isinstance(attention_mask, Sequences)
-        first = attention_mask.take_first(hidden_states) if within else hidden_states[:, :1]
         if isinstance(inner, DisentangledAttention):
             x = inner(hidden_states, attention_mask, *rest, **more, num_queries=1)[0]
-            return self._after(x, first), None
-        return self._after(inner(hidden_states, attention_mask=attention_mask, **more)[0], first)
+            return self._after(x, hidden_states, attention_mask), None
+        x = inner(hidden_states, attention_mask=attention_mask, **more)[0]
+        return self._after(x, hidden_states, attention_mask)
 
-    def _after(self, x: torch.Tensor, first: torch.Tensor) -> torch.Tensor:
+    def _after(self, x: torch.Tensor, hidden_states: torch.Tensor, mask: torch.Tensor | Sequences | None):
+        first = mask.take_first(hidden_states) if isinstance(mask, Sequences) else hidden_states[:, :1]
         x = self.attention.output(x, first)
         return cast(Any, self.output)(self.intermediate(x), x)
 
