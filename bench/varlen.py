@@ -12,10 +12,12 @@ from __future__ import annotations
 
 import argparse
 import os
+import sys
 import time
-from collections.abc import Callable
+from pathlib import Path
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import numpy as np
 import torch
@@ -65,8 +67,8 @@ def choose_batches(job: Job, order: str, count: int) -> list[np.ndarray]:
     ]
 
 
-def main(report: Callable[[str], None] = print) -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--run", required=True)
     parser.add_argument("--order", choices=("grouped", "drawn"), default="grouped")
     parser.add_argument("--batches", type=int, default=8)
@@ -95,12 +97,12 @@ def main(report: Callable[[str], None] = print) -> None:
     paired = (cpu["grouped"].reshape(-1, 2).sum(1)) / cpu["none"].reshape(-1, 2).sum(1)
     low, middle, high = np.percentile(paired, [25, 50, 75])
     wall = times.ratio("grouped", "none")[0]
-    report(
+    print(
         f"{arguments.run}, {arguments.order} batches of {padded.batches.batch_size}, micro-batches of {limit:,} "
         f"tokens, {torch.get_num_threads()} thread(s): {steps['grouped'].padding():.1%} padding in micro-batches, and "
         f"{padding_share(padded.batches):.1%} in those that auto looks at"
     )
-    report(
+    print(
         f"padded over none, {len(paired)} rounds: CPU time {middle:.3f} ({low:.3f} to {high:.3f}), wall {wall:.3f}; "
         f"CPU {np.median(cpu['grouped']) * 1e3:.0f} and {np.median(cpu['none']) * 1e3:.0f} ms a step"
     )

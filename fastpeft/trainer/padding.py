@@ -20,8 +20,8 @@ from fastpeft.tasks import Task
 from fastpeft.trainer.memory_plan import FEWEST
 
 PAYS_ABOVE = {"cpu": 0.1}
-"""Share of padding, by device, above which leaving it out pays (bench/LOG.md): below it, gain and loss on a CPU could not
-be told apart. Where nobody has measured it, `auto` pads."""
+"""Share of padding, by device, above which leaving it out pays: below it, gain and loss on a CPU could not be told
+apart (bench/LOG.md). Where nobody has measured it, `auto` pads."""
 LOOKED_AT = 64
 """Batches, spread over an epoch, whose padding is counted."""
 
