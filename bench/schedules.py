@@ -176,7 +176,8 @@ class Bench:
         searched = [run for run in report["runs"] if run["phase"] == "search" and run["schedule"] in self.runs]
         baseline = self.runs[BASELINE]
         stand_in = "" if args.model else " (STAND-IN)"
-        where = f"{baseline.model.name} on {baseline.dataset.name}{stand_in}"
+        model = Path(baseline.model.name).name if args.model else baseline.model.name
+        where = f"{model} on {baseline.dataset.name}{stand_in}"
         report["title"] = f"{where}, {args.budget}, {args.seeds} seeds"
         report["metric"] = next((run["metric_name"] for run in compared if run["metric_name"]), "metric")
         report["search"] = {

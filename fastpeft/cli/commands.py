@@ -125,9 +125,9 @@ def _say_first(config: Any) -> None:
 
 
 def _train_one(config: Any, results_dir: Path, name: str | None, resume: bool, allow_stand_in: bool) -> None:
-    if name is not None and not resume:  # before torch is loaded, which takes seconds
-        from fastpeft.runs.store import RunFolder
+    from fastpeft.runs.store import RunFolder
 
+    if name is not None and not resume:  # before torch is loaded, which takes seconds
         RunFolder.at(results_dir, name).check_free()
     with ctrl_c_ends_at_once():
         _say_first(config)
@@ -147,14 +147,17 @@ def _train_one(config: Any, results_dir: Path, name: str | None, resume: bool, a
             reporter=reporter,
             stop=stop,
         )
-    reporter.console.print(closing(result))
-    print(f"\nrun folder   {results_dir / result.name}")
+    folder = RunFolder.at(results_dir, result.name)
+    reporter.console.print(closing(result, folder))
+    print(f"\nrun folder   {folder.path}")
+    where = "" if results_dir == Path("results") else f" --results-dir {shlex.quote(str(results_dir))}"
     if result.status == "stopped":
-        print(
-            f"resume with  fastpeft train --resume --name {result.name} --results-dir {shlex.quote(str(results_dir))}"
-        )
+        print(f"resume with  fastpeft train --resume --name {result.name}{where}")
     else:
-        print(f"look again   fastpeft runs show {result.name} --results-dir {shlex.quote(str(results_dir))}")
+        print(f"look again   fastpeft runs show {result.name}{where}")
+        print(f"watch        fastpeft tui{where}")
+        print(f"compare      fastpeft evaluate{where}")
+        print(f"carry away   fastpeft export {result.name}{where}")
     _end([result], reporter, stop)
 
 
@@ -163,7 +166,7 @@ def _train_seeds(
 ) -> None:
     if config is None or (resume and name is None):
         raise UserError("--seeds needs --run, and with --resume also --name: which group is to be continued?")
-    from fastpeft.runs.store import default_name
+    from fastpeft.runs.store import RunFolder, default_name
 
     group = name or default_name(config.run_id)
     with ctrl_c_ends_at_once():
@@ -187,7 +190,7 @@ def _train_seeds(
             reporter=reporter,
         )
     if len(results) == 1:
-        reporter.console.print(closing(results[0]))
+        reporter.console.print(closing(results[0], RunFolder.at(results_dir, results[0].name)))
     reporter.console.print(group_table(results))
     where = shlex.quote(str(results_dir))
     if stop():

@@ -206,8 +206,8 @@ def test_a_resume_goes_on_to_the_bit(kind, family, tmp_path):
     """Dropout is on, in attention too."""
     more = {"max_new_tokens": 4} if kind == "word-problems" else {}
     run = run_of(
-        tmp_path, kind, family, dropout=0.1, budget="10steps", evaluation={"every": "5steps", **more},
-        training={"padding": "none", "checkpoint_steps": 3},
+        tmp_path, kind, family, dropout=0.1, budget="6steps", evaluation={"every": "3steps", **more},
+        training={"padding": "none", "checkpoint_steps": 2},
     )  # fmt: skip
     unbroken = train(run, results_dir=tmp_path, name="unbroken")
     stop = StopRequest()
@@ -218,10 +218,16 @@ def test_a_resume_goes_on_to_the_bit(kind, family, tmp_path):
     assert_same_weights(weights(tmp_path / "broken", "adapter"), weights(tmp_path / "unbroken", "adapter"))
 
 
-@pytest.mark.parametrize(("kind", "family"), [("classification", "deberta-v2"), ("token-classification", "roberta")])
+@pytest.mark.parametrize(
+    ("kind", "family"),
+    [
+        ("classification", "deberta-v2"),
+        pytest.param("token-classification", "roberta", marks=pytest.mark.soak),
+    ],
+)
 def test_peft_scores_the_adapter_the_same(kind, family, tmp_path):
     run = run_of(
-        tmp_path, kind, family, dropout=0.1, budget="12steps", evaluation={"every": "end"},
+        tmp_path, kind, family, dropout=0.1, budget="6steps", evaluation={"every": "end"},
         training={"padding": "none"},
     )  # fmt: skip
     result = train(run, results_dir=tmp_path, name="r")
