@@ -90,6 +90,15 @@ def seed() -> int:
 
 
 @pytest.fixture
+def fresh_seed() -> int:
+    """Another in every run, for what has to hold whatever is drawn; FASTPEFT_TEST_SEED names the one that failed."""
+    named = os.environ.get("FASTPEFT_TEST_SEED", "random")
+    value = secrets.randbelow(2**31) if named == "random" else int(named)
+    print(f"FASTPEFT_TEST_SEED={value}")
+    return value
+
+
+@pytest.fixture
 def fastpeft_cli(tmp_path: Path) -> Callable[..., subprocess.CompletedProcess]:
     """Run `python -m fastpeft ...` in an empty folder; returns the finished process."""
 

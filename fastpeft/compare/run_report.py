@@ -216,7 +216,9 @@ def _in_words(predictions: Predictions, row: int) -> WrongAnswer:
 
 def _is_tagged(answer: Answer, given: Sequence[str]) -> bool:
     """A tag a word. A row of one or two texts may have as many labels, and is shown as those."""
-    return len(given) > 2 and answer.counts is not None and len(answer.gold) == len(answer.predicted) == len(given)
+    lists = isinstance(answer.gold, list) and isinstance(answer.predicted, list)
+    is_tagged = lists and answer.counts is not None and len(given) > 2
+    return is_tagged and len(answer.gold) == len(answer.predicted) == len(given)
 
 
 def _text(value: Any) -> str:

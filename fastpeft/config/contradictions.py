@@ -32,6 +32,8 @@ def contradictions(run: RunConfig) -> Iterator[str]:
     yield from _hub(run.dataset)
     if run.dataset.packing and run.training.cache_prefix:
         yield "dataset.packing: does not go with training.cache_prefix, which keeps rows by themselves; leave one out"
+    if run.training.padding == "none" and run.training.cache_prefix:
+        yield "training.padding: none does not go with training.cache_prefix, which keeps padded rows; leave one out"
     if schedule.reads_mean and run.optimizer.beta1 == 0:
         yield (
             f"optimizer.beta1: schedule {schedule.name} tells signal from noise by the running mean of the gradient, "

@@ -8,10 +8,12 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Self
+from typing import Any, Self
 
 import numpy as np
 import torch
+
+from fastpeft.kernels.sequences import Sequences
 
 # Rows are sorted by length inside pools of this many batches: long enough that a batch holds rows
 # of nearly one length, short enough that every part of an epoch sees every length.
@@ -35,6 +37,8 @@ class TokenRows:
     """Longest row that the model takes."""
     padded: bool = True
     """Rows of unequal lengths may share a batch. False for a model that computes other outputs for a padded row."""
+    varlen: bool = False
+    """Rows of a batch lie one behind another, without padding. For a model that takes Sequences in place of a mask."""
     width_multiple: int = WIDTH_MULTIPLE
     """What widths are rounded up to."""
 
@@ -52,21 +56,32 @@ class TokenRows:
     @cached_property
     def widths(self) -> np.ndarray:
         """What each row would be padded to by itself."""
-        if not self.padded:
+        if self.varlen or not self.padded:
             return self.lengths
         return np.minimum(-(-self.lengths // self.width_multiple) * self.width_multiple, self.max_length)
+
+    def shape(self, rows: np.ndarray) -> tuple[int, int]:
+        """(rows, width) of a batch of them; without padding the width is their mean, rounded up."""
+        if self.varlen:
+            return len(rows), -(-int(self.lengths[rows].sum()) // len(rows))
+        return len(rows), int(self.widths[rows].max())
 
 
 @dataclass(frozen=True)
 class Batch:
-    """Model inputs (each N x L), labels, and how many of the N * L tokens are no padding."""
+    """Model inputs (each N x L), labels, and how many of the N * L tokens are no padding.
 
-    inputs: dict[str, torch.Tensor]
+    Where rows lie one behind another N x L is 1 x T, and `sequences` tells where each begins: an encoder's inputs have
+    it in place of the attention mask.
+    """
+
+    inputs: dict[str, Any]
     labels: torch.Tensor
     """N or N x C where an answer belongs to a row; N x L where it belongs to a token, IGNORE where there is none."""
     num_tokens: int
     rows: torch.Tensor | None = None
     """Of a language model: the positions with a label, of the N * L flattened, int64."""
+    sequences: Sequences | None = None
 
 
 class Batches:
@@ -105,7 +120,8 @@ class Batches:
 
 
 def micro_batches(encoded: TokenRows, rows: np.ndarray, max_tokens: int) -> list[np.ndarray]:
-    """Split `rows` so that each part, padded to its longest row, has at most `max_tokens` tokens.
+    """Split `rows` so that each part, padded to its longest row, has at most `max_tokens` tokens; or the part's own
+    tokens are no more, where they are not padded.
 
     There are as few parts as that allows, and the largest of them is as small as it can be with so many: none is left
     with a row or two, which would read all weights for them. A single row over the limit is a part of its own. Where
@@ -113,6 +129,8 @@ def micro_batches(encoded: TokenRows, rows: np.ndarray, max_tokens: int) -> list
     """
 
     def split(limit: int) -> list[np.ndarray]:
+        if encoded.varlen:
+            return list(_split_by_length(rows, encoded.lengths, limit))
         return list(split_by_width(rows, encoded.lengths, encoded.widths, limit, encoded.padded))
 
     parts = split(max_tokens)
@@ -141,15 +159,61 @@ def split_by_width(
             start = end
 
 
+def _split_by_length(rows: np.ndarray, lengths: np.ndarray, max_tokens: int) -> Iterator[np.ndarray]:
+    """Parts of at most `max_tokens`, each as full as it can be, the shortest rows first."""
+    rows = rows[np.argsort(lengths[rows], kind="stable")]
+    start = num_tokens = 0
+    for end, length in enumerate(lengths[rows].tolist()):
+        if end > start and num_tokens + length > max_tokens:
+            yield rows[start:end]
+            start, num_tokens = end, 0
+        num_tokens += length
+    yield rows[start:]
+
+
 def evaluation_batches(encoded: TokenRows, max_tokens: int) -> list[np.ndarray]:
     """All rows by length, in batches of at most `max_tokens` padded tokens."""
     rows = np.arange(len(encoded))
     return list(split_by_width(rows, encoded.lengths, encoded.widths, max_tokens, encoded.padded))
 
 
+def inputs_of(
+    encoded: TokenRows, rows: np.ndarray, device: torch.device, segments: np.ndarray | None = None
+) -> dict[str, Any]:
+    """A model's inputs for `rows`, padded or one behind another, as the rows say."""
+    return (_concatenated if encoded.varlen else pad)(encoded, rows, device, segments)
+
+
+def flat_places(encoded: TokenRows, rows: np.ndarray) -> np.ndarray:
+    """Of the tokens of `rows`, one row behind another, where they lie among all tokens."""
+    return np.concatenate([np.arange(int(encoded.offsets[row]), int(encoded.offsets[row + 1])) for row in rows])
+
+
+def sequences_of(lengths: np.ndarray, device: torch.device) -> Sequences:
+    """Of rows of these lengths, one behind another, without waiting for the device."""
+    ends = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)
+    return Sequences(tuple(lengths.tolist()), move(ends, device))
+
+
+def _concatenated(
+    encoded: TokenRows, rows: np.ndarray, device: torch.device, segments: np.ndarray | None = None
+) -> dict[str, Any]:
+    """input_ids, position_ids, which begin anew with each row, and perhaps token_type_ids, each 1 x T int64 on
+    `device`; Sequences in place of the attention mask."""
+    lengths, places = encoded.lengths[rows], flat_places(encoded, rows)
+    arrays = {
+        "input_ids": encoded.tokens[places],
+        "position_ids": np.concatenate([np.arange(length) for length in lengths]),
+    }
+    if segments is not None:
+        arrays["token_type_ids"] = segments[places]
+    inputs: dict[str, Any] = {name: move(array[None].astype(np.int64), device) for name, array in arrays.items()}
+    return inputs | {"attention_mask": sequences_of(lengths, device)}
+
+
 def pad(
     encoded: TokenRows, rows: np.ndarray, device: torch.device, segments: np.ndarray | None = None
-) -> dict[str, torch.Tensor]:
+) -> dict[str, Any]:
     """A model's inputs for `rows`, padded on the right to the longest of them: input_ids, attention_mask and, where
     `segments` are given, token_type_ids, each N x L int64 on `device`. Nothing waits for the device."""
     lengths = encoded.lengths[rows]

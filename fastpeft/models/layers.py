@@ -27,7 +27,9 @@ class RowMask:
         """None: nothing is measured now."""
 
     def fits(self, x: torch.Tensor) -> bool:
-        return self.mask_T is not None and self.mask_T.numel() == x.shape[:-1].numel()
+        """What has more than rows and tokens before its features holds no tokens, such as DeBERTa's table of positions,
+        which may have as many rows as there are tokens."""
+        return self.mask_T is not None and x.ndim <= 3 and self.mask_T.numel() == x.shape[:-1].numel()
 
 
 class Watch:

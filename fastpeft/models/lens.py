@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from fastpeft.errors import UserError
+from fastpeft.kernels.sequences import Sequences
 from fastpeft.models.lm_head import bare_model, decoder_of, output_embeddings
 
 if TYPE_CHECKING:
@@ -66,12 +67,14 @@ class FirstLayer:
         return self.norm(self._take().flatten(0, 1)[rows])
 
     @torch.no_grad()
-    def read_classes(self) -> torch.Tensor:
+    def read_classes(self, sequences: Sequences | None = None) -> torch.Tensor:
         """(at most MOST_ROWS, C) logits in fp32 of rows evenly spaced over the pass that was watched; forgets it.
 
-        Without dropout, so that no random number is drawn.
+        Without dropout, so that no random number is drawn. `sequences`: of a pass without padding.
         """
         hidden_NLD = self._take()
+        if sequences is not None:
+            hidden_NLD = sequences.take_first(hidden_NLD)
         x = hidden_NLD[:: -(-len(hidden_NLD) // MOST_ROWS)]
         training = [module for part in self._class_head for module in part.modules() if module.training]
         for module in training:

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from fastpeft.errors import UnavailableError, UserError, first_line
+from fastpeft.kernels.sequences import Sequences
 from fastpeft.models.fast.last_rows import ROWS, takes_rows
 from fastpeft.models.layers import is_bare
 
@@ -34,6 +35,7 @@ def hidden_states(
     input_ids: torch.Tensor,
     rows: torch.Tensor | None = None,
     position_ids: torch.Tensor | None = None,
+    sequences: Sequences | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
     """What a causal LM's logits are made of, without making them: logits = hidden weight^T + bias.
 
@@ -48,6 +50,7 @@ def hidden_states(
             others, it does.
         position_ids: B x T, of rows that hold several texts, each counted from 0; models that take such positions for
             what they are keep the texts apart.
+        sequences: of 1 x T tokens without padding, for a model that takes them (models.varlen).
 
     Returns:
         hidden: B x T x D, or L x D with `rows`; normalised, as the head takes them.
@@ -60,7 +63,8 @@ def hidden_states(
     assert head is not None, "check_causal_lm has found one"
     decoder = decoder_of(bare)
     asked = {ROWS: rows} if rows is not None and takes_rows(decoder) else {}
-    placed = {} if position_ids is None else {"position_ids": position_ids}
+    placed: dict[str, Any] = {} if position_ids is None else {"position_ids": position_ids}
+    placed |= {} if sequences is None else {"attention_mask": sequences}
     hidden = decoder(input_ids=input_ids, use_cache=False, **placed, **asked).last_hidden_state
     if rows is not None and not asked:
         hidden = hidden.flatten(0, 1).index_select(0, rows)

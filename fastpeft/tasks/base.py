@@ -263,6 +263,20 @@ class Task(ABC, Generic[Rows]):
             UserError: a model that no way is right for, and what differed.
         """
 
+    def check_varlen(self, model: nn.Module, backbone: Backbone) -> str | None:
+        """Try on a few rows, after `check`, what training would make of them one behind another, without padding.
+
+        `collate` makes such batches where `train.varlen` is set. Leaves the model and global random numbers as they
+        were.
+
+        Args:
+            model: the backbone's, with the adapter in it, which takes Sequences in place of a mask (models.varlen).
+
+        Returns:
+            Why it is not to be, in words; None where each row's outputs are those that it has alone.
+        """
+        return f"the task kind {self.kind} makes no such batches"
+
     def keep(self, folder: Path) -> None:
         """Write beside the weights what they mean and no data tell, such as a chat template."""
 

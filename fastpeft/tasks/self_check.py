@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from fastpeft.data.batches import TokenRows, concatenate, pad
+from fastpeft.data.batches import TokenRows, concatenate, inputs_of
 from fastpeft.device_memory import is_out_of_memory
 from fastpeft.errors import UserError, first_line
 from fastpeft.models.backbone import Backbone, quiet_transformers
@@ -34,8 +34,9 @@ _NUM_ROWS, _SHORTEST, _LONGEST = 3, 8, 64
 _OPERATIONS = {"cpu": 1e10, "cuda": 1e12}
 """Of a forward pass over the rows, for the check to take less than a second."""
 
-Outputs = Callable[[nn.Module, dict[str, torch.Tensor], Sequence[int]], list[torch.Tensor]]
-"""(model, inputs, lengths) -> of each row what the model makes of it, without its padding: ... x C."""
+Outputs = Callable[[nn.Module, dict[str, Any], Sequence[int]], list[torch.Tensor]]
+"""(model, inputs, lengths) -> of each row what the model makes of it, without its padding: ... x C. Rows may lie one
+behind another, as by_row tells."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -122,6 +123,29 @@ def check_batches(
         f"itself: {padded} where it is padded, {unpadded} beside a row of its own length. It cannot be trained in "
         "batches; choose another model. model.check=off trains it all the same"
     )
+
+
+def varlen_fault(model: nn.Module, backbone: Backbone, encoded: TokenRows, outputs: Outputs) -> str | None:
+    """What is wrong where rows lie one behind another, in words; None where each has the outputs that it has alone.
+
+    Args:
+        model, encoded: as check_batches has them.
+        outputs: of a batch, computed as training does.
+    """
+    rows = sample_rows(model, encoded)
+    with trying(model):
+        wanted = [outputs(model, *_inputs(rows.row(i), backbone))[0] for i in range(len(rows))]
+        found = _difference(lambda: outputs(model, *_inputs(replace(rows, varlen=True), backbone)), wanted)
+    if found.value <= tolerance(backbone):
+        return None
+    return f"{type(backbone.model).__name__} computes other outputs for rows in one piece: {found}"
+
+
+def by_row(x: torch.Tensor, lengths: Sequence[int]) -> list[torch.Tensor]:
+    """L x C of each row, without padding, of N x L x C or of 1 x T x C."""
+    if len(x) == len(lengths):
+        return [row[:length] for row, length in zip(x, lengths)]
+    return list(x[0].split(list(lengths)))
 
 
 def tolerance(backbone: Backbone) -> float:
@@ -223,9 +247,9 @@ def _read(compute: Callable[[], torch.Tensor], row: SampleRows, backbone: Backbo
         ) from error
 
 
-def _inputs(rows: SampleRows, backbone: Backbone) -> tuple[dict[str, torch.Tensor], list[int]]:
+def _inputs(rows: SampleRows, backbone: Backbone) -> tuple[dict[str, Any], list[int]]:
     device = next(backbone.model.parameters()).device
-    return pad(rows, np.arange(len(rows)), device, rows.segments), rows.lengths.tolist()
+    return inputs_of(rows, np.arange(len(rows)), device, rows.segments), rows.lengths.tolist()
 
 
 def _twice(row: SampleRows) -> SampleRows:

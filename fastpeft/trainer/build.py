@@ -32,6 +32,7 @@ from fastpeft.trainer.ahead import Ahead
 from fastpeft.trainer.evaluation_plan import EvaluationPlan, plan_evaluations
 from fastpeft.trainer.memory_plan import MemoryPlan, make_plan
 from fastpeft.trainer.optim import Optimizer, adam_moments, make_optimizer
+from fastpeft.trainer.padding import lay_out
 from fastpeft.trainer.prefix_cache import PrefixCache
 from fastpeft.trainer.probes.hooks import NoProbes, Probes, make_probes
 
@@ -97,7 +98,8 @@ def build_job(run: RunConfig, precision: Precision | None = None, score_test: bo
         task.encode(backbone, device)
     if not score_test:
         task.has_test, task.test_cost = False, 0.0
-    unchecked = _check(task, adapter, backbone) if run.model.check else []
+    checked = _check(task, adapter, backbone) if run.model.check else []
+    checked += lay_out(run, task, adapter, backbone, device)
     batches = Batches(task.train, run.training.batch_size, run.training.seed)
     meter = EnergyMeter.open(gpu_uuid(device))
     clock = BudgetClock(_budget(run, batches, meter), meter=meter)
@@ -131,7 +133,7 @@ def build_job(run: RunConfig, precision: Precision | None = None, score_test: bo
         device=device,
         precision=precision,
         ahead=Ahead(lambda rows: task.collate(rows, device)) if device.type == "cuda" else None,
-        notes=[*task.notes, *cache_notes, *backbone.notes, *unchecked, *_notes(run)],
+        notes=[*task.notes, *cache_notes, *backbone.notes, *checked, *_notes(run)],
     )
     job.notes += [*adapter.describe(), plan.describe(), *plan.notes, *untuned(adapter, device, dtype)]
     job.notes += [precision.note] if precision.note else []

@@ -39,14 +39,14 @@ class MicroBatches:
         """Rows and width of the micro-batch that the model works on."""
 
     def __iter__(self) -> Iterator[Batch]:
-        job, widths = self._job, self._job.batches.encoded.widths
+        job = self._job
         parts = self._parts(self._rows)
         if job.ahead is None:
             made = map(self._collate, parts)
         else:
             made = job.ahead.batches(parts, self._parts(self._following))
         for part in parts:
-            self._in_flight = len(part), int(widths[part].max())
+            self._in_flight = job.batches.encoded.shape(part)
             batch = next(made)
             with reading(job.prefix_cache, part, batch, self._collate):
                 yield batch

@@ -12,6 +12,8 @@ from fastpeft.cli.result_tables import closing, comparison_table
 from fastpeft.compare.comparison import compare
 from fastpeft.compare.found_runs import find_runs
 from fastpeft.compare.report import report
+from fastpeft.compare.run_report import WrongAnswer, _in_words
+from fastpeft.data.predictions import Answer, Predictions
 from fastpeft.runs.curves import Budgets, auc_of, evaluations, to_target_of
 from fastpeft.runs.store import Result, RunFolder
 from tests.support.kind_runs import KINDS, METRICS, kind_run
@@ -178,3 +180,18 @@ def test_the_majority_is_of_the_rows_that_are_compared():
     run.test = {"name": "accuracy", "value": 0.7, "num": 9, "more": {"majority": 0.6}}
     (row,) = compare([run]).rows
     assert row.majority.value == 0.6
+
+
+def test_a_wrong_answer_of_a_conversation_is_its_messages_and_its_counts():
+    """What was right of what was to be said: numbers, with as many texts as a tagged sentence has words."""
+    answer = Answer(gold=7, predicted=5, counts=(5, 7, 7))
+    given = ("What is red?", "A colour.", "And blue?", "One as well.")
+    found = _in_words(Predictions("validation", 4, "token_accuracy", 5 / 7, "0" * 64, [answer], [given]), 0)
+    assert found == WrongAnswer(" | ".join(given), "7", "5")
+
+
+def test_a_wrong_answer_of_a_tagged_sentence_is_its_words_that_differ():
+    answer = Answer(gold=["O", "B-PER", "O"], predicted=["O", "O", "O"], counts=(0, 0, 1))
+    given = ("met", "Ada", "here")
+    found = _in_words(Predictions("validation", 4, "f1", 0.0, "0" * 64, [answer], [given]), 0)
+    assert found == WrongAnswer("met Ada here", "Ada/B-PER", "Ada/O")

@@ -16,6 +16,7 @@ from fastpeft.data.batches import (
     WIDTH_MULTIPLE,
     Batches,
     evaluation_batches,
+    inputs_of,
     micro_batches,
     split_by_width,
 )
@@ -155,6 +156,44 @@ def test_rows_that_are_not_padded_share_a_part_with_their_like(max_tokens, draw)
     for part in parts:
         assert len(set(encoded.lengths[part])) == 1
         assert len(part) == 1 or encoded.lengths[part].sum() <= max_tokens
+
+
+@given(
+    num_rows=st.integers(1, 80),
+    longest=st.sampled_from([1, 10, 100]),
+    max_tokens=st.sampled_from([1, 16, 100, 10_000]),
+    draw=st.integers(0, 2**31),
+)
+@settings(max_examples=40, deadline=None)
+def test_rows_without_padding_fill_a_part_by_their_own_tokens(num_rows, longest, max_tokens, draw):
+    encoded = dataclasses.replace(make_encoded(np.random.default_rng(draw), num_rows, longest), varlen=True)
+    parts = micro_batches(encoded, np.arange(num_rows), max_tokens)
+    assert sorted(np.concatenate(parts)) == list(range(num_rows))
+    for part in parts:
+        assert len(part) == 1 or encoded.lengths[part].sum() <= max_tokens
+        rows, width = encoded.shape(part)
+        tokens = int(encoded.lengths[part].sum())
+        assert rows == len(part)
+        assert tokens <= rows * width < tokens + rows
+        assert rows == 1 or rows * width // 2 < tokens, "half of a part that did not fit is less than it"
+
+
+def test_rows_one_behind_another(seed):
+    """Tokens and segments as they are, positions from 0 in each row, and where each begins."""
+    encoded = dataclasses.replace(make_rows(seed, 6), varlen=True)
+    rows = np.array([4, 1, 3])
+    segments = np.arange(len(encoded.tokens)) % 2
+    inputs = inputs_of(encoded, rows, CPU, segments)
+    each = [slice(encoded.offsets[row], encoded.offsets[row + 1]) for row in rows]
+    lengths = encoded.lengths[rows]
+    sequences = inputs["attention_mask"]
+    assert sequences.lengths == tuple(lengths)
+    assert sequences.cu_seqlens.tolist() == [0, *np.cumsum(lengths)]
+    assert sequences.cu_seqlens.dtype == torch.int32
+    for name, values in (("input_ids", encoded.tokens), ("token_type_ids", segments)):
+        assert inputs[name].tolist() == [np.concatenate([values[place] for place in each]).tolist()]
+    assert inputs["position_ids"].tolist() == [[i for length in lengths for i in range(length)]]
+    assert all(inputs[name].dtype == torch.int64 for name in ("input_ids", "token_type_ids", "position_ids"))
 
 
 def test_evaluation_batches_cover_all_rows_once(seed):

@@ -47,4 +47,6 @@ def cases(every: bool) -> list[Case]:
         found += [case(kernel, torch.bfloat16, width=32) for kernel in kernels]
         off = {"C2P": False}, {"P2C": False}, {"HAS_MASK": False, "DROPOUT": False}
         found += [case(kernel, torch.bfloat16, **each) for each in off for kernel in ATTENTION]
+        plain = {"C2P": False, "P2C": False, "HAS_MASK": False}  # as varlen_attention has it
+        found += [case(kernel, dtype, **plain) for dtype in DTYPES for kernel in ATTENTION[:3]]
     return found

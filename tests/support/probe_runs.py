@@ -18,7 +18,7 @@ from fastpeft.data.batches import micro_batches
 from fastpeft.schedules import Schedule
 from fastpeft.signals import Blocks, Measured, Need, Rates, Signals
 from fastpeft.trainer import StopRequest
-from fastpeft.trainer.build import build_job
+from fastpeft.trainer.build import Job, build_job
 from fastpeft.trainer.step import train_step
 from tests.support.tiny import make_causal_lm
 from tests.support.tiny_runs import tiny_run
@@ -146,9 +146,9 @@ def pairs_run(folder: Path, **settings: Any) -> RunConfig:
 class Steps:
     """Takes a job's steps one by one, and keeps what they went through, in fp64."""
 
-    def __init__(self, run: RunConfig, bad: tuple[int, ...] = ()) -> None:
+    def __init__(self, run: RunConfig | Job, bad: tuple[int, ...] = ()) -> None:
         """`bad`: numbers of steps whose loss is not finite."""
-        self.job = build_job(run)
+        self.job = build_job(run) if isinstance(run, RunConfig) else run
         self.probes = self.job.probes
         self.bad = bad
         self.thetas: list[torch.Tensor] = []

@@ -1,4 +1,5 @@
-"""transformers' attention by fastpeft where torch's own has no fast path: on a CPU, while there is dropout."""
+"""transformers' attention by fastpeft: where torch's own has no fast path, on a CPU while there is dropout; and for
+rows that lie one behind another, without padding."""
 
 from __future__ import annotations
 
@@ -9,6 +10,8 @@ import torch
 from torch import nn
 
 from fastpeft.kernels.ops.attention.op import attention
+from fastpeft.kernels.ops.varlen_attention.op import varlen_attention
+from fastpeft.kernels.sequences import Sequences
 from fastpeft.models.fast.small_parts import on_cpu
 
 NAME = "fastpeft"
@@ -18,13 +21,21 @@ _PLAIN = {"is_causal", "position_ids", "output_hidden_states", "output_attention
 
 def use(model: Any) -> bool:
     """Whether the model's attention goes through here now: encoders on torch's attention do."""
+    settings = model.config
+    drops = getattr(settings, "attention_probs_dropout_prob", 0) or getattr(settings, "attention_dropout", 0)
+    if not drops or getattr(settings, "is_decoder", False):
+        return False
+    return use_for_sequences(model)
+
+
+def use_for_sequences(model: Any) -> bool:
+    """Whether the model's attention goes through here now, and takes Sequences in place of a mask."""
     from transformers import AttentionInterface
     from transformers.masking_utils import AttentionMaskInterface
 
-    settings = model.config
-    drops = getattr(settings, "attention_probs_dropout_prob", 0) or getattr(settings, "attention_dropout", 0)
-    if getattr(settings, "_attn_implementation", None) != "sdpa" or not drops or getattr(settings, "is_decoder", False):
-        return False
+    way = getattr(model.config, "_attn_implementation", None)
+    if way != "sdpa":
+        return way == NAME
     AttentionInterface.register(NAME, _attention)
     AttentionMaskInterface.register(NAME, _mask)
     model.set_attn_implementation(NAME)
@@ -40,14 +51,20 @@ def _attention(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
-    attention_mask: torch.Tensor | None,
+    attention_mask: torch.Tensor | Sequences | None,
     dropout: float = 0.0,
     scaling: float | None = None,
     **settings: Any,
 ) -> tuple[torch.Tensor, None]:
-    """As transformers calls it: query (N, H, Q, D), key and value (N, H, T, D); returns (N, Q, H, D)."""
+    """As transformers calls it: query (N, H, Q, D), key and value (N, H, T, D); returns (N, Q, H, D). With Sequences
+    for a mask N is 1."""
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
+    if isinstance(attention_mask, Sequences):
+        y = within_sequences(
+            query, key, value, attention_mask, dropout, scaling, module.is_causal, settings.get("sliding_window")
+        )
+        return y, None
     plain = not any(value is not None and value is not False for key, value in settings.items() if key not in _PLAIN)
     if not (dropout and plain and on_cpu(query) and query.shape[1] == key.shape[1] and _is_bias(attention_mask)):
         return sdpa_attention_forward(
@@ -56,6 +73,26 @@ def _attention(
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     query, key, value = (x.transpose(1, 2) for x in (query, key, value))
     return attention(query, key, value, scale, attention_mask, dropout=dropout), None
+
+
+def within_sequences(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    sequences: Sequences,
+    dropout: float,
+    scaling: float | None,
+    causal: Any = False,
+    window: int | None = None,
+) -> torch.Tensor:
+    """(1, Q, H, D), of query (1, H, Q, D), key and value (1, G, T, D). Q is T, or N for the first tokens alone."""
+    first_only = query.shape[2] != key.shape[2]
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    query, key, value = (x[0].transpose(0, 1) for x in (query, key, value))
+    y = varlen_attention(
+        query, key, value, sequences, scale, causal=bool(causal), window=window, first_only=first_only, dropout=dropout
+    )
+    return y.unsqueeze(0)
 
 
 def _is_bias(mask: torch.Tensor | None) -> bool:

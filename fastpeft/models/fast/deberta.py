@@ -15,6 +15,7 @@ from torch import nn
 
 from fastpeft.kernels.ops.disentangled_attention.distances import Distances
 from fastpeft.kernels.ops.disentangled_attention.op import disentangled_attention
+from fastpeft.kernels.sequences import Sequences
 from fastpeft.models.fast.swaps import TRIAL_ROWS, Fast, Outputs, noise, with_gradients
 
 _PARTS = {"query_proj", "key_proj", "value_proj", "pos_dropout", "dropout"}
@@ -58,14 +59,18 @@ class DisentangledAttention(Fast):
     def forward(
         self,
         hidden_states: torch.Tensor,
-        attention_mask: torch.Tensor,
+        attention_mask: torch.Tensor | Sequences,
         output_attentions: bool = False,
         query_states: torch.Tensor | None = None,
         relative_pos: torch.Tensor | None = None,
         rel_embeddings: torch.Tensor | None = None,
         num_queries: int | None = None,
     ) -> tuple[torch.Tensor, None]:
-        """`relative_pos` is what transformers' encoder makes of the length. `num_queries`: only of the first tokens."""
+        """`relative_pos` is what transformers' encoder makes of the length. `num_queries`: only of the first tokens; of
+        rows one behind another, as Sequences in place of a mask tell, of one each."""
+        if isinstance(attention_mask, Sequences):
+            assert rel_embeddings is not None, "relative attention has them"
+            return self._within(hidden_states, attention_mask, rel_embeddings, num_queries is not None)
         if output_attentions or query_states is not None or rel_embeddings is None or attention_mask.ndim != 4:
             assert num_queries is None, "asked for by the last layer, which has none of these"
             return super().forward(
@@ -76,36 +81,67 @@ class DisentangledAttention(Fast):
         band = self._band(asked, length, hidden_states.device)
         query = self.query_proj(hidden_states if asked == length else hidden_states[:, :asked])
         key, value = self.key_proj(hidden_states), self.value_proj(hidden_states)
+        y = self._attend(
+            (query, key, value),
+            rel_embeddings,
+            band,
+            _ends(num_rows, length, key.device),
+            _ends(num_rows, asked, key.device),
+            attention_mask.diagonal(dim1=-2, dim2=-1).flatten() != 0,
+        )
+        return y.view(num_rows, asked, -1), None
+
+    def _within(
+        self, x_1TD: torch.Tensor, sequences: Sequences, rel_embeddings: torch.Tensor, first_only: bool
+    ) -> tuple[torch.Tensor, None]:
+        """(1, T, D), or (N, 1, D) of the first tokens."""
+        queries = sequences.firsts if first_only else sequences
+        band = self._band(queries.longest, sequences.longest, x_1TD.device)
+        asked = sequences.take_first(x_1TD) if first_only else x_1TD
+        projected = self.query_proj(asked), self.key_proj(x_1TD), self.value_proj(x_1TD)
+        y = self._attend(projected, rel_embeddings, band, sequences.cu_seqlens, queries.cu_seqlens)
+        return y.view(*asked.shape[:2], -1), None
+
+    def _attend(
+        self,
+        projected: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
+        rel_embeddings: torch.Tensor,
+        band: Band,
+        cu_seqlens: torch.Tensor,
+        cu_queries: torch.Tensor,
+        mask: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """(all queries, H, D); `projected`: of query, key and value, each rows x tokens x width."""
         position_keys, position_queries = self._positions(rel_embeddings[band.first : band.end])
+        query, key, value = (self._heads(x).flatten(0, 1) for x in projected)
         parts = 1 + ("c2p" in self.pos_att_type) + ("p2c" in self.pos_att_type)
-        y = disentangled_attention(
-            self._heads(query).flatten(0, 1),
-            self._heads(key).flatten(0, 1),
-            self._heads(value).flatten(0, 1),
+        return disentangled_attention(
+            query,
+            key,
+            value,
             position_keys,
             position_queries,
             band.distances,
-            1 / math.sqrt(query.shape[-1] // self.num_attention_heads * parts),
-            _ends(num_rows, length, key.device),
-            cu_queries=_ends(num_rows, asked, key.device),
-            mask=attention_mask.diagonal(dim1=-2, dim2=-1).flatten() != 0,
+            1 / math.sqrt(query.shape[-1] * parts),
+            cu_seqlens,
+            cu_queries=cu_queries,
+            mask=mask,
             dropout=self.dropout.p if self.training else 0.0,
         )
-        return y.view(num_rows, asked, -1), None
 
     def _heads(self, x: torch.Tensor) -> torch.Tensor:
         return x.view(*x.shape[:-1], self.num_attention_heads, -1)
 
     def _positions(self, table_RD: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor | None]:
         """(R, H, D) of keys and of queries."""
-        band = self.pos_dropout(table_RD).unsqueeze(0)
+        band = self.pos_dropout(table_RD)[None, None]  # by which a RowMask knows that it holds no tokens
         keys = queries = None
         if "p2c" in self.pos_att_type:
             project = self.query_proj if self.share_att_key else cast(Any, self).pos_query_proj
-            queries = self._heads(project(band)[0])
+            queries = self._heads(project(band)[0, 0])
         if "c2p" in self.pos_att_type:
             project = self.key_proj if self.share_att_key else cast(Any, self).pos_key_proj
-            keys = self._heads(project(band)[0])
+            keys = self._heads(project(band)[0, 0])
         return keys, queries
 
     def _band(self, asked: int, length: int, device: torch.device) -> Band:

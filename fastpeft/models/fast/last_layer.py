@@ -12,7 +12,8 @@ from typing import Any, cast
 import torch
 from torch import nn
 
-from fastpeft.models.fast.attention_functions import NAME
+from fastpeft.kernels.sequences import Sequences
+from fastpeft.models.fast.attention_functions import NAME, within_sequences
 from fastpeft.models.fast.deberta import DisentangledAttention
 from fastpeft.models.fast.swaps import FAULTS, Fast, Outputs, alike, is_free, made
 
@@ -20,7 +21,7 @@ _PARTS = {"attention", "intermediate", "output"}
 
 
 class FirstTokenLayer(Fast):
-    """Returns (N, 1, D): of the first token."""
+    """Returns (N, 1, D): of the first token. `attention_mask` may be Sequences, of rows one behind another."""
 
     lever = "last_layer"
     attention: Any
@@ -40,15 +41,23 @@ class FirstTokenLayer(Fast):
     def trial(cls, module: nn.Module) -> Outputs:
         raise TypeError("what the head reads is not the layer's to know: see shorten_last_layer")
 
-    def forward(self, hidden_states: torch.Tensor, attention_mask: torch.Tensor | None = None, *rest: Any, **more: Any):
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        attention_mask: torch.Tensor | Sequences | None = None,
+        *rest: Any,
+        **more: Any,
+    ):
         inner = self.attention.self
         if isinstance(inner, DisentangledAttention):
             x = inner(hidden_states, attention_mask, *rest, **more, num_queries=1)[0]
-            return self._after(x, hidden_states), None
-        return self._after(inner(hidden_states, attention_mask=attention_mask, **more)[0], hidden_states)
+            return self._after(x, hidden_states, attention_mask), None
+        x = inner(hidden_states, attention_mask=attention_mask, **more)[0]
+        return self._after(x, hidden_states, attention_mask)
 
-    def _after(self, x: torch.Tensor, hidden_states: torch.Tensor) -> torch.Tensor:
-        x = self.attention.output(x, hidden_states[:, :1])
+    def _after(self, x: torch.Tensor, hidden_states: torch.Tensor, mask: torch.Tensor | Sequences | None):
+        first = mask.take_first(hidden_states) if isinstance(mask, Sequences) else hidden_states[:, :1]
+        x = self.attention.output(x, first)
         return cast(Any, self.output)(self.intermediate(x), x)
 
 
@@ -72,9 +81,11 @@ class FirstTokenAttention(Fast):
     def trial(cls, module: nn.Module) -> Outputs:
         raise TypeError("see shorten_last_layer")
 
-    def forward(self, hidden_states: torch.Tensor, attention_mask: torch.Tensor | None = None, **more: Any):
+    def forward(self, hidden_states: torch.Tensor, attention_mask: torch.Tensor | Sequences | None = None, **more: Any):
         from transformers import AttentionInterface
 
+        if isinstance(attention_mask, Sequences):
+            return self._within(hidden_states, attention_mask), None
         way = self.config._attn_implementation
         if way not in ("sdpa", NAME):
             return super().forward(hidden_states, attention_mask=attention_mask, **more)[0][:, :1], None
@@ -84,6 +95,12 @@ class FirstTokenAttention(Fast):
         function: Any = AttentionInterface()[way]
         dropout = self.dropout.p if self.training else 0.0
         return function(self, query, key, value, mask, dropout=dropout, scaling=self.scaling)[0].flatten(2), None
+
+    def _within(self, x_1TD: torch.Tensor, sequences: Sequences) -> torch.Tensor:
+        first = sequences.take_first(x_1TD).transpose(0, 1)
+        query, key, value = (self._heads(x) for x in (self.query(first), self.key(x_1TD), self.value(x_1TD)))
+        dropout = self.dropout.p if self.training else 0.0
+        return within_sequences(query, key, value, sequences, dropout, self.scaling).flatten(2).transpose(0, 1)
 
     def _heads(self, x: torch.Tensor) -> torch.Tensor:
         return x.view(*x.shape[:-1], self.num_attention_heads, -1).transpose(1, 2)

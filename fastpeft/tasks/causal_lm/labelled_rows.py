@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from fastpeft.data.batches import IGNORE, Batch, TokenRows, move
+from fastpeft.data.batches import IGNORE, Batch, TokenRows, flat_places, inputs_of, move, sequences_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,11 +32,14 @@ class LabelledRows(TokenRows, ABC):
 
 
 def collate_labelled(encoded: LabelledRows, rows: np.ndarray, device: torch.device) -> Batch:
-    """Pad `rows` on the right to the longest of them and move them to `device`, without waiting for it.
+    """Pad `rows` on the right to the longest of them, or put one behind another, and move them to `device`, without
+    waiting for it.
 
     labels[i, t] is the token after position t of row i, if that has a label; so a prompt's last position predicts the
-    answer's first token. There is no attention mask: a causal model sees nothing of what follows.
+    answer's first token. Padded rows have no attention mask: a causal model sees nothing of what follows.
     """
+    if encoded.varlen:
+        return _one_behind_another(encoded, rows, device)
     width = int(encoded.widths[rows].max())
     tokens = np.full((len(rows), width), encoded.pad_token, dtype=np.int64)
     labels = np.full((len(rows), width), IGNORE, dtype=np.int64)
@@ -49,6 +52,24 @@ def collate_labelled(encoded: LabelledRows, rows: np.ndarray, device: torch.devi
         inputs["position_ids"] = move(_positions(encoded, encoded.positions, rows, width), device)
     labelled = np.flatnonzero(labels != IGNORE)
     return Batch(inputs, move(labels, device), int(encoded.lengths[rows].sum()), move(labelled, device))
+
+
+def _one_behind_another(encoded: LabelledRows, rows: np.ndarray, device: torch.device) -> Batch:
+    """A row that holds several texts is as many sequences."""
+    starts = np.concatenate([[0], np.cumsum(encoded.lengths[rows])])
+    tokens, labels = encoded.tokens[flat_places(encoded, rows)], np.full(starts[-1], IGNORE, dtype=np.int64)
+    for start, row in zip(starts, rows):
+        places = start + encoded.places(row)
+        labels[places - 1] = tokens[places]
+    inputs = inputs_of(encoded, rows, device)
+    sequences = inputs.pop("attention_mask")
+    if encoded.positions is not None:
+        positions = encoded.positions[flat_places(encoded, rows)]
+        texts = np.append(np.flatnonzero(positions == 0), len(positions))
+        sequences = sequences_of(np.diff(texts), device)
+        inputs["position_ids"] = move(positions[None].astype(np.int64), device)
+    labelled = move(np.flatnonzero(labels != IGNORE), device)
+    return Batch(inputs, move(labels[None], device), len(tokens), labelled, sequences)
 
 
 def _positions(encoded: LabelledRows, positions: np.ndarray, rows: np.ndarray, width: int) -> np.ndarray:

@@ -76,9 +76,7 @@ class AnswerLoss:
         lens = self._lens(model) if Need.LENS in needs else None
         rows = None if _READ_ELSEWHERE.intersection(needs) else batch.rows
         with self._autocast(), lens.watching() if lens else nullcontext():
-            hidden, weight, bias = hidden_states(
-                model, batch.inputs["input_ids"], rows, batch.inputs.get("position_ids")
-            )
+            hidden, weight, bias = hidden_states(model, **batch.inputs, rows=rows, sequences=batch.sequences)
         lens_MD = lens.read(_spread(batch.rows, LENS_TOKENS)) if lens else None
         found = self._cross_entropy(
             hidden, weight, bias, batch, num_items, statistics=Need.TOKENS in needs, lens_hidden=lens_MD
@@ -156,9 +154,7 @@ class AnswerLoss:
     def _sum(self, model: nn.Module, encoded: LabelledRows, rows: np.ndarray) -> torch.Tensor:
         batch = collate_labelled(encoded, rows, self._device)
         with self._autocast():
-            hidden_LD, weight, bias = hidden_states(
-                model, batch.inputs["input_ids"], batch.rows, batch.inputs.get("position_ids")
-            )
+            hidden_LD, weight, bias = hidden_states(model, **batch.inputs, rows=batch.rows, sequences=batch.sequences)
         return self._cross_entropy(hidden_LD, weight, bias, batch, num_items=1).loss
 
     def _lens(self, model: nn.Module) -> FirstLayer:
@@ -201,17 +197,29 @@ def _prompt_fisher(
     hidden_NLD: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, batch: Batch
 ) -> torch.Tensor:
     """Mean Fisher of prompt tokens, evenly spaced in each row."""
-    num_rows, width = batch.labels.shape
-    ids_NL = batch.inputs["input_ids"]
-    lengths_N = (batch.labels != IGNORE).float().argmax(1)  # the prompt's last position, which is labelled
-    each = max(1, min(PROMPT_TOKENS // num_rows, width))
-    places = (torch.arange(each, device=ids_NL.device) + 0.5) / each
-    columns = (places * lengths_N[:, None]).long()
-    rows_P = (columns + width * torch.arange(num_rows, device=ids_NL.device)[:, None]).flatten()
-    labels_P = ids_NL.gather(1, (columns + 1).clamp(max=width - 1)).flatten()
+    ids_T = batch.inputs["input_ids"].flatten()
+    starts_N, prompts_N, width = _prompts(batch)
+    each = max(1, min(PROMPT_TOKENS // len(starts_N), width))
+    places = (torch.arange(each, device=ids_T.device) + 0.5) / each
+    rows_P = (starts_N[:, None] + (places * prompts_N[:, None]).long()).flatten()
+    labels_P = ids_T[(rows_P + 1).clamp(max=len(ids_T) - 1)]
     fisher = _statistics(hidden_NLD.detach().flatten(0, 1)[rows_P], weight, bias, labels_P).fisher
     assert fisher is not None
     return fisher.mean()
+
+
+def _prompts(batch: Batch) -> tuple[torch.Tensor, torch.Tensor, int]:
+    """Of each row its first token's place among all, and how far behind it the prompt's last one is, which is the first
+    with a label; the width of the widest row."""
+    if batch.sequences is None:
+        num_rows, width = batch.labels.shape
+        starts_N = width * torch.arange(num_rows, device=batch.labels.device)
+        return starts_N, (batch.labels != IGNORE).float().argmax(1), width
+    starts_N, ends_N = batch.sequences.starts, batch.sequences.cu_seqlens[1:]
+    assert batch.rows is not None
+    behind = torch.cat([batch.rows, ends_N[-1:]])  # so that there is one behind each start
+    first_N = behind[torch.searchsorted(batch.rows, starts_N)]
+    return starts_N, torch.where(first_N < ends_N, first_N - starts_N, 0), batch.sequences.longest
 
 
 def _statistics(

@@ -13,6 +13,7 @@ from torch import nn
 
 from fastpeft.config.schema import DatasetConfig, ModelConfig
 from fastpeft.data.batches import Batch, evaluation_batches
+from fastpeft.kernels.sequences import Sequences
 from fastpeft.models.backbone import Backbone, load_causal_lm
 from fastpeft.models.lm_head import hidden_states
 from fastpeft.signals import Need
@@ -20,7 +21,7 @@ from fastpeft.tasks.base import BatchLoss, ExportCheck, Piece, Task
 from fastpeft.tasks.causal_lm.decode_check import OwnLogits
 from fastpeft.tasks.causal_lm.labelled_rows import LabelledRows, collate_labelled
 from fastpeft.tasks.causal_lm.loss import AnswerLoss
-from fastpeft.tasks.self_check import check_batches, check_tokens
+from fastpeft.tasks.self_check import by_row, check_batches, check_tokens, varlen_fault
 
 CHECK_ROWS, CHECK_POSITIONS = 16, 16
 """Of each of so many rows, so many of the answer's first tokens: a model's logits at all of them fill gigabytes."""
@@ -94,6 +95,9 @@ class CausalLMTask(Task[Rows]):
         self.notes += notes
         return rows
 
+    def check_varlen(self, model: nn.Module, backbone: Backbone) -> str | None:
+        return varlen_fault(model, backbone, self.train, _trained_logits)
+
     def max_length(self, backbone: Backbone) -> int:
         return min(self.config.max_length, backbone.max_positions or self.config.max_length)
 
@@ -138,10 +142,14 @@ def _pieces(encoded: LabelledRows, row: int, tokenizer: Any) -> Iterator[Piece]:
         before = text
 
 
-def _trained_logits(model: nn.Module, inputs: dict[str, torch.Tensor], lengths: Sequence[int]) -> list[torch.Tensor]:
+def _trained_logits(model: nn.Module, inputs: dict[str, Any], lengths: Sequence[int]) -> list[torch.Tensor]:
     """As the loss has them, round their mean, of which no probability depends."""
-    hidden_NLD, weight, bias = hidden_states(model, inputs["input_ids"])
-    rows = (hidden_LD[:length].to(weight.dtype) for hidden_LD, length in zip(hidden_NLD, lengths))
+    mask = inputs["attention_mask"]
+    sequences = mask if isinstance(mask, Sequences) else None
+    hidden, weight, bias = hidden_states(
+        model, inputs["input_ids"], position_ids=inputs.get("position_ids"), sequences=sequences
+    )
+    rows = (row.to(weight.dtype) for row in by_row(hidden, lengths))
     return [_centred(nn.functional.linear(row, weight, bias)) for row in rows]
 
 

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from fastpeft.data.batches import Batch, TokenRows, move, pad
+from fastpeft.data.batches import Batch, TokenRows, inputs_of, move
 from fastpeft.data.splitting import sample
 from fastpeft.data.token_cache import cached
 from fastpeft.data.tokenise import Ragged, tokenised
@@ -135,6 +135,7 @@ def _tokens(examples: Examples, tokenizer: Any, max_length: int, cut: str, call:
 
 
 def collate(encoded: Encoded, rows: np.ndarray, device: torch.device) -> Batch:
-    """Pad `rows` to the longest of them and move them to `device`, without waiting for it."""
-    inputs = pad(encoded, rows, device, encoded.segments)
-    return Batch(inputs, move(encoded.labels[rows], device), int(encoded.lengths[rows].sum()))
+    """Pad `rows` to the longest of them, or put one behind another, and move them to `device`. Nothing waits for it."""
+    inputs = inputs_of(encoded, rows, device, encoded.segments)
+    sequences = inputs["attention_mask"] if encoded.varlen else None
+    return Batch(inputs, move(encoded.labels[rows], device), int(encoded.lengths[rows].sum()), sequences=sequences)

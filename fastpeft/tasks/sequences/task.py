@@ -28,7 +28,7 @@ from fastpeft.models.backbone import Backbone
 from fastpeft.models.lens import FirstLayer
 from fastpeft.signals import Need
 from fastpeft.tasks.base import BatchLoss, ExportCheck, Score, Shrink, Stop, Task
-from fastpeft.tasks.self_check import check_batches, check_tokens
+from fastpeft.tasks.self_check import check_batches, check_tokens, varlen_fault
 from fastpeft.tasks.sequences.examples import Encoded, Examples, collate, encode
 from fastpeft.tasks.sequences.reading import LabelledTexts
 from fastpeft.tasks.sequences.scoring import Answers, answer_rows, time_rows
@@ -129,6 +129,9 @@ class SequenceTask(Task[Encoded]):
         self._test = self._test and replace(self._test, padded=padded)
         self.notes += notes
 
+    def check_varlen(self, model: nn.Module, backbone: Backbone) -> str | None:
+        return varlen_fault(model, backbone, self.train, _rows_logits)
+
     def _by_name(self) -> dict[str, Encoded]:
         splits = {"training": self.train, "validation": self.validation}
         return splits if self._test is None else splits | {"test": self._test}
@@ -157,7 +160,7 @@ class SequenceTask(Task[Encoded]):
         with torch.no_grad():
             statistics = self.statistics(logits.detach(), batch.labels, num_items, needs)
             if lens is not None:
-                entropy = self.entropy(lens.read_classes())
+                entropy = self.entropy(lens.read_classes(batch.sequences))
                 statistics["lens_entropy"] = entropy.mean() * (len(batch.labels) / num_items)
         return BatchLoss(loss, statistics)
 
@@ -254,7 +257,7 @@ def _num_characters(examples: Examples) -> int:
     return sum(len(text) for texts in examples.texts for text in texts)
 
 
-def _rows_logits(model: nn.Module, inputs: dict[str, torch.Tensor], lengths: Sequence[int]) -> list[torch.Tensor]:
+def _rows_logits(model: nn.Module, inputs: dict[str, Any], lengths: Sequence[int]) -> list[torch.Tensor]:
     return list(model(**inputs).logits)
 
 

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 
 from fastpeft import phases
-from fastpeft.data.batches import IGNORE, Batch, TokenRows, concatenate, move
+from fastpeft.data.batches import IGNORE, Batch, TokenRows, concatenate, flat_places, inputs_of, move
 from fastpeft.data.rows import DataError
 from fastpeft.data.token_cache import cached
 from fastpeft.errors import UserError
@@ -148,13 +148,18 @@ def _arrays(
 
 
 def collate_tokens(encoded: EncodedSentences, rows: np.ndarray, device: torch.device) -> Batch:
-    """Pad `rows` on the right to the longest of them and move them to `device`, without waiting for it.
+    """Pad `rows` on the right to the longest of them, or put one behind another, and move them to `device`, without
+    waiting for it.
 
-    The labels are N x L. `rows` of the batch are the positions that have one, of the N * L flattened.
+    The labels are N x L, or 1 x T. `rows` of the batch are the positions that have one, of all of them flattened.
     """
-    lengths, width = encoded.lengths[rows], int(encoded.widths[rows].max())
-    inside = np.arange(width) < lengths[:, None]
-    flat = np.concatenate([np.arange(int(encoded.offsets[row]), int(encoded.offsets[row + 1])) for row in rows])
+    lengths, flat = encoded.lengths[rows], flat_places(encoded, rows)
+    if encoded.varlen:
+        inputs = inputs_of(encoded, rows, device, encoded.segments)
+        labels = encoded.labels[flat][None].astype(np.int64)
+        labelled = move(np.flatnonzero(labels != IGNORE), device)
+        return Batch(inputs, move(labels, device), len(flat), labelled, inputs["attention_mask"])
+    inside = np.arange(int(encoded.widths[rows].max())) < lengths[:, None]
     labels = _padded(encoded.labels[flat], inside, IGNORE)
     arrays = {
         "input_ids": _padded(encoded.tokens[flat], inside, encoded.pad_token),

@@ -44,7 +44,7 @@ from fastpeft.models.lens import FirstLayer
 from fastpeft.signals import Need
 from fastpeft.tasks.base import BatchLoss, ExportCheck, Score, Shrink, Stop, Task
 from fastpeft.tasks.label_spelling import spelling_warnings
-from fastpeft.tasks.self_check import check_batches, check_tokens
+from fastpeft.tasks.self_check import by_row, check_batches, check_tokens, varlen_fault
 from fastpeft.tasks.statistics import class_statistics
 from fastpeft.tasks.token_classification.datasets import DATASETS
 from fastpeft.tasks.token_classification.encode import EncodedSentences, collate_tokens, encode_sentences
@@ -145,6 +145,9 @@ class TokenClassification(Task[EncodedSentences]):
         self.train, self.validation = replace(self.train, padded=padded), replace(self.validation, padded=padded)
         self._test = self._test and replace(self._test, padded=padded)
         self.notes += notes
+
+    def check_varlen(self, model: nn.Module, backbone: Backbone) -> str | None:
+        return varlen_fault(model, backbone, self.train, _tokens_logits)
 
     def _encode(self, sentences: Sentences, backbone: Backbone, tokenizer: Any = None) -> EncodedSentences:
         return encode_sentences(
@@ -300,8 +303,8 @@ class _Check(ExportCheck):
         return score.value
 
 
-def _tokens_logits(model: nn.Module, inputs: dict[str, torch.Tensor], lengths: Sequence[int]) -> list[torch.Tensor]:
-    return [logits_LC[:length] for logits_LC, length in zip(model(**inputs).logits, lengths)]
+def _tokens_logits(model: nn.Module, inputs: dict[str, Any], lengths: Sequence[int]) -> list[torch.Tensor]:
+    return by_row(model(**inputs).logits, lengths)
 
 
 def _labelled_logits(model: nn.Module, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:

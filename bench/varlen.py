@@ -1,0 +1,112 @@
+"""Rows without padding beside padded ones, both fastpeft's own: an optimizer step of each in turns on the same batches.
+
+    python bench/varlen.py --run lora_mnli [--order grouped|drawn] [--batches 8] [--seconds 60] [key=value ...]
+
+`grouped` batches have rows of nearly one length, as training has them; `drawn` ones take rows as they come, so that
+micro-batches are all that keeps lengths together. Both ways take the limit of tokens that the padded run plans. Ratios
+are of padded time over that without padding, so that more than 1 is a gain; CPU time is what a busy machine leaves
+comparable.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import time
+from pathlib import Path
+
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import numpy as np
+import torch
+
+import fastpeft
+from bench.interleave import host_timer, interleave, timer
+from fastpeft.data.batches import micro_batches
+from fastpeft.trainer.build import Job, build_job
+from fastpeft.trainer.padding import padding_share
+from fastpeft.trainer.resolve import resolve
+from fastpeft.trainer.step import forward_backward
+
+WAYS = ("grouped", "none")
+
+
+class Steps:
+    """Of one job, on given batches; `cpu_s` keeps what each took."""
+
+    def __init__(self, job: Job, batches: list[np.ndarray], limit: int) -> None:
+        self.job, self.batches, self.limit = job, batches, limit
+        self.cpu_s: list[float] = []
+        job.adapter.model.train()
+
+    def take(self, index: int) -> None:
+        began = time.process_time()
+        job, rows = self.job, self.batches[index]
+        parts = (job.task.collate(part, job.device) for part in micro_batches(job.task.train, rows, self.limit))
+        signals = forward_backward(job.adapter, job.task.loss, parts, job.task.num_items(rows))
+        job.optimizer.clip_guard_and_update(signals, job.schedule.rates(None, 0.1))
+        self.cpu_s.append(time.process_time() - began)
+
+    def padding(self) -> float:
+        """The share of padding that is left in its micro-batches."""
+        rows = self.job.task.train
+        parts = [part for batch in self.batches for part in micro_batches(rows, batch, self.limit)]
+        tokens = sum(int(rows.lengths[part].sum()) for part in parts)
+        return 1 - tokens / sum(len(part) * int(rows.widths[part].max()) for part in parts)
+
+
+def choose_batches(job: Job, order: str, count: int) -> list[np.ndarray]:
+    if order == "grouped":
+        epoch = job.batches.epoch(0)
+        return [epoch[i] for i in np.linspace(0, len(epoch) - 1, min(count, len(epoch))).astype(int)]
+    rows = np.random.default_rng(0).permutation(len(job.task.train))
+    return [
+        rows[i : i + job.batches.batch_size] for i in range(0, count * job.batches.batch_size, job.batches.batch_size)
+    ]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--run", required=True)
+    parser.add_argument("--order", choices=("grouped", "drawn"), default="grouped")
+    parser.add_argument("--batches", type=int, default=8)
+    parser.add_argument("--seconds", type=float, default=60.0)
+    arguments, settings = parser.parse_known_args()
+    values = dict(setting.split("=", 1) for setting in settings)
+    made = {}
+    for way in WAYS:
+        run = resolve(fastpeft.load_run(arguments.run, **values | {"training.padding": way}), True).run
+        torch.set_num_threads(run.training.threads or torch.get_num_threads())
+        made[way] = build_job(run)
+    if not made["none"].task.train.varlen:
+        raise SystemExit("\n".join(note for note in made["none"].notes if "training.padding" in note))
+    padded = made["grouped"]
+    batches = choose_batches(padded, arguments.order, arguments.batches)
+    limit = padded.limits.training
+    steps = {way: Steps(job, batches, limit) for way, job in made.items()}
+    for each in steps.values():
+        each.take(0)  # a warm-up
+        each.cpu_s.clear()
+    times = interleave(
+        {way: each.take for way, each in steps.items()}, len(batches), 10**6, timer(arguments.seconds),
+        host_timer(padded.device),
+    )  # fmt: skip
+    cpu = {way: np.array(each.cpu_s) for way, each in steps.items()}
+    paired = (cpu["grouped"].reshape(-1, 2).sum(1)) / cpu["none"].reshape(-1, 2).sum(1)
+    low, middle, high = np.percentile(paired, [25, 50, 75])
+    wall = times.ratio("grouped", "none")[0]
+    print(
+        f"{arguments.run}, {arguments.order} batches of {padded.batches.batch_size}, micro-batches of {limit:,} "
+        f"tokens, {torch.get_num_threads()} thread(s): {steps['grouped'].padding():.1%} padding in micro-batches, and "
+        f"{padding_share(padded.batches):.1%} in those that auto looks at"
+    )
+    print(
+        f"padded over none, {len(paired)} rounds: CPU time {middle:.3f} ({low:.3f} to {high:.3f}), wall {wall:.3f}; "
+        f"CPU {np.median(cpu['grouped']) * 1e3:.0f} and {np.median(cpu['none']) * 1e3:.0f} ms a step"
+    )
+
+
+if __name__ == "__main__":
+    main()

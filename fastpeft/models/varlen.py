@@ -1,0 +1,252 @@
+"""Models of transformers that take the rows of a batch one behind another, without padding.
+
+Where a batch is padded, a model is given N x L tokens and a mask. Here it is given 1 x T, positions that begin anew
+with each row, and Sequences in place of the mask: projections, norms and feed-forward networks compute real tokens
+alone, and attention stays within a row. A head that reads each row's first token is given N x 1.
+
+A patch changes the class of the model before the head, as swaps do, and nothing where it is called with a mask. Each
+was written against the forward pass of the versions in KNOWN. What is not known keeps its padded batches.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+
+from fastpeft.kernels.sequences import Sequences
+from fastpeft.models.fast.attention_functions import use_for_sequences
+from fastpeft.models.fast.deberta import DisentangledAttention
+from fastpeft.models.fast.swaps import made
+
+KNOWN = (5, 17), (5, 24)
+"""The first and the last minor version of transformers that the patches were tried with."""
+
+
+def use_varlen(model: Any) -> str | None:
+    """Have a model take Sequences in place of a mask. What it computes of a batch with a mask stays as it is.
+
+    Args:
+        model: of transformers, with or without the layers of models.fast; not in a PeftModel.
+
+    Returns:
+        Why it does not, in words; None where it does.
+    """
+    import transformers
+
+    version = transformers.__version__
+    if not KNOWN[0] <= tuple(map(int, version.split(".")[:2])) <= KNOWN[1]:
+        first, last = (".".join(map(str, each)) for each in KNOWN)
+        return f"transformers {version} is none of {first} to {last}, whose models it knows"
+    name = type(model).__name__
+    family = _FAMILIES.get(name)
+    if family is None:
+        return f"{name} is no model that it knows"
+    base = getattr(model, model.base_model_prefix)
+    fault = family.fault(base)
+    if fault is not None:
+        return f"{name}: {fault}"
+    if not isinstance(base, Varlen):
+        # transformers looks up by a class's module and name what it can record
+        kept = ("__module__", type(base).__module__), ("reads_first", name.endswith("ForSequenceClassification"))
+        base.__class__ = made(family.patch, type(base), kept)
+    return None
+
+
+class Varlen(nn.Module):
+    """Goes before the class of a model without its head, which has what is only declared here."""
+
+    reads_first: bool
+    """The head reads each row's first token."""
+
+    def for_head(self, x: torch.Tensor, sequences: Sequences) -> torch.Tensor:
+        """(N, 1, D), or all tokens, (1, T, D). `x` is the latter, or has the first tokens alone already."""
+        is_first = x.shape[0] == len(sequences.lengths) and x.shape[1] == 1
+        return sequences.take_first(x) if self.reads_first and not is_first else x
+
+
+class VarlenBert(Varlen):
+    """BertModel."""
+
+    embeddings: nn.Module
+    encoder: nn.Module
+    pooler: nn.Module | None
+    first_position = 0
+
+    def forward(
+        self,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | Sequences | None = None,
+        token_type_ids: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        **more: Any,
+    ) -> Any:
+        if not isinstance(attention_mask, Sequences):
+            return super().forward(
+                input_ids,
+                attention_mask=attention_mask,
+                token_type_ids=token_type_ids,
+                position_ids=position_ids,
+                **more,
+            )
+        from transformers.modeling_outputs import BaseModelOutputWithPooling
+
+        assert position_ids is not None, "rows one behind another are numbered by who made the batch"
+        position_ids = position_ids + self.first_position
+        x = self.embeddings(input_ids=input_ids, token_type_ids=token_type_ids, position_ids=position_ids)
+        x = self.for_head(self.encoder(x, attention_mask=attention_mask).last_hidden_state, attention_mask)
+        return BaseModelOutputWithPooling(
+            last_hidden_state=x, pooler_output=None if self.pooler is None else self.pooler(x)
+        )
+
+
+class VarlenRoberta(VarlenBert):
+    """RobertaModel, whose positions begin behind the padding token's number."""
+
+    config: Any
+
+    @property
+    def first_position(self) -> int:
+        return self.config.pad_token_id + 1
+
+
+class VarlenDistilBert(Varlen):
+    """DistilBertModel."""
+
+    embeddings: nn.Module
+    transformer: nn.Module
+
+    def forward(
+        self,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | Sequences | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        **more: Any,
+    ) -> Any:
+        if not isinstance(attention_mask, Sequences):
+            return super().forward(input_ids, attention_mask, inputs_embeds, position_ids, **more)
+        found = self.transformer(self.embeddings(input_ids, None, position_ids), attention_mask=attention_mask)
+        found.last_hidden_state = self.for_head(found.last_hidden_state, attention_mask)
+        return found
+
+
+class VarlenDeberta(Varlen):
+    """DebertaV2Model with relative attention and fastpeft's disentangled attention."""
+
+    embeddings: nn.Module
+    encoder: Any
+
+    def forward(
+        self,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | Sequences | None = None,
+        token_type_ids: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        **more: Any,
+    ) -> Any:
+        if not isinstance(attention_mask, Sequences):
+            return super().forward(input_ids, attention_mask, token_type_ids, position_ids, **more)
+        from transformers.modeling_outputs import BaseModelOutput
+
+        x = self.embeddings(input_ids=input_ids, token_type_ids=token_type_ids, position_ids=position_ids)
+        rel_embeddings = self.encoder.get_rel_embedding()
+        for layer in self.encoder.layer:
+            x, _ = layer(x, attention_mask, rel_embeddings=rel_embeddings)
+        return BaseModelOutput(last_hidden_state=self.for_head(x, attention_mask))
+
+
+class VarlenDecoder(Varlen):
+    """A decoder that takes a mask for each kind of its layers: Qwen3's, Gemma 3's."""
+
+    def forward(
+        self,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | Sequences | dict[str, Any] | None = None,
+        **more: Any,
+    ) -> Any:
+        if isinstance(attention_mask, Sequences):
+            attention_mask = dict.fromkeys(("full_attention", "sliding_attention"), attention_mask)
+            more["use_cache"] = False
+        return super().forward(input_ids, attention_mask, **more)
+
+
+class VarlenLlama(Varlen):
+    """LlamaModel, which makes the mask of all its layers itself."""
+
+    embed_tokens: nn.Module
+    rotary_emb: nn.Module
+    layers: nn.ModuleList
+    norm: nn.Module
+
+    def forward(
+        self,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | Sequences | None = None,
+        position_ids: torch.Tensor | None = None,
+        use_cache: bool | None = None,
+        **more: Any,
+    ) -> Any:
+        if not isinstance(attention_mask, Sequences):
+            return super().forward(input_ids, attention_mask, position_ids, use_cache=use_cache, **more)
+        from transformers.modeling_outputs import BaseModelOutputWithPast
+
+        x = self.embed_tokens(input_ids)
+        rotation = self.rotary_emb(x, position_ids=position_ids)
+        for layer in self.layers:
+            x = layer(x, attention_mask=attention_mask, position_embeddings=rotation, position_ids=position_ids, **more)
+        return BaseModelOutputWithPast(last_hidden_state=self.norm(x))
+
+
+# ---- which models ------------------------------------------------------------------------------
+
+
+class _Family(NamedTuple):
+    patch: type[Varlen]
+    fault: Callable[[Any], str | None]
+    """Why a model of it does not take rows without padding; makes its attention take them."""
+
+
+def _attention_fault(base: Any) -> str | None:
+    if use_for_sequences(base):
+        return None
+    return f"its attention is {getattr(base.config, '_attn_implementation', None)}, not sdpa"
+
+
+def _encoder_fault(base: Any) -> str | None:
+    return "it is set up as a decoder" if getattr(base.config, "is_decoder", False) else _attention_fault(base)
+
+
+def _deberta_fault(base: Any) -> str | None:
+    if base.encoder.conv is not None:
+        return "it has a convolution, which reads beyond a row"
+    attentions = (layer.attention.self for layer in base.encoder.layer)
+    if not all(isinstance(attention, DisentangledAttention) for attention in attentions):
+        return "its attention is transformers' own, which takes padded rows only"
+    return None
+
+
+def _decoder_fault(base: Any) -> str | None:
+    if getattr(base.config, "use_bidirectional_attention", False):
+        return "its attention is no causal one"
+    return _attention_fault(base)
+
+
+_PREFIXES = {
+    "Bert": _Family(VarlenBert, _encoder_fault),
+    "Roberta": _Family(VarlenRoberta, _encoder_fault),
+    "DistilBert": _Family(VarlenDistilBert, _encoder_fault),
+    "DebertaV2": _Family(VarlenDeberta, _deberta_fault),
+}
+_FAMILIES = {
+    f"{prefix}For{head}": family
+    for prefix, family in _PREFIXES.items()
+    for head in ("SequenceClassification", "TokenClassification")
+} | {
+    "LlamaForCausalLM": _Family(VarlenLlama, _decoder_fault),
+    "Qwen3ForCausalLM": _Family(VarlenDecoder, _decoder_fault),
+    "Gemma3ForCausalLM": _Family(VarlenDecoder, _decoder_fault),
+}
+"""By the class of the whole model."""

@@ -1,0 +1,61 @@
+"""Whether a batch's rows are padded to one length or lie one behind another: as asked for, or as measured to pay.
+
+Batches hold rows of nearly one length, so that there is little padding to leave out.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import torch
+
+from fastpeft.adapters import Adapter
+from fastpeft.config.schema import RunConfig
+from fastpeft.data.batches import Batches, micro_batches
+from fastpeft.device_memory import free_memory, is_out_of_memory
+from fastpeft.models.backbone import Backbone
+from fastpeft.models.varlen import use_varlen
+from fastpeft.tasks import Task
+from fastpeft.trainer.memory_plan import FEWEST
+
+PAYS_ABOVE = {"cpu": 0.1}
+"""Share of padding, by device, above which leaving it out pays: below it, gain and loss on a CPU could not be told
+apart (bench/LOG.md). Where nobody has measured it, `auto` pads."""
+LOOKED_AT = 64
+"""Batches, spread over an epoch, whose padding is counted."""
+
+
+def lay_out(run: RunConfig, task: Task, adapter: Adapter, backbone: Backbone, device: torch.device) -> list[str]:
+    """Set `task.train.varlen`, and have the model take such batches. Returns what to tell the user."""
+    setting = run.training.padding
+    if setting == "grouped" or run.training.cache_prefix:
+        return []
+    if setting == "auto":
+        share = padding_share(Batches(task.train, run.training.batch_size, run.training.seed))
+        if share <= PAYS_ABOVE.get(device.type, 1.0):
+            return []
+    fault = use_varlen(backbone.model) or (_fault(task, adapter, backbone) if run.model.check else None)
+    if fault is not None:
+        return [f"training.padding {setting}: {fault}, so that batches of rows of nearly one length are padded"]
+    task.train = replace(task.train, varlen=True)
+    return ["the rows of a batch lie one behind another, without padding"]
+
+
+def padding_share(batches: Batches) -> float:
+    """Of the tokens of padded micro-batches, of the least size that is planned: larger ones have no less padding."""
+    order, encoded = batches.epoch(0), batches.encoded
+    chosen = np.unique(np.linspace(0, len(order) - 1, LOOKED_AT).astype(int))
+    parts = [part for i in chosen for part in micro_batches(encoded, order[i], FEWEST)]
+    padded = sum(rows * width for rows, width in map(encoded.shape, parts))
+    return 1 - sum(int(encoded.lengths[part].sum()) for part in parts) / padded
+
+
+def _fault(task: Task, adapter: Adapter, backbone: Backbone) -> str | None:
+    try:
+        return task.check_varlen(adapter.model, backbone)
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
+    free_memory()  # outside of the handler, whose frames hold the outputs
+    return "the memory is too short to check it"
