@@ -23,7 +23,8 @@ from fastpeft.device_memory import TokenLimits, free_memory, is_out_of_memory
 from fastpeft.errors import UserError
 from fastpeft.kernels import dispatch
 from fastpeft.models.backbone import Backbone, layer_shape
-from fastpeft.models.precision import Precision, choose_precision
+from fastpeft.models.precision import DTYPES, Precision, choose_precision, name_of
+from fastpeft.ranks import Ranks
 from fastpeft.schedules import Schedule, make_schedule
 from fastpeft.signals import Blocks
 from fastpeft.tasks import Task, load_task
@@ -32,6 +33,7 @@ from fastpeft.trainer.ahead import Ahead
 from fastpeft.trainer.evaluation_plan import EvaluationPlan, plan_evaluations
 from fastpeft.trainer.memory_plan import MemoryPlan, make_plan
 from fastpeft.trainer.optim import Optimizer, adam_moments, make_optimizer
+from fastpeft.trainer.orders import NO_ORDERS, Orders
 from fastpeft.trainer.prefix_cache import PrefixCache
 from fastpeft.trainer.probes.hooks import NoProbes, Probes, make_probes
 
@@ -61,6 +63,12 @@ class Job:
     """What the user should know about this set-up."""
     prefix_cache: PrefixCache | None = None
     """Of the layers below the first adapter, where training.cache_prefix asks for it and a run folder is there."""
+    orders: Orders = NO_ORDERS
+    """From rank 0 to the other ranks."""
+
+    @property
+    def ranks(self) -> Ranks:
+        return self.orders.ranks
 
     @property
     def limits(self) -> TokenLimits:
@@ -71,21 +79,28 @@ class Job:
         return self.precision.dtype
 
 
-def build_job(run: RunConfig, precision: Precision | None = None, score_test: bool = True) -> Job:
+def build_job(
+    run: RunConfig, precision: Precision | None = None, score_test: bool = True, orders: Orders = NO_ORDERS
+) -> Job:
     """Load data and model, tokenise, attach the adapter.
 
     Args:
         precision: that a run which goes on began in; else as training.precision says, which may mean to measure.
         score_test: else a test split counts as none.
+        orders: of the ranks, all of which are in here.
 
     Raises:
         UserError: data, model or configuration that cannot be used.
     """
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    ranks = orders.ranks
+    device = ranks.device()
     phases.begin("data", f"reading {run.dataset.path or run.dataset.name}")
     task = load_task(run.dataset, run.evaluation, run.training.seed)
     phases.begin("model", f"loading {run.model.name}")
-    precision = precision or choose_precision(run.training.precision, device, lambda: layer_shape(run.model))
+    if ranks.rank == 0:
+        precision = precision or choose_precision(run.training.precision, device, lambda: layer_shape(run.model))
+    told = ranks.told(precision and name_of(precision.dtype))
+    precision = precision or Precision(DTYPES[told])
     dtype = precision.dtype
     torch.manual_seed(run.training.seed)
     method = method_class(run.method)
@@ -99,7 +114,7 @@ def build_job(run: RunConfig, precision: Precision | None = None, score_test: bo
         task.has_test, task.test_cost = False, 0.0
     unchecked = _check(task, adapter, backbone) if run.model.check else []
     batches = Batches(task.train, run.training.batch_size, run.training.seed)
-    meter = EnergyMeter.open(gpu_uuid(device))
+    meter = _open_meter(device, ranks)
     clock = BudgetClock(_budget(run, batches, meter), meter=meter)
     schedule = make_schedule(
         run.schedule,
@@ -121,7 +136,7 @@ def build_job(run: RunConfig, precision: Precision | None = None, score_test: bo
         adapter=adapter,
         schedule=schedule,
         optimizer=optimizer,
-        probes=make_probes(schedule.needs, adapter, optimizer),
+        probes=make_probes(schedule.needs, adapter, optimizer, ranks),
         batches=batches,
         clock=clock,
         evaluation_due=Due(evaluations.interval, len(batches)),
@@ -132,6 +147,7 @@ def build_job(run: RunConfig, precision: Precision | None = None, score_test: bo
         precision=precision,
         ahead=Ahead(lambda rows: task.collate(rows, device)) if device.type == "cuda" else None,
         notes=[*task.notes, *cache_notes, *backbone.notes, *unchecked, *_notes(run)],
+        orders=orders,
     )
     job.notes += [*adapter.describe(), plan.describe(), *plan.notes, *untuned(adapter, device, dtype)]
     job.notes += [precision.note] if precision.note else []
@@ -164,6 +180,20 @@ def _blocks(adapter: Adapter, run: RunConfig) -> Blocks:
 def gpu_uuid(device: torch.device) -> str | None:
     """What NVML knows the device by; None for the CPU."""
     return f"GPU-{torch.cuda.get_device_properties(device).uuid}" if device.type == "cuda" else None
+
+
+def _open_meter(device: torch.device, ranks: Ranks) -> EnergyMeter:
+    """Of rank 0, which counts for all: its host's CPUs, or the GPUs of all ranks."""
+    uuid = gpu_uuid(device)
+    if ranks.size == 1:
+        return EnergyMeter.open(uuid)
+    found = ranks.gathered({"uuid": torch.tensor(list((uuid or "").encode()), dtype=torch.uint8)})
+    if ranks.rank > 0:
+        return EnergyMeter(None, "rank 0 counts for all")
+    if ranks.local_size < ranks.size:
+        return EnergyMeter(None, "the ranks are on several hosts, and joules are counted on one")
+    uuids = list(dict.fromkeys(bytes(each["uuid"].tolist()).decode() for each in found))
+    return EnergyMeter.open(uuid, more=uuids[1:])
 
 
 def _budget(run: RunConfig, batches: Batches, meter: EnergyMeter) -> Budget:
@@ -226,6 +256,7 @@ def _measure_final(job: Job) -> tuple[float, float]:
     start = time.perf_counter()
     with tempfile.TemporaryDirectory() as folder, job.optimizer.averaged():
         job.adapter.save(Path(folder))
+    evaluation_s /= job.ranks.size
     return evaluation_s, evaluation_s * (1 + job.task.test_cost) + 2 * (time.perf_counter() - start)
 
 
