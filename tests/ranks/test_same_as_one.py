@@ -1,8 +1,9 @@
-"""Several ranks train what one process trains on the same batches, in float64 up to rounding."""
+"""Several ranks train what one process trains on the same batches: in float64 up to rounding."""
 
 from __future__ import annotations
 
 import math
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -11,13 +12,14 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from fastpeft.runs.events import number
+from tests.ranks.conftest import Ranks
 from tests.support.every_kind import ALL_KINDS, run_of_kind
-from tests.support.rank_processes import on_ranks
 from tests.support.rank_work import trained
 from tests.support.tiny import make_model
 from tests.support.tiny_runs import strict_events, weights
 
 NO_DROPOUT = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+EXACT = {"rel_tol": 1e-12, "abs_tol": 1e-12}
 
 
 def files_of(folder: Path, kind: str) -> Path:
@@ -30,11 +32,11 @@ def files_of(folder: Path, kind: str) -> Path:
     return folder
 
 
-def both(files: Path, kind: str, ranks: int = 2, **sections: Any) -> None:
+def both(files: Path, kind: str, ranks: Ranks, size: int = 2, **sections: Any) -> None:
     """Train alone and on ranks; everything that is logged and saved has to be the same."""
     sections = {"adapter": {"dropout": 0.0}} | sections
-    (alone,) = on_ranks(1, trained, files, kind, "alone", sections, float64=True)
-    results = on_ranks(ranks, trained, files, kind, "ranks", sections, float64=True)
+    (alone,) = ranks(1)(trained, files, kind, "alone", sections)
+    results = ranks(size)(trained, files, kind, "ranks", sections)
     assert all(result == results[0] for result in results)
     assert_same(files, alone, results[0])
 
@@ -46,10 +48,12 @@ def assert_same(files: Path, alone: dict[str, Any], result: dict[str, Any]) -> N
         assert rounded(result[key]) == rounded(alone[key])
     logs = [strict_events(files / name) for name in ("alone", "ranks")]
     steps = [[event for event in log if event["type"] == "step"] for log in logs]
-    assert len(steps[0]) == len(steps[1]) == alone["steps"]
+    assert [len(each) for each in steps] == [alone["steps"]] * 2
     for one, other in zip(*steps):
         for key in ("loss", "grad_norm", "lr", "penalty", "tokens"):
-            assert math.isclose(number(one[key]), number(other[key]), rel_tol=1e-12, abs_tol=1e-12), (key, one, other)
+            assert math.isclose(number(one[key]), number(other[key]), **EXACT), (key, one, other)
+    importances = [[event["sensitivity"] for event in log if event["type"] == "importance"] for log in logs]
+    torch.testing.assert_close(torch.tensor(importances[1]), torch.tensor(importances[0]), rtol=1e-12, atol=1e-12)
     for adapter in ("adapter", "adapter_best"):
         expected, found = (weights(files / name, adapter) for name in ("alone", "ranks"))
         assert expected.keys() == found.keys()
@@ -67,5 +71,38 @@ def rounded(values: Any) -> Any:
 
 
 @pytest.mark.parametrize("kind", ALL_KINDS)
-def test_two_ranks_train_what_one_does(kind: str, tmp_path: Path) -> None:
-    both(files_of(tmp_path, kind), kind)
+def test_two_ranks_train_what_one_does(kind: str, float64_ranks: Ranks, tmp_path: Path) -> None:
+    both(files_of(tmp_path, kind), kind, float64_ranks)
+
+
+@pytest.mark.parametrize(
+    "regulariser",
+    [{"estimator": "exact"}, {"estimator": "sketch"}, {"estimator": "lora_a"}, {"calibration": "inline"}],
+    ids=lambda options: "-".join(options.values()),
+)
+def test_importances_are_those_of_all_ranks(regulariser: dict, float64_ranks: Ranks, tmp_path: Path) -> None:
+    """The norm of a sum of gradients is measured, of which each rank has a part."""
+    files = files_of(tmp_path, "classification")
+    both(files, "classification", float64_ranks, method="iw_lora", regulariser={"warmup_steps": 4, **regulariser})
+
+
+def test_what_adalora_prunes_is_ranked_by_the_gradient_of_all_ranks(float64_ranks: Ranks, tmp_path: Path) -> None:
+    own = {"initial_rank": 6, "target_rank": 3, "virtual_steps": 100}
+    both(
+        files_of(tmp_path, "classification"), "classification", float64_ranks,
+        method="adalora", adalora=own, budget="8steps",
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ["fot", "graff", "bacon", "reactor"])
+def test_a_schedule_reads_the_signals_of_all_ranks(name: str, float64_ranks: Ranks, tmp_path: Path) -> None:
+    own = {"fot": {"window": 1}, "graff": {"regret": "step"}}
+    schedule = {"name": name, "warmup_steps": 1} | ({name: own[name]} if name in own else {})
+    both(files_of(tmp_path, "classification"), "classification", float64_ranks, schedule=schedule, budget="14steps")
+
+
+def test_a_batch_with_fewer_rows_than_ranks(float64_ranks: Ranks, tmp_path: Path) -> None:
+    """The last one of an epoch: 96 rows are 13 batches of 7 and one of 5, for six ranks."""
+    schedule = {"name": "reactor", "warmup_steps": 1}
+    files = files_of(tmp_path, "classification")
+    both(files, "classification", float64_ranks, 6, training={"batch_size": 7}, budget="15steps", schedule=schedule)

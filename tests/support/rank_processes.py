@@ -1,4 +1,4 @@
-"""Functions in several processes that are the ranks of one run, on this machine's loopback."""
+"""Processes that are the ranks of one run, on this machine's loopback, and do what a test asks of them."""
 
 from __future__ import annotations
 
@@ -7,67 +7,78 @@ import os
 import socket
 import traceback
 from collections.abc import Callable
-from multiprocessing.connection import Connection
+from multiprocessing.connection import Connection, wait
 from typing import Any
 
 _CONTEXT = multiprocessing.get_context("forkserver")
 _CONTEXT.set_forkserver_preload(["torch", "transformers", "peft", "safetensors.torch"])
-"""What takes seconds to import, once for all processes. Nothing of fastpeft: `in_float64` comes before it."""
+"""What takes seconds to import, once for all processes. Nothing of fastpeft: `_in_float64` comes before it."""
 
-TIMEOUT_S = 90
+TIMEOUT_S = 120
 
 
 class RankFailed(Exception):
-    """One of the ranks has raised: its message."""
+    """A rank has raised: its traceback."""
 
 
-def on_ranks(size: int, work: Callable[..., Any], *args: Any, float64: bool = False) -> list[Any]:
-    """What `work(*args)` returns on each of `size` ranks, in their order.
+class RankProcesses:
+    """Call it with a function and its arguments: what that returns on each rank, in their order.
 
     Args:
         float64: everything that fastpeft has in fp32 is float64 there.
-
-    Raises:
-        RankFailed: with the message of the rank that was the first; the others are ended.
     """
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    ranks = []
-    for rank in range(size):
-        here, there = _CONTEXT.Pipe(duplex=False)
-        process = _CONTEXT.Process(target=_rank, args=(there, rank, size, port, float64, work, args), daemon=True)
-        process.start()
-        there.close()
-        ranks.append((process, here))
-    try:
-        return _results([here for _, here in ranks])
-    finally:
-        for process, _ in ranks:
+
+    def __init__(self, size: int, float64: bool = False) -> None:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        self._ranks: list[tuple[Any, Connection]] = []
+        for rank in range(size):
+            here, there = _CONTEXT.Pipe()
+            process = _CONTEXT.Process(target=_serve, args=(there, rank, size, port, float64), daemon=True)
+            process.start()
+            there.close()
+            self._ranks.append((process, here))
+
+    def __call__(self, work: Callable[..., Any], *args: Any) -> list[Any]:
+        """
+        Raises:
+            RankFailed: of the rank that raised first; all ranks are ended.
+        """
+        for _, pipe in self._ranks:
+            pipe.send((work, args))
+        try:
+            return self._answers()
+        except BaseException:
+            self.end()
+            raise
+
+    def _answers(self) -> list[Any]:
+        pipes = [pipe for _, pipe in self._ranks]
+        found: dict[int, Any] = {}
+        while len(found) < len(pipes):
+            ready = wait([pipe for rank, pipe in enumerate(pipes) if rank not in found], TIMEOUT_S)
+            assert ready, f"ranks {[rank for rank in range(len(pipes)) if rank not in found]} hang"
+            for pipe in ready:
+                assert isinstance(pipe, Connection)
+                rank = pipes.index(pipe)
+                is_value, value = pipe.recv()
+                if not is_value:
+                    raise RankFailed(f"rank {rank}: {value}")
+                found[rank] = value
+        return [found[rank] for rank in range(len(pipes))]
+
+    @property
+    def alive(self) -> bool:
+        return all(process.is_alive() for process, _ in self._ranks)
+
+    def end(self) -> None:
+        for process, _ in self._ranks:
             process.kill()
             process.join()
 
 
-def _results(pipes: list[Connection]) -> list[Any]:
-    found: dict[int, Any] = {}
-    while len(found) < len(pipes):
-        left = [pipe for rank, pipe in enumerate(pipes) if rank not in found]
-        ready = multiprocessing.connection.wait(left, TIMEOUT_S)
-        assert ready, f"ranks {[rank for rank in range(len(pipes)) if rank not in found]} hang"
-        for pipe in ready:
-            try:
-                is_value, value = pipe.recv()
-            except EOFError:
-                is_value, value = False, "ended without a word"
-            if not is_value:
-                raise RankFailed(f"rank {pipes.index(pipe)}: {value}")
-            found[pipes.index(pipe)] = value
-    return [found[rank] for rank in range(len(pipes))]
-
-
-def _rank(
-    pipe: Connection, rank: int, size: int, port: int, float64: bool, work: Callable[..., Any], args: tuple
-) -> None:
+def _serve(pipe: Connection, rank: int, size: int, port: int, float64: bool) -> None:
     os.environ |= {
         "RANK": str(rank),
         "LOCAL_RANK": str(rank),
@@ -77,14 +88,16 @@ def _rank(
         "MASTER_PORT": str(port),
     }
     if float64:
-        in_float64()
-    try:
-        pipe.send((True, work(*args)))
-    except BaseException:
-        pipe.send((False, traceback.format_exc()))
+        _in_float64()
+    while True:
+        work, args = pipe.recv()
+        try:
+            pipe.send((True, work(*args)))
+        except BaseException:
+            pipe.send((False, traceback.format_exc()))
 
 
-def in_float64() -> None:
+def _in_float64() -> None:
     """fp32 is float64 in what is imported from here on, and in every tensor that is made without a dtype."""
     import torch
 
@@ -93,7 +106,7 @@ def in_float64() -> None:
     torch.set_default_dtype(torch.float64)
     from fastpeft.kernels.ops.adamw import op
 
-    def step_plainly(buffers, layout, lr, divisor, skipped, options) -> None:  # torch's fused form counts in fp32
+    def step_plainly(buffers: Any, layout: Any, lr: float, divisor: Any, skipped: Any, options: Any) -> None:
         op._step_plainly(buffers, layout, lr, divisor, skipped == 0, None, options)
 
-    op._step_fused = step_plainly
+    op._step_fused = step_plainly  # torch's counts its steps in fp32
