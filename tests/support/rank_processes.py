@@ -99,12 +99,17 @@ def _serve(pipe: Connection, rank: int, size: int, port: int, float64: bool) -> 
 
 def _in_float64() -> None:
     """fp32 is float64 in what is imported from here on, and in every tensor that is made without a dtype."""
+    import numpy as np
     import torch
 
     torch.float32 = torch.float = torch.float64  # type: ignore[misc]
     torch.Tensor.float = torch.Tensor.double  # type: ignore[method-assign]
     torch.set_default_dtype(torch.float64)
     from fastpeft.kernels.ops.adamw import op
+    from fastpeft.tasks.multi_label.task import MultiLabel
+    from fastpeft.tasks.regression.task import Regression
+
+    MultiLabel.label_dtype = Regression.label_dtype = np.float64
 
     def step_plainly(buffers: Any, layout: Any, lr: float, divisor: Any, skipped: Any, options: Any) -> None:
         op._step_plainly(buffers, layout, lr, divisor, skipped == 0, None, options)
