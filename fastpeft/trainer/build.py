@@ -115,7 +115,10 @@ def build_job(
     unchecked = _check(task, adapter, backbone) if run.model.check else []
     batches = Batches(task.train, run.training.batch_size, run.training.seed)
     meter = _open_meter(device, ranks)
-    clock = BudgetClock(_budget(run, batches, meter), meter=meter)
+    budget = _budget(run, batches)
+    if budget.kind == "joules" and ranks.rank == 0 and not meter.works:
+        raise _no_meter(run, meter.reason)
+    clock = BudgetClock(budget, meter=meter)
     schedule = make_schedule(
         run.schedule,
         run.training.learning_rate,
@@ -196,13 +199,10 @@ def _open_meter(device: torch.device, ranks: Ranks) -> EnergyMeter:
     return EnergyMeter.open(uuid, more=uuids[1:])
 
 
-def _budget(run: RunConfig, batches: Batches, meter: EnergyMeter) -> Budget:
+def _budget(run: RunConfig, batches: Batches) -> Budget:
     if run.budget is None:
         return Budget("steps", math.ceil(run.training.epochs * len(batches)))
-    budget = parse_budget(run.budget)
-    if budget.kind == "joules" and not meter.works:
-        raise _no_meter(run, meter.reason)
-    return budget
+    return parse_budget(run.budget)
 
 
 def _no_meter(run: RunConfig, reason: str) -> ConfigError:
@@ -219,6 +219,9 @@ def _expect_final(job: Job) -> None:
     final, power_w = clock.final_s, 1.0
     if clock.budget.kind == "joules":
         power_w = _measure_power(job)
+    if job.ranks.rank > 0:  # it has kept its device as busy as an evaluation does
+        return
+    if clock.budget.kind == "joules":
         final = clock.final_j = clock.final_s * power_w
         cost = f"cost about {final:.0f} J"
     if final > clock.budget.limit / 2:
@@ -244,7 +247,7 @@ def _measure_power(job: Job) -> float:
     while time.perf_counter() < until:
         _measure_final(job)
     meter.stop()
-    if meter.fault is not None or meter.mean_w <= 0:
+    if job.ranks.rank == 0 and (meter.fault is not None or meter.mean_w <= 0):
         raise _no_meter(job.run, meter.fault or f"{meter.method} stands still")
     return meter.mean_w
 
