@@ -4,10 +4,13 @@ BIN := .venv/bin
 STAMP := .venv/.installed
 DOCS_STAMP := .venv/.docs-installed
 
-.PHONY: run test soak lint screenshots docs docs-serve clean
+.PHONY: run test soak compat lint screenshots docs docs-serve clean
 
 run: $(STAMP)
-	$(BIN)/fastpeft train --run iwlora_mnli
+	at=$$(date +%Y%m%d-%H%M%S) && \
+	$(BIN)/fastpeft train --run iwlora_mnli --name iwlora_mnli-$$at && \
+	$(BIN)/fastpeft train --run lora_mnli --name lora_mnli-$$at && \
+	$(BIN)/fastpeft evaluate iwlora_mnli-$$at lora_mnli-$$at
 
 test: $(STAMP)
 	$(BIN)/ruff check .
@@ -17,6 +20,9 @@ test: $(STAMP)
 
 soak: $(STAMP)
 	FASTPEFT_TEST_SEED=$${FASTPEFT_TEST_SEED:-random} $(BIN)/pytest -m soak --timeout 7200 -s
+
+compat: $(STAMP)
+	$(BIN)/python .ci/compat.py $(if $(TORCH),--torch $(TORCH))
 
 lint: $(STAMP)
 	$(BIN)/ruff check --fix .

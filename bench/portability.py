@@ -24,6 +24,7 @@ import json
 import math
 import os
 import statistics
+import sys
 import tempfile
 import time
 from collections import defaultdict
@@ -32,6 +33,7 @@ from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
 import transformers

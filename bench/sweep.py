@@ -2,11 +2,11 @@
 
     python bench/sweep.py overhead          # 40 trials of a 2-second objective, 2 workers
     python bench/sweep.py search            # toy objectives with learning curves, 10 studies, and 100 for an interval
-    python bench/sweep.py real              # the stand-in of lora_mnli, both ways, in seconds of the trials' clocks
+    python bench/sweep.py real [key=value ...]   # --run, both ways, in seconds of the trials' clocks
 
 `overhead` sleeps in its trials, so that what it measures is the sweep's own time and the start of processes; run it
 on a machine that is otherwise idle. `search` counts evaluations and sleeps nowhere: its figures are the same on any
-machine.
+machine. `real` trains an epoch of the stand-in, or what key=value says, as `fastpeft sweep` takes it.
 """
 
 from __future__ import annotations
@@ -40,14 +40,18 @@ def main() -> None:
     parser.add_argument("what", choices=("overhead", "search", "real"))
     parser.add_argument("--studies", type=int, default=10, help="search: pairs of studies")
     parser.add_argument("--trials", type=int, help="trials of random search")
+    parser.add_argument("--run", default="lora_mnli", help="real: the preset; lora_mnli when absent")
     parser.add_argument("--out", type=Path, help="real: the results folder, so that it can be resumed")
-    arguments = parser.parse_args()
+    parser.add_argument("settings", nargs="*", metavar="key=value", help="real: of every trial")
+    arguments = parser.parse_intermixed_args()
     if arguments.what == "overhead":
         overhead(arguments.trials or OVERHEAD_TRIALS)
     elif arguments.what == "search":
         search(arguments.studies, arguments.trials or TRIALS)
     else:
-        real(arguments.trials or TRIALS, arguments.out or Path("results/bench-sweep"))
+        settings = arguments.settings or ["training.epochs=1"]
+        out = arguments.out or Path("results/bench-sweep")
+        real(arguments.run, arguments.trials or TRIALS, out, settings)
 
 
 # ---- overhead ------------------------------------------------------------------------------
@@ -198,12 +202,12 @@ def search(studies: int, trials: int) -> None:
 # ---- real ----------------------------------------------------------------------------------
 
 
-def real(trials: int, out: Path) -> None:
+def real(run: str, trials: int, out: Path, settings: list[str]) -> None:
     """Both searches by the command itself; each goes on where it was."""
     times: dict[str, list[tuple[float, float]]] = {}
-    for name, settings in (("random", ["optuna.sampler=random", "optuna.pruner=none"]), ("tpe", [])):
-        command = [sys.executable, "-m", "fastpeft", "sweep", "--run", "lora_mnli", "--name", name, "--trials-only"]
-        command += ["--trials", str(trials), "--results-dir", str(out), "training.epochs=1", *settings]
+    for name, search in (("random", ["optuna.sampler=random", "optuna.pruner=none"]), ("tpe", [])):
+        command = [sys.executable, "-m", "fastpeft", "sweep", "--run", run, "--name", name, "--trials-only"]
+        command += ["--trials", str(trials), "--results-dir", str(out), *settings, *search]
         subprocess.run(command, check=True)
         times[name] = curve_of(out / name / "trials")
     best = max(value for _, value in times["random"])

@@ -19,6 +19,7 @@ from fastpeft.cli.ctrl_c import ctrl_c_ends_at_once, handled
 from fastpeft.cli.data_commands import data
 from fastpeft.cli.evaluate_command import evaluate
 from fastpeft.cli.ranks_launch import end_rank, launch_ranks, refuse_with_ranks, resumes_by_itself
+from fastpeft.cli.run_options import load_config, seeds_of
 from fastpeft.cli.runs_commands import Best, ResultsDir, runs, which_weights
 from fastpeft.cli.sweep_command import sweep
 from fastpeft.errors import UserError
@@ -107,10 +108,10 @@ def train(
     ] = 0,
 ) -> None:
     """Train a run to the end of its budget."""
-    several = None if seeds is None else _parse_seeds(seeds, seed)
+    several = None if seeds is None else seeds_of(seeds, seed)
     refuse_with_ranks(ranks, max_restarts, {"--seeds": seeds is not None, "--tui": tui})
     resume = resume or resumes_by_itself(results_dir, name)
-    config = _load(run, overrides or [], budget, seed, mode, resume, len(several or [0]))
+    config = load_config(run, overrides or [], budget, seed, mode, resume, len(several or [0]))
     if tui or (ranks or 1) > 1:
         from fastpeft.runs.store import default_name
         from fastpeft.tui.steer import Order
@@ -147,10 +148,10 @@ def _say_first(config: Any) -> None:
 
 
 def _train_one(config: Any, results_dir: Path, name: str | None, resume: bool, allow_stand_in: bool) -> None:
+    from fastpeft.runs.store import RunFolder
+
     is_first_rank = place().rank == 0
     if name is not None and not resume and is_first_rank:  # before torch is loaded, which takes seconds
-        from fastpeft.runs.store import RunFolder
-
         RunFolder.at(results_dir, name).check_free()
     with ctrl_c_ends_at_once():
         if is_first_rank:
@@ -173,14 +174,17 @@ def _train_one(config: Any, results_dir: Path, name: str | None, resume: bool, a
         )
     if not is_first_rank:
         raise typer.Exit(_exit_code([result], stop))
-    reporter.console.print(closing(result))
-    print(f"\nrun folder   {results_dir / result.name}")
+    folder = RunFolder.at(results_dir, result.name)
+    reporter.console.print(closing(result, folder))
+    print(f"\nrun folder   {folder.path}")
+    where = "" if results_dir == Path("results") else f" --results-dir {shlex.quote(str(results_dir))}"
     if result.status == "stopped":
-        print(
-            f"resume with  fastpeft train --resume --name {result.name} --results-dir {shlex.quote(str(results_dir))}"
-        )
+        print(f"resume with  fastpeft train --resume --name {result.name}{where}")
     else:
-        print(f"look again   fastpeft runs show {result.name} --results-dir {shlex.quote(str(results_dir))}")
+        print(f"look again   fastpeft runs show {result.name}{where}")
+        print(f"watch        fastpeft tui{where}")
+        print(f"compare      fastpeft evaluate{where}")
+        print(f"carry away   fastpeft export {result.name}{where}")
     _end([result], reporter, stop)
 
 
@@ -189,7 +193,7 @@ def _train_seeds(
 ) -> None:
     if config is None or (resume and name is None):
         raise UserError("--seeds needs --run, and with --resume also --name: which group is to be continued?")
-    from fastpeft.runs.store import default_name
+    from fastpeft.runs.store import RunFolder, default_name
 
     group = name or default_name(config.run_id)
     with ctrl_c_ends_at_once():
@@ -213,7 +217,7 @@ def _train_seeds(
             reporter=reporter,
         )
     if len(results) == 1:
-        reporter.console.print(closing(results[0]))
+        reporter.console.print(closing(results[0], RunFolder.at(results_dir, results[0].name)))
     reporter.console.print(group_table(results))
     where = shlex.quote(str(results_dir))
     if stop():
@@ -238,46 +242,6 @@ def _exit_code(results: list[Any], stop: Any) -> int:
     if stop.signal is not None and (not results or results[-1].status == "stopped"):
         return 128 + stop.signal
     return 0
-
-
-def _parse_seeds(text: str, seed: int | None) -> list[int]:
-    from fastpeft.config import parse_seeds
-
-    if seed is not None:
-        raise UserError("--seed and --seeds: give one of them")
-    try:
-        return parse_seeds(text)
-    except ValueError as error:
-        raise UserError(f"--{error}") from None
-
-
-def _load(
-    run: str | None,
-    overrides: list[str],
-    budget: str | None,
-    seed: int | None,
-    mode: str,
-    resume: bool,
-    num_seeds: int,
-) -> Any:
-    """The RunConfig that the options mean; None if a resume takes what is stored."""
-    from fastpeft.config import load_run, trial_run
-
-    if mode not in ("trial", "full"):
-        raise UserError(f"--mode {mode!r}: expected trial or full")
-    texts = list(overrides)
-    texts += [f"budget={json.dumps(budget)}"] if budget is not None else []
-    texts += [f"training.seed={seed}"] if seed is not None else []
-    if run is None:
-        if not resume:
-            from fastpeft.config import preset_names
-
-            raise UserError(f"train needs --run: a YAML file or one of {', '.join(preset_names())}")
-        if texts or mode == "trial":
-            raise UserError("--resume without --run takes the stored settings; give --run to check others against them")
-        return None
-    config = load_run(run, texts)
-    return trial_run(config, num_seeds) if mode == "trial" else config
 
 
 app.command()(sweep)
@@ -306,7 +270,7 @@ def transfer(
         raise UserError("transfer needs --adapter FILE and --run RUN: which adapter goes onto which host?")
     if steps < 1 or not lora_rate > 0:
         raise UserError(f"--steps {steps}, --lora-rate {lora_rate:g}: expected numbers over 0")
-    config = _load(run, overrides or [], None, seed, mode, False, 1)
+    config = load_config(run, overrides or [], None, seed, mode, False, 1)
     with ctrl_c_ends_at_once():
         _say_first(config)
         from rich.console import Console

@@ -6,23 +6,50 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from rich.console import Group
 from rich.markup import escape
 from rich.table import Table
 
 from fastpeft.compare.comparison import Comparison, Contrast, metric_of
 from fastpeft.compare.found_runs import Found
+from fastpeft.compare.history import History, binned, read_history
 from fastpeft.compare.problem_sets import SetScore, difference
 from fastpeft.config.methods import METHODS
-from fastpeft.runs.events import number
+from fastpeft.runs.curves import evaluations
+from fastpeft.runs.events import number, read_lines
 from fastpeft.runs.parts import figure, table_of
 from fastpeft.runs.store import MAJORITY, Result, RunFolder
+from fastpeft.tui.format import sparkline
+
+_CURVE_WIDTH = 48
+"""Blocks of the loss."""
+_NUM_SCORES = 8
+"""Of the evaluations, as many as a line has room for."""
 
 
-def closing(result: Result) -> Group:
-    """What a run came to: its facts, and behind them the metrics of parts of the data, where its task has such."""
+def closing(result: Result, folder: RunFolder) -> Group:
+    """What a run came to: its facts, how it learned, and the metrics of parts of the data, where its task has such."""
+    history = read_history(read_lines(folder.events)) if folder.events.is_file() else History()
     parts = _parts_tables(result)
-    return Group(closing_table(result), *(row for table in parts for row in ("", table)))
+    return Group(closing_table(result, _curves(history, result)), *(row for table in parts for row in ("", table)))
+
+
+def _curves(history: History, result: Result) -> dict[str, str]:
+    """The training loss as blocks, and the metric of the evaluations."""
+    curves = {}
+    if len(history):
+        loss = binned(history.steps["elapsed_s"], history.steps["loss"], _CURVE_WIDTH).mean
+        if len(loss) > 1:
+            curves["training loss"] = (
+                f"{sparkline(tuple(loss.tolist()), _CURVE_WIDTH)}  {loss[0]:.3g} to {loss[-1]:.3g}"
+            )
+    scores = evaluations(history.validations)
+    if len(scores) > 1:
+        shown = [scores[round(i)] for i in np.linspace(0, len(scores) - 1, min(_NUM_SCORES, len(scores)))]
+        curves["learning curve"] = " ".join(f"{one.value:.3f}" for one in shown)
+        curves["learning curve"] += f", evaluated after {', '.join(f'{one.elapsed_s:,.0f}' for one in shown)} s"
+    return curves
 
 
 def _parts_tables(result: Result) -> Iterator[Table]:
@@ -38,8 +65,8 @@ def _parts_tables(result: Result) -> Iterator[Table]:
             yield table
 
 
-def closing_table(result: Result) -> Table:
-    """One row a fact, of a run that has ended."""
+def closing_table(result: Result, curves: dict[str, str]) -> Table:
+    """One row a fact, of a run that has ended; `curves` are the rows of how it learned."""
     table = Table(show_header=False, box=None, pad_edge=False)
     table.add_column(style="bold")
     table.add_column()
@@ -49,6 +76,7 @@ def closing_table(result: Result) -> Table:
         result.metric.get("name", "metric"): _value(result.metric),
         **{name: figure(value) for name, value in result.metric.get("more", {}).items()},
         "best": _best(result.best) if result.best else "none",
+        **curves,
         "test": f"{_value(result.test)} on {result.test['num']:,} rows, best weights" if result.test else None,
         **{f"test {name}": figure(value) for name, value in result.test.get("more", {}).items()},
         "mean over budget": f"{number(auc):.4f}" if (auc := result.auc.get("seconds")) is not None else None,

@@ -57,7 +57,7 @@ def runs_show(
     if folder.config.is_file():
         result = folder.read_result()
         if result is not None:
-            Console(highlight=False).print(closing(result))
+            Console(highlight=False).print(closing(result, folder))
             print()
         print(folder.config.read_text(), end="")
     elif run in preset_names():

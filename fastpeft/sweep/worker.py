@@ -67,7 +67,7 @@ class Worker:
         self._untold: list[Message] = []
         self._pipe, theirs = connection.Pipe()
         arguments = (theirs, target, json.dumps(spec), str(log))
-        self._process: ForkServerProcess = _context().Process(target=_run, args=arguments)
+        self._process: ForkServerProcess = forking_context().Process(target=_run, args=arguments)
         self._process.start()
         theirs.close()
 
@@ -130,7 +130,7 @@ def warm_up() -> None:
     """Start the server now, so that it imports while something else goes on."""
     from multiprocessing import forkserver
 
-    _context()
+    forking_context()
     forkserver.ensure_running()
 
 
@@ -139,7 +139,8 @@ def wait(workers: list[Worker], timeout_s: float) -> None:
     connection.wait([handle for worker in workers for handle in worker.handles], timeout_s)
 
 
-def _context() -> ForkServerContext:
+def forking_context() -> ForkServerContext:
+    """Its processes begin with everything imported."""
     # Whether there is a GPU is asked without CUDA's runtime, which a forked process could not use any more.
     os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
     context = multiprocessing.get_context("forkserver")
@@ -150,7 +151,7 @@ def _context() -> ForkServerContext:
 def _run(pipe: Connection, target: str, spec: str, log: str) -> None:
     """In the process."""
     os.setsid()  # Ctrl-C is the sweep's to hear: it asks the processes to stop
-    _write_to(log)
+    write_to(log)
     threading.Thread(target=_end_with_the_sweep, name="fastpeft-sweep-watch", daemon=True).start()
     channel = Channel(pipe)
     try:
@@ -171,7 +172,7 @@ def ends_sweep(error: UserError) -> bool:
     return isinstance(error, UnavailableError) or getattr(error, "ends_sweep", False)
 
 
-def _write_to(log: str) -> None:
+def write_to(log: str) -> None:
     """Everything that the process prints, what libraries print below Python included."""
     number = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
     os.dup2(number, 1)

@@ -13,7 +13,7 @@ from fastpeft.compare.comparison import compare
 from fastpeft.compare.found_runs import find_runs
 from fastpeft.compare.report import report
 from fastpeft.runs.curves import Budgets, auc_of, evaluations, to_target_of
-from fastpeft.runs.store import Result
+from fastpeft.runs.store import Result, RunFolder
 from tests.support.kind_runs import KINDS, METRICS, kind_run
 from tests.support.tui_logs import evaluation, header, make_run, step
 
@@ -31,10 +31,10 @@ def printed(*renderables) -> list[str]:
     return [" ".join(line.split()) for line in capture.get().split("\n")]
 
 
-def test_parts_stand_behind_the_facts_a_table_a_split():
+def test_parts_stand_behind_the_facts_a_table_a_split(tmp_path):
     metric = {"name": "f1", "value": 0.6, "groups": PARTS, "more": {"mse": 1234.5}}
     test = {"name": "f1", "value": 0.5, "num": 9, "groups": {"LOC": PARTS["LOC"]}}
-    lines = printed(closing(Result(run_id="x", name="x", metric=metric, test=test)))
+    lines = printed(closing(Result(run_id="x", name="x", metric=metric, test=test), RunFolder(tmp_path)))
     assert "f1 0.6000" in lines
     assert "mse 1,234.50" in lines
     at = lines.index("validation precision recall f1 support")
@@ -48,17 +48,33 @@ def test_parts_stand_behind_the_facts_a_table_a_split():
     assert lines[at + 1] == "LOC 0.9000 0.8000 0.8470 1,234"
 
 
-def test_a_score_without_parts_has_no_table_of_them():
-    lines = printed(closing(Result(run_id="x", name="x", metric={"name": "accuracy", "value": 0.6})))
+def test_a_score_without_parts_has_no_table_of_them(tmp_path):
+    lines = printed(
+        closing(Result(run_id="x", name="x", metric={"name": "accuracy", "value": 0.6}), RunFolder(tmp_path))
+    )
     assert not any(line.startswith("validation") for line in lines)
 
 
-def test_the_rows_that_were_read_are_shown_with_their_hash():
+def test_how_a_run_learned_is_a_row_of_its_loss_and_one_of_its_evaluations(tmp_path):
+    events = [step(i, loss=2.0 - i / 10) for i in range(10)]
+    events += [evaluation(i, 0.5 + i / 100) for i in (9, 29)]
+    folder = make_run(tmp_path, "r", [header(), *events])
+    lines = printed(closing(Result(run_id="x", name="r", metric={"name": "accuracy", "value": 0.59}), folder))
+    assert "training loss █▇▆▆▅▄▃▃▂▁ 2 to 1.1" in lines
+    assert "learning curve 0.590 0.790, evaluated after 1, 3 s" in lines
+    alone = make_run(tmp_path, "s", [header(), step(0)])
+    lines = printed(closing(Result(run_id="x", name="s"), alone))
+    assert not any(line.startswith(("training loss", "learning curve")) for line in lines)
+
+
+def test_the_rows_that_were_read_are_shown_with_their_hash(tmp_path):
     data = {"sha256": "ab" * 32, "splits": {"train": {"rows": 1200}, "validation": {"rows": 40}}}
     assert "rows train 1,200, validation 40; SHA-256 abababababab" in printed(
-        closing(Result(run_id="x", name="x", data=data))
+        closing(Result(run_id="x", name="x", data=data), RunFolder(tmp_path))
     )
-    assert not any(line.startswith("rows") for line in printed(closing(Result(run_id="x", name="x"))))
+    assert not any(
+        line.startswith("rows") for line in printed(closing(Result(run_id="x", name="x"), RunFolder(tmp_path)))
+    )
 
 
 def test_the_live_lines_tell_every_figure(capsys):
@@ -144,8 +160,8 @@ def scored(name: str, value: float, majority: float | None, **more) -> Result:
     )
 
 
-def test_the_majority_stands_beside_every_accuracy():
-    assert "majority 0.7500" in printed(closing(scored("r", 0.8, 0.75)))
+def test_the_majority_stands_beside_every_accuracy(tmp_path):
+    assert "majority 0.7500" in printed(closing(scored("r", 0.8, 0.75), RunFolder(tmp_path)))
     comparison = compare([scored("lora", 0.8, 0.75), scored("full", 0.9, 0.75), scored("older", 0.9, None)])
     assert [row.majority and row.majority.value for row in comparison.rows] == [0.75, 0.75, None]
     header, *lines = printed(comparison_table(comparison))

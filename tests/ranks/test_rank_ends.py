@@ -222,9 +222,7 @@ def as_rank(monkeypatch: pytest.MonkeyPatch, **more: str) -> None:
         (["train", "--run", "lora_mnli"], "--max-restarts of torchrun needs --name"),
     ],
 )
-def test_what_a_rank_is_not_for(
-    args: list[str], said: str, fastpeft_here, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_what_a_rank_is_not_for(args: list[str], said: str, fastpeft_here, monkeypatch: pytest.MonkeyPatch) -> None:
     from fastpeft.cli import commands
 
     as_rank(monkeypatch, TORCHELASTIC_MAX_RESTARTS="1")

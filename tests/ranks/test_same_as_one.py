@@ -109,7 +109,9 @@ def test_what_adalora_prunes_is_ranked_by_the_gradient_of_all_ranks(float64_rank
     )  # fmt: skip
 
 
-@pytest.mark.parametrize("name", ["graff", *(pytest.param(n, marks=pytest.mark.soak) for n in ("fot", "bacon", "reactor"))])
+@pytest.mark.parametrize(
+    "name", ["graff", *(pytest.param(n, marks=pytest.mark.soak) for n in ("fot", "bacon", "reactor"))]
+)
 def test_a_schedule_reads_the_signals_of_all_ranks(name: str, float64_ranks: Ranks, tmp_path: Path) -> None:
     own = {"fot": {"window": 1}, "graff": {"regret": "step"}}
     schedule = {"name": name, "warmup_steps": 1} | ({name: own[name]} if name in own else {})

@@ -1,0 +1,264 @@
+"""Is anything lost when a process is killed? SIGKILL at random moments, and the outcome beside an unbroken run's.
+
+    python bench/chaos.py [--kills 200] [--seed N] [--work DIR] [--json OUT]
+
+Four kinds of task, each under a method of its own, on the small models that ship: classification by IW-LoRA, word
+problems by AdaLoRA, entities by UniHyperLoRA, conversations by LoRA. `fastpeft train` is killed at a moment drawn from
+the whole of an unbroken run's time, so that set-up, calibration, steps, checkpoints, evaluation, decoding and the final
+save are all hit; then it is resumed, or begun again where there was nothing to resume, and perhaps killed again. What
+comes out has to be the unbroken run's: each file of the last and the best weights byte for byte, each step in the log
+once, each evaluation's value. Then its export is killed the same way, and its files compared.
+
+Processes are forked from one that has imported everything, as those of a sweep are. Not covered here: downloads, and
+sweep workers (tests/sweep kills those). It exits with 1 where anything differed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import os
+import random
+import secrets
+import shutil
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from importlib import import_module
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from bench.report import about, json_path, print_table, write_json
+from fastpeft.runs.events import read_events
+from fastpeft.runs.store import RunFolder
+from fastpeft.sweep.worker import forking_context, write_to
+
+NUM_TRAIN, NUM_DEV = 128, 32
+SETTINGS = (
+    "budget=24steps", "training.batch_size=8", "training.checkpoint_steps=3", "training.precision=fp32",
+    "training.threads=1", "schedule.warmup_steps=2", "evaluation.every=8steps", "wandb.mode=disabled",
+)  # fmt: skip
+MOST_ATTEMPTS = 60
+"""Of one run: in so many, one was not killed."""
+
+
+@dataclass(frozen=True)
+class Case:
+    run: str
+    model: str
+    rows: str
+    """module:function that makes its splits."""
+    settings: str = ""
+    export: str = ""
+    """Options."""
+
+
+CASES = {
+    "classification, iw_lora": Case("iwlora_mnli", "deberta-tiny", "sentence_pairs:splits"),
+    "word problems, adalora": Case(
+        "linear_gsm8k", "qwen3-tiny", "problems:splits",
+        "dataset.task=word-problems dataset.held_out=16 method=adalora adapter.rank=8 evaluation.max_new_tokens=8",
+    ),
+    "entities, unihyperlora": Case(
+        "unihyperlora_conll2003", "deberta-tiny", "entities:splits",
+        "dataset.task=token-classification unihyperlora.max_extra_flops=1.0", "--approximate 4",
+    ),
+    "conversations, lora": Case(
+        "lora_alpaca", "qwen3-tiny", "dialogues:splits", "dataset.task=chat evaluation.max_new_tokens=8"
+    ),
+}  # fmt: skip
+
+
+@dataclass
+class Found:
+    runs: int = 0
+    kills: Counter[str] = field(default_factory=Counter)
+    """By what the process was at."""
+    differences: list[str] = field(default_factory=list)
+
+
+# ---- processes -----------------------------------------------------------------------------
+
+
+def call(arguments: list[str], log: str) -> None:
+    """In the process: `fastpeft` with these arguments."""
+    write_to(log)
+    from fastpeft.cli.commands import main
+
+    sys.argv = ["fastpeft", *arguments]
+    main()
+
+
+class Killer:
+    def __init__(self, rng: random.Random, log: Path) -> None:
+        self.rng, self.log, self._context = rng, log, forking_context()
+
+    def start(self, arguments: list[str]) -> BaseProcess:
+        process = self._context.Process(target=call, args=(arguments, str(self.log)))
+        process.start()
+        return process
+
+    def whole(self, arguments: list[str]) -> float:
+        """Seconds that it took."""
+        began = time.monotonic()
+        self._ends_well(self.start(arguments), arguments)
+        return time.monotonic() - began
+
+    def killed(self, arguments: list[str], within_s: float) -> bool:
+        """Whether it was killed at a moment drawn from `within_s`; else it has ended."""
+        process = self.start(arguments)
+        process.join(self.rng.uniform(0, within_s))
+        if process.is_alive():
+            process.kill()
+            process.join()
+            if process.exitcode == -9:
+                return True
+        self._ends_well(process, arguments)
+        return False
+
+    def _ends_well(self, process: BaseProcess, arguments: list[str]) -> None:
+        process.join()
+        if process.exitcode:
+            raise SystemExit(f"fastpeft {' '.join(arguments)} ended with {process.exitcode}: see {self.log}")
+
+
+# ---- one case ------------------------------------------------------------------------------
+
+
+def write_rows(case: Case, folder: Path) -> Path:
+    module, _, function = case.rows.partition(":")
+    splits = getattr(import_module(f"fastpeft.standins.{module}"), function)()
+    folder.mkdir(parents=True)
+    for split, name, count in (
+        ("train", "train", NUM_TRAIN),
+        ("validation", "dev", NUM_DEV),
+        ("test", "test", NUM_DEV),
+    ):
+        if split in splits:
+            lines = (json.dumps(row) + "\n" for row in splits[split][:count])
+            (folder / f"{name}.jsonl").write_text("".join(lines))
+    return folder
+
+
+def digests(folder: Path, *names: str) -> dict[str, str]:
+    """Of every file in the folders `names`, or in `folder` itself."""
+    found = [path for name in names or [""] for path in (folder / name).rglob("*") if path.is_file()]
+    return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(found)}
+
+
+def logged(folder: Path) -> dict[str, Any]:
+    events = list(read_events(folder / "events.jsonl"))
+    steps = [(event["step"], event["loss"], event["lr"]) for event in events if event["type"] == "step"]
+    return {"steps": steps, "evaluations": [(e["step"], e["value"]) for e in events if e["type"] == "eval"]}
+
+
+def at_work_on(folder: Path) -> str:
+    """What the last event that was written says of it."""
+    path = folder / "events.jsonl"
+    events = list(read_events(path)) if path.is_file() else []
+    last = events[-1] if events else None
+    if last is None:
+        return "before its log"
+    if (folder / "checkpoints").is_dir() and any((folder / "checkpoints").glob(".writing-*")):
+        return "writing a checkpoint"
+    return str(last["text"]) if last["type"] == "phase" else {"step": "a step"}.get(last["type"], last["type"])
+
+
+def differences(folder: Path, unbroken: Path) -> list[str]:
+    found = []
+    for adapter in ("adapter", "adapter_best"):
+        own, other = digests(folder, adapter), digests(unbroken, adapter)
+        found += [f"{name} differs" for name in sorted(own.keys() | other.keys()) if own.get(name) != other.get(name)]
+    own, other = logged(folder), logged(unbroken)
+    return found + [f"the log's {key} differ" for key in own if own[key] != other[key]]
+
+
+class Chaos:
+    def __init__(self, work: Path, killer: Killer, say: Callable[[str], None]) -> None:
+        self.work, self.killer, self.say = work, killer, say
+
+    def case(self, name: str, case: Case, kills: int) -> Found:
+        """At least `kills` of them, three in four of training."""
+        own = self.work / "".join(c if c.isalnum() else "_" for c in name)
+        data, results, found = write_rows(case, own / "data"), own / "results", Found()
+        start = ["train", "--run", case.run, f"model.name=embedded/{case.model}", f"dataset.path={data}"]
+        start += ["dataset.name=rows", *SETTINGS, *case.settings.split(), "--results-dir", str(results)]
+        seconds = self.killer.whole([*start, "--name", "unbroken"])
+        export = ["export", "--results-dir", str(results), *case.export.split()]
+        export_s = self.killer.whole([*export, "unbroken"])
+        while found.kills.total() < kills:
+            folder = results / f"run-{found.runs}"
+            self.train(start, folder, seconds, found)
+            found.differences += [f"{folder.name}: {said}" for said in differences(folder, results / "unbroken")]
+            before = found.kills.total()
+            while self.killer.killed([*export, folder.name], export_s) and found.kills.total() - before < 3:
+                found.kills["export"] += 1
+            self.killer.whole([*export, folder.name]) if not (folder / "export").is_dir() else None
+            found.differences += self._exports(folder, results / "unbroken")
+            found.runs += 1
+            self.say(
+                f"{name}: {found.runs} runs, {found.kills.total()} kills, differences: {found.differences or 'none'}"
+            )
+            shutil.rmtree(folder)
+        return found
+
+    def train(self, start: list[str], folder: Path, seconds: float, found: Found) -> None:
+        place = ["--results-dir", str(folder.parent), "--name", folder.name]
+        for _ in range(MOST_ATTEMPTS):
+            is_begun = RunFolder(folder).config.is_file()
+            arguments = ["train", "--resume", *place] if is_begun else [*start, "--name", folder.name]
+            if not self.killer.killed(arguments, seconds):
+                return
+            found.kills[at_work_on(folder)] += 1
+        raise SystemExit(f"{folder}: {MOST_ATTEMPTS} attempts, and none was not killed")
+
+    def _exports(self, folder: Path, unbroken: Path) -> list[str]:
+        own, other = digests(folder / "export"), digests(unbroken / "export")
+        names = (own.keys() | other.keys()) - {"README.md", "export.json"}  # which name the run
+        return [f"{folder.name}: export/{name} differs" for name in sorted(names) if own.get(name) != other.get(name)]
+
+
+# ---- the command ---------------------------------------------------------------------------
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--kills", type=int, default=200, help="at least, over all cases")
+    parser.add_argument("--seed", type=int, help="of the moments; a fresh one when absent")
+    parser.add_argument("--work", type=Path, help="a temporary folder when absent")
+    parser.add_argument("--json", type=json_path)
+    options = parser.parse_args()
+    seed = secrets.randbelow(2**31) if options.seed is None else options.seed
+    print(f"seed {seed}", flush=True)
+    with tempfile.TemporaryDirectory() as temporary:
+        work = options.work or Path(temporary)
+        work.mkdir(parents=True, exist_ok=True)
+        chaos = Chaos(work, Killer(random.Random(seed), work / "output.log"), lambda text: print(text, flush=True))
+        each = -(-options.kills // len(CASES))
+        found = {name: chaos.case(name, case, each) for name, case in CASES.items()}
+    lines = [[name, str(one.runs), str(one.kills.total()), str(len(one.differences))] for name, one in found.items()]
+    print_table("killed, resumed, and compared with an unbroken run", ["", "runs", "kills", "differences"], lines)
+    at = sum((one.kills for one in found.values()), Counter[str]())
+    print("killed at: " + ", ".join(f"{what} {count}" for what, count in at.most_common()))
+    if options.json:
+        cases = {
+            name: {"runs": o.runs, "kills": dict(o.kills), "differences": o.differences} for name, o in found.items()
+        }
+        import torch
+
+        write_json(options.json, about(torch.device("cpu")) | {"seed": seed, "cases": cases})
+    if lost := [said for one in found.values() for said in one.differences]:
+        raise SystemExit("\n".join(lost))
+
+
+if __name__ == "__main__":
+    main()
