@@ -28,7 +28,8 @@ ALTERNATIVES = ("alone", "side by side", "ranks")
 def start(folder: Path, name: str, run: str, steps: int, batch_size: int, *options: str) -> subprocess.Popen:
     values = [
         f"training.batch_size={batch_size}", f"budget={steps}steps", "training.threads=1", "training.precision=fp32",
-        "evaluation.every=end", "evaluation.max_examples=16", "schedule.warmup_steps=0", "training.checkpoint_steps=9999",
+        "evaluation.every=end", "evaluation.max_examples=16", "schedule.warmup_steps=0",
+        "training.checkpoint_steps=9999",
     ]  # fmt: skip
     where = ["--run", run, "--name", name, "--results-dir", str(folder)]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)}

@@ -155,7 +155,7 @@ def build_job(
     job.notes += [*adapter.describe(), plan.describe(), *plan.notes, *untuned(adapter, device, dtype)]
     job.notes += [precision.note] if precision.note else []
     if clock.budget.kind in ("seconds", "joules"):
-        _expect_final(job)
+        _expect_final(job) if ranks.rank == 0 else _keep_busy(job)
     return job
 
 
@@ -219,9 +219,6 @@ def _expect_final(job: Job) -> None:
     final, power_w = clock.final_s, 1.0
     if clock.budget.kind == "joules":
         power_w = _measure_power(job)
-    if job.ranks.rank > 0:  # it has kept its device as busy as an evaluation does
-        return
-    if clock.budget.kind == "joules":
         final = clock.final_j = clock.final_s * power_w
         cost = f"cost about {final:.0f} J"
     if final > clock.budget.limit / 2:
@@ -243,13 +240,24 @@ def _measure_power(job: Job) -> float:
     """Watts while evaluating, over a window that the meter resolves."""
     meter = job.clock.meter
     meter.start()
-    until = time.perf_counter() + 1.5 * WINDOW_S
-    while time.perf_counter() < until:
-        _measure_final(job)
+    _evaluate_for(1.5 * WINDOW_S, job)
     meter.stop()
-    if job.ranks.rank == 0 and (meter.fault is not None or meter.mean_w <= 0):
+    if meter.fault is not None or meter.mean_w <= 0:
         raise _no_meter(job.run, meter.fault or f"{meter.method} stands still")
     return meter.mean_w
+
+
+def _evaluate_for(seconds: float, job: Job) -> None:
+    until = time.perf_counter() + seconds
+    while time.perf_counter() < until:
+        _measure_final(job)
+
+
+def _keep_busy(job: Job) -> None:
+    """On the ranks beside rank 0: what it measures is measured as in an evaluation, while all of them work."""
+    _measure_final(job)
+    if job.clock.budget.kind == "joules":
+        _evaluate_for(1.5 * WINDOW_S, job)
 
 
 def _measure_final(job: Job) -> tuple[float, float]:
