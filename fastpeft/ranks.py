@@ -8,9 +8,12 @@ called at a step.
 from __future__ import annotations
 
 import atexit
+import ctypes
 import json
+import os
+import signal
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 from datetime import timedelta
 from functools import cache, wraps
@@ -25,6 +28,7 @@ from fastpeft.launched import Place, place
 
 LONGEST_WAIT = timedelta(hours=2)
 """For a rank that lives and does not come: such as rank 0 while it downloads. That one has died is known at once."""
+_PR_SET_PDEATHSIG = 1
 _JOIN_WAIT, _WORD_WAIT = timedelta(minutes=15), timedelta(seconds=20)
 
 Tensors = dict[str, torch.Tensor]
@@ -150,7 +154,15 @@ def join() -> Ranks:
         backend, store=_store(), rank=where.rank, world_size=where.size, timeout=LONGEST_WAIT
     )
     atexit.register(dist.destroy_process_group)
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        _stop_with_the_launcher()
     return ranks
+
+
+def _stop_with_the_launcher() -> None:
+    """SIGTERM for this process where torch's launcher is killed: nobody else would ever end it. Linux only."""
+    with suppress(OSError, AttributeError):
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
 @cache
