@@ -33,9 +33,9 @@ from fastpeft.trainer.ahead import Ahead
 from fastpeft.trainer.evaluation_plan import EvaluationPlan, plan_evaluations
 from fastpeft.trainer.memory_plan import MemoryPlan, make_plan
 from fastpeft.trainer.optim import Optimizer, adam_moments, make_optimizer
-from fastpeft.trainer.orders import NO_ORDERS, Orders
 from fastpeft.trainer.prefix_cache import PrefixCache
 from fastpeft.trainer.probes.hooks import NoProbes, Probes, make_probes
+from fastpeft.trainer.rank_orders import NO_ORDERS, Orders
 
 
 @dataclass

@@ -13,7 +13,7 @@ from fastpeft.ranks import together
 from fastpeft.signals import Signals
 from fastpeft.trainer.build import Job
 from fastpeft.trainer.micro_batches import MicroBatches
-from fastpeft.trainer.orders import Act
+from fastpeft.trainer.rank_orders import Act
 from fastpeft.trainer.rng import rng_state, set_rng_state
 from fastpeft.trainer.step import forward_backward
 

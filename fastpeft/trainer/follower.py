@@ -21,7 +21,7 @@ from fastpeft.trainer.calibrate import follow_calibration
 from fastpeft.trainer.checkpoint_files import Checkpoint, State, joined, split
 from fastpeft.trainer.loop import take_step
 from fastpeft.trainer.micro_batches import MicroBatches
-from fastpeft.trainer.orders import Act, Order
+from fastpeft.trainer.rank_orders import Act, Order
 from fastpeft.trainer.rng import GlobalRng, generator_states, set_generator_states
 
 _SHARED = ("parameters", "adapter", "optimizer", "schedule", "probes", "rng")

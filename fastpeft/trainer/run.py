@@ -27,8 +27,8 @@ from fastpeft.trainer.follower import Follower, begin_together, give_state, refu
 from fastpeft.trainer.interrupt import StopRequest
 from fastpeft.trainer.loop import Loop, Prune
 from fastpeft.trainer.micro_batches import out_of_memory_is_told
-from fastpeft.trainer.orders import Orders
 from fastpeft.trainer.prefix_cache import open_prefix_cache
+from fastpeft.trainer.rank_orders import Orders
 from fastpeft.trainer.resolve import Resolved, resolve
 from fastpeft.trainer.resume import (
     began_in,

@@ -65,7 +65,7 @@ def drawn_in_a_step(files: Path) -> torch.Tensor:
     from fastpeft.trainer.build import build_job
     from fastpeft.trainer.interrupt import StopRequest
     from fastpeft.trainer.micro_batches import MicroBatches
-    from fastpeft.trainer.orders import Orders
+    from fastpeft.trainer.rank_orders import Orders
 
     job = build_job(run_of_kind(files, "classification"), orders=Orders(join(), StopRequest()))
     before = torch.get_rng_state()
