@@ -1,8 +1,7 @@
 """The processes that train one run together, and what they add up, tell and gather.
 
 torch.distributed does the work: NCCL between GPUs, gloo between CPUs, and gloo for what the hosts have to tell each
-other. A process that no launcher has started is ALONE: nothing of torch.distributed is loaded, and nothing here is
-called at a step.
+other. A process that no launcher has started is ALONE: nothing is set up, and no collective is called.
 """
 
 from __future__ import annotations
@@ -51,7 +50,7 @@ def _or_lost(collective: Callable[P, T]) -> Callable[P, T]:
         except RuntimeError as error:
             raise RankLost(
                 "another rank has ended without a message: it was killed, or its host is gone. Resume the run with "
-                f"--resume, or give the launcher --max-restarts ({str(error).splitlines()[0]})"
+                f"--resume, or give the launcher --max-restarts ({str(error).partition('. ')[0]})"
             ) from None
 
     return guarded
