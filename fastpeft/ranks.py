@@ -48,9 +48,10 @@ def _or_lost(collective: Callable[P, T]) -> Callable[P, T]:
         try:
             return collective(*args, **kwargs)
         except RuntimeError as error:
+            said, _, _ = str(error).partition(". ")
             raise RankLost(
                 "another rank has ended without a message: it was killed, or its host is gone. Resume the run with "
-                f"--resume, or give the launcher --max-restarts ({str(error).partition('. ')[0]})"
+                f"--resume, or give the launcher --max-restarts ({said})"
             ) from None
 
     return guarded
