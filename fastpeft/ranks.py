@@ -31,7 +31,10 @@ _PR_SET_PDEATHSIG = 1
 _JOIN_WAIT, _WORD_WAIT = timedelta(minutes=15), timedelta(seconds=20)
 
 Tensors = dict[str, torch.Tensor]
-P, T = ParamSpec("P"), TypeVar("T")
+P = ParamSpec("P")
+T = TypeVar("T")
+
+_c10d: Any = dist  # its stores and its rendezvous are public and documented, and its stubs do not export them
 
 
 class RankLost(UserError):
@@ -166,10 +169,10 @@ def _stop_with_the_launcher() -> None:
 
 
 @cache
-def _store() -> dist.Store:
+def _store() -> Any:
     """The launcher's. The keys of an earlier attempt are not seen."""
-    found, _, _ = next(cast(Iterator[Any], dist.rendezvous("env://", timeout=_JOIN_WAIT)))
-    return dist.PrefixStore(f"fastpeft/{place().restarts}", found)
+    found, _, _ = next(_c10d.rendezvous("env://", timeout=_JOIN_WAIT))
+    return _c10d.PrefixStore(f"fastpeft/{place().restarts}", found)
 
 
 def fails_first(exit_code: int) -> tuple[bool, int]:

@@ -18,7 +18,7 @@ from tests.support.rank_work import trained
 from tests.support.tiny import make_model
 from tests.support.tiny_runs import strict_events, weights
 
-NO_DROPOUT = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+NO_DROPOUT: dict[str, Any] = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
 EXACT = {"rel_tol": 1e-12, "abs_tol": 1e-12}
 
 

@@ -32,7 +32,7 @@ class RankProcesses:
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
-        self._ranks: list[tuple[Any, Connection]] = []
+        self._ranks: list[tuple[Any, Any]] = []
         for rank in range(size):
             here, there = _CONTEXT.Pipe()
             process = _CONTEXT.Process(target=_serve, args=(there, rank, size, port, float64), daemon=True)
