@@ -15,6 +15,7 @@ import psutil
 import torch
 
 from fastpeft.errors import UserError
+from fastpeft.launched import place
 
 # cuBLAS and cuDNN allocate past torch, and a CPU's allocator raises no class of its own: plain RuntimeErrors.
 _WORDS = (
@@ -53,11 +54,11 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 def free_bytes(device: torch.device) -> int:
-    """That this process may still allocate: on a CPU without being killed for it."""
+    """That this process may still allocate: on a CPU without being killed for it. Ranks of one host share it."""
     if device.type == "cuda":
         reserved = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return torch.cuda.mem_get_info(device)[0] + reserved
-    return max(0, min([psutil.virtual_memory().available, *control_group_rooms()]))
+    return max(0, min([psutil.virtual_memory().available, *control_group_rooms()])) // place().local_size
 
 
 def control_group_rooms(process: Path = Path("/proc/self")) -> Iterator[int]:

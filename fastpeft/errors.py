@@ -24,7 +24,7 @@ class UnavailableError(UserError):
 _DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG)
 
 
-def disk_message(error: BaseException) -> str | None:
+def disk_error(error: BaseException) -> UserError | None:
     """What to do about a disk that is full, over quota or read-only; None where the error is no such one.
 
     Safetensors has errors of its own, which name the system's only in their text.
@@ -34,7 +34,7 @@ def disk_message(error: BaseException) -> str | None:
     if found is None:
         return None
     where = f"{error.filename}: " if isinstance(error, OSError) and error.filename else ""
-    return (
+    return UserError(
         f"{where}{os.strerror(found)}: nothing more can be written. Make room, or choose another --results-dir; a run "
         "goes on from its last checkpoint with `fastpeft train --resume --name NAME`"
     )

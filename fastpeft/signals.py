@@ -41,6 +41,8 @@ class Need(StrEnum):
     """Gradients restricted to the labelled tokens, on some steps: Measured.answer_grad_sq_K."""
 
 
+STATISTICS = ("answer_fisher", "prompt_fisher", "entropy", "lens_entropy")
+"""What the loss may measure on the way, by the names in Measured."""
 BLOCK_SUMS = frozenset({Need.GRAD_SQ, Need.MEAN_SQ, Need.SECOND, Need.DESCENT})
 
 

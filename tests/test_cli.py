@@ -204,7 +204,7 @@ def test_ctrl_c_while_it_starts_ends_it_without_a_traceback(fastpeft_here, monke
     def interrupt(*args):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(cli, "_load", interrupt)
+    monkeypatch.setattr(cli, "load_config", interrupt)
     assert fastpeft_here("train", "--run", "lora_mnli") == (130, "", "")
 
 

@@ -64,6 +64,8 @@ class Adapter(ABC):
     """Pattern of the files of `save` that hold weights; their size is the adapter's."""
     trains_backbone: bool = False
     """The backbone's own weights are trained, so they have to be fp32."""
+    needs_one_rank: str = ""
+    """Why several ranks cannot train it together; empty where they can."""
     calibration_batches: int = 0
     """Batches that the method wants to see, without being updated, before training."""
     importance_version: int = 0

@@ -19,7 +19,7 @@ from torch import nn
 from fastpeft.adapters.blocks import Block, low_rank_first
 from fastpeft.kernels import FlatLayout, MatrixGroup
 from fastpeft.models.inject import LowRankBlock
-from fastpeft.signals import Blocks
+from fastpeft.signals import STATISTICS, Blocks
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,9 @@ class FlatParameters:
         )
         self.num_factors, self.num_adapter = self.layout.num_factors, self.layout.num_adapter
         self.data = torch.empty(self.layout.num_total, dtype=torch.float32, device=device)
-        self.grad = torch.zeros_like(self.data)
+        self.summed = torch.zeros(self.layout.num_total + 1 + len(STATISTICS), dtype=torch.float32, device=device)
+        """`grad`, and behind it room for what is added up over the ranks with it: the loss and what it measured."""
+        self.grad = self.summed[: self.layout.num_total]
         start = 0
         for parameter in parameters:
             start = self._adopt(parameter, start)

@@ -27,6 +27,8 @@ from fastpeft.kernels import FrobeniusResult, gradient_norm, sketch_norm, weight
 from fastpeft.kernels.ops.lora_linear.quantised import dequantised, is_quantised
 from fastpeft.kernels.ops.sensitivity.op import weight_gradient
 from fastpeft.models.backbone import Backbone
+from fastpeft.models.inject import LowRankBlock
+from fastpeft.ranks import current
 from fastpeft.runs.store import write_json
 from fastpeft.signals import Rates, Signals
 
@@ -73,7 +75,7 @@ class IwLora(Lora):
             dropout.eval()
         if self.config.estimator == "exact":
             for block in self.matrices:
-                block.module.probe = _GradientProbe()
+                block.module.probe = _GradientProbe(block)
         try:
             yield
         finally:
@@ -242,7 +244,8 @@ def _grad(parameter: nn.Parameter) -> torch.Tensor:
 class _GradientProbe:
     """Stands in for one LoRA layer at B = 0 and keeps (X, G) of every use, or the sum of G^T X, until `take`."""
 
-    def __init__(self) -> None:
+    def __init__(self, block: LowRankBlock) -> None:
+        self._like, self._shape = block.lora_a, (len(block.lora_b), block.lora_a.shape[1])
         self._uses: list[tuple[torch.Tensor, torch.Tensor]] = []
         self._sum_OI: torch.Tensor | None = None
 
@@ -263,12 +266,21 @@ class _GradientProbe:
             self._sum_OI = gradient_OI if self._sum_OI is None else self._sum_OI.add_(gradient_OI)
         self._uses.clear()
 
+    def _add_up_ranks(self) -> None:
+        """The norm is of the sum, to which a rank without a row adds nothing."""
+        self._add_up()
+        if self._sum_OI is None:
+            self._sum_OI = self._like.new_zeros(self._shape)
+        current().add_up(self._sum_OI)
+
     def discard(self) -> None:
         self._uses.clear()
         self._sum_OI = None
 
     def take(self) -> torch.Tensor:
         """||G^T X||_F over all uses since the last call, both uses of a shared weight added first."""
+        if current().size > 1:
+            self._add_up_ranks()
         if self._sum_OI is not None:
             self._add_up()
             norm = torch.linalg.vector_norm(self._sum_OI, dtype=torch.float64)

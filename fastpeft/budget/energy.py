@@ -11,7 +11,7 @@ import math
 import threading
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -118,9 +118,35 @@ class Rapl(Source):
         return self._total_uj / 1e6
 
 
-def open_source(gpu_uuid: str | None, powercap: Path) -> tuple[Source | None, str]:
-    """The best source of the GPU, or of the CPU where `gpu_uuid` is None; without one, the reason."""
-    return _open_rapl(powercap) if gpu_uuid is None else _open_nvml(gpu_uuid)
+class Several(Source):
+    """The sum over several GPUs."""
+
+    def __init__(self, sources: list[Source]) -> None:
+        super().__init__()
+        self.method = sources[0].method
+        self.period_s = min(source.period_s for source in sources)
+        self._sources = sources
+
+    def restart(self) -> None:
+        for source in self._sources:
+            source.restart()
+
+    def joules(self) -> float:
+        return sum(source.joules() for source in self._sources)
+
+
+def open_source(gpu_uuid: str | None, powercap: Path, *more: str) -> tuple[Source | None, str]:
+    """The best source of the GPU, and of `more` of them, or of the CPU where `gpu_uuid` is None; without one, the
+    reason."""
+    if gpu_uuid is None:
+        return _open_rapl(powercap)
+    sources = []
+    for uuid in (gpu_uuid, *more):
+        source, reason = _open_nvml(uuid)
+        if source is None:
+            return None, reason
+        sources.append(source)
+    return Several(sources) if more else sources[0], ""
 
 
 def _open_nvml(uuid: str) -> tuple[Source | None, str]:
@@ -186,12 +212,16 @@ class EnergyMeter:
         self._thread: threading.Thread | None = None
 
     @classmethod
-    def open(cls, gpu_uuid: str | None, powercap: Path | None = None) -> EnergyMeter:
-        """Find the meter of a GPU, or of the CPU for None. A driver that hangs counts as none."""
+    def open(cls, gpu_uuid: str | None, powercap: Path | None = None, more: Sequence[str] = ()) -> EnergyMeter:
+        """Find the meter of a GPU, or of the CPU for None. A driver that hangs counts as none.
+
+        Args:
+            more: GPUs whose joules are added.
+        """
         found: list[tuple[Source | None, str]] = []
 
         def find() -> None:
-            found.append(open_source(gpu_uuid, powercap or POWERCAP))
+            found.append(open_source(gpu_uuid, powercap or POWERCAP, *more))
 
         opener = threading.Thread(target=find, name="fastpeft-energy", daemon=True)
         opener.start()

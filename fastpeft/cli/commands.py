@@ -18,9 +18,12 @@ from fastpeft.cli.chat_command import chat
 from fastpeft.cli.ctrl_c import ctrl_c_ends_at_once, handled
 from fastpeft.cli.data_commands import data
 from fastpeft.cli.evaluate_command import evaluate
+from fastpeft.cli.ranks_launch import end_rank, launch_ranks, refuse_with_ranks, resumes_by_itself
+from fastpeft.cli.run_options import load_config, seeds_of
 from fastpeft.cli.runs_commands import Best, ResultsDir, runs, which_weights
 from fastpeft.cli.sweep_command import sweep
-from fastpeft.errors import UserError, disk_message
+from fastpeft.errors import UserError, disk_error
+from fastpeft.launched import place
 
 EXIT_CANNOT_TRAIN = 1
 EXIT_DIVERGED = 4
@@ -46,15 +49,14 @@ def main() -> None:
     cast(io.TextIOWrapper, sys.stdout).reconfigure(errors="backslashreplace")  # a name may hold what no terminal shows
     try:
         app()
-    except UserError as error:
-        print(f"fastpeft: {error}", file=sys.stderr)
-        sys.exit(error.exit_code)
     except Exception as error:
-        message = disk_message(error)
-        if message is None:
+        told = error if isinstance(error, UserError) else disk_error(error)
+        if place().size > 1:
+            end_rank(told or error)
+        if told is None:
             raise
-        print(f"fastpeft: {message}", file=sys.stderr)
-        sys.exit(UserError.exit_code)
+        print(f"fastpeft: {told}", file=sys.stderr)
+        sys.exit(told.exit_code)
 
 
 def _version(wanted: bool) -> None:
@@ -65,10 +67,13 @@ def _version(wanted: bool) -> None:
 
 @app.callback()
 def _options(
+    context: typer.Context,
     version: Annotated[
         bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
     ] = False,
-) -> None: ...
+) -> None:
+    if place().size > 1 and context.invoked_subcommand != "train":
+        raise UserError(f"fastpeft {context.invoked_subcommand} is one process: only train takes torchrun's ranks")
 
 
 @app.command()
@@ -94,13 +99,20 @@ def train(
         bool, typer.Option("--no-stand-in", help="Fail where model or data cannot be reached.")
     ] = False,
     tui: Annotated[bool, typer.Option("--tui", help="Train in a process of its own, and watch it.")] = False,
+    ranks: Annotated[
+        int | None, typer.Option(min=1, help="Processes that share each batch: one on each GPU.", show_default=False)
+    ] = None,
+    max_restarts: Annotated[
+        int, typer.Option(min=0, help="--ranks: resume so often where a rank was killed or has failed.")
+    ] = 0,
 ) -> None:
     """Train a run to the end of its budget."""
-    several = None if seeds is None else _parse_seeds(seeds, seed)
-    config = _load(run, overrides or [], budget, seed, mode, resume, len(several or [0]))
-    if tui:
+    several = None if seeds is None else seeds_of(seeds, seed)
+    refuse_with_ranks(ranks, max_restarts, {"--seeds": seeds is not None, "--tui": tui})
+    resume = resume or resumes_by_itself(results_dir, name)
+    config = load_config(run, overrides or [], budget, seed, mode, resume, len(several or [0]))
+    if tui or (ranks or 1) > 1:
         from fastpeft.runs.store import default_name
-        from fastpeft.tui.show import show
         from fastpeft.tui.steer import Order
 
         if name is None and resume:
@@ -116,6 +128,10 @@ def train(
             resume=resume,
             no_stand_in=no_stand_in,
         )
+        if ranks is not None and ranks > 1:
+            raise typer.Exit(launch_ranks(order, ranks, max_restarts, results_dir))
+        from fastpeft.tui.show import show
+
         show(results_dir, order)
         return
     if several is not None:
@@ -133,10 +149,12 @@ def _say_first(config: Any) -> None:
 def _train_one(config: Any, results_dir: Path, name: str | None, resume: bool, allow_stand_in: bool) -> None:
     from fastpeft.runs.store import RunFolder
 
-    if name is not None and not resume:  # before torch is loaded, which takes seconds
+    is_first_rank = place().rank == 0
+    if name is not None and not resume and is_first_rank:  # before torch is loaded, which takes seconds
         RunFolder.at(results_dir, name).check_free()
     with ctrl_c_ends_at_once():
-        _say_first(config)
+        if is_first_rank:
+            _say_first(config)
         from fastpeft.cli.console import ConsoleReporter
         from fastpeft.cli.result_tables import closing
         from fastpeft.trainer import StopRequest
@@ -153,6 +171,8 @@ def _train_one(config: Any, results_dir: Path, name: str | None, resume: bool, a
             reporter=reporter,
             stop=stop,
         )
+    if not is_first_rank:
+        raise typer.Exit(_exit_code([result], stop))
     folder = RunFolder.at(results_dir, result.name)
     reporter.console.print(closing(result, folder))
     print(f"\nrun folder   {folder.path}")
@@ -211,50 +231,16 @@ def _end(results: list[Any], reporter: Any, stop: Any) -> None:
     """The last line, and the exit code if it is not 0."""
     if results and results[-1].stand_in:
         reporter.say(f"STAND-IN: these are numbers of {results[-1].model} on {results[-1].dataset}")
+    if code := _exit_code(results, stop):
+        raise typer.Exit(code)
+
+
+def _exit_code(results: list[Any], stop: Any) -> int:
     if any(result.status == "diverged" for result in results):
-        raise typer.Exit(EXIT_DIVERGED)
+        return EXIT_DIVERGED
     if stop.signal is not None and (not results or results[-1].status == "stopped"):
-        raise typer.Exit(128 + stop.signal)
-
-
-def _parse_seeds(text: str, seed: int | None) -> list[int]:
-    from fastpeft.config import parse_seeds
-
-    if seed is not None:
-        raise UserError("--seed and --seeds: give one of them")
-    try:
-        return parse_seeds(text)
-    except ValueError as error:
-        raise UserError(f"--{error}") from None
-
-
-def _load(
-    run: str | None,
-    overrides: list[str],
-    budget: str | None,
-    seed: int | None,
-    mode: str,
-    resume: bool,
-    num_seeds: int,
-) -> Any:
-    """The RunConfig that the options mean; None if a resume takes what is stored."""
-    from fastpeft.config import load_run, trial_run
-
-    if mode not in ("trial", "full"):
-        raise UserError(f"--mode {mode!r}: expected trial or full")
-    texts = list(overrides)
-    texts += [f"budget={json.dumps(budget)}"] if budget is not None else []
-    texts += [f"training.seed={seed}"] if seed is not None else []
-    if run is None:
-        if not resume:
-            from fastpeft.config import preset_names
-
-            raise UserError(f"train needs --run: a YAML file or one of {', '.join(preset_names())}")
-        if texts or mode == "trial":
-            raise UserError("--resume without --run takes the stored settings; give --run to check others against them")
-        return None
-    config = load_run(run, texts)
-    return trial_run(config, num_seeds) if mode == "trial" else config
+        return 128 + stop.signal
+    return 0
 
 
 app.command()(sweep)
@@ -283,7 +269,7 @@ def transfer(
         raise UserError("transfer needs --adapter FILE and --run RUN: which adapter goes onto which host?")
     if steps < 1 or not lora_rate > 0:
         raise UserError(f"--steps {steps}, --lora-rate {lora_rate:g}: expected numbers over 0")
-    config = _load(run, overrides or [], None, seed, mode, False, 1)
+    config = load_config(run, overrides or [], None, seed, mode, False, 1)
     with ctrl_c_ends_at_once():
         _say_first(config)
         from rich.console import Console

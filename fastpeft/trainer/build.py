@@ -23,7 +23,8 @@ from fastpeft.device_memory import TokenLimits, free_memory, is_out_of_memory
 from fastpeft.errors import UserError
 from fastpeft.kernels import dispatch
 from fastpeft.models.backbone import Backbone, layer_shape
-from fastpeft.models.precision import Precision, choose_precision
+from fastpeft.models.precision import DTYPES, Precision, choose_precision, name_of
+from fastpeft.ranks import Ranks
 from fastpeft.schedules import Schedule, make_schedule
 from fastpeft.signals import Blocks
 from fastpeft.tasks import Task, load_task
@@ -35,6 +36,7 @@ from fastpeft.trainer.optim import Optimizer, adam_moments, make_optimizer
 from fastpeft.trainer.padding import lay_out
 from fastpeft.trainer.prefix_cache import PrefixCache
 from fastpeft.trainer.probes.hooks import NoProbes, Probes, make_probes
+from fastpeft.trainer.rank_orders import NO_ORDERS, Orders
 
 
 @dataclass
@@ -62,6 +64,12 @@ class Job:
     """What the user should know about this set-up."""
     prefix_cache: PrefixCache | None = None
     """Of the layers below the first adapter, where training.cache_prefix asks for it and a run folder is there."""
+    orders: Orders = NO_ORDERS
+    """From rank 0 to the other ranks."""
+
+    @property
+    def ranks(self) -> Ranks:
+        return self.orders.ranks
 
     @property
     def limits(self) -> TokenLimits:
@@ -72,21 +80,28 @@ class Job:
         return self.precision.dtype
 
 
-def build_job(run: RunConfig, precision: Precision | None = None, score_test: bool = True) -> Job:
+def build_job(
+    run: RunConfig, precision: Precision | None = None, score_test: bool = True, orders: Orders = NO_ORDERS
+) -> Job:
     """Load data and model, tokenise, attach the adapter.
 
     Args:
         precision: that a run which goes on began in; else as training.precision says, which may mean to measure.
         score_test: else a test split counts as none.
+        orders: of the ranks, all of which are in here.
 
     Raises:
         UserError: data, model or configuration that cannot be used.
     """
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    ranks = orders.ranks
+    device = ranks.device()
     phases.begin("data", f"reading {run.dataset.path or run.dataset.name}")
     task = load_task(run.dataset, run.evaluation, run.training.seed)
     phases.begin("model", f"loading {run.model.name}")
-    precision = precision or choose_precision(run.training.precision, device, lambda: layer_shape(run.model))
+    if ranks.rank == 0:
+        precision = precision or choose_precision(run.training.precision, device, lambda: layer_shape(run.model))
+    told = ranks.told(precision and name_of(precision.dtype))
+    precision = precision or Precision(DTYPES[told])
     dtype = precision.dtype
     torch.manual_seed(run.training.seed)
     method = method_class(run.method)
@@ -101,8 +116,11 @@ def build_job(run: RunConfig, precision: Precision | None = None, score_test: bo
     checked = _check(task, adapter, backbone) if run.model.check else []
     checked += lay_out(run, task, adapter, backbone, device)
     batches = Batches(task.train, run.training.batch_size, run.training.seed)
-    meter = EnergyMeter.open(gpu_uuid(device))
-    clock = BudgetClock(_budget(run, batches, meter), meter=meter)
+    meter = _open_meter(device, ranks)
+    budget = _budget(run, batches)
+    if budget.kind == "joules" and ranks.rank == 0 and not meter.works:
+        raise _no_meter(run, meter.reason)
+    clock = BudgetClock(budget, meter=meter)
     schedule = make_schedule(
         run.schedule,
         run.training.learning_rate,
@@ -123,7 +141,7 @@ def build_job(run: RunConfig, precision: Precision | None = None, score_test: bo
         adapter=adapter,
         schedule=schedule,
         optimizer=optimizer,
-        probes=make_probes(schedule.needs, adapter, optimizer),
+        probes=make_probes(schedule.needs, adapter, optimizer, ranks),
         batches=batches,
         clock=clock,
         evaluation_due=Due(evaluations.interval, len(batches)),
@@ -134,11 +152,12 @@ def build_job(run: RunConfig, precision: Precision | None = None, score_test: bo
         precision=precision,
         ahead=Ahead(lambda rows: task.collate(rows, device)) if device.type == "cuda" else None,
         notes=[*task.notes, *cache_notes, *backbone.notes, *checked, *_notes(run)],
+        orders=orders,
     )
     job.notes += [*adapter.describe(), plan.describe(), *plan.notes, *untuned(adapter, device, dtype)]
     job.notes += [precision.note] if precision.note else []
     if clock.budget.kind in ("seconds", "joules"):
-        _expect_final(job)
+        _expect_final(job) if ranks.rank == 0 else _keep_busy(job)
     return job
 
 
@@ -168,13 +187,24 @@ def gpu_uuid(device: torch.device) -> str | None:
     return f"GPU-{torch.cuda.get_device_properties(device).uuid}" if device.type == "cuda" else None
 
 
-def _budget(run: RunConfig, batches: Batches, meter: EnergyMeter) -> Budget:
+def _open_meter(device: torch.device, ranks: Ranks) -> EnergyMeter:
+    """Of rank 0, which counts for all: its host's CPUs, or the GPUs of all ranks."""
+    uuid = gpu_uuid(device)
+    if ranks.size == 1:
+        return EnergyMeter.open(uuid)
+    found = ranks.gathered({"uuid": torch.tensor(list((uuid or "").encode()), dtype=torch.uint8)})
+    if ranks.rank > 0:
+        return EnergyMeter(None, "rank 0 counts for all")
+    if ranks.local_size < ranks.size:
+        return EnergyMeter(None, "the ranks are on several hosts, and joules are counted on one")
+    uuids = list(dict.fromkeys(bytes(each["uuid"].tolist()).decode() for each in found))
+    return EnergyMeter.open(uuid, more=uuids[1:])
+
+
+def _budget(run: RunConfig, batches: Batches) -> Budget:
     if run.budget is None:
         return Budget("steps", math.ceil(run.training.epochs * len(batches)))
-    budget = parse_budget(run.budget)
-    if budget.kind == "joules" and not meter.works:
-        raise _no_meter(run, meter.reason)
-    return budget
+    return parse_budget(run.budget)
 
 
 def _no_meter(run: RunConfig, reason: str) -> ConfigError:
@@ -212,13 +242,24 @@ def _measure_power(job: Job) -> float:
     """Watts while evaluating, over a window that the meter resolves."""
     meter = job.clock.meter
     meter.start()
-    until = time.perf_counter() + 1.5 * WINDOW_S
-    while time.perf_counter() < until:
-        _measure_final(job)
+    _evaluate_for(1.5 * WINDOW_S, job)
     meter.stop()
     if meter.fault is not None or meter.mean_w <= 0:
         raise _no_meter(job.run, meter.fault or f"{meter.method} stands still")
     return meter.mean_w
+
+
+def _evaluate_for(seconds: float, job: Job) -> None:
+    until = time.perf_counter() + seconds
+    while time.perf_counter() < until:
+        _measure_final(job)
+
+
+def _keep_busy(job: Job) -> None:
+    """On the ranks beside rank 0: what it measures is measured as in an evaluation, while all of them work."""
+    _measure_final(job)
+    if job.clock.budget.kind == "joules":
+        _evaluate_for(1.5 * WINDOW_S, job)
 
 
 def _measure_final(job: Job) -> tuple[float, float]:
@@ -228,6 +269,7 @@ def _measure_final(job: Job) -> tuple[float, float]:
     start = time.perf_counter()
     with tempfile.TemporaryDirectory() as folder, job.optimizer.averaged():
         job.adapter.save(Path(folder))
+    evaluation_s /= job.ranks.size
     return evaluation_s, evaluation_s * (1 + job.task.test_cost) + 2 * (time.perf_counter() - start)
 
 

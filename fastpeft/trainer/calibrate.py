@@ -9,9 +9,11 @@ from contextlib import contextmanager
 import torch
 
 from fastpeft import phases
+from fastpeft.ranks import together
 from fastpeft.signals import Signals
 from fastpeft.trainer.build import Job
 from fastpeft.trainer.micro_batches import MicroBatches
+from fastpeft.trainer.rank_orders import Act
 from fastpeft.trainer.rng import rng_state, set_rng_state
 from fastpeft.trainer.step import forward_backward
 
@@ -37,24 +39,39 @@ def calibrate(job: Job, stop: Callable[[], bool], warn: Callable[[str], None]) -
                 break
             phases.progress(num_batches, wanted, "batches")
             began = time.perf_counter()
-            adapter.before_calibration_batch()
-            scale = job.optimizer.loss_scale
-            signals = _pass(job, num_batches, scale, warn)
-            measured = adapter.after_calibration_batch(1.0 if scale is None else float(scale))
+            job.orders.calibrate(num_batches)
+            signals, measured = _see(job, num_batches, warn)
             clock.count_tokens(signals.num_tokens, time.perf_counter() - began)
-            if measured:
-                num_batches += 1
-            else:
-                job.optimizer.adjust_scale(torch.ones((), device=job.device))
+            num_batches += measured
+        job.orders.calibrated()
     return num_batches
 
 
-def _pass(job: Job, position: int, scale: torch.Tensor | None, warn: Callable[[str], None]) -> Signals:
+def follow_calibration(job: Job, position: int, warn: Callable[[str], None]) -> None:
+    """What the other ranks do from the first batch on, the one at `position`, until rank 0 has seen enough."""
+    with _rng_restored(), job.adapter.calibrating():
+        while True:
+            _see(job, position, warn)
+            order = job.orders.next()
+            if order.act == Act.CALIBRATED:
+                return
+            position = int(order.values[0])
+
+
+def _see(job: Job, position: int, warn: Callable[[str], None]) -> tuple[Signals, bool]:
+    """One batch; False where it overflowed and is to be seen again with a smaller scale."""
+    adapter, scale = job.adapter, job.optimizer.loss_scale
+    adapter.before_calibration_batch()
     batches = MicroBatches(job, position, "in calibration", warn)
-    num_items = job.task.num_items(job.batches.rows(position))
-    return batches.until_it_fits(
-        lambda: forward_backward(job.adapter, job.task.loss, batches, num_items, loss_scale=scale)
+    loss, num_items = job.task.loss, batches.num_items
+    signals = batches.until_it_fits(
+        lambda: forward_backward(adapter, loss, batches, num_items, loss_scale=scale, reduce=batches.reduce)
     )
+    with together(job.ranks):
+        measured = adapter.after_calibration_batch(1.0 if scale is None else float(scale))
+    if not measured:
+        job.optimizer.adjust_scale(torch.ones((), device=job.device))
+    return signals, measured
 
 
 @contextmanager

@@ -53,7 +53,7 @@ def save_checkpoint(folder: Path, checkpoint: Checkpoint) -> Path:
         shutil.rmtree(leftover)
     temporary = folder / f".writing-{checkpoint.step:08d}"
     temporary.mkdir()
-    tensors, parts = _split(checkpoint.parts)
+    tensors, parts = split(checkpoint.parts)
     save_file(tensors, temporary / _TENSORS)
     _fsync(temporary / _TENSORS)
     header = {"format": FORMAT, "step": checkpoint.step, "events_bytes": checkpoint.events_bytes}
@@ -91,12 +91,12 @@ def newest_checkpoint(folder: Path) -> tuple[Checkpoint | None, list[str]]:
             else:
                 values = read_json(path / _VALUES)
                 assert values is not None
-                return Checkpoint(values["step"], values["events_bytes"], _joined(tensors, values["parts"])), skipped
+                return Checkpoint(values["step"], values["events_bytes"], joined(tensors, values["parts"])), skipped
         skipped.append(f"{path.name}: {fault}")
     return None, skipped
 
 
-def _split(state: State, prefix: str = "") -> tuple[dict[str, torch.Tensor], State]:
+def split(state: State, prefix: str = "") -> tuple[dict[str, torch.Tensor], State]:
     """Its tensors by their paths, and all the rest as it is."""
     tensors: dict[str, torch.Tensor] = {}
     values: State = {}
@@ -106,15 +106,15 @@ def _split(state: State, prefix: str = "") -> tuple[dict[str, torch.Tensor], Sta
         if isinstance(value, torch.Tensor):
             tensors[prefix + name] = value.detach().cpu().contiguous()
         elif isinstance(value, dict):
-            inner, values[name] = _split(value, f"{prefix}{name}{_SEPARATOR}")
+            inner, values[name] = split(value, f"{prefix}{name}{_SEPARATOR}")
             tensors |= inner
         else:
             values[name] = value
     return tensors, values
 
 
-def _joined(tensors: dict[str, torch.Tensor], values: State) -> State:
-    """What `_split` took apart; `values` is changed."""
+def joined(tensors: dict[str, torch.Tensor], values: State) -> State:
+    """What `split` took apart; `values` is changed."""
     for path, tensor in tensors.items():
         *parents, name = path.split(_SEPARATOR)
         state = values

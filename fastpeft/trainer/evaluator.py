@@ -83,7 +83,8 @@ class Evaluator:
         free_memory()  # training's activations, which an evaluation's do not fit into
         job, clock = self._job, self._job.clock
         start_s, start_j = clock.elapsed_s, clock.meter.estimate_j
-        with job.optimizer.averaged():
+        num_rows = 0 if task is job.task else task.num_validation
+        with job.optimizer.averaged(), job.orders.evaluation(job.adapter.flat.data, job.limits, num_rows):
             measured = task.evaluate(job.adapter.model, job.limits, self._stop, self._shrink)
         if measured is None:
             return None
@@ -144,7 +145,8 @@ class Evaluator:
         try:
             if not is_last:
                 job.adapter.load(self._folder.weights(job.adapter.saved_as, best=True))
-            with job.optimizer.averaged() if is_last else nullcontext():
+            averaged = job.optimizer.averaged() if is_last else nullcontext()
+            with averaged, job.orders.evaluation(job.adapter.flat.data, job.limits, is_test=True):
                 measured = job.task.evaluate_test(job.adapter.model, job.limits, self._stop, self._shrink)
         finally:
             job.adapter.flat.data.copy_(kept)

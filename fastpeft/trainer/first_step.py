@@ -32,7 +32,7 @@ class FirstStep(AbstractContextManager):
     GPU, which is behind what was launched, it waits for each micro-batch: in this step only.
 
     Args:
-        num_tokens: of the whole step.
+        num_tokens: of this rank's part of the step.
     """
 
     def __init__(self, job: Job, batches: Iterable[Batch], num_tokens: int, tell: Tell) -> None:
@@ -94,7 +94,8 @@ class FirstStep(AbstractContextManager):
         self._estimated = True
         seconds_per_token = (self._told_at - self._began) / done
         left_s = seconds_per_token * max(0, self._num_tokens - done)
-        seconds, steps = whole(self._job.clock, self._job.batches, seconds_per_token)
+        job = self._job
+        seconds, steps = whole(job.clock, job.batches, seconds_per_token / job.ranks.size)
         found = {"left_s": left_s, "whole_s": seconds, "whole_steps": steps}
         return {name: round(value, 1) for name, value in found.items() if value is not None}
 

@@ -8,6 +8,8 @@ import threading
 from types import FrameType
 from typing import Any
 
+from fastpeft.launched import place
+
 
 class StopRequest:
     """A context that holds the two signals' handlers, and may be entered again inside itself. Outside the main
@@ -39,6 +41,8 @@ class StopRequest:
         if self.signal is not None:
             os._exit(128 + number)
         self.signal = signal.Signals(number)
+        if place().rank > 0:
+            return
         # A handler may interrupt a print, and printing inside a print raises: write past the buffers.
         text = f"\n{self.signal.name}: finishing this step and saving a checkpoint; a second one ends at once\n"
         os.write(2, text.encode())

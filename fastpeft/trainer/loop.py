@@ -8,17 +8,17 @@ from __future__ import annotations
 import os
 import socket
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
-import numpy as np
-
 from fastpeft import phases
 from fastpeft.config import run_values
+from fastpeft.data.batches import Batch
 from fastpeft.device_memory import OutOfMemory
 from fastpeft.runs.events import EventLog
 from fastpeft.runs.store import Result, RunFolder
+from fastpeft.signals import Rates, Signals
 from fastpeft.tasks.base import Score
 from fastpeft.trainer.build import Job
 from fastpeft.trainer.calibrate import calibrate
@@ -36,6 +36,19 @@ MAX_NON_FINITE = 20
 Prune = Callable[[int, Score], bool]
 """Is told of each evaluation before the last one, by its number among those that are due (at `every: 20%` 1 to 4), and
 says whether the run is to end there."""
+
+
+def take_step(
+    job: Job, batches: MicroBatches, progress: float, elapsed_s: float, watched: Iterable[Batch] | None = None
+) -> tuple[Signals, Rates]:
+    """The optimizer step of these micro-batches, on all ranks.
+
+    Args:
+        watched: iterates over `batches` in their place.
+    """
+    job.probes.begin(batches.position + 1, progress, elapsed_s)
+    step = job.adapter, job.schedule, job.optimizer, job.task.loss, watched or batches, batches.num_items
+    return train_step(*step, progress, job.probes, batches.until_it_fits, batches.reduce)
 
 
 class Loop:
@@ -128,30 +141,29 @@ class Loop:
         adapter, clock, start_s = self.job.adapter, self.job.clock, self.job.clock.elapsed_s
         num_batches = calibrate(self.job, self.stop, self.log.warn)
         if not self.stop():
+            self.job.orders.finish_calibration()
             adapter.finish_calibration()
             self.log.importance(adapter, num_batches=num_batches, seconds=clock.elapsed_s - start_s)
 
     def _step(self) -> None:
         job, clock = self.job, self.job.clock
-        began, progress = time.perf_counter(), clock.progress
-        rows = job.batches.rows(clock.steps)
+        began, progress, elapsed_s = time.perf_counter(), clock.progress, clock.elapsed_s
+        job.orders.step(clock.steps, progress, elapsed_s)
         batches = MicroBatches(job, clock.steps, f"at step {clock.steps}", self.log.warn)
-        job.probes.begin(clock.steps + 1, progress, clock.elapsed_s)
-        with self._watched(batches, rows) as watched:
-            step = job.adapter, job.schedule, job.optimizer, job.task.loss, watched, job.task.num_items(rows)
-            signals, rates = train_step(*step, progress, job.probes, batches.until_it_fits)
+        with self._watched(batches) as watched:
+            signals, rates = take_step(job, batches, progress, elapsed_s, watched)
         self.log.step(progress, rates, signals)
         self.log.rates(job.adapter.flat.blocks, rates)
         clock.count_step(signals.num_tokens, time.perf_counter() - began)
         self.watch_meter()
         self._log_schedule()
 
-    def _watched(self, batches: MicroBatches, rows: np.ndarray) -> AbstractContextManager[MicroBatches | FirstStep]:
+    def _watched(self, batches: MicroBatches) -> AbstractContextManager[MicroBatches | FirstStep]:
         """This process's first step tells how far it is."""
         if not self._is_first_step:
             return nullcontext(batches)
         self._is_first_step = False
-        num_tokens = int(self.job.batches.encoded.lengths[rows].sum())
+        num_tokens = int(self.job.batches.encoded.lengths[batches.rows].sum())
         return FirstStep(self.job, batches, num_tokens, self.log.phase)
 
     # ---- the end ---------------------------------------------------------------------------

@@ -12,9 +12,12 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
+import torch
 
+from fastpeft.adapters.flat import FlatParameters
 from fastpeft.data.batches import Batch, micro_batches
 from fastpeft.device_memory import OutOfMemory, free_memory, is_out_of_memory
+from fastpeft.signals import STATISTICS, Signals
 from fastpeft.trainer.prefix_cache import reading
 from fastpeft.trainer.rng import generator_states, set_generator_states
 
@@ -22,6 +25,8 @@ if TYPE_CHECKING:
     from fastpeft.trainer.build import Job
 
 T = TypeVar("T")
+
+_SMALLER = "Set training.micro_batch_tokens lower"
 
 
 class MicroBatches:
@@ -34,13 +39,17 @@ class MicroBatches:
             where: tells the user which passes did not fit.
         """
         self._job, self._where, self._warn = job, where, warn
-        self._rows, self._following = job.batches.rows(position), job.batches.rows(position + 1)
+        self.position = position
+        self.batch = job.batches.rows(position)
+        """Rows of all ranks; `rows` are this one's."""
+        self.rows, self._following = (job.ranks.share(job.batches.rows(p)) for p in (position, position + 1))
+        self._is_reduced = False
         self._in_flight: tuple[int, int] | None = None
         """Rows and width of the micro-batch that the model works on."""
 
     def __iter__(self) -> Iterator[Batch]:
         job = self._job
-        parts = self._parts(self._rows)
+        parts = self._parts(self.rows)
         if job.ahead is None:
             made = map(self._collate, parts)
         else:
@@ -68,17 +77,67 @@ class MicroBatches:
         while True:
             generators = generator_states(job.device)
             try:
-                return passes()
+                with self._own_random_numbers():
+                    return passes()
             except RuntimeError as error:
                 if self._in_flight is None or not is_out_of_memory(error):
                     raise
+                if self._is_reduced:
+                    raise OutOfMemory(self._where, "the other ranks go on", _SMALLER) from None
             too_large, self._in_flight = self._in_flight, None
             job.adapter.discard_pass()
             job.adapter.flat.grad.zero_()
             free_memory()
             set_generator_states(job.device, generators)
             told = job.limits.halve_training(*too_large, self._where)
-            self._warn(f"{told}; the batch of {len(self._rows)} rows stays")
+            self._warn(f"{told}; the batch of {len(self.batch)} rows stays")
+
+    @property
+    def num_items(self) -> int:
+        """That the loss is a mean over: of all ranks."""
+        return self._job.task.num_items(self.batch)
+
+    def reduce(self, flat: FlatParameters, signals: Signals) -> Signals:
+        """As step.Reduce: one all-reduce, of the gradient with the loss and its statistics behind it."""
+        job = self._job
+        if job.ranks.size == 1:
+            return signals
+        self._is_reduced = True
+        names = self._statistics(signals)
+        scalars, found = flat.summed[len(flat.grad) :], {"loss": signals.loss, **signals.statistics}
+        scalars.zero_()
+        for place, name in enumerate(("loss", *STATISTICS)):
+            if name in found:
+                scalars[place] = found[name]
+        job.ranks.add_up(flat.summed)
+        loss, *values = scalars.clone()
+        statistics = {name: value for name, value in zip(STATISTICS, values) if name in names}
+        num_tokens = int(job.batches.encoded.lengths[self.batch].sum())
+        return Signals(loss=loss, num_tokens=num_tokens, statistics=statistics)
+
+    def _statistics(self, signals: Signals) -> set[str]:
+        """Those that this batch has. A rank without a row of its own asks the others."""
+        if len(self.batch) >= self._job.ranks.size:
+            return set(signals.statistics)
+        counts = torch.tensor([float(name in signals.statistics) for name in STATISTICS])
+        self._job.ranks.add_up(counts)
+        return {name for name, count in zip(STATISTICS, counts.tolist()) if count}
+
+    @contextmanager
+    def _own_random_numbers(self) -> Iterator[None]:
+        """Of several ranks each draws its own, a function of seed, batch and rank. Then all are where they were, so
+        that what they draw together is the same on each, and a checkpoint holds no rank's numbers."""
+        job = self._job
+        if job.ranks.size == 1:
+            yield
+            return
+        generators = generator_states(job.device)
+        key = [job.run.training.seed, self.position, job.ranks.rank]
+        torch.manual_seed(int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0]))
+        try:
+            yield
+        finally:
+            set_generator_states(job.device, generators)
 
 
 @contextmanager

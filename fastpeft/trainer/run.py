@@ -5,15 +5,17 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Protocol
 
 import torch
 
-from fastpeft.config import RunConfig, save_run
+from fastpeft.config import RunConfig, run_from_values, run_values, save_run
 from fastpeft.config.trackers import TRACKERS
 from fastpeft.device_memory import high_water_bytes
 from fastpeft.models.backbone import quiet_transformers
+from fastpeft.ranks import join
 from fastpeft.runs.events import Event, number
 from fastpeft.runs.store import Result, RunFolder, default_name, write_json
 from fastpeft.runs.system import Heartbeat, environment, git_commit
@@ -21,10 +23,12 @@ from fastpeft.tasks.trained_on import TrainedOn
 from fastpeft.trackers import Choice, Trackers, choose
 from fastpeft.trainer.build import Job, build_job, gpu_uuid
 from fastpeft.trainer.checkpoint_files import Checkpoint
+from fastpeft.trainer.follower import Follower, begin_together, give_state, refuse_ranks
 from fastpeft.trainer.interrupt import StopRequest
 from fastpeft.trainer.loop import Loop, Prune
 from fastpeft.trainer.micro_batches import out_of_memory_is_told
 from fastpeft.trainer.prefix_cache import open_prefix_cache
+from fastpeft.trainer.rank_orders import Orders
 from fastpeft.trainer.resolve import Resolved, resolve
 from fastpeft.trainer.resume import (
     began_in,
@@ -89,8 +93,10 @@ def train(
     Raises:
         UserError: anything that the user can mend, before any folder is made.
     """
-    reporter = reporter or _Silent()
-    began = time.perf_counter()
+    reporter, stop = reporter or _Silent(), stop or StopRequest()
+    began, ranks = time.perf_counter(), join()
+    if ranks.rank > 0:
+        return _follow(Orders(ranks, stop))
     folder = RunFolder.at(Path(results_dir), name or default_name(run.run_id if run else "run"))
     checkpoint = None
     try:
@@ -100,6 +106,7 @@ def train(
                 if run is not None:
                     check_same(folder, stored, run)
                 reporter.say(f"{folder.path} is finished: {_outcome(finished)}. Nothing is left to do")
+                ranks.told({"result": asdict(finished)})
                 return finished
             resolved = same_run(folder, stored, run, allow_stand_in)
             checkpoint = find_checkpoint(folder, reporter.say)
@@ -108,15 +115,19 @@ def train(
             folder.check_free()
             resolved = resolve(run, allow_stand_in)
         chosen = choose(TRACKERS.sections(resolved.run), reporter.say)
+        refuse_ranks(resolved.run, ranks)
+        ranks.told({"run": run_values(resolved.run), "score_test": score_test, "resumes": checkpoint is not None})
         with (
-            stop or StopRequest() as stop,
+            stop,
             _torch_settings(resolved.run),
             out_of_memory_is_told(),
             quiet_transformers(keep_bars=True),
         ):
             _say_stand_in(reporter, resolved)
             with SetUp(folder, reporter.on_event, resume, checkpoint) as set_up:
-                job = build_job(resolved.run, began_in(folder, checkpoint), score_test)
+                orders = Orders(ranks, stop)
+                job = build_job(resolved.run, began_in(folder, checkpoint), score_test, orders)
+                begin_together(job)
                 keep_prefix(job, folder)
                 if resume:
                     job.notes += check_same_data(folder, job.trained_on, checkpoint)
@@ -128,9 +139,30 @@ def train(
             result = _new_result(job, resolved, folder, group)
             result.setup_s = time.perf_counter() - began
             loop = Loop(job, folder, set_up.open_log(), result, stop, prune)
-            return _run(loop, checkpoint, chosen, reporter.say)
+            if checkpoint is not None:
+                give_state(ranks, checkpoint)
+            result = _run(loop, checkpoint, chosen, reporter.say)
+            orders.end()
+            ranks.told({"result": asdict(result)})
+            return result
     finally:
         folder.unlock()
+
+
+def _follow(orders: Orders) -> Result:
+    """`train` of the ranks beside rank 0: what it trains is what rank 0 says."""
+    ranks = orders.ranks
+    told = ranks.told(None)
+    if "result" in told:
+        return Result(**told["result"])
+    run = run_from_values(told["run"], told["run"]["run_id"])
+    with orders.stop, _torch_settings(run), out_of_memory_is_told(), quiet_transformers():
+        job = build_job(run, None, told["score_test"], orders)
+        begin_together(job)
+        Follower(job, told["resumes"]).run()
+        if job.ahead is not None:
+            job.ahead.close()
+    return Result(**ranks.told(None)["result"])
 
 
 def keep_prefix(job: Job, folder: RunFolder) -> None:
@@ -225,7 +257,7 @@ def _device_facts(job: Job) -> dict:
     meter = job.clock.meter
     energy = {"energy_method": meter.method} | ({"energy_reason": meter.reason} if meter.reason else {})
     precision = {"dtype": str(job.dtype), "precision_ratio": job.precision.ratio}
-    return {"device": name, **precision, "threads": torch.get_num_threads()} | energy
+    return {"device": name, "ranks": job.ranks.size, **precision, "threads": torch.get_num_threads()} | energy
 
 
 class _torch_settings:  # noqa: N801 (used like a function)

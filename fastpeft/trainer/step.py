@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from fastpeft.adapters import Adapter
+from fastpeft.adapters.flat import FlatParameters
 from fastpeft.data.batches import Batch
 from fastpeft.schedules import Schedule
 from fastpeft.signals import Need, Rates, Signals
@@ -21,8 +22,18 @@ Repeat = Callable[[Callable[[], Signals]], Signals]
 """Takes the passes over a batch, and takes them again where the memory was short: as MicroBatches.until_it_fits."""
 
 
+Reduce = Callable[[FlatParameters, Signals], Signals]
+"""Adds up over the ranks what the passes of each have left: the gradient, in place, and the loss. As
+MicroBatches.reduce."""
+
+
 def once(passes: Callable[[], Signals]) -> Signals:
     return passes()
+
+
+def alone(flat: FlatParameters, signals: Signals) -> Signals:
+    """There is one rank."""
+    return signals
 
 
 def train_step(
@@ -35,6 +46,7 @@ def train_step(
     progress: float,
     probes: Probes | NoProbes = NO_PROBES,
     repeat: Repeat = once,
+    reduce: Reduce = alone,
 ) -> tuple[Signals, Rates]:
     """Forward and backward over the micro-batches of one batch, then the update.
 
@@ -43,7 +55,7 @@ def train_step(
     and where the probes take a Hessian-vector product.
     """
     scale = optimizer.loss_scale
-    signals = repeat(lambda: forward_backward(adapter, loss, batches, num_items, scale, probes))
+    signals = repeat(lambda: forward_backward(adapter, loss, batches, num_items, scale, probes, reduce))
     adapter.after_backward(signals, progress)
     rates = schedule.rates(probes.take_measured(), progress)
     with probes.around_update(signals, rates):
@@ -59,9 +71,10 @@ def forward_backward(
     num_items: int,
     loss_scale: torch.Tensor | None = None,
     probes: Probes | NoProbes = NO_PROBES,
+    reduce: Reduce = alone,
 ) -> Signals:
-    """Gradient of the mean loss over the `num_items` of all micro-batches, unscaled, in the flat buffer."""
-    probes.before_passes(lambda: forward_backward(adapter, loss, batches, num_items, loss_scale))
+    """Gradient of the mean loss over the `num_items` of all ranks' micro-batches, unscaled, in the flat buffer."""
+    probes.before_passes(lambda: forward_backward(adapter, loss, batches, num_items, loss_scale, reduce=reduce))
     adapter.flat.grad.zero_()
     adapter.discard_pass()
     total = torch.zeros((), device=adapter.flat.data.device)
@@ -77,5 +90,6 @@ def forward_backward(
         num_tokens += batch.num_tokens
     if loss_scale is not None:
         adapter.flat.grad.div_(loss_scale)
+    signals = reduce(adapter.flat, Signals(loss=total, num_tokens=num_tokens, statistics=statistics))
     probes.after_passes(loss_scale)
-    return Signals(loss=total, num_tokens=num_tokens, statistics=statistics)
+    return signals

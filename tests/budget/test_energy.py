@@ -68,6 +68,25 @@ def test_the_gpus_counter_comes_first_and_is_asked_for_by_uuid(nvml: FakeNvml) -
     assert meter_threads() == []
 
 
+def test_several_gpus_are_added_up(nvml: FakeNvml) -> None:
+    """Of the ranks of one run. Each moves by 2 J between two readings."""
+    counts = iter(range(7_000_000, 10**9, 2_000))
+    nvml.counter_mj = lambda: next(counts)
+    source, _ = energy.open_source("GPU-1", Path(), "GPU-2", "GPU-3")
+    assert nvml.uuids == ["GPU-1", "GPU-2", "GPU-3"]
+    assert source is not None
+    assert source.method == "nvml_counter"
+    first = source.joules()
+    assert source.joules() - first == 3 * 3 * 2
+
+
+def test_without_one_of_them_there_is_no_sum(nvml: FakeNvml) -> None:
+    nvml.counter_mj = nvml.power_mw = raiser(NVMLError("not supported"))
+    source, reason = energy.open_source("GPU-1", Path(), "GPU-2")
+    assert source is None
+    assert "GPU-1" in reason
+
+
 @pytest.mark.parametrize("counter", [raiser(NVMLError("not supported")), raiser(AttributeError("no such function")), 0])
 def test_without_a_counter_the_power_is_integrated(counter, nvml: FakeNvml) -> None:
     nvml.counter_mj = counter

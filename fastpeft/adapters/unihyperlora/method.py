@@ -36,6 +36,7 @@ class UniHyperLora(Adapter):
     export_format = "unihyperlora"
     routes = True
     weight_files = file_format.FILE
+    needs_one_rank = "its budget of active atoms is counted over one rank's tokens"
 
     def __init__(self, config: AdapterConfig, own: UniHyperLoraConfig, backbone: Backbone) -> None:
         refuse_new_tokens(backbone)

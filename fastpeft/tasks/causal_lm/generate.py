@@ -21,6 +21,7 @@ from torch import nn
 from fastpeft.data.batches import split_by_width
 from fastpeft.device_memory import free_memory, is_out_of_memory
 from fastpeft.models.merge import Merged, merged
+from fastpeft.ranks import current, everybodys
 from fastpeft.tasks.causal_lm.calculator_notes import Notes
 from fastpeft.tasks.causal_lm.decode_batches import BATCHES, FASTEST, DecodeMethod, cache_columns, fastest_method
 
@@ -127,12 +128,16 @@ def decode(
         lengths = reading_lengths(lengths, np.array([len(own) for own in references]), options.max_new_tokens)
         decoder = _Decoder(core, prompts, options, method, eos_tokens, pad_token, stop, complete, tokenizer, references)
         try:
-            answers = _all_rows(decoder, lengths, max_tokens, shrink)
+            own = _own_rows(decoder, lengths, max_tokens, shrink)
         except _Stopped:
-            return None
+            own = None
+        found, loss = _of_all_ranks(own, decoder.loss)
+    if found is None:
+        return None
+    answers = [found[row] for row in range(len(lengths))]
     num_tokens = sum(answer.num_tokens for answer in answers)
     each = [answers[i : i + options.num_samples] for i in range(0, len(answers), options.num_samples)]
-    return Decoded(each, num_tokens, time.perf_counter() - start, how, decoder.loss)
+    return Decoded(each, num_tokens, time.perf_counter() - start, how, loss)
 
 
 def pass_at_k(num_correct: int, num_samples: int, k: int) -> float:
@@ -178,12 +183,13 @@ def batches_of(
     return list(split_by_width(np.arange(len(lengths)), lengths, widths, max_tokens, method.padded))
 
 
-def _all_rows(
+def _own_rows(
     decoder: _Decoder, lengths: np.ndarray, max_tokens: int, shrink: Callable[[int, int], int] | None
-) -> list[Answer]:
+) -> dict[int, Answer]:
+    """Of the batches that are this rank's."""
     widths = cache_columns(lengths, decoder.options.max_new_tokens)
     answers: dict[int, Answer] = {}
-    groups = deque(batches_of(lengths, decoder.options.max_new_tokens, max_tokens, decoder.method))
+    groups = deque(current().share(batches_of(lengths, decoder.options.max_new_tokens, max_tokens, decoder.method)))
     while groups:
         if decoder.stop():
             raise _Stopped
@@ -196,7 +202,36 @@ def _all_rows(
             groups = deque(split_by_width(rows, lengths, widths, max_tokens, decoder.method.padded))
             continue
         answers |= zip(groups.popleft().tolist(), found, strict=True)
-    return [answers[row] for row in range(len(lengths))]
+    return answers
+
+
+def _of_all_ranks(
+    answers: dict[int, Answer] | None, loss: float | None
+) -> tuple[dict[int, Answer] | None, float | None]:
+    """Every row's answer, None where a rank was stopped; and the loss of all references, None where a rank has not read
+    its own."""
+    if current().size == 1:
+        return answers, loss
+    found = everybodys(None if answers is None else _as_tensors(answers, loss))
+    if found is None:
+        return None, None
+    joined: dict[int, Answer] = {}
+    for each in found:
+        tokens = (part.tolist() for part in each["tokens"].split(each["lengths"].tolist()))
+        joined |= zip(each["rows"].tolist(), map(Answer, tokens, each["ended"].tolist()), strict=True)
+    return joined, sum(float(each["loss"]) for each in found) if all(each["has_loss"] for each in found) else None
+
+
+def _as_tensors(answers: dict[int, Answer], loss: float | None) -> dict[str, torch.Tensor]:
+    tokens = [token for answer in answers.values() for token in answer.tokens]
+    return {
+        "rows": torch.tensor(list(answers), dtype=torch.int64),
+        "lengths": torch.tensor([len(answer.tokens) for answer in answers.values()], dtype=torch.int64),
+        "ended": torch.tensor([answer.ended for answer in answers.values()], dtype=torch.bool),
+        "tokens": torch.tensor(tokens, dtype=torch.int64),
+        "loss": torch.tensor(math.nan if loss is None else loss, dtype=torch.float64),
+        "has_loss": torch.tensor(loss is not None),
+    }
 
 
 @dataclass

@@ -22,6 +22,7 @@ from fastpeft.kernels import linear_cross_entropy, logits_cross_entropy
 from fastpeft.kernels.ops.linear_cross_entropy.op import CrossEntropy
 from fastpeft.models.lens import FirstLayer
 from fastpeft.models.lm_head import hidden_states
+from fastpeft.ranks import current, everybodys
 from fastpeft.signals import Need
 from fastpeft.tasks.base import BatchLoss, Stop
 from fastpeft.tasks.causal_lm.labelled_rows import LabelledRows, collate_labelled
@@ -96,15 +97,19 @@ class AnswerLoss:
         """Nats a token of the answers, as far as they fit; NaN where none does; None if `stop` said so."""
         training, total = model.training, torch.zeros((), dtype=torch.float64, device=self._device)
         model.eval()
+        stopped = False
         try:
-            for rows in _loss_batches(encoded, limits):
-                if stop():
-                    return None
+            for rows in current().share(_loss_batches(encoded, limits)):
+                if stopped := stop():
+                    break
                 total += self._sum(model, encoded, rows)
         finally:
             model.train(training)
+        found = everybodys(None if stopped else {"loss": total})
+        if found is None:
+            return None
         count = int(encoded.num_labelled.sum())
-        return float(total) / count if count else math.nan
+        return sum(float(each["loss"]) for each in found) / count if count else math.nan
 
     @torch.no_grad()
     def token_scores(
@@ -114,10 +119,11 @@ class AnswerLoss:
         training, correct_N = model.training, torch.zeros(len(encoded), dtype=torch.int64, device=self._device)
         total = torch.zeros((), dtype=torch.float64, device=self._device)
         model.eval()
+        stopped = False
         try:
-            for rows in _loss_batches(encoded, limits):
-                if stop():
-                    return None
+            for rows in current().share(_loss_batches(encoded, limits)):
+                if stopped := stop():
+                    break
                 batch = collate_labelled(encoded, rows, self._device)
                 of_row_L = torch.from_numpy(np.repeat(rows, encoded.num_labelled[rows])).to(self._device)
                 assert batch.rows is not None
@@ -136,9 +142,13 @@ class AnswerLoss:
                     correct_N.index_add_(0, of_row_C, (logits_CV.argmax(-1) == labels_C).long())
         finally:
             model.train(training)
+        found = everybodys(None if stopped else {"loss": total, "correct": correct_N.cpu()})
+        if found is None:
+            return None
         labelled = encoded.num_labelled
-        count = int(labelled.sum())
-        return TokenScores(correct_N.cpu().numpy(), labelled, float(total) / count if count else math.nan)
+        count, loss = int(labelled.sum()), sum(float(each["loss"]) for each in found)
+        correct = np.sum([each["correct"].numpy() for each in found], axis=0)
+        return TokenScores(correct, labelled, loss / count if count else math.nan)
 
     def expected_s(self, model: nn.Module, encoded: LabelledRows, limits: TokenLimits) -> float:
         """Of `mean`, from its largest batch."""

@@ -13,6 +13,7 @@ from torch import nn
 
 from fastpeft.data.batches import evaluation_batches, micro_batches
 from fastpeft.device_memory import free_memory, is_out_of_memory
+from fastpeft.ranks import current, everybodys
 from fastpeft.tasks.base import Shrink, Stop
 from fastpeft.tasks.sequences.examples import Encoded, collate
 
@@ -41,7 +42,7 @@ def answer_rows(
     stop: Stop = lambda: False,
     shrink: Shrink | None = None,
 ) -> Answers | None:
-    """Logits and mean loss over every row; None if `stop` said so before the end.
+    """Logits and mean loss over every row; None if `stop` said so before the end. Ranks share the batches.
 
     `shrink` is told the rows and the width of a batch that ran out of memory, and returns a smaller
     `max_tokens`: the rows that are left go on in such batches.
@@ -52,10 +53,10 @@ def answer_rows(
     parts: list[tuple[np.ndarray, torch.Tensor]] = []
     loss = torch.zeros((), dtype=torch.float64, device=device)
     try:
-        groups = deque(evaluation_batches(encoded, max_tokens))
+        groups = deque(current().share(evaluation_batches(encoded, max_tokens)))
         while groups:
             if stop():
-                return None
+                return _all_answers(None, loss, encoded)
             found = _answer_batch(model, encoded, row_loss, groups[0], device, may_fail=shrink is not None)
             if found is None:
                 assert shrink is not None
@@ -68,9 +69,26 @@ def answer_rows(
             groups.popleft()
     finally:
         model.train(training)
-    order = torch.from_numpy(np.concatenate([rows for rows, _ in parts]))
-    logits_NC = torch.cat([logits for _, logits in parts]).cpu()
-    return Answers(torch.empty_like(logits_NC).index_copy_(0, order, logits_NC), float(loss) / len(encoded))
+    return _all_answers(parts, loss, encoded)
+
+
+def _all_answers(
+    parts: list[tuple[np.ndarray, torch.Tensor]] | None, loss: torch.Tensor, encoded: Encoded
+) -> Answers | None:
+    """Of the parts of all ranks, in the order of the rows; None where one of them was stopped, and has None."""
+    mine = None
+    if parts is not None:
+        mine = {"loss": loss}
+        if parts:
+            mine["order"] = torch.from_numpy(np.concatenate([rows for rows, _ in parts]))
+            mine["logits"] = torch.cat([logits for _, logits in parts]).cpu()
+    found = everybodys(mine)
+    if found is None:
+        return None
+    order = torch.cat([each["order"] for each in found if "order" in each])
+    logits_NC = torch.cat([each["logits"] for each in found if "logits" in each])
+    mean_loss = sum(float(each["loss"]) for each in found) / len(encoded)
+    return Answers(torch.empty_like(logits_NC).index_copy_(0, order, logits_NC), mean_loss)
 
 
 def _answer_batch(

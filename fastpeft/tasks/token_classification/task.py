@@ -41,6 +41,7 @@ from fastpeft.data.splitting import sample_note
 from fastpeft.device_memory import TokenLimits, free_memory, is_out_of_memory, unmeasured
 from fastpeft.models.backbone import Backbone
 from fastpeft.models.lens import FirstLayer
+from fastpeft.ranks import current, everybodys
 from fastpeft.signals import Need
 from fastpeft.tasks.base import BatchLoss, ExportCheck, Score, Shrink, Stop, Task
 from fastpeft.tasks.label_spelling import spelling_warnings
@@ -338,10 +339,10 @@ def _predict(
     model.eval()
     loss = torch.zeros((), dtype=torch.float64, device=device)
     try:
-        groups = deque(evaluation_batches(encoded, max_tokens))
+        groups = deque(current().share(evaluation_batches(encoded, max_tokens)))
         while groups:
             if stop():
-                return None
+                return _all_predicted(None, loss, encoded)
             rows, found = groups[0], None
             try:
                 found = _predict_batch(model, collate_tokens(encoded, rows, device))
@@ -360,9 +361,27 @@ def _predict(
             groups.popleft()
     finally:
         model.train(training)
+    return _all_predicted(parts, loss, encoded)
+
+
+def _all_predicted(
+    parts: list[tuple[np.ndarray, torch.Tensor]] | None, loss: torch.Tensor, encoded: EncodedSentences
+) -> tuple[np.ndarray, float] | None:
+    """Of the parts of all ranks; None where one of them was stopped, and has None."""
+    mine = None
+    if parts is not None:
+        mine = {"loss": loss}
+        if parts:
+            mine["places"] = torch.from_numpy(np.concatenate([place for place, _ in parts]))
+            mine["labels"] = torch.cat([labels for _, labels in parts]).cpu()
+    found = everybodys(mine)
+    if found is None:
+        return None
     predicted = np.empty(len(encoded.sentence), dtype=np.int64)
-    predicted[np.concatenate([place for place, _ in parts])] = torch.cat([labels for _, labels in parts]).cpu().numpy()
-    return predicted, float(loss) / len(predicted)
+    for each in found:
+        if "places" in each:
+            predicted[each["places"].numpy()] = each["labels"].numpy()
+    return predicted, sum(float(each["loss"]) for each in found) / len(predicted)
 
 
 def _spread(rows: torch.Tensor | None, most: int) -> torch.Tensor:

@@ -12,6 +12,7 @@ from fastpeft.adapters.blocks import low_rank_first
 from fastpeft.data.batches import Batch
 from fastpeft.errors import UserError
 from fastpeft.models.layers import RowMask, Watch, is_fused, never_plain
+from fastpeft.ranks import ALONE, Ranks
 
 
 class AnswerGradient:
@@ -30,8 +31,8 @@ class AnswerGradient:
     where tokens are labelled it takes blocks of low rank.
     """
 
-    def __init__(self, adapter: Adapter) -> None:
-        self._flat = adapter.flat
+    def __init__(self, adapter: Adapter, ranks: Ranks = ALONE) -> None:
+        self._flat, self._ranks = adapter.flat, ranks
         self._blocks, self._others = low_rank_first(adapter.blocks)
         self._rows = RowMask()
         self._watches = [Watch(self._rows) for _ in self._blocks]
@@ -66,14 +67,25 @@ class AnswerGradient:
 
     def squares(self, loss_scale: torch.Tensor | None) -> torch.Tensor:
         """Of the batch whose gradient lies in the flat buffer; that one is divided by `loss_scale` already."""
-        if len(self._parts) == 1:
+        is_alone = self._ranks.size == 1
+        if len(self._parts) == 1 and is_alone:
             square_K = self._parts[0][0]
             return square_K if loss_scale is None else square_K / loss_scale.square()
         square_K = self._flat.layout.b_squares(self._flat.grad)
+        if not is_alone:
+            return square_K * self._share_of_ranks()
         if not self._parts:
             return square_K
         labelled_K, all_K = torch.stack(self._parts).sum(0)
         return square_K * (labelled_K / all_K.clamp_min(torch.finfo(all_K.dtype).tiny))
+
+    def _share_of_ranks(self) -> torch.Tensor:
+        """The labelled tokens' share of all micro-batches of all ranks; 1 where none of them measured anything."""
+        parts = torch.stack(self._parts) if self._parts else self._flat.grad.new_zeros(1, 2, len(self._watches))
+        sums = parts.sum(0)
+        self._ranks.add_up(sums)
+        labelled_K, all_K = sums
+        return torch.where(all_K > 0, labelled_K / all_K.clamp_min(torch.finfo(all_K.dtype).tiny), 1.0)
 
 
 def _why(layer: torch.nn.Module) -> str:

@@ -21,7 +21,8 @@ import torch
 from fastpeft.adapters import Adapter
 from fastpeft.data.batches import Batch
 from fastpeft.models.lens import FirstLayer
-from fastpeft.signals import BLOCK_SUMS, BlockSums, Measured, Need, Rates, Signals
+from fastpeft.ranks import ALONE, Ranks
+from fastpeft.signals import BLOCK_SUMS, STATISTICS, BlockSums, Measured, Need, Rates, Signals
 from fastpeft.trainer.optim import Optimizer
 from fastpeft.trainer.probes.answer_gradient import AnswerGradient
 from fastpeft.trainer.probes.curvature import Curvature, PlainSecant, Product, Secant
@@ -36,7 +37,6 @@ _CURVATURE: dict[Need, type[Curvature]] = {
     Need.PLAIN_SECANT: PlainSecant,
     Need.PRODUCT: Product,
 }
-_STATISTICS = ("answer_fisher", "prompt_fisher", "entropy", "lens_entropy")
 
 
 class NoProbes:
@@ -68,18 +68,21 @@ class NoProbes:
 NO_PROBES = NoProbes()
 
 
-def make_probes(needs: Collection[Need], adapter: Adapter, optimizer: Optimizer) -> Probes | NoProbes:
+def make_probes(
+    needs: Collection[Need], adapter: Adapter, optimizer: Optimizer, ranks: Ranks = ALONE
+) -> Probes | NoProbes:
     """For a schedule's needs. Raises what Probes does."""
-    return Probes(needs, adapter, optimizer) if needs else NO_PROBES
+    return Probes(needs, adapter, optimizer, ranks) if needs else NO_PROBES
 
 
 class Probes:
     """The hooks of one run's steps."""
 
-    def __init__(self, needs: Collection[Need], adapter: Adapter, optimizer: Optimizer) -> None:
+    def __init__(self, needs: Collection[Need], adapter: Adapter, optimizer: Optimizer, ranks: Ranks = ALONE) -> None:
         """
         Args:
             needs: the schedule's.
+            ranks: of which every one has the same hooks.
 
         Raises:
             ValueError: an optimizer that cannot measure it; two kinds of curvature at once.
@@ -93,7 +96,7 @@ class Probes:
             FirstLayer(adapter.model)  # refuses what it cannot read
         self._optimizer = optimizer
         optimizer.sums = self._wanted & BLOCK_SUMS
-        self._answers = AnswerGradient(adapter) if Need.ANSWER_GRADIENT in self._wanted else None
+        self._answers = AnswerGradient(adapter, ranks) if Need.ANSWER_GRADIENT in self._wanted else None
         self._curvature = next((_CURVATURE[need](adapter.flat, optimizer) for need in curvature), None)
         self._reader = _Reader(np.ones(adapter.flat.layout.num_units), self._curvature)
         self._step = 0
@@ -228,7 +231,7 @@ class _Reader:
             self.in_a_row = 0
             return Measured(skipped=True, **facts)
         self.in_a_row += 1
-        statistics: dict[str, Any] = {name: float(found[name]) for name in _STATISTICS if name in found}
+        statistics: dict[str, Any] = {name: float(found[name]) for name in STATISTICS if name in found}
         blocks = self._blocks(found["sums"]) if "sums" in found else None
         self.shrink_U = pending.shrink_U
         secant = None if self.curvature is None else self.curvature.read(facts["step"], found, self.in_a_row)

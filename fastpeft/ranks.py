@@ -1,0 +1,218 @@
+"""The processes that train one run together, and what they add up, tell and gather.
+
+torch.distributed does the work: NCCL between GPUs, gloo between CPUs, and gloo for what the hosts have to tell each
+other. A process that no launcher has started is ALONE: nothing is set up, and no collective is called.
+"""
+
+from __future__ import annotations
+
+import atexit
+import ctypes
+import json
+import os
+import signal
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from contextvars import ContextVar
+from datetime import timedelta
+from functools import cache, wraps
+from typing import Any, ParamSpec, TypeVar, cast
+
+import torch
+import torch.distributed as dist
+from safetensors.torch import load, save
+
+from fastpeft.errors import UserError
+from fastpeft.launched import Place, place
+
+LONGEST_WAIT = timedelta(hours=2)
+"""For a rank that lives and does not come: such as rank 0 while it downloads. That one has died is known at once."""
+_PR_SET_PDEATHSIG = 1
+_JOIN_WAIT, _WORD_WAIT = timedelta(minutes=15), timedelta(seconds=20)
+
+Tensors = dict[str, torch.Tensor]
+P = ParamSpec("P")
+T = TypeVar("T")
+
+_c10d: Any = dist  # its stores and its rendezvous are public and documented, and its stubs do not export them
+
+
+class RankLost(UserError):
+    """Another rank has ended."""
+
+    exit_code = 1
+
+
+def _or_lost(collective: Callable[P, T]) -> Callable[P, T]:
+    """A collective in which another rank does not take part becomes RankLost."""
+
+    @wraps(collective)
+    def guarded(*args: P.args, **kwargs: P.kwargs) -> T:
+        try:
+            return collective(*args, **kwargs)
+        except RuntimeError as error:
+            said, _, _ = str(error).partition(". ")
+            raise RankLost(
+                "another rank has ended without a message: it was killed, or its host is gone. Resume the run with "
+                f"--resume, or give the launcher --max-restarts ({said})"
+            ) from None
+
+    return guarded
+
+
+class Ranks:
+    """Of one run, as this process sees them. Every rank has to call the collectives in the same order."""
+
+    def __init__(self, where: Place) -> None:
+        self.rank, self.size = where.rank, where.size
+        self.local_rank, self.local_size = where.local_rank, where.local_size
+
+    def device(self) -> torch.device:
+        """This rank's: the GPU of its LOCAL_RANK, or the CPU.
+
+        Raises:
+            UserError: the host has fewer GPUs than ranks.
+        """
+        if not torch.cuda.is_available():
+            return torch.device("cpu")
+        count = torch.cuda.device_count()
+        if self.local_rank >= count:
+            raise UserError(
+                f"{self.local_size} ranks on this host, and {count} GPUs: each rank needs one of its own. Take "
+                f"--ranks {count}, or --nproc-per-node {count} of torchrun"
+            )
+        return torch.device("cuda", self.local_rank) if self.size > 1 else torch.device("cuda")
+
+    def share(self, items: T) -> T:
+        """This rank's part of a list or an array: every `size`-th, so that sorted ones are shared evenly."""
+        return items if self.size == 1 else cast(Any, items)[self.rank :: self.size]
+
+    @_or_lost
+    def add_up(self, tensor: torch.Tensor) -> None:
+        """All-reduce: the sum over the ranks, in place, the same bits on each."""
+        if self.size > 1:
+            dist.all_reduce(tensor)
+
+    @_or_lost
+    def take_first(self, tensor: torch.Tensor) -> None:
+        """Broadcast: rank 0's, in place."""
+        if self.size > 1:
+            dist.broadcast(tensor, 0)
+
+    def told(self, values: Any) -> Any:
+        """Rank 0's JSON values. Those of the other ranks are not looked at."""
+        return json.loads(self._first_bytes(json.dumps(values).encode())) if self.size > 1 else values
+
+    def given(self, tensors: Tensors) -> Tensors:
+        """Rank 0's tensors, on the CPU."""
+        return load(self._first_bytes(save(tensors))) if self.size > 1 else tensors
+
+    @_or_lost
+    def _first_bytes(self, content: bytes) -> bytes:
+        length = torch.tensor([len(content)])
+        dist.broadcast(length, 0)
+        buffer = torch.empty(int(length), dtype=torch.uint8)
+        if self.rank == 0:
+            buffer.copy_(torch.frombuffer(bytearray(content), dtype=torch.uint8))
+        dist.broadcast(buffer, 0)
+        return buffer.numpy().tobytes()
+
+    @_or_lost
+    def gathered(self, tensors: Tensors) -> list[Tensors]:
+        """Every rank's, in the order of the ranks, on the CPU. Names and shapes may differ from rank to rank."""
+        content = save({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()})
+        lengths = [torch.zeros(1, dtype=torch.int64) for _ in range(self.size)]
+        dist.all_gather(lengths, torch.tensor([len(content)]))
+        buffer = torch.zeros(int(max(lengths)), dtype=torch.uint8)
+        buffer[: len(content)] = torch.frombuffer(bytearray(content), dtype=torch.uint8)
+        buffers = [torch.empty_like(buffer) for _ in range(self.size)]
+        dist.all_gather(buffers, buffer)
+        return [load(found[: int(length)].numpy().tobytes()) for found, length in zip(buffers, lengths)]
+
+
+ALONE = Ranks(Place())
+
+
+@cache
+def join() -> Ranks:
+    """Take this process's place among the ranks of its launcher, until it ends. Waits for all of them.
+
+    Raises:
+        UserError: no GPU for this rank; somebody has set up torch.distributed already.
+    """
+    where = place()
+    if where.size == 1:
+        return ALONE
+    if dist.is_initialized():
+        raise UserError(
+            "torch.distributed is set up already in this process: fastpeft.train sets it up by itself, so leave "
+            "init_process_group out"
+        )
+    ranks = Ranks(where)
+    device = ranks.device()
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+    _or_lost(dist.init_process_group)(
+        backend, store=_store(), rank=where.rank, world_size=where.size, timeout=LONGEST_WAIT
+    )
+    atexit.register(dist.destroy_process_group)
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        _stop_with_the_launcher()
+    return ranks
+
+
+def _stop_with_the_launcher() -> None:
+    """SIGTERM for this process where torch's launcher is killed: nobody else would ever end it. Linux only."""
+    with suppress(OSError, AttributeError):
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+
+
+@cache
+def _store() -> Any:
+    """The launcher's. The keys of an earlier attempt are not seen."""
+    found, _, _ = next(_c10d.rendezvous("env://", timeout=_JOIN_WAIT))
+    return _c10d.PrefixStore(f"fastpeft/{place().restarts}", found)
+
+
+def fails_first(exit_code: int) -> tuple[bool, int]:
+    """Whether no other rank has failed before this one, so that the user has to be told; and the exit code of the one
+    that was first."""
+    try:
+        store = _store()
+        if store.add("failed", 1) == 1:
+            store.set("exit_code", str(exit_code))
+            return True, exit_code
+        store.wait(["exit_code"], _WORD_WAIT)
+        return False, int(store.get("exit_code"))
+    except RuntimeError:  # the launcher's store is gone
+        return place().rank == 0, exit_code
+
+
+# ---- what is done by all of them together ----------------------------------------------------
+
+_together: ContextVar[Ranks] = ContextVar("ranks", default=ALONE)
+
+
+@contextmanager
+def together(ranks: Ranks) -> Iterator[None]:
+    """Every rank is in here: `current` is `ranks`, so that work may be shared out and results gathered."""
+    token = _together.set(ranks)
+    try:
+        yield
+    finally:
+        _together.reset(token)
+
+
+def current() -> Ranks:
+    """ALONE wherever the ranks are not known to do the same."""
+    return _together.get()
+
+
+def everybodys(tensors: Tensors | None) -> list[Tensors] | None:
+    """Of each rank what it has found of its share. None for all where one was stopped, and has nothing."""
+    ranks = current()
+    if ranks.size == 1:
+        return None if tensors is None else [tensors]
+    found = ranks.gathered({} if tensors is None else tensors)
+    return found if all(found) else None
