@@ -28,9 +28,11 @@ _NUM_SCORES = 8
 """Of the evaluations, as many as a line has room for."""
 
 
-def closing(result: Result, folder: RunFolder) -> Group:
-    """What a run came to: its facts, how it learned, and the metrics of parts of the data, where its task has such."""
-    history = read_history(read_lines(folder.events)) if folder.events.is_file() else History()
+def closing(result: Result, folder: RunFolder | None = None) -> Group:
+    """What a run came to: its facts, how it learned by the log in `folder`, and the metrics of parts of the data, where
+    its task has such."""
+    log = None if folder is None or not folder.events.is_file() else folder.events
+    history = History() if log is None else read_history(read_lines(log))
     parts = _parts_tables(result)
     return Group(closing_table(result, _curves(history, result)), *(row for table in parts for row in ("", table)))
 
