@@ -6,18 +6,16 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from rich.console import Group
 from rich.markup import escape
 from rich.table import Table
 
 from fastpeft.compare.comparison import Comparison, Contrast, metric_of
 from fastpeft.compare.found_runs import Found
-from fastpeft.compare.history import History, binned, read_history
 from fastpeft.compare.problem_sets import SetScore, difference
 from fastpeft.config.methods import METHODS
 from fastpeft.runs.curves import evaluations
-from fastpeft.runs.events import number, read_lines
+from fastpeft.runs.events import number
 from fastpeft.runs.parts import figure, table_of
 from fastpeft.runs.store import MAJORITY, Result, RunFolder
 from fastpeft.tui.format import sparkline
@@ -31,15 +29,17 @@ _NUM_SCORES = 8
 def closing(result: Result, folder: RunFolder | None = None) -> Group:
     """What a run came to: its facts, how it learned by the log in `folder`, and the metrics of parts of the data, where
     its task has such."""
-    log = None if folder is None or not folder.events.is_file() else folder.events
-    history = History() if log is None else read_history(read_lines(log))
+    curves = {} if folder is None or not folder.events.is_file() else _curves(folder.events)
     parts = _parts_tables(result)
-    return Group(closing_table(result, _curves(history, result)), *(row for table in parts for row in ("", table)))
+    return Group(closing_table(result, curves), *(row for table in parts for row in ("", table)))
 
 
-def _curves(history: History, result: Result) -> dict[str, str]:
+def _curves(log: Path) -> dict[str, str]:
     """The training loss as blocks, and the metric of the evaluations."""
-    curves = {}
+    from fastpeft.compare.history import binned, read_history
+    from fastpeft.runs.events import read_lines
+
+    history, curves = read_history(read_lines(log)), {}
     if len(history):
         loss = binned(history.steps["elapsed_s"], history.steps["loss"], _CURVE_WIDTH).mean
         if len(loss) > 1:
@@ -48,7 +48,8 @@ def _curves(history: History, result: Result) -> dict[str, str]:
             )
     scores = evaluations(history.validations)
     if len(scores) > 1:
-        shown = [scores[round(i)] for i in np.linspace(0, len(scores) - 1, min(_NUM_SCORES, len(scores)))]
+        count = min(_NUM_SCORES, len(scores))
+        shown = [scores[round(i * (len(scores) - 1) / (count - 1))] for i in range(count)]
         curves["learning curve"] = " ".join(f"{one.value:.3f}" for one in shown)
         curves["learning curve"] += f", evaluated after {', '.join(f'{one.elapsed_s:,.0f}' for one in shown)} s"
     return curves
@@ -67,7 +68,7 @@ def _parts_tables(result: Result) -> Iterator[Table]:
             yield table
 
 
-def closing_table(result: Result, curves: dict[str, str]) -> Table:
+def closing_table(result: Result, curves: dict[str, str] | None = None) -> Table:
     """One row a fact, of a run that has ended; `curves` are the rows of how it learned."""
     table = Table(show_header=False, box=None, pad_edge=False)
     table.add_column(style="bold")
@@ -78,7 +79,7 @@ def closing_table(result: Result, curves: dict[str, str]) -> Table:
         result.metric.get("name", "metric"): _value(result.metric),
         **{name: figure(value) for name, value in result.metric.get("more", {}).items()},
         "best": _best(result.best) if result.best else "none",
-        **curves,
+        **(curves or {}),
         "test": f"{_value(result.test)} on {result.test['num']:,} rows, best weights" if result.test else None,
         **{f"test {name}": figure(value) for name, value in result.test.get("more", {}).items()},
         "mean over budget": f"{number(auc):.4f}" if (auc := result.auc.get("seconds")) is not None else None,

@@ -153,7 +153,7 @@ def test_a_probe_may_stand_in_for_some(make_job, grouped, seed):
     job = perturbed(make_job("bert"), seed)
     expected = gradient(job)
     key = next(block for block in job.adapter.blocks if block.projection == "key")
-    key.module.probe = iw_lora._GradientProbe()
+    key.module.probe = iw_lora._GradientProbe(key)
     key.lora_b.data.zero_()
     gradient(job)
     key.module.probe = None
