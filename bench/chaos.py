@@ -49,6 +49,8 @@ SETTINGS = (
 )  # fmt: skip
 MOST_ATTEMPTS = 60
 """Of one run: in so many, one was not killed."""
+MOST_EXPORT_KILLS = 3
+"""Of one run."""
 
 
 @dataclass(frozen=True)
@@ -199,10 +201,12 @@ class Chaos:
             folder = results / f"run-{found.runs}"
             self.train(start, folder, seconds, found)
             found.differences += [f"{folder.name}: {said}" for said in differences(folder, results / "unbroken")]
-            before = found.kills.total()
-            while self.killer.killed([*export, folder.name], export_s) and found.kills.total() - before < 3:
+            for _ in range(MOST_EXPORT_KILLS):
+                if (folder / "export").is_dir() or not self.killer.killed([*export, folder.name], export_s):
+                    break
                 found.kills["export"] += 1
-            self.killer.whole([*export, folder.name]) if not (folder / "export").is_dir() else None
+            if not (folder / "export").is_dir():
+                self.killer.whole([*export, folder.name])
             found.differences += self._exports(folder, results / "unbroken")
             found.runs += 1
             self.say(

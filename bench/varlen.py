@@ -22,8 +22,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import numpy as np
 import torch
 
-import fastpeft
 from bench.interleave import host_timer, interleave, timer
+from fastpeft.config import load_run
 from fastpeft.data.batches import micro_batches
 from fastpeft.trainer.build import Job, build_job
 from fastpeft.trainer.padding import padding_share
@@ -73,11 +73,11 @@ def main() -> None:
     parser.add_argument("--order", choices=("grouped", "drawn"), default="grouped")
     parser.add_argument("--batches", type=int, default=8)
     parser.add_argument("--seconds", type=float, default=60.0)
-    arguments, settings = parser.parse_known_args()
-    values = dict(setting.split("=", 1) for setting in settings)
+    parser.add_argument("settings", nargs="*", metavar="key=value", help="as `fastpeft train` takes them")
+    arguments = parser.parse_intermixed_args()
     made = {}
     for way in WAYS:
-        run = resolve(fastpeft.load_run(arguments.run, **values | {"training.padding": way}), True).run
+        run = resolve(load_run(arguments.run, [*arguments.settings, f"training.padding={way}"])).run
         torch.set_num_threads(run.training.threads or torch.get_num_threads())
         made[way] = build_job(run)
     if not made["none"].task.train.varlen:

@@ -18,6 +18,7 @@ from datetime import timedelta
 from functools import cache, wraps
 from typing import Any, ParamSpec, TypeVar, cast
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from safetensors.torch import load, save
@@ -216,3 +217,28 @@ def everybodys(tensors: Tensors | None) -> list[Tensors] | None:
         return None if tensors is None else [tensors]
     found = ranks.gathered({} if tensors is None else tensors)
     return found if all(found) else None
+
+
+def joined_parts(
+    parts: list[tuple[np.ndarray, torch.Tensor]] | None, loss: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, float] | None:
+    """(places, values, loss): of all ranks, one behind another on the CPU, and the loss added up.
+
+    Args:
+        parts: places and what belongs there, of this rank's share; None where it was stopped.
+
+    Returns:
+        None for all ranks where one of them was stopped.
+    """
+    mine = None
+    if parts is not None:
+        mine = {"loss": loss}
+        if parts:
+            mine["places"] = torch.from_numpy(np.concatenate([places for places, _ in parts]))
+            mine["values"] = torch.cat([values for _, values in parts]).cpu()
+    found = everybodys(mine)
+    if found is None:
+        return None
+    there = [each for each in found if "places" in each]
+    places, values = (torch.cat([each[name] for each in there]) for name in ("places", "values"))
+    return places, values, sum(float(each["loss"]) for each in found)

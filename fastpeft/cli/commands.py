@@ -19,7 +19,7 @@ from fastpeft.cli.ctrl_c import ctrl_c_ends_at_once, handled
 from fastpeft.cli.data_commands import data
 from fastpeft.cli.evaluate_command import evaluate
 from fastpeft.cli.ranks_launch import end_rank, launch_ranks, refuse_with_ranks, resumes_by_itself
-from fastpeft.cli.run_options import load_config, seeds_of
+from fastpeft.cli.run_options import load_config, results_option, seeds_of
 from fastpeft.cli.runs_commands import Best, ResultsDir, runs, which_weights
 from fastpeft.cli.sweep_command import sweep
 from fastpeft.errors import UserError, disk_error
@@ -176,7 +176,7 @@ def _train_one(config: Any, results_dir: Path, name: str | None, resume: bool, a
     folder = RunFolder.at(results_dir, result.name)
     reporter.console.print(closing(result, folder))
     print(f"\nrun folder   {folder.path}")
-    where = "" if results_dir == Path("results") else f" --results-dir {shlex.quote(str(results_dir))}"
+    where = results_option(results_dir)
     if result.status == "stopped":
         print(f"resume with  fastpeft train --resume --name {result.name}{where}")
     else:
@@ -218,12 +218,11 @@ def _train_seeds(
     if len(results) == 1:
         reporter.console.print(closing(results[0], RunFolder.at(results_dir, results[0].name)))
     reporter.console.print(group_table(results))
-    where = shlex.quote(str(results_dir))
     if stop():
         again = [a for a in sys.argv[1:] if a != "--resume"] + ["--resume"] + ([] if name else ["--name", group])
         print(f"resume with  {shlex.join(['fastpeft', *again])}")
     else:
-        print(f"look again   fastpeft runs ls --results-dir {where}")
+        print(f"look again   fastpeft runs ls{results_option(results_dir)}")
     _end(results, reporter, stop)
 
 

@@ -3,9 +3,16 @@
 from __future__ import annotations
 
 import json
+import shlex
+from pathlib import Path
 from typing import Any
 
 from fastpeft.errors import UserError
+
+
+def results_option(results_dir: Path) -> str:
+    """As a command that is shown takes it; nothing where it is the default."""
+    return "" if results_dir == Path("results") else f" --results-dir {shlex.quote(str(results_dir))}"
 
 
 def seeds_of(text: str, seed: int | None) -> list[int]:

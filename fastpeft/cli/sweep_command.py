@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from fastpeft.cli.run_options import results_option
 from fastpeft.cli.runs_commands import ResultsDir
 from fastpeft.errors import UserError
 
@@ -97,6 +98,6 @@ def _end(plan: Plan, outcome: Outcome) -> None:
         raise typer.Exit(128 + (outcome.signal or 0))
     results = outcome.best.results if outcome.best else []
     if results:
-        print(f"look again   fastpeft runs ls --results-dir {shlex.quote(str(plan.results_dir))}")
+        print(f"look again   fastpeft runs ls{results_option(plan.results_dir)}")
     if any(result.status == "diverged" for result in results):
         raise typer.Exit(EXIT_DIVERGED)

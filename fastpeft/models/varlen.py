@@ -10,6 +10,7 @@ was written against the forward pass of the versions in KNOWN. What is not known
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -61,6 +62,23 @@ class Varlen(nn.Module):
     reads_first: bool
     """The head reads each row's first token."""
 
+    def forward(
+        self,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | Sequences | dict[str, Any] | None = None,
+        *more: Any,
+        **named: Any,
+    ) -> Any:
+        if isinstance(attention_mask, Sequences):
+            assert input_ids is not None
+            assert not more, "heads name what they hand on"
+            return self.rows(input_ids, attention_mask, **named)
+        return super().forward(input_ids, attention_mask, *more, **named)
+
+    @abstractmethod
+    def rows(self, input_ids: torch.Tensor, sequences: Sequences, **named: Any) -> Any:
+        """The forward pass over rows that lie one behind another; `input_ids` are 1 x T."""
+
     def for_head(self, x: torch.Tensor, sequences: Sequences) -> torch.Tensor:
         """(N, 1, D), or all tokens, (1, T, D). `x` is the latter, or has the first tokens alone already."""
         is_first = x.shape[0] == len(sequences.lengths) and x.shape[1] == 1
@@ -75,28 +93,20 @@ class VarlenBert(Varlen):
     pooler: nn.Module | None
     first_position = 0
 
-    def forward(
+    def rows(
         self,
-        input_ids: torch.Tensor | None = None,
-        attention_mask: torch.Tensor | Sequences | None = None,
+        input_ids: torch.Tensor,
+        sequences: Sequences,
+        *,
+        position_ids: torch.Tensor,
         token_type_ids: torch.Tensor | None = None,
-        position_ids: torch.Tensor | None = None,
-        **more: Any,
+        **_: Any,
     ) -> Any:
-        if not isinstance(attention_mask, Sequences):
-            return super().forward(
-                input_ids,
-                attention_mask=attention_mask,
-                token_type_ids=token_type_ids,
-                position_ids=position_ids,
-                **more,
-            )
         from transformers.modeling_outputs import BaseModelOutputWithPooling
 
-        assert position_ids is not None, "rows one behind another are numbered by who made the batch"
         position_ids = position_ids + self.first_position
         x = self.embeddings(input_ids=input_ids, token_type_ids=token_type_ids, position_ids=position_ids)
-        x = self.for_head(self.encoder(x, attention_mask=attention_mask).last_hidden_state, attention_mask)
+        x = self.for_head(self.encoder(x, attention_mask=sequences).last_hidden_state, sequences)
         return BaseModelOutputWithPooling(
             last_hidden_state=x, pooler_output=None if self.pooler is None else self.pooler(x)
         )
@@ -118,18 +128,9 @@ class VarlenDistilBert(Varlen):
     embeddings: nn.Module
     transformer: nn.Module
 
-    def forward(
-        self,
-        input_ids: torch.Tensor | None = None,
-        attention_mask: torch.Tensor | Sequences | None = None,
-        inputs_embeds: torch.Tensor | None = None,
-        position_ids: torch.Tensor | None = None,
-        **more: Any,
-    ) -> Any:
-        if not isinstance(attention_mask, Sequences):
-            return super().forward(input_ids, attention_mask, inputs_embeds, position_ids, **more)
-        found = self.transformer(self.embeddings(input_ids, None, position_ids), attention_mask=attention_mask)
-        found.last_hidden_state = self.for_head(found.last_hidden_state, attention_mask)
+    def rows(self, input_ids: torch.Tensor, sequences: Sequences, *, position_ids: torch.Tensor, **_: Any) -> Any:
+        found = self.transformer(self.embeddings(input_ids, None, position_ids), attention_mask=sequences)
+        found.last_hidden_state = self.for_head(found.last_hidden_state, sequences)
         return found
 
 
@@ -139,38 +140,30 @@ class VarlenDeberta(Varlen):
     embeddings: nn.Module
     encoder: Any
 
-    def forward(
+    def rows(
         self,
-        input_ids: torch.Tensor | None = None,
-        attention_mask: torch.Tensor | Sequences | None = None,
-        token_type_ids: torch.Tensor | None = None,
+        input_ids: torch.Tensor,
+        sequences: Sequences,
+        *,
         position_ids: torch.Tensor | None = None,
-        **more: Any,
+        token_type_ids: torch.Tensor | None = None,
+        **_: Any,
     ) -> Any:
-        if not isinstance(attention_mask, Sequences):
-            return super().forward(input_ids, attention_mask, token_type_ids, position_ids, **more)
         from transformers.modeling_outputs import BaseModelOutput
 
         x = self.embeddings(input_ids=input_ids, token_type_ids=token_type_ids, position_ids=position_ids)
         rel_embeddings = self.encoder.get_rel_embedding()
         for layer in self.encoder.layer:
-            x, _ = layer(x, attention_mask, rel_embeddings=rel_embeddings)
-        return BaseModelOutput(last_hidden_state=self.for_head(x, attention_mask))
+            x, _ = layer(x, sequences, rel_embeddings=rel_embeddings)
+        return BaseModelOutput(last_hidden_state=self.for_head(x, sequences))
 
 
 class VarlenDecoder(Varlen):
     """A decoder that takes a mask for each kind of its layers: Qwen3's, Gemma 3's."""
 
-    def forward(
-        self,
-        input_ids: torch.Tensor | None = None,
-        attention_mask: torch.Tensor | Sequences | dict[str, Any] | None = None,
-        **more: Any,
-    ) -> Any:
-        if isinstance(attention_mask, Sequences):
-            attention_mask = dict.fromkeys(("full_attention", "sliding_attention"), attention_mask)
-            more["use_cache"] = False
-        return super().forward(input_ids, attention_mask, **more)
+    def rows(self, input_ids: torch.Tensor, sequences: Sequences, **named: Any) -> Any:
+        masks = dict.fromkeys(("full_attention", "sliding_attention"), sequences)
+        return super().forward(input_ids, masks, **named | {"use_cache": False})
 
 
 class VarlenLlama(Varlen):
@@ -181,22 +174,21 @@ class VarlenLlama(Varlen):
     layers: nn.ModuleList
     norm: nn.Module
 
-    def forward(
+    def rows(
         self,
-        input_ids: torch.Tensor | None = None,
-        attention_mask: torch.Tensor | Sequences | None = None,
-        position_ids: torch.Tensor | None = None,
+        input_ids: torch.Tensor,
+        sequences: Sequences,
+        *,
+        position_ids: torch.Tensor,
         use_cache: bool | None = None,
         **more: Any,
     ) -> Any:
-        if not isinstance(attention_mask, Sequences):
-            return super().forward(input_ids, attention_mask, position_ids, use_cache=use_cache, **more)
         from transformers.modeling_outputs import BaseModelOutputWithPast
 
         x = self.embed_tokens(input_ids)
         rotation = self.rotary_emb(x, position_ids=position_ids)
         for layer in self.layers:
-            x = layer(x, attention_mask=attention_mask, position_embeddings=rotation, position_ids=position_ids, **more)
+            x = layer(x, attention_mask=sequences, position_embeddings=rotation, position_ids=position_ids, **more)
         return BaseModelOutputWithPast(last_hidden_state=self.norm(x))
 
 

@@ -98,10 +98,7 @@ def build_job(
     phases.begin("data", f"reading {run.dataset.path or run.dataset.name}")
     task = load_task(run.dataset, run.evaluation, run.training.seed)
     phases.begin("model", f"loading {run.model.name}")
-    if ranks.rank == 0:
-        precision = precision or choose_precision(run.training.precision, device, lambda: layer_shape(run.model))
-    told = ranks.told(precision and name_of(precision.dtype))
-    precision = precision or Precision(DTYPES[told])
+    precision = _agreed(precision, run, device, ranks)
     dtype = precision.dtype
     torch.manual_seed(run.training.seed)
     method = method_class(run.method)
@@ -116,11 +113,7 @@ def build_job(
     checked = _check(task, adapter, backbone) if run.model.check else []
     checked += lay_out(run, task, adapter, backbone, device)
     batches = Batches(task.train, run.training.batch_size, run.training.seed)
-    meter = _open_meter(device, ranks)
-    budget = _budget(run, batches)
-    if budget.kind == "joules" and ranks.rank == 0 and not meter.works:
-        raise _no_meter(run, meter.reason)
-    clock = BudgetClock(budget, meter=meter)
+    clock = _clock(run, batches, device, ranks)
     schedule = make_schedule(
         run.schedule,
         run.training.learning_rate,
@@ -131,9 +124,8 @@ def build_job(
     optimizer = make_optimizer(adapter.flat, run.optimizer, dtype)
     phases.begin("memory", "measuring what a token takes")
     plan = make_plan(run.training, run.evaluation, adapter, task, batches, optimizer.loss_scale)
-    evaluations = EvaluationPlan(parse_interval(run.evaluation.every))
-    if evaluations.interval.unit == "auto":
-        evaluations = EvaluationPlan(Interval("fraction", 0.2))
+    interval = parse_interval(run.evaluation.every)
+    evaluations = EvaluationPlan(Interval("fraction", 0.2) if interval.unit == "auto" else interval)
     job = Job(
         run=run,
         task=task,
@@ -159,6 +151,22 @@ def build_job(
     if clock.budget.kind in ("seconds", "joules"):
         _expect_final(job) if ranks.rank == 0 else _keep_busy(job)
     return job
+
+
+def _agreed(precision: Precision | None, run: RunConfig, device: torch.device, ranks: Ranks) -> Precision:
+    """`precision`, or what rank 0 has chosen or measured."""
+    if ranks.rank == 0:
+        precision = precision or choose_precision(run.training.precision, device, lambda: layer_shape(run.model))
+    told = ranks.told(precision and name_of(precision.dtype))
+    return precision or Precision(DTYPES[told])
+
+
+def _clock(run: RunConfig, batches: Batches, device: torch.device, ranks: Ranks) -> BudgetClock:
+    """Raises ConfigError for a budget in joules without a meter."""
+    meter, budget = _open_meter(device, ranks), _budget(run, batches)
+    if budget.kind == "joules" and ranks.rank == 0 and not meter.works:
+        raise _no_meter(run, meter.reason)
+    return BudgetClock(budget, meter=meter)
 
 
 def _check(task: Task, adapter: Adapter, backbone: Backbone) -> list[str]:

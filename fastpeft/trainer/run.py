@@ -124,18 +124,10 @@ def train(
             quiet_transformers(keep_bars=True),
         ):
             _say_stand_in(reporter, resolved)
+            orders = Orders(ranks, stop)
             with SetUp(folder, reporter.on_event, resume, checkpoint) as set_up:
-                orders = Orders(ranks, stop)
                 job = build_job(resolved.run, began_in(folder, checkpoint), score_test, orders)
-                begin_together(job)
-                keep_prefix(job, folder)
-                if resume:
-                    job.notes += check_same_data(folder, job.trained_on, checkpoint)
-                    cut_events(folder, checkpoint)
-                if TrainedOn.read(folder.path) is None:
-                    job.trained_on.write(folder.path)  # before run.yaml, so that a run that can be resumed has it
-                save_run(resolved.run, folder.config)
-                write_json(folder.environment, environment() | _device_facts(job))
+                _prepare(job, folder, resolved, checkpoint, resume)
             result = _new_result(job, resolved, folder, group)
             result.setup_s = time.perf_counter() - began
             loop = Loop(job, folder, set_up.open_log(), result, stop, prune)
@@ -147,6 +139,19 @@ def train(
             return result
     finally:
         folder.unlock()
+
+
+def _prepare(job: Job, folder: RunFolder, resolved: Resolved, checkpoint: Checkpoint | None, resume: bool) -> None:
+    """What is left between a job and its first step: the other ranks, the folder's cache, and its files."""
+    begin_together(job)
+    keep_prefix(job, folder)
+    if resume:
+        job.notes += check_same_data(folder, job.trained_on, checkpoint)
+        cut_events(folder, checkpoint)
+    if TrainedOn.read(folder.path) is None:
+        job.trained_on.write(folder.path)  # before run.yaml, so that a run that can be resumed has it
+    save_run(resolved.run, folder.config)
+    write_json(folder.environment, environment() | _device_facts(job))
 
 
 def _follow(orders: Orders) -> Result:

@@ -13,7 +13,7 @@ from torch import nn
 
 from fastpeft.data.batches import evaluation_batches, micro_batches
 from fastpeft.device_memory import free_memory, is_out_of_memory
-from fastpeft.ranks import current, everybodys
+from fastpeft.ranks import current, joined_parts
 from fastpeft.tasks.base import Shrink, Stop
 from fastpeft.tasks.sequences.examples import Encoded, collate
 
@@ -75,20 +75,12 @@ def answer_rows(
 def _all_answers(
     parts: list[tuple[np.ndarray, torch.Tensor]] | None, loss: torch.Tensor, encoded: Encoded
 ) -> Answers | None:
-    """Of the parts of all ranks, in the order of the rows; None where one of them was stopped, and has None."""
-    mine = None
-    if parts is not None:
-        mine = {"loss": loss}
-        if parts:
-            mine["order"] = torch.from_numpy(np.concatenate([rows for rows, _ in parts]))
-            mine["logits"] = torch.cat([logits for _, logits in parts]).cpu()
-    found = everybodys(mine)
+    """Of all ranks, in the order of the rows; None where one of them was stopped, and has None."""
+    found = joined_parts(parts, loss)
     if found is None:
         return None
-    order = torch.cat([each["order"] for each in found if "order" in each])
-    logits_NC = torch.cat([each["logits"] for each in found if "logits" in each])
-    mean_loss = sum(float(each["loss"]) for each in found) / len(encoded)
-    return Answers(torch.empty_like(logits_NC).index_copy_(0, order, logits_NC), mean_loss)
+    order, logits_NC, total = found
+    return Answers(torch.empty_like(logits_NC).index_copy_(0, order, logits_NC), total / len(encoded))
 
 
 def _answer_batch(

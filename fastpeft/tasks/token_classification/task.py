@@ -41,7 +41,7 @@ from fastpeft.data.splitting import sample_note
 from fastpeft.device_memory import TokenLimits, free_memory, is_out_of_memory, unmeasured
 from fastpeft.models.backbone import Backbone
 from fastpeft.models.lens import FirstLayer
-from fastpeft.ranks import current, everybodys
+from fastpeft.ranks import current, joined_parts
 from fastpeft.signals import Need
 from fastpeft.tasks.base import BatchLoss, ExportCheck, Score, Shrink, Stop, Task
 from fastpeft.tasks.label_spelling import spelling_warnings
@@ -367,21 +367,14 @@ def _predict(
 def _all_predicted(
     parts: list[tuple[np.ndarray, torch.Tensor]] | None, loss: torch.Tensor, encoded: EncodedSentences
 ) -> tuple[np.ndarray, float] | None:
-    """Of the parts of all ranks; None where one of them was stopped, and has None."""
-    mine = None
-    if parts is not None:
-        mine = {"loss": loss}
-        if parts:
-            mine["places"] = torch.from_numpy(np.concatenate([place for place, _ in parts]))
-            mine["labels"] = torch.cat([labels for _, labels in parts]).cpu()
-    found = everybodys(mine)
+    """Of all ranks; None where one of them was stopped, and has None."""
+    found = joined_parts(parts, loss)
     if found is None:
         return None
+    places, labels, total = found
     predicted = np.empty(len(encoded.sentence), dtype=np.int64)
-    for each in found:
-        if "places" in each:
-            predicted[each["places"].numpy()] = each["labels"].numpy()
-    return predicted, sum(float(each["loss"]) for each in found) / len(predicted)
+    predicted[places.numpy()] = labels.numpy()
+    return predicted, total / len(predicted)
 
 
 def _spread(rows: torch.Tensor | None, most: int) -> torch.Tensor:
