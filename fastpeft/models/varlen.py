@@ -162,7 +162,7 @@ class VarlenDecoder(Varlen):
     """A decoder that takes a mask for each kind of its layers: Qwen3's, Gemma 3's."""
 
     def rows(self, input_ids: torch.Tensor, sequences: Sequences, **named: Any) -> Any:
-        masks = dict.fromkeys(("full_attention", "sliding_attention"), sequences)
+        masks: dict[str, Any] = dict.fromkeys(("full_attention", "sliding_attention"), sequences)
         return super().forward(input_ids, masks, **named | {"use_cache": False})
 
 
