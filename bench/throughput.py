@@ -1,11 +1,12 @@
 """Real tokens a second of fastpeft, of each of its levers, and of its peers, in turns on the same batches.
 
-    python bench/throughput.py [--preset mnli|gsm8k|gemma|alpaca] [--model DIR] [--data DIR] [--rows R,R]
-                               [--rounds 6] [--steps N] [--seconds S] [--threads N] [--device cpu|cuda]
+    python bench/throughput.py [--preset mnli|deberta|gsm8k|gemma|alpaca] [--model DIR] [--data DIR]
+                               [--rows R,R] [--rounds 6] [--steps N] [--seconds S] [--threads N] [--device cpu|cuda]
                                [--curves [1,2,3]] [--json OUT] [key=value ...]
 
     mnli     MiniLM (--model), else its shape with random weights; LoRA r 8 on all linears, batch 32. On a GPU the shape
              of DeBERTa-v3-base in bf16.
+    deberta  The shape of DeBERTa-v3-base with random weights, on a CPU as well.
     gsm8k    A random Qwen3 of 384 x 6, vocabulary 32,000; r 64, batch 16. On a GPU the shape of Qwen3-0.6B in bf16.
     gemma    Gemma 3 270M (--model); r 64, batch 16; the peers in micro-batches of 4.
     alpaca   The same on instructions in the template `alpaca`, r 16.

@@ -100,22 +100,23 @@ _GSM8K: Mapping[str, Any] = {
 }
 _LANGUAGE = {"dataset": "gsm8k", "kind": "word-problems", "embedded": "embedded-word-problems", "texts": _PROBLEM}
 
+_MNLI: Mapping[str, Any] = {
+    "dataset": "mnli",
+    "kind": "classification",
+    "embedded": "embedded-nli",
+    "texts": _PAIR,
+    "run": {
+        "adapter.rank": 8,
+        "dataset.max_length": 256,
+        "training.batch_size": 32,
+        "training.learning_rate": 5e-4,
+    },
+}
+_DEBERTA = SHAPES["deberta-v3-base"]
+
 PRESETS = {
-    "mnli": Preset(
-        dataset="mnli",
-        kind="classification",
-        embedded="embedded-nli",
-        shapes={"cpu": SHAPES["minilm"], "cuda": SHAPES["deberta-v3-base"]},
-        texts=_PAIR,
-        run={
-            "adapter.rank": 8,
-            "dataset.max_length": 256,
-            "training.batch_size": 32,
-            "training.learning_rate": 5e-4,
-        },
-        threads=1,
-        steps=4,
-    ),
+    "mnli": Preset(**_MNLI, shapes={"cpu": SHAPES["minilm"], "cuda": _DEBERTA}, threads=1, steps=4),
+    "deberta": Preset(**_MNLI, shapes={"cpu": _DEBERTA, "cuda": _DEBERTA}, threads=2, steps=1, trims=True),
     "gsm8k": Preset(**_LANGUAGE, shapes={"cpu": QWEN3_384, "cuda": QWEN3_600M}, run=_GSM8K, threads=1, steps=2),
     "gemma": Preset(**_LANGUAGE, shapes={}, run=_GSM8K, threads=2, steps=1, peer_rows=4, trims=True),
     "alpaca": Preset(

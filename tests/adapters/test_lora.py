@@ -42,7 +42,7 @@ def test_peft_loads_what_was_saved(make_job, tmp_path, seed, family, method, mas
     fresh = base.eval()(**batch.inputs).logits
     model = peft.PeftModel.from_pretrained(base, str(folder)).eval()
     got = model(**batch.inputs).logits
-    torch.testing.assert_close(got, want, rtol=1e-5, atol=2e-5 * float(want.abs().max()))
+    torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-4 * float(want.abs().max()))
     assert float((got - fresh).abs().max()) > 0.01
     merged = model.merge_and_unload()
     rounding = 1e-2 * float(want.detach().abs().max())  # of W + s B A in fp32, through random layers
