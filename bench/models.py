@@ -114,7 +114,7 @@ def classification_loss(model: nn.Module, batch: Batch, num_items: int, needs: C
 
 
 def random_batches(host: Host, batch_size: int, num_batches: int, device: torch.device) -> list[Batch]:
-    """Training batches as the trainer makes them: rows of similar length; taken at even quantiles of the width."""
+    """Training batches that are grouped by length, taken at even quantiles of the width."""
     config = host.backbone.model.config
     generator = np.random.default_rng(0)
     num_rows = POOL_BATCHES * batch_size
@@ -131,6 +131,8 @@ def random_batches(host: Host, batch_size: int, num_batches: int, device: torch.
         pad_token=0,
         max_length=longest,
     )
-    ordered = sorted(Batches(encoded, batch_size, seed=0).epoch(0), key=lambda rows: int(encoded.widths[rows].max()))
+    ordered = sorted(
+        Batches(encoded, batch_size, 0, grouped=True).epoch(0), key=lambda rows: int(encoded.widths[rows].max())
+    )
     chosen = [ordered[int((i + 0.5) * len(ordered) / num_batches)] for i in range(num_batches)]
     return [collate(encoded, rows, device) for rows in chosen]

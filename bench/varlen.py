@@ -1,9 +1,9 @@
 """Rows without padding beside padded ones, both fastpeft's own: an optimizer step of each in turns on the same batches.
 
-    python bench/varlen.py --run lora_mnli [--order grouped|drawn] [--batches 8] [--seconds 60] [key=value ...]
+    python bench/varlen.py --run lora_mnli [--order drawn|grouped] [--batches 8] [--seconds 60] [key=value ...]
 
-`grouped` batches have rows of nearly one length, as training has them; `drawn` ones take rows as they come, so that
-micro-batches are all that keeps lengths together. Both ways take the limit of tokens that the padded run plans. Ratios
+`drawn` batches take rows as they come, so that micro-batches are all that keeps lengths together; `grouped` ones have
+rows of nearly one length. Both ways take the limit of tokens that the padded run plans. Ratios
 are of padded time over that without padding, so that more than 1 is a gain; CPU time is what a busy machine leaves
 comparable.
 """
@@ -24,13 +24,13 @@ import torch
 
 from bench.interleave import host_timer, interleave, timer
 from fastpeft.config import load_run
-from fastpeft.data.batches import micro_batches
+from fastpeft.data.batches import Batches, micro_batches
 from fastpeft.trainer.build import Job, build_job
 from fastpeft.trainer.padding import padding_share
 from fastpeft.trainer.resolve import resolve
 from fastpeft.trainer.step import forward_backward
 
-WAYS = ("grouped", "none")
+WAYS = ("padded", "none")
 
 
 class Steps:
@@ -58,19 +58,14 @@ class Steps:
 
 
 def choose_batches(job: Job, order: str, count: int) -> list[np.ndarray]:
-    if order == "grouped":
-        epoch = job.batches.epoch(0)
-        return [epoch[i] for i in np.linspace(0, len(epoch) - 1, min(count, len(epoch))).astype(int)]
-    rows = np.random.default_rng(0).permutation(len(job.task.train))
-    return [
-        rows[i : i + job.batches.batch_size] for i in range(0, count * job.batches.batch_size, job.batches.batch_size)
-    ]
+    epoch = Batches(job.task.train, job.batches.batch_size, job.batches.seed, order == "grouped").epoch(0)
+    return [epoch[i] for i in np.linspace(0, len(epoch) - 1, min(count, len(epoch))).astype(int)]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--run", required=True)
-    parser.add_argument("--order", choices=("grouped", "drawn"), default="grouped")
+    parser.add_argument("--order", choices=("drawn", "grouped"), default="drawn")
     parser.add_argument("--batches", type=int, default=8)
     parser.add_argument("--seconds", type=float, default=60.0)
     parser.add_argument("settings", nargs="*", metavar="key=value", help="as `fastpeft train` takes them")
@@ -82,7 +77,7 @@ def main() -> None:
         made[way] = build_job(run)
     if not made["none"].task.train.varlen:
         raise SystemExit("\n".join(note for note in made["none"].notes if "training.padding" in note))
-    padded = made["grouped"]
+    padded = made["padded"]
     batches = choose_batches(padded, arguments.order, arguments.batches)
     limit = padded.limits.training
     steps = {way: Steps(job, batches, limit) for way, job in made.items()}
@@ -94,17 +89,17 @@ def main() -> None:
         host_timer(padded.device),
     )  # fmt: skip
     cpu = {way: np.array(each.cpu_s) for way, each in steps.items()}
-    paired = (cpu["grouped"].reshape(-1, 2).sum(1)) / cpu["none"].reshape(-1, 2).sum(1)
+    paired = (cpu["padded"].reshape(-1, 2).sum(1)) / cpu["none"].reshape(-1, 2).sum(1)
     low, middle, high = np.percentile(paired, [25, 50, 75])
-    wall = times.ratio("grouped", "none")[0]
+    wall = times.ratio("padded", "none")[0]
     print(
         f"{arguments.run}, {arguments.order} batches of {padded.batches.batch_size}, micro-batches of {limit:,} "
-        f"tokens, {torch.get_num_threads()} thread(s): {steps['grouped'].padding():.1%} padding in micro-batches, and "
+        f"tokens, {torch.get_num_threads()} thread(s): {steps['padded'].padding():.1%} padding in micro-batches, and "
         f"{padding_share(padded.batches):.1%} in those that auto looks at"
     )
     print(
         f"padded over none, {len(paired)} rounds: CPU time {middle:.3f} ({low:.3f} to {high:.3f}), wall {wall:.3f}; "
-        f"CPU {np.median(cpu['grouped']) * 1e3:.0f} and {np.median(cpu['none']) * 1e3:.0f} ms a step"
+        f"CPU {np.median(cpu['padded']) * 1e3:.0f} and {np.median(cpu['none']) * 1e3:.0f} ms a step"
     )
 
 

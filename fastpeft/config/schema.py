@@ -151,10 +151,12 @@ class TrainingConfig:
     micro_batch_tokens: PositiveIntOrAuto = "auto"
     """Most padded tokens in one forward pass; a larger batch is accumulated. auto: as many as suit the device, which
     the run says. No number makes a pass larger than the memory that is free."""
-    padding: Literal["auto", "grouped", "none"] = "auto"
-    """A batch has rows of nearly one length. grouped: they are padded to the longest. none: they lie one behind
-    another, without padding, and attention stays within a row; models that are not known to take that are padded, which
-    the run says. auto: none where it pays, by the share of padding and the device."""
+    sampling: Literal["group_by_length", "random"] = "group_by_length"
+    """Which rows share a batch: rows of nearly one length, or any."""
+    padding: Literal["auto", "padded", "none"] = "auto"
+    """padded: rows are padded to the longest of their micro-batch. none: they lie one behind another, without padding,
+    and attention stays within a row; models that are not known to take that are padded, which the run says. auto: none
+    where it pays, by the share of padding and the device."""
     checkpoint_layers: SwitchOrAuto = "auto"
     """Keep of each layer its input alone, and compute the rest again in the backward pass: a third more work for a
     fraction of the memory. auto: where the longest row does not fit otherwise."""

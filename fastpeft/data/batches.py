@@ -1,4 +1,4 @@
-"""Token batches of similar length, in an order that is a pure function of (seed, epoch).
+"""Token batches, drawn at random or of similar length, in an order that is a pure function of (seed, epoch).
 
 Shapes: N rows, L tokens of the longest row of a batch.
 """
@@ -15,9 +15,9 @@ import torch
 
 from fastpeft.kernels.sequences import Sequences
 
-# Rows are sorted by length inside pools of this many batches: long enough that a batch holds rows
-# of nearly one length, short enough that every part of an epoch sees every length.
 POOL_BATCHES = 64
+"""Where batches are grouped by length, rows are sorted inside pools of so many batches: long enough that a batch holds
+rows of nearly one length, short enough that every part of an epoch sees every length."""
 
 # On a GPU, widths are rounded up to this: few distinct shapes, for which libraries build kernels only once.
 WIDTH_MULTIPLE = 8
@@ -85,12 +85,17 @@ class Batch:
 
 
 class Batches:
-    """Training batches: `epoch(e)` lists the rows of each optimizer step of epoch e."""
+    """Training batches: `epoch(e)` lists the rows of each optimizer step of epoch e.
 
-    def __init__(self, encoded: TokenRows, batch_size: int, seed: int) -> None:
+    Args:
+        grouped: a batch has rows of nearly one length; else rows drawn at random.
+    """
+
+    def __init__(self, encoded: TokenRows, batch_size: int, seed: int, grouped: bool = False) -> None:
         self.encoded = encoded
         self.batch_size = batch_size
         self.seed = seed
+        self.grouped = grouped
         self._cached: tuple[int, list[np.ndarray]] = (-1, [])
 
     def __len__(self) -> int:
@@ -110,13 +115,17 @@ class Batches:
     def _order(self, epoch: int) -> list[np.ndarray]:
         generator = np.random.default_rng([self.seed, epoch])
         shuffled = generator.permutation(len(self.encoded))
-        pool = self.batch_size * POOL_BATCHES
+        if not self.grouped:
+            return self._cut(shuffled)
         batches: list[np.ndarray] = []
+        pool = self.batch_size * POOL_BATCHES
         for start in range(0, len(shuffled), pool):
             rows = shuffled[start : start + pool]
-            rows = rows[np.argsort(self.encoded.lengths[rows], kind="stable")]
-            batches += [rows[i : i + self.batch_size] for i in range(0, len(rows), self.batch_size)]
+            batches += self._cut(rows[np.argsort(self.encoded.lengths[rows], kind="stable")])
         return [batches[i] for i in generator.permutation(len(batches))]
+
+    def _cut(self, rows: np.ndarray) -> list[np.ndarray]:
+        return [rows[i : i + self.batch_size] for i in range(0, len(rows), self.batch_size)]
 
 
 def micro_batches(encoded: TokenRows, rows: np.ndarray, max_tokens: int) -> list[np.ndarray]:

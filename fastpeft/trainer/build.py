@@ -33,7 +33,7 @@ from fastpeft.trainer.ahead import Ahead
 from fastpeft.trainer.evaluation_plan import EvaluationPlan, plan_evaluations
 from fastpeft.trainer.memory_plan import MemoryPlan, make_plan
 from fastpeft.trainer.optim import Optimizer, adam_moments, make_optimizer
-from fastpeft.trainer.padding import lay_out
+from fastpeft.trainer.padding import lay_out, make_batches
 from fastpeft.trainer.prefix_cache import PrefixCache
 from fastpeft.trainer.probes.hooks import NoProbes, Probes, make_probes
 from fastpeft.trainer.rank_orders import NO_ORDERS, Orders
@@ -112,7 +112,7 @@ def build_job(
         task.has_test, task.test_cost = False, 0.0
     checked = _check(task, adapter, backbone) if run.model.check else []
     checked += lay_out(run, task, adapter, backbone, device)
-    batches = Batches(task.train, run.training.batch_size, run.training.seed)
+    batches = make_batches(run, task)
     clock = _clock(run, batches, device, ranks)
     schedule = make_schedule(
         run.schedule,

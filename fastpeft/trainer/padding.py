@@ -1,6 +1,6 @@
 """Whether a batch's rows are padded to one length or lie one behind another: as asked for, or as measured to pay.
 
-Batches hold rows of nearly one length, so that there is little padding to leave out.
+Batches of rows of one length have little padding to leave out, batches of any rows much.
 """
 
 from __future__ import annotations
@@ -29,17 +29,22 @@ LOOKED_AT = 64
 def lay_out(run: RunConfig, task: Task, adapter: Adapter, backbone: Backbone, device: torch.device) -> list[str]:
     """Set `task.train.varlen`, and have the model take such batches. Returns what to tell the user."""
     setting = run.training.padding
-    if setting == "grouped" or run.training.cache_prefix:
+    if setting == "padded" or run.training.cache_prefix:
         return []
     if setting == "auto":
-        share = padding_share(Batches(task.train, run.training.batch_size, run.training.seed))
+        share = padding_share(make_batches(run, task))
         if share <= PAYS_ABOVE.get(device.type, 1.0):
             return []
     fault = use_varlen(backbone.model) or (_fault(task, adapter, backbone) if run.model.check else None)
     if fault is not None:
-        return [f"training.padding {setting}: {fault}, so that batches of rows of nearly one length are padded"]
+        return [f"training.padding {setting}: {fault}, so that rows are padded"]
     task.train = replace(task.train, varlen=True)
     return ["the rows of a batch lie one behind another, without padding"]
+
+
+def make_batches(run: RunConfig, task: Task) -> Batches:
+    training = run.training
+    return Batches(task.train, training.batch_size, training.seed, grouped=training.sampling == "group_by_length")
 
 
 def padding_share(batches: Batches) -> float:

@@ -45,10 +45,15 @@ def make_rows(seed: int, num_rows: int, **settings) -> Encoded:
     return make_encoded(np.random.default_rng(seed), num_rows, **settings)
 
 
-@given(num_rows=st.integers(1, 700), batch_size=st.sampled_from([1, 3, 8, 32]), draw=st.integers(0, 2**31))
-@settings(max_examples=30, deadline=None)
-def test_every_row_once_an_epoch(num_rows, batch_size, draw):
-    batches = Batches(make_rows(draw, num_rows), batch_size, seed=draw)
+@given(
+    num_rows=st.integers(1, 700),
+    batch_size=st.sampled_from([1, 3, 8, 32]),
+    draw=st.integers(0, 2**31),
+    grouped=st.booleans(),
+)
+@settings(max_examples=40, deadline=None)
+def test_every_row_once_an_epoch(num_rows, batch_size, draw, grouped):
+    batches = Batches(make_rows(draw, num_rows), batch_size, draw, grouped)
     for epoch in (0, 1):
         order = batches.epoch(epoch)
         assert len(order) == len(batches) == -(-num_rows // batch_size)
@@ -58,11 +63,12 @@ def test_every_row_once_an_epoch(num_rows, batch_size, draw):
         assert sizes[-1] == num_rows - batch_size * (len(order) - 1)
 
 
-def test_order_is_a_function_of_seed_and_epoch(seed):
+@pytest.mark.parametrize("grouped", [False, True])
+def test_order_is_a_function_of_seed_and_epoch(seed, grouped):
     encoded = make_rows(seed, 300)
 
     def order(seed, epoch, before=()):
-        batches = Batches(encoded, 8, seed)
+        batches = Batches(encoded, 8, seed, grouped)
         for other in before:
             batches.epoch(other)
         return [rows.tolist() for rows in batches.epoch(epoch)]
@@ -93,17 +99,26 @@ def test_position_counts_over_epochs(seed):
         assert (batches.rows(int(position)) == expected[position]).all()
 
 
-def test_rows_of_a_batch_are_of_similar_length(seed):
+def test_rows_of_a_grouped_batch_are_of_similar_length(seed):
     encoded = make_rows(seed, 8 * POOL_BATCHES)
-    spread = [np.ptp(encoded.lengths[rows]) for rows in Batches(encoded, 8, seed).epoch(0)]
-    assert np.mean(spread) < 3  # 60 lengths over 64 batches; rows drawn at random spread over about 47
-    assert [len(rows) for rows in Batches(encoded, 8, seed).epoch(0)] == [8] * POOL_BATCHES
+    order = Batches(encoded, 8, seed, grouped=True).epoch(0)
+    assert np.mean([np.ptp(encoded.lengths[rows]) for rows in order]) < 3  # 60 lengths over 64 batches
+    assert [len(rows) for rows in order] == [8] * POOL_BATCHES
+
+
+def test_rows_of_other_batches_are_drawn_whatever_their_length(seed):
+    encoded = make_rows(seed, 8 * POOL_BATCHES)
+    order = Batches(encoded, 8, seed).epoch(0)
+    assert np.mean([np.ptp(encoded.lengths[rows]) for rows in order]) > 30
+    means = np.array([encoded.lengths[rows].mean() for rows in order])
+    expected = encoded.lengths.std() / np.sqrt(8)
+    assert 0.7 * expected < means.std() < 1.3 * expected  # the mean of eight that have nothing to do with each other
 
 
 def test_batches_of_all_lengths_come_early_and_late(seed):
     """Sorting by length must not turn an epoch into short texts first."""
     encoded = make_rows(seed, 8 * POOL_BATCHES)
-    order = Batches(encoded, 8, seed).epoch(0)
+    order = Batches(encoded, 8, seed, grouped=True).epoch(0)
     half = len(order) // 2
     early, late = (np.mean([encoded.lengths[rows].mean() for rows in part]) for part in (order[:half], order[half:]))
     assert abs(early - late) < 25

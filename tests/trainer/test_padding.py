@@ -14,7 +14,6 @@ import transformers
 from peft import PeftModel
 
 from fastpeft.config import ConfigError, RunConfig
-from fastpeft.data.batches import Batches
 from fastpeft.signals import Need
 from fastpeft.trainer import StopRequest, padding, train
 from fastpeft.trainer.build import Job, build_job
@@ -52,8 +51,8 @@ def run_of(folder: Path, kind: str, family: str, dropout: float = 0.0, **section
 def jobs(folder: Path, kind: str, family: str, **sections) -> tuple[Job, Job]:
     """One with transformers' own layers and padded batches, one without padding; the same adapter, none of it 0."""
     made = []
-    for choice, is_fast in (("grouped", False), ("none", True)):
-        ours = {"training": {"padding": choice}, "model": {"fast_layers": is_fast}}
+    for choice, is_fast in (("padded", False), ("none", True)):
+        ours = {"training": {"padding": choice, "sampling": "random"}, "model": {"fast_layers": is_fast}}
         for section, values in sections.items():
             ours[section] = ours.get(section, {}) | values if isinstance(values, dict) else values
         job = build_job(run_of(folder, kind, family, **ours))
@@ -188,8 +187,8 @@ def test_a_table_of_positions_counts_as_no_tokens(tmp_path):
 def test_adalora_prunes_the_same(tmp_path):
     sections = {"adalora": {"initial_rank": 6, "target_rank": 3}, "budget": "8steps", "evaluation": {"every": "end"}}
     kept = []
-    for choice in ("grouped", "none"):
-        training = {"padding": choice, "learning_rate": 1e-3}
+    for choice in ("padded", "none"):
+        training = {"padding": choice, "sampling": "random", "learning_rate": 1e-3}
         run = run_of(tmp_path, "classification", "deberta-v2", method="adalora", training=training, **sections)
         assert train(run, results_dir=tmp_path, name=choice).status == "done"
         kept.append(weights(tmp_path / choice, "adapter"))
@@ -241,16 +240,19 @@ def test_peft_scores_the_adapter_the_same(kind, family, tmp_path):
 # ---- which way ---------------------------------------------------------------------------------
 
 
-def test_auto_goes_by_what_was_measured(tmp_path, monkeypatch):
-    run = kind_run(tmp_path, "classification")
+@pytest.mark.parametrize("sampling", ["group_by_length", "random"])
+def test_auto_goes_by_what_was_measured(sampling, tmp_path, monkeypatch):
+    """Rows of one length have little padding to leave out, and rows drawn at random much."""
+    run = kind_run(tmp_path, "classification", training={"sampling": sampling})
+    share = padding_share(
+        build_job(kind_run(tmp_path, "classification", training={"sampling": sampling, "padding": "padded"})).batches
+    )
     job = build_job(run)
-    share = padding_share(Batches(job.task.train, run.training.batch_size, run.training.seed))
-    assert 0 < share < 0.2
-    assert not job.task.train.varlen
+    assert job.batches.grouped == (sampling == "group_by_length")
+    assert job.task.train.varlen == (share > 0.1) == (sampling == "random")
+    assert ("the rows of a batch lie one behind another, without padding" in job.notes) == job.task.train.varlen
     monkeypatch.setattr(padding, "PAYS_ABOVE", {"cpu": share / 2})
-    job = build_job(run)
-    assert job.task.train.varlen
-    assert "the rows of a batch lie one behind another, without padding" in job.notes
+    assert build_job(run).task.train.varlen
     monkeypatch.setattr(padding, "PAYS_ABOVE", {"cuda": 0.0})
     assert not build_job(run).task.train.varlen
 
@@ -262,8 +264,7 @@ def test_a_model_that_is_not_known_is_padded_and_says_so(tmp_path):
     job = build_job(run)
     assert not job.task.train.varlen
     assert [note for note in job.notes if "training.padding" in note] == [
-        "training.padding none: ElectraForSequenceClassification is no model that it knows, so that batches of rows of "
-        "nearly one length are padded"
+        "training.padding none: ElectraForSequenceClassification is no model that it knows, so that rows are padded"
     ]
 
 
