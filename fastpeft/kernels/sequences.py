@@ -51,6 +51,12 @@ class Sequences:
             (1,) * len(self.lengths), torch.arange(len(self.cu_seqlens), dtype=torch.int32).to(self.cu_seqlens.device)
         )
 
+    def last(self, counts: torch.Tensor) -> torch.Tensor:
+        """(N,) int64: of each row the last token that counts, of (T,) bools; where none does, its first token."""
+        places = torch.arange(self.num_tokens, device=counts.device)
+        row_of = torch.repeat_interleave(self.cu_seqlens.diff(), output_size=self.num_tokens)
+        return self.starts.scatter_reduce(0, row_of, places.where(counts, 0), "amax")
+
     def take_first(self, x: torch.Tensor) -> torch.Tensor:
         """(N, 1, D) of the first tokens, of (1, T, D)."""
         return x[0].index_select(0, self.starts).unsqueeze(1)

@@ -53,6 +53,8 @@ def use_varlen(model: Any) -> str | None:
         # transformers looks up by a class's module and name what it can record
         kept = ("__module__", type(base).__module__), ("reads_first", name.endswith("ForSequenceClassification"))
         base.__class__ = made(family.patch, type(base), kept)
+        if family.head is not None:
+            model.__class__ = made(family.head, type(model), (("__module__", type(model).__module__),))
     return None
 
 
@@ -192,6 +194,31 @@ class VarlenLlama(Varlen):
         return BaseModelOutputWithPast(last_hidden_state=self.norm(x))
 
 
+class ReadsLast(nn.Module):
+    """A decoder with a classifier of texts, which reads each row's last token that is not the padding token."""
+
+    score: nn.Module
+    base_model_prefix: str
+    config: Any
+
+    def forward(
+        self,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | Sequences | None = None,
+        *more: Any,
+        **named: Any,
+    ) -> Any:
+        from transformers.modeling_outputs import SequenceClassifierOutput
+
+        if not isinstance(attention_mask, Sequences):
+            return super().forward(input_ids, attention_mask, *more, **named)
+        assert input_ids is not None
+        x = getattr(self, self.base_model_prefix)(input_ids, attention_mask, **named).last_hidden_state[0]
+        padding = self.config.get_text_config().pad_token_id
+        counts = torch.ones_like(input_ids[0], dtype=torch.bool) if padding is None else input_ids[0] != padding
+        return SequenceClassifierOutput(logits=self.score(x.index_select(0, attention_mask.last(counts))))
+
+
 # ---- which models ------------------------------------------------------------------------------
 
 
@@ -199,6 +226,8 @@ class _Family(NamedTuple):
     patch: type[Varlen]
     fault: Callable[[Any], str | None]
     """Why a model of it does not take rows without padding; makes its attention take them."""
+    head: type[nn.Module] | None = None
+    """Goes before the class of the whole model, where a head knows padded rows only."""
 
 
 def _attention_fault(base: Any) -> str | None:
@@ -226,19 +255,25 @@ def _decoder_fault(base: Any) -> str | None:
     return _attention_fault(base)
 
 
-_PREFIXES = {
+_ENCODERS = {
     "Bert": _Family(VarlenBert, _encoder_fault),
     "Roberta": _Family(VarlenRoberta, _encoder_fault),
     "DistilBert": _Family(VarlenDistilBert, _encoder_fault),
     "DebertaV2": _Family(VarlenDeberta, _deberta_fault),
 }
+_LLAMA, _DECODER = _Family(VarlenLlama, _decoder_fault), _Family(VarlenDecoder, _decoder_fault)
 _FAMILIES = {
     f"{prefix}For{head}": family
-    for prefix, family in _PREFIXES.items()
+    for prefix, family in _ENCODERS.items()
     for head in ("SequenceClassification", "TokenClassification")
 } | {
-    "LlamaForCausalLM": _Family(VarlenLlama, _decoder_fault),
-    "Qwen3ForCausalLM": _Family(VarlenDecoder, _decoder_fault),
-    "Gemma3ForCausalLM": _Family(VarlenDecoder, _decoder_fault),
+    "LlamaForCausalLM": _LLAMA,
+    "LlamaForTokenClassification": _LLAMA,
+    "LlamaForSequenceClassification": _LLAMA._replace(head=ReadsLast),
+    "Qwen3ForCausalLM": _DECODER,
+    "Qwen3ForTokenClassification": _DECODER,
+    "Qwen3ForSequenceClassification": _DECODER._replace(head=ReadsLast),
+    "Gemma3ForCausalLM": _DECODER,
+    "Gemma3TextForSequenceClassification": _DECODER._replace(head=ReadsLast),
 }
 """By the class of the whole model."""

@@ -10,7 +10,7 @@ from typing import Any
 import yaml
 
 from fastpeft.config import RunConfig, load_run
-from tests.support.tiny import WORDS, make_model
+from tests.support.tiny import FAMILIES, WORDS, make_model
 
 KINDS = ("token-classification", "regression", "multi-label")
 METRICS = {"token-classification": "f1", "regression": "spearman", "multi-label": "micro_f1"}
@@ -87,6 +87,8 @@ def kind_run(
         names = ("hidden_dropout_prob", "attention_probs_dropout_prob")
         if family == "distilbert":
             names = ("dropout", "attention_dropout", "seq_classif_dropout")
+        elif family not in FAMILIES:
+            names = ("classifier_dropout", "attention_dropout")
         make_model(folder / "model", family, **dict.fromkeys(names, dropout), **({"vocab_size": 64} if pieces else {}))
         if pieces:
             save_pieces(folder / "model")

@@ -21,7 +21,8 @@ def make_model(folder: Path, family: str, seed: int = 0, masked_lm: bool = False
     """Write config.json, model.safetensors and a word-level tokenizer into `folder`; returns it.
 
     Args:
-        family: one of FAMILIES. deberta-v2 has deberta-v3's settings: relative attention, shared keys.
+        family: one of FAMILIES, or a decoder such as qwen3. deberta-v2 has deberta-v3's settings: relative attention,
+            shared keys.
         masked_lm: save a masked language model, which has no pooler, instead of the bare encoder.
         settings: further fields of the model's config, such as hidden_dropout_prob=0.0.
     """
@@ -80,6 +81,8 @@ def _settings(family: str, vocab_size: int) -> dict[str, Any]:
         "pad_token_id": 0,
         **names,
     }
+    if family in ("llama", "qwen3", "gemma3_text"):
+        common |= {"num_key_value_heads": 2, "head_dim": 8}
     if family == "roberta":
         common |= {"pad_token_id": 1, "bos_token_id": 0, "eos_token_id": 2, "type_vocab_size": 1}
         common["max_position_embeddings"] += 2

@@ -90,6 +90,8 @@ def learned(job: Job, rows: np.ndarray) -> tuple[float, torch.Tensor, int]:
     [
         *(("classification", family) for family in FAMILIES),
         *(("token-classification", family) for family in FAMILIES),
+        *(("classification", family) for family in CAUSAL),
+        ("token-classification", "qwen3"),
         *(("word-problems", family) for family in CAUSAL),
         ("regression", "bert"),
         ("multi-label", "deberta-v2"),
@@ -221,6 +223,7 @@ def test_a_resume_goes_on_to_the_bit(kind, family, tmp_path):
     ("kind", "family"),
     [
         ("classification", "deberta-v2"),
+        ("classification", "qwen3"),
         pytest.param("token-classification", "roberta", marks=pytest.mark.soak),
     ],
 )
