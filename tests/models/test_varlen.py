@@ -74,19 +74,24 @@ def outputs(model: nn.Module, inputs: dict) -> tuple[torch.Tensor, ...]:
     return logits.detach(), of_embeddings, torch.cat([gradient.flatten() for gradient in rest])
 
 
+def check(model: nn.Module, rows: Rows, *decoder: nn.Module) -> None:
+    """What the model of transformers gives for padded rows is given without padding, and for padded rows still."""
+    expected = outputs(model, rows.padded())
+    speed_up(model, *decoder)
+    fast = outputs(model, rows.padded())
+    assert use_varlen(model) is None
+    close(outputs(model, rows.concatenated()), expected)
+    for found, before in zip(outputs(model, rows.padded()), fast):
+        assert torch.equal(found, before)
+
+
 @pytest.mark.parametrize("drawn", DRAWN)
 @pytest.mark.parametrize("head", HEADS)
 @pytest.mark.parametrize("kind", ENCODERS)
 def test_an_encoder(kind, head, drawn, fresh_seed):
     rows = Rows(draw_lengths(drawn, random.Random(fresh_seed), longest=40), fresh_seed)
     model = build(kind, HEADS[head])
-    expected = outputs(model, rows.padded())
-    speed_up(model)
-    fast = outputs(model, rows.padded())
-    assert use_varlen(model) is None
-    close(outputs(model, rows.concatenated()), expected)
-    for found, before in zip(outputs(model, rows.padded()), fast):
-        assert torch.equal(found, before), "a batch with a mask is computed as before"
+    check(model, rows)
 
 
 @pytest.mark.parametrize("drawn", DRAWN)
@@ -94,13 +99,7 @@ def test_an_encoder(kind, head, drawn, fresh_seed):
 def test_a_decoder(kind, drawn, fresh_seed):
     rows = Rows(draw_lengths(drawn, random.Random(fresh_seed), longest=40), fresh_seed)
     model = decoder(kind)
-    expected = outputs(model, rows.padded())
-    speed_up(model, decoder_of(model))
-    fast = outputs(model, rows.padded())
-    assert use_varlen(model) is None
-    close(outputs(model, rows.concatenated()), expected)
-    for found, before in zip(outputs(model, rows.padded()), fast):
-        assert torch.equal(found, before), "a batch with a mask is computed as before"
+    check(model, rows, decoder_of(model))
 
 
 @pytest.mark.parametrize("drawn", DRAWN)
@@ -112,13 +111,7 @@ def test_a_decoder_as_a_classifier(kind, head, drawn, fresh_seed):
     rows = Rows(draw_lengths(drawn, random.Random(fresh_seed), longest=40), fresh_seed)
     rows.rows[0][len(rows.rows[0]) // 2 :] = PAD  # as where the token that ends a text is the padding token too
     model = decoder(kind, head)
-    expected = outputs(model, rows.padded())
-    speed_up(model)
-    fast = outputs(model, rows.padded())
-    assert use_varlen(model) is None
-    close(outputs(model, rows.concatenated()), expected)
-    for found, before in zip(outputs(model, rows.padded()), fast):
-        assert torch.equal(found, before), "a batch with a mask is computed as before"
+    check(model, rows)
 
 
 def test_which_token_counts_last():
