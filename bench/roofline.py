@@ -232,8 +232,7 @@ def language_step(shape: Mapping[str, Any], dtype: torch.dtype, rows: int, width
     labels = ids.clone()
     labels[:, :prompt] = IGNORE
     labelled = (torch.arange(rows)[:, None] * width + torch.arange(prompt - 1, width - 1)).flatten()
-    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-    batch = Batch(inputs, labels, rows * width, labelled)
+    batch = Batch({"input_ids": ids}, labels, rows * width, labelled)
     return lambda: loss.batch(adapter.model, batch, len(labelled), set()).loss.backward()
 
 

@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
-from bench.roofline import Ceilings, Work, count
+from bench.roofline import Ceilings, Work, count, language_step
+from bench.throughput_presets import QWEN3_384
 
 T, I, O, R = 96, 80, 112, 8  # noqa: E741
 
@@ -27,6 +28,22 @@ def test_products_are_told_apart_by_their_thinnest_side():
     assert work.calls == 3
     assert work.bytes == 0
     assert work.product_bytes == 4 * (2 * (T * I + I * O + T * O) + T * I + I * R + T * R)
+
+
+def test_a_step_of_a_language_model():
+    """By hand: the frozen products forwards and for the inputs' gradients, of the layers and of the head."""
+    layers, width, inner, kv, vocab = 1, 64, 128, 32, 256
+    shape = {
+        **QWEN3_384, "vocab_size": vocab, "hidden_size": width, "num_hidden_layers": layers, "num_attention_heads": 2,
+        "num_key_value_heads": 1, "head_dim": 32, "intermediate_size": inner,
+    }  # fmt: skip
+    rows, length = 2, 99
+    work = count(language_step(shape, torch.float32, rows, length, rank=4))
+    tokens, answers = rows * length, rows * (length - length // 3)
+    layer = 2 * width * width + 2 * width * kv + 3 * width * inner
+    products = 2 * 2 * (tokens * layers * layer + answers * width * vocab)
+    assert work.product_flops + work.thin_flops == pytest.approx(products, rel=0.25)  # LoRA's own come on top
+    assert work.product_flops + work.thin_flops > products
 
 
 def test_the_rest_is_counted_by_elements_or_bytes():
