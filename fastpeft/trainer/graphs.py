@@ -11,6 +11,7 @@ batch or what was split for lack of memory, launches each operation, on the same
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -30,6 +31,9 @@ from fastpeft.trainer.micro_batches import MicroBatches
 from fastpeft.trainer.rng import generator_states, set_generator_states
 from fastpeft.trainer.step import train_step
 
+MOST_AHEAD = 2
+"""Replays that the host is ahead of the device. More would keep it no busier, and a budget in seconds would be found
+spent when as many steps more had been launched."""
 WARM_STEPS = 2
 """Before a capture: kernels are compiled, and libraries take their workspaces."""
 TOLERANCE = 0.02
@@ -62,6 +66,7 @@ class CudaCapture:
         self._device = device
         self._pool = torch.cuda.graph_pool_handle()
         self._stream = torch.cuda.Stream(device)
+        self._replayed: deque[torch.cuda.Event] = deque()
 
     def __call__(self, step: Callable[[], None]) -> Captured:
         stream = self._stream
@@ -79,7 +84,23 @@ class CudaCapture:
             generator = torch.cuda.default_generators[self._device.index or 0]
             generator.graphsafe_set_state(generator.clone_state())  # the one it had takes itself for captured
             raise
-        return graph
+        return _CudaStep(graph, self._keep_pace)
+
+    def _keep_pace(self) -> None:
+        self._replayed.append(torch.cuda.Event())
+        self._replayed[-1].record(torch.cuda.current_stream(self._device))
+        if len(self._replayed) > MOST_AHEAD:
+            self._replayed.popleft().synchronize()
+
+
+@dataclass(frozen=True)
+class _CudaStep:
+    graph: torch.cuda.CUDAGraph
+    keep_pace: Callable[[], None]
+
+    def replay(self) -> None:
+        self.graph.replay()
+        self.keep_pace()
 
 
 class _HeldRates:
@@ -92,12 +113,13 @@ class _HeldRates:
         return Rates(lr=float("nan"), lr_on_device=self.lr)
 
 
-@dataclass
+@dataclass(frozen=True)
 class BucketStep:
     """The step of one bucket."""
 
     inputs: StaticBatch
     step: Callable[[], None]
+    """Launches each operation."""
     captured: Captured
     has: tuple[str, ...]
     """Of _MEASURES, those that the step has."""
@@ -142,19 +164,19 @@ class GraphedSteps:
         return next((b for b in self.steps if (b.num_rows, b.width) == shape and b.takes(num_items)), None)
 
     def take(self, bucket: Bucket, batches: MicroBatches, progress: float) -> tuple[Signals, Rates]:
-        """The optimizer step of these micro-batches. Nothing waits for the device."""
+        """The optimizer step of these micro-batches. It waits for no more than the step before the last one."""
         rates = self._job.schedule.rates(None, progress)
         (batch,) = batches
         found = self.steps[bucket]
-        self.fill(found, batch, batches.num_items, rates.lr)
+        self.fill(found.inputs, batch, batches.num_items, rates.lr)
         found.captured.replay()
         self.num_replayed += 1
         measured = dict(zip(_MEASURES, self._table.clone().unbind()))  # the next replay writes over the table
         return Signals(num_tokens=batch.num_tokens, **{name: measured[name] for name in found.has}), rates
 
-    def fill(self, found: BucketStep, batch: Batch, num_items: int, lr: float) -> None:
-        """Put what the next replay of `found` reads where it reads it."""
-        found.inputs.fill(batch, num_items)
+    def fill(self, inputs: StaticBatch, batch: Batch, num_items: int, lr: float) -> None:
+        """Put what the next replay reads where it reads it."""
+        inputs.fill(batch, num_items)
         self._rates.lr.fill_(lr)
 
     # ---- capturing -------------------------------------------------------------------------
@@ -162,14 +184,15 @@ class GraphedSteps:
     def _capture_bucket(self, bucket: Bucket, batch: Batch, num_items: int) -> BucketStep:
         if batch.rows is not None and len(batch.rows) != num_items:
             raise NotCaptured("the loss is a mean over something else than the labelled tokens")
-        inputs, has = StaticBatch(bucket, batch), []
+        inputs = StaticBatch(bucket, batch)
+        has: list[str] = []
 
         def step() -> None:
             has[:] = self._launch(inputs)
 
-        found = BucketStep(inputs, step, _NEVER, ())
-        self.fill(found, batch, num_items, self._job.run.training.learning_rate)
-        found.captured, found.has = self._capture(step), tuple(has)
+        self.fill(inputs, batch, num_items, self._job.run.training.learning_rate)
+        captured = self._capture(step)
+        found = BucketStep(inputs, step, captured, tuple(has))
         self._check(found)
         return found
 
@@ -202,14 +225,6 @@ def _alike(a: torch.Tensor, b: torch.Tensor) -> bool:
         return False
     a, b = (x.nan_to_num(0.0, 0.0, 0.0) for x in (a, b))
     return float((a - b).norm()) <= TOLERANCE * float(a.norm())
-
-
-class _Never:
-    def replay(self) -> None:
-        raise AssertionError("not captured yet")
-
-
-_NEVER = _Never()
 
 
 @contextmanager

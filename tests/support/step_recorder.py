@@ -116,6 +116,9 @@ class _Recorder(TorchDispatchMode):
             raise NotReplayable(f"{where} waits for the device: {func}")
         leaves = tree_leaves((args, kwargs))
         given = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
+        if func is ATEN.lift_fresh.default and not given[0].ndim:  # a number, as in x[0] = 1, which a GPU is handed
+            self._made.add(_storage(given[0]))
+            leaves.append(given[0].tolist())
         addresses = tuple(None if _storage(t) in self._made else t.data_ptr() for t in given)
         out = func(*args, **kwargs)
         results = [leaf for leaf in tree_leaves(out) if isinstance(leaf, torch.Tensor)]
@@ -146,6 +149,9 @@ class _HostCalls(TorchFunctionMode):
         if func in FROM_THE_HOST | TO_THE_HOST and (where := place()) not in ON_A_CPU_ALONE:
             what = "makes a tensor of the host's" if func in FROM_THE_HOST else "waits for the device"
             raise NotReplayable(f"{where} {what}: {func.__name__}")
+        if func is torch.Tensor.backward:  # the mode is off within a call, and a backward pass calls much
+            with self:
+                return torch.autograd.backward(*args, **(kwargs or {}))
         return func(*args, **(kwargs or {}))
 
 

@@ -53,7 +53,7 @@ def check_bucket(config: RunConfig, patch: pytest.MonkeyPatch) -> list[Any]:
     bucket, found = next(iter(graphs.steps.items()))
 
     def fill(number: int, rows: Any) -> None:
-        graphs.fill(found, *collated(job, rows), 1e-3 / number)
+        graphs.fill(found.inputs, *collated(job, rows), 1e-3 / number)
 
     fills = [lambda n=n, rows=rows: fill(n, rows) for n, rows in enumerate(batches_of(job, bucket, 4), 1)]
     return check_replayable(found.step, fills)
@@ -371,7 +371,7 @@ def test_on_a_gpu_twenty_replayed_steps_are_twenty_launched_ones(method: str, ki
             if bucket is not None and not captured:
                 step = graphs.steps[bucket]
                 (batch,) = batches
-                graphs.fill(step, batch, batches.num_items, job.schedule.rates(None, position / 20).lr)
+                graphs.fill(step.inputs, batch, batches.num_items, job.schedule.rates(None, position / 20).lr)
                 step.step()
             else:
                 take_step(job, batches, position / 20, 0.0, graphs=graphs)

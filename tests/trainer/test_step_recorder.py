@@ -70,6 +70,25 @@ def recorded(toy: Toy) -> bool:
     return toy.num_fills > 1
 
 
+class AsksInBackward(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> torch.Tensor:
+        return gradients[0].cpu()
+
+
+def backward_to_the_host(toy: Toy) -> None:
+    with torch.enable_grad():
+        AsksInBackward.apply(toy.weight).sum().backward()
+
+
+def assigns(toy: Toy) -> None:
+    toy.mean[0] = toy.host_rate
+
+
 PLANTED: dict[str, tuple[Callable[[Toy], object], str]] = {
     "a branch": (lambda toy: toy.mean.mul_(0.9) if toy.mean.norm() > 0 else None, "waits for the device"),
     "item": (lambda toy: toy.mean.sum().item(), "waits for the device: item"),
@@ -87,6 +106,8 @@ PLANTED: dict[str, tuple[Callable[[Toy], object], str]] = {
     "a host's tensor": (lambda toy: toy.mean.add_(torch.tensor(toy.host_rate)), "makes a tensor of the host's: tensor"),
     "a host's array": (lambda toy: torch.as_tensor([1.0]), "makes a tensor of the host's: as_tensor"),
     "a host's number": (lambda toy: toy.mean.mul_(toy.host_rate), r"a number of the host's differs: aten.mul_"),
+    "in backward": (backward_to_the_host, "backward waits for the device: cpu"),
+    "a host's number that is assigned": (assigns, "a number of the host's differs: aten.lift_fresh"),
     "another address": (rebind, r"a tensor from before the step lies at another address: aten.lerp_"),
     "another operation": (skip_sometimes, "another operation is done"),
     "another shape": (other_shape, "a number of the host's differs: aten.slice"),
