@@ -149,10 +149,20 @@ class _HostCalls(TorchFunctionMode):
         if func in FROM_THE_HOST | TO_THE_HOST and (where := place()) not in ON_A_CPU_ALONE:
             what = "makes a tensor of the host's" if func in FROM_THE_HOST else "waits for the device"
             raise NotReplayable(f"{where} {what}: {func.__name__}")
-        if func is torch.Tensor.backward:  # the mode is off within a call, and a backward pass calls much
-            with self:
-                return torch.autograd.backward(*args, **(kwargs or {}))
         return func(*args, **(kwargs or {}))
+
+
+    @contextlib.contextmanager
+    def in_backward(self) -> Iterator[None]:
+        """Also in what a backward pass calls, within whose own call the mode is off."""
+        run = torch.autograd._engine_run_backward  # pyright: ignore[reportAttributeAccessIssue]
+
+        def watched(*args: Any, **kwargs: Any) -> Any:
+            with self:
+                return run(*args, **kwargs)
+
+        with mock.patch.object(torch.autograd, "_engine_run_backward", watched):
+            yield
 
 
 @contextlib.contextmanager
@@ -172,7 +182,7 @@ def record(step: Callable[[], object]) -> tuple[list[Operation], list[torch.Tens
     Raises:
         NotReplayable: it asks the device for a value, waits for it, or makes a tensor of the host's.
     """
-    with _no_synchronising(), _HostCalls(), _Recorder() as recorder:
+    with _no_synchronising(), _HostCalls() as calls, calls.in_backward(), _Recorder() as recorder:
         step()
     return recorder.operations, recorder.kept
 

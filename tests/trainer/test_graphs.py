@@ -32,7 +32,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "iw_lora decoupled": {"regulariser": {"online": False, "decoupled": True}},
     "iw_lora factors": {"regulariser": {"online": False, "penalty": "factors"}},
     "full": {},
-    "sat_lora": {},
+    "sat_lora": {"sat_lora": {"max_extra_flops": 100.0}},
 }
 """Methods whose step is captured, by name and what is set beside it."""
 

@@ -106,7 +106,7 @@ PLANTED: dict[str, tuple[Callable[[Toy], object], str]] = {
     "a host's tensor": (lambda toy: toy.mean.add_(torch.tensor(toy.host_rate)), "makes a tensor of the host's: tensor"),
     "a host's array": (lambda toy: torch.as_tensor([1.0]), "makes a tensor of the host's: as_tensor"),
     "a host's number": (lambda toy: toy.mean.mul_(toy.host_rate), r"a number of the host's differs: aten.mul_"),
-    "in backward": (backward_to_the_host, "backward waits for the device: cpu"),
+    "in backward": (backward_to_the_host, "waits for the device: cpu"),
     "a host's number that is assigned": (assigns, "a number of the host's differs: aten.lift_fresh"),
     "another address": (rebind, r"a tensor from before the step lies at another address: aten.lerp_"),
     "another operation": (skip_sometimes, "another operation is done"),
