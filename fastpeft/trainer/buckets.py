@@ -40,7 +40,7 @@ class Bucket:
         return num_items <= self.num_places if self.num_items is None else num_items == self.num_items
 
 
-def choose_widths(widths: np.ndarray, most: int = MOST_WIDTHS) -> tuple[int, ...]:
+def choose_widths(widths: np.ndarray, most: int) -> tuple[int, ...]:
     """Those to pad to so that batches of `widths` become the fewest tokens: `most` of them or fewer, the widest among
     them, the narrowest first.
 
@@ -70,7 +70,7 @@ def in_few_widths(encoded: TokenRows, batch_size: int, seed: int) -> TokenRows:
     """The same rows, whose batches have few widths."""
     batches = Batches(replace(encoded, only_widths=()), batch_size, seed)
     widths = np.array([batches.encoded.shape(rows)[1] for rows in batches.epoch(0)])
-    return replace(encoded, only_widths=choose_widths(widths))
+    return replace(encoded, only_widths=choose_widths(widths, MOST_WIDTHS))
 
 
 def find_buckets(task: Task, batches: Batches) -> dict[Bucket, np.ndarray]:

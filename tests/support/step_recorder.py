@@ -151,7 +151,6 @@ class _HostCalls(TorchFunctionMode):
             raise NotReplayable(f"{where} {what}: {func.__name__}")
         return func(*args, **(kwargs or {}))
 
-
     @contextlib.contextmanager
     def in_backward(self) -> Iterator[None]:
         """Also in what a backward pass calls, within whose own call the mode is off."""

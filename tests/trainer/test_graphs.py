@@ -97,14 +97,16 @@ def test_padding_to_a_bucket_changes_neither_loss_nor_gradient(
     kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """In float64, but for what a task computes in fp32 of its logits."""
-    config = method_run(tmp_path, kind, "lora", adapter={"dropout": 0.0}, model={"check": False})
+    monkeypatch.setattr("fastpeft.trainer.buckets.MOST_WIDTHS", 1)
+    model = {"check": False, "fast_layers": False}  # which compute in fp32 where a CPU does
+    config = method_run(tmp_path, kind, "lora", adapter={"dropout": 0.0}, model=model)
     job, graphs, _ = graphed_job(config, monkeypatch)
-    model = copy.deepcopy(job.adapter.model).double().eval()
+    doubled = copy.deepcopy(job.adapter.model).double().eval()
     bucket = next(iter(graphs.steps))
 
     def loss_and_gradient(batch: Any, num_items: Any) -> tuple[torch.Tensor, torch.Tensor]:
-        loss = job.task.loss(model, batch, num_items).loss
-        wanted = [p for p in model.parameters() if p.requires_grad]
+        loss = job.task.loss(doubled, batch, num_items).loss
+        wanted = [p for p in doubled.parameters() if p.requires_grad]
         return loss.detach(), torch.cat([g.flatten() for g in torch.autograd.grad(loss, wanted)])
 
     narrower = 0
@@ -120,7 +122,7 @@ def test_padding_to_a_bucket_changes_neither_loss_nor_gradient(
         own_loss, own_gradient = loss_and_gradient(padded, static.num_items)
         torch.testing.assert_close(own_loss, loss, rtol=1e-6, atol=0)
         assert float((own_gradient - gradient).norm()) <= 1e-6 * float(gradient.norm())
-    assert narrower or kind == "chat"
+    assert narrower
 
 
 def plain_rows(rows: Any) -> Any:
@@ -148,7 +150,7 @@ def test_a_run_with_captured_steps_computes_the_bits_of_one_without(
     assert found["captured"][1] == found["launched"][1]
 
 
-WALL = {"elapsed_s", "time", "t", "energy_j"}
+WALL = {"elapsed_s", "time_s", "energy_j"}
 
 
 @pytest.mark.parametrize("kind", ["word-problems", "token-classification"])
@@ -238,6 +240,7 @@ def test_only_whole_batches_of_a_bucket_are_replayed(tmp_path: Path, monkeypatch
 def test_there_are_few_widths(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("fastpeft.trainer.buckets.MOST_WIDTHS", 3)
     job, graphs, _ = graphed_job(tiny_run(tmp_path, method="lora"), monkeypatch)
+    assert len(job.task.train.only_widths) == 3
     assert {bucket.width for bucket in graphs.steps} <= set(job.task.train.only_widths)
     assert max(job.task.train.only_widths) == job.task.train.lengths.max()
     assert any("a step is one CUDA graph, for batches of 8 rows padded to " in note for note in job.notes)
@@ -245,11 +248,12 @@ def test_there_are_few_widths(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
 
 # ---- who has none ----------------------------------------------------------------------------
 
+INLINE = {"online": False, "calibration": "inline", "estimator": "sketch"}
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "adalora": ({"method": "adalora"}, "method adalora: which ranks are pruned, and when, is decided on the host"),
     "online": ({"method": "iw_lora", "regulariser": {"online": True}}, "method iw_lora: regulariser.online weighs"),
     "inline": (
-        {"method": "iw_lora", "regulariser": {"online": False, "calibration": "inline", "estimator": "sketch"}},
+        {"method": "iw_lora", "regulariser": INLINE, "schedule": {"warmup_steps": 2}},
         "method iw_lora: regulariser.calibration inline counts",
     ),
     "unihyperlora": ({"method": "unihyperlora"}, "method unihyperlora: its hooks are not known"),
