@@ -96,17 +96,19 @@ def test_a_fault_in_a_real_step_is_found(tmp_path: Path, monkeypatch: pytest.Mon
 def test_padding_to_a_bucket_changes_neither_loss_nor_gradient(
     kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """In float64, but for what a task computes in fp32 of its logits."""
+    """Decoders in float64, but for their norms; encoders, whose trained head PEFT keeps in fp32, in that."""
+    is_wide = kind in ("word-problems", "chat")
+    tolerance = 1e-6 if is_wide else 1e-4
     monkeypatch.setattr("fastpeft.trainer.buckets.MOST_WIDTHS", 1)
     model = {"check": False, "fast_layers": False}  # which compute in fp32 where a CPU does
     config = method_run(tmp_path, kind, "lora", adapter={"dropout": 0.0}, model=model)
     job, graphs, _ = graphed_job(config, monkeypatch)
-    doubled = copy.deepcopy(job.adapter.model).double().eval()
+    model_alone = copy.deepcopy(job.adapter.model).to(torch.float64 if is_wide else torch.float32).eval()
     bucket = next(iter(graphs.steps))
 
     def loss_and_gradient(batch: Any, num_items: Any) -> tuple[torch.Tensor, torch.Tensor]:
-        loss = job.task.loss(doubled, batch, num_items).loss
-        wanted = [p for p in doubled.parameters() if p.requires_grad]
+        loss = job.task.loss(model_alone, batch, num_items).loss
+        wanted = [p for p in model_alone.parameters() if p.requires_grad]
         return loss.detach(), torch.cat([g.flatten() for g in torch.autograd.grad(loss, wanted)])
 
     narrower = 0
@@ -120,8 +122,8 @@ def test_padding_to_a_bucket_changes_neither_loss_nor_gradient(
         narrower += plain.inputs["input_ids"].shape[1] < bucket.width
         loss, gradient = loss_and_gradient(plain, num_items)
         own_loss, own_gradient = loss_and_gradient(padded, static.num_items)
-        torch.testing.assert_close(own_loss, loss, rtol=1e-6, atol=0)
-        assert float((own_gradient - gradient).norm()) <= 1e-6 * float(gradient.norm())
+        torch.testing.assert_close(own_loss, loss, rtol=tolerance, atol=0)
+        assert float((own_gradient - gradient).norm()) <= tolerance * float(gradient.norm())
     assert narrower
 
 
