@@ -17,9 +17,10 @@
     trl              TRL's SFTTrainer, on language models, loss on the answers alone.
     trl_packed       The same with packing. Its batches are its own.
     unsloth, liger   On a GPU, where they are installed.
-    fastpeft         The product as it is, in its own loop.
+    fastpeft         The product in its own loop, on a GPU with training.cuda_graphs=auto.
     fastpeft_plain   Without any lever; fastpeft_NAME with one alone: LEVERS in bench/throughput_presets.py. `levers`
                      among the rows means all of these.
+    fastpeft_launched  With training.cuda_graphs=off, among the rows only by name.
     fastpeft_prefix  With training.cache_prefix, after its first epoch; for adapter.target_modules on upper layers, and
                      among the rows only by name.
 
@@ -59,6 +60,7 @@ from bench.throughput_presets import (
     BASE,
     CUDA_STEPS,
     LEVER_ROWS,
+    ONLY_BY_NAME,
     PEERS,
     PREFIX,
     PRESETS,
@@ -218,7 +220,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     try:
         args.device = choose_device(args.device).type
-        asked = args.rows or ",".join(row for row in ROWS if row != PREFIX)
+        asked = args.rows or ",".join(row for row in ROWS if row not in ONLY_BY_NAME)
         args.rows = names_in(asked.replace("levers", ",".join(LEVER_ROWS)), ROWS)
     except SystemExit as error:
         parser.error(str(error))

@@ -217,9 +217,11 @@ def _merging(is_on: bool) -> Iterator[None]:
         compute.MERGE_FROM = before
 
 
+GRAPHS = "graphs"
 LEVERS: dict[str, Lever] = {
     "micro_batches": Lever(off={"training.micro_batch_tokens": 2**40}),
     "merged": Lever(switch=_merging),
+    GRAPHS: Lever(off={"training.cuda_graphs": "off"}, on={"training.cuda_graphs": "auto"}),
 } | {name: _fast(name) for name in fast.LEVERS}
 
 PLAIN = f"{PRODUCT}_plain"
@@ -228,13 +230,18 @@ LEVER_ROWS = [PLAIN, *(f"{PRODUCT}_{name}" for name in LEVERS)]
 PREFIX = f"{PRODUCT}_prefix"
 """The product with all levers and training.cache_prefix, after its first epoch. It learns otherwise: below the first
 adapter there is no dropout."""
-ROWS = [*PEERS, *LEVER_ROWS, PRODUCT, PREFIX]
+LAUNCHED = f"{PRODUCT}_launched"
+"""The product with all levers but captured steps, which a CPU has none of."""
+ROWS = [*PEERS, *LEVER_ROWS, PRODUCT, LAUNCHED, PREFIX]
 """In the order of their turns."""
+ONLY_BY_NAME = LAUNCHED, PREFIX
 
 
 def levers_of(row: str) -> dict[str, bool]:
     """Lever -> whether the row has it."""
-    return {name: row in (PRODUCT, PREFIX, f"{PRODUCT}_{name}") for name in LEVERS}
+    return {
+        name: row in (PRODUCT, PREFIX, f"{PRODUCT}_{name}") or (row == LAUNCHED and name != GRAPHS) for name in LEVERS
+    }
 
 
 # ---- the run -------------------------------------------------------------------------------

@@ -41,6 +41,7 @@ from fastpeft.runs.store import Result, RunFolder
 from fastpeft.runs.system import Heartbeat
 from fastpeft.tasks import load_task
 from fastpeft.trainer.build import Job, build_job, gpu_uuid
+from fastpeft.trainer.graphs import capture_steps
 from fastpeft.trainer.loop import Loop
 from fastpeft.trainer.micro_batches import out_of_memory_is_told
 from fastpeft.trainer.run import keep_prefix
@@ -99,10 +100,11 @@ def _train_product(run: RunConfig, row: str, inputs: Inputs, folder: Path, pause
         stack.callback(own.unlock)
         keep_prefix(job, own)
         _read_once(job)
+        graphs = capture_steps(job)
         log = EventLog(own.events, (on_event,))
         stack.callback(log.close)
         result = Result(run_id=run.run_id, name="run")
-        loop = Loop(job, own, log, result, lambda: pause(job.clock.steps, job.clock.tokens))
+        loop = Loop(job, own, log, result, lambda: pause(job.clock.steps, job.clock.tokens), graphs=graphs)
         stack.enter_context(Heartbeat(lambda **figures: loop.log.event("system", **figures), gpu_uuid(job.device)))
         stack.enter_context(out_of_memory_is_told())
         loop.run(None)

@@ -176,3 +176,10 @@ class Rates:
     """Learning rate of every parameter."""
     multiplier_K: np.ndarray | None = None
     """A factor on `lr` of each of the K blocks, on the host; None: 1 everywhere."""
+    lr_on_device: torch.Tensor | None = None
+    """(), fp64: where a step is captured once and replayed, the rate of each replay. `lr` is not read then."""
+
+    @property
+    def applied(self) -> float | torch.Tensor:
+        """What an update multiplies by."""
+        return self.lr if self.lr_on_device is None else self.lr_on_device

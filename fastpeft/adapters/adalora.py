@@ -113,6 +113,9 @@ class AdaLora(Lora):
         elif self._pruned_until == last:
             self._singular_values.mul_(self._kept_E)
 
+    def host_work(self) -> str | None:
+        return "which ranks are pruned, and when, is decided on the host"
+
     def _measure(self, skipped: torch.Tensor) -> None:
         """Sensitivity |w dL/dw| of every weight, smoothed, and its smoothed deviation (paper, eq. 8 to 10)."""
         beta1, beta2 = self.config.beta1, self.config.beta2

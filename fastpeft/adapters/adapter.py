@@ -105,6 +105,15 @@ class Adapter(ABC):
     def after_step(self, signals: Signals, rates: Rates, progress: float) -> None:
         """Parameters are updated, gradients still present."""
 
+    def host_work(self) -> str | None:
+        """What a step leaves to the host, so that it cannot be captured once and replayed; None where that is nothing.
+        The hooks of such a step read neither the device nor `progress`, write their buffers in place, and do the same
+        operations each time. A method with hooks is taken to be none of these unless it says so."""
+        own, base = type(self), Adapter
+        if (own.after_backward, own.after_step) == (base.after_backward, base.after_step):
+            return None
+        return "its hooks are not known to leave the host alone"
+
     @property
     def adapted(self) -> list[str]:
         """Names of the modules that are adapted."""

@@ -54,12 +54,13 @@ class IwLora(Lora):
         self._sums_K = torch.zeros(len(self.blocks), dtype=torch.float64, device=device)
         self._num_batches = 0
         self._sensitivity_K: torch.Tensor | None = None
-        self._coefficient_K: torch.Tensor | None = None
-        self._shrinkage: torch.Tensor | None = None
+        self._coefficient_K = torch.zeros(len(self.blocks), device=device)
+        """Written in place, for a captured step reads it where it lies. 0 until the sensitivities are known."""
+        self._shrinkage = torch.empty_like(self.flat.data[: self.flat.num_factors]) if own.decoupled else None
         """The penalty's gradient where it is decoupled."""
         self._before_step: torch.Tensor | None = None
-        inline = self.config.calibration == "inline"
-        self.calibration_batches = 0 if inline else self.config.warmup_steps
+        self._inline = self.config.calibration == "inline"
+        self.calibration_batches = 0 if self._inline else self.config.warmup_steps
 
     # ---- calibration (section 1) -----------------------------------------------------------
 
@@ -148,21 +149,19 @@ class IwLora(Lora):
         self._sensitivity_K = sensitivity_K
         weights_K = importance_weights(sensitivity_K, self.config.normalise)
         strength = self.config.decoupled_alpha if self.config.decoupled else self.config.alpha
-        self._coefficient_K = (strength * (1 - weights_K).clamp_min(0) ** self.config.beta).float()
+        self._coefficient_K.copy_(strength * (1 - weights_K).clamp_min(0) ** self.config.beta)
 
     # ---- the step (section 3) --------------------------------------------------------------
 
     def after_backward(self, signals: Signals, progress: float) -> None:
-        if self._sensitivity_K is None and self.config.calibration == "inline":
+        if self._sensitivity_K is None and self._inline:
             measured = self._frobenius(None, measure=True)
             signals.grad_norm = measured.norm
             self._calibrate_inline(self._sketch(measured), progress)
-        if self._sensitivity_K is None:
+        if self._sensitivity_K is None and (self._inline or self.config.online):
             signals.penalty = signals.penalty_share = torch.zeros_like(signals.loss)
             return
         if self.config.decoupled:
-            if self._shrinkage is None:
-                self._shrinkage = torch.empty_like(self.flat.data[: self.flat.num_factors])
             self._before_step = self.flat.adapter.clone()
         result = self._frobenius(self._coefficient_K, measure=self.config.online)
         signals.penalty, signals.grad_norm = result.penalty, result.norm
@@ -173,13 +172,20 @@ class IwLora(Lora):
         if self.config.online:
             self._reweight(self._sketch(result))
 
+    def host_work(self) -> str | None:
+        if self.config.online:
+            return "regulariser.online weighs the matrices anew in each step"
+        if self._inline:
+            return "regulariser.calibration inline counts the steps that it measures"
+        return None
+
     def after_step(self, signals: Signals, rates: Rates, progress: float) -> None:
         """Decoupled: shrink A and B by the penalty's gradient, as AdamW decays weights."""
         if self._before_step is None:
             return
         assert signals.skipped is not None
         assert self._shrinkage is not None
-        step = rates.lr * (1 - signals.skipped)
+        step = (1 - signals.skipped).mul_(rates.applied)
         factors = self.flat.data[: self.flat.num_factors]
         factors.addcmul_(self._shrinkage, step, value=-1)
         moved = (self.flat.adapter - self._before_step).norm()

@@ -41,6 +41,8 @@ class TokenRows:
     """Rows of a batch lie one behind another, without padding. For a model that takes Sequences in place of a mask."""
     width_multiple: int = WIDTH_MULTIPLE
     """What widths are rounded up to."""
+    only_widths: tuple[int, ...] = ()
+    """Where batches are to have few shapes: what widths are rounded up to in place of that, the narrowest first."""
 
     def __len__(self) -> int:
         return len(self.offsets) - 1
@@ -58,6 +60,8 @@ class TokenRows:
         """What each row would be padded to by itself."""
         if self.varlen or not self.padded:
             return self.lengths
+        if self.only_widths:
+            return np.array(self.only_widths)[np.searchsorted(self.only_widths, self.lengths)]
         return np.minimum(-(-self.lengths // self.width_multiple) * self.width_multiple, self.max_length)
 
     def shape(self, rows: np.ndarray) -> tuple[int, int]:

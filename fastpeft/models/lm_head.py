@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -13,6 +13,7 @@ from fastpeft.errors import UnavailableError, UserError, first_line
 from fastpeft.kernels.sequences import Sequences
 from fastpeft.models.fast.last_rows import ROWS, takes_rows
 from fastpeft.models.layers import is_bare
+from fastpeft.models.one_text_a_row import one_text_a_row
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -65,7 +66,8 @@ def hidden_states(
     asked = {ROWS: rows} if rows is not None and takes_rows(decoder) else {}
     placed: dict[str, Any] = {} if position_ids is None else {"position_ids": position_ids}
     placed |= {} if sequences is None else {"attention_mask": sequences}
-    hidden = decoder(input_ids=input_ids, use_cache=False, **placed, **asked).last_hidden_state
+    with one_text_a_row() if position_ids is None else nullcontext():
+        hidden = decoder(input_ids=input_ids, use_cache=False, **placed, **asked).last_hidden_state
     if rows is not None and not asked:
         hidden = hidden.flatten(0, 1).index_select(0, rows)
     return hidden, head.weight, getattr(head, "bias", None)

@@ -32,6 +32,8 @@ from fastpeft.tasks.trained_on import TrainedOn
 Stop = Callable[[], bool]
 Shrink = Callable[[int, int], int]
 """Told the rows and the width of an evaluation batch that ran out of memory; returns a smaller limit of tokens."""
+Count = int | torch.Tensor
+"""Of items; a scalar on the device where a step is captured once and replayed with other batches."""
 Rows = TypeVar("Rows", bound=TokenRows)
 """What a kind's splits become by `encode`."""
 
@@ -294,7 +296,7 @@ class Task(ABC, Generic[Rows]):
         """These training rows, padded, on the device."""
 
     @abstractmethod
-    def loss(self, model: nn.Module, batch: Batch, num_items: int, needs: Collection[Need] = ()) -> BatchLoss:
+    def loss(self, model: nn.Module, batch: Batch, num_items: Count, needs: Collection[Need] = ()) -> BatchLoss:
         """Of a micro-batch of a batch of `num_items`."""
 
     # ---- evaluation ------------------------------------------------------------------------

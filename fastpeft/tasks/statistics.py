@@ -7,10 +7,11 @@ from collections.abc import Collection
 import torch
 
 from fastpeft.signals import Need
+from fastpeft.tasks.base import Count
 
 
 def class_statistics(
-    logits_NC: torch.Tensor, labels_N: torch.Tensor, num_items: int, needs: Collection[Need]
+    logits_NC: torch.Tensor, labels_N: torch.Tensor, num_items: Count, needs: Collection[Need]
 ) -> dict[str, torch.Tensor]:
     """Of one class out of C an item, as shares of the mean over `num_items`, where Need.TOKENS asks for them.
 

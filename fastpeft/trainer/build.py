@@ -31,6 +31,7 @@ from fastpeft.tasks import Task, load_task
 from fastpeft.tasks.trained_on import TrainedOn
 from fastpeft.trainer.ahead import Ahead
 from fastpeft.trainer.evaluation_plan import EvaluationPlan, plan_evaluations
+from fastpeft.trainer.graph_choice import choose_graphs
 from fastpeft.trainer.memory_plan import MemoryPlan, make_plan
 from fastpeft.trainer.optim import Optimizer, adam_moments, make_optimizer
 from fastpeft.trainer.padding import lay_out, make_batches
@@ -112,8 +113,6 @@ def build_job(
         task.has_test, task.test_cost = False, 0.0
     checked = _check(task, adapter, backbone) if run.model.check else []
     checked += lay_out(run, task, adapter, backbone, device)
-    batches = make_batches(run, task)
-    clock = _clock(run, batches, device, ranks)
     schedule = make_schedule(
         run.schedule,
         run.training.learning_rate,
@@ -122,6 +121,9 @@ def build_job(
         seed=run.training.seed,
     )
     optimizer = make_optimizer(adapter.flat, run.optimizer, dtype)
+    checked += choose_graphs(run, task, adapter, optimizer, schedule, ranks.size, device)
+    batches = make_batches(run, task)
+    clock = _clock(run, batches, device, ranks)
     phases.begin("memory", "measuring what a token takes")
     plan = make_plan(run.training, run.evaluation, adapter, task, batches, optimizer.loss_scale)
     interval = parse_interval(run.evaluation.every)

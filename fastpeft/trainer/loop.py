@@ -26,6 +26,7 @@ from fastpeft.trainer.checkpoint_files import Checkpoint
 from fastpeft.trainer.checkpointing import Checkpointing, Stateful
 from fastpeft.trainer.evaluator import Evaluator
 from fastpeft.trainer.first_step import FirstStep
+from fastpeft.trainer.graphs import GraphedSteps
 from fastpeft.trainer.micro_batches import MicroBatches
 from fastpeft.trainer.rng import GlobalRng
 from fastpeft.trainer.step import train_step
@@ -39,13 +40,22 @@ says whether the run is to end there."""
 
 
 def take_step(
-    job: Job, batches: MicroBatches, progress: float, elapsed_s: float, watched: Iterable[Batch] | None = None
+    job: Job,
+    batches: MicroBatches,
+    progress: float,
+    elapsed_s: float,
+    watched: Iterable[Batch] | None = None,
+    graphs: GraphedSteps | None = None,
 ) -> tuple[Signals, Rates]:
     """The optimizer step of these micro-batches, on all ranks.
 
     Args:
-        watched: iterates over `batches` in their place.
+        watched: iterates over `batches` in their place, in a step that launches each operation.
+        graphs: the captured steps, which take those batches that have a bucket.
     """
+    bucket = None if graphs is None or watched is not None else graphs.bucket_of(batches)
+    if graphs is not None and bucket is not None:
+        return graphs.take(bucket, batches, progress)
     job.probes.begin(batches.position + 1, progress, elapsed_s)
     step = job.adapter, job.schedule, job.optimizer, job.task.loss, watched or batches, batches.num_items
     return train_step(*step, progress, job.probes, batches.until_it_fits, batches.reduce)
@@ -62,9 +72,10 @@ class Loop:
         result: Result,
         stop: Callable[[], bool],
         prune: Prune | None = None,
+        graphs: GraphedSteps | None = None,
     ) -> None:
         self.job, self.folder, self.result, self.stop = job, folder, result, stop
-        self._prune = prune
+        self._prune, self._graphs = prune, graphs
         self.log = StepLog(log, job.clock, job.device)
         self._evaluator = Evaluator(job, folder, result, self.log, stop)
         self._checkpointing = Checkpointing(folder.checkpoints, self._parts())
@@ -151,17 +162,17 @@ class Loop:
         job.orders.step(clock.steps, progress, elapsed_s)
         batches = MicroBatches(job, clock.steps, f"at step {clock.steps}", self.log.warn)
         with self._watched(batches) as watched:
-            signals, rates = take_step(job, batches, progress, elapsed_s, watched)
+            signals, rates = take_step(job, batches, progress, elapsed_s, watched, self._graphs)
         self.log.step(progress, rates, signals)
         self.log.rates(job.adapter.flat.blocks, rates)
         clock.count_step(signals.num_tokens, time.perf_counter() - began)
         self.watch_meter()
         self._log_schedule()
 
-    def _watched(self, batches: MicroBatches) -> AbstractContextManager[MicroBatches | FirstStep]:
+    def _watched(self, batches: MicroBatches) -> AbstractContextManager[FirstStep | None]:
         """This process's first step tells how far it is."""
         if not self._is_first_step:
-            return nullcontext(batches)
+            return nullcontext()
         self._is_first_step = False
         num_tokens = int(self.job.batches.encoded.lengths[batches.rows].sum())
         return FirstStep(self.job, batches, num_tokens, self.log.phase)

@@ -100,10 +100,10 @@ class Optimizer(ABC):
     def adjust_scale(self, skipped: torch.Tensor) -> None:
         """fp16: halve the scale where `skipped` is 1 (an overflow), double it after 2,000 steps of 0."""
         assert self.loss_scale is not None
-        self._good_steps = (self._good_steps + 1) * (1 - skipped)
+        self._good_steps.add_(1).mul_(1 - skipped)
         grow = (self._good_steps >= SCALE_GROWTH_STEPS).float()
         self._good_steps *= 1 - grow
-        self.loss_scale = (self.loss_scale * (1 + grow) * (1 - 0.5 * skipped)).clamp(1.0, 2.0**24)
+        self.loss_scale.mul_(1 + grow).mul_(1 - 0.5 * skipped).clamp_(1.0, 2.0**24)
 
     def state_dict(self) -> dict[str, torch.Tensor]:
         """All that a resume needs besides the parameters, by name. What it holds may be the optimizer's own buffers."""
@@ -115,9 +115,12 @@ class Optimizer(ABC):
     def load_state_dict(self, state: dict[str, torch.Tensor]) -> None:
         self._load_state(state)
         if self.loss_scale is not None:
-            device = self._flat.data.device
-            self.loss_scale = state["loss_scale"].to(device)
-            self._good_steps = state["good_steps"].to(device)
+            self.loss_scale.copy_(state["loss_scale"])
+            self._good_steps.copy_(state["good_steps"])
+
+    def host_work(self) -> str | None:
+        """What an update leaves to the host, as Adapter.host_work."""
+        return "it is not known to leave the host alone"
 
     @contextmanager
     def averaged(self) -> Iterator[None]:
@@ -172,7 +175,7 @@ class FlatAdamW(Optimizer):
             self._exp_avg_sq,
             self._step,
             flat.layout,
-            lr=rates.lr,
+            lr=rates.applied,
             norm=norm,
             loss=signals.loss,
             multiplier_K=self._on_device(rates.multiplier_K),
@@ -181,6 +184,9 @@ class FlatAdamW(Optimizer):
         )
         signals.sums = found.sums
         return found.skipped
+
+    def host_work(self) -> str | None:
+        return None
 
     def second_moment(self) -> tuple[torch.Tensor, torch.Tensor]:
         return self._exp_avg_sq, bias_correction(self._step, self._options.beta2)
@@ -259,6 +265,9 @@ class ScheduleFreeAdamW(Optimizer):
         if self._fetched is not None:
             self._fetched.record()
         return skipped
+
+    def host_work(self) -> str | None:
+        return "its package counts steps on the host"
 
     @contextmanager
     def averaged(self) -> Iterator[None]:

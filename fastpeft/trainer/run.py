@@ -24,6 +24,7 @@ from fastpeft.trackers import Choice, Trackers, choose
 from fastpeft.trainer.build import Job, build_job, gpu_uuid
 from fastpeft.trainer.checkpoint_files import Checkpoint
 from fastpeft.trainer.follower import Follower, begin_together, give_state, refuse_ranks
+from fastpeft.trainer.graphs import capture_steps
 from fastpeft.trainer.interrupt import StopRequest
 from fastpeft.trainer.loop import Loop, Prune
 from fastpeft.trainer.micro_batches import out_of_memory_is_told
@@ -127,10 +128,11 @@ def train(
             orders = Orders(ranks, stop)
             with SetUp(folder, reporter.on_event, resume, checkpoint) as set_up:
                 job = build_job(resolved.run, began_in(folder, checkpoint), score_test, orders)
+                graphs = capture_steps(job)
                 _prepare(job, folder, resolved, checkpoint, resume)
             result = _new_result(job, resolved, folder, group)
             result.setup_s = time.perf_counter() - began
-            loop = Loop(job, folder, set_up.open_log(), result, stop, prune)
+            loop = Loop(job, folder, set_up.open_log(), result, stop, prune, graphs)
             if checkpoint is not None:
                 give_state(ranks, checkpoint)
             result = _run(loop, checkpoint, chosen, reporter.say)

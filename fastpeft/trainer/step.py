@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable
+from typing import Protocol
 
 import torch
 from torch import nn
@@ -10,13 +11,12 @@ from torch import nn
 from fastpeft.adapters import Adapter
 from fastpeft.adapters.flat import FlatParameters
 from fastpeft.data.batches import Batch
-from fastpeft.schedules import Schedule
-from fastpeft.signals import Need, Rates, Signals
-from fastpeft.tasks.base import BatchLoss
+from fastpeft.signals import Measured, Need, Rates, Signals
+from fastpeft.tasks.base import BatchLoss, Count
 from fastpeft.trainer.optim import Optimizer
 from fastpeft.trainer.probes.hooks import NO_PROBES, NoProbes, Probes
 
-Loss = Callable[[nn.Module, Batch, int, Collection[Need]], BatchLoss]
+Loss = Callable[[nn.Module, Batch, Count, Collection[Need]], BatchLoss]
 """As Task.loss."""
 Repeat = Callable[[Callable[[], Signals]], Signals]
 """Takes the passes over a batch, and takes them again where the memory was short: as MicroBatches.until_it_fits."""
@@ -25,6 +25,12 @@ Repeat = Callable[[Callable[[], Signals]], Signals]
 Reduce = Callable[[FlatParameters, Signals], Signals]
 """Adds up over the ranks what the passes of each have left: the gradient, in place, and the loss. As
 MicroBatches.reduce."""
+
+
+class RateSource(Protocol):
+    """A Schedule, as far as a step goes."""
+
+    def rates(self, measured: Measured | None, progress: float) -> Rates: ...
 
 
 def once(passes: Callable[[], Signals]) -> Signals:
@@ -38,11 +44,11 @@ def alone(flat: FlatParameters, signals: Signals) -> Signals:
 
 def train_step(
     adapter: Adapter,
-    schedule: Schedule,
+    schedule: RateSource,
     optimizer: Optimizer,
     loss: Loss,
     batches: Iterable[Batch],
-    num_items: int,
+    num_items: Count,
     progress: float,
     probes: Probes | NoProbes = NO_PROBES,
     repeat: Repeat = once,
@@ -68,7 +74,7 @@ def forward_backward(
     adapter: Adapter,
     loss: Loss,
     batches: Iterable[Batch],
-    num_items: int,
+    num_items: Count,
     loss_scale: torch.Tensor | None = None,
     probes: Probes | NoProbes = NO_PROBES,
     reduce: Reduce = alone,

@@ -14,7 +14,19 @@ import pytest
 
 from bench import throughput, throughput_presets, throughput_rows, throughput_turns
 from bench.throughput_inputs import Inputs, grouped_batches, prepare
-from bench.throughput_presets import BASE, LEVERS, PEERS, PREFIX, PRESETS, ROWS, Lever, Plan, levers_of, with_settings
+from bench.throughput_presets import (
+    BASE,
+    LEVERS,
+    ONLY_BY_NAME,
+    PEERS,
+    PREFIX,
+    PRESETS,
+    ROWS,
+    Lever,
+    Plan,
+    levers_of,
+    with_settings,
+)
 from bench.throughput_turns import RowFailed
 from fastpeft.data.batches import IGNORE
 from fastpeft.models.prefix import FrozenPrefix
@@ -132,7 +144,7 @@ def test_bad_arguments_are_named_before_anything_is_made(monkeypatch, capsys, gi
 def test_rows_are_chosen_in_their_order_and_levers_means_all_of_them():
     assert throughput.parse(["--rows", "fastpeft,hf_grouped"]).rows == ["hf_grouped", "fastpeft"]
     assert throughput.parse(["--rows", "levers"]).rows == throughput_presets.LEVER_ROWS
-    assert throughput.parse([]).rows == [row for row in ROWS if row != PREFIX]
+    assert throughput.parse([]).rows == [row for row in ROWS if row not in ONLY_BY_NAME]
 
 
 @pytest.mark.parametrize(
@@ -227,6 +239,13 @@ def test_what_a_device_lacks_is_said(monkeypatch):
 
 
 # ---- levers --------------------------------------------------------------------------------
+
+
+def test_one_row_lacks_captured_steps_alone(prepared):
+    plan, folder = prepared["mnli"]
+    assert [name for name, is_on in levers_of("fastpeft_launched").items() if not is_on] == ["graphs"]
+    for row, setting in (("fastpeft", "auto"), ("fastpeft_launched", "off"), ("fastpeft_graphs", "auto")):
+        assert plan.run(folder, 0, levers_of(row)).training.cuda_graphs == setting
 
 
 def test_a_lever_is_alone_in_its_row_and_on_while_it_trains(prepared, monkeypatch):

@@ -9,14 +9,14 @@ from fastpeft.kernels.ops.adamw.op import BLOCK, BLOCK_ROWS, NUM_WARPS
 from tests.support.aot import Case
 
 SIGNATURE = {name: "*fp32" for name in adamw_kernel.arg_names if name.endswith("_ptr")}
-SIGNATURE |= {"slices_ptr": "*i64", "units_ptr": "*i64", "tickets_ptr": "*i32"}
+SIGNATURE |= {"rate_ptr": "*fp64", "slices_ptr": "*i64", "units_ptr": "*i64", "tickets_ptr": "*i32"}
 SIGNATURE |= {"num_slices": "i32", "num_blocks": "i32"}
 FLOATS = (
     "rate", "beta1", "rest1", "log_beta1", "beta2", "rest2", "log_beta2", "eps", "max_norm",
     "decay_adapter", "decay_head", "head_ratio",
 )  # fmt: skip
 SIGNATURE |= dict.fromkeys(FLOATS, "fp32")
-FLAGS = ("HAS_LOSS", "CLIPS", "MULTIPLIES", "REDUCES", "ALIGNED")
+FLAGS = ("HAS_LOSS", "READS_RATE", "CLIPS", "MULTIPLIES", "REDUCES", "ALIGNED")
 
 
 def case(*on: str) -> Case:
@@ -33,7 +33,4 @@ def case(*on: str) -> Case:
 def cases(every: bool) -> list[Case]:
     if not every:
         return [case("HAS_LOSS", "CLIPS", "ALIGNED"), case(*FLAGS)]
-    return [
-        case(*(f for f, on in zip(FLAGS, (True, clips, many, reduces, aligned)) if on))
-        for clips, many, reduces, aligned in product((False, True), repeat=4)
-    ]
+    return [case(*(f for f, on in zip(FLAGS, (True, *chosen)) if on)) for chosen in product((False, True), repeat=5)]

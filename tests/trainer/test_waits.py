@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import traceback
 import warnings
 from collections import Counter
 from collections.abc import Mapping
@@ -17,29 +16,8 @@ from fastpeft.trainer.build import Job, build_job
 from fastpeft.trainer.micro_batches import MicroBatches
 from fastpeft.trainer.step import train_step
 from tests.support.every_kind import ALL_KINDS, run_of_kind
+from tests.support.step_recorder import ON_A_CPU_ALONE, place, waits
 
-ATEN = torch.ops.aten
-WAITING = {
-    ATEN._local_scalar_dense.default,  # item, float, bool, tolist, an index or a size that is a tensor
-    ATEN.nonzero.default,  # how large the result is, the device knows
-    ATEN.masked_select.default,
-    ATEN.equal.default,
-    ATEN.is_nonzero.default,
-    ATEN._unique2.default,
-    ATEN.unique_consecutive.default,
-    ATEN.repeat_interleave.Tensor,
-}
-INDEXING = {ATEN.index.Tensor, ATEN.index_put_.default, ATEN.index_put.default}
-"""By a mask they are nonzero."""
-ON_A_CPU_ALONE = {
-    "check_classes": "labels are checked where that is free",
-    "_take_labels": "of tiles, which a GPU does not take",
-    "_gradient": "likewise",
-    "_check_rows": "rows are checked where that is free",
-    "_generated_mask": "dropout's masks are drawn from a generator of the host's",
-    "linear_cross_entropy": "rows with a label are looked for where that is free",
-}
-"""Functions that ask which device it is before they look."""
 STEPS = 3
 
 
@@ -53,17 +31,9 @@ class Waits(TorchDispatchMode):
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
-        if func in WAITING or (func in INDEXING and any(t is not None and t.dtype == torch.bool for t in args[1])):
-            self.found[self._place()] += 1
+        if waits(func, args):
+            self.found[place()] += 1
         return func(*args, **(kwargs or {}))
-
-    def _place(self) -> str:
-        for frame in reversed(traceback.extract_stack()):
-            if "/fastpeft/" in frame.filename:
-                return frame.name
-            if "/transformers/" in frame.filename:
-                return f"transformers {Path(frame.filename).stem}.{frame.name}"
-        return "?"
 
 
 def take_steps(job: Job, num: int = STEPS) -> int:
@@ -86,13 +56,13 @@ def test_our_own_step_waits_for_nothing(kind: str, tmp_path: Path) -> None:
     """And the model's no more than once a micro-batch: transformers asks whether a mask hides anything."""
     job = build_job(run_of_kind(tmp_path, kind, model={"check": False}, training={"micro_batch_tokens": 64}))
     take_steps(job, 1)
-    with Waits() as waits:
+    with Waits() as found:
         num_parts = take_steps(job)
     assert num_parts > STEPS
-    ours = {place: count for place, count in waits.found.items() if not place.startswith("transformers ")}
+    ours = {where: count for where, count in found.found.items() if not where.startswith("transformers ")}
     assert not ours.keys() - ON_A_CPU_ALONE.keys(), ours
-    theirs = sum(count for place, count in waits.found.items() if place.startswith("transformers "))
-    assert theirs <= num_parts, waits.found
+    theirs = sum(count for where, count in found.found.items() if where.startswith("transformers "))
+    assert theirs <= num_parts, found.found
 
 
 @pytest.mark.parametrize("method", ["iw_lora", "adalora", "full"])
@@ -100,22 +70,22 @@ def test_nor_do_other_methods(method: str, tmp_path: Path) -> None:
     run = run_of_kind(tmp_path, "classification", method=method, model={"check": False})
     job = build_job(run)
     take_steps(job, 1)
-    with Waits() as waits:
+    with Waits() as found:
         take_steps(job)
-    ours = {place for place in waits.found if not place.startswith("transformers ")}
-    assert not ours - ON_A_CPU_ALONE.keys(), waits.found
+    ours = {where for where in found.found if not where.startswith("transformers ")}
+    assert not ours - ON_A_CPU_ALONE.keys(), found.found
 
 
 def test_what_waits_is_seen() -> None:
     x = torch.arange(4)
-    with Waits() as waits:
+    with Waits() as found:
         float(x.sum())
         x[x > 1] = 2
         assert len(x[x > 1]) == 2
         bool((x == 2).any())
         torch.equal(x, x)
         (x > 1).nonzero()
-    assert sum(waits.found.values()) == 6
+    assert sum(found.found.values()) == 6
 
 
 @pytest.mark.gpu
@@ -134,5 +104,5 @@ def test_on_a_gpu_no_step_of_ours_waits(kind: str, tmp_path: Path) -> None:
         torch.cuda.set_sync_debug_mode("default")
         if job.ahead is not None:
             job.ahead.close()
-    waits = [f"{w.filename}:{w.lineno}" for w in caught if "synchronizing CUDA operation" in str(w.message)]
-    assert not [place for place in waits if "/fastpeft/" in place], waits
+    synced = [f"{w.filename}:{w.lineno}" for w in caught if "synchronizing CUDA operation" in str(w.message)]
+    assert not [where for where in synced if "/fastpeft/" in where], synced

@@ -24,7 +24,7 @@ from fastpeft.models.lens import FirstLayer
 from fastpeft.models.lm_head import hidden_states
 from fastpeft.ranks import current, everybodys
 from fastpeft.signals import Need
-from fastpeft.tasks.base import BatchLoss, Stop
+from fastpeft.tasks.base import BatchLoss, Count, Stop
 from fastpeft.tasks.causal_lm.labelled_rows import LabelledRows, collate_labelled
 
 PROMPT_TOKENS, LENS_TOKENS = 1024, 256
@@ -70,10 +70,9 @@ class AnswerLoss:
         self._device, self._dtype, self._frozen_head, self._trains_all = device, dtype, frozen_head, trains_all
         self._first_layer: FirstLayer | None = None
 
-    def batch(self, model: nn.Module, batch: Batch, num_items: int, needs: Collection[Need] = ()) -> BatchLoss:
+    def batch(self, model: nn.Module, batch: Batch, num_items: Count, needs: Collection[Need] = ()) -> BatchLoss:
         """Rows are padded on their right, so that the decoder needs no mask."""
         assert batch.rows is not None
-        share = len(batch.rows) / num_items
         lens = self._lens(model) if Need.LENS in needs else None
         rows = None if _READ_ELSEWHERE.intersection(needs) else batch.rows
         with self._autocast(), lens.watching() if lens else nullcontext():
@@ -88,9 +87,9 @@ class AnswerLoss:
             assert found.entropy is not None
             statistics = {"answer_fisher": found.fisher.sum() / num_items, "entropy": found.entropy.sum() / num_items}
         if found.lens_entropy is not None:
-            statistics["lens_entropy"] = found.lens_entropy.mean() * share
+            statistics["lens_entropy"] = found.lens_entropy.mean() * (len(batch.rows) / num_items)
         if Need.PROMPT in needs:
-            statistics["prompt_fisher"] = _prompt_fisher(hidden, weight, bias, batch) * share
+            statistics["prompt_fisher"] = _prompt_fisher(hidden, weight, bias, batch) * (len(batch.rows) / num_items)
         return BatchLoss(found.loss, statistics)
 
     def mean(self, model: nn.Module, encoded: LabelledRows, limits: TokenLimits, stop: Stop) -> float | None:
@@ -183,7 +182,7 @@ class AnswerLoss:
         weight: torch.Tensor,
         bias: torch.Tensor | None,
         batch: Batch,
-        num_items: int,
+        num_items: Count,
         statistics: bool = False,
         lens_hidden: torch.Tensor | None = None,
     ) -> CrossEntropy:

@@ -17,7 +17,7 @@ from fastpeft.kernels.sequences import Sequences
 from fastpeft.models.backbone import Backbone, load_causal_lm
 from fastpeft.models.lm_head import hidden_states
 from fastpeft.signals import Need
-from fastpeft.tasks.base import BatchLoss, ExportCheck, Piece, Task
+from fastpeft.tasks.base import BatchLoss, Count, ExportCheck, Piece, Task
 from fastpeft.tasks.causal_lm.decode_check import OwnLogits
 from fastpeft.tasks.causal_lm.labelled_rows import LabelledRows, collate_labelled
 from fastpeft.tasks.causal_lm.loss import AnswerLoss
@@ -109,7 +109,7 @@ class CausalLMTask(Task[Rows]):
     def collate(self, rows: np.ndarray, device: torch.device) -> Batch:
         return collate_labelled(self.train, rows, device)
 
-    def loss(self, model: nn.Module, batch: Batch, num_items: int, needs: Collection[Need] = ()) -> BatchLoss:
+    def loss(self, model: nn.Module, batch: Batch, num_items: Count, needs: Collection[Need] = ()) -> BatchLoss:
         return self.answer_loss.batch(model, batch, num_items, needs)
 
     # ---- export ----------------------------------------------------------------------------

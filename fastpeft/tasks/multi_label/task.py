@@ -31,6 +31,7 @@ from fastpeft.data.predictions import Answer
 from fastpeft.data.source import TRAIN, Source
 from fastpeft.runs.store import MAJORITY
 from fastpeft.signals import Need
+from fastpeft.tasks.base import Count
 from fastpeft.tasks.label_spelling import spelling_warnings
 from fastpeft.tasks.multi_label.datasets import DATASETS
 from fastpeft.tasks.multi_label.labels import LabelColumns, ListedLabels, listed
@@ -122,7 +123,7 @@ class MultiLabel(SequenceTask):
         return total / logits_NC.shape[1]
 
     def statistics(
-        self, logits_NC: torch.Tensor, labels: torch.Tensor, num_items: int, needs: Collection[Need]
+        self, logits_NC: torch.Tensor, labels: torch.Tensor, num_items: Count, needs: Collection[Need]
     ) -> dict[str, torch.Tensor]:
         """Means over the labels: binary entropy, and the squared error of the probability, its Fisher information."""
         if Need.TOKENS not in needs:

@@ -30,6 +30,7 @@ from fastpeft.data.predictions import Answer
 from fastpeft.data.rows import Row
 from fastpeft.data.source import TRAIN, Source
 from fastpeft.signals import Need
+from fastpeft.tasks.base import Count
 from fastpeft.tasks.regression.datasets import DATASETS
 from fastpeft.tasks.sequences.reading import MOSTLY, TextSplit, guess_columns, read_texts, source_columns
 from fastpeft.tasks.sequences.scoring import Answers
@@ -90,7 +91,7 @@ class Regression(SequenceTask):
         return nn.functional.mse_loss(logits_NC.squeeze(1), labels, reduction="sum")
 
     def statistics(
-        self, logits_NC: torch.Tensor, labels: torch.Tensor, num_items: int, needs: Collection[Need]
+        self, logits_NC: torch.Tensor, labels: torch.Tensor, num_items: Count, needs: Collection[Need]
     ) -> dict[str, torch.Tensor]:
         """Fisher information of a normal distribution of unit variance round the output: the squared error's gradient,
         halved. Its entropy is a constant, and counts as 0."""

@@ -16,6 +16,7 @@ from fastpeft.data.rows import HALF_PAIR, DataError, Row, is_unicode, label_text
 from fastpeft.data.source import TRAIN, Source
 from fastpeft.runs.store import MAJORITY
 from fastpeft.signals import Need
+from fastpeft.tasks.base import Count
 from fastpeft.tasks.label_spelling import nearest_spelling, spelling_warnings
 from fastpeft.tasks.sequence_classification.datasets import DATASETS
 from fastpeft.tasks.sequences.label_index import LabelIndex, class_names, is_whole_number, marks_no_label
@@ -110,7 +111,7 @@ class SequenceClassification(SequenceTask):
         return nn.functional.cross_entropy(logits_NC, labels, reduction="sum")
 
     def statistics(
-        self, logits_NC: torch.Tensor, labels: torch.Tensor, num_items: int, needs: Collection[Need]
+        self, logits_NC: torch.Tensor, labels: torch.Tensor, num_items: Count, needs: Collection[Need]
     ) -> dict[str, torch.Tensor]:
         return class_statistics(logits_NC, labels, num_items, needs)
 

@@ -27,7 +27,7 @@ from fastpeft.device_memory import TokenLimits, unmeasured
 from fastpeft.models.backbone import Backbone
 from fastpeft.models.lens import FirstLayer
 from fastpeft.signals import Need
-from fastpeft.tasks.base import BatchLoss, ExportCheck, Score, Shrink, Stop, Task
+from fastpeft.tasks.base import BatchLoss, Count, ExportCheck, Score, Shrink, Stop, Task
 from fastpeft.tasks.self_check import check_batches, check_tokens, varlen_fault
 from fastpeft.tasks.sequences.examples import Encoded, Examples, collate, encode
 from fastpeft.tasks.sequences.reading import LabelledTexts
@@ -74,7 +74,7 @@ class SequenceTask(Task[Encoded]):
         return None
 
     def statistics(
-        self, logits_NC: torch.Tensor, labels: torch.Tensor, num_items: int, needs: Collection[Need]
+        self, logits_NC: torch.Tensor, labels: torch.Tensor, num_items: Count, needs: Collection[Need]
     ) -> dict[str, torch.Tensor]:
         """By the names of signals.Measured; the loss is the same to the bit whatever is wanted."""
         return {}
@@ -150,7 +150,7 @@ class SequenceTask(Task[Encoded]):
     def collate(self, rows: np.ndarray, device: torch.device) -> Batch:
         return collate(self.train, rows, device)
 
-    def loss(self, model: nn.Module, batch: Batch, num_items: int, needs: Collection[Need] = ()) -> BatchLoss:
+    def loss(self, model: nn.Module, batch: Batch, num_items: Count, needs: Collection[Need] = ()) -> BatchLoss:
         if Need.LENS in needs and self._first_layer is None:
             self._first_layer = FirstLayer(model)
         lens = self._first_layer if Need.LENS in needs else None

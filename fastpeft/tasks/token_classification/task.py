@@ -43,7 +43,7 @@ from fastpeft.models.backbone import Backbone
 from fastpeft.models.lens import FirstLayer
 from fastpeft.ranks import current, joined_parts
 from fastpeft.signals import Need
-from fastpeft.tasks.base import BatchLoss, ExportCheck, Score, Shrink, Stop, Task
+from fastpeft.tasks.base import BatchLoss, Count, ExportCheck, Score, Shrink, Stop, Task
 from fastpeft.tasks.label_spelling import spelling_warnings
 from fastpeft.tasks.self_check import by_row, check_batches, check_tokens, varlen_fault
 from fastpeft.tasks.statistics import class_statistics
@@ -170,7 +170,7 @@ class TokenClassification(Task[EncodedSentences]):
     def collate(self, rows: np.ndarray, device: torch.device) -> Batch:
         return collate_tokens(self.train, rows, device)
 
-    def loss(self, model: nn.Module, batch: Batch, num_items: int, needs: Collection[Need] = ()) -> BatchLoss:
+    def loss(self, model: nn.Module, batch: Batch, num_items: Count, needs: Collection[Need] = ()) -> BatchLoss:
         if Need.LENS in needs and self._first_layer is None:
             self._first_layer = FirstLayer(model)
         lens = self._first_layer if Need.LENS in needs else None

@@ -48,13 +48,14 @@ def adamw_kernel(
     # flat buffers
     data_ptr, grad_ptr, exp_avg_ptr, exp_avg_sq_ptr,
     # scalars on the device
-    step_ptr, norm_ptr, loss_ptr, skipped_ptr,
+    step_ptr, norm_ptr, loss_ptr, skipped_ptr, rate_ptr,
     # descriptors, of each matrix, of each slice, of each unit
     slices_ptr, units_ptr, multiplier_ptr, partials_ptr, sums_ptr, tickets_ptr,
     rate, beta1, rest1, log_beta1, beta2, rest2, log_beta2, eps, max_norm,
     decay_adapter, decay_head, head_ratio,
     num_slices, num_blocks,
-    HAS_LOSS: tl.constexpr, CLIPS: tl.constexpr, MULTIPLIES: tl.constexpr, REDUCES: tl.constexpr, ALIGNED: tl.constexpr,
+    HAS_LOSS: tl.constexpr, READS_RATE: tl.constexpr, CLIPS: tl.constexpr, MULTIPLIES: tl.constexpr,
+    REDUCES: tl.constexpr, ALIGNED: tl.constexpr,
     BLOCK: tl.constexpr, BLOCK_ROWS: tl.constexpr,
 ):  # fmt: skip
     program = tl.program_id(0)
@@ -75,6 +76,8 @@ def adamw_kernel(
         divisor = tl.maximum(tl.div_rn(norm, max_norm), 1.0)
 
     step = tl.load(step_ptr)
+    if READS_RATE:  # rounded as the host rounds an argument
+        rate = tl.load(rate_ptr).to(tl.float32)
     bias1, bias2 = _bias(step + 1, log_beta1), _bias(step + 1, log_beta2)
     rate = tl.where(is_head, rate * head_ratio, rate)
     decay = tl.where(is_head, decay_head, decay_adapter)

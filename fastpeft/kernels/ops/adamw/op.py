@@ -41,7 +41,7 @@ def adamw_step(
     step: torch.Tensor,
     layout: FlatLayout,
     *,
-    lr: float,
+    lr: float | torch.Tensor,
     norm: torch.Tensor,
     options: AdamWOptions,
     loss: torch.Tensor | None = None,
@@ -56,7 +56,8 @@ def adamw_step(
     Args:
         data, grad, exp_avg, exp_avg_sq: (num_total,) fp32 or fp64, as `layout` says.
         step: (), fp32: steps taken so far. Counted up unless this one is skipped.
-        lr: learning rate of the adapter.
+        lr: learning rate of the adapter; or (), fp64 on the device, which a captured step reads anew in each replay.
+            Both give the same bits.
         norm: (), norm of `grad` as it lies there, in its dtype, from weighted_frobenius.
         loss: (), watched by the guard.
         multiplier_K: (num_blocks,), a factor on the rate of each block; of other parameters it is 1.
@@ -66,7 +67,7 @@ def adamw_step(
         ValueError: shapes, dtypes or devices that do not fit.
     """
     buffers = data, grad, exp_avg, exp_avg_sq, step
-    _check(buffers, layout, norm, loss, multiplier_K)
+    _check(buffers, layout, norm, loss, multiplier_K, lr)
     if runs_triton(data):
         return _launch(buffers, layout, lr, norm, loss, multiplier_K, options, reduces)
     good = norm.isfinite() if loss is None else norm.isfinite() & loss.isfinite()
@@ -91,7 +92,7 @@ def adamw_step(
     return AdamWResult(skipped, torch.stack([sums.get(name, unknown_U) for name in SUMS], dim=1))
 
 
-def _check(buffers, layout, norm, loss, multiplier_K) -> None:
+def _check(buffers, layout, norm, loss, multiplier_K, lr) -> None:
     data, grad, exp_avg, exp_avg_sq, step = buffers
     layout.check("adamw_step", data=data, grad=grad, exp_avg=exp_avg, exp_avg_sq=exp_avg_sq)
     for name, tensor in {"step": step, "norm": norm, "loss": loss}.items():
@@ -102,6 +103,11 @@ def _check(buffers, layout, norm, loss, multiplier_K) -> None:
                 f"adamw_step: {name} is {tensor.dtype} of shape {tuple(tensor.shape)} on {tensor.device}; "
                 f"expected a floating-point scalar on {data.device}"
             )
+    if isinstance(lr, torch.Tensor) and (lr.dtype, lr.dim(), lr.device) != (torch.float64, 0, data.device):
+        raise ValueError(
+            f"adamw_step: lr is {lr.dtype} of shape {tuple(lr.shape)} on {lr.device}; expected a number, or a float64 "
+            f"scalar on {data.device}"
+        )
     if norm.dtype != data.dtype:
         raise ValueError(f"adamw_step: norm is {norm.dtype}; expected {data.dtype}, as the buffers are")
     wanted = (layout.num_blocks,), data.dtype, data.device
@@ -118,7 +124,7 @@ Buffers = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Te
 def _step_fused(
     buffers: Buffers,
     layout: FlatLayout,
-    lr: float,
+    lr: float | torch.Tensor,
     divisor: torch.Tensor,
     skipped: torch.Tensor,
     options: AdamWOptions,
@@ -185,7 +191,7 @@ def _bias_corrections(step: torch.Tensor, options: AdamWOptions) -> tuple[float,
 def _step_plainly(
     buffers: Buffers,
     layout: FlatLayout,
-    lr: float,
+    lr: float | torch.Tensor,
     divisor: torch.Tensor,
     good: torch.Tensor,
     multiplier_K: torch.Tensor | None,
@@ -204,7 +210,9 @@ def _step_plainly(
     step.copy_(count)
 
 
-def _spread(layout: FlatLayout, like: torch.Tensor, adapter: float, head: float) -> torch.Tensor:
+def _spread(
+    layout: FlatLayout, like: torch.Tensor, adapter: float | torch.Tensor, head: float | torch.Tensor
+) -> torch.Tensor:
     """One value for all of the adapter's elements, one for all of the head's."""
     out = torch.empty_like(like)
     out[: layout.num_adapter] = adapter
@@ -216,7 +224,7 @@ def _launch(buffers, layout, lr, norm, loss, multiplier_K, options, reduces) -> 
     from fastpeft.kernels.ops.adamw.kernel import adamw_kernel
 
     data = buffers[0]
-    num_slices = len(layout.slices)
+    num_slices, on_device = len(layout.slices), isinstance(lr, torch.Tensor)
     skipped = data.new_empty(())
     partials, sums = skipped, skipped
     if reduces:
@@ -228,13 +236,14 @@ def _launch(buffers, layout, lr, norm, loss, multiplier_K, options, reduces) -> 
         norm,
         data if loss is None else loss,
         skipped,
+        lr if on_device else data,
         layout.slices,
         layout.units,
         data if multiplier_K is None else multiplier_K.contiguous(),
         partials,
         sums,
         layout.tickets,
-        float(lr),
+        0.0 if on_device else float(lr),
         float(options.beta1),
         1 - options.beta1,
         math.log(options.beta1) if options.beta1 else -math.inf,
@@ -249,6 +258,7 @@ def _launch(buffers, layout, lr, norm, loss, multiplier_K, options, reduces) -> 
         num_slices,
         layout.num_blocks,
         HAS_LOSS=loss is not None,
+        READS_RATE=on_device,
         CLIPS=options.max_norm > 0,
         MULTIPLIES=multiplier_K is not None,
         REDUCES=bool(reduces),

@@ -1,0 +1,59 @@
+"""Whether a run's steps are to be captured, as far as its set-up tells."""
+
+from __future__ import annotations
+
+import torch
+
+from fastpeft.adapters import Adapter
+from fastpeft.config import RunConfig
+from fastpeft.schedules import Schedule
+from fastpeft.tasks import Task
+from fastpeft.trainer.buckets import in_few_widths
+from fastpeft.trainer.optim import Optimizer
+from fastpeft.trainer.padding import make_batches
+
+
+def choose_graphs(
+    run: RunConfig,
+    task: Task,
+    adapter: Adapter,
+    optimizer: Optimizer,
+    schedule: Schedule,
+    num_ranks: int,
+    device: torch.device,
+) -> list[str]:
+    """Where steps are to be captured, `task.train` has `only_widths` from here on. Returns what to tell the user."""
+    if not are_wanted(run, device):
+        return []
+    reason = refusal(run, task, adapter, optimizer, schedule, num_ranks)
+    if reason is not None:
+        return [told(reason)]
+    task.train = in_few_widths(make_batches(run, task))
+    return []
+
+
+def are_wanted(run: RunConfig, device: torch.device) -> bool:
+    """A CPU does not wait for launches: nothing is captured there, and nothing is said of it."""
+    return run.training.cuda_graphs == "auto" and device.type == "cuda"
+
+
+def refusal(
+    run: RunConfig, task: Task, adapter: Adapter, optimizer: Optimizer, schedule: Schedule, num_ranks: int
+) -> str | None:
+    """Why no step of this run can be captured, in words; None where nothing speaks against it."""
+    of_method, of_optimizer = adapter.host_work(), optimizer.host_work()
+    reasons = {
+        "several ranks add their gradients up in each step": num_ranks > 1,
+        f"schedule {run.schedule.name} reads on the host what each step has measured": bool(schedule.needs),
+        f"method {run.method}: {of_method}": of_method is not None,
+        f"optimizer {run.optimizer.name}: {of_optimizer}": of_optimizer is not None,
+        "attention within rows without padding asks for their lengths on the host": task.train.varlen,
+        "this model takes rows of one length at a time, which have too many shapes": not task.train.padded,
+        "training.cache_prefix reads a file in each step": bool(run.training.cache_prefix),
+        "a library unpacks weights in 4 bits, and is not known to be capturable": run.model.quantisation != "none",
+    }
+    return next((reason for reason, holds in reasons.items() if holds), None)
+
+
+def told(reason: str) -> str:
+    return f"no CUDA graphs: {reason}"
