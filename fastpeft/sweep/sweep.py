@@ -171,11 +171,15 @@ def _owned(plan: Plan) -> Iterator[None]:
         raise RunError(f"{folder.path} is a run; choose another --name")
     try:
         folder.path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise RunError(f"{folder.path} cannot be made: {error.strerror}") from None
+    folder.check_links()
+    try:
         folder.lock()
     except RunError:
         raise RunError(f"{folder.path} is a sweep that another process runs; choose another --name") from None
     except OSError as error:
-        raise RunError(f"{folder.path} cannot be made: {error.strerror}") from None
+        raise RunError(f"{folder.path} cannot be locked: {error.strerror}") from None
     try:
         yield
     finally:
