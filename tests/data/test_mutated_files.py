@@ -21,7 +21,7 @@ from fastpeft.errors import UserError
 from fastpeft.tasks import load_task
 
 SLOWER_S = 1.0
-"""What a damaged file may take beyond an honest one, in seconds of this process's CPU; an honest one takes hundredths."""
+"""What a damaged file may take beyond an honest one's hundredths, in seconds of this process's CPU."""
 
 WORDS = ("good", "bad", "film", "book", "a", "very", "long", "day;", "night,", "5", "don't", "so-so", "café")
 LABELS = {"no": ("No", "NO", " no", "no "), "yes": ("Yes", "YES", "yes  ", "\tyes")}
@@ -199,7 +199,7 @@ def test_many_damaged_files_keep_their_rows_or_say_why_not(tmp_path, capsys):
     read = []
 
     @given(data=st.data())
-    @settings(max_examples=500, deadline=None)
+    @settings(max_examples=2000, deadline=None)
     def many(data):
         read.append(check(data, tmp_path))
 
