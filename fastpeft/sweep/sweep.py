@@ -129,8 +129,10 @@ def _search(
     """Returns why it ended, and the best settings where they were trained."""
     earlier = read_json(plan.folder / SUMMARY) or {}
     spent_s = float(earlier.get("spent_s", 0.0))
-    parts = {"num_workers": plan.num_workers, "target": TRAIN_TRIAL, "spent_s": spent_s, "stop": stop}
-    trials = Trials(run, study, plan.folder, listener, **parts)
+    trials = Trials(
+        run, study, plan.folder, listener, num_workers=plan.num_workers, target=TRAIN_TRIAL,
+        is_shared=plan.storage is not None, spent_s=spent_s, stop=stop,
+    )  # fmt: skip
     try:
         status = trials.run_all()
     except BaseException:

@@ -52,7 +52,8 @@ def main() -> None:
     given.folder.mkdir(exist_ok=True)
     run = wanted(given.trials, given.seconds)
     study, _ = open_study(open_storage(given.url, given.folder), STUDY, run.optuna, identity(run))
-    print(trials.Trials(run, study, given.folder, Printing(), num_workers=2, target=QUADRATIC).run_all(), flush=True)
+    options = {"num_workers": 2, "target": QUADRATIC, "is_shared": True}
+    print(trials.Trials(run, study, given.folder, Printing(), **options).run_all(), flush=True)
 
 
 if __name__ == "__main__":
