@@ -1,4 +1,4 @@
-"""The files for SkyPilot and Slurm: the real tool reads each where there is one, and each calls nothing but fastpeft."""
+"""The files for SkyPilot and Slurm: the real tool reads each where there is one, and each calls only fastpeft."""
 
 from __future__ import annotations
 
