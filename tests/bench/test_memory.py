@@ -27,7 +27,9 @@ def test_a_row_that_is_off_is_marked():
     assert second.endswith("| 0.90 |")
 
 
-@pytest.mark.parametrize(("argument", "said"), [("--steps=1", "give at least 2"), ("--model=/nowhere", "no such folder")])
+@pytest.mark.parametrize(
+    ("argument", "said"), [("--steps=1", "give at least 2"), ("--model=/nowhere", "no such folder")]
+)
 def test_what_cannot_be_is_told_before_anything_is_trained(argument, said, monkeypatch, capsys):
     monkeypatch.setattr("sys.argv", ["memory.py", argument])
     with pytest.raises(SystemExit) as ended:
