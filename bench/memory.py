@@ -99,10 +99,10 @@ def main() -> int:
     for run in runs:
         rows.append(measure(run, args.steps))
         print(table(rows[-1:]).splitlines()[-1], flush=True)
+        if args.json is not None:
+            found = {"steps": args.steps, "rows": [asdict(row) | {"ratio": round(row.ratio, 3)} for row in rows]}
+            args.json.write_text(json.dumps(found, indent=2) + "\n")
     print("\n" + table(rows))
-    if args.json is not None:
-        found = {"steps": args.steps, "rows": [asdict(row) | {"ratio": round(row.ratio, 3)} for row in rows]}
-        args.json.write_text(json.dumps(found, indent=2) + "\n")
     return int(any(row.is_off for row in rows))
 
 
