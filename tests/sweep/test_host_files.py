@@ -112,6 +112,7 @@ print(json.dumps({
 
 
 @pytest.mark.soak
+@pytest.mark.timeout(1800)
 def test_skypilot_itself_reads_it(tmp_path):
     python = python_with(SKY)
     own = {"HOME": str(tmp_path), "SKYPILOT_DISABLE_USAGE_COLLECTION": "1", "PGPASSWORD": "x"}
@@ -128,6 +129,7 @@ def test_skypilot_itself_reads_it(tmp_path):
 
 
 @pytest.mark.soak
+@pytest.mark.timeout(1800)
 def test_two_tasks_of_the_array_and_a_skypilot_node_share_a_sweep(tmp_path):
     """By bash, over an SQLite file in PostgreSQL's place."""
     space = "optuna: {space: {training.learning_rate: {type: loguniform, low: 1.0e-3, high: 1.0e-1}}}\n"
