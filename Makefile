@@ -2,9 +2,10 @@
 PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.installed
+AUDIT_STAMP := .venv/.audit-installed
 DOCS_STAMP := .venv/.docs-installed
 
-.PHONY: run test soak compat lint screenshots docs docs-serve clean
+.PHONY: run test soak compat audit lint screenshots docs docs-serve clean
 
 run: $(STAMP)
 	at=$$(date +%Y%m%d-%H%M%S) && \
@@ -24,6 +25,13 @@ soak: $(STAMP)
 compat: $(STAMP)
 	$(BIN)/python .ci/compat.py $(if $(TORCH),--torch $(TORCH))
 
+# A +cpu or +cu130 behind a version is in no database. --strict: what could not be asked about is a failure.
+audit: $(AUDIT_STAMP)
+	$(BIN)/pip freeze --exclude-editable | sed 's/+[a-z0-9.]*$$//' > .venv/installed.txt
+	$(BIN)/python .ci/floors.py > .venv/floors.txt
+	$(BIN)/pip-audit --strict --vulnerability-service osv --no-deps --disable-pip --requirement .venv/installed.txt
+	$(BIN)/pip-audit --strict --vulnerability-service osv --no-deps --disable-pip --requirement .venv/floors.txt
+
 lint: $(STAMP)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
@@ -36,6 +44,10 @@ docs: $(DOCS_STAMP)
 
 docs-serve: docs
 	$(BIN)/python -m http.server --bind 127.0.0.1 --directory site 8000
+
+$(AUDIT_STAMP): $(STAMP)
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[audit]'
+	touch $(AUDIT_STAMP)
 
 $(DOCS_STAMP): $(STAMP)
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[docs]'

@@ -42,6 +42,13 @@ def has_release_of_kernels() -> bool:
     return True
 
 
+def test_every_dependency_has_a_lower_bound_for_the_audit():
+    done = subprocess.run([sys.executable, ".ci/floors.py"], cwd=ROOT, capture_output=True, text=True, check=True)
+    named = {line.partition("==")[0] for line in done.stdout.split()}
+    assert {"torch", "transformers", "huggingface_hub", "seqeval"} <= named
+    assert len(named) == len(tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["dependencies"])
+
+
 def test_kernels_at_the_root_is_a_link():
     assert os.readlink(ROOT / "kernels") == "fastpeft/kernels"
 

@@ -83,4 +83,6 @@ def _answered(answer: Answers, messages: list[Message]) -> list[Message]:
 
 
 def _write(text: str) -> None:
-    print(text, end="", flush=True)
+    from fastpeft.cli.safe_console import shown
+
+    print(shown(text), end="", flush=True)

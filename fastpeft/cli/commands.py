@@ -55,7 +55,9 @@ def main() -> None:
             end_rank(told or error)
         if told is None:
             raise
-        print(f"fastpeft: {told}", file=sys.stderr)
+        from fastpeft.cli.safe_console import shown
+
+        print(f"fastpeft: {shown(str(told))}", file=sys.stderr)
         sys.exit(told.exit_code)
 
 
@@ -271,9 +273,8 @@ def transfer(
     config = load_config(run, overrides or [], None, seed, mode, False, 1)
     with ctrl_c_ends_at_once():
         _say_first(config)
-        from rich.console import Console
-
         from fastpeft.cli.console import ConsoleReporter
+        from fastpeft.cli.safe_console import SafeConsole
         from fastpeft.cli.transfer_console import transfer_table
         from fastpeft.trainer import StopRequest
         from fastpeft.trainer.transferring import transfer as move
@@ -284,7 +285,7 @@ def transfer(
             config, adapter, steps=2 if mode == "trial" else steps, lora_rate=lora_rate, results_dir=results_dir,
             name=name, allow_stand_in=not no_stand_in, reporter=reporter, stop=stop, say=reporter.say,
         )  # fmt: skip
-    Console(highlight=False, width=None if sys.stdout.isatty() else 250).print(transfer_table(outcome))
+    SafeConsole(highlight=False, width=None if sys.stdout.isatty() else 250).print(transfer_table(outcome))
     if outcome.stand_in:
         reporter.say(f"STAND-IN: these are numbers of {outcome.model} on {outcome.dataset}")
     if stop.signal is not None:

@@ -15,6 +15,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, Task, TextColumn, TimeElapsedColumn
 from rich.text import Text
 
+from fastpeft.cli.safe_console import SafeConsole
 from fastpeft.runs.events import Event, number
 from fastpeft.runs.parts import figure
 
@@ -35,7 +36,7 @@ class ConsoleReporter(AbstractContextManager):
     """A trainer's Reporter. Use as a context: leaving it clears the live line."""
 
     def __init__(self, console: Console | None = None) -> None:
-        self.console = console or Console(highlight=False)
+        self.console = console or SafeConsole(highlight=False)
         self.console.soft_wrap = not self.console.is_terminal  # a file has no edge to wrap at
         self._progress: Progress | None = None
         self._task: Any = None

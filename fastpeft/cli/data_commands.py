@@ -30,9 +30,9 @@ def data_show(
     """The first training rows as the model reads them, with what is learned marked. No model is loaded."""
     if run is None:
         raise UserError("data show needs --run: a YAML file, or a preset's name")
-    from rich.console import Console
     from rich.text import Text
 
+    from fastpeft.cli.safe_console import SafeConsole, shown
     from fastpeft.config import load_run
 
     config = load_run(run, overrides or [])
@@ -40,20 +40,20 @@ def data_show(
     from fastpeft.tasks import load_task
     from fastpeft.trainer.resolve import resolve
 
-    console = Console(highlight=False, soft_wrap=True)
+    console = SafeConsole(highlight=False, soft_wrap=True)
     resolved = resolve(config)
     if resolved.stand_in:
         console.print(f"STAND-IN: {resolved.run.model.name} on {resolved.run.dataset.name} ({resolved.reason})")
     task = load_task(resolved.run.dataset, resolved.run.evaluation, resolved.run.training.seed)
     for note in task.notes:
         console.print(f"note: {note}", markup=False)
-    shown = task.first_rows(load_tokenizer(resolved.run.model), resolved.run.model.name, rows)
+    first_rows = task.first_rows(load_tokenizer(resolved.run.model), resolved.run.model.name, rows)
     marks = ("", "") if console.is_terminal else (OPENS, CLOSES)
     how = "dim is read, bright is learned" if console.is_terminal else f"what is learned stands in {OPENS} {CLOSES}"
-    for number, pieces in enumerate(shown, 1):
+    for number, pieces in enumerate(first_rows, 1):
         console.print(f"\nrow {number}: {how}", style="bold")
         parts = (
-            (f"{marks[0]}{text}{marks[1]}", "bold bright_green") if is_learned else (text, "dim")
+            (f"{marks[0]}{shown(text)}{marks[1]}", "bold bright_green") if is_learned else (shown(text), "dim")
             for text, is_learned in pieces
         )
         console.print(Text.assemble(*parts))

@@ -45,9 +45,9 @@ def evaluate(
 
     With --on the scores of one run on several sets.
     """
-    from rich.console import Console
+    from fastpeft.cli.safe_console import SafeConsole
 
-    console = Console(highlight=False, width=None if sys.stdout.isatty() else 250)
+    console = SafeConsole(highlight=False, width=None if sys.stdout.isatty() else 250)
     if on:
         if len(runs or []) != 1:
             raise UserError("--on scores one run: name it")

@@ -27,9 +27,8 @@ def which_weights(best: bool | None) -> Literal["best", "last"] | None:
 @runs.command("ls")
 def runs_ls(results_dir: ResultsDir = Path("results")) -> None:
     """Every run under the results folder."""
-    from rich.console import Console
-
     from fastpeft.cli.result_tables import runs_table
+    from fastpeft.cli.safe_console import SafeConsole
     from fastpeft.runs.store import list_runs
 
     folders = list(list_runs(results_dir))
@@ -37,7 +36,7 @@ def runs_ls(results_dir: ResultsDir = Path("results")) -> None:
         print(f"no runs in {results_dir}")
         return
     width = None if sys.stdout.isatty() else 250  # a file has no edge to fold names at
-    Console(highlight=False, width=width).print(runs_table(folders))
+    SafeConsole(highlight=False, width=width).print(runs_table(folders))
 
 
 @runs.command("show")
@@ -47,9 +46,9 @@ def runs_show(
 ) -> None:
     """A run's result and settings, or a preset with its defaults spelt out."""
     import yaml
-    from rich.console import Console
 
     from fastpeft.cli.result_tables import closing
+    from fastpeft.cli.safe_console import SafeConsole, shown
     from fastpeft.config import load_run, preset_names, run_values
     from fastpeft.runs.store import RunFolder
 
@@ -57,9 +56,9 @@ def runs_show(
     if folder.config.is_file():
         result = folder.read_result()
         if result is not None:
-            Console(highlight=False).print(closing(result, folder))
+            SafeConsole(highlight=False).print(closing(result, folder))
             print()
-        print(folder.config.read_text(), end="")
+        print(shown(folder.config.read_text(errors="replace")), end="")
     elif run in preset_names():
         print(yaml.safe_dump(run_values(load_run(run)), sort_keys=False), end="")
     else:

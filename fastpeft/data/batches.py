@@ -5,10 +5,10 @@ Shapes: N rows, L tokens of the longest row of a batch.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any, Self
+from typing import Any, Self, TypeVar
 
 import numpy as np
 import torch
@@ -188,6 +188,20 @@ def evaluation_batches(encoded: TokenRows, max_tokens: int) -> list[np.ndarray]:
     """All rows by length, in batches of at most `max_tokens` padded tokens."""
     rows = np.arange(len(encoded))
     return list(split_by_width(rows, encoded.lengths, encoded.widths, max_tokens, encoded.padded))
+
+
+R = TypeVar("R", bound=TokenRows)
+
+
+def largest_evaluation_batch(splits: Iterable[R | None], max_tokens: int) -> tuple[R, np.ndarray]:
+    """The one with the most padded tokens of all splits: where it lies, and its rows. The last of a split is what the
+    others left, and the test split may fill what a sample of the validation split does not.
+
+    Args:
+        splits: those that are evaluated; None for one that is not there.
+    """
+    batches = [(split, rows) for split in splits if split is not None for rows in evaluation_batches(split, max_tokens)]
+    return max(batches, key=lambda batch: len(batch[1]) * int(batch[0].widths[batch[1]].max()))
 
 
 def inputs_of(

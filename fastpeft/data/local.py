@@ -11,7 +11,7 @@ from typing import Any
 
 from fastpeft.data.rows import DataError, Row, Split
 from fastpeft.data.source import TEST, TRAIN, Source
-from fastpeft.data.split_files import STEMS, SUFFIXES, find_split_files
+from fastpeft.data.split_files import STEMS, SUFFIXES, find_split_files, refuse_links
 from fastpeft.data.tables import read_table
 from fastpeft.data.text_files import format_of, read_bytes, read_text
 
@@ -42,6 +42,7 @@ class FileSource(Source):
             return
         found = find_split_files(path, config)
         self.files, self._in_parts, self._others = found.files, found.in_parts, found.others
+        refuse_links(path, (*found.others, *(file for files in found.files.values() for file in files)))
 
     @property
     def splits(self) -> tuple[str, ...]:

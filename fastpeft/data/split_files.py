@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -128,6 +129,28 @@ def _shards(folder: Path) -> list[_Unit]:
 def _files(folder: Path) -> list[Path]:
     there = (p for p in folder.iterdir() if p.is_file() and not p.name.startswith("."))
     return sorted(p for p in there if p.name not in _WITHOUT_ROWS)
+
+
+def refuse_links(folder: Path, files: Iterable[Path]) -> None:
+    """Refuse a link that leads out of the dataset's folder: one that came from somebody else would have any file of
+    this machine read as rows. A snapshot in the hub's cache is links into the blobs beside it.
+
+    Args:
+        folder: that the user named.
+        files: those in it that would be read.
+
+    Raises:
+        DataError: the link and what it leads to.
+    """
+    inside = Path(os.path.realpath(folder))
+    in_cache = inside.parent.name == "snapshots"
+    for path in files:
+        to = Path(os.path.realpath(path))
+        if not to.is_relative_to(inside) and not (in_cache and to.is_relative_to(inside.parents[1] / "blobs")):
+            raise DataError(
+                f"{path}: leads out of the dataset's folder, to {to}, and is not followed. Put that file in its place, "
+                "or give it as dataset.path"
+            )
 
 
 def _folders(folder: Path) -> list[Path]:

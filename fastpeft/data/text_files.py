@@ -21,6 +21,9 @@ _MARKS = (
     (codecs.BOM_UTF16_LE, "utf-16"),
     (codecs.BOM_UTF16_BE, "utf-16"),
 )
+_BLOCK_BYTES = 2**20
+_SMALL_BYTES = 2**28
+"""An unpacked file up to which nobody asks what memory there is: torch is loaded for that."""
 _LINE_END = re.compile(r"\r\n|\r|\n")
 _CONVERT = "Save it as UTF-8, or convert it: iconv -f {encoding} -t UTF-8"
 
@@ -43,8 +46,7 @@ def open_bytes(path: Path) -> BinaryIO:
 def read_bytes(path: Path) -> bytes:
     """All of a file, unpacked. Raises DataError for one that cannot be read."""
     try:
-        content = path.read_bytes()
-        content = gzip.decompress(content) if _is_packed(path) else content
+        content = _unpack(path) if _is_packed(path) else path.read_bytes()
     except (gzip.BadGzipFile, EOFError, zlib.error) as error:
         raise DataError(f"{path}: is no whole gzip file ({error})") from None
     except OSError as error:
@@ -52,6 +54,30 @@ def read_bytes(path: Path) -> bytes:
     if content.startswith(_POINTER):
         raise DataError(f"{path}: is a pointer of Git LFS and no data: run `git lfs pull` in its repository")
     return content
+
+
+def _unpack(path: Path) -> bytes:
+    """Refuses, before memory runs out, what unpacks to more than half of what is free: 1 MB of gzip can hold 1 GB."""
+    content, largest = bytearray(), None
+    with gzip.open(path) as file:
+        while block := file.read(_BLOCK_BYTES):
+            content += block
+            if len(content) > _SMALL_BYTES:
+                largest = _half_of_free() if largest is None else largest
+                if len(content) > largest:
+                    raise DataError(
+                        f"{path}: unpacks to more than {largest / 2**30:.1f} GB, half of the memory that is free. "
+                        "Unpack it and see what is in it, or split it into several files"
+                    )
+    return bytes(content)
+
+
+def _half_of_free() -> int:
+    import torch
+
+    from fastpeft.device_memory import free_bytes
+
+    return free_bytes(torch.device("cpu")) // 2
 
 
 def read_text(path: Path) -> tuple[str, tuple[str, ...]]:

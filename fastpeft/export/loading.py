@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import peft
 import torch
@@ -25,6 +25,11 @@ from fastpeft.runs.store import read_json
 from fastpeft.standins import embedded_path
 from fastpeft.tasks import Task
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+_IMPORTS = ("megatron_config", "auto_mapping")
+"""Keys of an adapter_config.json by which PEFT imports a module that the file names."""
 _TRAINED_SEED, _LOADED_SEED = 1, 2
 """A head that an export lacks is drawn anew: from different seeds, so that its answers differ."""
 
@@ -63,21 +68,44 @@ def load_whole(folder: Path, task: Task, device: torch.device) -> Backbone:
 
 def trained_model(backbone: Backbone, folder: Path) -> nn.Module:
     """A PeftModel with the trainer's own layers and the weights in `folder`, in fp32, in eval mode."""
+    with _seeded(_TRAINED_SEED):
+        return load_adapter(backbone.model, folder, {nn.Linear: LoraLinear}).eval()
+
+
+def load_adapter(base: nn.Module, folder: Path, layers: dict[type, type] | None = None) -> peft.PeftModel:
+    """A run's LoRA on its base model, by PEFT. Safetensors are read and no pickle, and no module is imported by a name
+    that stands in the folder.
+
+    Args:
+        layers: of the base -> the class that computes its update; PEFT's own when absent.
+
+    Raises:
+        ExportError: an adapter that is damaged, no LoRA, or asks for more.
+    """
+    settings = read_json(folder / "adapter_config.json") or {}
+    asked = next((key for key in _IMPORTS if settings.get(key)), None)
+    if asked is not None:
+        raise ExportError(
+            f"{folder}: its adapter_config.json has {asked}, which imports a module by its name; no run of fastpeft "
+            "writes that, and it is not done. Remove the key if you know where the adapter is from"
+        )
+    if not (folder / "adapter_model.safetensors").is_file():
+        raise ExportError(f"{folder} has no adapter_model.safetensors, and no other file of weights is opened")
     try:
         config = peft.PeftConfig.from_pretrained(str(folder))
         if not isinstance(config, peft.LoraConfig):
             raise ExportError(f"the adapter is of type {config.peft_type}; only LORA can be exported")
-        config._register_custom_module({nn.Linear: LoraLinear})
-        with quiet_transformers(), _seeded(_TRAINED_SEED):
-            model = peft.PeftModel.from_pretrained(backbone.model, str(folder), config=config)
+        if layers:
+            config._register_custom_module(layers)
+        with quiet_transformers():
+            return peft.PeftModel.from_pretrained(cast("PreTrainedModel", base), str(folder), config=config)
     except ExportError:
         raise
     except Exception as error:  # a damaged file: PEFT, safetensors and torch have classes of their own
         reason = first_line(error) or type(error).__name__
         raise ExportError(
-            f"the run's adapter cannot be loaded: {reason}. Export its other weights: --best or --last"
+            f"the run's adapter {folder} cannot be loaded: {reason}. Take its other weights: --best or --last"
         ) from error
-    return model.eval()
 
 
 def load_exported(

@@ -138,13 +138,20 @@ def _check_routed(run: RunConfig, source: Path, approximate: bool, otherwise: bo
 
 
 def find_run(run: str, results_dir: Path) -> RunFolder:
-    """By its name under `results_dir`, or by its folder's path. Raises ExportError where there is none."""
+    """By its name under `results_dir`, or by its folder's path.
+
+    Raises:
+        UserError: there is none, or it has a link that leads out of it.
+    """
     for path in (results_dir / run, Path(run).expanduser()):
         try:
-            if run and (path / "run.yaml").is_file():
-                return RunFolder(path)
+            is_run = bool(run) and (path / "run.yaml").is_file()
         except OSError:  # a name that is too long for a path
             continue
+        if is_run:
+            folder = RunFolder(path)
+            folder.check_links()
+            return folder
     names = ", ".join(folder.path.name for folder in list_runs(results_dir))
     raise ExportError(
         f"{run!r} is neither a run in {results_dir} nor the path of a run's folder; runs there: {names or 'none'}"

@@ -5,20 +5,18 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import metadata
-from typing import Any, cast
+from typing import Any
 
-import peft
 import torch
 from torch import nn
 
 from fastpeft.config.methods import METHODS
 from fastpeft.data.predictions import Answer, read_predictions
 from fastpeft.device_memory import TokenLimits, unmeasured
-from fastpeft.errors import UserError, first_line
-from fastpeft.export.loading import load_base, load_whole
+from fastpeft.export.loading import load_adapter, load_base, load_whole
 from fastpeft.export.plan import ExportError, Plan, Weights, plan_reading
 from fastpeft.export.trained_task import trained_task
-from fastpeft.models.backbone import Backbone, quiet_transformers
+from fastpeft.models.backbone import Backbone
 from fastpeft.runs.events import number
 from fastpeft.runs.store import RunFolder, write_json
 
@@ -94,16 +92,7 @@ def _load(plan: Plan, task: Any, device: torch.device) -> tuple[Backbone, nn.Mod
     if METHODS[plan.run.method].routes:
         raise ExportError(f"{plan.source}: PEFT knows no adapter of {plan.run.method}; score it without --rescore")
     backbone = load_base(plan.run.model, task, device)
-    try:
-        with quiet_transformers():
-            model = peft.PeftModel.from_pretrained(backbone.model, str(plan.source))
-    except UserError:
-        raise
-    except Exception as error:  # a damaged file: PEFT, safetensors and torch have classes of their own
-        raise ExportError(
-            f"{plan.source}: PEFT does not load it: {first_line(error) or type(error).__name__}"
-        ) from error
-    return backbone, cast(nn.Module, model).eval()
+    return backbone, load_adapter(backbone.model, plan.source).eval()
 
 
 def _is_alike(answer: Answer, kept: Answer) -> bool:

@@ -6,12 +6,11 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, cast
 
-import peft
 import torch
 
 from fastpeft.config.methods import METHODS
 from fastpeft.errors import UserError
-from fastpeft.export.loading import load_base, load_whole
+from fastpeft.export.loading import load_adapter, load_base, load_whole
 from fastpeft.export.plan import ExportError, Plan
 from fastpeft.models.backbone import Backbone, quiet_transformers
 from fastpeft.tasks import Task, load_task, restore_task
@@ -51,9 +50,7 @@ class Talker:
             backbone = load_whole(plan.source, task, device)
             return cls(backbone.model.eval(), backbone, task, run.model.name)
         backbone = load_base(replace(run.model, fast_layers=False), task, device)
-        with quiet_transformers():
-            model = peft.PeftModel.from_pretrained(backbone.model, str(plan.source))
-        return cls(model.eval(), backbone, task, run.model.name)
+        return cls(load_adapter(backbone.model, plan.source).eval(), backbone, task, run.model.name)
 
     def answer(
         self,

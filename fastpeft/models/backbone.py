@@ -15,7 +15,7 @@ from torch import nn
 from fastpeft.config.schema import ModelConfig
 from fastpeft.errors import UnavailableError, UserError, first_line
 from fastpeft.models.fast import speed_up
-from fastpeft.models.files import fetch_model
+from fastpeft.models.files import fetch_model, refuse_hub_code
 from fastpeft.models.lm_head import check_causal_lm, decoder_of, hidden_states, output_embeddings
 from fastpeft.models.nf4 import never_repack, nf4_arguments
 from fastpeft.models.positions import position_limit
@@ -275,6 +275,7 @@ def _loading(config: ModelConfig, what: str) -> Iterator[Path]:
     """The model's folder, fetched if need be; what fails within is an UnavailableError."""
     local = embedded_path(config.name) or Path(config.name).expanduser()
     folder = local if local.is_dir() else fetch_model(config.name, config.revision)
+    refuse_hub_code(folder, config.name)
     try:
         with quiet_transformers():
             yield folder

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from fastpeft import hub
-from fastpeft.errors import UnavailableError
+from fastpeft.errors import UnavailableError, UserError
 from fastpeft.runs.store import read_json
 
 CONFIG = "config.json"
@@ -14,6 +16,7 @@ _WEIGHTS = (
     ("pytorch_model.bin", "pytorch_model.bin.index.json"),
 )
 """In one file, or the index of several. The first that is there is taken."""
+_ATTENTION = "attn_implementation"
 _SMALL = (".json", ".txt", ".model")
 _VOCABULARIES = ("tokenizer.json", "vocab.txt", "vocab.json")
 
@@ -45,6 +48,32 @@ def fetch_model(name: str, revision: str) -> Path:
     for file in needed:
         hub.download("model", name, file, folder.name)
     return folder
+
+
+def refuse_hub_code(folder: Path, name: str) -> None:
+    """Refuse a config that names an attention of the hub, such as kernels-community/flash-attn: transformers fetches
+    and runs that repository's code where the package `kernels` is installed.
+
+    Raises:
+        UserError: the key and the repository.
+    """
+    for key, value in _settings(read_json(folder / CONFIG) or {}):
+        if key.endswith(_ATTENTION) and isinstance(value, str) and "/" in value:
+            raise UserError(
+                f"model.name {name}: its {CONFIG} asks for {key} {value!r}, which is code of a repository, and none is "
+                "run. Remove the key there"
+            )
+
+
+def _settings(values: dict[str, Any], key: str = "") -> Iterator[tuple[str, Any]]:
+    """Every value that is no mapping, with its key at any depth. In a mapping of attentions the keys are the model's
+    parts, so that the mapping's own counts."""
+    for name, value in values.items():
+        inner = key if key.endswith(_ATTENTION) else name
+        if isinstance(value, dict):
+            yield from _settings(value, inner)
+        else:
+            yield inner, value
 
 
 def _needed(name: str, there: tuple[str, ...]) -> list[str]:

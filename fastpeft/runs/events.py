@@ -128,7 +128,7 @@ def parse_event(line: bytes) -> Event | None:
     except ValueError:  # half of a surrogate pair, which a name may have, is JSON all the same
         try:
             event = json.loads(line)
-        except ValueError:
+        except (ValueError, RecursionError):
             return None
     return event if isinstance(event, dict) and isinstance(event.get("type"), str) else None
 

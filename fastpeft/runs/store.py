@@ -27,6 +27,9 @@ of the commonest class."""
 DEAD_AFTER_S = 30.0
 """A running trainer writes a heartbeat every two seconds."""
 
+_OF_TRACKERS = ("wandb", "tensorboard")
+"""Folders in a run's that others write: W&B links its log in the user's cache there."""
+
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 
 
@@ -123,6 +126,22 @@ class RunFolder:
         """What was answered to each row by the `last` or the `best` weights on validation, or on `test`."""
         return self.path / "predictions" / f"{which}.jsonl"
 
+    def check_links(self) -> None:
+        """Raises RunError for a link that leads out of the folder: nobody reads or writes what it leads to, in a folder
+        that came from somebody else."""
+        inside = os.path.realpath(self.path)
+        for parent, folders, files in os.walk(self.path):  # goes through no link to a folder
+            for name in (*folders, *files):
+                path = os.path.join(parent, name)
+                to = os.path.realpath(path)
+                if os.path.islink(path) and not Path(to).is_relative_to(inside):
+                    raise RunError(
+                        f"{path} is a link that leads out of the run's folder, to {to}, and is not followed. Put what "
+                        "it leads to in its place, or remove it"
+                    )
+            if Path(parent) == self.path:
+                folders[:] = [name for name in folders if name not in _OF_TRACKERS]
+
     def check_free(self) -> None:
         """Raises RunError if the name is taken."""
         if os.path.lexists(self.path) and not self._is_remains():
@@ -202,8 +221,8 @@ def default_name(run_id: str) -> str:
 
 
 def list_runs(results_dir: Path) -> Iterator[RunFolder]:
-    """Every run folder, oldest first."""
-    folders = [p.parent for p in Path(results_dir).glob("*/run.yaml")]
+    """Every run folder with a name that a terminal can show, oldest first."""
+    folders = [p.parent for p in Path(results_dir).glob("*/run.yaml") if p.parent.name.isprintable()]
     for path in sorted(folders, key=lambda p: ((p / "run.yaml").stat().st_mtime, p.name)):
         yield RunFolder(path)
 
@@ -248,6 +267,6 @@ def read_json(path: Path) -> dict[str, Any] | None:
     """None where the file is missing or is no JSON object."""
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):  # the last of ten thousand brackets
         return None
     return values if isinstance(values, dict) else None

@@ -18,7 +18,7 @@ from typing import IO, Any
 from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend
 
-from fastpeft.errors import UserError
+from fastpeft.errors import UserError, first_line
 
 LOCK_TIMEOUT_S = 60.0
 _POLL_S = 0.005
@@ -122,7 +122,7 @@ def open_journal(path: Path) -> JournalStorage:
         for line in path.read_bytes().splitlines()[-1:]:
             json.loads(line)  # a last line that is none Optuna takes for one that is being written
         return JournalStorage(journal)
-    except (ValueError, KeyError, TypeError) as error:  # of a line that is no record
-        if isinstance(error, UserError):
-            raise
-        raise JournalError(f"{path} is no journal of Optuna, or is damaged: {error}") from None
+    except UserError:
+        raise
+    except Exception as error:  # of a line that is no record: Optuna takes each for one of its own
+        raise JournalError(f"{path} is no journal of Optuna, or is damaged: {first_line(error)}") from None

@@ -129,8 +129,10 @@ def _search(
     """Returns why it ended, and the best settings where they were trained."""
     earlier = read_json(plan.folder / SUMMARY) or {}
     spent_s = float(earlier.get("spent_s", 0.0))
-    parts = {"num_workers": plan.num_workers, "target": TRAIN_TRIAL, "spent_s": spent_s, "stop": stop}
-    trials = Trials(run, study, plan.folder, listener, **parts)
+    trials = Trials(
+        run, study, plan.folder, listener, num_workers=plan.num_workers, target=TRAIN_TRIAL,
+        is_shared=plan.storage is not None, spent_s=spent_s, stop=stop,
+    )  # fmt: skip
     try:
         status = trials.run_all()
     except BaseException:
@@ -171,11 +173,15 @@ def _owned(plan: Plan) -> Iterator[None]:
         raise RunError(f"{folder.path} is a run; choose another --name")
     try:
         folder.path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise RunError(f"{folder.path} cannot be made: {error.strerror}") from None
+    folder.check_links()
+    try:
         folder.lock()
     except RunError:
         raise RunError(f"{folder.path} is a sweep that another process runs; choose another --name") from None
     except OSError as error:
-        raise RunError(f"{folder.path} cannot be made: {error.strerror}") from None
+        raise RunError(f"{folder.path} cannot be locked: {error.strerror}") from None
     try:
         yield
     finally:

@@ -22,6 +22,7 @@ from optuna.trial import FrozenTrial, Trial, TrialState
 from fastpeft.config import ConfigError, RunConfig, parse_budget, run_values, with_values
 from fastpeft.config.search import OWN_METRIC
 from fastpeft.errors import UserError, first_line
+from fastpeft.sweep import lease
 from fastpeft.sweep.lease import HEARTBEAT, HEARTBEAT_EVERY_S, LEASE, Lease, is_alive
 from fastpeft.sweep.space import distributions, trial_settings
 from fastpeft.sweep.study import ask, best_of, counted
@@ -56,6 +57,7 @@ class Trials:
     Args:
         folder: of the sweep; a trial's run folder is trials/NNNN in it, its output trials/NNNN.log.
         target: the job of a trial: `fastpeft.sweep.trial:train_trial`.
+        is_shared: other sweeps may run trials over the same storage.
         spent_s: seconds that the sweep took before.
         stop: asked for the sweep to be interrupted.
     """
@@ -69,6 +71,7 @@ class Trials:
         *,
         num_workers: int,
         target: str,
+        is_shared: bool = False,
         spent_s: float = 0.0,
         stop: Callable[[], bool] = lambda: False,
     ) -> None:
@@ -83,6 +86,9 @@ class Trials:
         """One after another."""
         self._is_ending = False
         self._lease, self._beaten_s = Lease.mine(), -math.inf
+        self._is_shared = is_shared
+        self._nobodys_since: dict[int, float] = {}
+        """Number of a trial without a lease -> when this sweep first saw it, on its own clock."""
         self._budget = parse_budget(self._config.budget) if self._config.budget else None
 
     @property
@@ -116,7 +122,10 @@ class Trials:
     def _begin_more(self) -> None:
         while len(self._running) < self._num_workers and self._wants_more():
             trial = ask(self.study, self._config, self._space)
-            self._own(trial)
+            try:
+                self._own(trial)
+            except UpdateFinishedTrialError:  # drawing its values took so long that another sweep took it for dead
+                continue
             self._start(trial, resume=False)
 
     def _wants_more(self) -> bool:
@@ -187,9 +196,16 @@ class Trials:
     def _bury_dead(self) -> None:
         """FAIL what RUNs for a sweep that is not there any more."""
         for trial in self._elsewhere():
-            if not is_alive(trial.user_attrs):
+            if not is_alive(trial.user_attrs) and not self._is_new(trial):
                 self.study.tell(trial.number, state=TrialState.FAIL, skip_if_finished=True)
                 self._listener.say(f"trial {trial.number} was left by a sweep that is gone: it is made again")
+
+    def _is_new(self, trial: FrozenTrial) -> bool:
+        """Whether another sweep may still be drawing its values: only then it says whose it is."""
+        if not self._is_shared or LEASE in trial.user_attrs:
+            return False
+        now_s = time.monotonic()
+        return now_s - self._nobodys_since.setdefault(trial.number, now_s) <= lease.DEAD_AFTER_S
 
     def _is_paused_here(self, trial: FrozenTrial) -> bool:
         return trial.user_attrs.get(PAUSED) == self._place()
@@ -236,10 +252,16 @@ class Trials:
             return True
 
     def _end(self, one: _Running, outcome: Message) -> None:
+        if not one.lost:
+            try:
+                self._note_end(one, outcome)
+                return
+            except UpdateFinishedTrialError:  # it ended while the network was away, before a heartbeat found that out
+                pass
+        self._listener.say(f"trial {one.trial.number} was taken for dead by another sweep: its result is left out")
+
+    def _note_end(self, one: _Running, outcome: Message) -> None:
         took_s = round(time.monotonic() - one.began_s + one.trial.user_attrs.get(DURATION_S, 0.0), 3)
-        if one.lost:
-            self._listener.say(f"trial {one.trial.number} was taken for dead by another sweep: its result is left out")
-            return
         if "failed" in outcome:
             self._end_failed(one, outcome, took_s)
             return

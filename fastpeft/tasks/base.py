@@ -328,7 +328,7 @@ class Task(ABC, Generic[Rows]):
 
     @abstractmethod
     def largest_evaluation_batch(self, limits: TokenLimits) -> tuple[int, int]:
-        """Rows and width of the batch that `time_evaluation` begins with."""
+        """Rows and width of the batch that `try_evaluation` takes: of the validation and the test split the largest."""
 
     @classmethod
     def read_set(cls, path: Path, config: DatasetConfig, evaluation: EvaluationConfig, seed: int) -> OtherSet:

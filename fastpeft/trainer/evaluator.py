@@ -139,6 +139,7 @@ class Evaluator:
 
     def score_test(self) -> bool:
         """Score the test split, once, with the best weights. False if it was interrupted."""
+        free_memory()  # what the validation split took
         job, best = self._job, self._result.best
         is_last = best["step"] == self._evaluated_at
         kept = job.adapter.flat.data.clone()

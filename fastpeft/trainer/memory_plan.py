@@ -12,9 +12,10 @@ method and data alone; checkpoints keep them.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 import torch
@@ -35,6 +36,7 @@ from fastpeft.device_memory import (
 from fastpeft.models.checkpointed_layers import checkpoint_layers
 from fastpeft.tasks import Task
 from fastpeft.trainer.pass_cost import Cost, evaluation_cost, training_cost
+from fastpeft.trainer.peak_memory import peak_bytes
 
 FOOTPRINT = 256 * 2**20
 FEWEST, MOST, MOST_EVALUATED = 512, 16384, 131072
@@ -42,6 +44,7 @@ SHARE = 0.8
 MOMENTS = 2
 """Numbers that an optimizer keeps beside each parameter: their pages are taken at its first step."""
 
+T = TypeVar("T")
 Setting = int | Literal["auto"]
 
 
@@ -143,9 +146,9 @@ def make_plan(
     evaluated, fit.evaluation, more = plan_evaluation(
         evaluation.batch_tokens, attempt, task.largest_evaluation_batch, limits, model
     )
-    rows, width = task.largest_evaluation_batch(limits)
-    pass_bytes = max(_largest_pass(cost, limits.training, batches), evaluated.bytes(rows * width, width))
-    peak = max(high_water_bytes(device), held + pass_bytes)
+    largest = math.prod(task.largest_evaluation_batch(limits))
+    evaluation_bytes = _largest_evaluation(evaluated.bytes(largest, 0), lambda: attempt(limits), device)
+    peak = max(high_water_bytes(device), held + max(_largest_pass(cost, limits.training, batches), evaluation_bytes))
     told = (*notes, *more)
     return MemoryPlan(limits, cost.each(usual), evaluated.linear, held, peak, free, fit, checkpointed, told)
 
@@ -214,7 +217,17 @@ def _largest_pass(cost: Cost, most: int, batches: Batches) -> float:
     return float(np.max(cost.fixed + tokens * (cost.linear + cost.square * widest)))
 
 
-def _unless_short(measure: Callable[[], Cost]) -> Cost | None:
+def _largest_evaluation(foretold: float, attempt: Callable[[], object], device: torch.device) -> float:
+    """Bytes of the largest evaluation batch. On a CPU, where running out is a kill without a word, they are counted:
+    hundreds of rows take other ways through the model than the two that they were foretold from, which need more."""
+    if device.type != "cpu":
+        return foretold
+    free_memory()
+    counted = _unless_short(lambda: peak_bytes(device, attempt))
+    return foretold if counted is None else float(counted)
+
+
+def _unless_short(measure: Callable[[], T]) -> T | None:
     """None where the memory does not suffice."""
     try:
         return measure()

@@ -21,6 +21,7 @@ def open_run(folder: RunFolder, name: str | None) -> tuple[Result | None, RunCon
         raise RunError("--resume needs --name: which run is to be continued?")
     if not folder.config.is_file():
         raise RunError(f"--resume: there is no run {folder.path}")
+    folder.check_links()
     folder.lock()
     result = folder.read_result()
     return result if result and result.status == "done" else None, load_run(folder.config)

@@ -5,7 +5,8 @@ from __future__ import annotations
 import copy
 import random
 import sys
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,10 @@ WRONG = [
     "\x00\x1b[2J", "../../etc/passwd", "lora", "{}", "!!python/object:os.system", [], [None], ["a", 1], [[[]]], {},
     {"x": 1}, {1: 2}, {None: None}, {"name": {"name": {}}}, {"type": "int"}, {"low": 1, "high": 0}, b"\xff",
 ]  # fmt: skip
+
+
+SLOWER_S = 1.0
+"""What a damaged file may take beyond the slowest preset, in seconds of this process's CPU."""
 
 
 def places(values: Any) -> Iterator[tuple[dict, Any]]:
@@ -115,19 +120,32 @@ def check(rng: random.Random, path: Path, monkeypatch: pytest.MonkeyPatch, capsy
     return run is not None
 
 
-def check_many(count, seed, tmp_path, monkeypatch, capsys) -> int:
+def check_many(count, seed, tmp_path, monkeypatch, capsys) -> tuple[int, float]:
+    """How many were valid, and the CPU seconds of the slowest."""
     rng = random.Random(seed)
-    return sum(check(rng, tmp_path / "run.yaml", monkeypatch, capsys) for _ in range(count))
+    limit_s = SLOWER_S + max(cpu_seconds(lambda name=name: load_run(name)) for name in preset_names())
+    valid, slowest_s = [], 0.0
+    for _ in range(count):
+        took_s = cpu_seconds(lambda: valid.append(check(rng, tmp_path / "run.yaml", monkeypatch, capsys)))
+        assert took_s <= limit_s, (tmp_path / "run.yaml").read_text()[:4000]
+        slowest_s = max(slowest_s, took_s)
+    return sum(valid), slowest_s
+
+
+def cpu_seconds(call: Callable[[], Any]) -> float:
+    began_s = time.process_time()
+    call()
+    return time.process_time() - began_s
 
 
 def test_damaged_presets_load_or_are_refused_in_words(seed, tmp_path, monkeypatch, capsys):
-    num_valid = check_many(50, seed, tmp_path, monkeypatch, capsys)
+    num_valid, _ = check_many(50, seed, tmp_path, monkeypatch, capsys)
     assert num_valid < 50
 
 
 @pytest.mark.soak
 def test_many_damaged_presets_load_or_are_refused_in_words(seed, tmp_path, monkeypatch, capsys):
-    num_valid = check_many(500, seed, tmp_path, monkeypatch, capsys)
+    num_valid, slowest_s = check_many(2000, seed, tmp_path, monkeypatch, capsys)
     with capsys.disabled():
-        print(f"500 damaged run files: {num_valid} valid, {500 - num_valid} refused")
-    assert 0 < num_valid < 500
+        print(f"2000 damaged run files: {num_valid} valid, {2000 - num_valid} refused, slowest {slowest_s:.2f} s")
+    assert 0 < num_valid < 2000

@@ -17,6 +17,7 @@ from fastpeft.data.batches import (
     Batches,
     evaluation_batches,
     inputs_of,
+    largest_evaluation_batch,
     micro_batches,
     split_by_width,
 )
@@ -217,6 +218,19 @@ def test_evaluation_batches_cover_all_rows_once(seed):
     assert sorted(np.concatenate(groups)) == list(range(500))
     assert all(len(rows) * encoded.lengths[rows].max() <= 512 for rows in groups)
     assert (np.diff(encoded.lengths[np.concatenate(groups)]) >= 0).all()
+
+
+def test_the_largest_evaluation_batch_is_of_all_splits_and_not_the_last(seed):
+    few, many = make_rows(seed, 20), make_rows(seed + 1, 500)
+    split, rows = largest_evaluation_batch((few, None, many), 512)
+
+    def area(rows_of, batch):
+        return len(batch) * int(rows_of.widths[batch].max())
+
+    areas = [area(each, batch) for each in (few, many) for batch in evaluation_batches(each, 512)]
+    assert area(split, rows) == max(areas)
+    assert max(areas) > area(many, evaluation_batches(many, 512)[-1])
+    assert largest_evaluation_batch((few, None), 10**6)[0] is few
 
 
 @pytest.mark.parametrize("segments", [True, False])

@@ -19,7 +19,7 @@ from tests.support.doc_pages import ROOT, Block, pages
 STANDS_FOR = {"RANK": "8", "K": "4", "N": "2"}
 """Placeholders where a command takes a number; others are texts, which it takes as they are."""
 
-OTHERS = {"cd", "git", "mlx_lm.generate", "optuna-dashboard"}
+OTHERS = {"cd", "git", "mlx_lm.generate", "optuna-dashboard", "sbatch", "sky"}
 """Programs that are not ours, so that nothing of them is checked."""
 
 OURS = {"fastpeft", "make", "pip", "python", "python3", "pytest"}

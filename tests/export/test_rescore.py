@@ -51,5 +51,5 @@ def test_other_rows_are_refused(tmp_path):
     for weights in (tmp_path / "r").glob("adapter*"):
         (weights / "adapter_model.safetensors").write_bytes(b"damaged")
     path.write_text("\n".join(lines) + "\n")
-    with pytest.raises(UserError, match="PEFT does not load it"):
+    with pytest.raises(UserError, match="cannot be loaded"):
         rescore(RunFolder(tmp_path / "r"), lambda line: None)

@@ -14,6 +14,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from tests.support.network_hosts import Host
+
 _START_S = 60
 
 
@@ -31,8 +33,12 @@ def why_not() -> str | None:
 
 
 @contextmanager
-def server() -> Iterator[str]:
-    """The URL of an empty database that any process of this machine may write; on a socket, with no port open."""
+def server(host: Host | None = None) -> Iterator[str]:
+    """The URL of an empty database that any process of this machine may write; on a socket, with no port open.
+
+    Args:
+        host: runs the server too, with a port that is open to its network: `url_at`.
+    """
     programs, owner = _programs(), _owner()
     assert programs is not None
     as_owner: dict[str, Any] = {"user": owner.pw_uid, "group": owner.pw_gid, "extra_groups": []} if owner else {}
@@ -43,7 +49,15 @@ def server() -> Iterator[str]:
         data = folder / "data"
         initdb = [programs / "initdb", "-D", data, "-A", "trust", "-U", "fastpeft", "--no-sync"]
         subprocess.run(initdb, check=True, capture_output=True, cwd=folder, **as_owner)
-        command = [programs / "postgres", "-D", data, "-k", folder, "-c", "listen_addresses=", "-c", "fsync=off"]
+        listen = host.address if host else ""
+        command = [programs / "postgres", "-D", data, "-k", folder, "-c", f"listen_addresses={listen}"]
+        command += ["-c", "fsync=off"]
+        if host:
+            with (data / "pg_hba.conf").open("a") as file:
+                file.write("host all all samenet trust\n")
+            assert owner is not None, "only root has hosts"
+            user = ("setpriv", f"--reuid={owner.pw_uid}", f"--regid={owner.pw_gid}", "--clear-groups")
+            command, as_owner = [*host.inside, *user, *command], {}
         with (folder / "log").open("wb") as log:
             process = subprocess.Popen(command, stdout=log, stderr=log, cwd=folder, **as_owner)
         try:
@@ -54,6 +68,11 @@ def server() -> Iterator[str]:
             process.wait(_START_S)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def url_at(host: Host) -> str:
+    """The same database, for the hosts on the server's network."""
+    return f"postgresql+psycopg://fastpeft@{host.address}/postgres"
 
 
 def _wait(folder: Path, process: subprocess.Popen) -> None:

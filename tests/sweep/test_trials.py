@@ -245,6 +245,42 @@ def test_a_trial_of_a_sweep_elsewhere_is_left_alone_while_its_heart_beats(tmp_pa
     assert len(counted(trials.study)) == 4
 
 
+def test_a_trial_that_another_sweep_has_just_made_is_not_taken_for_dead(tmp_path, monkeypatch):
+    """Between making a trial and saying whose it is, a sweep draws its values."""
+    run = toy_run(trials=3)
+    trials = prepared(tmp_path, run, is_shared=True)
+    new, old = trials.study.ask(), trials.study.ask()
+    trials._bury_dead()
+    assert states(trials.study) == {"RUNNING": 2}
+    new.set_user_attr(LEASE, Lease("another host", 1, 0.0).to_json())
+    new.set_user_attr(HEARTBEAT, time.time())
+    monkeypatch.setattr("fastpeft.sweep.lease.DEAD_AFTER_S", -1.0)
+    monkeypatch.setattr("fastpeft.sweep.trials.is_alive", lambda attributes: LEASE in attributes)
+    trials._bury_dead()
+    assert [trial.state for trial in trials.study.trials] == [TrialState.RUNNING, TrialState.FAIL]
+    assert old.number == 1
+    alone = prepared(tmp_path / "alone", run)
+    alone.study.ask()
+    alone._bury_dead()
+    assert states(alone.study) == {"FAIL": 1}
+
+
+def test_a_trial_that_ends_after_another_sweep_took_it_for_dead_is_left_out(tmp_path):
+    heard, taken = Heard(), []
+
+    def take_the_first(row: TrialRow) -> None:
+        if not taken:
+            taken.append(next(t for t in trials.study.trials if t.state == TrialState.RUNNING))
+            trials.study.tell(taken[0].number, state=TrialState.FAIL)
+
+    heard._on_trial = take_the_first
+    trials = prepared(tmp_path, toy_run(0.2, trials=6, pruner="none"), heard)
+    assert trials.run_all() == "done"
+    assert trials.study.trials[taken[0].number].state == TrialState.FAIL
+    assert f"trial {taken[0].number} was taken for dead by another sweep: its result is left out" in heard.said
+    assert len(counted(trials.study)) == 6
+
+
 # ---- budgets and interruptions -------------------------------------------------------------
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from copy import copy
 from dataclasses import replace
@@ -34,6 +35,7 @@ from fastpeft.tasks.causal_lm.decode_batches import fastest_method
 from fastpeft.tasks.causal_lm.decode_check import find_decode_method
 from fastpeft.tasks.causal_lm.generate import DecodeOptions
 from fastpeft.tasks.causal_lm.loss import TokenScores
+from fastpeft.tasks.causal_lm.prompts import EncodedPrompts
 from fastpeft.tasks.causal_lm.task import CausalLMTask
 from fastpeft.tasks.chat.chat_prompts import PromptSet, encode_chat_prompts, ending_token, prompt_tokens
 from fastpeft.tasks.chat.chat_rows import ChatOptions, ChatRows, encode_chats
@@ -306,16 +308,22 @@ class Chat(CausalLMTask[ChatRows]):
 
     def try_evaluation(self, model: nn.Module, limits: TokenLimits) -> None:
         if self._asks_anything:
-            try_largest_batch(model, self._prompts.encoded, self._decoding, limits.evaluation)
+            try_largest_batch(model, self._largest_prompts(limits), self._decoding, limits.evaluation)
         else:
             self.time_evaluation(model, limits)
 
     def largest_evaluation_batch(self, limits: TokenLimits) -> tuple[int, int]:
         if self._asks_anything:
-            return largest_batch(self._prompts.encoded, self._decoding, limits.evaluation)
+            return largest_batch(self._largest_prompts(limits), self._decoding, limits.evaluation)
         batches = evaluation_batches(self.validation, min(limits.training, limits.evaluation))
         sizes = [(len(rows), int(self.validation.widths[rows].max())) for rows in batches]
         return max(sizes, key=lambda size: size[0] * size[1])
+
+    def _largest_prompts(self, limits: TokenLimits) -> EncodedPrompts:
+        """Validation's or the test's, whichever have the largest batch to decode."""
+        sets = [self._prompts, *([self._test_prompts] if self._test is not None else ())]
+        asked = [prompts.encoded for prompts in sets if len(prompts.encoded.unusable) < len(prompts)]
+        return max(asked, key=lambda encoded: math.prod(largest_batch(encoded, self._decoding, limits.evaluation)))
 
     # ---- export ----------------------------------------------------------------------------
 

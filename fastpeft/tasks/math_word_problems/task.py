@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from copy import copy
 from dataclasses import replace
@@ -160,10 +161,15 @@ class MathWordProblems(CausalLMTask[EncodedPrompts]):
 
     def try_evaluation(self, model: nn.Module, limits: TokenLimits) -> None:
         """What decoding takes: the loss's passes need less than those of training."""
-        try_largest_batch(model, self.validation, self._plain, limits.evaluation)
+        try_largest_batch(model, self._largest_set(limits), self._plain, limits.evaluation)
 
     def largest_evaluation_batch(self, limits: TokenLimits) -> tuple[int, int]:
-        return largest_batch(self.validation, self._plain, limits.evaluation)
+        return largest_batch(self._largest_set(limits), self._plain, limits.evaluation)
+
+    def _largest_set(self, limits: TokenLimits) -> EncodedPrompts:
+        """Validation or test, whichever has the largest batch to decode."""
+        sets = [self.validation, *([self._test.encoded] if self._test else ())]
+        return max(sets, key=lambda encoded: math.prod(largest_batch(encoded, self._plain, limits.evaluation)))
 
     def _score(
         self,

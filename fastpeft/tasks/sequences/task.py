@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 from fastpeft.config.schema import DatasetConfig, EvaluationConfig
-from fastpeft.data.batches import Batch, evaluation_batches
+from fastpeft.data.batches import Batch, largest_evaluation_batch
 from fastpeft.data.fingerprint import ReadRow
 from fastpeft.data.predictions import Answer, AnsweredRows
 from fastpeft.data.source import TEST, TRAIN, VALIDATION
@@ -205,12 +205,12 @@ class SequenceTask(Task[Encoded]):
 
     @torch.inference_mode()
     def try_evaluation(self, model: nn.Module, limits: TokenLimits) -> None:
-        rows = evaluation_batches(self.validation, limits.evaluation)[-1]
-        model(**collate(self.validation, rows, self._device).inputs)
+        split, rows = largest_evaluation_batch((self.validation, self._test), limits.evaluation)
+        model(**collate(split, rows, self._device).inputs)
 
     def largest_evaluation_batch(self, limits: TokenLimits) -> tuple[int, int]:
-        rows = evaluation_batches(self.validation, limits.evaluation)[-1]
-        return len(rows), int(self.validation.widths[rows].max())
+        split, rows = largest_evaluation_batch((self.validation, self._test), limits.evaluation)
+        return len(rows), int(split.widths[rows].max())
 
     # ---- export ----------------------------------------------------------------------------
 

@@ -33,7 +33,7 @@ import torch
 from torch import nn
 
 from fastpeft.config.schema import DatasetConfig, EvaluationConfig
-from fastpeft.data.batches import Batch, evaluation_batches, micro_batches
+from fastpeft.data.batches import Batch, evaluation_batches, largest_evaluation_batch, micro_batches
 from fastpeft.data.fingerprint import ReadRow
 from fastpeft.data.predictions import Answer, AnsweredRows
 from fastpeft.data.source import TEST, TRAIN, VALIDATION, Source
@@ -244,12 +244,12 @@ class TokenClassification(Task[EncodedSentences]):
         return smaller
 
     def try_evaluation(self, model: nn.Module, limits: TokenLimits) -> None:
-        rows = evaluation_batches(self.validation, limits.evaluation)[-1]
-        _predict_batch(model, collate_tokens(self.validation, rows, self._device))
+        split, rows = largest_evaluation_batch((self.validation, self._test), limits.evaluation)
+        _predict_batch(model, collate_tokens(split, rows, self._device))
 
     def largest_evaluation_batch(self, limits: TokenLimits) -> tuple[int, int]:
-        rows = evaluation_batches(self.validation, limits.evaluation)[-1]
-        return len(rows), int(self.validation.widths[rows].max())
+        split, rows = largest_evaluation_batch((self.validation, self._test), limits.evaluation)
+        return len(rows), int(split.widths[rows].max())
 
     # ---- export ----------------------------------------------------------------------------
 

@@ -316,8 +316,9 @@ def test_expected_seconds_count_the_loss_and_every_new_token(job: Job, monkeypat
 
 def test_largest_evaluation_batch_is_the_widest_that_is_decoded(job: Job) -> None:
     rows, width = job.task.largest_evaluation_batch(LIMITS)
-    longest = int(job.task.validation.prompt_lengths.max())
-    assert (rows, width) == (6, math.ceil(longest / 8) * 8 + 32)
+    validation, test = job.task.validation, job.task._test.encoded
+    assert len(test) > len(validation)
+    assert (rows, width) == (len(test), math.ceil(int(test.prompt_lengths.max()) / 8) * 8 + 32)
     assert job.task.largest_evaluation_batch(TokenLimits(1, 2 * width)) == (2, width)
 
 
