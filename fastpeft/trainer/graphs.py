@@ -171,8 +171,9 @@ class GraphedSteps:
         self.fill(found.inputs, batch, batches.num_items, rates.lr)
         found.captured.replay()
         self.num_replayed += 1
-        measured = dict(zip(_MEASURES, self._table.clone().unbind()))  # the next replay writes over the table
-        return Signals(num_tokens=batch.num_tokens, **{name: measured[name] for name in found.has}), rates
+        table = self._table.clone()  # the next replay writes over it
+        measured: dict[str, Any] = {name: table[_MEASURES.index(name)] for name in found.has}
+        return Signals(num_tokens=batch.num_tokens, **measured), rates
 
     def fill(self, inputs: StaticBatch, batch: Batch, num_items: int, lr: float) -> None:
         """Put what the next replay reads where it reads it."""
