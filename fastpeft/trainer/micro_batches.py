@@ -82,6 +82,8 @@ class MicroBatches:
         job = self._job
         while True:
             generators = generator_states(job.device)
+            if job.ranks.size > 1:
+                job.orders.pass_times.begin()
             try:
                 with self._own_random_numbers():
                     return passes()
@@ -108,6 +110,7 @@ class MicroBatches:
         job = self._job
         if job.ranks.size == 1:
             return signals
+        job.orders.pass_times.end()
         self._is_reduced = True
         names = self._statistics(signals)
         scalars, found = flat.summed[len(flat.grad) :], {"loss": signals.loss, **signals.statistics}

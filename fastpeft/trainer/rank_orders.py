@@ -19,6 +19,7 @@ from fastpeft import ranks as ranks_module
 from fastpeft.device_memory import TokenLimits
 from fastpeft.ranks import ALONE, Ranks
 from fastpeft.trainer.interrupt import StopRequest
+from fastpeft.trainer.pass_times import PassTimes
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
@@ -46,6 +47,7 @@ class Orders:
 
     def __init__(self, ranks: Ranks, stop: StopRequest) -> None:
         self.ranks, self.stop = ranks, stop
+        self.pass_times = PassTimes(ranks)
 
     # ---- rank 0 ------------------------------------------------------------------------------
 
@@ -97,11 +99,12 @@ class Orders:
         self._exchange()
 
     def _exchange(self, *mine: float) -> list[float]:
-        """A sum: of rank 0's order, and of how many ranks each signal has asked to stop."""
+        """A sum: of rank 0's order, of how many ranks each signal has asked to stop, and of each rank's seconds."""
         figures = [*mine, *(4 - len(mine)) * [0.0], *(float(self.stop.signal == one) for one in _SIGNALS)]
-        summed = torch.tensor(figures, dtype=torch.float64)
+        summed = torch.tensor([*figures, *self.pass_times.take_own()], dtype=torch.float64)
         self.ranks.add_up(summed)
-        order, asked = summed[:4].tolist(), summed[4:].tolist()
+        order, asked, seconds = (part.tolist() for part in summed.split([4, len(_SIGNALS), self.ranks.size]))
+        self.pass_times.add(seconds)
         for one, count in zip(_SIGNALS, asked):
             if count and self.stop.signal is None:
                 self.stop.signal = one

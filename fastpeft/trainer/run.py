@@ -213,7 +213,8 @@ def _run(loop: Loop, checkpoint: Checkpoint | None, chosen: list[Choice], say: C
     error = trackers = None
     try:
         trackers = Trackers(chosen, folder.path, say, loop.log.warn)
-        with Heartbeat(lambda **figures: loop.log.event("system", **figures), gpu_uuid(job.device)):
+        skew = job.orders.pass_times.skew
+        with Heartbeat(lambda **figures: loop.log.event("system", **figures, **skew()), gpu_uuid(job.device)):
             result.status = loop.run(checkpoint)
         if job.prefix_cache is not None and result.status != "stopped":
             job.prefix_cache.remove()

@@ -17,6 +17,8 @@ FIGURES = {
     "system/memory_mb": ("memory", "{:,.0f} MB"),
     "system/power_w": ("power", "{:.0f} W"),
     "system/temp_c": ("temp.", "{:.0f} °C"),
+    "system/rank_skew": ("skew", "{:+.0f} %"),
+    "system/slowest_rank": ("slowest", "rank {:.0f}"),
 }
 _RECENT = 512
 
