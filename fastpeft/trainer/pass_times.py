@@ -1,7 +1,7 @@
 """How long each rank computes before it waits for the others: which one is slowest, and by how much.
 
-A step is as slow as its slowest rank. The others' time in the all-reduce says that somebody is late, and not who: so each
-rank times its own passes, and the figures travel with the orders, in a collective that is there anyway.
+A step is as slow as its slowest rank. The others' time in the all-reduce says that somebody is late, and not who. So
+each rank times its own passes, and the figures travel with the orders, in a collective that is there anyway.
 """
 
 from __future__ import annotations

@@ -32,7 +32,10 @@ from tests.support.tui_logs import evaluation, event, header, heartbeat, importa
 def results(tmp_path):
     """One run that has everything: energy, a GPU's heartbeats, importances that moved, a bad line."""
     events = [*usual(60)[:-1], importance(30, [0.1, 0.2, 0.3, 0.6])]
-    events += [evaluation(59, value=0.75), heartbeat(6.0, 60, util=87.0, power_w=312.0, temp_c=61.0)]
+    events += [
+        evaluation(59, value=0.75),
+        heartbeat(6.0, 60, util=87.0, power_w=312.0, temp_c=61.0, rank_skew=12.0, slowest_rank=1),
+    ]
     budget = {"kind": "seconds", "limit": 100.0, "spent": 6.0}
     fields = {"status": "running", "stand_in": True, "model": "a/deberta-tiny", "dataset": "embedded-nli"}
     run = make_run(tmp_path, "one", events, budget=budget, **fields)
@@ -87,7 +90,18 @@ def test_everything_of_a_run_can_be_seen(results, size):
 def test_a_wide_terminal_shows_all_at_once(results):
     async def script(app, pilot):
         text = text_of(await opened(app, pilot))
-        for part in ("loss", "penalty", "rate", "energy", "power", "importance", "machine and events", "312 W"):
+        for part in (
+            "loss",
+            "penalty",
+            "rate",
+            "energy",
+            "power",
+            "importance",
+            "machine and events",
+            "312 W",
+            "+12 %",
+            "rank 1",
+        ):
             assert part in text
 
     drive(results, script, (200, 60))
