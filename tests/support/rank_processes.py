@@ -7,12 +7,14 @@ import os
 import socket
 import traceback
 from collections.abc import Callable
+from multiprocessing import forkserver
 from multiprocessing.connection import Connection, wait
 from typing import Any
 
 _CONTEXT = multiprocessing.get_context("forkserver")
-_CONTEXT.set_forkserver_preload(["torch", "transformers", "peft", "safetensors.torch"])
+_PRELOADED = ["torch", "transformers", "peft", "safetensors.torch"]
 """What takes seconds to import, once for all processes. Nothing of fastpeft: `_in_float64` comes before it."""
+_own_servers: set[int | None] = set()
 
 TIMEOUT_S = 120
 
@@ -29,6 +31,7 @@ class RankProcesses:
     """
 
     def __init__(self, size: int, float64: bool = False) -> None:
+        _begin_own_server()
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
@@ -76,6 +79,16 @@ class RankProcesses:
         for process, _ in self._ranks:
             process.kill()
             process.join()
+
+
+def _begin_own_server() -> None:
+    """A process has one fork server, and a sweep's, which another test may have begun here, has fastpeft in it."""
+    server: Any = forkserver._forkserver  # type: ignore[attr-defined]
+    if server._forkserver_pid not in _own_servers:
+        server._stop()
+        _CONTEXT.set_forkserver_preload(_PRELOADED)
+        server.ensure_running()
+        _own_servers.add(server._forkserver_pid)
 
 
 def _serve(pipe: Connection, rank: int, size: int, port: int, float64: bool) -> None:
