@@ -20,9 +20,9 @@ RUNS = (
 )
 FETCHED_FONT = re.compile(r',\s*url\("https?://[^"]*"\) format\("woff2?"\)')
 """Rich names a font on a server; a reader without it gets the monospace font of the system."""
-FILM = ("tui-live", (110, 32), ["--run", "iwlora_mnli", "--budget", "600steps", "evaluation.every=10%"])
+FILM = ("tui-live", (150, 44), ["--run", "iwlora_mnli", "--budget", "600steps", "evaluation.every=10%"])
 """Name, size, and the run that is watched."""
-NUM_FRAMES, FRAME_S = 7, 1.2
+NUM_FRAMES, FRAME_S = 6, 1.5
 SHOTS = {
     "tui-runs": ((100, 24), ["down"]),
     "tui-run": ((150, 44), ["down", "enter"]),
