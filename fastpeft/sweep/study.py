@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,8 @@ from fastpeft.sweep.space import differences
 IDENTITY = "fastpeft"
 """User attribute of a study: what its trials have in common."""
 JOURNAL = "journal.log"
+OPENINGS, OPENED_AGAIN_S = 6, 0.5
+"""Of a storage whose tables another host is making."""
 
 
 class StudyError(UserError):
@@ -38,13 +41,24 @@ def open_storage(url: str | None, folder: Path) -> BaseStorage:
     """
     if url is None:
         return open_journal(folder / JOURNAL)
-    try:
-        # A connection that the server closed while a trial trained is opened anew.
-        return optuna.storages.RDBStorage(url, engine_kwargs={"pool_pre_ping": True})
-    except ImportError as error:
-        raise StudyError(f"--storage {_masked(url)}: its driver is missing: {first_line(error)}") from None
-    except Exception as error:  # SQLAlchemy's, and each driver's own
-        raise StudyError(f"--storage {_masked(url)}: cannot be opened: {first_line(error)}") from None
+    for left in reversed(range(OPENINGS)):
+        try:
+            # A connection that the server closed while a trial trained is opened anew.
+            return optuna.storages.RDBStorage(url, engine_kwargs={"pool_pre_ping": True})
+        except ImportError as error:
+            raise StudyError(f"--storage {_masked(url)}: its driver is missing: {first_line(error)}") from None
+        except Exception as error:  # SQLAlchemy's, and each driver's own
+            if not left or not _is_being_made(error):
+                raise StudyError(f"--storage {_masked(url)}: cannot be opened: {first_line(error)}") from None
+        time.sleep(OPENED_AGAIN_S)
+    raise AssertionError("the last opening returns or raises")
+
+
+def _is_being_made(error: Exception) -> bool:
+    """Hosts that start together find no tables, and each makes them: all but one are told that they are there."""
+    from sqlalchemy.exc import IntegrityError
+
+    return isinstance(error, IntegrityError) or "already exists" in str(error)
 
 
 def _masked(url: str) -> str:

@@ -16,9 +16,10 @@ from optuna.trial import TrialState, create_trial
 from fastpeft.config.search import OptunaConfig
 from fastpeft.errors import UserError
 from fastpeft.sweep import lease
+from fastpeft.sweep import study as study_module
 from fastpeft.sweep.lease import DEAD_AFTER_S, HEARTBEAT, LEASE, Lease, is_alive
 from fastpeft.sweep.space import identity
-from fastpeft.sweep.study import best_of, counted, make_pruner, make_sampler, open_storage, open_study
+from fastpeft.sweep.study import StudyError, best_of, counted, make_pruner, make_sampler, open_storage, open_study
 from fastpeft.sweep.sweep_figures import draw_sweep, importances
 from tests.support.toy_trials import SPACE, toy_run
 
@@ -57,6 +58,38 @@ def test_a_study_of_somebody_elses_is_refused(tmp_path):
     study.ask()
     with pytest.raises(UserError, match=r"was not made by a sweep"):
         opened(tmp_path)
+
+
+def test_hosts_that_start_together_all_open_the_storage(tmp_path):
+    """Each would make the tables; a barrier has them begin at once."""
+    from multiprocessing import get_context
+
+    context = get_context("spawn")
+    barrier, url = context.Barrier(4), f"sqlite:///{tmp_path / 'shared.db'}"
+    hosts = [context.Process(target=open_together, args=(barrier, url, tmp_path)) for _ in range(4)]
+    for host in hosts:
+        host.start()
+    for host in hosts:
+        host.join(120)
+    assert [host.exitcode for host in hosts] == [0] * 4
+
+
+def open_together(barrier, url, folder):
+    barrier.wait(60)
+    open_storage(url, folder)
+
+
+def test_another_error_than_tables_that_are_there_is_not_tried_again(tmp_path, monkeypatch):
+    opened = []
+
+    def refuse(url, **options):
+        opened.append(url)
+        raise RuntimeError("no such server")
+
+    monkeypatch.setattr(study_module.optuna.storages, "RDBStorage", refuse)
+    with pytest.raises(StudyError, match="cannot be opened: no such server"):
+        open_storage("postgresql://a", tmp_path)
+    assert len(opened) == 1
 
 
 @pytest.mark.parametrize(
