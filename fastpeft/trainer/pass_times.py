@@ -19,25 +19,31 @@ class PassTimes:
 
     def __init__(self, ranks: Ranks) -> None:
         self._ranks, self._on_gpu = ranks, ranks.size > 1 and ranks.device().type == "cuda"
-        self._own_s, self._began = 0.0, 0.0
+        self._own_s = 0.0
+        self._began: float | torch.cuda.Event | None = None
         self._events: deque[tuple[torch.cuda.Event, torch.cuda.Event]] = deque()
         self._of_ranks = [0.0] * ranks.size
 
     # ---- this rank's -------------------------------------------------------------------------
 
     def begin(self) -> None:
-        """Before the passes of a step."""
-        if self._on_gpu:
-            self._events.append((torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)))
-            self._events[-1][0].record()
-        self._began = time.perf_counter()
+        """Before the passes of a step. Passes that do not end, for lack of memory, do not count."""
+        self._began = self._now()
 
     def end(self) -> None:
         """Behind them, before the gradients are added up."""
-        if self._on_gpu:
-            self._events[-1][1].record()
-        else:
-            self._own_s += time.perf_counter() - self._began
+        began, now, self._began = self._began, self._now(), None
+        if isinstance(began, torch.cuda.Event) and isinstance(now, torch.cuda.Event):
+            self._events.append((began, now))
+        elif isinstance(began, float) and isinstance(now, float):
+            self._own_s += now - began
+
+    def _now(self) -> float | torch.cuda.Event:
+        if not self._on_gpu:
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
 
     def take_own(self) -> list[float]:
         """A number for each rank, 0 for others: this one's seconds since they were taken last."""

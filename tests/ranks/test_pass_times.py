@@ -54,6 +54,42 @@ def test_it_is_of_the_steps_since_it_was_asked_for_last(both: list[PassTimes]) -
     assert both[0].skew() == {"slowest_rank": 0, "rank_skew": 50.0}
 
 
+def test_passes_that_did_not_end_do_not_count(both: list[PassTimes]) -> None:
+    """On a GPU their event was never recorded, and asking it for a time is an error."""
+    first, _ = both
+    first.begin()
+    time.sleep(0.05)
+    first.begin()
+    first.end()
+    first.end()
+    assert sum(first.take_own()) < 0.02
+
+
+def test_a_gpu_is_asked_for_passes_that_have_ended(both: list[PassTimes], monkeypatch: pytest.MonkeyPatch) -> None:
+    class Event:
+        def __init__(self, enable_timing: bool) -> None:
+            self.recorded = False
+
+        def record(self) -> None:
+            self.recorded = True
+
+        def query(self) -> bool:
+            return True  # as CUDA says of an event that was never recorded
+
+        def elapsed_time(self, other: Event) -> float:
+            assert self.recorded
+            assert other.recorded
+            return 250.0
+
+    monkeypatch.setattr("torch.cuda.Event", Event)
+    monkeypatch.setattr(both[0], "_on_gpu", True)
+    both[0].begin()
+    assert both[0].take_own() == [0.0, 0.0]
+    both[0].begin()
+    both[0].end()
+    assert both[0].take_own() == [0.25, 0.0]
+
+
 def test_one_process_has_none() -> None:
     alone = PassTimes(ALONE)
     alone.add(alone.take_own())
