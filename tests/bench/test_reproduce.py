@@ -73,6 +73,8 @@ def test_what_is_done_is_not_run_again_and_what_was_stopped_goes_on(tmp_path):
     fresh = command(new, IWLORA, scale, options)
     assert fresh[fresh.index("--run") + 1] == new.preset
     assert "--budget" in fresh
+    longer = command(new, IWLORA, scale, options_of(tmp_path, "--budget", "600s"))
+    assert longer[-1] == "600s"
 
 
 def test_the_table_has_claims_measurements_and_where_they_were_made(tmp_path):
