@@ -10,13 +10,14 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any, Literal, NamedTuple
 
 from fastpeft.tasks.chat.conversations import Conversation, Role, RowFault, Turn
-from fastpeft.tasks.chat.templates import ChatTemplate
+from fastpeft.tasks.chat.templates import ChatTemplate, Rendering
 
 TrainOn = Literal["assistant", "last", "all"]
 Tools = Sequence[dict[str, Any]]
@@ -43,6 +44,13 @@ class RenderedConversation:
     """It took white space from the ends of an answer."""
 
 
+class _Opening(NamedTuple):
+    answered: Rendering
+    """Of the turns up to an answer, with it."""
+    prompt: Rendering
+    """Of those before it, for the assistant to go on from."""
+
+
 class _Answer(NamedTuple):
     prompt: str
     text: str
@@ -60,11 +68,37 @@ class Renderer:
         self._ends: dict[str, int] = {}
         """By what stands behind an answer, where in it the answer's last token ends: some models have thousands."""
 
-    def render(self, row: Conversation) -> RenderedConversation:
-        """Raises RowFault for a row that the template does not write as it stands, with the turn."""
-        learned = row.answers[-1:] if self.train_on == "last" else row.answers
+    def render_all(self, rows: Sequence[Conversation]) -> list[RenderedConversation | RowFault]:
+        """`render` of each, or why not. Most of it is done for all of them in two calls of the template."""
+        asked = [(row, i) for row in rows if not row.tools for i in self._learned(row)]
+        ahead: dict[tuple[int, int], _Opening] = {}
+        with suppress(RowFault):  # of one of them: then each is rendered by itself
+            texts = self.template.render_all([row.messages(i + 1) for row, i in asked])
+            prompts = self.template.render_all([row.messages(i) for row, i in asked], prompt=True)
+            ahead = {(id(row), i): _Opening(*found) for (row, i), *found in zip(asked, texts, prompts, strict=True)}
+        return [self._or_fault(row, ahead) for row in rows]
+
+    def _or_fault(
+        self, row: Conversation, ahead: Mapping[tuple[int, int], _Opening]
+    ) -> RenderedConversation | RowFault:
+        try:
+            return self.render(row, ahead)
+        except RowFault as fault:
+            return fault
+
+    def render(
+        self, row: Conversation, ahead: Mapping[tuple[int, int], _Opening] = MappingProxyType({})
+    ) -> RenderedConversation:
+        """
+        Args:
+            ahead: what is rendered already, by the row's identity and the turn.
+
+        Raises:
+            RowFault: a row that the template does not write as it stands, with the turn.
+        """
+        learned = self._learned(row)
         self._check_control_tokens(row)
-        answers = [self._answer(row, i) for i in learned]
+        answers = [self._answer(row, i, ahead.get((id(row), i))) for i in learned]
         last = answers[-1]
         whole = last.prompt + last.text
         self._check_context(row, row.turns[: learned[-1]], last.prompt)
@@ -75,25 +109,32 @@ class Renderer:
             return RenderedConversation((Rendered(whole, tuple(map(_span, answers))),), *told)
         return RenderedConversation(tuple(Rendered(a.prompt + a.text, (_span(a),)) for a in answers), *told)
 
+    def _learned(self, row: Conversation) -> list[int]:
+        return row.answers[-1:] if self.train_on == "last" else row.answers
+
     # ---- one answer ------------------------------------------------------------------------
 
-    def _answer(self, row: Conversation, i: int) -> _Answer:
+    def _answer(self, row: Conversation, i: int, opening: _Opening | None) -> _Answer:
         """Turn i, behind what is rendered before it, with its end."""
         turn, before, tools = row.turns[i], row.messages(i), row.tools
         with _place(i):
-            text, start = self._opened(turn.message, before, tools)
+            text, start = self._opened(opening or self._opening(turn.message, before, tools))
             prompt, said = text[:start], text[start:]
             lead, tail, trimmed = self._frame(turn, before, tools, said)
             end = self._end(tail)
         return _Answer(prompt, said[: len(said) - len(tail) + end], lead, trimmed)
 
-    def _opened(self, message: dict[str, Any], before: list[dict[str, Any]], tools: Tools) -> tuple[str, int]:
+    def _opening(self, message: dict[str, Any], before: list[dict[str, Any]], tools: Tools) -> _Opening:
+        return _Opening(
+            self.template.render([*before, message], tools), self.template.render(before, tools, prompt=True)
+        )
+
+    def _opened(self, opening: _Opening) -> tuple[str, int]:
         """(the text with the answer, where the assistant begins to write it).
 
         That is where the template marks what is generated; without marks, where the rendering for a prompt ends.
         """
-        text, marks = self.template.render([*before, message], tools)
-        prompt = self.template.render(before, tools, prompt=True)[0]
+        (text, marks), (prompt, _) = opening
         if not prompt:
             raise RowFault(
                 f"{self.template} writes nothing before it, so that a model would have nothing to go on from"
@@ -143,7 +184,7 @@ class Renderer:
     def _learn_frame(self, before: list[dict[str, Any]], tools: Tools) -> None:
         """What the template puts round an answer here."""
         message = Turn(Role.ASSISTANT, _SENTINEL).message
-        text, start = self._opened(message, before, tools)
+        text, start = self._opened(self._opening(message, before, tools))
         lead, there, tail = text[start:].partition(_SENTINEL)
         if there:
             self._frames |= {(lead, tail): None, ("", tail): None}

@@ -29,11 +29,11 @@ def fitted(rows: Sequence[TokenRow], max_length: int, overflow: str) -> tuple[li
     for row in rows:
         pieces = [row] if len(row.tokens) <= max_length else _pieces(row, max_length, overflow)
         for tokens, labelled in pieces:
-            if any(labelled[1:]):
+            if True in labelled[1:]:
                 kept.append(TokenRow(tokens, [False, *labelled[1:]]))
     num_long = sum(len(row.tokens) > max_length for row in rows)
     tokens = sum(len(row.tokens) for row in rows) - sum(len(row.tokens) for row in kept)
-    labelled = sum(sum(row.labelled) for row in rows) - sum(sum(row.labelled) for row in kept)
+    labelled = sum(row.labelled.count(True) for row in rows) - sum(row.labelled.count(True) for row in kept)
     return kept, Lost(num_long, tokens, labelled)
 
 

@@ -6,6 +6,7 @@ import random
 from typing import Any
 
 import pytest
+from tokenizers import normalizers
 
 from fastpeft.tasks.chat.answer_spans import Renderer
 from fastpeft.tasks.chat.chat_rows import token_rows
@@ -236,3 +237,47 @@ def test_without_offsets_each_answer_is_tokenised_behind_its_prompt(monkeypatch:
     monkeypatch.setattr(type(of.tokenizer), "is_fast", property(lambda self: False))
     rows = rows_of(row, of)
     assert (len(rows), answers_of(rows, of)) == (2, fast)
+
+
+def test_a_prompt_whose_end_no_token_stands_for_is_refused() -> None:
+    """A tokenizer that drops white space at the end of a text: behind what a model reads, no answer gives the text."""
+    tokenizer = byte_tokenizer.__wrapped__()
+    tokenizer.backend_tokenizer.normalizer = normalizers.Strip(left=False, right=True)
+    of = template(TEMPLATES["vicuna"].replace("'ASSISTANT:' }}", "'ASSISTANT: ' }}"), tokenizer)
+    with pytest.raises(RowFault, match="the tokens of the answer 'b</s>' cannot be told from those before it"):
+        rows_of(conversation(("user", "a"), ("assistant", "b")), of)
+
+
+# ---- many at once ----------------------------------------------------------------------------
+
+
+def test_rows_rendered_together_are_those_rendered_one_by_one_and_faults_stay_with_their_rows() -> None:
+    rows = [
+        conversation(("user", f"{i}"), ("assistant", text), ("user", "b"), ("assistant", "c"))
+        for i, text in enumerate(HARD)
+    ]
+    refused = conversation(("user", "a"), ("assistant", "b"), ("assistant", "c"))
+    of = template(TEMPLATES["gemma"])
+    for given in (rows, [*rows[:3], refused, *rows[3:]]):
+        found = Renderer(of, "assistant").render_all(given)
+        for row, one in zip(given, found, strict=True):
+            if row is refused:
+                assert isinstance(one, RowFault)
+                assert "must alternate" in str(one)
+            else:
+                assert one == Renderer(of, "assistant").render(row)
+
+
+@pytest.mark.parametrize("tokenizer", [byte_tokenizer, piece_tokenizer])
+def test_tokens_without_their_places_are_those_with_them(tokenizer: Any) -> None:
+    of = template(TEMPLATES["chatml"], tokenizer())
+    long = of.tokenizer(["a b"], truncation=True, max_length=1, padding="max_length")  # leaves its settings behind
+    assert len(long["input_ids"][0]) == 1
+    rendered = [
+        Renderer(of, "assistant").render(conversation(("user", "hi"), ("assistant", text))).rows[0] for text in HARD
+    ]
+    for row, ((tokens, labelled),) in zip(rendered, token_rows(rendered, of), strict=True):
+        whole, prompt = of.tokenizer([row.text, row.text[: row.spans[0][0]]], add_special_tokens=False)["input_ids"]
+        assert tokens == whole or whole[: len(prompt)] != prompt
+        assert of.tokenizer.decode(tokens) == of.tokenizer.decode(of.tokenizer(row.text)["input_ids"])
+        assert of.tokenizer.decode(tokens[: labelled.index(True)]) == of.tokenizer.decode(prompt)
