@@ -175,6 +175,10 @@ class TrainingConfig:
     cache_prefix: bool | Literal["fp16"] = False
     """Adapters on upper layers only: keep in a file, in fp32 or in fp16, what the layers below make of each training
     row, and compute these layers once a row. It changes the method: below the first adapter there is no dropout."""
+    fit_head: bool = False
+    """Of classifiers, tags and scores: before the first step, fit the head's output layer in closed form to what the
+    frozen model makes of 2,048 training rows, where it would begin with drawn weights (arXiv:2202.10054). The budget
+    pays for it."""
     threads: NonNegativeInt = 0
     """CPU threads; 0 leaves torch's choice."""
 

@@ -4,8 +4,8 @@ Every event has `type`, `time_s` (Unix time), `elapsed_s` (the budget clock) and
 are not finite are written as the strings "nan", "inf" and "-inf", so that every line is strict JSON.
 
 `phase` events come before the `run` event, and after it until a step has ended: name (data, model, tokenise, check,
-memory, timing, calibrate, first_step), text, and how far it is: done and total of a unit. The first step has estimates
-too: left_s to its end, whole_s and whole_steps to the end of training.
+memory, timing, head, calibrate, first_step), text, and how far it is: done and total of a unit. The first step has
+estimates too: left_s to its end, whole_s and whole_steps to the end of training.
 """
 
 from __future__ import annotations

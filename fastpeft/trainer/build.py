@@ -31,6 +31,7 @@ from fastpeft.tasks import Task, load_task
 from fastpeft.tasks.trained_on import TrainedOn
 from fastpeft.trainer.ahead import Ahead
 from fastpeft.trainer.evaluation_plan import EvaluationPlan, plan_evaluations
+from fastpeft.trainer.fitted_head import check_head
 from fastpeft.trainer.graph_choice import choose_graphs
 from fastpeft.trainer.memory_plan import MemoryPlan, make_plan
 from fastpeft.trainer.optim import Optimizer, adam_moments, make_optimizer
@@ -106,6 +107,8 @@ def build_job(
     backbone = task.load_model(run.model, dtype, device, method.trains_backbone)
     adapter = method.build(run.adapter, METHODS.own_section(run), backbone)
     adapter.model.train()
+    if run.training.fit_head:
+        check_head(adapter.model, backbone.head, task.num_outputs if backbone.head else 0)
     phases.begin("tokenise", "tokenising")
     with token_cache.in_use(run.dataset.cache_tokens) as cache_notes:
         task.encode(backbone, device)

@@ -7,7 +7,7 @@ Shape suffixes: R answers (rows, or labelled tokens), D features, C outputs.
 
 from __future__ import annotations
 
-from typing import cast
+from typing import TYPE_CHECKING, cast
 
 import numpy as np
 import torch
@@ -15,26 +15,40 @@ from torch import nn
 
 from fastpeft.data.batches import IGNORE, micro_batches
 from fastpeft.errors import UserError
-from fastpeft.trainer.build import Job
+
+if TYPE_CHECKING:
+    from fastpeft.trainer.build import Job
 
 RIDGE = 1e-2
 """Of the mean eigenvalue of the features' covariance, added to each."""
 
 
+def check_head(model: nn.Module, head: list[str], num_outputs: int) -> None:
+    """Raises UserError for a run with training.fit_head whose head cannot be fitted."""
+    if not head:
+        raise UserError("training.fit_head fits a classifier's head, and a language model keeps its own: leave it out")
+    output_layer(model, head, num_outputs)
+
+
 def output_layer(model: nn.Module, head: list[str], num_outputs: int) -> nn.Linear:
-    """Raises UserError where the head does not end in a linear layer of so many outputs."""
-    named = dict(model.named_modules())
-    inside = [module for name, module in named.items() if any(name == h or name.startswith(f"{h}.") for h in head)]
-    linears = [m for m in inside if isinstance(m, nn.Linear) and m.out_features == num_outputs]
+    """The last one in the head that is trained: PEFT keeps the head as it was beside it, and names all anew.
+
+    Raises:
+        UserError: a head that does not end in a linear layer of so many outputs.
+    """
+    inside = [m for name, m in model.named_modules() if any(f".{own}." in f".{name}." for own in head)]
+    linears = [
+        m for m in inside if isinstance(m, nn.Linear) and m.out_features == num_outputs and m.weight.requires_grad
+    ]
     if not linears:
         raise UserError(f"{type(model).__name__}: its head has no linear layer of {num_outputs} outputs to be fitted")
     return linears[-1]
 
 
 @torch.no_grad()
-def fit_head(job: Job, head: list[str], num_rows: int = 2048) -> int:
+def fit_head(job: Job, num_rows: int = 2048) -> int:
     """Set the output layer of `job.adapter.model` by ridge regression on at most `num_rows` training rows, spread over
-    the split. Returns how many answers it was fitted to.
+    the split. Returns how many answers it was fitted to; 0 for a language model, whose head is its own.
 
     A class's target is 1 and the others' -1, so that the sign of a logit means what it does for several labels.
 
@@ -42,7 +56,9 @@ def fit_head(job: Job, head: list[str], num_rows: int = 2048) -> int:
         UserError: a head that cannot be fitted so.
     """
     model, task = job.adapter.model, job.task
-    layer = output_layer(model, head, task.num_outputs)
+    if not job.backbone.head:
+        return 0
+    layer = output_layer(model, job.backbone.head, task.num_outputs)
     total = len(task.train)
     rows = np.unique(np.linspace(0, total - 1, min(num_rows, total)).astype(np.int64))
     seen: list[torch.Tensor] = []

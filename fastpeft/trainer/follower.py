@@ -38,6 +38,8 @@ def refuse_ranks(run: RunConfig, ranks: Ranks) -> None:
         problems.append(f"method {run.method} trains on one rank only: {reason}; {alone}")
     if run.training.cache_prefix:
         problems.append(f"training.cache_prefix keeps a file for one rank: set it off, or {alone}")
+    if run.training.fit_head:
+        problems.append(f"training.fit_head is done by one rank: set it off, or {alone}")
     if run.training.batch_size < ranks.size:
         problems.append(
             f"training.batch_size {run.training.batch_size} is shared by {ranks.size} ranks, of which some would have "

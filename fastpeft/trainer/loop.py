@@ -1,6 +1,6 @@
 """The training loop: calibrate, step, evaluate, save, and stop inside the budget.
 
-calibrate -> [ evaluate when due, checkpoint when due, one step ] until nothing more fits -> finish
+fit the head, calibrate -> [ evaluate when due, checkpoint when due, one step ] until nothing more fits -> finish
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from fastpeft.trainer.checkpoint_files import Checkpoint
 from fastpeft.trainer.checkpointing import Checkpointing, Stateful
 from fastpeft.trainer.evaluator import Evaluator
 from fastpeft.trainer.first_step import FirstStep
+from fastpeft.trainer.fitted_head import fit_head
 from fastpeft.trainer.graphs import GraphedSteps
 from fastpeft.trainer.micro_batches import MicroBatches
 from fastpeft.trainer.rng import GlobalRng
@@ -123,6 +124,9 @@ class Loop:
 
     def _train(self) -> str:
         clock = self.job.clock
+        if self.job.run.training.fit_head and clock.steps == 0:
+            phases.begin("head", "fitting the head's output layer")
+            fit_head(self.job)
         if self.job.adapter.calibration_batches:
             self._calibrate()
         while not self._is_over():

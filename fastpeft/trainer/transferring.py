@@ -113,14 +113,16 @@ def transfer(
         outcome.rows.append(_row(what, result, RunFolder.at(results_dir, result.name)))
         return result
 
-    budget = {"budget": f"{steps}steps"}
+    budget = {"budget": f"{steps}steps", "training.fit_head": fitted_to > 0}  # go on from the rows of zero steps
     first = trained("adapter, delta trained", "delta", fresh | budget | delta)
     if fitted_to:
         trained("no adapter, head trained", "head", fresh | budget | {"unihyperlora.train": "none"})
     if first is not None and first.status == "done":
         lora = {"method": "lora", "adapter.rank": 8, "adapter.alpha": 16.0, "training.learning_rate": lora_rate}
         try:
-            trained("LoRA r 8, as many seconds", "lora", lora | {"budget": f"{max(1.0, first.elapsed_s):.1f}s"})
+            trained(
+                "LoRA r 8, as many seconds", "lora", lora | budget | {"budget": f"{max(1.0, first.elapsed_s):.1f}s"}
+            )
         except ConfigError:  # an evaluation alone takes most of it
             trained("LoRA r 8, as many steps", "lora", lora | budget)
     write_json(results_dir / f"{name}-transfer.json", asdict(outcome))
@@ -134,8 +136,7 @@ def zero_shot(job: Job) -> tuple[list[Row], str, str, int]:
 
     def score() -> tuple[float, float]:
         nonlocal fitted_to
-        if adapter.head_modules:
-            fitted_to = fit_head(job, adapter.head_modules)
+        fitted_to = fit_head(job)
         found = job.task.evaluate(adapter.model, job.limits, lambda: False, None)
         assert found is not None
         return found.value, found.loss

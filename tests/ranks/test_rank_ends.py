@@ -198,6 +198,7 @@ def test_options_that_do_not_go_together(args: list[str], said: str, fastpeft_he
     [
         ("training.batch_size=1", "training.batch_size 1 is shared by 2 ranks"),
         ("training.cache_prefix=true", "training.cache_prefix keeps a file for one rank"),
+        ("training.fit_head=true", "training.fit_head is done by one rank"),
         ("method=unihyperlora", "method unihyperlora trains on one rank only"),
     ],
 )

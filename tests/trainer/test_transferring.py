@@ -17,7 +17,6 @@ from fastpeft.config import RunConfig
 from fastpeft.errors import UserError
 from fastpeft.trainer import train
 from fastpeft.trainer.build import build_job
-from fastpeft.trainer.fitted_head import fit_head, output_layer
 from fastpeft.trainer.transferring import transfer
 from tests.support.tiny import make_model
 from tests.support.tiny_runs import tiny_run
@@ -84,37 +83,6 @@ def test_without_the_adapter_the_host_is_itself(source: Path, home: Path, tmp_pa
             assert not any("Routed" in type(module).__name__ for module in adapter.model.modules())
         assert torch.equal(adapter.model(**batch.inputs).logits, adapted)
     assert not torch.allclose(plain, adapted, atol=1e-4)
-
-
-def test_a_fitted_head_answers_what_features_tell(home: Path) -> None:
-    """On the training rows it is at least as right as ridge regression by normal equations in float64 has it."""
-    job = build_job(run_of(home))
-    model, rows = job.adapter.model, job.batches.rows(0)
-    head = job.adapter.head_modules  # type: ignore[attr-defined]
-    assert fit_head(job, head) == 96
-    layer = output_layer(model, head, 2)
-    seen: list[torch.Tensor] = []
-    model.eval()
-    layer.register_forward_pre_hook(lambda module, args: seen.append(args[0].detach()))
-    labels = []
-    with torch.no_grad():
-        for position in range(12):
-            batch = job.task.collate(job.batches.rows(position), job.device)
-            model(**batch.inputs)
-            labels.append(batch.labels)
-    x, y = torch.cat(seen).double(), torch.cat(labels)
-    target = torch.where(torch.arange(2) == y[:, None], 1.0, -1.0).double()
-    mean = x.mean(0)
-    gram = x.t() @ x
-    ridge = 1e-2 * gram.diagonal().mean()
-    centred = (x - mean).t() @ (x - mean)
-    want = torch.linalg.solve(
-        centred + ridge * torch.eye(len(gram)).double(), (x - mean).t() @ (target - target.mean(0))
-    )
-    torch.testing.assert_close(layer.weight.double().t(), want, rtol=1e-3, atol=1e-4)
-    assert len(rows)
-    with pytest.raises(UserError, match="no linear layer of 7 outputs"):
-        output_layer(model, head, 7)
 
 
 def test_the_command_says_what_it_measured(source: Path, home: Path, tmp_path: Path) -> None:
