@@ -97,6 +97,7 @@ class Bench:
             "wandb.mode": "disabled",
             "adapter.target_modules": "all-linear",
             "schedule.warmup_steps": self.options.steps // 10,
+            "training.fit_head": not is_decoder(host),  # so that rows go on from their zero-shot figures
             "unihyperlora.max_extra_flops": 1.0,  # a share of a narrow host is measured here, not kept to
             "sat_lora.max_extra_flops": 1.0,
         }
