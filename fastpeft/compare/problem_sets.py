@@ -121,20 +121,10 @@ def score_sets(plan: SetPlan, say: Callable[[str], None]) -> list[SetScore]:
 
     from fastpeft.adapters import method_class
     from fastpeft.device_memory import UNMEASURED_TOKENS, TokenLimits
-    from fastpeft.tasks import kind_of, task_class
     from fastpeft.trainer.memory_plan import plan_evaluation
 
     run, result = plan.run, plan.folder.read_result()
-    kind = task_class(kind_of(run.dataset, result.kind if result else ""))
-    if not kind.scores_other_sets:
-        others = ", ".join(name for name in TASKS.names if task_class(name).scores_other_sets)
-        raise UserError(
-            f"{plan.folder.path.name}: was trained on {kind.kind} ({run.dataset.name}), and --on scores {others}; name "
-            "a run that was trained on that, or leave --on out"
-        )
-    sets = {
-        name: kind.read_set(path, run.dataset, run.evaluation, run.training.seed) for name, path in plan.sets.items()
-    }
+    sets = _read_sets(plan, result.kind if result else "")
     if run.training.threads:
         torch.set_num_threads(run.training.threads)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -173,6 +163,23 @@ def score_sets(plan: SetPlan, say: Callable[[str], None]) -> list[SetScore]:
         _merge(plan, scores[-1], one, found, weights, str(dtype))
         say(f"{name}: {found.value:.4f} on {found.num_rows:,} problems in {found.decode_s:.0f} s")
     return scores
+
+
+def _read_sets(plan: SetPlan, trained_on: str) -> dict[str, Any]:
+    """By name. `trained_on` is the kind of task that the run's result names."""
+    from fastpeft.tasks import kind_of, task_class
+
+    run = plan.run
+    kind = task_class(kind_of(run.dataset, trained_on))
+    if not kind.scores_other_sets:
+        others = ", ".join(name for name in TASKS.names if task_class(name).scores_other_sets)
+        raise UserError(
+            f"{plan.folder.path.name}: was trained on {kind.kind} ({run.dataset.name}), and --on scores {others}; name "
+            "a run that was trained on that, or leave --on out"
+        )
+    return {
+        name: kind.read_set(path, run.dataset, run.evaluation, run.training.seed) for name, path in plan.sets.items()
+    }
 
 
 def _score(name: str, found: Score) -> SetScore:

@@ -20,7 +20,7 @@ from fastpeft.models.lm_head import check_causal_lm, decoder_of, hidden_states, 
 from fastpeft.models.nf4 import never_repack, nf4_arguments
 from fastpeft.models.positions import position_limit
 from fastpeft.models.pretrained_head import fit_head
-from fastpeft.models.vocabulary import add_embeddings, missing_tokens, num_embeddings
+from fastpeft.models.vocabulary import add_embeddings, missing_tokens, num_embeddings, set_padding
 from fastpeft.standins import embedded_path
 
 if TYPE_CHECKING:
@@ -101,33 +101,14 @@ def load_classifier(
         UnavailableError: a folder or repository that holds no usable model.
         UserError: model.quantisation, which is for causal language models.
     """
-    import transformers
-
-    if config.quantisation != "none":
-        raise UserError(
-            f"model.quantisation {config.quantisation}: is for causal language models, and this task trains a "
-            "classifier; leave it out"
-        )
-    with _loading(config, "a classifier") as folder:
-        tokenizer = transformers.AutoTokenizer.from_pretrained(folder, **_LOCAL)
-        stored, asked = (transformers.AutoConfig.from_pretrained(folder, **_LOCAL) for _ in range(2))
-        for key, value in ({"problem_type": None} | settings).items():  # the checkpoint's own would outlive its task
-            setattr(asked, key, value)
-        model, info = getattr(transformers, auto_class).from_pretrained(
-            folder,
-            config=asked,
-            ignore_mismatched_sizes=True,
-            output_loading_info=True,
-            dtype=torch.float32,
-            **_LOCAL,
-        )
+    tokenizer, model, stored, info = _read_classifier(config, auto_class, settings)
     _name_base(model, config)
     output, head_notes = fit_head(model, stored, settings, info)
     head = _head_modules(model, info, config.name, output)
     new_tokens, notes = _grow_vocabulary(model, tokenizer, config)
     fitting = [GROW] if new_tokens else []
     if model.config.get_text_config().pad_token_id != tokenizer.pad_token_id or tokenizer.pad_token_id is None:
-        notes += _set_padding(model, tokenizer, config.name)
+        notes += set_padding(model, tokenizer, config.name)
         fitting.append(PAD)
     freeze(model, head, torch.float32 if trained else dtype, device)
     if config.fast_layers:
@@ -150,6 +131,31 @@ def load_classifier(
     )
 
 
+def _read_classifier(config: ModelConfig, auto_class: str, settings: dict[str, Any]) -> tuple[Any, Any, Any, Any]:
+    """Tokenizer, model, the config as it is stored, and what transformers says of the weights."""
+    import transformers
+
+    if config.quantisation != "none":
+        raise UserError(
+            f"model.quantisation {config.quantisation}: is for causal language models, and this task trains a "
+            "classifier; leave it out"
+        )
+    with _loading(config, "a classifier") as folder:
+        tokenizer = transformers.AutoTokenizer.from_pretrained(folder, **_LOCAL)
+        stored, asked = (transformers.AutoConfig.from_pretrained(folder, **_LOCAL) for _ in range(2))
+        for key, value in ({"problem_type": None} | settings).items():  # the checkpoint's own would outlive its task
+            setattr(asked, key, value)
+        model, info = getattr(transformers, auto_class).from_pretrained(
+            folder,
+            config=asked,
+            ignore_mismatched_sizes=True,
+            output_loading_info=True,
+            dtype=torch.float32,
+            **_LOCAL,
+        )
+    return tokenizer, model, stored, info
+
+
 def _grow_vocabulary(
     model: PreTrainedModel, tokenizer: Any, config: ModelConfig
 ) -> tuple[dict[str, list[int]], list[str]]:
@@ -167,20 +173,6 @@ def _grow_vocabulary(
         note = add_embeddings(model, tokenizer, missing)
     grown = [model.get_input_embeddings(), output_embeddings(model)]
     return {name: missing for name, module in model.named_modules() if any(module is g for g in grown)}, [note]
-
-
-def _set_padding(model: PreTrainedModel, tokenizer: Any, name: str) -> list[str]:
-    """A padding token that tokenizer and model agree on: a decoder used as a classifier reads each row's last token
-    that is not it. Returns what to tell the user."""
-    notes = []
-    if tokenizer.pad_token_id is None:
-        if tokenizer.eos_token_id is None:
-            raise UnavailableError(f"model.name {name}: its tokenizer has no padding token")
-        tokenizer.pad_token = tokenizer.eos_token
-        notes.append(f"the tokenizer has no padding token: its end of sequence {tokenizer.eos_token!r} pads")
-    for settings in {id(found): found for found in (model.config, model.config.get_text_config())}.values():
-        settings.pad_token_id = tokenizer.pad_token_id
-    return notes
 
 
 def _max_positions(model: PreTrainedModel, tokenizer: Any, run: Callable[[torch.Tensor], Any]) -> int | None:

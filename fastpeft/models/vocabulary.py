@@ -1,4 +1,4 @@
-"""Tokens that a tokenizer has and its model has no embedding for."""
+"""What a tokenizer and its model have to agree on: an embedding for each token, and the token that pads."""
 
 from __future__ import annotations
 
@@ -53,3 +53,17 @@ def add_embeddings(model: PreTrainedModel, tokenizer: Any, missing: list[int]) -
         f"the tokenizer has {count} that the model has no embedding for ({names}): its embeddings grow from "
         f"{num_rows:,} to {missing[-1] + 1:,} rows, and the new ones are trained and saved"
     )
+
+
+def set_padding(model: PreTrainedModel, tokenizer: Any, name: str) -> list[str]:
+    """A padding token that tokenizer and model agree on: a decoder used as a classifier reads each row's last token
+    that is not it. Returns what to tell the user."""
+    notes = []
+    if tokenizer.pad_token_id is None:
+        if tokenizer.eos_token_id is None:
+            raise UnavailableError(f"model.name {name}: its tokenizer has no padding token")
+        tokenizer.pad_token = tokenizer.eos_token
+        notes.append(f"the tokenizer has no padding token: its end of sequence {tokenizer.eos_token!r} pads")
+    for settings in {id(found): found for found in (model.config, model.config.get_text_config())}.values():
+        settings.pad_token_id = tokenizer.pad_token_id
+    return notes

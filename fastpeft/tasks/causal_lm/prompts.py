@@ -86,7 +86,6 @@ def encode_prompts(
     if end is None:
         raise UserError(f"model {tokenizer.name_or_path}: its tokenizer has no end-of-text token to end answers with")
     assert isinstance(end, int)
-    noun = texts.noun
     found = cached(
         lambda: _rows(texts, tokenizer, end, max_length, training),
         tokenizer,
@@ -98,20 +97,10 @@ def encode_prompts(
         row = texts.name_row(int(prompt_lengths.argmin()))
         raise UserError(f"{row}: no token of model {tokenizer.name_or_path} stands for anything in the prompt")
     if training:
-        fits, named = lengths <= max_length, lengths
-        if not fits.any():
-            raise UserError(
-                f"dataset.max_length: none of {len(lengths):,} training {noun} fits into {max_length} tokens; the "
-                f"shortest has {lengths.min()}. Set it higher"
-            )
-        what = f"training {noun} are longer than {{}} tokens and left out"
+        unusable, what = _too_long(lengths, max_length, texts.noun)
     else:
-        longest = max_length - 1 if max_prompt is None else min(max_prompt, max_length - 1)
-        fits, named = prompt_lengths <= longest, prompt_lengths
-        what = "prompts leave no room for an answer in {} tokens and count as wrong"
-        if longest < max_length - 1:
-            what = f"prompts of over {longest} tokens leave no room for evaluation.max_new_tokens and count as wrong"
-    unusable = np.flatnonzero(~fits)
+        unusable, what = _without_room(prompt_lengths, max_length, max_prompt)
+    named = lengths if training else prompt_lengths
     return EncodedPrompts(
         tokens=found["tokens"],
         offsets=found["offsets"],
@@ -120,9 +109,28 @@ def encode_prompts(
         prompt_lengths=np.minimum(prompt_lengths[kept], max_length),
         rows=kept,
         unusable=unusable,
-        notes=_notes(texts, unusable, named, what.format(max_length))
-        + (training * _begun(tokenizer, int(found["num_begun"]))),
+        notes=_notes(texts, unusable, named, what) + (training * _begun(tokenizer, int(found["num_begun"]))),
     )
+
+
+def _too_long(lengths: np.ndarray, max_length: int, noun: str) -> tuple[np.ndarray, str]:
+    """Training rows that do not fit, and what becomes of them. Raises UserError where none fits."""
+    fits = lengths <= max_length
+    if not fits.any():
+        raise UserError(
+            f"dataset.max_length: none of {len(lengths):,} training {noun} fits into {max_length} tokens; the shortest "
+            f"has {lengths.min()}. Set it higher"
+        )
+    return np.flatnonzero(~fits), f"training {noun} are longer than {max_length} tokens and left out"
+
+
+def _without_room(prompt_lengths: np.ndarray, max_length: int, max_prompt: int | None) -> tuple[np.ndarray, str]:
+    """Rows whose prompt leaves no room for an answer, and what becomes of them."""
+    longest = max_length - 1 if max_prompt is None else min(max_prompt, max_length - 1)
+    what = f"prompts leave no room for an answer in {max_length} tokens and count as wrong"
+    if longest < max_length - 1:
+        what = f"prompts of over {longest} tokens leave no room for evaluation.max_new_tokens and count as wrong"
+    return np.flatnonzero(prompt_lengths > longest), what
 
 
 def writes_start(text: str, tokenizer: PreTrainedTokenizerBase) -> bool:
