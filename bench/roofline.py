@@ -10,10 +10,12 @@ ceilings in bf16. No GPU has confirmed it. Deep models are counted at two and at
 
 An operation takes the longer of its arithmetic and its traffic:
 
-products      matrix products, by 2 m n k; those with a side of 64 or less, and attention, have a pace of their own
+products      matrix products, by 2 m n k; those with a side of 64 or less, those with one of 65 to 192, batches of
+              small ones and attention have each a pace of their own
 functions     exp, erf, tanh and what is made of them, by the element: on a CPU they cost more than their traffic
-traffic       everything else: what it reads and writes, once
-calls         what a call costs by itself, on a CPU; a GPU's launches are taken to be hidden, as a CUDA graph hides them
+traffic       everything else: what it reads and writes, once; copies that change the order of elements have a pace
+calls         what a call costs by itself, on a CPU, autograd and Python's part in it; a GPU's launches are taken to be
+              hidden, as a CUDA graph hides them
 
 On a GPU kernels of ours do in one pass what is counted as several, so that its `traffic` is the most, not the least;
 `products alone` is the floor.
@@ -49,7 +51,7 @@ ATTENTION = "_scaled_dot_product"
 FUNCTIONS = ("gelu", "silu", "exp", "tanh", "erf", "softmax", "log", "sigmoid", "rsqrt")
 """In the name of an operation."""
 WITHIN = 0.2
-THIN = 64
+THIN, NARROW = 64, 192
 Step = Callable[[], object]
 
 
@@ -60,10 +62,15 @@ class Work:
     product_flops: float = 0.0
     thin_flops: float = 0.0
     """Of products with a side of THIN or less, such as LoRA's, which no machine does at full pace."""
+    narrow_flops: float = 0.0
+    """Of those with a side of NARROW or less."""
+    batched_flops: float = 0.0
+    """Of batches of small ones, as attention has them."""
     attention_flops: float = 0.0
     function_elements: float = 0.0
     bytes: float = 0.0
-    """Of all but the products and attention."""
+    """Of all but the products, attention and copies."""
+    copied_bytes: float = 0.0
     product_bytes: float = 0.0
     calls: float = 0.0
 
@@ -77,28 +84,34 @@ class Work:
 class Ceilings:
     product_flops_s: float
     thin_flops_s: float
+    narrow_flops_s: float
+    batched_flops_s: float
     attention_flops_s: float
     function_elements_s: float
     bytes_s: float
+    copied_bytes_s: float
     call_s: float = 0.0
 
     def parts(self, work: Work) -> dict[str, float]:
         """Seconds."""
         return {
             "products": max(
-                work.product_flops / self.product_flops_s + work.thin_flops / self.thin_flops_s,
+                work.product_flops / self.product_flops_s
+                + work.thin_flops / self.thin_flops_s
+                + work.narrow_flops / self.narrow_flops_s
+                + work.batched_flops / self.batched_flops_s,
                 work.product_bytes / self.bytes_s,
             ),
             "attention": work.attention_flops / self.attention_flops_s,
             "functions": work.function_elements / self.function_elements_s,
-            "traffic": work.bytes / self.bytes_s,
+            "traffic": work.bytes / self.bytes_s + work.copied_bytes / self.copied_bytes_s,
             "calls": work.calls * self.call_s,
         }
 
 
 GPUS = {
-    "A100": Ceilings(312e12, 312e12, 312e12, float("inf"), 2.04e12),
-    "H200": Ceilings(989e12, 989e12, 989e12, float("inf"), 4.8e12),
+    name: Ceilings(flops_s, flops_s, flops_s, flops_s, flops_s, float("inf"), bytes_s, bytes_s)
+    for name, flops_s, bytes_s in (("A100", 312e12, 2.04e12), ("H200", 989e12, 4.8e12))
 }
 """Dense bf16 and memory, as NVIDIA's data sheets of the SXM cards have them."""
 
@@ -112,13 +125,13 @@ class Counter(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
+        self.work.calls += 1
         if not func.is_view:
             self._add(func, args, kwargs or {}, out)
         return out
 
     def _add(self, func: Any, args: Any, kwargs: Any, out: Any) -> None:
         work, name, packet = self.work, str(func), func.overloadpacket
-        work.calls += 1
         tensors = {id(x): x for x in tree_iter((args, kwargs, out)) if isinstance(x, torch.Tensor)}.values()
         moved = sum(x.numel() * x.element_size() for x in tensors)
         if ATTENTION in name:
@@ -129,13 +142,20 @@ class Counter(TorchDispatchMode):
                 if packet == ATEN.addmm_
                 else flop_registry[packet](*args, **kwargs, out_val=out)
             )
-            if min(min(x.shape[-2:]) for x in tensors if x.ndim > 1) <= THIN:
+            side = min(min(x.shape[-2:]) for x in tensors if x.ndim > 1)
+            if packet == ATEN.bmm:
+                work.batched_flops += flops
+            elif side <= THIN:
                 work.thin_flops += flops
+            elif side <= NARROW:
+                work.narrow_flops += flops
             else:
                 work.product_flops += flops
             work.product_bytes += moved
         elif any(part in name for part in FUNCTIONS):
             work.function_elements += max(x.numel() for x in tensors)
+        elif name.startswith(("aten.copy_", "aten.clone")):
+            work.copied_bytes += moved
         elif not name.startswith(("aten.empty", "aten.detach", "aten.new_empty")):
             work.bytes += moved
 
@@ -156,26 +176,38 @@ def count(step: Step) -> Work:
 
 
 def measure_ceilings(repeats: int = 5) -> Ceilings:
-    """Least times of a large product, attention, GELU, a sum of arrays that a cache holds, and of a call."""
-    x, weight = torch.randn(1024, 768), torch.randn(768, 768)
+    """Least times of products of four forms, attention, GELU, a sum of arrays that a cache holds, heads put apart, and
+    of a call."""
+    x, weight, thin = torch.randn(1024, 768), torch.randn(768, 768), torch.randn(768, 32)
+    narrow, square = torch.randn(1024, 128), torch.randn(128, 128)
     query = torch.randn(16, 12, 64, 32)
     values, other, out = torch.randn(1 << 20), torch.randn(1 << 20), torch.empty(1 << 20)
-    small = torch.zeros(8)
-    thin = torch.randn(768, 32)
-    product_s = _least(lambda: x @ weight, repeats)
-    thin_s = _least(lambda: x @ thin, repeats)
-    attention_s = _least(lambda: functional.scaled_dot_product_attention(query, query, query), repeats)
-    function_s = _least(lambda: functional.gelu(values), repeats)
-    copy_s = _least(lambda: torch.add(values, other, out=out), repeats)
-    call_s = _least(lambda: [small.add_(1.0) for _ in range(1000)], repeats) / 1000
+    heads = values.view(32, 64, 16, 32).transpose(1, 2)
+    batch = query.flatten(0, 1)
+
+    def least(work: Step) -> float:
+        return _least(work, repeats)
+
     return Ceilings(
-        2 * 1024 * 768 * 768 / product_s,
-        2 * 1024 * 768 * 32 / thin_s,
-        4 * 16 * 12 * 64 * 64 * 32 / attention_s,
-        len(values) / function_s,
-        3 * values.nbytes / copy_s,
-        call_s,
+        2 * 1024 * 768 * 768 / least(lambda: x @ weight),
+        2 * 1024 * 768 * 32 / least(lambda: x @ thin),
+        2 * 1024 * 128 * 128 / least(lambda: narrow @ square),
+        2 * 16 * 12 * 64 * 64 * 32 / least(lambda: batch @ batch.mT),
+        4 * 16 * 12 * 64 * 64 * 32 / least(lambda: functional.scaled_dot_product_attention(query, query, query)),
+        len(values) / least(lambda: functional.gelu(values)),
+        3 * values.nbytes / least(lambda: torch.add(values, other, out=out)),
+        2 * values.nbytes / least(heads.contiguous),
+        least(_tiny_calls) / count(_tiny_calls).calls,
     )
+
+
+def _tiny_calls() -> None:
+    """Forward and backward pass through a chain of operations on eight numbers: calls and nothing else."""
+    start = torch.zeros(8, requires_grad=True)
+    x = start
+    for _ in range(200):
+        x = torch.sigmoid(x * start)
+    x.sum().backward()
 
 
 def _least(work: Step, repeats: int) -> float:
@@ -184,9 +216,11 @@ def _least(work: Step, repeats: int) -> float:
 
 
 def _timed(work: Step) -> float:
-    began = time.perf_counter()
+    """By the processor's time where one thread works: other processes take less from that."""
+    clock = time.process_time if torch.get_num_threads() == 1 else time.perf_counter
+    began = clock()
     work()
-    return time.perf_counter() - began
+    return clock() - began
 
 
 def cpu_steps() -> dict[str, Step]:
@@ -250,7 +284,7 @@ def check(threads: int, rounds: int) -> dict[str, Any]:
         ceilings = measure_ceilings()
         for name, step in steps.items():
             parts[name] = ceilings.parts(works[name])
-            found[name].append((sum(parts[name].values()), _least(step, 2)))
+            found[name].append((sum(parts[name].values()), _least(step, 3)))
     rows = [
         {
             "name": name,
