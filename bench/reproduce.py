@@ -26,11 +26,12 @@ import subprocess
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from bench.interleave import names_in
 from fastpeft.compare.comparison import Comparison, Row
 from fastpeft.compare.comparison_figures import p_text
 from fastpeft.compare.found_runs import find_runs
@@ -274,6 +275,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--runs", type=Path, help="results/reproduce/PAPER-SCALE when absent")
     parser.add_argument("--out", type=Path, help="RUNS/table.md when absent")
     parser.add_argument("--seeds", type=int, help="how many, from 0")
+    parser.add_argument("--tasks", help="comma-separated, of the scale's; all when absent")
     parser.add_argument("--budget", help="of every run, instead of the scale's: 2000steps, 30min")
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--model", type=Path, help="real: the encoder's folder")
@@ -296,6 +298,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parse(arguments)
     paper = PAPERS[options.paper]
     scale = paper.scales[options.scale]
+    scale = replace(scale, tasks=tuple(names_in(options.tasks, scale.tasks)))
     planned = list(plan(paper, scale, options.seeds or scale.num_seeds))
     for preset in {one.preset for one in planned}:
         load_run(preset)  # a name that is none is found out before anything is trained

@@ -77,6 +77,15 @@ def test_what_is_done_is_not_run_again_and_what_was_stopped_goes_on(tmp_path):
     assert longer[-1] == "600s"
 
 
+def test_a_part_of_the_tasks_is_planned_alone(tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setattr("bench.reproduce.write_table", lambda paper, planned, options: asked.extend(planned))
+    main(["--paper", "iwlora", "--scale", "full", "--runs", str(tmp_path), "--table", "--tasks", "sst2"])
+    assert {one.task for one in asked} == {"sst2"}
+    with pytest.raises(SystemExit, match="unknown: wnut17; there are mnli, sst2, rte"):
+        main(["--paper", "iwlora", "--scale", "full", "--runs", str(tmp_path), "--table", "--tasks", "wnut17"])
+
+
 def test_the_table_has_claims_measurements_and_where_they_were_made(tmp_path):
     options, scale = options_of(tmp_path, "--table"), IWLORA.scales["stand-in"]
     planned = list(plan(IWLORA, scale, 3))
