@@ -5,8 +5,9 @@
 RUN is a run file or preset of a language model; where its model or data cannot be reached, its stand-in is taken. Both
 trainers have the same rows, tokens, labels (the answers alone), rank, targets, batch size, rate, linear decay, warm-up
 and number of steps, in fp32 on one thread, and take turns, the seeds outside. --steps is cut to an epoch, so that each
-row is read at most once. What differs is the trainers, and the order of the rows: fastpeft's own batches of similar
-length beside random ones.
+row is read at most once. Both have batches of any rows: those of one length give a token of a short row more weight.
+What differs is the trainers, and the random order of the rows. `training.sampling=group_by_length` measures fastpeft's
+own batches.
 
 The perplexity is computed here, by transformers and PEFT alone and one row at a time, on the adapters that both leave.
 """
@@ -36,6 +37,7 @@ from fastpeft.config import RunConfig, load_run, with_values
 from fastpeft.errors import UserError
 from fastpeft.models.backbone import quiet_transformers
 from fastpeft.runs.events import read_events
+from fastpeft.schedules.schedule import WARMUP_CAP
 from fastpeft.standins import embedded_path
 from fastpeft.tasks import Task, load_task
 from fastpeft.tasks.causal_lm.labelled_rows import LabelledRows
@@ -46,7 +48,7 @@ SETTINGS = {
     "training.threads": 1,
     "training.checkpoint_steps": 1_000_000,
     "schedule.name": "linear",
-    "schedule.warmup_steps": 4,
+    "training.sampling": "random",
     "evaluation.every": "end",
     "evaluation.max_new_tokens": 1,
     "wandb.mode": "disabled",
@@ -55,7 +57,8 @@ ROWS = ("before", "SFTTrainer", "fastpeft")
 
 
 def run_of(args: argparse.Namespace, seed: int) -> RunConfig:
-    settings = SETTINGS | {"training.seed": seed, "budget": f"{args.steps}steps"}
+    warmup_steps = int(WARMUP_CAP * args.steps)  # more would be cut, and the peer's not
+    settings = SETTINGS | {"training.seed": seed, "budget": f"{args.steps}steps", "schedule.warmup_steps": warmup_steps}
     run = with_values(resolve(load_run(args.run, args.settings)).run, settings)
     shipped = embedded_path(run.model.name)
     return run if shipped is None else with_values(run, {"model.name": str(shipped)})
