@@ -165,6 +165,12 @@ def test_the_first_rows_are_shown_with_what_is_learned(tmp_path: Path, fastpeft_
     assert "row 1: what is learned stands in" in shown(tmp_path / "t" / "run.yaml", fastpeft_here)
 
 
+def test_what_is_cut_of_a_shown_row_is_said(tmp_path: Path, fastpeft_here: Callable[..., object]) -> None:
+    chat_run(tmp_path)
+    out = shown(tmp_path / "run.yaml", fastpeft_here, "dataset.max_length=8", "dataset.overflow=truncate_left")
+    assert "note: of the rows below: 1 of 1 training conversations are longer than 8 tokens and are cut" in out
+
+
 def test_a_row_that_the_template_does_not_take_is_refused(tmp_path: Path, fastpeft_here: Callable[..., object]) -> None:
     chat_run(tmp_path)
     outcome = fastpeft_here("data", "show", "--run", tmp_path / "run.yaml", "dataset.template=chatml")

@@ -13,7 +13,7 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 
 from fastpeft import phases
-from fastpeft.data.rows import NUM_NAMED, DataError, left_out_note
+from fastpeft.data.rows import NUM_NAMED, left_out_note
 from fastpeft.data.token_cache import Arrays, cached
 from fastpeft.data.tokenise import Ragged
 from fastpeft.errors import UserError
@@ -37,7 +37,6 @@ class ChatRows(LabelledRows):
     """Of each token, bool. The first of a row is not."""
     sources: np.ndarray
     """Of each row, the index of its conversation."""
-    notes: tuple[str, ...] = ()
 
     @cached_property
     def num_labelled(self) -> np.ndarray:  # pyright: ignore[reportIncompatibleMethodOverride]
@@ -74,7 +73,7 @@ def encode_chats(chats: Conversations, template: ChatTemplate, options: ChatOpti
     )
     faults = [f"{chats.name_row(int(row))}: {text}" for row, text in zip(found["bad"], _texts(found["faults"]))]
     if len(faults) == len(chats) and (len(chats) > 1 or options.on_bad_row == "skip"):
-        raise DataError(
+        raise UserError(
             f"{faults[0]}. The template takes none of the {len(chats):,} {what} conversations: set another "
             "dataset.template, or mend the rows"
         )
