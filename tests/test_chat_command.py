@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import pty
+import shlex
 import signal
 import subprocess
 import sys
@@ -12,7 +13,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+import typer
 
+from fastpeft.cli import commands
 from fastpeft.cli.chat_command import HELP, talk
 from fastpeft.cli.data_commands import CLOSES, OPENS
 from fastpeft.errors import UserError
@@ -129,6 +132,19 @@ def test_a_trained_model_answers_in_a_terminal(trained: Path) -> None:
         process.kill()
         os.close(main)
     assert b"Traceback" not in screen
+
+
+def test_a_run_ends_with_commands_that_there_are(tmp_path: Path, fastpeft_here: Callable[..., object]) -> None:
+    chat_run(tmp_path)
+    more = ("--budget", "1steps", "--name", "r", "--results-dir", tmp_path / "results")
+    outcome = fastpeft_here("train", "--run", tmp_path / "run.yaml", *more)
+    told = [line.partition("fastpeft ")[2] for line in outcome.out.partition("run folder")[2].splitlines()[1:]]
+    assert [command.split()[0] for command in told] == ["runs", "tui", "evaluate", "chat", "export"]
+    for command in told:
+        found, words = typer.main.get_command(commands.app), shlex.split(command)
+        while isinstance(found, typer.core.TyperGroup):
+            found = found.commands[words.pop(0)]
+        assert tmp_path / "results" in found.make_context("fastpeft", words).params.values()
 
 
 def test_a_run_that_cannot_talk_is_refused(tmp_path: Path, fastpeft_here: Callable[..., object]) -> None:
