@@ -148,6 +148,18 @@ def test_without_samples_nothing_is_decoded(tmp_path: Path, monkeypatch: pytest.
     assert score.decode_s is None
 
 
+def test_samples_are_of_prompts_that_leave_room_for_an_answer(tmp_path: Path) -> None:
+    folder = write_pairs(tmp_path / "pairs")
+    rows = [json.loads(line) for line in (folder / "dev.jsonl").read_text().splitlines()]
+    for row in rows[:4]:
+        row["prompt"] = "a" * 200
+    (folder / "dev.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    job = build_job(chat_run(tmp_path, dataset={"path": str(folder), "overflow": "truncate_left"}))
+    score = job.task.evaluate(job.adapter.model, job.limits, lambda: False, None)
+    assert score is not None
+    assert [sample.prompt for sample in score.samples] == [row["prompt"] for row in rows[4:7]]
+
+
 def write_numbers(folder: Path) -> Path:
     folder.mkdir()
     for split in ("train", "dev", "test"):
