@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import pty
+import shlex
 import signal
 import subprocess
 import sys
@@ -12,7 +13,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+import typer
 
+from fastpeft.cli import commands
 from fastpeft.cli.chat_command import HELP, talk
 from fastpeft.cli.data_commands import CLOSES, OPENS
 from fastpeft.errors import UserError
@@ -131,6 +134,19 @@ def test_a_trained_model_answers_in_a_terminal(trained: Path) -> None:
     assert b"Traceback" not in screen
 
 
+def test_a_run_ends_with_commands_that_there_are(tmp_path: Path, fastpeft_here: Callable[..., object]) -> None:
+    chat_run(tmp_path)
+    more = ("--budget", "1steps", "--name", "r", "--results-dir", tmp_path / "results")
+    outcome = fastpeft_here("train", "--run", tmp_path / "run.yaml", *more)
+    told = [line.partition("fastpeft ")[2] for line in outcome.out.partition("run folder")[2].splitlines()[1:]]
+    assert [command.split()[0] for command in told] == ["runs", "tui", "evaluate", "chat", "export"]
+    for command in told:
+        found, words = typer.main.get_command(commands.app), shlex.split(command)
+        while isinstance(found, typer.core.TyperGroup):
+            found = found.commands[words.pop(0)]
+        assert tmp_path / "results" in found.make_context("fastpeft", words).params.values()
+
+
 def test_a_run_that_cannot_talk_is_refused(tmp_path: Path, fastpeft_here: Callable[..., object]) -> None:
     train(tiny_run(tmp_path, budget="2steps", evaluation={"every": "end"}), results_dir=tmp_path / "results", name="r")
     outcome = fastpeft_here("chat", "r", "--results-dir", tmp_path / "results")
@@ -163,6 +179,12 @@ def test_the_first_rows_are_shown_with_what_is_learned(tmp_path: Path, fastpeft_
     assert f"{OPENS} b\n#### 13</s>{CLOSES}" in shown(tmp_path / "p" / "run.yaml", fastpeft_here, "--rows", "5")
     tiny_run(tmp_path / "t")
     assert "row 1: what is learned stands in" in shown(tmp_path / "t" / "run.yaml", fastpeft_here)
+
+
+def test_what_is_cut_of_a_shown_row_is_said(tmp_path: Path, fastpeft_here: Callable[..., object]) -> None:
+    chat_run(tmp_path)
+    out = shown(tmp_path / "run.yaml", fastpeft_here, "dataset.max_length=8", "dataset.overflow=truncate_left")
+    assert "note: of the rows below: 1 of 1 training conversations are longer than 8 tokens and are cut" in out
 
 
 def test_a_row_that_the_template_does_not_take_is_refused(tmp_path: Path, fastpeft_here: Callable[..., object]) -> None:

@@ -182,11 +182,21 @@ def _train_one(config: Any, results_dir: Path, name: str | None, resume: bool, a
     if result.status == "stopped":
         print(f"resume with  fastpeft train --resume --name {result.name}{where}")
     else:
-        print(f"look again   fastpeft runs show {result.name}{where}")
-        print(f"watch        fastpeft tui{where}")
-        print(f"compare      fastpeft evaluate{where}")
-        print(f"carry away   fastpeft export {result.name}{where}")
+        _tell_next(result, where)
     _end([result], reporter, stop)
+
+
+def _tell_next(result: Any, where: str) -> None:
+    """What a run that has ended is good for, as commands."""
+    from fastpeft.config.methods import METHODS
+    from fastpeft.tasks import task_class
+
+    print(f"look again   fastpeft runs show {result.name}{where}")
+    print(f"watch        fastpeft tui{where.removeprefix(' --results-dir')}")
+    print(f"compare      fastpeft evaluate{where}")
+    if task_class(result.kind).predicts_tokens and not METHODS[result.method].routes:
+        print(f"talk to it   fastpeft chat {result.name}{where}")
+    print(f"carry away   fastpeft export {result.name}{where}")
 
 
 def _train_seeds(

@@ -47,10 +47,12 @@ def data_show(
     task = load_task(resolved.run.dataset, resolved.run.evaluation, resolved.run.training.seed)
     for note in task.notes:
         console.print(f"note: {note}", markup=False)
-    first_rows = task.first_rows(load_tokenizer(resolved.run.model), resolved.run.model.name, rows)
+    first = task.first_rows(load_tokenizer(resolved.run.model), resolved.run.model.name, rows)
+    for note in first.notes:
+        console.print(f"note: of the rows below: {note}", markup=False)
     marks = ("", "") if console.is_terminal else (OPENS, CLOSES)
     how = "dim is read, bright is learned" if console.is_terminal else f"what is learned stands in {OPENS} {CLOSES}"
-    for number, pieces in enumerate(first_rows, 1):
+    for number, pieces in enumerate(first.rows, 1):
         console.print(f"\nrow {number}: {how}", style="bold")
         parts = (
             (f"{marks[0]}{shown(text)}{marks[1]}", "bold bright_green") if is_learned else (shown(text), "dim")

@@ -54,6 +54,12 @@ class Sample(NamedTuple):
     reference: str
 
 
+class FirstRows(NamedTuple):
+    rows: list[list[Piece]]
+    notes: tuple[str, ...]
+    """What is to be told of these rows alone."""
+
+
 class Piece(NamedTuple):
     """Of a row as text."""
 
@@ -204,14 +210,14 @@ class Task(ABC, Generic[Rows]):
             specimen=tuple(self.specimen()),
         )
 
-    def first_rows(self, tokenizer: Any, model: str, count: int) -> list[list[Piece]]:
+    def first_rows(self, tokenizer: Any, model: str, count: int) -> FirstRows:
         """The first training rows: what is read of each, and what is learned.
 
         Args:
             tokenizer: of the model of this name.
         """
         rows = islice(iter(self.rows_read()[TRAIN]), count)
-        return [[Piece(" ".join(row.given), False), Piece(" ".join(row.wanted), True)] for row in rows]
+        return FirstRows([[Piece(" ".join(row.given), False), Piece(" ".join(row.wanted), True)] for row in rows], ())
 
     def warnings(self) -> list[str]:
         """What makes the scores say little, or the labels look wrong."""

@@ -240,7 +240,7 @@ class Loop:
         )
         if self.job.task.predicts_tokens:
             first = self.job.task.first_rows(self.job.backbone.tokenizer, self.job.run.model.name, 1)
-            self.log.event("example", pieces=first[0])
+            self.log.event("example", pieces=first.rows[0])
         if self.job.precision.warning:
             self.log.warn(self.job.precision.warning)
         for warning in self.job.task.warnings():

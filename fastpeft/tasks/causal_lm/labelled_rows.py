@@ -20,6 +20,8 @@ class LabelledRows(TokenRows, ABC):
 
     positions: np.ndarray | None = None
     """Of each token, where rows hold several texts: its place in its own. Else None."""
+    notes: tuple[str, ...] = ()
+    """What is left out or cut."""
 
     @property
     @abstractmethod

@@ -38,8 +38,6 @@ class EncodedPrompts(LabelledRows):
     """Which of the texts each row is: its index in the Prompted that were encoded."""
     unusable: np.ndarray
     """Indices of the texts that are too long: left out of training; in evaluation kept, to be counted as wrong."""
-    notes: tuple[str, ...]
-    """Names them."""
 
     @property
     def num_labelled(self) -> np.ndarray:

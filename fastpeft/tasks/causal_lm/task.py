@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from abc import abstractmethod
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import replace
@@ -13,11 +14,13 @@ from torch import nn
 
 from fastpeft.config.schema import DatasetConfig, ModelConfig
 from fastpeft.data.batches import Batch, evaluation_batches
+from fastpeft.data.rows import DataError
+from fastpeft.errors import UserError
 from fastpeft.kernels.sequences import Sequences
 from fastpeft.models.backbone import Backbone, load_causal_lm
 from fastpeft.models.lm_head import hidden_states
 from fastpeft.signals import Need
-from fastpeft.tasks.base import BatchLoss, Count, ExportCheck, Piece, Task
+from fastpeft.tasks.base import BatchLoss, Count, ExportCheck, FirstRows, Piece, Task
 from fastpeft.tasks.causal_lm.decode_check import OwnLogits
 from fastpeft.tasks.causal_lm.labelled_rows import LabelledRows, collate_labelled
 from fastpeft.tasks.causal_lm.loss import AnswerLoss
@@ -63,9 +66,17 @@ class CausalLMTask(Task[Rows]):
     def encode_first(self, count: int, tokenizer: Any, model: str) -> LabelledRows:
         """The first training rows that training would take of the first `count`."""
 
-    def first_rows(self, tokenizer: Any, model: str, count: int) -> list[list[Piece]]:
-        encoded = self.encode_first(count, tokenizer, model)
-        return [list(_pieces(encoded, row, tokenizer)) for row in range(len(encoded))]
+    def first_rows(self, tokenizer: Any, model: str, count: int) -> FirstRows:
+        try:
+            encoded = self.encode_first(count, tokenizer, model)
+            num_shown, notes = len(encoded), encoded.notes
+        except DataError:
+            raise
+        except UserError:  # none of them can be trained on
+            encoded = self.encode_first(sys.maxsize, tokenizer, model)
+            num_shown = min(count, len(encoded))
+            notes = (f"they are the first that are trained on, as none of the first {count:,} can be",)
+        return FirstRows([list(_pieces(encoded, row, tokenizer)) for row in range(num_shown)], notes)
 
     # ---- model and tokens ------------------------------------------------------------------
 

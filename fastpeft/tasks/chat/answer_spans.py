@@ -42,6 +42,8 @@ class RenderedConversation:
     """What the template has the assistant write before the last answer, such as an empty thought."""
     trimmed: bool
     """It took white space from the ends of an answer."""
+    stripped: bool
+    """The tokenizer will take some."""
 
 
 class _Opening(NamedTuple):
@@ -101,8 +103,16 @@ class Renderer:
         answers = [self._answer(row, i, ahead.get((id(row), i))) for i in learned]
         last = answers[-1]
         whole = last.prompt + last.text
-        self._check_context(row, row.turns[: learned[-1]], last.prompt)
-        told = last.lead, any(answer.trimmed for answer in answers)
+        told = (
+            last.lead,
+            any(answer.trimmed for answer in answers),
+            any(self.template.takes_space(answer.prompt, answer.text) for answer in answers),
+        )
+        if self.train_on == "all" and learned[-1] < len(row.turns) - 1:
+            whole = self.template.render(row.messages(), row.tools)[0]
+            self._check_context(row, row.turns, whole)
+        else:
+            self._check_context(row, row.turns[: learned[-1]], last.prompt)
         if self.train_on == "all":
             return RenderedConversation((Rendered(whole, ((0, len(whole)),)),), *told)
         if all(whole.startswith(answer.prompt + answer.text) for answer in answers):

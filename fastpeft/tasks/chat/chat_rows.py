@@ -19,14 +19,14 @@ from fastpeft.data.tokenise import Ragged
 from fastpeft.errors import UserError
 from fastpeft.tasks.causal_lm.labelled_rows import LabelledRows
 from fastpeft.tasks.chat.answer_spans import Rendered, Renderer, TrainOn
-from fastpeft.tasks.chat.conversations import RowFault
+from fastpeft.tasks.chat.conversations import Conversation, RowFault
 from fastpeft.tasks.chat.overflow import TokenRow, fitted
 from fastpeft.tasks.chat.reading import Conversations, check_faults
 from fastpeft.tasks.chat.templates import ChatTemplate
 
 Overflow = Literal["drop", "truncate_left", "split"]
-_PART = 1024
-"""Conversations that are rendered and tokenised at a time."""
+_PART, _PART_CHARACTERS = 1024, 2**23
+"""Most conversations that are rendered and tokenised at a time, and most characters of all their prompts."""
 _TAIL = 32
 """Characters at the end of a prompt, which a template has in common for all."""
 
@@ -37,7 +37,6 @@ class ChatRows(LabelledRows):
     """Of each token, bool. The first of a row is not."""
     sources: np.ndarray
     """Of each row, the index of its conversation."""
-    notes: tuple[str, ...] = ()
 
     @cached_property
     def num_labelled(self) -> np.ndarray:  # pyright: ignore[reportIncompatibleMethodOverride]
@@ -73,6 +72,11 @@ def encode_chats(chats: Conversations, template: ChatTemplate, options: ChatOpti
         lambda: _arrays(chats, template, options), template.tokenizer, ([row.key for row in chats.rows],), settings
     )
     faults = [f"{chats.name_row(int(row))}: {text}" for row, text in zip(found["bad"], _texts(found["faults"]))]
+    if len(faults) == len(chats) and (len(chats) > 1 or options.on_bad_row == "skip"):
+        raise UserError(
+            f"{faults[0]}. The template takes none of the {len(chats):,} {what} conversations: set another "
+            "dataset.template, or mend the rows"
+        )
     check_faults(faults, options.on_bad_row)
     if not len(found["sources"]):
         raise UserError(
@@ -115,7 +119,8 @@ def token_rows(rendered: Sequence[Rendered], template: ChatTemplate) -> list[lis
         if is_last:
             start = row.spans[0][0]
             tokens, tail = next(short), row.text[max(0, start - _TAIL) : start]
-            found = _to_the_end(tokens, own[0]) if is_read(tail) else None
+            is_known = tokenizer.unk_token_id is None or own[0][-1:] != [tokenizer.unk_token_id]
+            found = _to_the_end(tokens, own[0]) if is_known and is_read(tail) else None
         else:
             found = _between(row, next(whole), own)
         result.append([found] if found else [_parted(row, *each, tokenizer) for each in zip(row.spans, own)])
@@ -218,6 +223,7 @@ def _arrays(chats: Conversations, template: ChatTemplate, options: ChatOptions) 
         kept, lost = fitted(made, options.max_length, options.overflow)
         counts += [
             found.trimmed,
+            found.stripped,
             len(found.rows) > 1,
             len(made) > len(found.rows),
             lost.num_rows > 0,
@@ -251,16 +257,29 @@ def _rendered(chats: Conversations, renderer: Renderer) -> Iterator[tuple[int, A
     """
     with ThreadPoolExecutor(1) as thread:
         before: tuple[int, list[Any], Future[list[Any]]] | None = None
-        for start in range(0, len(chats), _PART):
-            found = renderer.render_all(chats.rows[start : start + _PART])
+        for start, end in _parts(chats.rows):
+            found = renderer.render_all(chats.rows[start:end])
             good = [row for one in found if not isinstance(one, RowFault) for row in one.rows]
             made = thread.submit(_tokenised, good, renderer.template)
             if before is not None:
                 yield from _matched(*before)
             before = start, found, made
-            phases.progress(start + len(found), len(chats), "conversations")
+            phases.progress(end, len(chats), "conversations")
         if before is not None:
             yield from _matched(*before)
+
+
+def _parts(rows: Sequence[Conversation]) -> Iterator[tuple[int, int]]:
+    """From and to. Each answer has a prompt of its own: of long conversations a few fill the memory of many short."""
+    start = size = 0
+    for i, row in enumerate(rows):
+        own = len(row.answers) * sum(len(turn.text) for turn in row.turns)
+        if i > start and (i - start == _PART or size + own > _PART_CHARACTERS):
+            yield start, i
+            start, size = i, 0
+        size += own
+    if rows:
+        yield start, len(rows)
 
 
 def _matched(start: int, found: list[Any], future: Future[list[Any]]) -> Iterator[tuple[int, Any, Any]]:
@@ -289,7 +308,7 @@ def _or_fault(row: Rendered, template: ChatTemplate) -> list[TokenRow] | RowFaul
 
 
 _COUNTS = (
-    "trimmed", "rewritten", "parted", "long", "tokens", "lost_tokens", "labelled", "lost_labelled", "gone",
+    "trimmed", "stripped", "rewritten", "parted", "long", "tokens", "lost_tokens", "labelled", "lost_labelled", "gone",
 )  # fmt: skip
 """Conversations, but for those that say what they count."""
 _FATE = {
@@ -306,6 +325,11 @@ def _notes(found: Arrays, template: ChatTemplate, options: ChatOptions, what: st
         yield f"{template} has the assistant begin an answer with {lead!r}, which is learned too"
     if count["trimmed"]:
         yield f"{template} takes white space from the ends of answers, in {count['trimmed']:,} {what} conversations"
+    if count["stripped"]:
+        yield (
+            f"special tokens of the tokenizer take in white space at the ends of answers, in {count['stripped']:,} "
+            f"{what} conversations"
+        )
     if count["rewritten"]:
         yield (
             f"{template} writes earlier turns otherwise once others follow: each answer of {count['rewritten']:,} "

@@ -44,6 +44,8 @@ class Turn:
     """Of tools, as templates take them."""
     parts: tuple[str, str] | None = None
     """Of an instruction: it, and what it is about. The text is both."""
+    result_of: tuple[tuple[str, str], ...] = ()
+    """Of a tool's result: which tool's and which call's, as `name` and `tool_call_id`."""
 
     @property
     def is_answer(self) -> bool:
@@ -55,6 +57,7 @@ class Turn:
         found: dict[str, Any] = {"role": str(self.role), "content": self.text}
         found |= {"reasoning_content": self.reasoning} if self.reasoning else {}
         found |= {"tool_calls": list(self.calls)} if self.calls else {}
+        found |= dict(self.result_of)
         return found | (dict(zip(("instruction", "input"), self.parts)) if self.parts else {})
 
 
@@ -132,7 +135,10 @@ def _turn(item: Any, number: int) -> Turn:
         known = ", ".join(ROLES)
         raise RowFault(f"turn {number} has the role {name!r:.40}, which is none of {known}")
     role, content = ROLES[name.lower()], item.get("content", item.get("value"))
-    calls: Sequence[Any] = item.get("tool_calls") or ()
+    old = item.get("function_call")
+    calls: Any = item.get("tool_calls") or ([old] if old else ())
+    if not isinstance(calls, (list, tuple)):
+        raise RowFault(f"turn {number} has the tool calls {calls!r:.60}, expected a list")
     if name.lower() in (CALL, "tool_call"):
         parsed = _parsed(content, f"turn {number}, a call of a tool,")
         calls, content = parsed if isinstance(parsed, list) else [parsed], ""
@@ -143,7 +149,14 @@ def _turn(item: Any, number: int) -> Turn:
         text,
         check_text(reasoning, f"the reasoning of turn {number}"),
         tuple(_call(call, number) for call in calls),
+        result_of=tuple(_result_of(item)) if role == Role.TOOL else (),
     )
+
+
+def _result_of(item: dict[str, Any]) -> Iterator[tuple[str, str]]:
+    for key in ("name", "tool_call_id"):
+        if isinstance(item.get(key), str) and is_unicode(item[key]):
+            yield key, item[key]
 
 
 def _text(content: Any, number: int) -> str:

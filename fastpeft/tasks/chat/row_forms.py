@@ -60,7 +60,10 @@ class Form:
         values = row.values
         turns, num_context = self._turns(values)
         system = values.get(self.system) if self.system else None
-        if system and (not turns or turns[0].role != Role.SYSTEM):
+        if system and turns and turns[0].role == Role.SYSTEM:
+            if turns[0].text != system:
+                raise RowFault("turn 1 is of the system, and says something else than the column 'system'")
+        elif system:
             turns, num_context = [Turn(Role.SYSTEM, check_text(system, "column 'system'")), *turns], num_context + 1
         tools = read_tools(values.get(self.tools)) if self.tools else ()
         found = Conversation(tuple(turns), row.line, tools, num_context)

@@ -10,6 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -64,6 +65,10 @@ answer = model.generate(
 )
 print(tokenizer.decode(answer[0, batch["input_ids"].shape[1] :], skip_special_tokens=True))
 """
+
+
+_LOOKED_AT = 8
+"""So many conversations for each sample, of which those are asked whose prompt leaves room for an answer."""
 
 
 class Chat(CausalLMTask[ChatRows]):
@@ -207,8 +212,6 @@ class Chat(CausalLMTask[ChatRows]):
 
     def _encode_prompts(self, chats: Conversations, backbone: Backbone) -> PromptSet:
         """Those that an evaluation has answered: all where answers are compared, else a few to look at."""
-        if self._reading is None:
-            chats = chats.pick(range(min(self.evaluation.samples, len(chats))))
         positions, most = backbone.max_positions, self.evaluation.max_new_tokens
         max_length = self.max_length(backbone)
         longest = max_length if positions is None else positions - most
@@ -217,8 +220,14 @@ class Chat(CausalLMTask[ChatRows]):
                 f"evaluation.max_new_tokens: model {backbone.model.name_or_path} takes {positions:,} tokens, prompt "
                 f"and answer together, so that {most:,} new ones leave no room for a prompt. Set it lower"
             )
-        pad = self.validation.pad_token
-        return encode_chat_prompts(chats, self._known_template, max_length, longest, pad)
+        template, pad = self._known_template, self.validation.pad_token
+        if self._reading is None:
+            samples = self.evaluation.samples
+            some = chats.pick(range(min(samples * _LOOKED_AT, len(chats))))
+            found = encode_chat_prompts(some, template, max_length, longest, pad)
+            usable = np.setdiff1d(np.arange(len(found)), found.encoded.unusable)[:samples].tolist()
+            chats = found.chats.pick(usable or range(min(samples, len(found))))
+        return encode_chat_prompts(chats, template, max_length, longest, pad)
 
     def check(self, model: nn.Module, backbone: Backbone) -> None:
         splits = {"test": self._test_rows} if self._test is not None else {}

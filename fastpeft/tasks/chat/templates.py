@@ -65,6 +65,9 @@ class ChatTemplate:
         added = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
         self.ends = frozenset(added | set(tokenizer.all_special_tokens))
         """Tokens that may end an answer, as texts."""
+        kept = {token.content: token for token in tokenizer.added_tokens_decoder.values()}
+        self._strips_right = tuple(text for text, token in kept.items() if token.rstrip)
+        self._strips_left = tuple(text for text, token in kept.items() if token.lstrip)
         self._lengths = sorted({len(token) for token in self.ends}, reverse=True)
         self._may_end = re.compile(f"[{re.escape(''.join({token[0] for token in self.ends}))}]") if self.ends else None
 
@@ -79,6 +82,16 @@ class ChatTemplate:
             if token is not None:
                 return token
         return None
+
+    def takes_space(self, prompt: str, answer: str) -> bool:
+        """Whether a token of the tokenizer's takes in white space at an end of an answer, as Phi-3's do behind them.
+
+        Args:
+            answer: with the token that ends it.
+        """
+        if answer[:1].isspace() and prompt.rstrip().endswith(self._strips_right):
+            return True
+        return any(answer.endswith(end) and answer[: -len(end)][-1:].isspace() for end in self._strips_left)
 
     @property
     def notes(self) -> list[str]:
@@ -117,7 +130,8 @@ class ChatTemplate:
                 **self.tokenizer.special_tokens_map,
             )
         except Exception as error:  # of Jinja, of the template's own, and of what it does to the row's values
-            raise RowFault(f"{self} refuses it: {first_line(error) or type(error).__name__}") from error
+            told = first_line(error).rstrip(".") or type(error).__name__
+            raise RowFault(f"{self} refuses it: {told}") from error
         texts, marks = found
         return [*zip(texts, marks if self.has_marks else [[]] * len(texts), strict=True)]
 

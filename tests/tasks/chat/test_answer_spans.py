@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import random
 from typing import Any
 
 import pytest
-from tokenizers import normalizers
+from tokenizers import Tokenizer, decoders, models, normalizers
+from transformers import PreTrainedTokenizerFast
 
 from fastpeft.tasks.chat.answer_spans import Renderer
 from fastpeft.tasks.chat.chat_rows import token_rows
@@ -43,6 +45,16 @@ def template(text: str, tokenizer: Any = None) -> ChatTemplate:
 def rows_of(row: Conversation, of: ChatTemplate, train_on: Any = "assistant") -> list[tuple[list[int], list[bool]]]:
     rendered = Renderer(of, train_on).render(row)
     return [(tokens, labelled) for rows in token_rows(rendered.rows, of) for tokens, labelled in rows]
+
+
+def flagged_tokenizer(**flags: bool) -> Any:
+    """As byte_tokenizer, whose special tokens take in white space beside them."""
+    settings = json.loads(byte_tokenizer().backend_tokenizer.to_str())
+    for token in settings["added_tokens"]:
+        token.update(flags)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer.from_str(json.dumps(settings)), bos_token="<s>", eos_token="</s>", pad_token="<pad>"
+    )
 
 
 def stretches(row: tuple[list[int], list[bool]]) -> list[tuple[int, int]]:
@@ -123,6 +135,15 @@ def test_every_token_is_learned_where_all_is_asked_for() -> None:
     ((tokens, labelled),) = rows_of(conversation(("user", "a"), ("assistant", "b")), of, "all")
     assert all(labelled)
     assert of.tokenizer.decode(tokens) == "<|im_start|>user\na<|im_end|>\n<|im_start|>assistant\nb<|im_end|>"
+
+
+def test_every_token_is_that_of_turns_behind_the_last_answer_too() -> None:
+    of = template(TEMPLATES["chatml"])
+    row = conversation(("user", "a"), ("assistant", "b"), ("user", "thanks"))
+    ((tokens, labelled),) = rows_of(row, of, "all")
+    assert all(labelled)
+    assert of.tokenizer.decode(tokens) == of.render(row.messages())[0]
+    assert answers_of(rows_of(row, of), of) == ["b<|im_end|>"]
 
 
 # ---- templates that rewrite ------------------------------------------------------------------
@@ -246,6 +267,36 @@ def test_a_prompt_whose_end_no_token_stands_for_is_refused() -> None:
     of = template(TEMPLATES["vicuna"].replace("'ASSISTANT:' }}", "'ASSISTANT: ' }}"), tokenizer)
     with pytest.raises(RowFault, match="the tokens of the answer 'b</s>' cannot be told from those before it"):
         rows_of(conversation(("user", "a"), ("assistant", "b")), of)
+
+
+@pytest.mark.parametrize(
+    ("flags", "text", "is_taken"),
+    [
+        ({"rstrip": True}, "\n\nnew", True),
+        ({"rstrip": True}, "new\n", False),
+        ({"lstrip": True}, "new\n", True),
+        ({"lstrip": True}, " new", False),
+        ({}, " new\n", False),
+    ],
+)
+def test_white_space_that_a_special_token_takes_in_is_told(flags: dict[str, bool], text: str, is_taken: bool) -> None:
+    of = template(TEMPLATES["phi3"], flagged_tokenizer(**flags))
+    row = conversation(("user", "a"), ("assistant", text))
+    assert Renderer(of, "assistant").render(row).stripped is is_taken
+    assert answers_of(rows_of(row, of), of) == [f"{text.strip() if is_taken else text}<|end|>"]
+
+
+def test_an_unknown_character_does_not_hide_in_that_at_the_prompts_end() -> None:
+    """Several in a row are one token, which begins before the answer."""
+    raw = Tokenizer(models.Unigram([("<unk>", 0.0), ("a", -1.0), ("b", -1.0), ("</s>", -1.0)], unk_id=0))
+    raw.decoder = decoders.Fuse()
+    raw.add_special_tokens(["</s>"])
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=raw, eos_token="</s>", unk_token="<unk>")
+    text = "{% for m in messages %}{{ m.content + (eos_token if m.role == 'assistant' else '答') }}{% endfor %}"
+    of = template(text, tokenizer)
+    assert answers_of(rows_of(conversation(("user", "a"), ("assistant", "b")), of), of) == ["b</s>"]
+    with pytest.raises(RowFault, match="cannot be told from those before it"):
+        rows_of(conversation(("user", "a"), ("assistant", "好b")), of)
 
 
 # ---- many at once ----------------------------------------------------------------------------

@@ -19,7 +19,7 @@ from fastpeft.tasks.chat.task import Chat
 from fastpeft.tasks.chat.templates import FILE, NAMED
 from fastpeft.trainer import train
 from fastpeft.trainer.build import Job, build_job
-from tests.support.chat_runs import chat_run, write_chats
+from tests.support.chat_runs import chat_run, write_chats, write_pairs
 from tests.support.tiny_runs import strict_events
 
 CPU = torch.device("cpu")
@@ -126,6 +126,19 @@ def test_a_run_learns_to_answer_and_its_samples_are_in_the_log(tmp_path: Path) -
     assert example[1][0] in ("yes</s>", "no way</s>")
 
 
+@pytest.mark.parametrize("fault", ["long", "refused"])
+def test_a_run_begins_whatever_is_wrong_with_the_first_conversation(fault: str, tmp_path: Path) -> None:
+    """The example in the log is of the first that is trained on."""
+    folder = write_pairs(tmp_path / "pairs")
+    first = {"prompt": "a", "completion": {"long": "b" * 200, "refused": "</s>"}[fault]}
+    rows = (folder / "train.jsonl").read_text()
+    (folder / "train.jsonl").write_text(json.dumps(first) + "\n" + rows)
+    dataset = {"path": str(folder), "overflow": "drop", "on_bad_row": "skip"}
+    train(chat_run(tmp_path, dataset=dataset, budget="1steps"), results_dir=tmp_path, name="r")
+    (example,) = [event["pieces"] for event in strict_events(tmp_path / "r") if event["type"] == "example"]
+    assert [piece[0] for piece in example] == [json.loads(rows.splitlines()[0])["prompt"] + "\n", "yes</s>"]
+
+
 def test_without_samples_nothing_is_decoded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     job = multi_job(tmp_path, evaluation={"samples": 0})
     monkeypatch.setattr(Chat, "_answers", None)
@@ -133,6 +146,18 @@ def test_without_samples_nothing_is_decoded(tmp_path: Path, monkeypatch: pytest.
     assert score is not None
     assert score.samples == ()
     assert score.decode_s is None
+
+
+def test_samples_are_of_prompts_that_leave_room_for_an_answer(tmp_path: Path) -> None:
+    folder = write_pairs(tmp_path / "pairs")
+    rows = [json.loads(line) for line in (folder / "dev.jsonl").read_text().splitlines()]
+    for row in rows[:4]:
+        row["prompt"] = "a" * 200
+    (folder / "dev.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    job = build_job(chat_run(tmp_path, dataset={"path": str(folder), "overflow": "truncate_left"}))
+    score = job.task.evaluate(job.adapter.model, job.limits, lambda: False, None)
+    assert score is not None
+    assert [sample.prompt for sample in score.samples] == [row["prompt"] for row in rows[4:7]]
 
 
 def write_numbers(folder: Path) -> Path:

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from fastpeft.errors import UserError
+from fastpeft.tasks.chat import chat_rows
 from fastpeft.tasks.chat.chat_rows import ChatOptions, ChatRows, encode_chats
 from fastpeft.tasks.chat.conversations import Conversation, read_turns
 from fastpeft.tasks.chat.overflow import TokenRow, fitted
@@ -86,6 +87,33 @@ def test_what_goes_is_counted() -> None:
 def test_none_that_fits_is_refused() -> None:
     with pytest.raises(UserError, match="none of 2 training conversations has a token to learn within 9 tokens"):
         encode(chats(40, 50), max_length=9)
+
+
+def test_long_conversations_are_encoded_in_smaller_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    some = chats(3, 900, 900, 3, 3, 3)
+    whole = encode(some, max_length=1000)
+    monkeypatch.setattr(chat_rows, "_PART", 2)
+    monkeypatch.setattr(chat_rows, "_PART_CHARACTERS", 1000)
+    assert [*chat_rows._parts(some.rows)] == [(0, 2), (2, 4), (4, 6)]
+    monkeypatch.setattr(chat_rows, "_PART", 10)
+    assert [*chat_rows._parts(some.rows)] == [(0, 2), (2, 6)]
+    monkeypatch.setattr(chat_rows, "_PART_CHARACTERS", 100)
+    assert [*chat_rows._parts(some.rows)] == [(0, 1), (1, 2), (2, 3), (3, 6)]
+    parted = encode(some, max_length=1001)
+    assert parted.tokens.tolist() == whole.tokens.tolist()
+    assert parted.sources.tolist() == whole.sources.tolist()
+
+
+@pytest.mark.parametrize("on_bad_row", ["error", "skip"])
+def test_a_template_that_takes_no_row_is_said_to_be_the_fault(on_bad_row: str) -> None:
+    template = ChatTemplate("{{ raise_exception('never.') }}", byte_tokenizer(), "own.jinja")
+    options = ChatOptions(max_length=100, on_bad_row=on_bad_row)  # pyright: ignore[reportArgumentType]
+    with pytest.raises(UserError) as caught:
+        encode_chats(chats(3, 4), template, options, "training")
+    assert str(caught.value) == (
+        "set:1: turn 2: the chat template of own.jinja refuses it: never. The template takes none of the 2 training "
+        "conversations: set another dataset.template, or mend the rows"
+    )
 
 
 def test_rows_that_lose_all_their_labels_are_counted_and_not_trained() -> None:

@@ -174,6 +174,26 @@ def test_tools_and_their_results_are_context(tmp_path: Path) -> None:
     assert found.turns[3].text == "two"
 
 
+def test_a_call_in_the_old_form_is_a_call_and_no_empty_answer(tmp_path: Path) -> None:
+    call = CALL | {"arguments": json.dumps(CALL["arguments"])}
+    turns = [
+        {"role": "user", "content": "how many?"},
+        {"role": "assistant", "content": "", "function_call": call},
+        {"role": "function", "name": "count", "content": "2", "tool_call_id": "a1"},
+        {"role": "assistant", "content": "two", "function_call": None},
+    ]
+    found = all_rows(read(write(tmp_path / "a.jsonl", [{"messages": turns}] * 4))).rows[0]
+    assert found.answers == [3]
+    assert found.turns[1].calls == ({"type": "function", "function": CALL},)
+    assert found.turns[2].message == {"role": "tool", "content": "2", "name": "count", "tool_call_id": "a1"}
+
+
+def test_a_system_column_that_repeats_the_system_turn_is_that_turn(tmp_path: Path) -> None:
+    turns = [{"role": "system", "content": "be brief"}, *FORMS["messages"][0]["messages"]]
+    task = read(write(tmp_path / "a.jsonl", [{"messages": turns, "system": "be brief"}] * 4))
+    assert said(task) == [("system", "be brief"), *SAID]
+
+
 def test_a_prompt_of_messages_is_context_even_where_the_assistant_speaks_in_it(tmp_path: Path) -> None:
     messages = [{"role": role, "content": text} for role, text in SAID]
     row = {"prompt": messages[:3], "completion": "three"}
@@ -197,6 +217,14 @@ BAD = {
     "call": (
         {"messages": [{"role": "function_call", "content": "count(cats)"}]},
         "turn 1, a call of a tool, is no JSON",
+    ),
+    "calls": (
+        {"messages": [{"role": "assistant", "content": "", "tool_calls": 5}]},
+        "turn 1 has the tool calls 5, expected a list",
+    ),
+    "two systems": (
+        {"messages": [{"role": "system", "content": "a"}, {"role": "assistant", "content": "b"}], "system": "c"},
+        "turn 1 is of the system, and says something else than the column 'system'",
     ),
 }
 

@@ -356,6 +356,20 @@ def test_training_problems_that_are_too_long_are_left_out_and_named(tmp_path: Pa
     assert any("longer than 64 tokens and left out" in note and "train.jsonl:25" in note for note in job.notes)
 
 
+def test_the_first_problem_that_is_trained_on_is_shown_where_the_first_is_too_long(tmp_path: Path) -> None:
+    write_run(tmp_path)
+    path = tmp_path / "problems" / "train.jsonl"
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    rows[:7] = [row | {"question": "a" * 70 + row["question"]} for row in rows[:7]]  # six may be held out
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    job = build(tmp_path)
+    first = job.task.first_rows(job.backbone.tokenizer, "model", 1)
+    assert len(first.rows) == 1
+    tokens = job.task.train.tokens[: job.task.train.offsets[1]]
+    assert "".join(piece.text for piece in first.rows[0]) == job.backbone.tokenizer.decode(tokens)
+    assert first.notes == ("they are the first that are trained on, as none of the first 1 can be",)
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
