@@ -11,7 +11,7 @@ from fastpeft.data.rows import NUM_NAMED
 from fastpeft.data.tokenise import Ragged
 from fastpeft.tasks.causal_lm.prompts import EncodedPrompts
 from fastpeft.tasks.chat.answer_spans import Renderer
-from fastpeft.tasks.chat.chat_rows import token_rows
+from fastpeft.tasks.chat.answer_tokens import token_rows
 from fastpeft.tasks.chat.conversations import Conversation, Role, RowFault, Turn
 from fastpeft.tasks.chat.reading import Conversations
 from fastpeft.tasks.chat.templates import ChatTemplate

@@ -6,9 +6,9 @@ import hashlib
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import cache, cached_property, partial
+from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import numpy as np
 
@@ -19,6 +19,7 @@ from fastpeft.data.tokenise import Ragged
 from fastpeft.errors import UserError
 from fastpeft.tasks.causal_lm.labelled_rows import LabelledRows
 from fastpeft.tasks.chat.answer_spans import Rendered, Renderer, TrainOn
+from fastpeft.tasks.chat.answer_tokens import token_rows
 from fastpeft.tasks.chat.conversations import Conversation, RowFault
 from fastpeft.tasks.chat.overflow import TokenRow, fitted
 from fastpeft.tasks.chat.reading import Conversations, check_faults
@@ -27,8 +28,6 @@ from fastpeft.tasks.chat.templates import ChatTemplate
 Overflow = Literal["drop", "truncate_left", "split"]
 _PART, _PART_CHARACTERS = 1024, 2**23
 """Most conversations that are rendered and tokenised at a time, and most characters of all their prompts."""
-_TAIL = 32
-"""Characters at the end of a prompt, which a template has in common for all."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,119 +94,6 @@ def encode_chats(chats: Conversations, template: ChatTemplate, options: ChatOpti
         sources=found["sources"],
         notes=tuple(notes),
     )
-
-
-def token_rows(rendered: Sequence[Rendered], template: ChatTemplate) -> list[list[TokenRow]]:
-    """Of each rendered row its tokens, so that those before an answer are those of the text before it by itself: what
-    a model is given to go on from.
-
-    Most texts are tokenised as they stand, and compared. Where a token reaches over the border, each answer becomes a
-    row of its own, tokenised behind its own prompt.
-
-    Raises:
-        RowFault: tokens that do not come back as the text.
-    """
-    tokenizer = template.tokenizer
-    at_end = [len(row.spans) == 1 and row.spans[0][1] == len(row.text) for row in rendered]
-    short = iter(_tokens(tokenizer, [row.text for row, is_last in zip(rendered, at_end) if is_last]))
-    whole = iter(_encoded(tokenizer, [row.text for row, is_last in zip(rendered, at_end) if not is_last]))
-    prompts = iter(_tokens(tokenizer, [row.text[:start] for row in rendered for start, _ in row.spans]))
-    is_read = cache(partial(_is_read, tokenizer))
-    result = []
-    for row, is_last in zip(rendered, at_end):
-        own = [next(prompts) for _ in row.spans]
-        if is_last:
-            start = row.spans[0][0]
-            tokens, tail = next(short), row.text[max(0, start - _TAIL) : start]
-            is_known = tokenizer.unk_token_id is None or own[0][-1:] != [tokenizer.unk_token_id]
-            found = _to_the_end(tokens, own[0]) if is_known and is_read(tail) else None
-        else:
-            found = _between(row, next(whole), own)
-        result.append([found] if found else [_parted(row, *each, tokenizer) for each in zip(row.spans, own)])
-    return result
-
-
-def _is_read(tokenizer: Any, tail: str) -> bool:
-    """The end of a prompt: whether tokens stand for its last character, as for white space they may not."""
-    (ids, places), *_ = _encoded(tokenizer, [tail])
-    return not tail or (bool(ids) and places is not None and places.token_to_chars(len(ids) - 1)[1] == len(tail))
-
-
-def _to_the_end(tokens: list[int], prompt: list[int]) -> TokenRow | None:
-    """Of a row that ends with its only answer; None unless its tokens begin with those of the prompt."""
-    first = len(prompt)
-    if tokens[:first] != prompt:
-        return None
-    return TokenRow(tokens, [False] * first + [True] * (len(tokens) - first))
-
-
-def _between(row: Rendered, whole: Encoded, prompts: Sequence[list[int]]) -> TokenRow | None:
-    """Of a row with answers anywhere in it, likewise."""
-    places = None if whole.places is None else _places(whole.places, row.spans)
-    if places is None or any(whole.ids[:first] != prompt for prompt, (first, _) in zip(prompts, places)):
-        return None
-    labelled = [False] * len(whole.ids)
-    for first, end in places:
-        labelled[first:end] = [True] * (end - first)
-    return TokenRow(whole.ids, labelled)
-
-
-def _places(encoding: Any, spans: Sequence[tuple[int, int]]) -> list[tuple[int, int]] | None:
-    """Of each span of characters its tokens, from and to; None where a token reaches over an end of one."""
-    found = []
-    for start, end in spans:
-        first, last = encoding.char_to_token(start), encoding.char_to_token(end - 1)
-        if first is None or last is None:
-            return None
-        chars = encoding.token_to_chars(last)
-        while last + 1 < len(encoding) and encoding.token_to_chars(last + 1) == chars:
-            last += 1  # bytes of one character
-        if encoding.token_to_chars(first)[0] < start or chars[1] > end:
-            return None
-        found.append((first, last + 1))
-    return found
-
-
-def _parted(row: Rendered, span: tuple[int, int], prompt: list[int], tokenizer: Any) -> TokenRow:
-    """One answer behind its prompt, tokenised by itself: as the beginning of a text, or, where a tokenizer changes
-    that, as what follows a special token."""
-    text, (start, end) = row.text, span
-    special = tokenizer.all_special_tokens[0]
-    whole, plain, (first, *behind) = _tokens(tokenizer, [text[:end], text[start:end], special + text[start:end]])
-    told = _decoded(tokenizer, whole)
-    for answer in (plain, behind if first == tokenizer.convert_tokens_to_ids(special) else plain):
-        if _decoded(tokenizer, [*prompt, *answer]) == told:
-            return TokenRow([*prompt, *answer], [False] * len(prompt) + [True] * len(answer))
-    raise RowFault(f"the tokens of the answer {text[start:end][:40]!r} cannot be told from those before it")
-
-
-def _decoded(tokenizer: Any, tokens: list[int]) -> str:
-    return tokenizer.decode(tokens, skip_special_tokens=False, clean_up_tokenization_spaces=False)
-
-
-class Encoded(NamedTuple):
-    ids: list[int]
-    places: Any
-    """Which token stands for which characters, as tokenizers' Encoding; None where the tokenizer does not know."""
-
-
-def _encoded(tokenizer: Any, texts: list[str]) -> list[Encoded]:
-    """As transformers gives them."""
-    if not texts:
-        return []
-    found = tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False)
-    return [*map(Encoded, found["input_ids"], found.encodings if tokenizer.is_fast else [None] * len(texts))]
-
-
-def _tokens(tokenizer: Any, texts: list[str]) -> list[list[int]]:
-    """The tokens alone, which a fast tokenizer gives in three quarters of the time."""
-    from transformers import PreTrainedTokenizerFast
-
-    is_plain = tokenizer.is_fast and type(tokenizer)._encode_plus is PreTrainedTokenizerFast._encode_plus
-    if not texts or not is_plain:
-        return [each.ids for each in _encoded(tokenizer, texts)]
-    _encoded(tokenizer, texts[:1])  # which sets the backend as transformers has it
-    return [each.ids for each in tokenizer.backend_tokenizer.encode_batch_fast(texts, add_special_tokens=False)]
 
 
 def _arrays(chats: Conversations, template: ChatTemplate, options: ChatOptions) -> Arrays:

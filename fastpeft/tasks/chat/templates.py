@@ -63,6 +63,15 @@ class ChatTemplate:
         self.has_marks = _MARK.search(text) is not None
         """It says itself what the assistant generates."""
         added = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
+        known = (
+            tokenizer.added_tokens_decoder.items() if tokenizer.is_fast and not tokenizer.split_special_tokens else ()
+        )
+        self.splits = {
+            number: token.content
+            for number, token in known
+            if token.special and not (token.lstrip or token.rstrip or token.single_word or token.normalized)
+        }
+        """Tokens at which any text is split before it is tokenised, by number."""
         self.ends = frozenset(added | set(tokenizer.all_special_tokens))
         """Tokens that may end an answer, as texts."""
         kept = {token.content: token for token in tokenizer.added_tokens_decoder.values()}

@@ -11,7 +11,7 @@ from tokenizers import Tokenizer, decoders, models, normalizers
 from transformers import PreTrainedTokenizerFast
 
 from fastpeft.tasks.chat.answer_spans import Renderer
-from fastpeft.tasks.chat.chat_rows import token_rows
+from fastpeft.tasks.chat.answer_tokens import token_rows
 from fastpeft.tasks.chat.conversations import Conversation, RowFault, read_tools, read_turns
 from fastpeft.tasks.chat.templates import NAMED, ChatTemplate
 from tests.support.chat_templates import DOES, QWEN2, QWEN3, TEMPLATES, Does, byte_tokenizer, piece_tokenizer
@@ -332,3 +332,13 @@ def test_tokens_without_their_places_are_those_with_them(tokenizer: Any) -> None
         assert tokens == whole or whole[: len(prompt)] != prompt
         assert of.tokenizer.decode(tokens) == of.tokenizer.decode(of.tokenizer(row.text)["input_ids"])
         assert of.tokenizer.decode(tokens[: labelled.index(True)]) == of.tokenizer.decode(prompt)
+
+
+@pytest.mark.parametrize("tokenizer", [byte_tokenizer, piece_tokenizer])
+@pytest.mark.parametrize("name", ALL)
+def test_behind_a_special_token_the_prompt_need_not_be_tokenised_by_itself(name: str, tokenizer: Any) -> None:
+    of, plain = template(ALL[name][0], tokenizer()), template(ALL[name][0], tokenizer())
+    plain.splits = {}
+    renderer = Renderer(of, "assistant")
+    rendered = [renderer.render(conversation(("user", "hi"), ("assistant", text))).rows[0] for text in HARD]
+    assert token_rows(rendered, of) == token_rows(rendered, plain)

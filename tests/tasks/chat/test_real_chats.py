@@ -10,7 +10,7 @@ import pytest
 from fastpeft.config.schema import DatasetConfig
 from fastpeft.tasks import load_task
 from fastpeft.tasks.chat.answer_spans import Renderer
-from fastpeft.tasks.chat.chat_rows import token_rows
+from fastpeft.tasks.chat.answer_tokens import token_rows
 from fastpeft.tasks.chat.conversations import Conversation, RowFault
 from fastpeft.tasks.chat.task import Chat
 from fastpeft.tasks.chat.templates import NAMED, ChatTemplate
