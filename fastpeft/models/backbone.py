@@ -61,6 +61,8 @@ class Backbone:
     """Modules that training calls: the model, or also the decoder in a causal LM, whose hidden states it takes."""
     eos_token_ids: tuple[int, ...] = ()
     """A causal LM's ends of sequence: the tokenizer's first, then those of its generation config."""
+    has_own_head: bool = False
+    """A classifier's output layer is the checkpoint's, whose labels are the task's."""
     head_is_frozen: bool = False
     """A causal LM's head is the pretrained one for good, as linear_cross_entropy needs it. False where the whole model
     is trained or the head has rows for new tokens, and for classifiers."""
@@ -103,7 +105,7 @@ def load_classifier(
     """
     tokenizer, model, stored, info = _read_classifier(config, auto_class, settings)
     _name_base(model, config)
-    output, head_notes = fit_head(model, stored, settings, info)
+    output, has_own_head, head_notes = fit_head(model, stored, settings, info)
     head = _head_modules(model, info, config.name, output)
     new_tokens, notes = _grow_vocabulary(model, tokenizer, config)
     fitting = [GROW] if new_tokens else []
@@ -124,6 +126,7 @@ def load_classifier(
         dtype=dtype,
         task_type=task_type,
         entry_points=[model],
+        has_own_head=has_own_head,
         trains_all=trained,
         new_tokens={} if trained else new_tokens,
         notes=[*head_notes, *notes],

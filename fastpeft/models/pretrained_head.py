@@ -21,7 +21,7 @@ _NUM_NAMED = 6
 
 def fit_head(
     model: nn.Module, stored: Any, settings: Mapping[str, Any], info: Mapping[str, Any]
-) -> tuple[str | None, tuple[str, ...]]:
+) -> tuple[str | None, bool, tuple[str, ...]]:
     """Bring a pretrained output layer's rows into the task's order, or draw the layer anew from torch's RNG.
 
     Args:
@@ -30,24 +30,25 @@ def fit_head(
         info: transformers' loading info. What it tells of as missing or mismatched has been drawn already.
 
     Returns:
-        The layer's name, None where there is none, and what the user should know: nothing of a checkpoint without a
-        head.
+        The layer's name, None where there is none; whether it is the checkpoint's own; and what the user should know:
+        nothing of a checkpoint without a head.
     """
     name = _output_layer(model, settings["num_labels"])
     if name is None:
-        return None, ()
+        return None, False, ()
     layer = model.get_submodule(name)
     assert isinstance(layer, nn.Linear)
     parameters = {f"{name}.{parameter}" for parameter, _ in layer.named_parameters()}
     if not parameters.isdisjoint(info["missing_keys"]):
-        return name, ()
+        return name, False, ()
     other_shape = not parameters.isdisjoint(key for key, *_ in info.get("mismatched_keys", ()))
     fault = _fault(type(model).__name__, stored, settings) or ("it has another shape" if other_shape else "")
     if fault:
         if not other_shape:
             _draw(layer, stored)
-        return name, (f"the output layer of the checkpoint's head is not used, and a new one is trained: {fault}",)
-    return name, (f"the checkpoint's head is used: {_keep(layer, stored, settings)}",)
+        said = f"the output layer of the checkpoint's head is not used, and a new one is trained: {fault}"
+        return name, False, (said,)
+    return name, True, (f"the checkpoint's head is used: {_keep(layer, stored, settings)}",)
 
 
 def _output_layer(model: nn.Module, num_outputs: int) -> str | None:

@@ -108,7 +108,7 @@ def build_job(
     adapter = method.build(run.adapter, METHODS.own_section(run), backbone)
     adapter.model.train()
     if run.training.fit_head:
-        check_head(adapter.model, backbone.head, task.num_outputs if backbone.head else 0)
+        check_head(adapter.model, backbone, task)
     phases.begin("tokenise", "tokenising")
     with token_cache.in_use(run.dataset.cache_tokens) as cache_notes:
         task.encode(backbone, device)

@@ -15,6 +15,8 @@ from torch import nn
 
 from fastpeft.data.batches import IGNORE, micro_batches
 from fastpeft.errors import UserError
+from fastpeft.models.backbone import Backbone
+from fastpeft.tasks import Task
 
 if TYPE_CHECKING:
     from fastpeft.trainer.build import Job
@@ -23,11 +25,15 @@ RIDGE = 1e-2
 """Of the mean eigenvalue of the features' covariance, added to each."""
 
 
-def check_head(model: nn.Module, head: list[str], num_outputs: int) -> None:
-    """Raises UserError for a run with training.fit_head whose head cannot be fitted."""
-    if not head:
+def check_head(model: nn.Module, backbone: Backbone, task: Task) -> None:
+    """Raises UserError for a run with training.fit_head whose head cannot, or should not, be fitted."""
+    if backbone.has_own_head:
+        raise UserError(
+            "training.fit_head would fit the head anew that the checkpoint brings for these very labels: leave it out"
+        )
+    if not backbone.head:
         raise UserError("training.fit_head fits a classifier's head, and a language model keeps its own: leave it out")
-    output_layer(model, head, num_outputs)
+    output_layer(model, backbone.head, task.num_outputs)
 
 
 def output_layer(model: nn.Module, head: list[str], num_outputs: int) -> nn.Linear:
@@ -48,7 +54,7 @@ def output_layer(model: nn.Module, head: list[str], num_outputs: int) -> nn.Line
 @torch.no_grad()
 def fit_head(job: Job, num_rows: int = 2048) -> int:
     """Set the output layer of `job.adapter.model` by ridge regression on at most `num_rows` training rows, spread over
-    the split. Returns how many answers it was fitted to; 0 for a language model, whose head is its own.
+    the split. Returns how many answers it was fitted to; 0 for a head that the checkpoint brings.
 
     A class's target is 1 and the others' -1, so that the sign of a logit means what it does for several labels.
 
@@ -56,7 +62,7 @@ def fit_head(job: Job, num_rows: int = 2048) -> int:
         UserError: a head that cannot be fitted so.
     """
     model, task = job.adapter.model, job.task
-    if not job.backbone.head:
+    if not job.backbone.head or job.backbone.has_own_head:
         return 0
     layer = output_layer(model, job.backbone.head, task.num_outputs)
     total = len(task.train)

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
 
 from fastpeft.errors import UserError
 from fastpeft.trainer import train
@@ -88,3 +89,15 @@ def test_a_resume_goes_on_to_the_bit(tmp_path: Path) -> None:
 def test_a_language_model_keeps_its_head(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"training.fit_head fits a classifier's head, and a language"):
         build_job(run_of_kind(tmp_path, "word-problems", training={"fit_head": True}))
+
+
+def test_a_head_that_the_checkpoint_brings_is_not_fitted_anew(tmp_path: Path) -> None:
+    run = tiny_run(tmp_path)
+    folder = tmp_path / "model"
+    names = {"id2label": {0: "no", 1: "yes"}, "label2id": {"no": 0, "yes": 1}}
+    transformers.AutoModelForSequenceClassification.from_pretrained(folder, num_labels=2, **names).save_pretrained(
+        folder
+    )
+    assert fit_head(build_job(run)) == 0
+    with pytest.raises(UserError, match="would fit the head anew that the checkpoint brings for these very labels"):
+        build_job(tiny_run(tmp_path, training={"fit_head": True}))
