@@ -31,8 +31,8 @@ from fastpeft.tasks import Task, load_task
 from fastpeft.tasks.trained_on import TrainedOn
 from fastpeft.trainer.ahead import Ahead
 from fastpeft.trainer.evaluation_plan import EvaluationPlan, plan_evaluations
-from fastpeft.trainer.fitted_head import check_head
 from fastpeft.trainer.graph_choice import choose_graphs
+from fastpeft.trainer.head_layer import check_head
 from fastpeft.trainer.memory_plan import MemoryPlan, make_plan
 from fastpeft.trainer.optim import Optimizer, adam_moments, make_optimizer
 from fastpeft.trainer.padding import lay_out, make_batches

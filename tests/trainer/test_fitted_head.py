@@ -12,7 +12,8 @@ import transformers
 from fastpeft.errors import UserError
 from fastpeft.trainer import train
 from fastpeft.trainer.build import build_job
-from fastpeft.trainer.fitted_head import fit_head, output_layer
+from fastpeft.trainer.fitted_head import fit_head
+from fastpeft.trainer.head_layer import output_layer
 from fastpeft.trainer.interrupt import StopRequest
 from tests.support.every_kind import run_of_kind
 from tests.support.tiny_runs import Listener, assert_same_outcome, assert_same_weights, strict_events, tiny_run, weights
