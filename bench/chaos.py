@@ -7,10 +7,14 @@ problems by AdaLoRA, entities by UniHyperLoRA, conversations by LoRA. `fastpeft 
 the whole of an unbroken run's time, so that set-up, calibration, steps, checkpoints, evaluation, decoding and the final
 save are all hit; then it is resumed, or begun again where there was nothing to resume, and perhaps killed again. What
 comes out has to be the unbroken run's: each file of the last and the best weights byte for byte, each step in the log
-once, each evaluation's value. Then its export is killed the same way, and its files compared.
+once, each evaluation's value. Then its export is killed the same way, and its files compared. A fifth case has its
+model and its rows from a hub on loopback, and begins with an empty cache.
 
-Processes are forked from one that has imported everything, as those of a sweep are. Not covered here: downloads, and
-sweep workers (tests/sweep kills those). It exits with 1 where anything differed.
+Of sweeps workers are killed, and the sweep itself. As many trials as were asked for have to be there, none twice and
+none left running, and the best one's training is that of `fastpeft train` with the same settings, byte for byte.
+
+Processes are forked from one that has imported everything, as those of a sweep are. It takes the packages of
+`fastpeft[test]`, and exits with 1 where anything differed.
 """
 
 from __future__ import annotations
@@ -26,7 +30,8 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from importlib import import_module
 from multiprocessing.process import BaseProcess
@@ -37,10 +42,13 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from bench.chaos_sweeps import command, lost, run_killed
 from bench.report import about, json_path, print_table, write_json
 from fastpeft.runs.events import read_events
 from fastpeft.runs.store import RunFolder
 from fastpeft.sweep.worker import forking_context, write_to
+from tests.support.fake_hub import FakeHub
+from tests.support.hub_files import GLUE, MODEL, deberta_files, glue_files
 
 NUM_TRAIN, NUM_DEV = 128, 32
 SETTINGS = (
@@ -51,6 +59,9 @@ MOST_ATTEMPTS = 60
 """Of one run: in so many, one was not killed."""
 MOST_EXPORT_KILLS = 3
 """Of one run."""
+BEFORE = "before its log"
+PACE_S = 0.1
+"""What the hub waits within each answer, so that a download takes about as long as the rest."""
 
 
 @dataclass(frozen=True)
@@ -62,6 +73,8 @@ class Case:
     settings: str = ""
     export: str = ""
     """Options."""
+    from_hub: bool = False
+    """Model and rows are the preset's, from the hub on loopback."""
 
 
 CASES = {
@@ -77,7 +90,10 @@ CASES = {
     "conversations, lora": Case(
         "lora_alpaca", "qwen3-tiny", "dialogues:splits", "dataset.task=chat evaluation.max_new_tokens=8"
     ),
+    "from a hub, lora": Case("lora_rte", "", "", "dataset.max_length=32", from_hub=True),
 }  # fmt: skip
+SWEEPS = "sweeps"
+SWEPT = Case("lora_mnli", "deberta-tiny", "sentence_pairs:splits")
 
 
 @dataclass
@@ -169,7 +185,7 @@ def at_work_on(folder: Path) -> str:
     events = list(read_events(path)) if path.is_file() else []
     last = events[-1] if events else None
     if last is None:
-        return "before its log"
+        return BEFORE
     if (folder / "checkpoints").is_dir() and any((folder / "checkpoints").glob(".writing-*")):
         return "writing a checkpoint"
     return str(last["text"]) if last["type"] == "phase" else {"step": "a step"}.get(last["type"], last["type"])
@@ -185,20 +201,29 @@ def differences(folder: Path, unbroken: Path) -> list[str]:
 
 
 class Chaos:
-    def __init__(self, work: Path, killer: Killer, say: Callable[[str], None]) -> None:
-        self.work, self.killer, self.say = work, killer, say
+    def __init__(self, work: Path, killer: Killer, hub: FakeHub, say: Callable[[str], None]) -> None:
+        self.work, self.killer, self.hub, self.say = work, killer, hub, say
+
+    def settings(self, case: Case, folder: Path) -> list[str]:
+        """--run and what is set over it."""
+        found = ["--run", case.run, *SETTINGS, *case.settings.split()]
+        if case.from_hub:
+            return found
+        rows = write_rows(case, folder / "data")
+        return [*found, f"model.name=embedded/{case.model}", f"dataset.path={rows}", "dataset.name=rows"]
 
     def case(self, name: str, case: Case, kills: int) -> Found:
         """At least `kills` of them, three in four of training."""
         own = self.work / "".join(c if c.isalnum() else "_" for c in name)
-        data, results, found = write_rows(case, own / "data"), own / "results", Found()
-        start = ["train", "--run", case.run, f"model.name=embedded/{case.model}", f"dataset.path={data}"]
-        start += ["dataset.name=rows", *SETTINGS, *case.settings.split(), "--results-dir", str(results)]
+        results, found = own / "results", Found()
+        start = ["train", *self.settings(case, own), "--results-dir", str(results)]
+        self.forget_downloads()
         seconds = self.killer.whole([*start, "--name", "unbroken"])
         export = ["export", "--results-dir", str(results), *case.export.split()]
         export_s = self.killer.whole([*export, "unbroken"])
         while found.kills.total() < kills:
             folder = results / f"run-{found.runs}"
+            self.forget_downloads()
             self.train(start, folder, seconds, found)
             found.differences += [f"{folder.name}: {said}" for said in differences(folder, results / "unbroken")]
             for _ in range(MOST_EXPORT_KILLS):
@@ -220,15 +245,50 @@ class Chaos:
         for _ in range(MOST_ATTEMPTS):
             is_begun = RunFolder(folder).config.is_file()
             arguments = ["train", "--resume", *place] if is_begun else [*start, "--name", folder.name]
+            num_requests = len(self.hub.requests)
             if not self.killer.killed(arguments, seconds):
                 return
-            found.kills[at_work_on(folder)] += 1
+            downloading = not is_begun and len(self.hub.requests) > num_requests
+            at = at_work_on(folder)
+            found.kills["a download" if downloading and at == BEFORE else at] += 1
         raise SystemExit(f"{folder}: {MOST_ATTEMPTS} attempts, and none was not killed")
+
+    def sweeps(self, kills: int) -> Found:
+        own, found = self.work / SWEEPS, Found()
+        results, start = own / "results", self.settings(SWEPT, own)
+        while found.kills.total() < kills:
+            folder = results / f"sweep-{found.runs}"
+            run_killed(command(start, results, folder.name), self.killer.rng, self.killer.log, found.kills)
+            found.differences += [f"{folder.name}: {said}" for said in lost(folder)]
+            (trained,) = json.loads((folder / "sweep.json").read_text())["runs"]
+            again = ["train", "--run", str(folder / "best.yaml"), "--seed", "1", "--results-dir", str(results)]
+            self.killer.whole([*again, "--name", "again"])
+            said = differences(results / trained, results / "again")
+            found.differences += [f"{trained}: {one}" for one in said]
+            found.runs += 1
+            self.say(f"sweeps: {found.runs}, {found.kills.total()} kills, differences: {found.differences or 'none'}")
+            shutil.rmtree(results)
+        return found
+
+    def forget_downloads(self) -> None:
+        shutil.rmtree(os.environ["HF_HOME"], ignore_errors=True)
 
     def _exports(self, folder: Path, unbroken: Path) -> list[str]:
         own, other = digests(folder / "export"), digests(unbroken / "export")
         names = (own.keys() | other.keys()) - {"README.md", "export.json"}  # which name the run
         return [f"{folder.name}: export/{name} differs" for name in sorted(names) if own.get(name) != other.get(name)]
+
+
+@contextmanager
+def hub_for(home: Path) -> Iterator[FakeHub]:
+    """A hub that processes which begin from now on ask, and whose files they keep in `home`."""
+    hub = FakeHub()
+    hub.add("model", MODEL, deberta_files())
+    hub.add("dataset", GLUE, glue_files())
+    with hub.serve():
+        hub.pace_s = PACE_S
+        os.environ |= {"HF_ENDPOINT": hub.address, "HF_HOME": str(home), "HF_HUB_OFFLINE": "0"}
+        yield hub
 
 
 # ---- the command ---------------------------------------------------------------------------
@@ -246,9 +306,12 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as temporary:
         work = options.work or Path(temporary)
         work.mkdir(parents=True, exist_ok=True)
-        chaos = Chaos(work, Killer(random.Random(seed), work / "output.log"), lambda text: print(text, flush=True))
-        each = -(-options.kills // len(CASES))
-        found = {name: chaos.case(name, case, each) for name, case in CASES.items()}
+        with hub_for(work / "hub_cache") as hub:
+            killer = Killer(random.Random(seed), work / "output.log")
+            chaos = Chaos(work, killer, hub, lambda text: print(text, flush=True))
+            each = -(-options.kills // (len(CASES) + 1))
+            found = {name: chaos.case(name, case, each) for name, case in CASES.items()}
+            found[SWEEPS] = chaos.sweeps(each)
     lines = [[name, str(one.runs), str(one.kills.total()), str(len(one.differences))] for name, one in found.items()]
     print_table("killed, resumed, and compared with an unbroken run", ["", "runs", "kills", "differences"], lines)
     at = sum((one.kills for one in found.values()), Counter[str]())

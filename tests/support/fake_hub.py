@@ -59,6 +59,8 @@ class FakeHub:
         """Part of an address -> (status, X-Error-Code) that is given there."""
         self.silent = False
         """Take connections and say nothing."""
+        self.pace_s = 0.0
+        """Waited in the middle of each answer's body."""
         self.address = ""
         """`http://127.0.0.1:PORT`, while it is up."""
         self.requests: list[str] = []
@@ -280,7 +282,12 @@ class _Handler(BaseHTTPRequestHandler):
             self.send_header(name, value)
         self.end_headers()
         if body and self.command != "HEAD":
-            self.wfile.write(data)
+            half = len(data) // 2
+            self.wfile.write(data[:half])
+            if self.hub.pace_s:
+                self.wfile.flush()
+                self.hub.wait(self.hub.pace_s)
+            self.wfile.write(data[half:])
 
 
 def _etag(path: str, data: bytes) -> str:

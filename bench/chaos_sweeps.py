@@ -1,0 +1,86 @@
+"""bench/chaos.py's sweeps: SIGKILL of their workers and of themselves, until they end."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import random
+import subprocess
+import sys
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+import psutil
+
+NUM_TRIALS = 4
+MOST_KILLS = 8
+"""Of one sweep."""
+EVERY_S = 1.0, 8.0
+"""Between two kills."""
+SPACE = (
+    "optuna.space={training.learning_rate: {type: loguniform, low: 1e-4, high: 1e-2}, "
+    "training.batch_size: {type: categorical, choices: [4, 8]}}"
+)
+
+
+def command(start: list[str], results: Path, name: str) -> list[str]:
+    """The sweep of a run, `start` its preset and settings."""
+    own = [SPACE, "optuna.seeds=1", "optuna.max_failures=100", "optuna.pruner=none"]
+    place = ["--trials", str(NUM_TRIALS), "--workers", "2", "--results-dir", str(results), "--name", name]
+    return ["sweep", *start, *own, *place]
+
+
+def run_killed(arguments: list[str], rng: random.Random, log: Path, kills: Counter[str]) -> None:
+    """Until it has ended well."""
+    left = MOST_KILLS
+    while True:
+        with _started(arguments, log) as process:
+            while process.poll() is None:
+                with suppress(subprocess.TimeoutExpired):
+                    process.wait(rng.uniform(*EVERY_S))
+                    continue
+                if left and (victim := _victim(process.pid, rng)):
+                    left -= 1
+                    kills["a sweep" if victim.pid == process.pid else "a sweep's worker"] += 1
+                    with suppress(psutil.NoSuchProcess):
+                        victim.kill()
+        if process.returncode != -9:
+            break
+    if process.returncode:
+        raise SystemExit(f"fastpeft {' '.join(arguments)} ended with {process.returncode}: see {log}")
+
+
+@contextmanager
+def _started(arguments: list[str], log: Path) -> Iterator[subprocess.Popen]:
+    with log.open("ab") as out:
+        words = [sys.executable, "-m", "fastpeft", *arguments]
+        process = subprocess.Popen(words, stdout=out, stderr=subprocess.STDOUT, env=os.environ)
+        try:
+            yield process
+        finally:
+            process.kill()
+            process.wait()
+
+
+def _victim(sweep: int, rng: random.Random) -> psutil.Process | None:
+    """Two in three times a worker, if there is one; they are children of the sweep's fork server."""
+    with suppress(psutil.NoSuchProcess):
+        whole = psutil.Process(sweep)
+        workers = [grandchild for child in whole.children() for grandchild in child.children()]
+        return rng.choice(workers) if workers and rng.random() < 2 / 3 else whole
+    return None
+
+
+def lost(folder: Path) -> list[str]:
+    """What a sweep that has ended does not have as it should."""
+    summary = json.loads((folder / "sweep.json").read_text())
+    rows = list(csv.DictReader((folder / "trials.csv").open()))
+    counted = [row for row in rows if row["outcome"] in ("done", "pruned")]
+    drawn = {(row["training.learning_rate"], row["training.batch_size"]) for row in counted}
+    found = [] if summary["status"] == "done" else [f"the sweep's status is {summary['status']}"]
+    if not len(counted) == len(drawn) == summary["trials"] == NUM_TRIALS:
+        found.append(f"{len(counted)} trials, {len(drawn)} of them different, for {NUM_TRIALS}")
+    return found + [f"trial {row['trial']} was left {row['outcome']}" for row in rows if row["outcome"] == "running"]
