@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import sys
+from functools import partial
 from types import ModuleType
 
 import pytest
@@ -44,6 +45,17 @@ def test_output_and_gradients(kind, mask, groups, fresh_seed):
     tensors = draw(lengths, groups=groups)
     found = varlen_attention(*tensors, Sequences.of(lengths), SCALE, **mask)
     compare(tensors, found, varlen_attention_reference(*tensors, lengths, SCALE, **mask))
+
+
+@pytest.mark.parametrize("num_threads", [1, 2, 5])
+def test_heads_of_one_key_are_right_on_any_number_of_threads(num_threads, fresh_seed, request):
+    request.addfinalizer(partial(torch.set_num_threads, torch.get_num_threads()))
+    torch.set_num_threads(num_threads)
+    torch.manual_seed(fresh_seed)
+    lengths = draw_lengths("mixed", random.Random(fresh_seed))
+    tensors = draw(lengths, groups=1)
+    found = varlen_attention(*tensors, Sequences.of(lengths), SCALE, causal=True)
+    compare(tensors, found, varlen_attention_reference(*tensors, lengths, SCALE, causal=True))
 
 
 @pytest.mark.parametrize("kind", DRAWN)
