@@ -1,6 +1,6 @@
 """Is anything lost when a process is killed? SIGKILL at random moments, and the outcome beside an unbroken run's.
 
-    python bench/chaos.py [--kills 200] [--seed N] [--work DIR] [--json OUT]
+    python bench/chaos.py [--kills 200] [--cases "NAME; ..."] [--seed N] [--work DIR] [--json OUT]
 
 Four kinds of task, each under a method of its own, on the small models that ship: classification by IW-LoRA, word
 problems by AdaLoRA, entities by UniHyperLoRA, conversations by LoRA. `fastpeft train` is killed at a moment drawn from
@@ -297,10 +297,14 @@ def hub_for(home: Path) -> Iterator[FakeHub]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=200, help="at least, over all cases")
+    parser.add_argument("--cases", help=f"separated by semicolons, of: {'; '.join([*CASES, SWEEPS])}")
     parser.add_argument("--seed", type=int, help="of the moments; a fresh one when absent")
     parser.add_argument("--work", type=Path, help="a temporary folder when absent")
     parser.add_argument("--json", type=json_path)
     options = parser.parse_args()
+    asked = [name.strip() for name in options.cases.split(";")] if options.cases else [*CASES, SWEEPS]
+    if unknown := sorted(set(asked) - {*CASES, SWEEPS}):
+        parser.error(f"--cases {'; '.join(unknown)}: expected some of {'; '.join([*CASES, SWEEPS])}")
     seed = secrets.randbelow(2**31) if options.seed is None else options.seed
     print(f"seed {seed}", flush=True)
     with tempfile.TemporaryDirectory() as temporary:
@@ -309,9 +313,10 @@ def main() -> None:
         with hub_for(work / "hub_cache") as hub:
             killer = Killer(random.Random(seed), work / "output.log")
             chaos = Chaos(work, killer, hub, lambda text: print(text, flush=True))
-            each = -(-options.kills // (len(CASES) + 1))
-            found = {name: chaos.case(name, case, each) for name, case in CASES.items()}
-            found[SWEEPS] = chaos.sweeps(each)
+            each = -(-options.kills // len(asked))
+            found = {
+                name: chaos.sweeps(each) if name == SWEEPS else chaos.case(name, CASES[name], each) for name in asked
+            }
     lines = [[name, str(one.runs), str(one.kills.total()), str(len(one.differences))] for name, one in found.items()]
     print_table("killed, resumed, and compared with an unbroken run", ["", "runs", "kills", "differences"], lines)
     at = sum((one.kills for one in found.values()), Counter[str]())

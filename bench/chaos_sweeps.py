@@ -28,7 +28,7 @@ SPACE = (
 
 def command(start: list[str], results: Path, name: str) -> list[str]:
     """The sweep of a run, `start` its preset and settings."""
-    own = [SPACE, "optuna.seeds=1", "optuna.max_failures=100", "optuna.pruner=none"]
+    own = [SPACE, "optuna.seeds='1'", "optuna.max_failures=100", "optuna.pruner=none"]
     place = ["--trials", str(NUM_TRIALS), "--workers", "2", "--results-dir", str(results), "--name", name]
     return ["sweep", *start, *own, *place]
 
@@ -66,11 +66,14 @@ def _started(arguments: list[str], log: Path) -> Iterator[subprocess.Popen]:
 
 
 def _victim(sweep: int, rng: random.Random) -> psutil.Process | None:
-    """Two in three times a worker, if there is one; they are children of the sweep's fork server."""
+    """Two in three times a worker, where there is one; else the sweep, or for now nobody. Workers are children of the
+    sweep's fork server."""
     with suppress(psutil.NoSuchProcess):
         whole = psutil.Process(sweep)
         workers = [grandchild for child in whole.children() for grandchild in child.children()]
-        return rng.choice(workers) if workers and rng.random() < 2 / 3 else whole
+        if workers and rng.random() < 2 / 3:
+            return rng.choice(workers)
+        return whole if rng.random() < 1 / 3 else None
     return None
 
 
