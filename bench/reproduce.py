@@ -66,7 +66,8 @@ class Paper:
     gains: Mapping[tuple[str, str], float] = field(default_factory=dict)
     """Likewise, of claims that are differences to the baseline."""
     rates: Mapping[str, float] = field(default_factory=dict)
-    """Learning rates of the small encoder, as bench/methods.py --tune finds them; the preset's own where absent."""
+    """Learning rates of the small encoder, as bench/methods.py --tune and bench/schedules.py find them on SST-2; the
+    preset's own where absent."""
 
     def label(self, preset: str, task: str) -> str:
         """As a comparison names the row: by the method where that tells rows apart, else by the run's preset."""
@@ -87,6 +88,15 @@ _REAL = (
     *("schedule.warmup_steps=30", "evaluation.every=end", "evaluation.max_examples=1000"),
 )
 """From drawn heads some seeds stay at chance (bench/LOG.md)."""
+
+
+_SCHEDULE_RATES = {
+    **dict.fromkeys(("linear", "cosine", "fot", "graff"), 1e-3),
+    **dict.fromkeys(("constant", "wsd"), 3.333e-4),
+    **dict.fromkeys(("salelr", "bats"), 1e-3),  # linear with factors
+    "reactor": 3.333e-4,  # begins as constant
+    **dict.fromkeys(("snac", "bacon"), 1e-2),  # times a share of signal of about a tenth
+}
 
 
 def _schedule_scales(*full: str) -> dict[str, Scale]:
@@ -121,6 +131,7 @@ PAPERS = {
         methods=dict.fromkeys(("constant", "cosine", "linear", "wsd", "snac", "bacon", "fot"), "lora"),
         where="Qwen3-0.6B in nf4, r 64, 2,000 steps; pass@1; +0.03 at 4,000 and +0.01 at 8,000 steps",
         gains={("fot", "gsm8k"): 0.05},
+        rates=_SCHEDULE_RATES,
         scales=_schedule_scales("--budget", "2000steps", "model.quantisation=nf4"),
     ),
     "graff": Paper(
@@ -137,6 +148,7 @@ PAPERS = {
             }
         ),
         scales=_schedule_scales("--budget", "1800s"),
+        rates=_SCHEDULE_RATES,
     ),
     "unihyperlora": Paper(
         baseline="lora",
