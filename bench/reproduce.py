@@ -99,6 +99,10 @@ _SCHEDULE_RATES = {
 }
 
 
+_CONFIGURATIONS = {"amazon": "books"}
+"""Of the local data of a task that has several."""
+
+
 def _schedule_scales(*full: str) -> dict[str, Scale]:
     return {
         "stand-in": Scale(("gsm8k",), 3, ("--budget", "300steps", "training.threads=1")),
@@ -200,6 +204,7 @@ def command(one: Planned, paper: Paper, scale: Scale, options: argparse.Namespac
     settings += ["--budget", options.budget] if options.budget else []  # the last one counts
     if scale.needs_data:
         settings += [f"model.name={options.model}", f"dataset.path={options.data / one.task}"]
+        settings += [f"dataset.config={_CONFIGURATIONS[one.task]}"] if one.task in _CONFIGURATIONS else []
         settings += ["adapter.target_modules=all-linear"]
         settings += [f"training.learning_rate={rate}"] if (rate := paper.rates.get(one.own)) else []
     return [*train, "--run", one.preset, "--seed", str(one.seed), *settings]
