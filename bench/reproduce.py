@@ -90,6 +90,8 @@ _REAL = (
 """From drawn heads some seeds stay at chance (bench/LOG.md)."""
 
 
+_FOT = ("constant", "cosine", "linear", "wsd", "snac", "bacon", "fot")
+_GRAFF = ("constant", "linear", "wsd", "salelr", "bats", "reactor", "graff")
 _SCHEDULE_RATES = {
     **dict.fromkeys(("linear", "cosine", "fot", "graff"), 1e-3),
     **dict.fromkeys(("constant", "wsd"), 3.333e-4),
@@ -132,15 +134,15 @@ PAPERS = {
     ),
     "fot": Paper(
         baseline="bacon",
-        methods=dict.fromkeys(("constant", "cosine", "linear", "wsd", "snac", "bacon", "fot"), "lora"),
+        methods=dict.fromkeys(_FOT, "lora"),
         where="Qwen3-0.6B in nf4, r 64, 2,000 steps; pass@1; +0.03 at 4,000 and +0.01 at 8,000 steps",
         gains={("fot", "gsm8k"): 0.05},
-        rates=_SCHEDULE_RATES,
+        rates={name: _SCHEDULE_RATES[name] for name in _FOT},
         scales=_schedule_scales("--budget", "2000steps", "model.quantisation=nf4"),
     ),
     "graff": Paper(
         baseline="constant",
-        methods=dict.fromkeys(("constant", "linear", "wsd", "salelr", "bats", "reactor", "graff"), "lora"),
+        methods=dict.fromkeys(_GRAFF, "lora"),
         where="Qwen3-0.6B, r 64, 30 minutes; exact match",
         claimed=_shares(
             {
@@ -152,7 +154,7 @@ PAPERS = {
             }
         ),
         scales=_schedule_scales("--budget", "1800s"),
-        rates=_SCHEDULE_RATES,
+        rates={name: _SCHEDULE_RATES[name] for name in _GRAFF},
     ),
     "unihyperlora": Paper(
         baseline="lora",
@@ -203,8 +205,8 @@ def command(one: Planned, paper: Paper, scale: Scale, options: argparse.Namespac
     settings = [*scale.settings, "wandb.mode=disabled"]
     settings += ["--budget", options.budget] if options.budget else []  # the last one counts
     if scale.needs_data:
-        settings += [f"model.name={options.model}", f"dataset.path={options.data / one.task}"]
-        settings += [f"dataset.config={_CONFIGURATIONS[one.task]}"] if one.task in _CONFIGURATIONS else []
+        rows = options.data / one.task / _CONFIGURATIONS.get(one.task, "")
+        settings += [f"model.name={options.model}", f"dataset.path={rows}"]
         settings += ["adapter.target_modules=all-linear"]
         settings += [f"training.learning_rate={rate}"] if (rate := paper.rates.get(one.own)) else []
     return [*train, "--run", one.preset, "--seed", str(one.seed), *settings]

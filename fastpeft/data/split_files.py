@@ -69,7 +69,8 @@ def find_split_files(folder: Path, config: str | None = None) -> SplitFiles:
     configs = {place.name: splits for place in _folders(folder) if TRAIN in (splits := _in_folder(place)).files}
     if len(configs) > 1:
         raise DataError(
-            f"dataset.path {folder}: has several configurations: set dataset.config to one of {', '.join(configs)}"
+            f"dataset.path {folder}: has several configurations: set dataset.path to the folder of one of them: "
+            f"{', '.join(configs)}"
         )
     return next(iter(configs.values()), own)
 

@@ -159,7 +159,7 @@ def test_folders_of_a_splits_name(tmp_path):
 def test_a_configuration_is_a_folder(tmp_path):
     for config in ("main", "socratic"):
         shards(tmp_path / config, "train", 1, rows_each=8 if config == "main" else 4)
-    with pytest.raises(DataError, match=r"several configurations: set dataset\.config to one of main, socratic"):
+    with pytest.raises(DataError, match=r"several configurations: set dataset\.path .* of them: main, socratic"):
         FileSource(tmp_path, "f")
     config = DatasetConfig(path=str(tmp_path), config="main", validation_fraction=0.5)
     assert len(load_texts(config).train) == 4
