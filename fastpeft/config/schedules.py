@@ -84,9 +84,8 @@ class GraffConfig:
     """hvp: from an exact Hessian-vector product on some steps, another forward and backward pass each time."""
     curvature_decay: Fraction = 0.95
     """Of the running secants. Closer to 1 the guard meets less noise, and sees a change later."""
-    multipliers: Literal["free", "centred", "signal"] = "free"
-    """centred: their geometric mean is 1, so that what all blocks share is the rate's alone. signal: not the planner's,
-    but the square root of the share of signal in each block's gradient, centred, within 1/4 and 4."""
+    multipliers: Literal["free", "centred"] = "free"
+    """centred: their geometric mean is 1, so that what all blocks share is the rate's alone."""
     regret: Literal["elapsed", "step"] = "elapsed"
     """What the planner lowers: elapsed, the next loss over the seconds so far; step, the next loss."""
     caution: NonNegativeFloat = 1.0

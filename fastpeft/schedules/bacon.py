@@ -29,7 +29,7 @@ class Bacon(WarmedSchedule):
 
     def __init__(self, config: ScheduleConfig, peak_lr: float, blocks: Blocks | None = None, **more: Any) -> None:
         super().__init__(config, peak_lr, blocks, **more)
-        self.share = SignalShare(self.adam, self.own.decay, self.own.floor)
+        self.share = SignalShare(self.adam, self.own)
         self.curvature = RunningCurvature(self.own.curvature_decay)
         self.reference: float | None = None
         """lambda_ref."""

@@ -6,9 +6,7 @@ batch's loss says of the last step's rates.
 
 Departures from the paper: the guard's curvature is lagged (`guard: paper` is the plain secant, which shares its noise
 with the step and sees the limit in pure noise); a step changes log eta by at most SLEW; after every update the weights
-of the rate are projected back inside the rails. With `multipliers: signal` the blocks' factors are not the planner's:
-a noisy quadratic asks for a rate in proportion to the share of signal (arXiv:1812.06162, section 2.2), and Adam's
-division by the root of the whole square leaves its square root.
+of the rate are projected back inside the rails.
 
 Shape suffixes: K blocks, U units (the blocks, then the other parameters), F features, D state, P weights.
 """
@@ -28,7 +26,6 @@ from fastpeft.schedules import planner
 from fastpeft.schedules.planner import ETA, STATE, Adam, Tape
 from fastpeft.schedules.running_curvature import RunningCurvature
 from fastpeft.schedules.schedule import WarmedSchedule
-from fastpeft.schedules.snac import SignalShare
 from fastpeft.signals import Blocks, Measured, Need, Rates
 
 LR_MIN, LR_MAX = 1e-6, 1e-2
@@ -37,8 +34,6 @@ STABLE = 1.9
 SLEW = 0.01
 """Most that log eta moves in a step."""
 MIN_ELAPSED_S = 1.0
-MULTIPLIER_RANGE = 1 / 4, 4.0
-"""Of `multipliers: signal`."""
 LOG_STEPS = 32
 LARGEST = 1e6
 """A feature beyond it counts as not finite."""
@@ -110,7 +105,6 @@ class Graff(WarmedSchedule):
         self._h_KD = np.zeros((len(blocks), STATE))
         self._curvature = RunningCurvature(0.0 if self.own.curvature == "hvp" else self.own.curvature_decay)
         self._scaled = {"curvature": Standardiser(), "entropy": Standardiser()}
-        self._share = SignalShare(self.adam) if self.own.multipliers == "signal" else None
         self._pending: list[Emission] = []
         self._step = 0
         self._log_eta: float | None = None
@@ -130,8 +124,6 @@ class Graff(WarmedSchedule):
         graff, needs = self.own, {Need.LENS}
         if graff.online:
             needs.add(Need.DESCENT)
-        if graff.multipliers == "signal":
-            needs |= {Need.GRAD_SQ, Need.MEAN_SQ}
         if graff.curvature == "hvp":
             return frozenset(needs | {Need.PRODUCT})
         return frozenset(needs | {Need.PLAIN_SECANT if graff.guard == "paper" else Need.SECANT})
@@ -162,19 +154,7 @@ class Graff(WarmedSchedule):
 
     def _tape(self, weights_P: np.ndarray, h_KD: np.ndarray, features_KF: np.ndarray) -> Tape:
         centred = self.own.multipliers == "centred"
-        tape = Tape(weights_P, self._adjacency_KK, h_KD, features_KF, self.own.layers, centred)
-        if self._share is not None:
-            tape.fix_multipliers(self._by_signal())
-        return tape
-
-    def _by_signal(self) -> np.ndarray:
-        """(K,) of `multipliers: signal`; ones until two steps were taken."""
-        assert self._share is not None
-        share_U = self._share.per_unit()
-        if share_U is None:
-            return np.ones(len(self._h_KD))
-        log_K = np.log(share_U[: len(self._h_KD)]) / 2
-        return np.clip(np.exp(log_K - log_K.mean()), *MULTIPLIER_RANGE)
+        return Tape(weights_P, self._adjacency_KK, h_KD, features_KF, self.own.layers, centred)
 
     def _features(self, measured: Measured | None, progress: float) -> np.ndarray:
         """(K, F) curvature, entropy, remaining budget. What has not been measured is its running mean, which is 0."""
@@ -241,8 +221,6 @@ class Graff(WarmedSchedule):
             return
         if measured.secant is not None:
             self._curvature.update(measured.secant)
-        if self._share is not None and measured.blocks is not None:
-            self._share.update(measured.blocks)
         if not self.own.online or measured.blocks is None:
             return
         gradient_P = self._hypergradient(measured)
@@ -314,7 +292,6 @@ class Graff(WarmedSchedule):
             "h": self._h_KD.tolist(),
             "curvature": self._curvature.state(),
             "scaled": {name: scaled.state() for name, scaled in self._scaled.items()},
-            "share": None if self._share is None else self._share.state(),
             "pending": [
                 {
                     "step": e.step,
@@ -322,7 +299,6 @@ class Graff(WarmedSchedule):
                     "weights": e.tape.weights_P.tolist(),
                     "h": e.tape.h_KD.tolist(),
                     "features": e.tape.features_KF.tolist(),
-                    "multipliers": e.tape.multiplier_K.tolist(),
                     "descent": None if e.descent_U is None else e.descent_U.tolist(),
                 }
                 for e in self._pending
@@ -340,8 +316,6 @@ class Graff(WarmedSchedule):
         self._curvature.load_state(state["curvature"])
         for name, scaled in self._scaled.items():
             scaled.load_state(state["scaled"][name])
-        if self._share is not None:
-            self._share.load_state(state["share"])
         self._pending = [self._emission(values) for values in state["pending"]]
         self._step, self._log_eta = state["step"], state["log_eta"]
         self._gradient_norm = state["gradient_norm"]
@@ -351,7 +325,5 @@ class Graff(WarmedSchedule):
         """From a checkpoint; its forward pass is made again."""
         weights_P, h_KD, features_KF = (np.array(values[name]) for name in ("weights", "h", "features"))
         tape = self._tape(weights_P, h_KD, features_KF)
-        if self._share is not None:
-            tape.fix_multipliers(np.array(values["multipliers"]))
         descent = values["descent"]
         return Emission(values["step"], values["lr"], tape, None if descent is None else np.array(descent))

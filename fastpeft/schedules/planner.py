@@ -153,10 +153,6 @@ class Tape:
         """Of the weights that the rate was set with, where a projection has moved its row of the decoder since."""
         self.weights_P, self._w = weights_P, views(weights_P)
 
-    def fix_multipliers(self, multiplier_K: np.ndarray) -> None:
-        """Factors that are not the planner's: no weight changes them."""
-        self.multiplier_K, self._raw_K = multiplier_K, np.full_like(multiplier_K, 2.0)  # where 2 sigmoid is flat
-
     def gradient(self, d_log_eta: float, d_log_m_K: np.ndarray) -> np.ndarray:
         """(P,) derivative of a loss by the weights, from those by log eta and by the log of each multiplier.
 

@@ -33,71 +33,55 @@ from fastpeft.signals import AdamMoments, Blocks, BlockSums, Measured, Need, Rat
 
 
 class SignalShare:
-    """|E g|^2 / (|E g|^2 + Var g), of all trained parameters and of each unit. Numerator and denominator are averaged
-    apart."""
+    """|E g|^2 / (|E g|^2 + Var g) over all trained parameters. Numerator and denominator are averaged apart."""
 
-    def __init__(self, adam: AdamMoments, decay: float = 0.95, floor: float = 0.01) -> None:
+    def __init__(self, adam: AdamMoments, options: SnacConfig) -> None:
         """
-        Args:
-            decay: of the averages, a step.
-            floor: a share is never taken for less.
-
         Raises:
             UserError: Adam has no first moment.
         """
         if adam.beta1 <= 0:
             raise UserError("optimizer.beta1: signal is told from noise by the gradient's running mean: more than 0")
-        self.adam, self.floor = adam, floor
+        self.adam, self.options = adam, options
         self.num_steps = 0
-        self._square_U: np.ndarray | None = None
-        self._signal_and_all_2U = RunningMean(decay)
+        self._square = 0.0
+        self._signal_and_all = RunningMean(options.decay)
 
     def update(self, sums: BlockSums) -> None:
-        """Take in a step that was taken. One whose figures are not finite is left out."""
+        """Take in a step that was taken."""
         beta = self.adam.beta1
         self.num_steps += 1
         with np.errstate(invalid="ignore", over="ignore"):
             square, mean_sq = float(sums.grad_sq_U.sum()), float(sums.mean_sq_U.sum())
         if not (0 <= square <= LARGEST and 0 <= mean_sq <= LARGEST):
             return
-        clipped = min(1.0, self.adam.max_norm**2 / square) if self.adam.max_norm and square else 1.0
-        before_U = 0.0 if self._square_U is None else self._square_U
-        self._square_U = beta * before_U + (1 - beta) * clipped * sums.grad_sq_U
+        if self.adam.max_norm:
+            square = min(square, self.adam.max_norm**2)
+        self._square = beta * self._square + (1 - beta) * square
         if self.num_steps == 1:
             return  # rho is 1: one gradient alone has no variance
         power = beta**self.num_steps
         rho = (1 - beta) / (1 + beta) * (1 + power) / (1 - power)
-        mean_square_U = self._square_U / (1 - power)
-        self._signal_and_all_2U.update(np.array([sums.mean_sq_U - rho * mean_square_U, (1 - rho) * mean_square_U]))
+        mean_square = self._square / (1 - power)
+        self._signal_and_all.update(np.array([mean_sq - rho * mean_square, (1 - rho) * mean_square]))
 
     @property
     def value(self) -> float:
         """Within the floor and 1; the floor as long as nothing is known to be signal."""
-        means_2U = self._signal_and_all_2U.value
-        if means_2U is None:
-            return self.floor
-        signal, total = means_2U.sum(1).tolist()
+        means = self._signal_and_all.value
+        if means is None:
+            return self.options.floor
+        signal, total = means.tolist()
         if not total > 0 or math.isnan(signal):
-            return self.floor
-        return min(max(signal / total, self.floor), 1.0)
-
-    def per_unit(self) -> np.ndarray | None:
-        """(U,) within the floor and 1, the floor for a unit without a gradient; None before the second step."""
-        means_2U = self._signal_and_all_2U.value
-        if means_2U is None:
-            return None
-        signal_U, total_U = means_2U
-        share_U = np.divide(signal_U, total_U, out=np.full_like(signal_U, self.floor), where=total_U > 0)
-        return np.clip(share_U, self.floor, 1.0)
+            return self.options.floor
+        return min(max(signal / total, self.options.floor), 1.0)
 
     def state(self) -> dict[str, Any]:
-        square = None if self._square_U is None else self._square_U.tolist()
-        return {"num_steps": self.num_steps, "square": square, "means": self._signal_and_all_2U.state()}
+        return {"num_steps": self.num_steps, "square": self._square, "means": self._signal_and_all.state()}
 
     def load_state(self, state: dict[str, Any]) -> None:
-        self.num_steps = state["num_steps"]
-        self._square_U = None if state["square"] is None else np.array(state["square"])
-        self._signal_and_all_2U.load_state(state["means"])
+        self.num_steps, self._square = state["num_steps"], state["square"]
+        self._signal_and_all.load_state(state["means"])
 
 
 class Snac(WarmedSchedule):
@@ -105,7 +89,7 @@ class Snac(WarmedSchedule):
 
     def __init__(self, config: ScheduleConfig, peak_lr: float, blocks: Blocks | None = None, **more: Any) -> None:
         super().__init__(config, peak_lr, blocks, **more)
-        self.share = SignalShare(self.adam, self.own.decay, self.own.floor)
+        self.share = SignalShare(self.adam, self.own)
 
     @property
     def needs(self) -> frozenset[Need]:

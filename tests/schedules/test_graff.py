@@ -206,12 +206,8 @@ def test_regret_is_divided_by_the_elapsed_time_and_at_least_by_a_second(seed, mo
 
 @pytest.mark.parametrize("stop", [0, 1, 2, 3, 17, 40])
 @pytest.mark.parametrize(
-    "options",
-    [
-        {}, {"trace_decay": 0.5, "layers": 2, "anneal": 0.9}, {"graph": False, "multipliers": "centred"},
-        {"multipliers": "signal", "trace_decay": 0.5},
-    ],
-)  # fmt: skip
+    "options", [{}, {"trace_decay": 0.5, "layers": 2, "anneal": 0.9}, {"graph": False, "multipliers": "centred"}]
+)
 def test_a_resume_continues_exactly(stop, options, seed):
     random = np.random.default_rng(seed)
     readings = [None, *(reading(random, step, skipped=step in (10, 38)) for step in range(1, 70))]
@@ -245,7 +241,7 @@ def test_each_option_changes_the_rates(seed, tmp_path):
         {}, {"graph": False}, {"budget_feature": False}, {"online": False}, {"layers": 2}, {"trace_decay": 0.5},
         {"anneal": 0.95}, {"guard": "off"}, {"outer_learning_rate": 2e-3}, {"outer_max_norm": 1e-9},
         {"curvature": "hvp"}, {"curvature_decay": 0.5}, {"multipliers": "centred"}, {"regret": "step"},
-        {"caution": 0.25}, {"multipliers": "signal"},
+        {"caution": 0.25},
     ]  # fmt: skip
     seen = {}
     for given in options:
@@ -278,30 +274,6 @@ def test_centred_multipliers_have_mean_one_and_differ(seed, tmp_path):
     log_m = np.log([row[1:] for row in rates])
     np.testing.assert_allclose(log_m.mean(1), 0, atol=1e-12)
     assert np.ptp(log_m[-1]) > 1e-3
-
-
-def test_signal_multipliers_are_the_roots_of_the_shares_and_no_weight_moves_them(seed):
-    """Blocks of known shares of signal: all of it, a quarter, none."""
-    schedule = make(multipliers="signal", guard="off")
-    share_U = np.resize([1.0, 0.25, 0.0], U)
-    beta1 = schedule.adam.beta1
-    assert {Need.GRAD_SQ, Need.MEAN_SQ} <= schedule.needs
-    random = np.random.default_rng(seed)
-    for step in range(60):
-        measured = None if step == 0 else reading(random, step)
-        if measured is not None:
-            power = beta1**step
-            rho = (1 - beta1) / (1 + beta1) * (1 + power) / (1 - power)
-            sums = dataclasses.replace(
-                measured.blocks, grad_sq_U=np.full(U, 1e-3), mean_sq_U=1e-3 * (share_U + (1 - share_U) * rho)
-            )
-            measured = dataclasses.replace(measured, blocks=sums)
-        rates = schedule.rates(measured, step / 100)
-        if step < 2:
-            assert rates.multiplier_K.tolist() == [1.0] * K
-    root_K = np.sqrt(np.maximum(share_U[:K], 0.01))
-    expected_K = root_K / np.exp(np.log(root_K).mean())
-    np.testing.assert_allclose(rates.multiplier_K, np.clip(expected_K, 0.25, 4), rtol=1e-6)
 
 
 def test_a_warm_start_sets_the_rates_and_keeps_learning(seed, tmp_path):
