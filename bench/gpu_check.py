@@ -93,7 +93,7 @@ def overhead(out: Path, dry: bool) -> list[str]:
 
 
 def throughput(preset: str) -> Callable[[Path, bool], list[str]]:
-    """The training loop with captured steps, padded and packed, and without, beside Hugging Face's, grouped by length."""
+    """The training loop with captured steps, padded and packed, and without, beside Hugging Face's by length."""
 
     def command(out: Path, dry: bool) -> list[str]:
         small: list[object] = ["--seconds", 10]

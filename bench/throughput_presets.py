@@ -242,7 +242,8 @@ ONLY_BY_NAME = LAUNCHED, PACKED, PREFIX
 def levers_of(row: str) -> dict[str, bool]:
     """Lever -> whether the row has it."""
     return {
-        name: row in (PRODUCT, PACKED, PREFIX, f"{PRODUCT}_{name}") or (row == LAUNCHED and name != GRAPHS) for name in LEVERS
+        name: row in (PRODUCT, PACKED, PREFIX, f"{PRODUCT}_{name}") or (row == LAUNCHED and name != GRAPHS)
+        for name in LEVERS
     }
 
 

@@ -133,13 +133,18 @@ def test_what_does_not_fit_a_packing() -> None:
 def packed_rows(lengths: list[int], *packings: Packing) -> TokenRows:
     offsets = np.concatenate([[0], np.cumsum(lengths)])
     return TokenRows(
-        tokens=np.arange(1, offsets[-1] + 1), offsets=offsets, pad_token=0, max_length=64, varlen=True, packings=packings
+        tokens=np.arange(1, offsets[-1] + 1),
+        offsets=offsets,
+        pad_token=0,
+        max_length=64,
+        varlen=True,
+        packings=packings,
     )
 
 
 def test_a_batch_is_filled_up_behind_its_rows() -> None:
-    rows = packed_rows([3, 2, 4], Packing(2, 4, 10, 4), Packing(2, 4, 14, 4))
-    inputs = inputs_of(rows, np.array([1, 0]), torch.device("cpu"), segments=np.ones(9, dtype=np.uint8))
+    rows = packed_rows([3, 2, 6], Packing(2, 4, 10, 4), Packing(2, 4, 14, 6))
+    inputs = inputs_of(rows, np.array([1, 0]), torch.device("cpu"), segments=np.ones(11, dtype=np.uint8))
     sequences = inputs["attention_mask"]
     assert inputs["input_ids"].tolist() == [[4, 5, 1, 2, 3, 0, 0, 0, 0, 0]]
     assert inputs["position_ids"].tolist() == [[0, 1, 0, 1, 2, 0, 1, 2, 0, 1]]
@@ -150,7 +155,7 @@ def test_a_batch_is_filled_up_behind_its_rows() -> None:
     assert rows.num_tokens(np.array([1, 0])) == 10
     assert rows.num_tokens(np.array([0, 2])) == 14
     alone = inputs_of(rows, np.array([2]), torch.device("cpu"))
-    assert alone["attention_mask"].lengths == (4,), "it is no batch of two rows"
+    assert alone["attention_mask"].lengths == (6,), "it is no batch of two rows"
 
 
 def test_a_batch_that_is_too_large_filled_up_is_split() -> None:
