@@ -98,7 +98,7 @@ class Varlen(nn.Module):
         """The forward pass over rows that lie one behind another; `input_ids` are 1 x T."""
 
     def for_head(self, x: torch.Tensor, sequences: Sequences) -> torch.Tensor:
-        """(N, 1, D) of the rows that are read, or all tokens, (1, T, D). `x` is the latter, or has first tokens only."""
+        """(N, 1, D) of the rows that are read, or all tokens, (1, T, D). `x` may have first tokens only."""
         if not self.reads_first:
             return x
         is_first = x.shape[0] == sequences.num_rows and x.shape[1] == 1
