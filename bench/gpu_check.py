@@ -35,7 +35,7 @@ from bench.interleave import names_in
 from bench.report import about, json_path, print_table, write_json
 
 ROOT = Path(__file__).resolve().parents[1]
-DRY_LIMIT_S = 120.0
+DRY_LIMIT_S = 300.0
 GRACE_S = 10.0
 TAIL = 4000
 """Characters of a part's output that are kept."""
