@@ -21,6 +21,7 @@
     fastpeft_plain   Without any lever; fastpeft_NAME with one alone: LEVERS in bench/throughput_presets.py. `levers`
                      among the rows means all of these.
     fastpeft_launched  With training.cuda_graphs=off, among the rows only by name.
+    fastpeft_packed  With training.padding=none, among the rows only by name.
     fastpeft_prefix  With training.cache_prefix, after its first epoch; for adapter.target_modules on upper layers, and
                      among the rows only by name.
 

@@ -232,15 +232,18 @@ PREFIX = f"{PRODUCT}_prefix"
 adapter there is no dropout."""
 LAUNCHED = f"{PRODUCT}_launched"
 """The product with all levers but captured steps, which a CPU has none of."""
-ROWS = [*PEERS, *LEVER_ROWS, PRODUCT, LAUNCHED, PREFIX]
+PACKED = f"{PRODUCT}_packed"
+"""The product with all levers and training.padding=none: its rows one behind another."""
+ROWS = [*PEERS, *LEVER_ROWS, PRODUCT, LAUNCHED, PACKED, PREFIX]
 """In the order of their turns."""
-ONLY_BY_NAME = LAUNCHED, PREFIX
+ONLY_BY_NAME = LAUNCHED, PACKED, PREFIX
 
 
 def levers_of(row: str) -> dict[str, bool]:
     """Lever -> whether the row has it."""
     return {
-        name: row in (PRODUCT, PREFIX, f"{PRODUCT}_{name}") or (row == LAUNCHED and name != GRAPHS) for name in LEVERS
+        name: row in (PRODUCT, PACKED, PREFIX, f"{PRODUCT}_{name}") or (row == LAUNCHED and name != GRAPHS)
+        for name in LEVERS
     }
 
 

@@ -21,6 +21,7 @@ from bench.hf_trainer import load_model, trainer_settings, with_lora
 from bench.throughput_inputs import Inputs
 from bench.throughput_presets import (
     LEVERS,
+    PACKED,
     PEERS,
     PREFIX,
     PRESETS,
@@ -80,8 +81,11 @@ class GivenBatches(Batches):
 
 def _train_product(run: RunConfig, row: str, inputs: Inputs, folder: Path, pause: Pause) -> list[float]:
     losses: list[float] = []
-    if row == PREFIX:
-        run = with_settings(run, {"training.cache_prefix": True})
+    own_settings: dict[str, dict[str, Any]] = {
+        PREFIX: {"training.cache_prefix": True},
+        PACKED: {"training.padding": "none"},
+    }
+    run = with_settings(run, own_settings.get(row, {}))
 
     def on_event(event: Event) -> None:
         if event["type"] == "step":
@@ -94,6 +98,8 @@ def _train_product(run: RunConfig, row: str, inputs: Inputs, folder: Path, pause
         stack.enter_context(quiet_transformers())
         job = build_job(run)
         assert np.array_equal(job.batches.encoded.tokens, inputs.tokens), "other tokens than the peers'"
+        if row == PACKED and not job.task.train.varlen:
+            raise ValueError(next(note for note in job.notes if "training.padding" in note))
         job.batches = GivenBatches(job.batches.encoded, inputs.batches())
         own = RunFolder.at(folder, "run")
         own.create()

@@ -161,7 +161,7 @@ class TrainingConfig:
     """Keep of each layer its input alone, and compute the rest again in the backward pass: a third more work for a
     fraction of the memory. auto: where the longest row does not fit otherwise."""
     cuda_graphs: Annotated[Literal["off", "auto"], OrOff()] = "off"
-    """auto: on a GPU a whole step is captured once for each of a few widths of batches, and replayed as one launch. A
+    """auto: on a GPU a whole step is captured once for each of a few shapes of batches, and replayed as one launch. A
     run that cannot be captured launches each operation, and says why."""
     epochs: PositiveFloat = 3.0
     """Passes over the data when no budget is given."""

@@ -26,6 +26,34 @@ WIDTH_MULTIPLE = 8
 IGNORE = -100
 
 
+@dataclass(frozen=True)
+class Packing:
+    """What batches of rows one behind another are filled up to, so that many of them have one shape.
+
+    Behind a batch's own texts come texts of padding tokens, which nobody reads: one at least, none of them longer than
+    `longest`, so that no grid of a kernel has to be larger for them.
+    """
+
+    num_rows: int
+    """Rows of a batch."""
+    num_texts: int
+    """Texts, those of padding included."""
+    num_tokens: int
+    longest: int
+    """Tokens of a text, at most."""
+
+    def takes(self, lengths: np.ndarray) -> bool:
+        """A batch of texts of these lengths."""
+        texts, tokens = self.num_texts - len(lengths), self.num_tokens - int(lengths.sum())
+        return int(lengths.max()) <= self.longest and 0 < texts <= tokens <= texts * self.longest
+
+    def fill(self, lengths: np.ndarray) -> np.ndarray:
+        """Of all texts: those of padding have equal lengths, but for one token."""
+        texts, tokens = self.num_texts - len(lengths), self.num_tokens - int(lengths.sum())
+        each, more = divmod(tokens, texts)
+        return np.concatenate([lengths, each + (np.arange(texts) < more)])
+
+
 @dataclass(frozen=True, kw_only=True)
 class TokenRows:
     """Tokenised rows, concatenated: row i is tokens offsets[i]:offsets[i + 1]."""
@@ -43,6 +71,8 @@ class TokenRows:
     """What widths are rounded up to."""
     only_widths: tuple[int, ...] = ()
     """Where batches are to have few shapes: what widths are rounded up to in place of that, the narrowest first."""
+    packings: tuple[Packing, ...] = ()
+    """The same without padding, the fewest tokens first."""
 
     def __len__(self) -> int:
         return len(self.offsets) - 1
@@ -67,8 +97,30 @@ class TokenRows:
     def shape(self, rows: np.ndarray) -> tuple[int, int]:
         """(rows, width) of a batch of them; without padding the width is their mean, rounded up."""
         if self.varlen:
-            return len(rows), -(-int(self.lengths[rows].sum()) // len(rows))
+            return len(rows), -(-self.num_tokens(rows) // len(rows))
         return len(rows), int(self.widths[rows].max())
+
+    # ---- rows one behind another -----------------------------------------------------------
+
+    @property
+    def has_few_shapes(self) -> bool:
+        return bool(self.only_widths or self.packings)
+
+    def text_lengths(self, rows: np.ndarray) -> np.ndarray:
+        """Of the texts of `rows`, in order; a row is one unless a kind of rows says otherwise."""
+        return self.lengths[rows]
+
+    def packing(self, rows: np.ndarray) -> Packing | None:
+        """What a batch of them is filled up to; None where it is left as it is."""
+        if not self.packings or len(rows) != self.packings[0].num_rows:
+            return None
+        lengths = self.text_lengths(rows)
+        return next((packing for packing in self.packings if packing.takes(lengths)), None)
+
+    def num_tokens(self, rows: np.ndarray) -> int:
+        """Of a batch of them without padding, or filled up."""
+        packing = self.packing(rows)
+        return int(self.lengths[rows].sum()) if packing is None else packing.num_tokens
 
 
 @dataclass(frozen=True)
@@ -143,6 +195,8 @@ def micro_batches(encoded: TokenRows, rows: np.ndarray, max_tokens: int) -> list
 
     def split(limit: int) -> list[np.ndarray]:
         if encoded.varlen:
+            if limit < encoded.num_tokens(rows):  # filled up it is too large
+                limit = min(limit, int(encoded.lengths[rows].sum()) - 1)
             return list(_split_by_length(rows, encoded.lengths, limit))
         return list(split_by_width(rows, encoded.lengths, encoded.widths, limit, encoded.padded))
 
@@ -216,26 +270,39 @@ def flat_places(encoded: TokenRows, rows: np.ndarray) -> np.ndarray:
     return np.concatenate([np.arange(int(encoded.offsets[row]), int(encoded.offsets[row + 1])) for row in rows])
 
 
-def sequences_of(lengths: np.ndarray, device: torch.device) -> Sequences:
-    """Of rows of these lengths, one behind another, without waiting for the device."""
-    ends = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)
-    return Sequences(tuple(lengths.tolist()), move(ends, device))
+def sequences_of(encoded: TokenRows, rows: np.ndarray, device: torch.device) -> tuple[Sequences, np.ndarray]:
+    """Where the texts of `rows` lie, one behind another, and their lengths; filled up where the rows have packings.
+    Nothing waits for the device."""
+    lengths, packing = encoded.text_lengths(rows), encoded.packing(rows)
+    num_read = len(lengths)
+    if packing is not None:
+        lengths = packing.fill(lengths)
+    ends = move(np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32), device)
+    if packing is None:
+        return Sequences.at(ends, lengths.tolist()), lengths
+    return Sequences(ends, packing.num_tokens, packing.longest, num_read), lengths
+
+
+def fill_up(values: np.ndarray, encoded: TokenRows, rows: np.ndarray, filler: int) -> np.ndarray:
+    """`values` of the tokens of `rows`, one behind another, and `filler` for those that a batch is filled up with."""
+    return np.pad(values, (0, encoded.num_tokens(rows) - len(values)), constant_values=filler)
 
 
 def _concatenated(
     encoded: TokenRows, rows: np.ndarray, device: torch.device, segments: np.ndarray | None = None
 ) -> dict[str, Any]:
-    """input_ids, position_ids, which begin anew with each row, and perhaps token_type_ids, each 1 x T int64 on
+    """input_ids, position_ids, which begin anew with each text, and perhaps token_type_ids, each 1 x T int64 on
     `device`; Sequences in place of the attention mask."""
-    lengths, places = encoded.lengths[rows], flat_places(encoded, rows)
+    places = flat_places(encoded, rows)
+    sequences, lengths = sequences_of(encoded, rows, device)
     arrays = {
-        "input_ids": encoded.tokens[places],
+        "input_ids": fill_up(encoded.tokens[places], encoded, rows, encoded.pad_token),
         "position_ids": np.concatenate([np.arange(length) for length in lengths]),
     }
     if segments is not None:
-        arrays["token_type_ids"] = segments[places]
+        arrays["token_type_ids"] = fill_up(segments[places], encoded, rows, 0)
     inputs: dict[str, Any] = {name: move(array[None].astype(np.int64), device) for name, array in arrays.items()}
-    return inputs | {"attention_mask": sequences_of(lengths, device)}
+    return inputs | {"attention_mask": sequences}
 
 
 def pad(

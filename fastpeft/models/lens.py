@@ -74,7 +74,7 @@ class FirstLayer:
         """
         hidden_NLD = self._take()
         if sequences is not None:
-            hidden_NLD = sequences.take_first(hidden_NLD)
+            hidden_NLD = sequences.read(sequences.take_first(hidden_NLD))
         x = hidden_NLD[:: -(-len(hidden_NLD) // MOST_ROWS)]
         training = [module for part in self._class_head for module in part.modules() if module.training]
         for module in training:

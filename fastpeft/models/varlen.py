@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
+from fastpeft.kernels.ops.varlen_attention.op import Way, choose_way
 from fastpeft.kernels.sequences import Sequences
 from fastpeft.models.fast.attention_functions import use_for_sequences
 from fastpeft.models.fast.deberta import DisentangledAttention
@@ -58,6 +59,21 @@ def use_varlen(model: Any) -> str | None:
     return None
 
 
+def attention_way(model: Any) -> Way | None:
+    """How attention within rows of a model is computed where use_varlen has patched it, and it trains; None of
+    DeBERTa, which has a kernel of its own."""
+    base = getattr(model, model.base_model_prefix)
+    if isinstance(base, VarlenDeberta):
+        return None
+    settings = model.config.get_text_config()
+    heads = settings.num_attention_heads
+    key_heads = getattr(settings, "num_key_value_heads", None) or heads
+    width = getattr(settings, "head_dim", None) or settings.hidden_size // heads
+    drops = getattr(settings, "attention_probs_dropout_prob", 0) or getattr(settings, "attention_dropout", 0)
+    query = torch.empty(0, heads, width, dtype=base.dtype, device=base.device)
+    return choose_way(query, key_heads, isinstance(base, (VarlenDecoder, VarlenLlama)), drops or 0.0)
+
+
 class Varlen(nn.Module):
     """Goes before the class of a model without its head, which has what is only declared here."""
 
@@ -82,9 +98,11 @@ class Varlen(nn.Module):
         """The forward pass over rows that lie one behind another; `input_ids` are 1 x T."""
 
     def for_head(self, x: torch.Tensor, sequences: Sequences) -> torch.Tensor:
-        """(N, 1, D), or all tokens, (1, T, D). `x` is the latter, or has the first tokens alone already."""
-        is_first = x.shape[0] == len(sequences.lengths) and x.shape[1] == 1
-        return sequences.take_first(x) if self.reads_first and not is_first else x
+        """(N, 1, D) of the rows that are read, or all tokens, (1, T, D). `x` may have first tokens only."""
+        if not self.reads_first:
+            return x
+        is_first = x.shape[0] == sequences.num_rows and x.shape[1] == 1
+        return sequences.read(x if is_first else sequences.take_first(x))
 
 
 class VarlenBert(Varlen):
@@ -216,7 +234,8 @@ class ReadsLast(nn.Module):
         x = getattr(self, self.base_model_prefix)(input_ids, attention_mask, **named).last_hidden_state[0]
         padding = self.config.get_text_config().pad_token_id
         counts = torch.ones_like(input_ids[0], dtype=torch.bool) if padding is None else input_ids[0] != padding
-        return SequenceClassifierOutput(logits=self.score(x.index_select(0, attention_mask.last(counts))))
+        last = attention_mask.read(attention_mask.last(counts))
+        return SequenceClassifierOutput(logits=self.score(x.index_select(0, last)))
 
 
 # ---- which models ------------------------------------------------------------------------------

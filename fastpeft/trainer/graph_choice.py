@@ -8,7 +8,7 @@ from fastpeft.adapters import Adapter
 from fastpeft.config import RunConfig
 from fastpeft.schedules import Schedule
 from fastpeft.tasks import Task
-from fastpeft.trainer.buckets import in_few_widths
+from fastpeft.trainer.buckets import TOKENS_MULTIPLE, in_few_shapes
 from fastpeft.trainer.optim import Optimizer
 from fastpeft.trainer.padding import make_batches
 
@@ -22,13 +22,16 @@ def choose_graphs(
     num_ranks: int,
     device: torch.device,
 ) -> list[str]:
-    """Where steps are to be captured, `task.train` has `only_widths` from here on. Returns what to tell the user."""
+    """Where steps are to be captured, `task.train` has few shapes from here on. Returns what to tell the user."""
     if not are_wanted(run, device):
         return []
     reason = refusal(run, task, adapter, optimizer, schedule, num_ranks)
     if reason is not None:
         return [told(reason)]
-    task.train = in_few_widths(make_batches(run, task))
+    few = in_few_shapes(make_batches(run, task), TOKENS_MULTIPLE.get(device.type, 1))
+    if not few.has_few_shapes:
+        return [told("no batch has training.batch_size rows")]
+    task.train = few
     return []
 
 
@@ -47,7 +50,6 @@ def refusal(
         f"schedule {run.schedule.name} reads on the host what each step has measured": bool(schedule.needs),
         f"method {run.method}: {of_method}": of_method is not None,
         f"optimizer {run.optimizer.name}: {of_optimizer}": of_optimizer is not None,
-        "attention within rows without padding asks for their lengths on the host": task.train.varlen,
         "this model takes rows of one length at a time, which have too many shapes": not task.train.padded,
         "training.cache_prefix reads a file in each step": bool(run.training.cache_prefix),
         "a library unpacks weights in 4 bits, and is not known to be capturable": run.model.quantisation != "none",

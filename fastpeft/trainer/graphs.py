@@ -24,7 +24,7 @@ from fastpeft.data.batches import Batch, micro_batches
 from fastpeft.device_memory import free_memory, is_out_of_memory
 from fastpeft.models.fast.attention_functions import stop_using, use_for_sequences
 from fastpeft.signals import Measured, Rates, Signals
-from fastpeft.trainer.buckets import Bucket, StaticBatch, find_buckets
+from fastpeft.trainer.buckets import Bucket, StaticBatch, find_buckets, shape_of
 from fastpeft.trainer.build import Job
 from fastpeft.trainer.graph_choice import told
 from fastpeft.trainer.micro_batches import MicroBatches
@@ -140,7 +140,7 @@ class GraphedSteps:
         self._table = torch.zeros(len(_MEASURES), dtype=job.adapter.flat.data.dtype, device=device)
         self.num_replayed = 0
         self.steps: dict[Bucket, BucketStep] = {}
-        """The widest first."""
+        """The largest first."""
         buckets = find_buckets(job.task, job.batches)
         with everything_restored(job):
             for i, (bucket, rows) in enumerate(buckets.items()):
@@ -149,19 +149,24 @@ class GraphedSteps:
                 self.steps[bucket] = self._capture_bucket(bucket, batch, job.task.num_items(rows))
 
     def describe(self) -> str:
-        widths = ", ".join(str(bucket.width) for bucket in reversed(self.steps))
         rows = self._job.batches.batch_size
-        return f"a step is one CUDA graph, for batches of {rows} rows padded to {widths} tokens"
+        if self._job.batches.encoded.varlen:
+            tokens = ", ".join(map(str, sorted({bucket.num_tokens for bucket in self.steps})))
+            filled = f"one behind another, filled up to {tokens} tokens"
+        else:
+            widths = ", ".join(str(bucket.num_tokens // rows) for bucket in reversed(self.steps))
+            filled = f"padded to {widths} tokens"
+        return f"a step is one CUDA graph, for batches of {rows} rows {filled}"
 
     # ---- the step --------------------------------------------------------------------------
 
     def bucket_of(self, batches: MicroBatches) -> Bucket | None:
         """None where the step has to launch each operation."""
-        shape = batches.only_shape
-        if shape is None:
+        rows = batches.only_rows
+        if rows is None:
             return None
-        num_items = batches.num_items
-        return next((b for b in self.steps if (b.num_rows, b.width) == shape and b.takes(num_items)), None)
+        shape, num_items = shape_of(self._job.batches.encoded, rows), batches.num_items
+        return next((bucket for bucket in self.steps if bucket.shape == shape and bucket.takes(num_items)), None)
 
     def take(self, bucket: Bucket, batches: MicroBatches, progress: float) -> tuple[Signals, Rates]:
         """The optimizer step of these micro-batches. It waits for no more than the step before the last one."""
@@ -264,7 +269,8 @@ def use_graphs(job: Job, capture: Capture) -> GraphedSteps:
         )
     model: Any = job.backbone.model
     attention = getattr(model.config, "_attn_implementation", None)
-    if "attention_mask" in job.task.collate(job.batches.rows(0)[:1], job.device).inputs:
+    sample = job.task.collate(job.batches.rows(0)[:1], job.device)
+    if "attention_mask" in sample.inputs and sample.sequences is None:
         use_for_sequences(model)  # transformers' own mask asks on the host whether there is padding
     try:
         return GraphedSteps(job, capture)
@@ -281,15 +287,15 @@ def use_graphs(job: Job, capture: Capture) -> GraphedSteps:
 
 
 def capture_steps(job: Job, make_capture: Callable[[torch.device], Capture] = CudaCapture) -> GraphedSteps | None:
-    """The captured steps of a job that is to have them, as its rows' widths tell; None where it has none, which is
+    """The captured steps of a job that is to have them, as its rows' shapes tell; None where it has none, which is
     noted where it was to have them."""
-    if not job.batches.encoded.only_widths:
+    if not job.batches.encoded.has_few_shapes:
         return None
     phases.begin("graphs", "capturing the step")
     try:
         graphs = use_graphs(job, make_capture(job.device))
     except NotCaptured as refused:
-        job.task.train = job.batches.encoded = replace(job.task.train, only_widths=())
+        job.task.train = job.batches.encoded = replace(job.task.train, only_widths=(), packings=())
         job.notes.append(told(str(refused)))
         return None
     job.notes.append(graphs.describe())
@@ -299,7 +305,9 @@ def capture_steps(job: Job, make_capture: Callable[[torch.device], Capture] = Cu
 def _share_in_one_pass(job: Job) -> float:
     batches, limit = job.batches, job.limits.training
     whole = [
-        len(rows) == batches.batch_size and len(micro_batches(batches.encoded, rows, limit)) == 1
+        len(rows) == batches.batch_size
+        and len(micro_batches(batches.encoded, rows, limit)) == 1
+        and shape_of(batches.encoded, rows) is not None
         for rows in batches.epoch(0)
     ]
     return sum(whole) / len(whole)

@@ -68,10 +68,10 @@ class MicroBatches:
         return micro_batches(self._job.batches.encoded, rows, self._job.limits.training)
 
     @property
-    def only_shape(self) -> tuple[int, int] | None:
-        """(rows, width) of the micro-batch that is the whole batch; None where there are several."""
+    def only_rows(self) -> np.ndarray | None:
+        """Rows of the micro-batch that is the whole batch; None where there are several."""
         parts = self._parts(self.rows)
-        return self._job.batches.encoded.shape(parts[0]) if len(parts) == 1 else None
+        return parts[0] if len(parts) == 1 else None
 
     def until_it_fits(self, passes: Callable[[], T]) -> T:
         """`passes` over these micro-batches, again in smaller ones until they fit; dropout begins anew each time.

@@ -15,7 +15,7 @@ from fastpeft.config.schema import RunConfig
 from fastpeft.data.batches import Batches, micro_batches
 from fastpeft.device_memory import free_memory, is_out_of_memory
 from fastpeft.models.backbone import Backbone
-from fastpeft.models.varlen import use_varlen
+from fastpeft.models.varlen import attention_way, use_varlen
 from fastpeft.tasks import Task
 from fastpeft.trainer.memory_plan import FEWEST
 
@@ -39,7 +39,15 @@ def lay_out(run: RunConfig, task: Task, adapter: Adapter, backbone: Backbone, de
     if fault is not None:
         return [f"training.padding {setting}: {fault}, so that rows are padded"]
     task.train = replace(task.train, varlen=True)
-    return ["the rows of a batch lie one behind another, without padding"]
+    return ["the rows of a batch lie one behind another, without padding", *_way(backbone, device)]
+
+
+def _way(backbone: Backbone, device: torch.device) -> list[str]:
+    """How attention is computed, as far as there is a choice: a CPU has none."""
+    way = attention_way(backbone.model) if device.type == "cuda" else None
+    if way is None:
+        return []
+    return [f"attention within rows: {way.name}" + (f" ({way.why})" if way.why else "")]
 
 
 def make_batches(run: RunConfig, task: Task) -> Batches:

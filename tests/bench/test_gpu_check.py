@@ -21,7 +21,7 @@ ROWS = [
 @pytest.mark.soak
 def test_every_part_runs_from_a_checkout_on_a_machine_without_most_packages(script, tmp_path):
     out = tmp_path / "check.json"
-    done = script("gpu_check.py", "--dry-run", "--json", out)
+    done = script("gpu_check.py", "--dry-run", "--json", out, timeout=480)
     report = json.loads(out.read_text())
     parts = report["parts"]
     assert {name: part["status"] for name, part in parts.items()} == dict.fromkeys(gpu_check.PARTS, "ok"), done.stdout

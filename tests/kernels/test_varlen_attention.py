@@ -10,7 +10,7 @@ from types import ModuleType
 import pytest
 import torch
 
-from fastpeft.kernels.ops.varlen_attention import op
+from fastpeft.kernels.ops.varlen_attention import library_attention, op
 from fastpeft.kernels.ops.varlen_attention.op import varlen_attention
 from fastpeft.kernels.ops.varlen_attention.reference import varlen_attention_reference
 from fastpeft.kernels.sequences import Sequences
@@ -177,13 +177,13 @@ def torch_version(monkeypatch, request):
     module = ModuleType("torch.nn.attention.varlen")
     module.varlen_attn = request.param
     monkeypatch.setitem(sys.modules, "torch.nn.attention.varlen", module)
-    monkeypatch.setattr(op, "_suits_torch", lambda query: True)
-    op._torch_varlen.cache_clear()
+    library_attention.varlen_arguments.cache_clear()
+    monkeypatch.setattr(op, "varlen_fault", lambda query, dropout: None)
     yield request.param
-    op._torch_varlen.cache_clear()
+    library_attention.varlen_arguments.cache_clear()
 
 
-@pytest.mark.parametrize("torch_version", [torch_of_2_10, torch_of_2_11, torch_of_2_13], indirect=True)
+@pytest.mark.parametrize("torch_version", [torch_of_2_11, torch_of_2_13], indirect=True)
 @pytest.mark.parametrize("groups", [4, 2])
 @pytest.mark.parametrize("mask", MASKS.values(), ids=MASKS)
 def test_torch_is_called_as_it_is_documented(torch_version, mask, groups, seed):
@@ -200,17 +200,17 @@ def test_torch_is_called_as_it_is_documented(torch_version, mask, groups, seed):
 
 @pytest.mark.parametrize("torch_version", [torch_of_2_10], indirect=True)
 def test_a_torch_without_a_scale_is_left_alone(torch_version):
-    assert op._torch_varlen() is None
+    assert library_attention.varlen_arguments() is None
 
 
 def test_a_torch_without_the_module_is_left_alone(monkeypatch):
     monkeypatch.setitem(sys.modules, "torch.nn.attention.varlen", None)
-    op._torch_varlen.cache_clear()
-    assert op._torch_varlen() is None
-    op._torch_varlen.cache_clear()
+    library_attention.varlen_arguments.cache_clear()
+    assert library_attention.varlen_arguments() is None
+    library_attention.varlen_arguments.cache_clear()
 
 
-@pytest.mark.parametrize("wrong", ["query", "key", "dtypes", "window"])
+@pytest.mark.parametrize("wrong", ["query", "key", "dtypes", "window", "first_only"])
 def test_what_does_not_fit_is_named(wrong):
     query, key, value = draw([3, 4])
     more = {}
@@ -220,6 +220,8 @@ def test_what_does_not_fit_is_named(wrong):
         query, key, value = query[1:], key[1:], value[1:]
     elif wrong == "dtypes":
         value = value.float()
+    elif wrong == "first_only":
+        query, more = query[:2], {"first_only": True, "causal": True}
     else:
         more = {"window": 3}
     with pytest.raises(ValueError, match=rf"varlen_attention: .*{wrong}"):

@@ -11,11 +11,13 @@ import transformers
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoModelForTokenClassification
 
+from fastpeft.kernels.ops.varlen_attention import op
 from fastpeft.kernels.sequences import Sequences
+from fastpeft.models import varlen
 from fastpeft.models.checkpointed_layers import checkpoint_layers
 from fastpeft.models.fast import speed_up, without
 from fastpeft.models.lm_head import decoder_of
-from fastpeft.models.varlen import use_varlen
+from fastpeft.models.varlen import attention_way, use_varlen
 from tests.models.test_fast import PAD, VOCAB, build, close
 from tests.support.closeness import Largest
 from tests.support.row_lengths import DRAWN, draw_lengths
@@ -155,6 +157,47 @@ def test_nothing_of_all_tokens_by_all_tokens(kind, seed):
     with Largest() as largest, torch.no_grad():
         model(**rows.concatenated())
     assert largest.elements < 480**2 / 2
+
+
+# ---- what a set-up says of attention ------------------------------------------------------------
+
+
+ASKED = {  # heads, those of keys, whether it is causal
+    "bert": (4, 4, False),
+    "distilbert": (4, 4, False),
+    "llama": (4, 2, True),
+    "gemma3_text": (4, 2, True),
+}
+
+
+@pytest.mark.parametrize("kind", ASKED)
+def test_the_way_of_attention_is_asked_for_as_it_is_computed(kind, monkeypatch):
+    asked, computed = [], []
+
+    def choose_way(query, num_key_heads, causal, dropout, **more):
+        into = computed if len(query) else asked
+        into.append((query.shape[1:], query.dtype, num_key_heads, causal))
+        return original(query, num_key_heads, causal, dropout, **more)
+
+    original = op.choose_way
+    for module in (op, varlen):
+        monkeypatch.setattr(module, "choose_way", choose_way)
+    model = build(kind) if kind in ENCODERS else decoder(kind)
+    assert use_varlen(model) is None
+    way = attention_way(model)
+    assert way is not None
+    assert way.name == op.RUNS
+    model(**Rows([4, 9, 2], 0).concatenated())
+    assert {*computed} == {*asked}
+    (heads, _), _, key_heads, causal = asked[0]
+    assert (heads, key_heads, causal) == ASKED[kind]
+
+
+def test_deberta_has_no_choice():
+    model = build("deberta, one key")
+    speed_up(model)
+    assert use_varlen(model) is None
+    assert attention_way(model) is None
 
 
 # ---- what keeps its padded batches -------------------------------------------------------------

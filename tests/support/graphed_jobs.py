@@ -11,7 +11,7 @@ import torch
 from fastpeft.config import RunConfig
 from fastpeft.data.batches import Batch
 from fastpeft.trainer import graph_choice, run
-from fastpeft.trainer.buckets import Bucket
+from fastpeft.trainer.buckets import Bucket, shape_of
 from fastpeft.trainer.build import Job, build_job
 from fastpeft.trainer.graphs import Capture, GraphedSteps, capture_steps
 from tests.support.step_recorder import Rerun
@@ -42,9 +42,7 @@ def batches_of(job: Job, bucket: Bucket, count: int) -> list[np.ndarray]:
     found = []
     for position in range(50 * len(job.batches)):
         rows = job.batches.rows(position)
-        if job.batches.encoded.shape(rows) == (bucket.num_rows, bucket.width) and bucket.takes(
-            job.task.num_items(rows)
-        ):
+        if shape_of(job.batches.encoded, rows) == bucket.shape and bucket.takes(job.task.num_items(rows)):
             found.append(rows)
         if len(found) == count:
             return found

@@ -120,7 +120,7 @@ def test_padding_to_a_bucket_changes_neither_loss_nor_gradient(
         padded, own = static.batch(), copy.copy(job.task)
         own.train = plain_rows(job.task.train)
         plain = own.collate(rows, job.device)
-        narrower += plain.inputs["input_ids"].shape[1] < bucket.width
+        narrower += plain.inputs["input_ids"].shape[1] < bucket.shape[1]
         loss, gradient = loss_and_gradient(plain, num_items)
         own_loss, own_gradient = loss_and_gradient(padded, static.num_items)
         torch.testing.assert_close(own_loss, loss, rtol=tolerance, atol=0)
@@ -232,9 +232,9 @@ def test_only_whole_batches_of_a_bucket_are_replayed(tmp_path: Path, monkeypatch
     for position in range(len(job.batches)):
         batches = MicroBatches(job, position, "here", pytest.fail)
         bucket = graphs.bucket_of(batches)
-        taken.append((len(batches.batch), None if bucket is None else bucket.width))
+        taken.append((len(batches.batch), None if bucket is None else bucket.shape[1]))
         if bucket is not None:
-            assert job.batches.encoded.shape(batches.rows) == (bucket.num_rows, bucket.width)
+            assert job.batches.encoded.shape(batches.rows) == bucket.shape
     assert {rows for rows, width in taken if width is None} == {96 % 9}
     job.limits.training = 20
     assert graphs.bucket_of(MicroBatches(job, 0, "here", pytest.fail)) is None
@@ -244,7 +244,7 @@ def test_there_are_few_widths(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr("fastpeft.trainer.buckets.MOST_WIDTHS", 3)
     job, graphs, _ = graphed_job(tiny_run(tmp_path, method="lora"), monkeypatch)
     assert len(job.task.train.only_widths) == 3
-    assert {bucket.width for bucket in graphs.steps} <= set(job.task.train.only_widths)
+    assert {bucket.shape[1] for bucket in graphs.steps} <= set(job.task.train.only_widths)
     assert max(job.task.train.only_widths) == job.task.train.lengths.max()
     assert any("a step is one CUDA graph, for batches of 8 rows padded to " in note for note in job.notes)
 
@@ -268,7 +268,6 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
         {"optimizer": {"name": "schedule_free"}, "schedule": {"name": "constant"}},
         "optimizer schedule_free: its package counts steps",
     ),
-    "varlen": ({"training": {"padding": "none"}}, "attention within rows without padding asks for their lengths"),
     "checkpointed": ({"training": {"checkpoint_layers": True}}, "layers that are computed again"),
     "micro-batches": ({"training": {"micro_batch_tokens": 16}}, "of the batches are several micro-batches"),
     "few batches": ({"training": {"batch_size": 512}}, "100% of the batches are several micro-batches, or fewer rows"),

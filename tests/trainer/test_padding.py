@@ -14,6 +14,7 @@ import transformers
 from peft import PeftModel
 
 from fastpeft.config import ConfigError, RunConfig
+from fastpeft.kernels.ops.varlen_attention.op import Way
 from fastpeft.signals import Need
 from fastpeft.trainer import StopRequest, padding, train
 from fastpeft.trainer.build import Job, build_job
@@ -258,6 +259,15 @@ def test_auto_goes_by_what_was_measured(sampling, tmp_path, monkeypatch):
     assert build_job(run).task.train.varlen
     monkeypatch.setattr(padding, "PAYS_ABOVE", {"cuda": 0.0})
     assert not build_job(run).task.train.varlen
+
+
+@pytest.mark.parametrize("why", ["", "torch.nn.attention.varlen: it has no dropout"])
+def test_a_gpu_is_told_how_attention_is_computed(why, monkeypatch, tmp_path):
+    job = build_job(kind_run(tmp_path, "regression", training={"padding": "none"}))
+    monkeypatch.setattr(padding, "attention_way", lambda model: Way("a way", why))
+    said = padding._way(job.backbone, torch.device("cuda"))
+    assert said == ["attention within rows: a way" + (f" ({why})" if why else "")]
+    assert padding._way(job.backbone, torch.device("cpu")) == []
 
 
 def test_a_model_that_is_not_known_is_padded_and_says_so(tmp_path):

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from fastpeft.data.batches import IGNORE, Batch, TokenRows, flat_places, inputs_of, move, sequences_of
+from fastpeft.data.batches import IGNORE, Batch, TokenRows, fill_up, flat_places, inputs_of, move
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,6 +22,12 @@ class LabelledRows(TokenRows, ABC):
     """Of each token, where rows hold several texts: its place in its own. Else None."""
     notes: tuple[str, ...] = ()
     """What is left out or cut."""
+
+    def text_lengths(self, rows: np.ndarray) -> np.ndarray:
+        if self.positions is None:
+            return self.lengths[rows]
+        positions = self.positions[flat_places(self, rows)]
+        return np.diff(np.append(np.flatnonzero(positions == 0), len(positions)))
 
     @property
     @abstractmethod
@@ -65,12 +71,8 @@ def _one_behind_another(encoded: LabelledRows, rows: np.ndarray, device: torch.d
         labels[places - 1] = tokens[places]
     inputs = inputs_of(encoded, rows, device)
     sequences = inputs.pop("attention_mask")
-    if encoded.positions is not None:
-        positions = encoded.positions[flat_places(encoded, rows)]
-        texts = np.append(np.flatnonzero(positions == 0), len(positions))
-        sequences = sequences_of(np.diff(texts), device)
-        inputs["position_ids"] = move(positions[None].astype(np.int64), device)
     labelled = move(np.flatnonzero(labels != IGNORE), device)
+    labels = fill_up(labels, encoded, rows, IGNORE)
     return Batch(inputs, move(labels[None], device), len(tokens), labelled, sequences)
 
 

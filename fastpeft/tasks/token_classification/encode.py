@@ -18,7 +18,7 @@ import numpy as np
 import torch
 
 from fastpeft import phases
-from fastpeft.data.batches import IGNORE, Batch, TokenRows, concatenate, flat_places, inputs_of, move
+from fastpeft.data.batches import IGNORE, Batch, TokenRows, concatenate, fill_up, flat_places, inputs_of, move
 from fastpeft.data.rows import DataError
 from fastpeft.data.token_cache import cached
 from fastpeft.errors import UserError
@@ -156,9 +156,9 @@ def collate_tokens(encoded: EncodedSentences, rows: np.ndarray, device: torch.de
     lengths, flat = encoded.lengths[rows], flat_places(encoded, rows)
     if encoded.varlen:
         inputs = inputs_of(encoded, rows, device, encoded.segments)
-        labels = encoded.labels[flat][None].astype(np.int64)
+        labels = fill_up(encoded.labels[flat].astype(np.int64), encoded, rows, IGNORE)
         labelled = move(np.flatnonzero(labels != IGNORE), device)
-        return Batch(inputs, move(labels, device), len(flat), labelled, inputs["attention_mask"])
+        return Batch(inputs, move(labels[None], device), len(flat), labelled, inputs["attention_mask"])
     inside = np.arange(int(encoded.widths[rows].max())) < lengths[:, None]
     labels = _padded(encoded.labels[flat], inside, IGNORE)
     arrays = {

@@ -1,32 +1,36 @@
 """varlen_attention: attention within rows of tokens that lie one behind another, without padding.
 
-Three ways, by what each can do:
+The ways, in the order in which they are asked (`choose_way`):
 
-- on a GPU in half precision without dropout, torch.nn.attention.varlen, where this torch has it;
-- on a GPU with dropout or in fp32, where every token sees its whole row, the kernel of disentangled_attention without
-  tables of positions;
-- else, and on a CPU, neighbours of one length together: no mask of padding, and never a matrix of all tokens.
+- on a GPU torch.nn.attention.varlen: half precision without dropout;
+- on a GPU, where every token sees its whole row, the kernel of disentangled_attention without tables of positions:
+  dropout and fp32;
+- on a GPU FlexAttention: decoders in fp32, and heads that FlashAttention does not take;
+- neighbours of one length together, where the host knows the lengths: no mask of padding, and never a matrix of all
+  tokens. A CPU has this way alone;
+- in a captured step, whose replays have other lengths, all tokens under a mask.
 
 Shape suffixes: N rows, T tokens of all rows, H heads, G heads of keys, D features of a head, L tokens of a row.
 """
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Callable
 from functools import cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 
 from fastpeft.kernels.ops.attention.op import attention
 from fastpeft.kernels.ops.disentangled_attention.distances import Distances
-from fastpeft.kernels.ops.disentangled_attention.op import disentangled_attention, takes_triton
+from fastpeft.kernels.ops.disentangled_attention.op import WIDEST, disentangled_attention, takes_triton
+from fastpeft.kernels.ops.varlen_attention import library_attention
+from fastpeft.kernels.ops.varlen_attention.library_attention import flex_fault, varlen_fault
+from fastpeft.kernels.ops.varlen_attention.masked import bias_of, by_mask, for_each_head
 from fastpeft.kernels.sequences import Sequences
 
-_WIDEST = 256
-"""Features of a head that torch's varlen attention takes, in multiples of 8."""
+VARLEN, FLEX = "torch.nn.attention.varlen", "FlexAttention"
+KERNEL, RUNS, MASK = "fastpeft's kernel", "rows of one length at a time", "all tokens under a mask"
 
 
 def varlen_attention(
@@ -50,42 +54,78 @@ def varlen_attention(
         scale: of the scores.
         causal: a token sees itself and those before it.
         window: with `causal`, of these the last so many.
-        first_only: only the first token of a row asks.
+        first_only: only the first token of a row asks, and sees the whole row.
         dropout: probability in [0, 1) of a weight to be dropped; draws from torch's generator.
 
     Returns:
         In the shape of query, contiguous.
 
     Raises:
-        ValueError: shapes that do not fit each other; a window without `causal`.
+        ValueError: shapes that do not fit each other; a window without `causal`; `causal` with `first_only`.
     """
     _check(query, key, value, sequences, causal, window, first_only)
-    queries = sequences.firsts if first_only else sequences
     if window is not None and window >= sequences.longest:
         window = None
-    theirs = _torch_varlen()
-    if theirs is not None and not dropout and _suits_torch(query):
-        return theirs(query, key, value, queries, sequences, scale, causal, window)
-    if not causal and takes_triton(query) and query.shape[1] == key.shape[1]:
-        distances = _distances(sequences.longest, query.device)
-        cu_queries = queries.cu_seqlens if first_only else None
+    way = choose_way(query, key.shape[1], causal, dropout, knows_lengths=sequences.lengths is not None).name
+    asked: dict[str, Any] = {"causal": causal, "window": window, "first_only": first_only}
+    if way == VARLEN:
+        return library_attention.varlen(query, key, value, sequences, scale, **asked)
+    if way == KERNEL:
         return disentangled_attention(
             query,
             key,
             value,
             None,
             None,
-            distances,
+            _distances(sequences.longest, query.device),
             scale,
             sequences.cu_seqlens,
-            cu_queries=cu_queries,
+            cu_queries=sequences.firsts.cu_seqlens if first_only else None,
             dropout=dropout,
         )
-    return _by_runs(query, key, value, queries, sequences, scale, causal and not first_only, window, dropout)
+    if way == FLEX:
+        return library_attention.flex(query, key, value, sequences, scale, **asked)
+    if way == RUNS:
+        queries = sequences.firsts if first_only else sequences
+        return _by_runs(query, key, value, queries, sequences, scale, causal, window, dropout)
+    return by_mask(query, key, value, sequences, scale, **asked, dropout=dropout)
+
+
+class Way(NamedTuple):
+    """Which one computes it."""
+
+    name: str
+    """VARLEN, KERNEL, FLEX, RUNS or MASK."""
+    why: str
+    """Of those that would come first, why it is none of them; empty on a CPU, and where the first is taken."""
+
+
+def choose_way(
+    query: torch.Tensor, num_key_heads: int, causal: bool, dropout: float, *, knows_lengths: bool = True
+) -> Way:
+    """
+    Args:
+        query: (any, H, D): its device, dtype, H and D are looked at.
+        knows_lengths: the host does, as not in a captured step.
+    """
+    fault = varlen_fault(query, dropout)
+    if fault is None:
+        return Way(VARLEN, "")
+    why = f"{VARLEN}: {fault}"
+    if not causal and takes_triton(query) and query.shape[1] == num_key_heads:
+        return Way(KERNEL, why if query.is_cuda else "")
+    if query.is_cuda:
+        theirs = "decoders are none of its" if causal else f"it takes heads of up to {WIDEST} features, not in fp64"
+        why += f"; {KERNEL}: {theirs}"
+        fault = flex_fault(query, num_key_heads, dropout)
+        if fault is None:
+            return Way(FLEX, why)
+    last = RUNS if knows_lengths else MASK
+    return Way(last, f"{why}; {FLEX}: {fault}" if query.is_cuda else "")
 
 
 def _check(query, key, value, sequences: Sequences, causal: bool, window: int | None, first_only: bool) -> None:
-    asked = len(sequences.lengths) if first_only else sequences.num_tokens
+    asked = sequences.num_rows if first_only else sequences.num_tokens
     num_tokens, num_heads, width = key.shape
     wanted = {
         "query": query.shape[0] == asked and query.shape[2] == width and query.shape[1] % num_heads == 0,
@@ -93,13 +133,14 @@ def _check(query, key, value, sequences: Sequences, causal: bool, window: int | 
         "value": value.shape == key.shape,
         "dtypes": query.dtype == key.dtype == value.dtype,
         "window": window is None or (causal and window > 0),
+        "first_only": not (first_only and causal),
     }
     wrong = [name for name, right in wanted.items() if not right]
     if wrong:
         raise ValueError(
             f"varlen_attention: {', '.join(wrong)}: query {tuple(query.shape)}, key {tuple(key.shape)}, value "
-            f"{tuple(value.shape)}, {len(sequences.lengths)} rows of {sequences.num_tokens} tokens, window {window}; "
-            "expected (T, H, D) and (T, G, D), and a window above 0 where attention is causal"
+            f"{tuple(value.shape)}, {sequences.num_rows} rows of {sequences.num_tokens} tokens, window {window}; "
+            "expected (T, H, D) and (T, G, D), a window above 0 where attention is causal, and no first_only there"
         )
 
 
@@ -124,16 +165,14 @@ def _by_runs(query, key, value, queries, sequences, scale, causal, window, dropo
 def _attend(q_NQHD, k_NLGD, v_NLGD, scale, causal: bool, window: int | None, dropout: float) -> torch.Tensor:
     """(N, Q, H, D), contiguous."""
     if dropout:
-        k_NLHD, v_NLHD = (_for_each_head(x, q_NQHD.shape[2]) for x in (k_NLGD, v_NLGD))
+        k_NLHD, v_NLHD = (for_each_head(x, q_NQHD.shape[2]) for x in (k_NLGD, v_NLGD))
         bias = None
         if causal:
-            seen = _seen(q_NQHD.shape[1], window, q_NQHD.device)
-            bias = torch.zeros(seen.shape, dtype=q_NQHD.dtype, device=seen.device)
-            bias = bias.masked_fill_(~seen, torch.finfo(q_NQHD.dtype).min)[None, None]
+            bias = bias_of(_seen(q_NQHD.shape[1], window, q_NQHD.device), q_NQHD.dtype)
         return attention(q_NQHD, k_NLHD, v_NLHD, scale, bias, dropout=dropout)
     grouped = q_NQHD.shape[2] != k_NLGD.shape[2]
     if grouped and _shares_one_at_a_time(k_NLGD):
-        k_NLGD, v_NLGD, grouped = *(_for_each_head(x, q_NQHD.shape[2]) for x in (k_NLGD, v_NLGD)), False
+        k_NLGD, v_NLGD, grouped = *(for_each_head(x, q_NQHD.shape[2]) for x in (k_NLGD, v_NLGD)), False
     mask = None if window is None else _seen(q_NQHD.shape[1], window, q_NQHD.device)
     y = nn.functional.scaled_dot_product_attention(
         *(x.transpose(1, 2) for x in (q_NQHD, k_NLGD, v_NLGD)),
@@ -152,10 +191,6 @@ def _shares_one_at_a_time(k_NLGD: torch.Tensor) -> bool:
     return k_NLGD.device.type == "cpu" and torch.is_grad_enabled() and groups < torch.get_num_threads()
 
 
-def _for_each_head(x: torch.Tensor, num_heads: int) -> torch.Tensor:
-    return x if x.shape[2] == num_heads else x.repeat_interleave(num_heads // x.shape[2], dim=2)
-
-
 def _seen(length: int, window: int | None, device: torch.device) -> torch.Tensor:
     """(L, L) bool: which keys a query sees."""
     places = torch.arange(length, device=device)
@@ -167,40 +202,3 @@ def _seen(length: int, window: int | None, device: torch.device) -> torch.Tensor
 def _distances(longest: int, device: torch.device) -> Distances:
     """Where no table is read, one row for all."""
     return Distances.of([0] * (2 * longest - 1), longest, device)
-
-
-# ---- torch's own -------------------------------------------------------------------------------
-
-
-def _suits_torch(query: torch.Tensor) -> bool:
-    is_half = query.dtype in (torch.float16, torch.bfloat16)
-    return query.is_cuda and is_half and query.shape[-1] <= _WIDEST and query.shape[-1] % 8 == 0
-
-
-@cache
-def _torch_varlen() -> Callable[..., torch.Tensor] | None:
-    """torch's varlen attention, as this torch calls it; None where it has none with a scale and a window."""
-    try:
-        from torch.nn.attention.varlen import varlen_attn
-    except ImportError:
-        return None
-    known = set(inspect.signature(varlen_attn).parameters)
-    if not {"scale", "window_size"} <= known:
-        return None
-
-    def attend(query, key, value, queries: Sequences, sequences: Sequences, scale, causal, window) -> torch.Tensor:
-        more: dict[str, Any] = {"scale": scale}
-        if causal and queries is sequences:
-            more["window_size"] = (-1 if window is None else window - 1, 0)
-        if query.shape[1] != key.shape[1]:
-            if "enable_gqa" in known:
-                more["enable_gqa"] = True
-            else:
-                key, value = (x.repeat_interleave(query.shape[1] // x.shape[1], dim=1) for x in (key, value))
-        longest = 1 if queries is not sequences else sequences.longest
-        places = queries.cu_seqlens, sequences.cu_seqlens, longest, sequences.longest
-        found = varlen_attn(query.contiguous(), key.contiguous(), value.contiguous(), *places, **more)
-        assert isinstance(found, torch.Tensor), "a pair only where more is asked for"
-        return found
-
-    return attend
