@@ -52,13 +52,28 @@ def _or_lost(collective: Callable[P, T]) -> Callable[P, T]:
         try:
             return collective(*args, **kwargs)
         except RuntimeError as error:
-            said, _, _ = str(error).partition(". ")
-            raise RankLost(
-                "another rank has ended without a message: it was killed, or its host is gone. Resume the run with "
-                f"--resume, or give the launcher --max-restarts ({said})"
-            ) from None
+            raise _lost(error) from None
 
     return guarded
+
+
+def _lost(error: RuntimeError) -> RankLost:
+    said, _, _ = str(error).partition(". ")
+    return RankLost(
+        "another rank has ended without a message: it was killed, or its host is gone. Resume the run with "
+        f"--resume, or give the launcher --max-restarts ({said})"
+    )
+
+
+@contextmanager
+def lost_is_told() -> Iterator[None]:
+    """A collective of torch's own, in which another rank does not take part, becomes RankLost."""
+    try:
+        yield
+    except RuntimeError as error:
+        if not (isinstance(error, dist.DistBackendError) or "gloo" in str(error)):
+            raise
+        raise _lost(error) from None
 
 
 class Ranks:
@@ -93,6 +108,15 @@ class Ranks:
         """All-reduce: the sum over the ranks, in place, the same bits on each."""
         if self.size > 1:
             dist.all_reduce(tensor)
+
+    @_or_lost
+    def most(self, value: int) -> int:
+        """The largest of the ranks' values. Does not wait for a device."""
+        if self.size == 1:
+            return value
+        found = torch.tensor([value], dtype=torch.int64)
+        dist.all_reduce(found, dist.ReduceOp.MAX)
+        return int(found)
 
     @_or_lost
     def take_first(self, tensor: torch.Tensor) -> None:

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 
 from fastpeft.adapters import Adapter
 from fastpeft.device_memory import TokenLimits
+from fastpeft.models.sharded_base import ShardedBase, largest_of
 from fastpeft.tasks import Task
 from fastpeft.trainer.peak_memory import peak_bytes
 from fastpeft.trainer.rng import generator_states, set_generator_states
 from fastpeft.trainer.step import forward_backward
+
+REPEATED = 4
 
 
 @dataclass(frozen=True)
@@ -36,17 +39,23 @@ class Cost:
         return int(max(0.0, room - self.fixed) / max(1.0, self.each(width)))
 
     @classmethod
-    def of_rows(cls, short: tuple[int, float], long: tuple[int, float]) -> Cost:
-        """From (tokens, bytes) of two rows, the first no longer than the second."""
-        (width, size), (other, other_size) = short, long
+    def of_rows(cls, short: tuple[int, float], long: tuple[int, float], fixed: float = 0.0) -> Cost:
+        """From (tokens, bytes) of two rows, the first no longer than the second, and the bytes of any pass."""
+        (width, size), (other, other_size) = ((tokens, held - fixed) for tokens, held in (short, long))
         square = 0.0 if other <= width else max(0.0, (other_size / other - size / width) / (other - width))
-        return cls(0.0, max(0.0, size / width - square * width), square)
+        return cls(fixed, max(0.0, size / width - square * width), square)
 
 
-def training_cost(adapter: Adapter, task: Task, loss_scale: torch.Tensor | None = None) -> Cost:
+def training_cost(
+    adapter: Adapter, task: Task, loss_scale: torch.Tensor | None = None, shard: ShardedBase | None = None
+) -> Cost:
     """From the shortest row and one about twice as long. What does not grow with a row counts as the tokens'.
 
     Random numbers and what layers keep of a pass are as they were; gradients are 0.
+
+    Args:
+        shard: all of its ranks take these passes, and what the one takes that takes the most counts. They gather
+            weights in each pass, however short its rows are: that is told apart, by REPEATED of the shortest row.
     """
     device, widths = adapter.flat.data.device, task.train.widths
     order = np.argsort(widths, kind="stable")
@@ -54,15 +63,17 @@ def training_cost(adapter: Adapter, task: Task, loss_scale: torch.Tensor | None 
     long = int(order[min(int(np.searchsorted(widths[order], 2 * widths[short])), len(order) - 1)])
     generators = generator_states(device)
 
-    def measured(row: int) -> tuple[int, float]:
-        rows = np.array([row])
+    def measured(row: int, count: int = 1) -> tuple[int, float]:
+        rows = np.full(count, row)
         batch, num_items = task.collate(rows, device), max(1, task.num_items(rows))
-        return int(widths[row]), peak_bytes(
-            device, lambda: forward_backward(adapter, task.loss, [batch], num_items, loss_scale)
-        )
+        peak = peak_bytes(device, lambda: forward_backward(adapter, task.loss, [batch], num_items, loss_scale))
+        return int(widths[row]), largest_of(shard, peak)
 
     try:
-        return Cost.of_rows(measured(short), measured(long))
+        found, fixed = (measured(short), measured(long)), 0.0
+        if shard is not None:
+            fixed = max(0.0, (REPEATED * found[0][1] - measured(short, REPEATED)[1]) / (REPEATED - 1))
+        return _with_gathered(Cost.of_rows(*found, fixed), shard, device)
     finally:
         adapter.discard_pass()
         adapter.flat.grad.zero_()
@@ -74,22 +85,28 @@ def evaluation_cost(
     largest: Callable[[TokenLimits], tuple[int, int]],
     training: int,
     device: torch.device,
+    shard: ShardedBase | None = None,
 ) -> Cost:
     """From an evaluation of one row at a time, and of two.
 
     Args:
         attempt, largest: as Task.try_evaluation and Task.largest_evaluation_batch.
         training: tokens of a micro-batch.
+        shard: as for training_cost.
     """
 
     def measured(limit: int) -> tuple[int, int]:
         limits = TokenLimits(training, limit)
         rows, width = largest(limits)
-        return rows * width, peak_bytes(device, lambda: attempt(limits))
+        return rows * width, largest_of(shard, peak_bytes(device, lambda: attempt(limits)))
 
     tokens, size = measured(1)
     more_tokens, more = measured(2 * tokens)
     if more_tokens <= tokens:  # there is one row
-        return Cost(0.0, size / tokens)
+        return _with_gathered(Cost(0.0, size / tokens), shard, device)
     each = max(0.0, (more - size) / (more_tokens - tokens))
-    return Cost(max(0.0, size - each * tokens), each)
+    return _with_gathered(Cost(max(0.0, size - each * tokens), each), shard, device)
+
+
+def _with_gathered(cost: Cost, shard: ShardedBase | None, device: torch.device) -> Cost:
+    return cost if shard is None else replace(cost, fixed=cost.fixed + shard.unseen(device))
