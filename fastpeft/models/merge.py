@@ -46,8 +46,9 @@ def merged(model: nn.Module) -> Iterator[Merged]:
     block's end, or an exception in it, puts the same modules back. Only where the device has no room for second
     weights is W overwritten, after it was copied to CPU memory, and copied back at the end, bit for bit.
 
-    Layers over a base of 4 bits or one that is shared out over ranks, disabled or already merged ones, those of several active adapters, of a LoRA variant
-    or with hooks are left as they are, and so are those that there is no memory for. `model` itself must not be one.
+    Layers over a base of 4 bits, or over one that is shared out over ranks, disabled or already merged ones, those of
+    several active adapters, of a LoRA variant or with hooks are left as they are, and so are those that there is no
+    memory for. `model` itself must not be one.
     """
     done, memory = Merged(), _Memory()
     sharing = Counter(p.data_ptr() for _, p in model.named_parameters(remove_duplicate=False))

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, Literal, TypeVar
 
 import numpy as np
@@ -118,8 +118,7 @@ def make_plan(
         shard: its ranks take each pass together, and choose by what the one with the least room has.
 
     Raises:
-        OutOfMemory: on a CPU, a row that does not fit. Of a base that is shared out, where the memory does not suffice to
-            measure a row.
+        OutOfMemory: on a CPU, a row that does not fit; with a `shard`, too little memory to measure one.
     """
     device, model = adapter.flat.data.device, adapter.model
     widths = task.train.widths

@@ -12,11 +12,9 @@ from safetensors.torch import load_file
 from fastpeft.config import ConfigError
 from tests.ranks.conftest import Ranks
 from tests.support.every_kind import run_of_kind
-from tests.support.rank_processes import RankFailed
 from tests.support.rank_runs import assert_same, files_of
 from tests.support.rank_work import built, trained
-from tests.support.tiny import make_model
-from tests.support.tiny_runs import steps_logged, strict_events, weights
+from tests.support.tiny_runs import steps_logged, weights
 
 SHARDED = {"shard_base": True}
 IW_LORA: dict[str, Any] = {
@@ -26,8 +24,11 @@ IW_LORA: dict[str, Any] = {
     "evaluation": {"every": "4steps"},
     "training": {"checkpoint_steps": 2},
 }
-SPLIT = {"micro_batch_tokens": 24, "sampling": "random"}
-"""Into micro-batches of a row or two, of which ranks have unequally many."""
+
+
+def split(kind: str) -> dict[str, Any]:
+    """Settings by which ranks have unequally many micro-batches in one of the first steps."""
+    return {"micro_batch_tokens": 30 if kind == "classification" else 36, "sampling": "random"}
 
 
 def sharded(sections: dict[str, Any]) -> dict[str, Any]:
@@ -54,13 +55,13 @@ def both(files: Path, kind: str, ranks: Ranks, **sections: Any) -> None:
     ],
 )
 def test_it_trains_what_a_whole_base_trains(kind: str, float64_ranks: Ranks, tmp_path: Path) -> None:
-    both(files_of(tmp_path, kind), kind, float64_ranks, training=SPLIT)
+    both(files_of(tmp_path, kind), kind, float64_ranks, training=split(kind))
 
 
 @pytest.mark.parametrize("kind", ["classification", "chat"])
 def test_calibration_and_checkpointed_layers(kind: str, float64_ranks: Ranks, tmp_path: Path) -> None:
     """Both read weights in a backward pass: of the layer that is calibrated, and of one that is computed again."""
-    training = SPLIT | {"checkpoint_layers": True}
+    training = split(kind) | {"checkpoint_layers": True}
     sections = IW_LORA | {"regulariser": {"warmup_steps": 4, "estimator": "exact"}, "training": training}
     both(files_of(tmp_path, kind), kind, float64_ranks, **sections)
 
@@ -70,11 +71,11 @@ def test_calibration_and_checkpointed_layers(kind: str, float64_ranks: Ranks, tm
     "sections",
     [
         {"method": "adalora", "adalora": {"initial_rank": 6, "target_rank": 3, "virtual_steps": 100}},
-        {"method": "sat_lora"},
+        {"method": "sat_lora", "sat_lora": {"num_atoms": 8, "max_extra_flops": 10.0}},
         {"schedule": {"name": "graff", "warmup_steps": 1, "graff": {"regret": "step"}}, "budget": "14steps"},
         {"schedule": {"name": "fot", "warmup_steps": 1, "fot": {"window": 1}}, "budget": "14steps"},
         {"schedule": {"name": "reactor", "warmup_steps": 1}, "budget": "14steps"},
-        {"training": SPLIT | {"padding": "none"}},
+        {"training": split("classification") | {"padding": "none"}},
     ],
     ids=lambda sections: "-".join(
         map(
@@ -106,8 +107,6 @@ def held(files: Path, kind: str, sections: dict[str, Any], folder: Path) -> dict
         if not weight.requires_grad
     }
     batches = MicroBatches(job, 0, "", print)
-    num_passes = len(list(batches))
-    own_passes = len(batches._parts(batches.rows))
     signals = batches.until_it_fits(
         lambda: forward_backward(job.adapter, job.task.loss, batches, batches.num_items, reduce=batches.reduce)
     )
@@ -120,7 +119,6 @@ def held(files: Path, kind: str, sections: dict[str, Any], folder: Path) -> dict
         "flat": job.adapter.flat.data.clone(),
         "gradient": job.adapter.flat.grad.clone(),
         "loss": float(signals.loss),
-        "passes": (own_passes, num_passes),
         "plan": job.plan.describe(),
         "json": job.plan.to_json(),
     }
@@ -131,7 +129,7 @@ def test_each_rank_has_its_own_part_of_the_base_and_all_of_the_adapter(
     kind: str, layer: str, float64_ranks: Ranks, tmp_path: Path
 ) -> None:
     files = files_of(tmp_path, kind)
-    sections = {"adapter": {"dropout": 0.0}, "training": SPLIT}
+    sections = {"adapter": {"dropout": 0.0}, "training": split(kind)}
     first, second = float64_ranks(2)(held, files, kind, sharded(sections), tmp_path / "sharded")
     (alone,) = float64_ranks(1)(held, files, kind, sections, tmp_path / "alone")
     stored = load_file(Path(run_of_kind(files, kind).model.name) / "model.safetensors")
@@ -153,13 +151,21 @@ def test_each_rank_has_its_own_part_of_the_base_and_all_of_the_adapter(
             assert torch.equal(weights(tmp_path / "sharded", rank)[name], tensor)
 
 
-def test_every_rank_takes_as_many_passes(float64_ranks: Ranks, tmp_path: Path) -> None:
-    files = files_of(tmp_path, "classification")
-    sections = {"adapter": {"dropout": 0.0}, "training": SPLIT}
-    passes = [each["passes"] for each in float64_ranks(2)(held, files, "classification", sharded(sections), tmp_path)]
-    own, taken = zip(*passes)
-    assert own[0] != own[1], "the batch does not show it"
-    assert set(taken) == {max(own)}
+def passes_of(files: Path, kind: str, sections: dict[str, Any]) -> list[tuple[int, int]]:
+    """(that count, all) passes of this rank in each of the first steps."""
+    from fastpeft.trainer.micro_batches import MicroBatches
+
+    job = built(files, kind, sections)
+    steps = [list(MicroBatches(job, position, "", print)) for position in range(4)]
+    return [(sum(batch.counts for batch in step), len(step)) for step in steps]
+
+
+@pytest.mark.parametrize("kind", ["classification", "chat"])
+def test_every_rank_takes_as_many_passes(kind: str, float64_ranks: Ranks, tmp_path: Path) -> None:
+    files = files_of(tmp_path, kind)
+    found = list(zip(*float64_ranks(2)(passes_of, files, kind, sharded({"training": split(kind)}))))
+    assert any(first[0] != second[0] for first, second in found), "no step shows it"
+    assert all(first[1] == second[1] == max(first[0], second[0]) for first, second in found)
 
 
 def test_the_plan_counts_the_part(float64_ranks: Ranks, tmp_path: Path) -> None:
@@ -202,7 +208,7 @@ def test_a_run_goes_on_with_a_whole_base_or_a_shared_one(
 
 def test_the_same_ranks_go_on_to_the_same_bits(float64_ranks: Ranks, tmp_path: Path) -> None:
     files = files_of(tmp_path, "classification", dropout=True)
-    own = sharded(IW_LORA | {"training": IW_LORA["training"] | SPLIT})
+    own = sharded(IW_LORA | {"training": IW_LORA["training"] | split("classification")})
     float64_ranks(2)(trained, files, "classification", "unbroken", own)
     float64_ranks(2)(trained, files, "classification", "r", own, False, 4)
     float64_ranks(2)(trained, files, "classification", "r", own, True)
@@ -241,9 +247,7 @@ def test_one_rank_has_nobody_to_share_with(tmp_path: Path) -> None:
 
 
 def test_a_model_that_runs_one_layer_again_and_again(float64_ranks: Ranks, tmp_path: Path) -> None:
-    files = files_of(tmp_path, "classification")
-    make_model(Path(run_of_kind(files, "classification").model.name), "albert", embedding_size=16)
-    both(files, "classification", float64_ranks)
+    both(files_of(tmp_path, "classification", family="albert", embedding_size=16), "classification", float64_ranks)
 
 
 def test_a_weight_that_two_layers_have(tmp_path: Path) -> None:
