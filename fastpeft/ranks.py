@@ -52,28 +52,13 @@ def _or_lost(collective: Callable[P, T]) -> Callable[P, T]:
         try:
             return collective(*args, **kwargs)
         except RuntimeError as error:
-            raise _lost(error) from None
+            said, _, _ = str(error).partition(". ")
+            raise RankLost(
+                "another rank has ended without a message: it was killed, or its host is gone. Resume the run with "
+                f"--resume, or give the launcher --max-restarts ({said})"
+            ) from None
 
     return guarded
-
-
-def _lost(error: RuntimeError) -> RankLost:
-    said, _, _ = str(error).partition(". ")
-    return RankLost(
-        "another rank has ended without a message: it was killed, or its host is gone. Resume the run with "
-        f"--resume, or give the launcher --max-restarts ({said})"
-    )
-
-
-@contextmanager
-def lost_is_told() -> Iterator[None]:
-    """A collective of torch's own, in which another rank does not take part, becomes RankLost."""
-    try:
-        yield
-    except RuntimeError as error:
-        if not (isinstance(error, dist.DistBackendError) or "gloo" in str(error)):
-            raise
-        raise _lost(error) from None
 
 
 class Ranks:
@@ -117,6 +102,12 @@ class Ranks:
         found = torch.tensor([value], dtype=torch.int64)
         dist.all_reduce(found, dist.ReduceOp.MAX)
         return int(found)
+
+    @_or_lost
+    def gather_into(self, whole: torch.Tensor, own: torch.Tensor, group: Any, async_op: bool) -> Any:
+        """All-gather: the ranks' tensors of one size one behind another, in `whole`. Returns what to wait for, where
+        that is asked for."""
+        return dist.all_gather_into_tensor(whole, own, group=group, async_op=async_op)
 
     @_or_lost
     def take_first(self, tensor: torch.Tensor) -> None:

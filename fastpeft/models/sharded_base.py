@@ -11,12 +11,13 @@ weight of a layer may be read outside of the layer's own pass.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
+from torch.utils._python_dispatch import _disable_current_modes
 
 from fastpeft.errors import UserError
 from fastpeft.models.backbone import Backbone
@@ -34,15 +35,10 @@ class ShardedBase:
     own: int
     """Of all layers, on the rank that has the most."""
     gathered: int
-    """Of whole weights on a rank at a time: those of the layer that is computed, and of the next one, which come
-    meanwhile."""
+    """Of whole weights on a rank at a time: those of the layer that is computed, the buffer that they came in, and that
+    of the next layer's. Counting the tensors that a pass makes does not find them."""
     everywhere: int
     """Of what every rank has whole: embeddings, norms, heads."""
-
-    def unseen(self, device: torch.device) -> int:
-        """Of `gathered`, what counting the tensors that a pass makes does not find: on a CPU the memory of gathered
-        weights comes and goes under tensors that stay."""
-        return self.gathered if device.type == "cpu" else 0
 
 
 def load_sharded(load: Callable[[], Backbone], ranks: Ranks, device: torch.device) -> tuple[Backbone, ShardedBase]:
@@ -92,9 +88,11 @@ def _shard(backbone: Backbone, mesh: Any, ranks: Ranks, device: torch.device) ->
     _check(model, layers)
     sizes = [sum(weight.nbytes for weight in layer.parameters()) for layer in layers]
     everywhere = sum(weight.nbytes for weight in model.parameters()) - sum(sizes)
+    gather = _Gather(ranks)
     for layer in layers:
         scalars = {weight for weight in layer.parameters() if weight.ndim == 0}  # of which there are no parts
-        fully_shard(layer, mesh=mesh, reshard_after_forward=True, ignored_params=scalars)
+        made = fully_shard(layer, mesh=mesh, reshard_after_forward=True, ignored_params=scalars)
+        made.set_custom_all_gather(gather)
     model.to(device)  # pyright: ignore[reportArgumentType] (the signature of transformers' own takes no device)
     # What calls the layers has no weight of its own to gather. With it they know each other, and the weights of the
     # next one come while one is computed.
@@ -102,7 +100,23 @@ def _shard(backbone: Backbone, mesh: Any, ranks: Ranks, device: torch.device) ->
     fully_shard(entry, mesh=mesh, ignored_params=set(entry.parameters()))
     # The first rank's parts are the largest: where a weight's rows cannot be shared evenly, the last ranks have fewer.
     own = sum(_largest_part(weight, ranks.size) for layer in layers for weight in layer.parameters())
-    return ShardedBase(ranks, sum(sizes), own, 2 * max(sizes), everywhere)
+    return ShardedBase(ranks, sum(sizes), own, 3 * max(sizes), everywhere)
+
+
+class _Gather:
+    """FSDP's own all-gather, but that a rank which has ended is told as in all collectives."""
+
+    def __init__(self, ranks: Ranks) -> None:
+        self._ranks = ranks
+
+    def allocate(self, size: Sequence[int], *, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+        with _disable_current_modes():  # no part of what peak_memory counts: with weights that come and go in it, the
+            return torch.empty(size, dtype=dtype, device=device)  # peak of a short pass says nothing of a long one's
+
+    def __call__(
+        self, output_tensor: torch.Tensor, input_tensor: torch.Tensor, group: Any, async_op: bool = False
+    ) -> Any:
+        return self._ranks.gather_into(output_tensor, input_tensor, group, async_op)
 
 
 def _largest_part(weight: torch.Tensor, num_ranks: int) -> int:

@@ -250,7 +250,7 @@ def _largest_evaluation(
     counted = _unless_short(lambda: largest_of(shard, peak_bytes(device, attempt)), shard)
     if counted is None:
         return foretold
-    return float(counted) + (0 if shard is None else shard.unseen(device))
+    return float(counted) + (0 if shard is None else shard.gathered)
 
 
 def _unless_short(measure: Callable[[], T], shard: ShardedBase | None) -> T | None:

@@ -16,8 +16,6 @@ from fastpeft.trainer.peak_memory import peak_bytes
 from fastpeft.trainer.rng import generator_states, set_generator_states
 from fastpeft.trainer.step import forward_backward
 
-REPEATED = 4
-
 
 @dataclass(frozen=True)
 class Cost:
@@ -39,11 +37,11 @@ class Cost:
         return int(max(0.0, room - self.fixed) / max(1.0, self.each(width)))
 
     @classmethod
-    def of_rows(cls, short: tuple[int, float], long: tuple[int, float], fixed: float = 0.0) -> Cost:
-        """From (tokens, bytes) of two rows, the first no longer than the second, and the bytes of any pass."""
-        (width, size), (other, other_size) = ((tokens, held - fixed) for tokens, held in (short, long))
+    def of_rows(cls, short: tuple[int, float], long: tuple[int, float]) -> Cost:
+        """From (tokens, bytes) of two rows, the first no longer than the second."""
+        (width, size), (other, other_size) = short, long
         square = 0.0 if other <= width else max(0.0, (other_size / other - size / width) / (other - width))
-        return cls(fixed, max(0.0, size / width - square * width), square)
+        return cls(0.0, max(0.0, size / width - square * width), square)
 
 
 def training_cost(
@@ -54,8 +52,8 @@ def training_cost(
     Random numbers and what layers keep of a pass are as they were; gradients are 0.
 
     Args:
-        shard: all of its ranks take these passes, and what the one takes that takes the most counts. They gather
-            weights in each pass, however short its rows are: that is told apart, by REPEATED of the shortest row.
+        shard: all of its ranks take these passes, and what the one takes that takes the most counts. The weights that
+            each pass gathers, however short its rows are, are not counted but known.
     """
     device, widths = adapter.flat.data.device, task.train.widths
     order = np.argsort(widths, kind="stable")
@@ -63,17 +61,15 @@ def training_cost(
     long = int(order[min(int(np.searchsorted(widths[order], 2 * widths[short])), len(order) - 1)])
     generators = generator_states(device)
 
-    def measured(row: int, count: int = 1) -> tuple[int, float]:
-        rows = np.full(count, row)
+    def measured(row: int) -> tuple[int, float]:
+        rows = np.array([row])
         batch, num_items = task.collate(rows, device), max(1, task.num_items(rows))
-        peak = peak_bytes(device, lambda: forward_backward(adapter, task.loss, [batch], num_items, loss_scale))
-        return int(widths[row]), largest_of(shard, peak)
+        return int(widths[row]), _peak(
+            device, lambda: forward_backward(adapter, task.loss, [batch], num_items, loss_scale), shard
+        )
 
     try:
-        found, fixed = (measured(short), measured(long)), 0.0
-        if shard is not None:
-            fixed = max(0.0, (REPEATED * found[0][1] - measured(short, REPEATED)[1]) / (REPEATED - 1))
-        return _with_gathered(Cost.of_rows(*found, fixed), shard, device)
+        return _with_gathered(Cost.of_rows(measured(short), measured(long)), shard)
     finally:
         adapter.discard_pass()
         adapter.flat.grad.zero_()
@@ -98,15 +94,19 @@ def evaluation_cost(
     def measured(limit: int) -> tuple[int, int]:
         limits = TokenLimits(training, limit)
         rows, width = largest(limits)
-        return rows * width, largest_of(shard, peak_bytes(device, lambda: attempt(limits)))
+        return rows * width, _peak(device, lambda: attempt(limits), shard)
 
     tokens, size = measured(1)
     more_tokens, more = measured(2 * tokens)
     if more_tokens <= tokens:  # there is one row
-        return _with_gathered(Cost(0.0, size / tokens), shard, device)
+        return _with_gathered(Cost(0.0, size / tokens), shard)
     each = max(0.0, (more - size) / (more_tokens - tokens))
-    return _with_gathered(Cost(max(0.0, size - each * tokens), each), shard, device)
+    return _with_gathered(Cost(max(0.0, size - each * tokens), each), shard)
 
 
-def _with_gathered(cost: Cost, shard: ShardedBase | None, device: torch.device) -> Cost:
-    return cost if shard is None else replace(cost, fixed=cost.fixed + shard.unseen(device))
+def _peak(device: torch.device, work: Callable[[], object], shard: ShardedBase | None) -> int:
+    return largest_of(shard, peak_bytes(device, work, by_tensors=shard is not None))
+
+
+def _with_gathered(cost: Cost, shard: ShardedBase | None) -> Cost:
+    return cost if shard is None else replace(cost, fixed=cost.fixed + shard.gathered)

@@ -15,7 +15,7 @@ from fastpeft.config import RunConfig, run_from_values, run_values, save_run
 from fastpeft.config.trackers import TRACKERS
 from fastpeft.device_memory import high_water_bytes
 from fastpeft.models.backbone import quiet_transformers
-from fastpeft.ranks import join, lost_is_told
+from fastpeft.ranks import join
 from fastpeft.runs.events import Event, number
 from fastpeft.runs.store import Result, RunFolder, default_name, write_json
 from fastpeft.runs.system import Heartbeat, environment, git_commit
@@ -122,7 +122,6 @@ def train(
             stop,
             _torch_settings(resolved.run),
             out_of_memory_is_told(),
-            lost_is_told(),
             quiet_transformers(keep_bars=True),
         ):
             _say_stand_in(reporter, resolved)
@@ -164,7 +163,7 @@ def _follow(orders: Orders) -> Result:
     if "result" in told:
         return Result(**told["result"])
     run = run_from_values(told["run"], told["run"]["run_id"])
-    with orders.stop, _torch_settings(run), out_of_memory_is_told(), lost_is_told(), quiet_transformers():
+    with orders.stop, _torch_settings(run), out_of_memory_is_told(), quiet_transformers():
         job = build_job(run, None, told["score_test"], orders)
         begin_together(job)
         Follower(job, told["resumes"]).run()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from safetensors.torch import load_file
 from fastpeft.config import ConfigError
 from tests.ranks.conftest import Ranks
 from tests.support.every_kind import run_of_kind
+from tests.support.rank_children import ENDLESS, children, options
 from tests.support.rank_runs import assert_same, files_of
 from tests.support.rank_work import built, trained
 from tests.support.tiny_runs import steps_logged, weights
@@ -140,7 +142,8 @@ def test_each_rank_has_its_own_part_of_the_base_and_all_of_the_adapter(
         assert part.numel() == other.numel() == alone["whole"][name].numel() / 2
         if part.ndim > 1:
             assert not torch.equal(part, other)
-        assert torch.equal(torch.cat([part, other]), stored.get(name, stored.get(name.partition(".")[2])))
+        wanted = stored[name] if name in stored else stored[name.partition(".")[2]]  # an encoder's file has no prefix
+        assert torch.equal(torch.cat([part, other]), wanted)
     for name in ("flat", "gradient"):
         assert torch.equal(first[name], second[name])
         torch.testing.assert_close(first[name], alone[name], rtol=1e-12, atol=1e-12)
@@ -169,14 +172,17 @@ def test_every_rank_takes_as_many_passes(kind: str, float64_ranks: Ranks, tmp_pa
 
 
 def test_the_plan_counts_the_part(float64_ranks: Ranks, tmp_path: Path) -> None:
-    files = files_of(tmp_path, "chat")
-    first, second = float64_ranks(2)(held, files, "chat", sharded({}), tmp_path)
-    assert first["json"] | {"held_mb": 0} == second["json"] | {"held_mb": 0}
+    files = files_of(tmp_path, "classification")
+    first, second = float64_ranks(2)(held, files, "classification", sharded({}), tmp_path / "sharded")
+    (alone,) = float64_ranks(1)(held, files, "classification", {}, tmp_path / "alone")
+    assert first["plan"] == second["plan"]
     whole = sum(8 * part.numel() for each in (first, second) for part in each["parts"].values())
     everywhere = sum(8 * weight.numel() for weight in first["whole"].values())
     told = f"of the base's layers {whole / 1e3:.0f} kB, of which each of 2 ranks holds {whole / 2e3:.0f} kB"
     assert told in first["plan"]
     assert f"{everywhere / 1e3:.0f} kB beside them on every rank" in first["plan"]
+    for name in ("bytes_per_token", "bytes_per_evaluation_token"):  # gathered weights are no token's
+        assert math.isclose(first["json"][name], alone["json"][name], rel_tol=0.05)
 
 
 # ---- checkpoints -----------------------------------------------------------------------------
@@ -235,6 +241,19 @@ def test_the_same_ranks_go_on_to_the_same_bits(float64_ranks: Ranks, tmp_path: P
 def test_weights_that_cannot_be_shared_out(kind: str, sections: dict, said: str, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=said):
         run_of_kind(tmp_path, kind, **sharded(sections))
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("killed", [0, 1])
+def test_a_rank_that_is_killed_ends_the_other(killed: int, tmp_path: Path) -> None:
+    """In the middle of gathering, most likely, which is all that these ranks do."""
+    with children(tmp_path, *options(tmp_path, ENDLESS, "training.shard_base=true")) as ranks:
+        ranks.wait_for_step(tmp_path / "results" / "r", 5)
+        ranks.ranks[killed].kill()
+        assert ranks.ends()[1 - killed] == 1
+        if killed:
+            (message,) = ranks.messages()
+            assert "another rank has ended" in message
 
 
 def test_one_rank_has_nobody_to_share_with(tmp_path: Path) -> None:
