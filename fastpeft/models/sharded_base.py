@@ -92,7 +92,7 @@ def _shard(backbone: Backbone, mesh: Any, ranks: Ranks, device: torch.device) ->
     for layer in layers:
         scalars = {weight for weight in layer.parameters() if weight.ndim == 0}  # of which there are no parts
         made = fully_shard(layer, mesh=mesh, reshard_after_forward=True, ignored_params=scalars)
-        made.set_custom_all_gather(gather)
+        made.set_custom_all_gather(gather)  # pyright: ignore[reportArgumentType] (all that is called of it is there)
     model.to(device)  # pyright: ignore[reportArgumentType] (the signature of transformers' own takes no device)
     # What calls the layers has no weight of its own to gather. With it they know each other, and the weights of the
     # next one come while one is computed.
