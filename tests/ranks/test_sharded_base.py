@@ -185,6 +185,28 @@ def test_the_plan_counts_the_part(float64_ranks: Ranks, tmp_path: Path) -> None:
         assert math.isclose(first["json"][name], alone["json"][name], rel_tol=0.05)
 
 
+def interrupted(files: Path, kind: str, sections: dict[str, Any]) -> bool:
+    """Whether an evaluation ends without a score on this rank, where rank 1 alone is asked to stop."""
+    import signal
+
+    from fastpeft.trainer.follower import Follower
+
+    job = built(files, kind, sections)
+    if job.ranks.rank > 0:
+        job.orders.stop.signal = signal.SIGTERM
+        Follower(job, resumes=False).run()
+        return job.orders.stop()
+    with job.orders.evaluation(job.adapter.flat.data, job.limits):
+        score = job.task.evaluate(job.adapter.model, job.limits, job.orders.asked_to_stop, None)
+    job.orders.end()
+    return score is None and job.orders.stop()
+
+
+@pytest.mark.parametrize("kind", ["classification", "word-problems"])
+def test_all_ranks_leave_an_evaluation_before_the_same_batch(kind: str, float64_ranks: Ranks, tmp_path: Path) -> None:
+    assert float64_ranks(2)(interrupted, files_of(tmp_path, kind), kind, sharded({})) == [True, True]
+
+
 # ---- checkpoints -----------------------------------------------------------------------------
 
 
