@@ -36,6 +36,7 @@ P = ParamSpec("P")
 T = TypeVar("T")
 
 _c10d: Any = dist  # its stores and its rendezvous are public and documented, and its stubs do not export them
+_all_gather: Any = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # as it was named before
 
 
 class RankLost(UserError):
@@ -107,7 +108,7 @@ class Ranks:
     def gather_into(self, whole: torch.Tensor, own: torch.Tensor, group: Any, async_op: bool) -> Any:
         """All-gather: the ranks' tensors of one size one behind another, in `whole`. Returns what to wait for, where
         that is asked for."""
-        return dist.all_gather_into_tensor(whole, own, group=group, async_op=async_op)
+        return _all_gather(whole, own, group=group, async_op=async_op)
 
     @_or_lost
     def take_first(self, tensor: torch.Tensor) -> None:

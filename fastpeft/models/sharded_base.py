@@ -11,6 +11,7 @@ weight of a layer may be read outside of the layer's own pass.
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -60,6 +61,7 @@ def load_sharded(load: Callable[[], Backbone], ranks: Ranks, device: torch.devic
         if turn == ranks.local_rank:
             backbone = load()
             loaded = backbone, _shard(backbone, mesh, ranks, device)
+            gc.collect()  # whole weights in circles of references would stay on the host
         ranks.most(turn)  # none goes on before the one whose turn it is
     assert loaded is not None
     backbone, shard = loaded
