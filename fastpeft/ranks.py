@@ -36,6 +36,7 @@ P = ParamSpec("P")
 T = TypeVar("T")
 
 _c10d: Any = dist  # its stores and its rendezvous are public and documented, and its stubs do not export them
+_all_gather: Any = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # as it was named before
 
 
 class RankLost(UserError):
@@ -93,6 +94,21 @@ class Ranks:
         """All-reduce: the sum over the ranks, in place, the same bits on each."""
         if self.size > 1:
             dist.all_reduce(tensor)
+
+    @_or_lost
+    def most(self, value: int) -> int:
+        """The largest of the ranks' values. Does not wait for a device."""
+        if self.size == 1:
+            return value
+        found = torch.tensor([value], dtype=torch.int64)
+        dist.all_reduce(found, dist.ReduceOp.MAX)
+        return int(found)
+
+    @_or_lost
+    def gather_into(self, whole: torch.Tensor, own: torch.Tensor, group: Any, async_op: bool) -> Any:
+        """All-gather: the ranks' tensors of one size one behind another, in `whole`. Returns what to wait for, where
+        that is asked for."""
+        return _all_gather(whole, own, group=group, async_op=async_op)
 
     @_or_lost
     def take_first(self, tensor: torch.Tensor) -> None:

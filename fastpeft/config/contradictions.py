@@ -27,6 +27,7 @@ def contradictions(run: RunConfig) -> Iterator[str]:
             f"model.quantisation: {run.model.quantisation} freezes the weights that method {method.name} trains; leave "
             "it out, or take a method with an adapter"
         )
+    yield from _sharding(run, method)
     if run.dataset.labels is not None and len(set(run.dataset.labels)) < max(2, len(run.dataset.labels)):
         yield f"dataset.labels: expected two or more different names, got {run.dataset.labels}"
     yield from _hub(run.dataset)
@@ -51,6 +52,22 @@ def _of_members(run: RunConfig, optimizer: OptimizerEntry) -> Iterator[str]:
         own = family.own_section(run)
         if hasattr(own, "problems"):
             yield from own.problems(beside)
+
+
+def _sharding(run: RunConfig, method: MethodEntry) -> Iterator[str]:
+    """Weights that cannot be shared out over the ranks."""
+    if not run.training.shard_base:
+        return
+    if method.trains_backbone:
+        yield (
+            f"training.shard_base: shares out weights that are frozen, and method {method.name} trains them; leave it "
+            "out, or take a method with an adapter"
+        )
+    if run.model.quantisation != "none":
+        yield (
+            f"training.shard_base: a weight in {run.model.quantisation} is codes that mean nothing without constants "
+            "kept beside them, and only weights are gathered; leave out one of it and model.quantisation"
+        )
 
 
 def _limits(run: RunConfig, optimizer: OptimizerEntry) -> Iterator[str]:

@@ -160,6 +160,9 @@ class TrainingConfig:
     checkpoint_layers: SwitchOrAuto = "auto"
     """Keep of each layer its input alone, and compute the rest again in the backward pass: a third more work for a
     fraction of the memory. auto: where the longest row does not fit otherwise."""
+    shard_base: bool = False
+    """On several ranks, for a base that does not fit one device: each holds a part of the frozen layers' weights, and a
+    layer's are gathered for its pass (FSDP2). off: every rank has the whole base."""
     cuda_graphs: Annotated[Literal["off", "auto"], OrOff()] = "off"
     """auto: on a GPU a whole step is captured once for each of a few shapes of batches, and replayed as one launch. A
     run that cannot be captured launches each operation, and says why."""

@@ -138,6 +138,8 @@ class Batch:
     rows: torch.Tensor | None = None
     """Of a language model: the positions with a label, of the N * L flattened, int64."""
     sequences: Sequences | None = None
+    counts: bool = True
+    """False: the pass is taken because other ranks take one, and its loss is 0 times what it would be."""
 
 
 class Batches:

@@ -20,6 +20,7 @@ from torch import nn
 from fastpeft.device_memory import is_out_of_memory
 from fastpeft.kernels.ops.lora_linear.op import DTYPES
 from fastpeft.models.layers import active_adapter, has_hooks, is_bare, is_fused
+from fastpeft.models.sharded_base import is_sharded
 
 _HOST = torch.device("cpu")
 _SHARE_OF_FREE = 0.5
@@ -45,8 +46,9 @@ def merged(model: nn.Module) -> Iterator[Merged]:
     block's end, or an exception in it, puts the same modules back. Only where the device has no room for second
     weights is W overwritten, after it was copied to CPU memory, and copied back at the end, bit for bit.
 
-    Layers over a base of 4 bits, disabled or already merged ones, those of several active adapters, of a LoRA variant
-    or with hooks are left as they are, and so are those that there is no memory for. `model` itself must not be one.
+    Layers over a base of 4 bits, or over one that is shared out over ranks, disabled or already merged ones, those of
+    several active adapters, of a LoRA variant or with hooks are left as they are, and so are those that there is no
+    memory for. `model` itself must not be one.
     """
     done, memory = Merged(), _Memory()
     sharing = Counter(p.data_ptr() for _, p in model.named_parameters(remove_duplicate=False))
@@ -127,6 +129,8 @@ def _merge(base: nn.Linear, factors: tuple[torch.Tensor, torch.Tensor, float], u
 def _factors(layer: Any) -> tuple[torch.Tensor, torch.Tensor, float] | str:
     """A (R x I), B (O x R) and s; or why the layer cannot be merged."""
     base = layer.base_layer
+    if is_sharded(getattr(base, "weight", None)):
+        return "its weight is shared out over the ranks"
     if not is_bare(base, nn.Linear) or type(base.weight) is not nn.Parameter or base.weight.dtype not in DTYPES:
         return f"the base layer is {type(base).__name__}, not a plain nn.Linear"
     if not is_fused(layer):

@@ -24,6 +24,7 @@ from fastpeft.errors import UserError
 from fastpeft.kernels import dispatch
 from fastpeft.models.backbone import Backbone, layer_shape
 from fastpeft.models.precision import DTYPES, Precision, choose_precision, name_of
+from fastpeft.models.sharded_base import load_sharded
 from fastpeft.ranks import Ranks
 from fastpeft.schedules import Schedule, make_schedule
 from fastpeft.signals import Blocks
@@ -38,7 +39,9 @@ from fastpeft.trainer.optim import Optimizer, adam_moments, make_optimizer
 from fastpeft.trainer.padding import lay_out, make_batches
 from fastpeft.trainer.prefix_cache import PrefixCache
 from fastpeft.trainer.probes.hooks import NoProbes, Probes, make_probes
-from fastpeft.trainer.rank_orders import NO_ORDERS, Orders
+from fastpeft.trainer.rank_orders import NO_ORDERS, SMALLER_EVALUATION, Orders
+
+_HOST = torch.device("cpu")
 
 
 @dataclass
@@ -97,6 +100,9 @@ def build_job(
     """
     ranks = orders.ranks
     device = ranks.device()
+    is_shared = run.training.shard_base and ranks.size > 1
+    if is_shared:
+        orders.in_step = ranks
     phases.begin("data", f"reading {run.dataset.path or run.dataset.name}")
     task = load_task(run.dataset, run.evaluation, run.training.seed)
     phases.begin("model", f"loading {run.model.name}")
@@ -104,7 +110,10 @@ def build_job(
     dtype = precision.dtype
     torch.manual_seed(run.training.seed)
     method = method_class(run.method)
-    backbone = task.load_model(run.model, dtype, device, method.trains_backbone)
+    if is_shared:
+        backbone, shard = load_sharded(lambda: task.load_model(run.model, dtype, _HOST), ranks, device)
+    else:
+        backbone, shard = task.load_model(run.model, dtype, device, method.trains_backbone), None
     adapter = method.build(run.adapter, METHODS.own_section(run), backbone)
     adapter.model.train()
     if run.training.fit_head:
@@ -114,7 +123,7 @@ def build_job(
         task.encode(backbone, device)
     if not score_test:
         task.has_test, task.test_cost = False, 0.0
-    checked = _check(task, adapter, backbone) if run.model.check else []
+    checked = _check(task, adapter, backbone, orders) if run.model.check else []
     checked += lay_out(run, task, adapter, backbone, device)
     schedule = make_schedule(
         run.schedule,
@@ -128,7 +137,7 @@ def build_job(
     batches = make_batches(run, task)
     clock = _clock(run, batches, device, ranks)
     phases.begin("memory", "measuring what a token takes")
-    plan = make_plan(run.training, run.evaluation, adapter, task, batches, optimizer.loss_scale)
+    plan = make_plan(run.training, run.evaluation, adapter, task, batches, optimizer.loss_scale, shard)
     interval = parse_interval(run.evaluation.every)
     evaluations = EvaluationPlan(Interval("fraction", 0.2) if interval.unit == "auto" else interval)
     job = Job(
@@ -174,7 +183,7 @@ def _clock(run: RunConfig, batches: Batches, device: torch.device, ranks: Ranks)
     return BudgetClock(budget, meter=meter)
 
 
-def _check(task: Task, adapter: Adapter, backbone: Backbone) -> list[str]:
+def _check(task: Task, adapter: Adapter, backbone: Backbone, orders: Orders) -> list[str]:
     """Returns what the user should know where there is no room for it: training may still fit, row by row."""
     phases.begin("check", "checking the model")
     try:
@@ -183,6 +192,7 @@ def _check(task: Task, adapter: Adapter, backbone: Backbone) -> list[str]:
     except RuntimeError as error:
         if not is_out_of_memory(error):
             raise
+    orders.refuse_retry("while the model was checked", "Set model.check=off")
     free_memory()  # outside of the handler, whose frames hold the outputs
     return ["the memory is too short to check the model: whether a row's outputs change with its batch is not known"]
 
@@ -264,7 +274,7 @@ def _measure_power(job: Job) -> float:
 
 def _evaluate_for(seconds: float, job: Job) -> None:
     until = time.perf_counter() + seconds
-    while time.perf_counter() < until:
+    while job.orders.in_step.told(time.perf_counter() < until):
         _measure_final(job)
 
 
@@ -282,7 +292,7 @@ def _measure_final(job: Job) -> tuple[float, float]:
     start = time.perf_counter()
     with tempfile.TemporaryDirectory() as folder, job.optimizer.averaged():
         job.adapter.save(Path(folder))
-    evaluation_s /= job.ranks.size
+    evaluation_s /= 1 if job.orders.in_step.size > 1 else job.ranks.size  # ranks in step all take all of it
     return evaluation_s, evaluation_s * (1 + job.task.test_cost) + 2 * (time.perf_counter() - start)
 
 
@@ -294,6 +304,7 @@ def _measure_evaluation(job: Job) -> float | None:
     except RuntimeError as error:
         if not is_out_of_memory(error):
             raise
+        job.orders.refuse_retry("while an evaluation was timed", SMALLER_EVALUATION)
         size = job.task.largest_evaluation_batch(job.limits)
         job.notes.append(job.limits.halve_evaluation(*size, "while an evaluation was timed"))
         return None

@@ -16,6 +16,7 @@ from fastpeft.runs.store import Result, RunFolder, read_json, recover_folder, re
 from fastpeft.tasks.base import Score, Task
 from fastpeft.trainer.build import Job
 from fastpeft.trainer.evaluation_plan import SHARE, EvaluationPlan
+from fastpeft.trainer.rank_orders import SMALLER_EVALUATION
 from fastpeft.trainer.step_log import StepLog
 
 BEST_SCORE = "best.json"
@@ -85,7 +86,7 @@ class Evaluator:
         start_s, start_j = clock.elapsed_s, clock.meter.estimate_j
         num_rows = 0 if task is job.task else task.num_validation
         with job.optimizer.averaged(), job.orders.evaluation(job.adapter.flat.data, job.limits, num_rows):
-            measured = task.evaluate(job.adapter.model, job.limits, self._stop, self._shrink)
+            measured = task.evaluate(job.adapter.model, job.limits, self._asked, self._shrink)
         if measured is None:
             return None
         is_whole = task is job.task
@@ -148,7 +149,7 @@ class Evaluator:
                 job.adapter.load(self._folder.weights(job.adapter.saved_as, best=True))
             averaged = job.optimizer.averaged() if is_last else nullcontext()
             with averaged, job.orders.evaluation(job.adapter.flat.data, job.limits, is_test=True):
-                measured = job.task.evaluate_test(job.adapter.model, job.limits, self._stop, self._shrink)
+                measured = job.task.evaluate_test(job.adapter.model, job.limits, self._asked, self._shrink)
         finally:
             job.adapter.flat.data.copy_(kept)
         if measured is None:
@@ -160,8 +161,14 @@ class Evaluator:
         self.write_result()
         return True
 
+    def _asked(self) -> bool:
+        """Whether to stop."""
+        orders = self._job.orders
+        return orders.asked_to_stop() if orders.in_step.size > 1 else self._stop()
+
     def _shrink(self, num_rows: int, width: int) -> int:
         limits = self._job.limits
+        self._job.orders.refuse_retry("in an evaluation", SMALLER_EVALUATION)
         self._log.warn(limits.halve_evaluation(num_rows, width, f"in the evaluation at step {self._job.clock.steps}"))
         return limits.evaluation
 

@@ -14,14 +14,14 @@ from fastpeft.adapters import method_class
 from fastpeft.config import ConfigError, RunConfig
 from fastpeft.device_memory import TokenLimits, free_memory
 from fastpeft.errors import UserError
-from fastpeft.ranks import Ranks, together
+from fastpeft.ranks import Ranks
 from fastpeft.tasks import Task
 from fastpeft.trainer.build import Job
 from fastpeft.trainer.calibrate import follow_calibration
 from fastpeft.trainer.checkpoint_files import Checkpoint, State, joined, split
 from fastpeft.trainer.loop import take_step
 from fastpeft.trainer.micro_batches import MicroBatches
-from fastpeft.trainer.rank_orders import Act, Order
+from fastpeft.trainer.rank_orders import SMALLER_EVALUATION, Act, Order
 from fastpeft.trainer.rng import GlobalRng, generator_states, set_generator_states
 
 _SHARED = ("parameters", "adapter", "optimizer", "schedule", "probes", "rng")
@@ -29,8 +29,11 @@ _SHARED = ("parameters", "adapter", "optimizer", "schedule", "probes", "rng")
 
 
 def refuse_ranks(run: RunConfig, ranks: Ranks) -> None:
-    """Raises ConfigError for a run that several ranks cannot train."""
+    """Raises ConfigError for a run that so many ranks cannot train."""
     if ranks.size == 1:
+        if run.training.shard_base:
+            told = "training.shard_base shares the base out over several ranks: set --ranks, or leave it out"
+            raise ConfigError("one rank", [told])
         return
     problems, alone = [], "train it without --ranks"
     reason = method_class(run.method).needs_one_rank
@@ -139,10 +142,15 @@ class Follower:
             job.ranks.take_first(data)
             if not is_test and not torch.equal(own, data):
                 raise RuntimeError(f"the parameters of rank {job.ranks.rank} are no longer those of rank 0")
-            with together(job.ranks):
+            with job.orders.shared_out():
                 task = self._task(int(num_rows))
                 score = task.evaluate_test if is_test else task.evaluate
-                score(job.adapter.model, limits, self._asked, lambda rows, width: self._shrink(limits, rows, width))
+                score(
+                    job.adapter.model,
+                    limits,
+                    job.orders.asked_to_stop,
+                    lambda rows, width: self._shrink(limits, rows, width),
+                )
         data.copy_(kept)
         job.orders.agree()
         free_memory()
@@ -154,10 +162,8 @@ class Follower:
             self._samples = {num_rows: job.task.sampled(num_rows, job.backbone, job.device)}
         return self._samples[num_rows] if num_rows else job.task
 
-    def _asked(self) -> bool:
-        return self._job.orders.stop()
-
     def _shrink(self, limits: TokenLimits, num_rows: int, width: int) -> int:
+        self._job.orders.refuse_retry("in an evaluation", SMALLER_EVALUATION)
         self._warn(limits.halve_evaluation(num_rows, width, "in an evaluation"))
         return limits.evaluation
 

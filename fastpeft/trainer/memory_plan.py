@@ -34,6 +34,7 @@ from fastpeft.device_memory import (
     resident_bytes,
 )
 from fastpeft.models.checkpointed_layers import checkpoint_layers
+from fastpeft.models.sharded_base import ShardedBase, largest_of
 from fastpeft.tasks import Task
 from fastpeft.trainer.pass_cost import Cost, evaluation_cost, training_cost
 from fastpeft.trainer.peak_memory import peak_bytes
@@ -65,14 +66,17 @@ class MemoryPlan:
     checkpointed: bool
     notes: tuple[str, ...] = ()
     """What the user should know beside the choice."""
+    shard: ShardedBase | None = None
+    """None: this process has the whole base."""
 
     def describe(self) -> str:
         """The choice in one line."""
         layers = ", layers computed again in the backward pass" if self.checkpointed else ""
+        shard = "" if self.shard is None else f"; {_of_base(self.shard)}"
         return (
             f"memory: micro-batches of at most {self.limits.training:,} tokens, {size(self.training)} each{layers}; "
             f"evaluation batches of {self.limits.evaluation:,}, {size(self.evaluation)} each; {size(self.peak)} at the "
-            f"peak, {size(self.held)} of them throughout; {size(self.free)} are free"
+            f"peak, {size(self.held)} of them throughout; {size(self.free)} are free{shard}"
         )
 
     def keep_within(self) -> list[str]:
@@ -96,7 +100,7 @@ class MemoryPlan:
             "peak_mb": round(self.peak / 2**20, 1),
             "free_mb": round(self.free / 2**20, 1),
             "checkpointed": self.checkpointed,
-        }
+        } | ({} if self.shard is None else {"base_shard_mb": round(self.shard.own / 2**20, 1)})
 
 
 def make_plan(
@@ -106,24 +110,28 @@ def make_plan(
     task: Task,
     batches: Batches,
     loss_scale: torch.Tensor | None = None,
+    shard: ShardedBase | None = None,
 ) -> MemoryPlan:
     """Measure a few passes and choose. Puts checkpoints round the model's layers where they are wanted or needed.
 
+    Args:
+        shard: its ranks take each pass together, and choose by what the one with the least room has.
+
     Raises:
-        OutOfMemory: on a CPU, a row that does not fit.
+        OutOfMemory: on a CPU, a row that does not fit; with a `shard`, too little memory to measure one.
     """
     device, model = adapter.flat.data.device, adapter.model
     widths = task.train.widths
     longest, usual = int(widths.max()), float((widths**2.0).sum() / widths.sum())
     wants_checkpoints = training.checkpoint_layers is True
     checkpointed = wants_checkpoints and checkpoint_layers(model) > 0
-    cost = _unless_short(lambda: training_cost(adapter, task, loss_scale))
+    cost = _unless_short(lambda: training_cost(adapter, task, loss_scale, shard), shard)
     free_memory()
     to_come = MOMENTS * adapter.flat.data.nbytes
-    held, free = resident_bytes(device) + to_come, max(0, free_bytes(device) - to_come)
+    held, free = largest_of(shard, resident_bytes(device)) + to_come, max(0, _least_free(device, shard) - to_come)
     if training.checkpoint_layers == "auto" and (cost is None or cost.tokens(SHARE * free, longest) < longest):
         checkpointed = checkpoint_layers(model) > 0
-        cost = _unless_short(lambda: training_cost(adapter, task, loss_scale))
+        cost = _unless_short(lambda: training_cost(adapter, task, loss_scale, shard), shard)
     if cost is None:
         told = "the memory is too short to measure what a row takes: rows go through the model one by one"
         return MemoryPlan(TokenLimits(1, 1), 0.0, 0.0, held, held, free, TokenLimits(1, 1), checkpointed, (told,))
@@ -144,13 +152,14 @@ def make_plan(
             model.train()
 
     evaluated, fit.evaluation, more = plan_evaluation(
-        evaluation.batch_tokens, attempt, task.largest_evaluation_batch, limits, model
+        evaluation.batch_tokens, attempt, task.largest_evaluation_batch, limits, model, shard
     )
     largest = math.prod(task.largest_evaluation_batch(limits))
-    evaluation_bytes = _largest_evaluation(evaluated.bytes(largest, 0), lambda: attempt(limits), device)
-    peak = max(high_water_bytes(device), held + max(_largest_pass(cost, limits.training, batches), evaluation_bytes))
+    evaluation_bytes = _largest_evaluation(evaluated.bytes(largest, 0), lambda: attempt(limits), device, shard)
+    passes = max(_largest_pass(cost, limits.training, batches), evaluation_bytes)
+    peak = max(largest_of(shard, high_water_bytes(device)), held + passes)
     told = (*notes, *more)
-    return MemoryPlan(limits, cost.each(usual), evaluated.linear, held, peak, free, fit, checkpointed, told)
+    return MemoryPlan(limits, cost.each(usual), evaluated.linear, held, peak, free, fit, checkpointed, told, shard)
 
 
 def plan_evaluation(
@@ -159,16 +168,18 @@ def plan_evaluation(
     largest: Callable[[TokenLimits], tuple[int, int]],
     limits: TokenLimits,
     model: nn.Module,
+    shard: ShardedBase | None = None,
 ) -> tuple[Cost, int, list[str]]:
     """Sets `limits.evaluation`. Returns what it was chosen by, the tokens that fit, and what to tell the user.
 
     Args:
         attempt, largest: as Task.try_evaluation and Task.largest_evaluation_batch.
+        shard: as for make_plan.
     """
     device = next(model.parameters()).device
     free_memory()
-    free = free_bytes(device)
-    cost = _unless_short(lambda: evaluation_cost(attempt, largest, limits.training, device))
+    free = _least_free(device, shard)
+    cost = _unless_short(lambda: evaluation_cost(attempt, largest, limits.training, device, shard), shard)
     if cost is None:
         limits.evaluation = 1
         return Cost(0.0, 0.0), 1, ["the memory is too short to measure an evaluation: rows are scored one by one"]
@@ -217,22 +228,40 @@ def _largest_pass(cost: Cost, most: int, batches: Batches) -> float:
     return float(np.max(cost.fixed + tokens * (cost.linear + cost.square * widest)))
 
 
-def _largest_evaluation(foretold: float, attempt: Callable[[], object], device: torch.device) -> float:
+def _of_base(shard: ShardedBase) -> str:
+    return (
+        f"of the base's layers {size(shard.whole)}, of which each of {shard.ranks.size} ranks holds {size(shard.own)} "
+        f"and gathers {size(shard.gathered)} at a time, and {size(shard.everywhere)} beside them on every rank"
+    )
+
+
+def _least_free(device: torch.device, shard: ShardedBase | None) -> int:
+    return -largest_of(shard, -free_bytes(device))
+
+
+def _largest_evaluation(
+    foretold: float, attempt: Callable[[], object], device: torch.device, shard: ShardedBase | None
+) -> float:
     """Bytes of the largest evaluation batch. On a CPU, where running out is a kill without a word, they are counted:
     hundreds of rows take other ways through the model than the two that they were foretold from, which need more."""
     if device.type != "cpu":
         return foretold
     free_memory()
-    counted = _unless_short(lambda: peak_bytes(device, attempt))
-    return foretold if counted is None else float(counted)
+    counted = _unless_short(lambda: largest_of(shard, peak_bytes(device, attempt)), shard)
+    if counted is None:
+        return foretold
+    return float(counted) + (0 if shard is None else shard.gathered)
 
 
-def _unless_short(measure: Callable[[], T]) -> T | None:
-    """None where the memory does not suffice."""
+def _unless_short(measure: Callable[[], T], shard: ShardedBase | None) -> T | None:
+    """None where the memory does not suffice; of a base that is shared out OutOfMemory, for the others are in the same
+    pass."""
     try:
         return measure()
     except RuntimeError as error:
         if not is_out_of_memory(error):
             raise
+        if shard is not None:
+            raise OutOfMemory("while a pass was measured", str(error).splitlines()[0].rstrip(".")) from None
     free_memory()  # outside of the handler, whose frames hold the activations
     return None

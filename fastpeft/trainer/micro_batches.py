@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
@@ -50,6 +51,7 @@ class MicroBatches:
     def __iter__(self) -> Iterator[Batch]:
         job = self._job
         parts = self._parts(self.rows)
+        num_passes = job.orders.in_step.most(len(parts))
         if job.ahead is None:
             made = map(self._collate, parts)
         else:
@@ -59,6 +61,9 @@ class MicroBatches:
             batch = next(made)
             with reading(job.prefix_cache, part, batch, self._collate):
                 yield batch
+        for _ in range(num_passes - len(parts)):
+            self._in_flight = job.batches.encoded.shape(self.batch[:1])
+            yield replace(self._collate(self.batch[:1]), num_tokens=0, counts=False)
         self._in_flight = None
 
     def _collate(self, rows: np.ndarray) -> Batch:
@@ -90,6 +95,7 @@ class MicroBatches:
             except RuntimeError as error:
                 if self._in_flight is None or not is_out_of_memory(error):
                     raise
+                job.orders.refuse_retry(self._where, _SMALLER)
                 if self._is_reduced:
                     raise OutOfMemory(self._where, "the other ranks go on", _SMALLER) from None
             too_large, self._in_flight = self._in_flight, None

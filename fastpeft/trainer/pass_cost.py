@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 
 from fastpeft.adapters import Adapter
 from fastpeft.device_memory import TokenLimits
+from fastpeft.models.sharded_base import ShardedBase, largest_of
 from fastpeft.tasks import Task
 from fastpeft.trainer.peak_memory import peak_bytes
 from fastpeft.trainer.rng import generator_states, set_generator_states
@@ -43,10 +44,16 @@ class Cost:
         return cls(0.0, max(0.0, size / width - square * width), square)
 
 
-def training_cost(adapter: Adapter, task: Task, loss_scale: torch.Tensor | None = None) -> Cost:
+def training_cost(
+    adapter: Adapter, task: Task, loss_scale: torch.Tensor | None = None, shard: ShardedBase | None = None
+) -> Cost:
     """From the shortest row and one about twice as long. What does not grow with a row counts as the tokens'.
 
     Random numbers and what layers keep of a pass are as they were; gradients are 0.
+
+    Args:
+        shard: all of its ranks take these passes, and what the one takes that takes the most counts. The weights that
+            each pass gathers, however short its rows are, are not counted but known.
     """
     device, widths = adapter.flat.data.device, task.train.widths
     order = np.argsort(widths, kind="stable")
@@ -57,12 +64,12 @@ def training_cost(adapter: Adapter, task: Task, loss_scale: torch.Tensor | None 
     def measured(row: int) -> tuple[int, float]:
         rows = np.array([row])
         batch, num_items = task.collate(rows, device), max(1, task.num_items(rows))
-        return int(widths[row]), peak_bytes(
-            device, lambda: forward_backward(adapter, task.loss, [batch], num_items, loss_scale)
+        return int(widths[row]), _peak(
+            device, lambda: forward_backward(adapter, task.loss, [batch], num_items, loss_scale), shard
         )
 
     try:
-        return Cost.of_rows(measured(short), measured(long))
+        return _with_gathered(Cost.of_rows(measured(short), measured(long)), shard)
     finally:
         adapter.discard_pass()
         adapter.flat.grad.zero_()
@@ -74,22 +81,32 @@ def evaluation_cost(
     largest: Callable[[TokenLimits], tuple[int, int]],
     training: int,
     device: torch.device,
+    shard: ShardedBase | None = None,
 ) -> Cost:
     """From an evaluation of one row at a time, and of two.
 
     Args:
         attempt, largest: as Task.try_evaluation and Task.largest_evaluation_batch.
         training: tokens of a micro-batch.
+        shard: as for training_cost.
     """
 
     def measured(limit: int) -> tuple[int, int]:
         limits = TokenLimits(training, limit)
         rows, width = largest(limits)
-        return rows * width, peak_bytes(device, lambda: attempt(limits))
+        return rows * width, _peak(device, lambda: attempt(limits), shard)
 
     tokens, size = measured(1)
     more_tokens, more = measured(2 * tokens)
     if more_tokens <= tokens:  # there is one row
-        return Cost(0.0, size / tokens)
+        return _with_gathered(Cost(0.0, size / tokens), shard)
     each = max(0.0, (more - size) / (more_tokens - tokens))
-    return Cost(max(0.0, size - each * tokens), each)
+    return _with_gathered(Cost(max(0.0, size - each * tokens), each), shard)
+
+
+def _peak(device: torch.device, work: Callable[[], object], shard: ShardedBase | None) -> int:
+    return largest_of(shard, peak_bytes(device, work, by_tensors=shard is not None))
+
+
+def _with_gathered(cost: Cost, shard: ShardedBase | None) -> Cost:
+    return cost if shard is None else replace(cost, fixed=cost.fixed + shard.gathered)

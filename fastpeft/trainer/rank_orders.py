@@ -16,12 +16,13 @@ from typing import NamedTuple
 import torch
 
 from fastpeft import ranks as ranks_module
-from fastpeft.device_memory import TokenLimits
+from fastpeft.device_memory import OutOfMemory, TokenLimits
 from fastpeft.ranks import ALONE, Ranks
 from fastpeft.trainer.interrupt import StopRequest
 from fastpeft.trainer.pass_times import PassTimes
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
+SMALLER_EVALUATION = "Set evaluation.batch_tokens lower"
 
 
 class Act(IntEnum):
@@ -47,7 +48,32 @@ class Orders:
 
     def __init__(self, ranks: Ranks, stop: StopRequest) -> None:
         self.ranks, self.stop = ranks, stop
+        self.in_step: Ranks = ALONE
+        """The ranks whose passes through the model are taken together, as where the base is shared out over them: each
+        takes as many as the others, and none is tried again. ALONE: each has its own."""
         self.pass_times = PassTimes(ranks)
+
+    # ---- all ranks ---------------------------------------------------------------------------
+
+    def shared_out(self) -> AbstractContextManager[None]:
+        """Within, ranks take parts of an evaluation's batches. Those in step do all of it: what they decode would end
+        after other numbers of passes."""
+        return nullcontext() if self.in_step.size > 1 else ranks_module.together(self.ranks)
+
+    def asked_to_stop(self) -> bool:
+        """In an evaluation. Ranks in step stop before the same batch."""
+        if self.in_step.size > 1:
+            self.agree()
+        return self.stop()
+
+    def refuse_retry(self, where: str, advice: str) -> None:
+        """After a pass that ran out of memory. Raises OutOfMemory for ranks in step, whose others are in that pass."""
+        if self.in_step.size > 1:
+            raise OutOfMemory(where, "with training.shard_base no rank can take a pass again by itself", advice)
+
+    def agree(self) -> None:
+        """Every rank hears of the requests to stop; there is no order."""
+        self._exchange()
 
     # ---- rank 0 ------------------------------------------------------------------------------
 
@@ -75,7 +101,7 @@ class Orders:
     ) -> Iterator[None]:
         self._give(Act.SCORE_TEST if is_test else Act.EVALUATE, num_rows, limits.evaluation, limits.training)
         self.ranks.take_first(parameters)
-        with ranks_module.together(self.ranks):
+        with self.shared_out():
             yield
         self.agree()
 
@@ -93,10 +119,6 @@ class Orders:
         act, *values = self._exchange()
         first, second, third = values
         return Order(Act(int(act)), (first, second, third))
-
-    def agree(self) -> None:
-        """Every rank hears of the requests to stop; there is no order."""
-        self._exchange()
 
     def _exchange(self, *mine: float) -> list[float]:
         """A sum: of rank 0's order, of how many ranks each signal has asked to stop, and of each rank's seconds."""

@@ -31,7 +31,9 @@ def same_run(folder: RunFolder, stored: RunConfig, run: RunConfig | None, allow_
     """The stored run, after a check that `run` asks for no other one."""
     if run is not None:
         _refuse(folder, _differing(stored, resolve(run, allow_stand_in).run))
-        stored = dataclasses.replace(stored, **{key: getattr(run, key) for key in TRACKERS.section_keys})
+        training = dataclasses.replace(stored.training, shard_base=run.training.shard_base)
+        trackers = {key: getattr(run, key) for key in TRACKERS.section_keys}
+        stored = dataclasses.replace(stored, training=training, **trackers)
     return resolve(stored, allow_stand_in)
 
 
@@ -42,13 +44,13 @@ def check_same(folder: RunFolder, stored: RunConfig, run: RunConfig) -> None:
 
 
 def _differing(stored: RunConfig, run: RunConfig) -> list[str]:
-    """What would be another run. Trackers change no weight: a resume may ask for others."""
+    """What would be another run. Trackers, and where the base lies, change no weight: a resume may ask for others."""
     free = ("overrides", "stand_in", *TRACKERS.section_keys)
     asked, kept = (dict(_leaves(run_values(r))) for r in (run, stored))
     return [
         f"{key}: {kept.get(key)!r} was stored, {asked.get(key)!r} is asked for"
         for key in sorted(asked.keys() | kept.keys())
-        if key.split(".")[0] not in free and asked.get(key) != kept.get(key)
+        if key.split(".")[0] not in free and key != "training.shard_base" and asked.get(key) != kept.get(key)
     ]
 
 

@@ -89,6 +89,8 @@ def forward_backward(
     for batch in batches:
         with probes.around_pass(batch):
             part = loss(adapter.model, batch, num_items, probes.needs)
+            if not batch.counts:
+                part = BatchLoss(0 * part.loss, {})
             (part.loss if loss_scale is None else part.loss * loss_scale).backward()
         total += part.loss.detach()
         for name, value in part.statistics.items():

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from tests.ranks.conftest import Ranks
-from tests.ranks.test_same_as_one import files_of
 from tests.support.every_kind import run_of_kind
+from tests.support.rank_runs import files_of
 from tests.support.rank_work import trained
 from tests.support.tiny_runs import assert_same_weights, steps_logged, weights
 

@@ -30,3 +30,17 @@ def trained(
     run = run_of_kind(files, kind, **sections)
     found = train(run, results_dir=files, name=name, reporter=Listener(on), stop=stop, resume=resume)
     return asdict(found)
+
+
+def built(files: Path, kind: str, sections: dict[str, Any]) -> Any:
+    """The job of a run of `kind`, on all ranks."""
+    from fastpeft.ranks import join
+    from fastpeft.trainer.build import build_job
+    from fastpeft.trainer.follower import begin_together
+    from fastpeft.trainer.interrupt import StopRequest
+    from fastpeft.trainer.rank_orders import Orders
+    from tests.support.every_kind import run_of_kind
+
+    job = build_job(run_of_kind(files, kind, **sections), orders=Orders(join(), StopRequest()))
+    begin_together(job)
+    return job
