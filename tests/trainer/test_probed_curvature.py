@@ -87,7 +87,7 @@ class Quadratic:
         schedule = SimpleNamespace(rates=rates)
         for step in range(1, num_steps + 1):
             draw = self.noise * torch.randn(len(self.flat.data), generator=self.random)
-            batch = SimpleNamespace(draw=draw, rows=None, num_tokens=1)
+            batch = SimpleNamespace(draw=draw, rows=None, num_tokens=1, counts=True)
             self.probes.begin(step, 0.0, 0.0)
             self.thetas.append(self.flat.data.double())
             train_step(self, schedule, self.optimizer, self.loss, [batch], 1, 0.0, self.probes)
