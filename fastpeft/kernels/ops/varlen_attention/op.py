@@ -171,8 +171,6 @@ def _attend(q_NQHD, k_NLGD, v_NLGD, scale, causal: bool, window: int | None, dro
             bias = bias_of(_seen(q_NQHD.shape[1], window, q_NQHD.device), q_NQHD.dtype)
         return attention(q_NQHD, k_NLHD, v_NLHD, scale, bias, dropout=dropout)
     grouped = q_NQHD.shape[2] != k_NLGD.shape[2]
-    if grouped and _shares_one_at_a_time(k_NLGD):
-        k_NLGD, v_NLGD, grouped = *(for_each_head(x, q_NQHD.shape[2]) for x in (k_NLGD, v_NLGD)), False
     mask = None if window is None else _seen(q_NQHD.shape[1], window, q_NQHD.device)
     y = nn.functional.scaled_dot_product_attention(
         *(x.transpose(1, 2) for x in (q_NQHD, k_NLGD, v_NLGD)),
@@ -182,13 +180,6 @@ def _attend(q_NQHD, k_NLGD, v_NLGD, scale, causal: bool, window: int | None, dro
         enable_gqa=grouped,
     )
     return y.transpose(1, 2).contiguous()
-
-
-def _shares_one_at_a_time(k_NLGD: torch.Tensor) -> bool:
-    """Whether torch's backward on a CPU would have fewer groups of heads than threads, of which it gives each group
-    one: for a single row whose heads share their keys it is slower on two threads than on one (bench/LOG.md)."""
-    groups = k_NLGD.shape[0] * k_NLGD.shape[2]
-    return k_NLGD.device.type == "cpu" and torch.is_grad_enabled() and groups < torch.get_num_threads()
 
 
 def _seen(length: int, window: int | None, device: torch.device) -> torch.Tensor:
