@@ -10,7 +10,7 @@ from types import ModuleType
 import pytest
 import torch
 
-from fastpeft.kernels.ops.varlen_attention import library_attention, op
+from fastpeft.kernels.ops.varlen_attention import op, torch_attention
 from fastpeft.kernels.ops.varlen_attention.op import varlen_attention
 from fastpeft.kernels.ops.varlen_attention.reference import varlen_attention_reference
 from fastpeft.kernels.sequences import Sequences
@@ -177,10 +177,10 @@ def torch_version(monkeypatch, request):
     module = ModuleType("torch.nn.attention.varlen")
     module.varlen_attn = request.param
     monkeypatch.setitem(sys.modules, "torch.nn.attention.varlen", module)
-    library_attention.varlen_arguments.cache_clear()
+    torch_attention.varlen_arguments.cache_clear()
     monkeypatch.setattr(op, "varlen_fault", lambda query, dropout: None)
     yield request.param
-    library_attention.varlen_arguments.cache_clear()
+    torch_attention.varlen_arguments.cache_clear()
 
 
 @pytest.mark.parametrize("torch_version", [torch_of_2_11, torch_of_2_13], indirect=True)
@@ -200,14 +200,14 @@ def test_torch_is_called_as_it_is_documented(torch_version, mask, groups, seed):
 
 @pytest.mark.parametrize("torch_version", [torch_of_2_10], indirect=True)
 def test_a_torch_without_a_scale_is_left_alone(torch_version):
-    assert library_attention.varlen_arguments() is None
+    assert torch_attention.varlen_arguments() is None
 
 
 def test_a_torch_without_the_module_is_left_alone(monkeypatch):
     monkeypatch.setitem(sys.modules, "torch.nn.attention.varlen", None)
-    library_attention.varlen_arguments.cache_clear()
-    assert library_attention.varlen_arguments() is None
-    library_attention.varlen_arguments.cache_clear()
+    torch_attention.varlen_arguments.cache_clear()
+    assert torch_attention.varlen_arguments() is None
+    torch_attention.varlen_arguments.cache_clear()
 
 
 @pytest.mark.parametrize("wrong", ["query", "key", "dtypes", "window", "first_only"])

@@ -10,9 +10,9 @@ import torch
 
 from tests.ranks.conftest import Ranks
 from tests.support.every_kind import run_of_kind
-from tests.support.rank_runs import files_of
+from tests.support.rank_runs import assert_went_on, files_of
 from tests.support.rank_work import trained
-from tests.support.tiny_runs import assert_same_weights, steps_logged, weights
+from tests.support.tiny_runs import assert_same_weights, weights
 
 IW_LORA: dict[str, Any] = {
     "method": "iw_lora",
@@ -33,10 +33,7 @@ def test_a_run_of_two_ranks_goes_on_with_others(others: int, float64_ranks: Rank
     assert [each["status"] for each in stopped] == ["stopped"] * 2
     assert 4 < stopped[0]["steps"] < 8
     result = float64_ranks(others)(trained, files, "classification", "r", sections, True)[0]
-    assert (result["status"], result["steps"], result["tokens"]) == ("done", 8, unbroken["tokens"])
-    assert steps_logged(tmp_path / "r") == list(range(8))
-    for name, tensor in weights(tmp_path / "unbroken").items():
-        torch.testing.assert_close(weights(tmp_path / "r")[name], tensor, rtol=1e-12, atol=1e-12)
+    assert_went_on(tmp_path, unbroken, result)
 
 
 def test_as_many_ranks_go_on_to_the_same_bits(float64_ranks: Ranks, tmp_path: Path) -> None:

@@ -14,9 +14,9 @@ from fastpeft.config import ConfigError
 from tests.ranks.conftest import Ranks
 from tests.support.every_kind import run_of_kind
 from tests.support.rank_children import ENDLESS, children, options
-from tests.support.rank_runs import assert_same, files_of
+from tests.support.rank_runs import assert_same, assert_went_on, files_of
 from tests.support.rank_work import built, trained
-from tests.support.tiny_runs import steps_logged, weights
+from tests.support.tiny_runs import assert_same_weights, weights
 
 SHARDED = {"shard_base": True}
 IW_LORA: dict[str, Any] = {
@@ -221,10 +221,7 @@ def test_a_run_goes_on_with_a_whole_base_or_a_shared_one(
 
     assert go(*before, False, 4)["status"] == "stopped"
     result = go(*after, True)
-    assert (result["status"], result["steps"], result["tokens"]) == ("done", 8, unbroken["tokens"])
-    assert steps_logged(tmp_path / "r") == list(range(8))
-    for name, tensor in weights(tmp_path / "unbroken").items():
-        torch.testing.assert_close(weights(tmp_path / "r")[name], tensor, rtol=1e-12, atol=1e-12)
+    assert_went_on(tmp_path, unbroken, result)
 
 
 def test_the_same_ranks_go_on_to_the_same_bits(float64_ranks: Ranks, tmp_path: Path) -> None:
@@ -234,9 +231,7 @@ def test_the_same_ranks_go_on_to_the_same_bits(float64_ranks: Ranks, tmp_path: P
     float64_ranks(2)(trained, files, "classification", "r", own, False, 4)
     float64_ranks(2)(trained, files, "classification", "r", own, True)
     for adapter in ("adapter", "adapter_best"):
-        expected, found = weights(tmp_path / "unbroken", adapter), weights(tmp_path / "r", adapter)
-        assert expected.keys() == found.keys()
-        assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
+        assert_same_weights(weights(tmp_path / "r", adapter), weights(tmp_path / "unbroken", adapter))
 
 
 # ---- what is refused -------------------------------------------------------------------------

@@ -13,7 +13,9 @@ from fastpeft.data.batches import Batch
 from fastpeft.trainer import graph_choice, run
 from fastpeft.trainer.buckets import Bucket, shape_of
 from fastpeft.trainer.build import Job, build_job
-from fastpeft.trainer.graphs import Capture, GraphedSteps, capture_steps
+from fastpeft.trainer.graphs import Capture, CudaCapture, GraphedSteps, capture_steps
+from fastpeft.trainer.loop import take_step
+from fastpeft.trainer.micro_batches import MicroBatches
 from tests.support.step_recorder import Rerun
 
 
@@ -35,6 +37,27 @@ def graphed_job(config: RunConfig, patch: pytest.MonkeyPatch) -> tuple[Job, Grap
     graphs = capture_steps(job, lambda device: rerun)
     assert graphs is not None, job.notes
     return job, graphs, rerun
+
+
+def after_steps_on_a_gpu(config: RunConfig, captured: bool, num_steps: int = 20) -> torch.Tensor:
+    """What is trained, after steps that replay CUDA graphs or launch what these hold. Graphs have to be wanted."""
+    job = build_job(config)
+    graphs = capture_steps(job, CudaCapture)
+    assert graphs is not None, job.notes
+    for position in range(num_steps):
+        batches = MicroBatches(job, position, "here", pytest.fail)
+        bucket = graphs.bucket_of(batches)
+        if bucket is not None and not captured:
+            step = graphs.steps[bucket]
+            (batch,) = batches
+            graphs.fill(step.inputs, batch, batches.num_items, job.schedule.rates(None, position / num_steps).lr)
+            step.step()
+        else:
+            take_step(job, batches, position / num_steps, 0.0, graphs=graphs)
+    assert graphs.num_replayed >= (0.75 * num_steps if captured else 0)
+    if job.ahead is not None:
+        job.ahead.close()
+    return job.adapter.flat.data.clone()
 
 
 def batches_of(job: Job, bucket: Bucket, count: int) -> list[np.ndarray]:

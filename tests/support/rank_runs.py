@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from fastpeft.runs.events import number
 from tests.support.every_kind import run_of_kind
 from tests.support.tiny import make_model
-from tests.support.tiny_runs import strict_events, weights
+from tests.support.tiny_runs import steps_logged, strict_events, weights
 
 NO_DROPOUT: dict[str, Any] = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
 EXACT = {"rel_tol": 1e-12, "abs_tol": 1e-12}
@@ -53,6 +53,13 @@ def assert_same(files: Path, alone: dict[str, Any], result: dict[str, Any]) -> N
     assert len(lines[0]) > 1
     for one, other in zip(*lines, strict=True):
         assert rounded(json.loads(one)) == rounded(json.loads(other))
+
+
+def assert_went_on(folder: Path, unbroken: dict[str, Any], result: dict[str, Any]) -> None:
+    """Of the runs `unbroken` and `r` in `folder`, of eight steps: the second, which was stopped, is the first."""
+    assert (result["status"], result["steps"], result["tokens"]) == ("done", 8, unbroken["tokens"])
+    assert steps_logged(folder / "r") == list(range(8))
+    torch.testing.assert_close(weights(folder / "r"), weights(folder / "unbroken"), rtol=1e-12, atol=1e-12)
 
 
 def rounded(values: Any) -> Any:

@@ -17,12 +17,20 @@ from fastpeft.trainer import graphs as graphs_module
 from fastpeft.trainer.buckets import StaticBatch
 from fastpeft.trainer.build import build_job
 from fastpeft.trainer.graph_choice import are_wanted
-from fastpeft.trainer.graphs import CudaCapture, capture_steps, everything_restored
+from fastpeft.trainer.graphs import capture_steps, everything_restored
 from fastpeft.trainer.interrupt import StopRequest
 from fastpeft.trainer.loop import take_step
 from fastpeft.trainer.micro_batches import MicroBatches
 from tests.support.every_kind import ALL_KINDS, run_of_kind
-from tests.support.graphed_jobs import batches_of, collated, graphed_job, state_of, train_with, want_graphs
+from tests.support.graphed_jobs import (
+    after_steps_on_a_gpu,
+    batches_of,
+    collated,
+    graphed_job,
+    state_of,
+    train_with,
+    want_graphs,
+)
 from tests.support.step_recorder import NotReplayable, Rerun, check_replayable
 from tests.support.tiny_runs import assert_same_weights, strict_events, tiny_run, weights
 
@@ -373,23 +381,8 @@ def test_on_a_gpu_twenty_replayed_steps_are_twenty_launched_ones(
 ) -> None:
     """Bit for bit, dropout on."""
     want_graphs(monkeypatch)
-    found = {}
-    for captured in (True, False):
-        job = build_job(method_run(tmp_path, kind, method, budget="20steps"))
-        graphs = capture_steps(job, CudaCapture)
-        assert graphs is not None, job.notes
-        for position in range(20):
-            batches = MicroBatches(job, position, "here", pytest.fail)
-            bucket = graphs.bucket_of(batches)
-            if bucket is not None and not captured:
-                step = graphs.steps[bucket]
-                (batch,) = batches
-                graphs.fill(step.inputs, batch, batches.num_items, job.schedule.rates(None, position / 20).lr)
-                step.step()
-            else:
-                take_step(job, batches, position / 20, 0.0, graphs=graphs)
-        found[captured] = job.adapter.flat.data.clone()
-        assert graphs.num_replayed >= (15 if captured else 0)
-        if job.ahead is not None:
-            job.ahead.close()
-    assert torch.equal(found[True], found[False])
+    replayed, launched = (
+        after_steps_on_a_gpu(method_run(tmp_path, kind, method, budget="20steps"), captured)
+        for captured in (True, False)
+    )
+    assert torch.equal(replayed, launched)

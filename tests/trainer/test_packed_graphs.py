@@ -18,14 +18,13 @@ from fastpeft.data.batches import Packing
 from fastpeft.kernels.sequences import Sequences
 from fastpeft.trainer import buckets
 from fastpeft.trainer.build import Job, build_job
-from fastpeft.trainer.graphs import CudaCapture, capture_steps
-from fastpeft.trainer.loop import take_step
+from fastpeft.trainer.graphs import capture_steps
 from fastpeft.trainer.micro_batches import MicroBatches
 from fastpeft.trainer.step import forward_backward
 from tests.support import chat_runs, problem_runs
 from tests.support.closeness import relative_error
 from tests.support.every_kind import run_of_kind
-from tests.support.graphed_jobs import batches_of, collated, graphed_job, train_with, want_graphs
+from tests.support.graphed_jobs import after_steps_on_a_gpu, batches_of, collated, graphed_job, train_with, want_graphs
 from tests.support.kind_runs import kind_run
 from tests.support.step_recorder import NotReplayable, Rerun, check_replayable
 from tests.support.tiny import FAMILIES, make_causal_lm
@@ -251,23 +250,6 @@ def test_on_a_gpu_twenty_replayed_steps_are_twenty_launched_ones(
     kind: str, family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     want_graphs(monkeypatch)
-    found = {}
-    for captured in (True, False):
-        job = build_job(packed_run(tmp_path, kind, family, method="lora", budget="20steps"))
-        graphs = capture_steps(job, CudaCapture)
-        assert graphs is not None, job.notes
-        for position in range(20):
-            batches = MicroBatches(job, position, "here", pytest.fail)
-            bucket = graphs.bucket_of(batches)
-            if bucket is not None and not captured:
-                step = graphs.steps[bucket]
-                (batch,) = batches
-                graphs.fill(step.inputs, batch, batches.num_items, job.schedule.rates(None, position / 20).lr)
-                step.step()
-            else:
-                take_step(job, batches, position / 20, 0.0, graphs=graphs)
-        found[captured] = job.adapter.flat.data.clone()
-        assert graphs.num_replayed >= (15 if captured else 0)
-        if job.ahead is not None:
-            job.ahead.close()
-    torch.testing.assert_close(found[True], found[False], rtol=1e-3, atol=1e-6)
+    config = packed_run(tmp_path, kind, family, method="lora", budget="20steps")
+    replayed, launched = (after_steps_on_a_gpu(config, captured) for captured in (True, False))
+    torch.testing.assert_close(replayed, launched, rtol=1e-3, atol=1e-6)

@@ -24,9 +24,9 @@ from torch import nn
 from fastpeft.kernels.ops.attention.op import attention
 from fastpeft.kernels.ops.disentangled_attention.distances import Distances
 from fastpeft.kernels.ops.disentangled_attention.op import WIDEST, disentangled_attention, takes_triton
-from fastpeft.kernels.ops.varlen_attention import library_attention
-from fastpeft.kernels.ops.varlen_attention.library_attention import flex_fault, varlen_fault
+from fastpeft.kernels.ops.varlen_attention import torch_attention
 from fastpeft.kernels.ops.varlen_attention.masked import bias_of, by_mask, for_each_head
+from fastpeft.kernels.ops.varlen_attention.torch_attention import flex_fault, varlen_fault
 from fastpeft.kernels.sequences import Sequences
 
 VARLEN, FLEX = "torch.nn.attention.varlen", "FlexAttention"
@@ -69,7 +69,7 @@ def varlen_attention(
     way = choose_way(query, key.shape[1], causal, dropout, knows_lengths=sequences.lengths is not None).name
     asked: dict[str, Any] = {"causal": causal, "window": window, "first_only": first_only}
     if way == VARLEN:
-        return library_attention.varlen(query, key, value, sequences, scale, **asked)
+        return torch_attention.varlen(query, key, value, sequences, scale, **asked)
     if way == KERNEL:
         return disentangled_attention(
             query,
@@ -84,7 +84,7 @@ def varlen_attention(
             dropout=dropout,
         )
     if way == FLEX:
-        return library_attention.flex(query, key, value, sequences, scale, **asked)
+        return torch_attention.flex(query, key, value, sequences, scale, **asked)
     if way == RUNS:
         queries = sequences.firsts if first_only else sequences
         return _by_runs(query, key, value, queries, sequences, scale, causal, window, dropout)

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from fastpeft.kernels.dispatch import has_triton
-from fastpeft.kernels.ops.varlen_attention.masked import by_mask
+from fastpeft.kernels.ops.varlen_attention.masked import by_mask, for_each_head
 from fastpeft.kernels.ops.varlen_attention.seen import BLOCK, Seen, seen_by
 from fastpeft.kernels.sequences import Sequences
 
@@ -82,7 +82,7 @@ def varlen(
         if "enable_gqa" in known:
             more["enable_gqa"] = True
         else:
-            key, value = (x.repeat_interleave(query.shape[1] // x.shape[1], dim=1) for x in (key, value))
+            key, value = (for_each_head(x, query.shape[1]) for x in (key, value))
     queries = sequences.firsts if first_only else sequences
     places = queries.cu_seqlens, sequences.cu_seqlens, queries.longest, sequences.longest
     call: Any = varlen_attn

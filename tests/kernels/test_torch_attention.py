@@ -12,12 +12,12 @@ import pytest
 import torch
 from torch.nn.attention import flex_attention as flex_module
 
-from fastpeft.kernels.ops.varlen_attention import library_attention, op
-from fastpeft.kernels.ops.varlen_attention.library_attention import block_mask, flex, flex_fault, try_flex, varlen_fault
+from fastpeft.kernels.ops.varlen_attention import op, torch_attention
 from fastpeft.kernels.ops.varlen_attention.masked import by_mask
 from fastpeft.kernels.ops.varlen_attention.op import FLEX, KERNEL, MASK, RUNS, VARLEN, choose_way, varlen_attention
 from fastpeft.kernels.ops.varlen_attention.reference import varlen_attention_reference
 from fastpeft.kernels.ops.varlen_attention.seen import BLOCK, seen_by
+from fastpeft.kernels.ops.varlen_attention.torch_attention import block_mask, flex, flex_fault, try_flex, varlen_fault
 from fastpeft.kernels.sequences import Sequences
 from tests.support.row_lengths import DRAWN, draw_lengths
 from tests.support.step_recorder import record
@@ -132,7 +132,7 @@ def eager_flex(monkeypatch):
     """What is compiled on a GPU, as torch computes it where it is not; its check that a CPU has no gradients is off."""
     monkeypatch.setattr(flex_module, "_FLEX_ATTENTION_DISABLE_COMPILE_DEBUG", True)
     monkeypatch.setattr(flex_module, "_validate_device", lambda *tensors: None)
-    monkeypatch.setattr(library_attention, "_compiled", lambda: flex_module.flex_attention)
+    monkeypatch.setattr(torch_attention, "_compiled", lambda: flex_module.flex_attention)
     try_flex.cache_clear()
     yield
     try_flex.cache_clear()
@@ -164,8 +164,8 @@ def test_the_blocks_are_those_that_torch_finds():
 
 def test_blocks_are_made_once_for_all_layers(eager_flex, monkeypatch):
     made = []
-    original = library_attention.block_mask
-    monkeypatch.setattr(library_attention, "block_mask", lambda *given: made.append(1) or original(*given))
+    original = torch_attention.block_mask
+    monkeypatch.setattr(torch_attention, "block_mask", lambda *given: made.append(1) or original(*given))
     sequences = of_a_bucket([3, 9])
     for mask in (MASKS["causal"], MASKS["a window"], MASKS["causal"], MASKS["a window"]):
         query, tensors = draw([3, 9], mask)
@@ -182,7 +182,7 @@ def test_the_trial_lets_what_is_right_through(eager_flex):
 
 def test_the_trial_tells_what_is_wrong(eager_flex, monkeypatch):
     real = flex_module.flex_attention
-    monkeypatch.setattr(library_attention, "_compiled", lambda: lambda *given, **more: real(*given, **more) * 1.05)
+    monkeypatch.setattr(torch_attention, "_compiled", lambda: lambda *given, **more: real(*given, **more) * 1.05)
     fault = try_flex(*HEADS)
     assert fault is not None
     assert fault.startswith("it is wrong by 5.0e-02")
@@ -192,7 +192,7 @@ def test_the_trial_tells_what_cannot_be_compiled(eager_flex, monkeypatch):
     def fails(*given, **more):
         raise RuntimeError("No valid triton configs. OutOfResources\nmore")
 
-    monkeypatch.setattr(library_attention, "_compiled", lambda: fails)
+    monkeypatch.setattr(torch_attention, "_compiled", lambda: fails)
     assert try_flex(*HEADS) == "compiling it failed: RuntimeError: No valid triton configs. OutOfResources"
 
 
@@ -227,7 +227,7 @@ def given(dtype=torch.bfloat16, width=64, heads=4, device="cuda:0") -> Any:
 @pytest.fixture
 def gpu(monkeypatch):
     """With FlexAttention that compiles; returns what sets the compute capability."""
-    monkeypatch.setattr(library_attention, "try_flex", lambda *kind: None)
+    monkeypatch.setattr(torch_attention, "try_flex", lambda *kind: None)
     monkeypatch.setattr("torch.cuda.get_device_capability", lambda device: (9, 0))
     return lambda *capability: monkeypatch.setattr("torch.cuda.get_device_capability", lambda device: capability)
 
@@ -271,21 +271,21 @@ def test_an_old_gpu_is_told(gpu):
 
 
 def test_an_old_torch_is_told(gpu, monkeypatch):
-    monkeypatch.setattr(library_attention, "varlen_arguments", lambda: None)
-    monkeypatch.setattr(library_attention, "_flex_is_known", lambda: False)
+    monkeypatch.setattr(torch_attention, "varlen_arguments", lambda: None)
+    monkeypatch.setattr(torch_attention, "_flex_is_known", lambda: False)
     assert varlen_fault(given(), 0.0) == f"torch {torch.__version__} has none with a scale and a window"
     told = f"torch {torch.__version__} has none that takes blocks, grouped heads and a scale"
     assert flex_fault(given(), 4, 0.0) == told
 
 
 def test_a_machine_without_triton_is_told(gpu, monkeypatch):
-    monkeypatch.setattr(library_attention, "has_triton", lambda: False)
+    monkeypatch.setattr(torch_attention, "has_triton", lambda: False)
     assert flex_fault(given(), 4, 0.0) == "it is compiled by Triton, which is not installed"
 
 
 def test_the_installed_torch_is_known():
-    assert library_attention.varlen_arguments() is not None
-    assert library_attention._flex_is_known()
+    assert torch_attention.varlen_arguments() is not None
+    assert torch_attention._flex_is_known()
 
 
 @pytest.mark.gpu
