@@ -188,7 +188,7 @@ def at_work_on(folder: Path) -> str:
         return BEFORE
     if (folder / "checkpoints").is_dir() and any((folder / "checkpoints").glob(".writing-*")):
         return "writing a checkpoint"
-    return str(last["text"]) if last["type"] == "phase" else {"step": "a step"}.get(last["type"], last["type"])
+    return str(last["text"] if last["type"] == "phase" else {"step": "a step"}.get(last["type"], last["type"]))
 
 
 def differences(folder: Path, unbroken: Path) -> list[str]:

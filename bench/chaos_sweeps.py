@@ -34,9 +34,10 @@ def command(start: list[str], results: Path, name: str) -> list[str]:
 
 
 def run_killed(arguments: list[str], rng: random.Random, log: Path, kills: Counter[str]) -> None:
-    """Until it has ended well."""
+    """Until it has ended well. Where what was killed is no trial, the sweep ends with 1 and says that it goes on."""
     left = MOST_KILLS
     while True:
+        before = kills.total()
         with _started(arguments, log) as process:
             while process.poll() is None:
                 with suppress(subprocess.TimeoutExpired):
@@ -47,7 +48,7 @@ def run_killed(arguments: list[str], rng: random.Random, log: Path, kills: Count
                     kills["a sweep" if victim.pid == process.pid else "a sweep's worker"] += 1
                     with suppress(psutil.NoSuchProcess):
                         victim.kill()
-        if process.returncode != -9:
+        if process.returncode not in (-9, 1) or kills.total() == before:
             break
     if process.returncode:
         raise SystemExit(f"fastpeft {' '.join(arguments)} ended with {process.returncode}: see {log}")

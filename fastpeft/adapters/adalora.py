@@ -22,7 +22,7 @@ from fastpeft.adapters.flat import FlatParameters
 from fastpeft.adapters.lora import Lora
 from fastpeft.config.methods import AdaLoraConfig, AdapterConfig
 from fastpeft.models.backbone import Backbone
-from fastpeft.models.inject import ADAPTER_NAME, SvdBlock, inject_adalora
+from fastpeft.models.inject import ADAPTER_NAME, SvdBlock, in_order, inject_adalora
 from fastpeft.signals import Rates, Signals
 
 
@@ -206,7 +206,7 @@ class AdaLora(Lora):
         shared = ("task_type", "target_modules", "modules_to_save", "trainable_token_indices", "lora_dropout")
         values: dict[str, Any] = {key: getattr(own, key) for key in (*shared, "base_model_name_or_path")}
         values["lora_alpha"] = rank * self.svd_blocks[0].scale  # PEFT's annotation is int, and it takes any number
-        return peft.LoraConfig(r=rank, inference_mode=True, **values)
+        return in_order(peft.LoraConfig(r=rank, inference_mode=True, **values))
 
     def _save_native(self, folder: Path, live_KR: torch.Tensor) -> None:
         if self.importance_version:

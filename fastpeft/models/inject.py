@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 import peft
 import torch
@@ -17,6 +17,7 @@ from fastpeft.models.layers import FusedLayer, PeftSvdLinear, SvdLinear, fused_c
 from fastpeft.models.targets import BLOCK, KEYWORDS, match_targets, projection_of
 
 ADAPTER_NAME = "default"
+C = TypeVar("C", bound=peft.PeftConfig)
 
 _EXPERTS = "PEFT adapts the experts' stacked weights in place of layers of such names"
 
@@ -144,9 +145,17 @@ def _common(backbone: Backbone, config: AdapterConfig, names: list[str]) -> dict
     }
 
 
+def in_order(settings: C) -> C:
+    """PEFT keeps the names of modules in a set, and writes them in its order, which is another one in each process."""
+    names = getattr(settings, "target_modules", None)
+    if isinstance(names, set):
+        vars(settings)["target_modules"] = sorted(names)
+    return settings
+
+
 def _wrap(backbone: Backbone, settings: peft.PeftConfig) -> peft.PeftModel:
     with quiet_transformers():
-        return peft.get_peft_model(backbone.model, settings, adapter_name=ADAPTER_NAME)
+        return peft.get_peft_model(backbone.model, in_order(settings), adapter_name=ADAPTER_NAME)
 
 
 def _join(model: nn.Module) -> None:

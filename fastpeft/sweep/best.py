@@ -15,6 +15,7 @@ from fastpeft.runs.store import Result, RunFolder
 from fastpeft.sweep.worker import Worker, wait
 
 TRAIN_BEST = "fastpeft.sweep.trial:train_best"
+AGAIN = "the same command goes on"
 _POLL_S = 0.5
 
 
@@ -86,7 +87,7 @@ def _train(run: RunConfig, folder: RunFolder, group: str, log: Path, listener: L
         worker.kill()
         raise
     if "failed" in ended and not asked:
-        error = UserError(f"the full training {folder.path} failed: {ended['failed']}. Its output is in {log}")
+        error = UserError(f"the full training {folder.path} failed: {ended['failed']}. Its output is in {log}; {AGAIN}")
         error.exit_code = ended["exit_code"]
         raise error
 

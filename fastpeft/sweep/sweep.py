@@ -24,7 +24,7 @@ from fastpeft.errors import UserError, first_line
 from fastpeft.runs.events import Event
 from fastpeft.runs.store import RunError, RunFolder, read_json
 from fastpeft.sweep import trial_rows
-from fastpeft.sweep.best import BestRun, train_best
+from fastpeft.sweep.best import AGAIN, BestRun, train_best
 from fastpeft.sweep.space import check_space, identity
 from fastpeft.sweep.study import JOURNAL, best_of, counted, open_storage, open_study
 from fastpeft.sweep.sweep_summary import SUMMARY, write_summary
@@ -200,7 +200,10 @@ def _look(plan: Plan, listener: Listener, stop: StopSignals) -> Message | None:
             worker.kill()
             return None
     if "failed" in found:
-        error = UserError(found["failed"])
+        told = found["failed"]
+        if "ends_sweep" not in found:  # no message for users, but how the process has ended
+            told = f"looking at the model and the data failed: {told}. Its output is in {worker.log}; {AGAIN}"
+        error = UserError(told)
         error.exit_code = found["exit_code"]
         raise error
     return found

@@ -175,6 +175,9 @@ def test_saved_as_plain_lora_and_as_adalora(make_job, tmp_path, family, num_step
     settings = json.loads((tmp_path / "saved" / "adapter_config.json").read_text())
     live = [int((block.lora_e != 0).sum()) for block in job.adapter.blocks]
     assert (settings["peft_type"], settings["r"]) == ("LORA", max(1, *live))
+    native = json.loads((tmp_path / "saved" / "adalora" / "adapter_config.json").read_text())
+    for names in (settings["target_modules"], native["target_modules"]):
+        assert names == sorted(names), "another order in each process"
     for folder, kind in (("saved", peft.tuners.lora.Linear), ("saved/adalora", peft.tuners.adalora.SVDLinear)):
         loaded = peft.PeftModel.from_pretrained(load_base(job), str(tmp_path / folder)).eval()
         assert any(isinstance(module, kind) for module in loaded.modules())

@@ -31,6 +31,7 @@ def test_peft_loads_what_was_saved(make_job, tmp_path, seed, family, method, mas
     job.adapter.save(folder)
     settings = json.loads((folder / "adapter_config.json").read_text())
     assert settings["peft_type"] == "LORA"
+    assert settings["target_modules"] == sorted(settings["target_modules"]), "another order in each process"
     assert (settings["r"], settings["lora_alpha"], settings["task_type"]) == (4, 16.0, "SEQ_CLS")
     assert settings["use_rslora"] == (method == "rslora")
     assert job.adapter.blocks[0].scale == (8.0 if method == "rslora" else 4.0)
