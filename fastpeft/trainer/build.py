@@ -8,6 +8,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
@@ -24,7 +25,7 @@ from fastpeft.errors import UserError
 from fastpeft.kernels import dispatch
 from fastpeft.models.backbone import Backbone, layer_shape
 from fastpeft.models.precision import DTYPES, Precision, choose_precision, name_of
-from fastpeft.models.sharded_base import load_sharded
+from fastpeft.models.sharded_base import ShardedBase, load_sharded
 from fastpeft.ranks import Ranks
 from fastpeft.schedules import Schedule, make_schedule
 from fastpeft.signals import Blocks
@@ -100,22 +101,7 @@ def build_job(
     """
     ranks = orders.ranks
     device = ranks.device()
-    is_shared = run.training.shard_base and ranks.size > 1
-    if is_shared:
-        orders.in_step = ranks
-    phases.begin("data", f"reading {run.dataset.path or run.dataset.name}")
-    task = load_task(run.dataset, run.evaluation, run.training.seed)
-    phases.begin("model", f"loading {run.model.name}")
-    precision = _agreed(precision, run, device, ranks)
-    dtype = precision.dtype
-    torch.manual_seed(run.training.seed)
-    method = method_class(run.method)
-    if is_shared:
-        backbone, shard = load_sharded(lambda: task.load_model(run.model, dtype, _HOST), ranks, device)
-    else:
-        backbone, shard = task.load_model(run.model, dtype, device, method.trains_backbone), None
-    adapter = method.build(run.adapter, METHODS.own_section(run), backbone)
-    adapter.model.train()
+    task, backbone, adapter, precision, shard = _load(run, precision, orders, device)
     if run.training.fit_head:
         check_head(adapter.model, backbone, task)
     phases.begin("tokenise", "tokenising")
@@ -125,21 +111,14 @@ def build_job(
         task.has_test, task.test_cost = False, 0.0
     checked = _check(task, adapter, backbone, orders) if run.model.check else []
     checked += lay_out(run, task, adapter, backbone, device)
-    schedule = make_schedule(
-        run.schedule,
-        run.training.learning_rate,
-        _blocks(adapter, run),
-        adam=adam_moments(run.optimizer),
-        seed=run.training.seed,
-    )
-    optimizer = make_optimizer(adapter.flat, run.optimizer, dtype)
+    schedule = _schedule(run, adapter)
+    optimizer = make_optimizer(adapter.flat, run.optimizer, precision.dtype)
     checked += choose_graphs(run, task, adapter, optimizer, schedule, ranks.size, device)
     batches = make_batches(run, task)
     clock = _clock(run, batches, device, ranks)
     phases.begin("memory", "measuring what a token takes")
     plan = make_plan(run.training, run.evaluation, adapter, task, batches, optimizer.loss_scale, shard)
-    interval = parse_interval(run.evaluation.every)
-    evaluations = EvaluationPlan(Interval("fraction", 0.2) if interval.unit == "auto" else interval)
+    evaluations = _first_evaluations(run)
     job = Job(
         run=run,
         task=task,
@@ -160,11 +139,52 @@ def build_job(
         notes=[*task.notes, *cache_notes, *backbone.notes, *checked, *_notes(run)],
         orders=orders,
     )
-    job.notes += [*adapter.describe(), plan.describe(), *plan.notes, *untuned(adapter, device, dtype)]
+    job.notes += [*adapter.describe(), plan.describe(), *plan.notes, *untuned(adapter, device, precision.dtype)]
     job.notes += [precision.note] if precision.note else []
     if clock.budget.kind in ("seconds", "joules"):
         _expect_final(job) if ranks.rank == 0 else _keep_busy(job)
     return job
+
+
+class _Loaded(NamedTuple):
+    task: Task
+    backbone: Backbone
+    adapter: Adapter
+    precision: Precision
+    shard: ShardedBase | None
+
+
+def _load(run: RunConfig, precision: Precision | None, orders: Orders, device: torch.device) -> _Loaded:
+    """Data and model, and the adapter in the model."""
+    ranks = orders.ranks
+    is_shared = run.training.shard_base and ranks.size > 1
+    if is_shared:
+        orders.in_step = ranks
+    phases.begin("data", f"reading {run.dataset.path or run.dataset.name}")
+    task = load_task(run.dataset, run.evaluation, run.training.seed)
+    phases.begin("model", f"loading {run.model.name}")
+    precision = _agreed(precision, run, device, ranks)
+    dtype = precision.dtype
+    torch.manual_seed(run.training.seed)
+    method = method_class(run.method)
+    if is_shared:
+        backbone, shard = load_sharded(lambda: task.load_model(run.model, dtype, _HOST), ranks, device)
+    else:
+        backbone, shard = task.load_model(run.model, dtype, device, method.trains_backbone), None
+    adapter = method.build(run.adapter, METHODS.own_section(run), backbone)
+    adapter.model.train()
+    return _Loaded(task, backbone, adapter, precision, shard)
+
+
+def _schedule(run: RunConfig, adapter: Adapter) -> Schedule:
+    rate, moments = run.training.learning_rate, adam_moments(run.optimizer)
+    return make_schedule(run.schedule, rate, _blocks(adapter, run), adam=moments, seed=run.training.seed)
+
+
+def _first_evaluations(run: RunConfig) -> EvaluationPlan:
+    """`auto` is a fifth of the budget until the cost of an evaluation is known."""
+    interval = parse_interval(run.evaluation.every)
+    return EvaluationPlan(Interval("fraction", 0.2) if interval.unit == "auto" else interval)
 
 
 def _agreed(precision: Precision | None, run: RunConfig, device: torch.device, ranks: Ranks) -> Precision:
