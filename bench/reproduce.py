@@ -66,8 +66,8 @@ class Paper:
     gains: Mapping[tuple[str, str], float] = field(default_factory=dict)
     """Likewise, of claims that are differences to the baseline."""
     rates: Mapping[str, float] = field(default_factory=dict)
-    """Learning rates of the small encoder, as bench/methods.py --tune and bench/schedules.py find them on SST-2; the
-    preset's own where absent."""
+    """Learning rates of the small encoder on SST-2: as bench/methods.py --tune and bench/schedules.py find them, and for
+    UniHyperLoRA's paper the best of five rates with a seed of its own. The preset's own where absent."""
 
     def label(self, preset: str, task: str) -> str:
         """As a comparison names the row: by the method where that tells rows apart, else by the run's preset."""
@@ -161,6 +161,7 @@ PAPERS = {
         methods={name: name for name in ("lora", "sat_lora", "hf_sat_lora", "unihyperlora")},
         where="TinyBERT, equal budget; the paper names no task",
         gains={("unihyperlora", f"{task}_tinybert"): 0.011 for task in ("conll2003", "boolq", "amazon")},
+        rates={"lora": 1e-3, "sat_lora": 3e-3, "hf_sat_lora": 3e-3, "unihyperlora": 3e-4},
         scales={
             "stand-in": Scale(("amazon",), 3, ("--budget", "300steps", "training.threads=1")),
             "real": Scale(("amazon", "boolq"), 3, (*_REAL, "--budget", "150steps"), needs_data=True),
