@@ -5,9 +5,11 @@ matplotlib goes through those tables for each PDF, to embed the few letters that
 
 from __future__ import annotations
 
+import atexit
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -37,15 +39,23 @@ def use_font(path: Path) -> None:
 
 @contextmanager
 def plain_font() -> Iterator[Path]:
-    """The font's file, which this process uses while it is there."""
-    with tempfile.TemporaryDirectory(prefix="fastpeft-font-") as folder:
-        path = Path(folder) / "plain.ttf"
-        _make(path)
-        use_font(path)
-        try:
-            yield path
-        finally:
-            _families[:] = [FALLBACK]
+    """The font's file, which this process uses meanwhile."""
+    path = _made()
+    use_font(path)
+    try:
+        yield path
+    finally:
+        _families[:] = [FALLBACK]
+
+
+@cache
+def _made() -> Path:
+    """Kept until the process ends: matplotlib forgets every added font once the file of one of them is gone."""
+    folder = tempfile.TemporaryDirectory(prefix="fastpeft-font-")
+    atexit.register(folder.cleanup)
+    path = Path(folder.name) / "plain.ttf"
+    _make(path)
+    return path
 
 
 def _make(path: Path) -> None:

@@ -12,10 +12,12 @@ import shutil
 from html.parser import HTMLParser
 
 import pytest
+from matplotlib import font_manager
 from rich.console import Console
 
 from fastpeft.cli.result_tables import comparison_table, left_out_table
 from fastpeft.compare.found_runs import find_runs
+from fastpeft.compare.plain_font import FALLBACK, families, plain_font
 from fastpeft.compare.report import Report, report
 from fastpeft.config import load_run
 from fastpeft.data.fingerprint import ReadRow
@@ -88,6 +90,14 @@ def test_figures_are_vectors_with_their_fonts_and_pictures(made, results):
         assert b"/FontFile2" in content, "TrueType, embedded"
         assert b"/Type3" not in content
         assert path.with_suffix(".png").read_bytes().startswith(PNG)
+
+
+def test_a_second_report_of_a_process_has_the_font_of_the_first():
+    for _ in range(2):
+        with plain_font() as path:
+            found = font_manager.findfont(font_manager.FontProperties(families()[0]), fallback_to_default=False)
+            assert found == str(path)
+    assert families() == [FALLBACK]
 
 
 def test_methods_are_tested_against_the_baseline_over_seeds_and_over_rows(made):
