@@ -66,7 +66,7 @@ class Paper:
     gains: Mapping[tuple[str, str], float] = field(default_factory=dict)
     """Likewise, of claims that are differences to the baseline."""
     rates: Mapping[str, float] = field(default_factory=dict)
-    """Learning rates of the small encoder on SST-2: as bench/methods.py --tune and bench/schedules.py find them, and for
+    """Learning rates of the small encoder on SST-2, by bench/methods.py --tune and bench/schedules.py; for
     UniHyperLoRA's paper the best of five rates with a seed of its own. The preset's own where absent."""
 
     def label(self, preset: str, task: str) -> str:

@@ -10,12 +10,16 @@ ceilings in bf16. No GPU has confirmed it. Deep models are counted at two and at
 
 An operation takes the longer of its arithmetic and its traffic:
 
-products      matrix products, by 2 m n k; those with a side of 64 or less, those with one of 65 to 192, batches of
-              small ones and attention have each a pace of their own
-functions     exp, erf, tanh and what is made of them, by the element: on a CPU they cost more than their traffic
-traffic       everything else: what it reads and writes, once; copies that change the order of elements have a pace
+products      matrix products, by 2 m n k; those with a side of 16 or less, of 17 to 64, of 65 to 192, batches of small
+              ones and attention have each a pace of their own
+functions     exp, erf, tanh and what is made of them, by the element: on a CPU they cost more than their traffic.
+              Softmax and the backward passes have a pace of their own
+traffic       everything else: what it reads and writes, once; copies that change the order of elements and layer norms
+              have each a pace
 calls         what a call costs by itself, on a CPU, autograd and Python's part in it; a GPU's launches are taken to be
               hidden, as a CUDA graph hides them
+
+A CPU's ceilings are measured on arrays that follow one another through memory, as a step's activations do.
 
 On a GPU kernels of ours do in one pass what is counted as several, so that its `traffic` is the most, not the least;
 `products alone` is the floor.
@@ -24,12 +28,13 @@ On a GPU kernels of ours do in one pass what is counted as several, so that its 
 from __future__ import annotations
 
 import argparse
+import math
 import os
 import statistics
 import sys
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
@@ -38,167 +43,64 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
 from torch.nn import functional
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_iter
-from torch.utils.flop_counter import flop_registry
 
 from bench.interleave import positive
 from bench.report import about, json_path, print_table, write_json
+from bench.step_work import ATEN, GPUS, Ceilings, Step, Work, count
 from bench.throughput_presets import QWEN3_384, QWEN3_600M
 
-ATEN = torch.ops.aten
-ATTENTION = "_scaled_dot_product"
-FUNCTIONS = ("gelu", "silu", "exp", "tanh", "erf", "softmax", "log", "sigmoid", "rsqrt")
-"""In the name of an operation."""
 WITHIN = 0.2
-THIN, NARROW = 64, 192
-Step = Callable[[], object]
-
-
-@dataclass
-class Work:
-    """Of a step."""
-
-    product_flops: float = 0.0
-    thin_flops: float = 0.0
-    """Of products with a side of THIN or less, such as LoRA's, which no machine does at full pace."""
-    narrow_flops: float = 0.0
-    """Of those with a side of NARROW or less."""
-    batched_flops: float = 0.0
-    """Of batches of small ones, as attention has them."""
-    attention_flops: float = 0.0
-    function_elements: float = 0.0
-    bytes: float = 0.0
-    """Of all but the products, attention and copies."""
-    copied_bytes: float = 0.0
-    product_bytes: float = 0.0
-    calls: float = 0.0
-
-    def continued(self, deeper: Work, at: float) -> Work:
-        """The straight line through this, at 0, and `deeper`, at 1."""
-        pairs = ((getattr(self, one.name), getattr(deeper, one.name)) for one in fields(self))
-        return Work(*(own + at * (other - own) for own, other in pairs))
-
-
-@dataclass(frozen=True)
-class Ceilings:
-    product_flops_s: float
-    thin_flops_s: float
-    narrow_flops_s: float
-    batched_flops_s: float
-    attention_flops_s: float
-    function_elements_s: float
-    bytes_s: float
-    copied_bytes_s: float
-    call_s: float = 0.0
-
-    def parts(self, work: Work) -> dict[str, float]:
-        """Seconds."""
-        return {
-            "products": max(
-                work.product_flops / self.product_flops_s
-                + work.thin_flops / self.thin_flops_s
-                + work.narrow_flops / self.narrow_flops_s
-                + work.batched_flops / self.batched_flops_s,
-                work.product_bytes / self.bytes_s,
-            ),
-            "attention": work.attention_flops / self.attention_flops_s,
-            "functions": work.function_elements / self.function_elements_s,
-            "traffic": work.bytes / self.bytes_s + work.copied_bytes / self.copied_bytes_s,
-            "calls": work.calls * self.call_s,
-        }
-
-
-GPUS = {
-    name: Ceilings(flops_s, flops_s, flops_s, flops_s, flops_s, float("inf"), bytes_s, bytes_s)
-    for name, flops_s, bytes_s in (("A100", 312e12, 2.04e12), ("H200", 989e12, 4.8e12))
-}
-"""Dense bf16 and memory, as NVIDIA's data sheets of the SXM cards have them."""
-
-
-class Counter(TorchDispatchMode):
-    """Adds up the work of what runs within."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.work = Work()
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = func(*args, **(kwargs or {}))
-        self.work.calls += 1
-        if not func.is_view:
-            self._add(func, args, kwargs or {}, out)
-        return out
-
-    def _add(self, func: Any, args: Any, kwargs: Any, out: Any) -> None:
-        work, name, packet = self.work, str(func), func.overloadpacket
-        tensors = {id(x): x for x in tree_iter((args, kwargs, out)) if isinstance(x, torch.Tensor)}.values()
-        moved = sum(x.numel() * x.element_size() for x in tensors)
-        if ATTENTION in name:
-            work.attention_flops += _attention_flops(args, backward="backward" in name)
-        elif packet == ATEN.addmm_ or packet in flop_registry:
-            flops = (
-                2 * args[1].shape[0] * args[1].shape[1] * args[2].shape[1]
-                if packet == ATEN.addmm_
-                else flop_registry[packet](*args, **kwargs, out_val=out)
-            )
-            side = min(min(x.shape[-2:]) for x in tensors if x.ndim > 1)
-            if packet == ATEN.bmm:
-                work.batched_flops += flops
-            elif side <= THIN:
-                work.thin_flops += flops
-            elif side <= NARROW:
-                work.narrow_flops += flops
-            else:
-                work.product_flops += flops
-            work.product_bytes += moved
-        elif any(part in name for part in FUNCTIONS):
-            work.function_elements += max(x.numel() for x in tensors)
-        elif name.startswith(("aten.copy_", "aten.clone")):
-            work.copied_bytes += moved
-        elif not name.startswith(("aten.empty", "aten.detach", "aten.new_empty")):
-            work.bytes += moved
-
-
-def _attention_flops(args: Any, backward: bool) -> float:
-    query, key = args[1:3] if backward else args[:2]
-    rows, heads, length, width = query.shape
-    return (10 if backward else 4) * rows * heads * length * key.shape[2] * width
-
-
-def count(step: Step) -> Work:
-    with Counter() as counter:
-        step()
-    return counter.work
+COLD_BYTES = 64 * 2**20
+"""Of the arrays that a ceiling is measured on: beyond a core's own caches."""
 
 
 # ---- this CPU ------------------------------------------------------------------------------
 
 
 def measure_ceilings(repeats: int = 5) -> Ceilings:
-    """Least times of products of four forms, attention, GELU, a sum of arrays that a cache holds, heads put apart, and
-    of a call."""
-    x, weight, thin = torch.randn(1024, 768), torch.randn(768, 768), torch.randn(768, 32)
-    narrow, square = torch.randn(1024, 128), torch.randn(128, 128)
+    """Least times, on arrays that no core's cache holds, of the operations that stand for the parts; and of a call."""
+    weight, narrow, square = torch.randn(768, 768), torch.randn(1024, 128), torch.randn(128, 128)
     query = torch.randn(16, 12, 64, 32)
-    values, other, out = torch.randn(1 << 20), torch.randn(1 << 20), torch.empty(1 << 20)
-    heads = values.view(32, 64, 16, 32).transpose(1, 2)
     batch = query.flatten(0, 1)
 
-    def least(work: Step) -> float:
-        return _least(work, repeats)
+    def least(work: Callable[[torch.Tensor], object], *shape: int) -> float:
+        arrays = [torch.randn(shape) for _ in range(max(2, COLD_BYTES // (4 * math.prod(shape))))]
+        return _least(lambda: [work(x) for x in arrays], repeats) / len(arrays)
 
+    rows = 1024, 768
+    values = math.prod(rows)
+    gradient = torch.randn(rows)
     return Ceilings(
-        2 * 1024 * 768 * 768 / least(lambda: x @ weight),
-        2 * 1024 * 768 * 32 / least(lambda: x @ thin),
-        2 * 1024 * 128 * 128 / least(lambda: narrow @ square),
-        2 * 16 * 12 * 64 * 64 * 32 / least(lambda: batch @ batch.mT),
-        4 * 16 * 12 * 64 * 64 * 32 / least(lambda: functional.scaled_dot_product_attention(query, query, query)),
-        len(values) / least(lambda: functional.gelu(values)),
-        3 * values.nbytes / least(lambda: torch.add(values, other, out=out)),
-        2 * values.nbytes / least(heads.contiguous),
-        least(_tiny_calls) / count(_tiny_calls).calls,
-    )
+        2 * values * 768 / least(lambda x: x @ weight, *rows),
+        _pair_flops(8) / least(_pair(8), *rows),
+        _pair_flops(32) / least(_pair(32), *rows),
+        2 * 1024 * 128 * 128 / _least(lambda: narrow @ square, repeats),
+        2 * 16 * 12 * 64 * 64 * 32 / _least(lambda: batch @ batch.mT, repeats),
+        4 * 16 * 12 * 64 * 64 * 32
+        / _least(lambda: functional.scaled_dot_product_attention(query, query, query), repeats),
+        values / least(functional.gelu, *rows),
+        values / least(lambda x: ATEN.gelu_backward(gradient, x), *rows),
+        2 * 4 * values / least(lambda x: x + 1.0, *rows),
+        2 * 4 * values / least(lambda x: x.view(32, 32, 24, 32).transpose(1, 2).contiguous(), *rows),
+        2 * 4 * values / least(lambda x: functional.layer_norm(x, (768,)), *rows),
+        _least(_tiny_calls, repeats) / count(_tiny_calls).calls,
+    )  # fmt: skip
+
+
+def _pair(rank: int) -> Callable[[torch.Tensor], object]:
+    """The products of a pair of LoRA's, forwards and for its gradients, with x as the output and its gradient too."""
+    a, b = torch.randn(rank, 768), torch.randn(768, rank)
+
+    def work(x: torch.Tensor) -> None:
+        u = x @ a.T
+        x.addmm_(u, b.T, alpha=0.0)
+        _ = x.T @ u, u.T @ x
+
+    return work
+
+
+def _pair_flops(rank: int) -> int:
+    return 4 * 2 * 1024 * 768 * rank
 
 
 def _tiny_calls() -> None:

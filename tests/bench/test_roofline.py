@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
-from bench.roofline import Ceilings, Work, count, language_step
+from bench.roofline import language_step
+from bench.step_work import Ceilings, Work, count
 from bench.throughput_presets import QWEN3_384
 
 T, I, O, R = 256, 200, 224, 8  # noqa: E741
@@ -16,21 +17,24 @@ T, I, O, R = 256, 200, 224, 8  # noqa: E741
 
 def test_products_are_told_apart_by_their_thinnest_side():
     x, weight, thin, out = torch.ones(T, I), torch.ones(I, O), torch.ones(I, R), torch.ones(T, O)
-    narrow = torch.ones(I, 128)
+    narrow, rank_32 = torch.ones(I, 128), torch.ones(I, 32)
 
     def step():
         _ = x @ weight
         _ = x @ thin
         _ = x @ narrow
+        _ = x @ rank_32
         out.addmm_(x, weight)
 
     work = count(step)
     assert work.product_flops == 2 * 2 * T * I * O
-    assert work.thin_flops == 2 * T * I * R
+    assert work.tiny_flops == 2 * T * I * R
+    assert work.thin_flops == 2 * T * I * 32
     assert work.narrow_flops == 2 * T * I * 128
-    assert work.calls == 4
+    assert work.calls == 5
     assert work.bytes == 0
-    assert work.product_bytes == 4 * (2 * (T * I + I * O + T * O) + T * I + I * R + T * R + T * I + I * 128 + T * 128)
+    one_by_one = sum(T * I + I * width + T * width for width in (O, R, 128, 32, O))
+    assert work.product_bytes == 4 * one_by_one
 
 
 def test_a_step_of_a_language_model():
@@ -45,14 +49,17 @@ def test_a_step_of_a_language_model():
     tokens, answers = rows * length, rows * (length - length // 3)
     layer = 2 * width * width + 2 * width * kv + 3 * width * inner
     products = 2 * 2 * (tokens * layers * layer + answers * width * vocab)
-    flops = work.product_flops + work.thin_flops + work.narrow_flops + work.batched_flops
+    flops = work.product_flops + work.tiny_flops + work.thin_flops + work.narrow_flops + work.batched_flops
     assert flops == pytest.approx(products, rel=0.25)  # LoRA's own come on top
     assert flops > products
 
 
 def test_the_rest_is_counted_by_elements_or_bytes():
     x, query = torch.ones(T, I), torch.ones(2, 3, 16, 8)
+    norm, soft = torch.nn.functional.layer_norm, torch.softmax
     work = count(lambda: (x.exp(), x + 1.0, x.view(I, T), x.t().contiguous(), torch.bmm(x[None], x.t()[None])))
+    rows = count(lambda: (norm(x, (I,)), soft(x, 1)))
+    assert (rows.slow_elements, rows.norm_bytes) == (T * I, 4 * (2 * T * I + 2 * T))  # a mean and a deviation a row
     assert work.function_elements == T * I
     assert work.bytes == 2 * 4 * T * I
     assert work.copied_bytes == 2 * 4 * T * I
@@ -62,9 +69,17 @@ def test_the_rest_is_counted_by_elements_or_bytes():
 
 
 def test_least_times_are_the_longer_of_arithmetic_and_traffic():
-    ceilings = Ceilings(100.0, 10.0, 20.0, 25.0, 50.0, 5.0, 20.0, 4.0, 0.5)
-    work = Work(200.0, 10.0, 20.0, 25.0, 100.0, 10.0, 40.0, 8.0, 20.0, 4.0)
-    assert ceilings.parts(work) == {"products": 5.0, "attention": 2.0, "functions": 2.0, "traffic": 4.0, "calls": 2.0}
+    ceilings = Ceilings(
+        product_flops_s=100.0, tiny_flops_s=5.0, thin_flops_s=10.0, narrow_flops_s=20.0, batched_flops_s=25.0,
+        attention_flops_s=50.0, function_elements_s=5.0, slow_elements_s=2.0, bytes_s=20.0, copied_bytes_s=4.0,
+        norm_bytes_s=8.0, call_s=0.5,
+    )  # fmt: skip
+    work = Work(
+        product_flops=200.0, tiny_flops=5.0, thin_flops=10.0, narrow_flops=20.0, batched_flops=25.0,
+        attention_flops=100.0, function_elements=10.0, slow_elements=4.0, bytes=40.0, copied_bytes=8.0, norm_bytes=16.0,
+        product_bytes=20.0, calls=4.0,
+    )  # fmt: skip
+    assert ceilings.parts(work) == {"products": 6.0, "attention": 2.0, "functions": 4.0, "traffic": 6.0, "calls": 2.0}
     work.product_bytes = 200.0
     assert ceilings.parts(work)["products"] == 10.0
 
