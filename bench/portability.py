@@ -130,7 +130,8 @@ class Bench:
             for row in options.baselines:
                 if row == "head alone" and is_decoder(host):
                     continue  # its head is the model's own
-                values = BASELINES[row]
+                own_rate = {"training.learning_rate": options.rates[row]} if row in options.rates else {}
+                values = BASELINES[row] | own_rate
                 result = self.trained(
                     with_values(self.run(host, options.target_data, seed), values), f"{slug(target)}-{slug(row)}-{seed}"
                 )
@@ -253,6 +254,12 @@ def count() -> str:
     return "\n".join(lines)
 
 
+def _rates(text: str) -> dict[str, float]:
+    pairs = [(name.strip(), rate) for name, _, rate in (part.rpartition("=") for part in text.split(","))]
+    names_in(",".join(name for name, _ in pairs), list(BASELINES))
+    return {name: float(rate) for name, rate in pairs}
+
+
 def parser_of(description: str) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--host", help="folder of a BERT-shaped encoder, or of a causal language model")
@@ -265,6 +272,7 @@ def parser_of(description: str) -> argparse.ArgumentParser:
     parser.add_argument("--seeds", type=lambda text: [int(s) for s in text.split(",")], default=[0, 1, 2])
     parser.add_argument("--projectors", type=lambda text: text.split(","), default=list(PROJECTORS))
     parser.add_argument("--baselines", type=lambda text: names_in(text, list(BASELINES)), default=list(BASELINES))
+    parser.add_argument("--rates", type=_rates, default={}, help="of baselines: 'LoRA r 8=1e-3,full=2e-4'")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--work", type=Path)
     parser.add_argument("--out", type=Path)
