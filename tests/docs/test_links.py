@@ -68,7 +68,7 @@ THROUGHPUT = (
     ("qwen3_gsm8k_peers", "fastpeft", "Qwen3 of 384 x 6"),
     ("qwen3_gsm8k_peers", "hf_compiled", "the peer with torch.compile |"),
     ("qwen3_gsm8k_peers", "trl_packed", "TRL with packing"),
-    ("gemma_gsm8k", "fastpeft", "Gemma 3 270M"),
+    ("gemma_gsm8k", "fastpeft", "Gemma 3 270M on GSM8K"),
 )
 """File of bench/results, its row, and how the README's row begins."""
 
@@ -94,6 +94,16 @@ def test_the_readme_has_the_throughput_that_is_stored(file: str, name: str, begi
         speed += f" ({row['ratio_low']:.2f} to {row['ratio_high']:.2f})"
     shown = readme_row(begins)
     assert f"| {speed} | {row['memory_ratio']:.2f} | {found['date'][:10]} |" in shown
+
+
+@pytest.mark.parametrize(
+    ("peer", "begins"), [("trl", "Gemma 3 270M on Alpaca"), ("trl_packed", "the same beside SFTTrainer with packing")]
+)
+def test_the_readme_has_the_throughput_beside_trl(peer: str, begins: str) -> None:
+    found = stored("throughput_gemma_alpaca_cpu")
+    own, theirs = (next(row for row in found["rows"] if row["name"] == name) for name in ("fastpeft", peer))
+    speed, memory = (own[key] / theirs[key] for key in ("tokens_a_s", "peak_mb"))
+    assert f"| {speed:.2f} | {memory:.2f} | {found['date'][:10]} |" in readme_row(begins)
 
 
 @pytest.mark.parametrize("task", SCORES)
