@@ -294,6 +294,14 @@ def hub_for(home: Path) -> Iterator[FakeHub]:
 # ---- the command ---------------------------------------------------------------------------
 
 
+def _write(out: Path, found: dict[str, Found], seed: int) -> None:
+    """Of the cases that are done."""
+    import torch
+
+    cases = {name: {"runs": o.runs, "kills": dict(o.kills), "differences": o.differences} for name, o in found.items()}
+    write_json(out, about(torch.device("cpu")) | {"seed": seed, "cases": cases})
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=200, help="at least, over all cases")
@@ -314,20 +322,15 @@ def main() -> None:
             killer = Killer(random.Random(seed), work / "output.log")
             chaos = Chaos(work, killer, hub, lambda text: print(text, flush=True))
             each = -(-options.kills // len(asked))
-            found = {
-                name: chaos.sweeps(each) if name == SWEEPS else chaos.case(name, CASES[name], each) for name in asked
-            }
+            found = {}
+            for name in asked:
+                found[name] = chaos.sweeps(each) if name == SWEEPS else chaos.case(name, CASES[name], each)
+                if options.json:
+                    _write(options.json, found, seed)
     lines = [[name, str(one.runs), str(one.kills.total()), str(len(one.differences))] for name, one in found.items()]
     print_table("killed, resumed, and compared with an unbroken run", ["", "runs", "kills", "differences"], lines)
     at = sum((one.kills for one in found.values()), Counter[str]())
     print("killed at: " + ", ".join(f"{what} {count}" for what, count in at.most_common()))
-    if options.json:
-        cases = {
-            name: {"runs": o.runs, "kills": dict(o.kills), "differences": o.differences} for name, o in found.items()
-        }
-        import torch
-
-        write_json(options.json, about(torch.device("cpu")) | {"seed": seed, "cases": cases})
     if lost := [said for one in found.values() for said in one.differences]:
         raise SystemExit("\n".join(lost))
 
