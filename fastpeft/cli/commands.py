@@ -143,7 +143,7 @@ def train(
 
 
 def _say_first(config: Any) -> None:
-    """At once: what comes next takes seconds, and the imports of the console's own display a good part of one."""
+    """Print a first line at once. Loading takes seconds, and the imports of the console display a good part of one."""
     behind = "" if config is None else f", then {config.model.name} and {config.dataset.path or config.dataset.name}"
     typer.secho(f"loading torch{behind}", dim=True)
 

@@ -1,4 +1,4 @@
-"""From a YAML file and `key=value` overrides to a validated RunConfig, or one clear error."""
+"""Loads a YAML file with `key=value` overrides into a validated RunConfig, or raises one clear error."""
 
 from __future__ import annotations
 

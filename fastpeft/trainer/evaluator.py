@@ -193,7 +193,7 @@ class Evaluator:
             self._log.event("samples", split=split, samples=[sample._asdict() for sample in measured.samples])
         return value
 
-    # ---- what is written -------------------------------------------------------------------
+    # ---- files -----------------------------------------------------------------------------
 
     def _write_predictions(self, which: str, split: str, measured: Score, step: int) -> None:
         """Write each row's prediction; `which` is last, best or test. `fastpeft evaluate` pairs runs by these rows."""

@@ -16,7 +16,7 @@ DOTS_42 = np.array([[0x01, 0x08], [0x02, 0x10], [0x04, 0x20], [0x40, 0x80]], dty
 DASHES = ((1, 0), (6, 4), (2, 3), (12, 3))
 """(dots drawn, dots skipped) along x, which distinguish curves without colour."""
 _ALIKE = 1.5
-"""A line at least this many times as thick as another, such as noise, is drawn behind it."""
+"""A line more than this many times as thick as another, such as noise, is drawn behind it."""
 _STRIPE = 3
 """Cells along x after which the next of equally thick lines is in front."""
 
