@@ -20,8 +20,16 @@ __all__ = ["BudgetLR", "Result", "__version__", "accelerate", "load_adapter", "l
 def load_run(name_or_path: str | Path, **overrides: Any):
     """Load and validate a preset or a YAML file. See fastpeft.config.load_run.
 
-    Overrides are dotted keys, given as `**{"training.learning_rate": 1e-4}`, or whole sections,
-    given as dicts: `training={"learning_rate": 1e-4}`.
+    Args:
+        name_or_path: a preset's name, or the path of a YAML file.
+        overrides: dotted keys, given as `**{"training.learning_rate": 1e-4}`, or sections, given as dicts:
+            `training={"learning_rate": 1e-4}`. A dict sets only the keys that are in it.
+
+    Returns:
+        The RunConfig that `fastpeft.train` takes.
+
+    Raises:
+        ConfigError: with every problem found, naming the key and the nearest valid one.
     """
     from fastpeft.config import load_run as load
 

@@ -1,4 +1,4 @@
-"""The device's memory: how much is free, which errors mean that there is none, what a batch is cut down to then."""
+"""The device's memory: how much is free, which errors mean out of memory, and the token limits that shrink then."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ import torch
 from fastpeft.errors import UserError
 from fastpeft.launched import place
 
-# cuBLAS and cuDNN allocate past torch, and a CPU's allocator raises no class of its own: plain RuntimeErrors.
+# cuBLAS and cuDNN allocate outside torch's allocator, and the CPU's raises no class of its own: plain RuntimeErrors.
 _WORDS = (
     "CUBLAS_STATUS_ALLOC_FAILED",
     "CUDNN_STATUS_ALLOC_FAILED",
@@ -31,16 +31,16 @@ _ADVICE = (
 )
 
 UNMEASURED_TOKENS = 4096
-"""Of an evaluation batch, where nobody has measured what it takes and no number was asked for."""
+"""Token limit of an evaluation batch whose memory was not measured, where evaluation.batch_tokens is auto."""
 
 
 def unmeasured(setting: int | Literal["auto"]) -> int:
-    """evaluation.batch_tokens as a number."""
+    """evaluation.batch_tokens as a number, without a measurement."""
     return UNMEASURED_TOKENS if setting == "auto" else setting
 
 
 class OutOfMemory(UserError):
-    """The device is too small, however small the batches."""
+    """The memory does not suffice, and smaller batches do not help."""
 
     def __init__(self, where: str, cause: str, advice: str = _ADVICE) -> None:
         super().__init__(f"out of memory {where}: {cause}. {advice}")
@@ -50,11 +50,12 @@ def is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, torch.OutOfMemoryError) or any(word in str(error) for word in _WORDS)
 
 
-# ---- what is free ----------------------------------------------------------------------------
+# ---- free and used memory --------------------------------------------------------------------
 
 
 def free_bytes(device: torch.device) -> int:
-    """That this process may still allocate: on a CPU without being killed for it. Ranks of one host share it."""
+    """Bytes that this process may still allocate; on a CPU, before the kernel kills it. The CPU's are divided by the
+    ranks of the host."""
     if device.type == "cuda":
         reserved = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return torch.cuda.mem_get_info(device)[0] + reserved
@@ -62,7 +63,7 @@ def free_bytes(device: torch.device) -> int:
 
 
 def control_group_rooms(process: Path = Path("/proc/self")) -> Iterator[int]:
-    """What the control groups around this process leave it, of version 1 and 2. File cache that can go counts as free.
+    """Bytes that each control group (v1 or v2) around this process leaves it. Reclaimable file cache counts as free.
 
     Args:
         process: holds `cgroup` and `mountinfo`, as in proc(5).
@@ -88,7 +89,7 @@ def control_group_rooms(process: Path = Path("/proc/self")) -> Iterator[int]:
 
 
 def _mounted(mounts: list[list[str]], is_second: bool) -> Iterator[tuple[Path, Path]]:
-    """(the group that is its root, where it lies) of each mounted hierarchy that counts memory."""
+    """(root group, mount point) of each mounted hierarchy with a memory controller."""
     for fields in mounts:
         kind, _, options = fields[fields.index("-") + 1 :][:3]
         if kind == "cgroup2" if is_second else kind == "cgroup" and "memory" in options.split(","):
@@ -96,7 +97,7 @@ def _mounted(mounts: list[list[str]], is_second: bool) -> Iterator[tuple[Path, P
 
 
 def _room(folder: Path) -> int | None:
-    """Of one group; None where it has no limit."""
+    """Bytes that one group leaves; None if it has no limit."""
     for limit_name, usage_name, cache_name in (
         ("memory.max", "memory.current", "inactive_file"),
         ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
@@ -106,7 +107,7 @@ def _room(folder: Path) -> int | None:
             if limit == "max":
                 return None
             lines = (folder / "memory.stat").read_text().splitlines()
-        except OSError:  # the group is not mounted here, or is the root's
+        except OSError:  # the group is not mounted here, or is the root group
             continue
         counts = dict(line.split(" ", 1) for line in lines if " " in line)
         return max(0, int(limit) - int(usage) + int(counts.get(cache_name, 0)))
@@ -114,17 +115,17 @@ def _room(folder: Path) -> int | None:
 
 
 def resident_bytes(device: torch.device) -> int:
-    """That this process holds of the device's memory."""
+    """Bytes of the device's memory that this process holds."""
     if device.type == "cuda":
         return torch.cuda.memory_allocated(device)
     return psutil.Process().memory_info().rss
 
 
 def high_water_bytes(device: torch.device) -> int:
-    """The most that this process has held of it until now."""
+    """The most bytes of the device's memory that this process has held so far."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    try:  # getrusage's figure outlives an exec: it may be that of the process which started this one
+    try:  # getrusage's maximum survives an exec, so it may belong to the program that ran before
         status = Path("/proc/self/status").read_text().splitlines()
         return next(int(line.split()[1]) for line in status if line.startswith("VmHWM:")) * 1024
     except (OSError, StopIteration):
@@ -132,7 +133,7 @@ def high_water_bytes(device: torch.device) -> int:
 
 
 def free_memory() -> None:
-    """Give back what nothing holds any more. Not inside an `except`: its traceback holds the activations."""
+    """Return unused memory to the device. Not inside an `except`, whose traceback holds the activations."""
     if torch.cuda.is_available():
         gc.collect()
         torch.cuda.empty_cache()
@@ -143,25 +144,25 @@ def free_memory() -> None:
 
 @cache
 def _trim() -> Callable[[int], int] | None:
-    """glibc's: between blocks that are held its heap keeps free pages until it is asked for them."""
+    """glibc's malloc_trim. Its heap keeps free pages between live blocks until this is called."""
     try:
         return ctypes.CDLL(None).malloc_trim
     except (OSError, AttributeError):
         return None
 
 
-# ---- what a batch is cut down to -------------------------------------------------------------
+# ---- token limits ----------------------------------------------------------------------------
 
 
 @dataclass
 class TokenLimits:
-    """Most padded tokens in one pass; they fall when the device runs out of memory, and never rise again."""
+    """Most padded tokens in one pass. A limit falls when the device runs out of memory, and never rises again."""
 
     training: int
     evaluation: int
 
     def halve_training(self, num_rows: int, width: int, where: str) -> str:
-        """After a micro-batch of `num_rows` x `width` did not fit. Returns what to tell the user."""
+        """After a micro-batch of `num_rows` x `width` did not fit. Returns a message for the user."""
         before, self.training = self.training, _half(num_rows, width, where)
         return f"out of memory {where}: micro-batches of at most {self.training:,} tokens instead of {before:,}"
 
@@ -177,7 +178,7 @@ class TokenLimits:
 
 
 def _half(num_rows: int, width: int, where: str) -> int:
-    """Half of what did not fit, which may be far under the limit. Raises OutOfMemory for a single row."""
+    """Half the tokens that did not fit, which may be far below the limit. Raises OutOfMemory for a single row."""
     if num_rows <= 1:
         raise OutOfMemory(where, f"a single row of {width:,} tokens does not fit")
     return num_rows * width // 2

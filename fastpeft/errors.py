@@ -1,22 +1,22 @@
-"""The errors that are the user's to mend: shown as a message with an exit code, never a traceback."""
+"""Errors that the user can fix. The command line shows the message and no traceback, and ends with `exit_code`."""
 
 import errno
 import os
 
 
 def first_line(error: BaseException | str) -> str:
-    """Of what an error says; empty where it says nothing."""
+    """The first line of an error's message; empty if there is none."""
     return next(iter(str(error).strip().splitlines()), "")
 
 
 class UserError(ValueError):
-    """Input that cannot be used as it is; the message names the input and the fix."""
+    """Input that cannot be used as it is; the message names the input and the fix. Exit code 2."""
 
     exit_code = 2
 
 
 class UnavailableError(UserError):
-    """A model or dataset that cannot be had."""
+    """A model, dataset or service that cannot be reached or used. Exit code 3."""
 
     exit_code = 3
 
@@ -25,9 +25,9 @@ _DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG)
 
 
 def disk_error(error: BaseException) -> UserError | None:
-    """What to do about a disk that is full, over quota or read-only; None where the error is no such one.
+    """The UserError for a disk that is full, over quota or read-only; None for any other error.
 
-    Safetensors has errors of its own, which name the system's only in their text.
+    Safetensors raises its own class, which names the system's error number only in its text.
     """
     number = error.errno if isinstance(error, OSError) else None
     found = next((one for one in _DISK if one == number or f"(os error {one})" in str(error)), None)

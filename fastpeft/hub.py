@@ -1,4 +1,4 @@
-"""The Hugging Face hub and its cache: what it says of a name, one file at a time, and its refusals in words."""
+"""The Hugging Face hub and its cache: look-ups, downloads of single files, and errors in the user's words."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from typing import Any, Literal
 from fastpeft.errors import UnavailableError, first_line
 
 CHECK_S = 5.0
-"""A hub that has not answered a look-up by then cannot be reached."""
+"""Timeout of a look-up. After it the hub counts as unreachable."""
 
 CARD = "README.md"
 
@@ -34,11 +34,11 @@ class Repository:
 
 
 def look_up(kind: Kind, name: str, revision: str) -> Repository:
-    """What the hub has under `name` at `revision`, within CHECK_S.
+    """Commit and files of `name` at `revision` on the hub. Takes CHECK_S at most.
 
     Raises:
-        UnavailableError: the hub says no: no such name, no such revision, no access.
-        Unreachable: the hub says nothing, or is broken.
+        UnavailableError: the hub refuses: no such name, no such revision, no access.
+        Unreachable: the hub does not answer, or answers with a server error.
     """
     import huggingface_hub as hub
 
@@ -58,7 +58,7 @@ def look_up(kind: Kind, name: str, revision: str) -> Repository:
 
 
 def cached_commit(kind: Kind, name: str, revision: str) -> str | None:
-    """The commit that the cache has for a branch, tag or commit; None if it has none."""
+    """The commit that the cache holds for a branch, tag or commit; None if it holds none."""
     folder = _cache(kind, name)
     if re.fullmatch(r"[0-9a-f]{40}", revision):
         return revision if (folder / "snapshots" / revision).is_dir() else None
@@ -67,28 +67,28 @@ def cached_commit(kind: Kind, name: str, revision: str) -> str | None:
 
 
 def note_revision(kind: Kind, name: str, revision: str) -> str | None:
-    """Let the cache note which commit `revision` is now, and return it: the hub tells it with any file."""
+    """Record in the cache which commit `revision` is now, and return it. The hub's answer for any file names it."""
     import huggingface_hub as hub
 
     try:
         hub.hf_hub_download(name, CARD, repo_type=kind, revision=revision)
     except hub.errors.RemoteEntryNotFoundError:
-        pass  # the answer that there is no such file names the commit as well
+        pass  # the 404 answer names the commit as well
     except Exception as error:
         raise download_error(kind, name, revision, error, CARD) from error
     return cached_commit(kind, name, revision)
 
 
 def snapshot(kind: Kind, name: str, commit: str) -> Path:
-    """Where the cache keeps the files of a commit; they need not all be there."""
+    """The cache's folder for the files of a commit, of which some may be missing."""
     return _cache(kind, name) / "snapshots" / commit
 
 
 def download(kind: Kind, name: str, file: str, revision: str) -> Path:
-    """One file of a repository, from the cache or the hub. A file appears in the cache when it is complete.
+    """The path of one file of a repository, from the cache or the hub. The cache holds complete files only.
 
     Raises:
-        UnavailableError: no access, no such file, or the download broke off.
+        UnavailableError: no access, no such file, or the download failed.
     """
     import huggingface_hub as hub
 
@@ -100,7 +100,7 @@ def download(kind: Kind, name: str, file: str, revision: str) -> Path:
 
 
 def download_error(kind: Kind, name: str, revision: str, error: Exception, file: str | None = None) -> UnavailableError:
-    """What to tell the user of a download that failed after the hub had answered."""
+    """The error for a download that failed after the hub had answered."""
     chain = _chain(error)
     said = next((text for e in chain if (text := _refusal(kind, name, revision, e))), None)
     if said is not None:
@@ -115,7 +115,7 @@ def download_error(kind: Kind, name: str, revision: str, error: Exception, file:
 
 
 def is_network_error(error: Exception) -> bool:
-    """Whether a transfer failed, and not what was made of the data."""
+    """Whether the transfer failed, rather than the processing of its data."""
     import huggingface_hub as hub
 
     return any(
@@ -128,7 +128,7 @@ def is_network_error(error: Exception) -> bool:
 
 @contextmanager
 def progress_bars(library: Any) -> Iterator[None]:
-    """Those of `huggingface_hub.utils` or `datasets`, where there is a terminal to draw them in."""
+    """Show the progress bars of `library`, `huggingface_hub.utils` or `datasets`, only if stderr is a terminal."""
     if sys.stderr.isatty() or library.are_progress_bars_disabled():
         yield
         return
@@ -146,7 +146,7 @@ def _cache(kind: Kind, name: str) -> Path:
 
 
 def _within(seconds: float, ask: Callable[[], Any]) -> Any:
-    """Its answer. Sockets have timeouts, but names that are not resolved and answers that drip have none."""
+    """What `ask` returns, within `seconds`. A socket's timeout bounds neither DNS resolution nor a slow answer."""
     answer: list[Any] = []
     failure: list[Exception] = []
 
@@ -167,7 +167,7 @@ def _within(seconds: float, ask: Callable[[], Any]) -> Any:
 
 
 def _refusal(kind: Kind, name: str, revision: str, error: BaseException) -> str | None:
-    """The hub's no in words; None if it is none."""
+    """The message for an error by which the hub refuses a request; None for other errors."""
     from huggingface_hub import constants, errors
 
     status = _status(error)
@@ -191,13 +191,13 @@ def _refusal(kind: Kind, name: str, revision: str, error: BaseException) -> str 
 
 
 def _status(error: BaseException) -> int | None:
-    """Of an HTTP answer that is an error."""
+    """The status code of an HTTP error; None for other errors."""
     status = getattr(getattr(error, "response", None), "status_code", None)
     return status if isinstance(status, int) and status >= 400 else None
 
 
 def _requested(error: BaseException) -> str | None:
-    """Path in the repository of the file that a failed request was for."""
+    """Path in the repository of the file that a failed request asked for."""
     try:
         url = str(error.request.url)  # type: ignore[attr-defined]
     except (AttributeError, RuntimeError):
@@ -207,7 +207,7 @@ def _requested(error: BaseException) -> str | None:
 
 
 def _chain(error: BaseException) -> list[BaseException]:
-    """The error and what led to it, latest first."""
+    """The error and its causes, latest first."""
     chain: list[BaseException] = []
     link: BaseException | None = error
     while link is not None and link not in chain:

@@ -1,4 +1,4 @@
-"""What torch's launcher tells each process that it starts: which rank of how many it is. Reads the environment only."""
+"""The rank and world size that torch's launcher gives each process. Read from the environment only."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Place:
-    """Of this process among the ranks."""
+    """This process's place among the ranks."""
 
     rank: int = 0
     size: int = 1
@@ -17,12 +17,12 @@ class Place:
     local_size: int = 1
     """Ranks on this host."""
     restarts: int = 0
-    """How often the launcher has started the ranks anew."""
+    """How often the launcher has restarted the ranks."""
     max_restarts: int = 0
 
 
 def place() -> Place:
-    """Of a process that no launcher has started: the only rank."""
+    """This process's place. A process that no launcher started is the only rank."""
     names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
     if any(name not in os.environ for name in names):
         return Place()

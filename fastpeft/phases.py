@@ -1,7 +1,7 @@
-"""What a run is busy with before its first step has ended, said by whoever does the work.
+"""Progress of a run's set-up and first step, reported by the code that does the work.
 
-Reading, loading, tokenising and calibrating may each take minutes. They call `begin` and `progress`; `told_to` names
-who hears of it, and where nobody does nothing happens. No step calls anything of this.
+Reading, loading, tokenising and calibrating may each take minutes. They call `begin` and `progress`. `told_to` sets the
+callback that receives the reports; without one the calls do nothing. No later step calls this module.
 """
 
 from __future__ import annotations
@@ -14,10 +14,10 @@ from dataclasses import dataclass
 from typing import Any
 
 EVERY_S = 0.5
-"""Between two tellings of one phase's progress, at least."""
+"""Least seconds between two progress reports of a phase."""
 
 Tell = Callable[..., None]
-"""Takes the fields of a `phase` event: name and text, and of progress also done, total and unit."""
+"""Takes the fields of a `phase` event as keywords: name and text; for progress also done, total and unit."""
 
 
 @dataclass
@@ -37,7 +37,7 @@ _current: ContextVar[_Current | None] = ContextVar("phase", default=None)
 
 @contextmanager
 def told_to(tell: Tell) -> Iterator[None]:
-    """`tell` hears of what is begun inside, in this thread."""
+    """Send the reports of phases begun inside, in this thread, to `tell`."""
     token = _current.set(_Current(tell))
     try:
         yield
@@ -46,7 +46,7 @@ def told_to(tell: Tell) -> Iterator[None]:
 
 
 def begin(name: str, text: str) -> None:
-    """A new phase: `name` for programs, such as `tokenise`, and `text` for the user."""
+    """Begin a phase: `name` for programs, such as `tokenise`, and `text` for the user."""
     current = _current.get()
     if current is not None:
         current.name, current.text = name, text
@@ -54,7 +54,7 @@ def begin(name: str, text: str) -> None:
 
 
 def progress(done: int, total: int, unit: str) -> None:
-    """How far the phase is. Told every EVERY_S at most, so that it may be called for every row."""
+    """Report how far the phase is. At most one report every EVERY_S is passed on, so a call for every row is cheap."""
     current = _current.get()
     if current is not None and current.name and time.monotonic() - current.told_at >= EVERY_S:
         current.say(done=done, total=total, unit=unit)

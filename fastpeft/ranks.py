@@ -1,7 +1,7 @@
-"""The processes that train one run together, and what they add up, tell and gather.
+"""The processes that train one run together, and their collectives.
 
-torch.distributed does the work: NCCL between GPUs, gloo between CPUs, and gloo for what the hosts have to tell each
-other. A process that no launcher has started is ALONE: nothing is set up, and no collective is called.
+torch.distributed does the work: NCCL for tensors on GPUs, gloo for tensors on CPUs. A process that no launcher started
+is ALONE: nothing is set up, and no collective is called.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from fastpeft.errors import UserError
 from fastpeft.launched import Place, place
 
 LONGEST_WAIT = timedelta(hours=2)
-"""For a rank that lives and does not come: such as rank 0 while it downloads. That one has died is known at once."""
+"""Timeout of a collective. A live rank may be late, as rank 0 while it downloads; a dead one is noticed at once."""
 _PR_SET_PDEATHSIG = 1
 _JOIN_WAIT, _WORD_WAIT = timedelta(minutes=15), timedelta(seconds=20)
 
@@ -35,18 +35,18 @@ Tensors = dict[str, torch.Tensor]
 P = ParamSpec("P")
 T = TypeVar("T")
 
-_c10d: Any = dist  # its stores and its rendezvous are public and documented, and its stubs do not export them
-_all_gather: Any = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # as it was named before
+_c10d: Any = dist  # its stores and its rendezvous are documented, but the type stubs do not export them
+_all_gather: Any = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # the name in older torch
 
 
 class RankLost(UserError):
-    """Another rank has ended."""
+    """Another rank has ended during a collective."""
 
     exit_code = 1
 
 
 def _or_lost(collective: Callable[P, T]) -> Callable[P, T]:
-    """A collective in which another rank does not take part becomes RankLost."""
+    """`collective`, which raises RankLost where another rank does not take part."""
 
     @wraps(collective)
     def guarded(*args: P.args, **kwargs: P.kwargs) -> T:
@@ -63,14 +63,14 @@ def _or_lost(collective: Callable[P, T]) -> Callable[P, T]:
 
 
 class Ranks:
-    """Of one run, as this process sees them. Every rank has to call the collectives in the same order."""
+    """The ranks of one run, as this process sees them. Every rank has to call the collectives in the same order."""
 
     def __init__(self, where: Place) -> None:
         self.rank, self.size = where.rank, where.size
         self.local_rank, self.local_size = where.local_rank, where.local_size
 
     def device(self) -> torch.device:
-        """This rank's: the GPU of its LOCAL_RANK, or the CPU.
+        """This rank's device: the GPU of its LOCAL_RANK, or the CPU.
 
         Raises:
             UserError: the host has fewer GPUs than ranks.
@@ -86,18 +86,18 @@ class Ranks:
         return torch.device("cuda", self.local_rank) if self.size > 1 else torch.device("cuda")
 
     def share(self, items: T) -> T:
-        """This rank's part of a list or an array: every `size`-th, so that sorted ones are shared evenly."""
+        """This rank's part of a list or an array: every `size`-th item, so that sorted items are shared evenly."""
         return items if self.size == 1 else cast(Any, items)[self.rank :: self.size]
 
     @_or_lost
     def add_up(self, tensor: torch.Tensor) -> None:
-        """All-reduce: the sum over the ranks, in place, the same bits on each."""
+        """All-reduce: the sum over the ranks, in place, bitwise equal on all of them."""
         if self.size > 1:
             dist.all_reduce(tensor)
 
     @_or_lost
     def most(self, value: int) -> int:
-        """The largest of the ranks' values. Does not wait for a device."""
+        """The largest of the ranks' values, on the hosts: no device is synchronized."""
         if self.size == 1:
             return value
         found = torch.tensor([value], dtype=torch.int64)
@@ -106,22 +106,22 @@ class Ranks:
 
     @_or_lost
     def gather_into(self, whole: torch.Tensor, own: torch.Tensor, group: Any, async_op: bool) -> Any:
-        """All-gather: the ranks' tensors of one size one behind another, in `whole`. Returns what to wait for, where
-        that is asked for."""
+        """All-gather: the ranks' equally large tensors, concatenated in `whole`. Returns torch's work handle if
+        `async_op`."""
         return _all_gather(whole, own, group=group, async_op=async_op)
 
     @_or_lost
     def take_first(self, tensor: torch.Tensor) -> None:
-        """Broadcast: rank 0's, in place."""
+        """Broadcast: rank 0's tensor, in place."""
         if self.size > 1:
             dist.broadcast(tensor, 0)
 
     def told(self, values: Any) -> Any:
-        """Rank 0's JSON values. Those of the other ranks are not looked at."""
+        """Broadcast: rank 0's JSON values. Those of the other ranks are not read."""
         return json.loads(self._first_bytes(json.dumps(values).encode())) if self.size > 1 else values
 
     def given(self, tensors: Tensors) -> Tensors:
-        """Rank 0's tensors, on the CPU."""
+        """Broadcast: rank 0's tensors, on the CPU. Those of the other ranks are not read."""
         return load(self._first_bytes(save(tensors))) if self.size > 1 else tensors
 
     @_or_lost
@@ -136,7 +136,7 @@ class Ranks:
 
     @_or_lost
     def gathered(self, tensors: Tensors) -> list[Tensors]:
-        """Every rank's, in the order of the ranks, on the CPU. Names and shapes may differ from rank to rank."""
+        """Every rank's tensors, in rank order, on the CPU. Names and shapes may differ between ranks."""
         content = save({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()})
         lengths = [torch.zeros(1, dtype=torch.int64) for _ in range(self.size)]
         dist.all_gather(lengths, torch.tensor([len(content)]))
@@ -152,10 +152,10 @@ ALONE = Ranks(Place())
 
 @cache
 def join() -> Ranks:
-    """Take this process's place among the ranks of its launcher, until it ends. Waits for all of them.
+    """Join the launcher's process group until this process ends. Waits for all ranks.
 
     Raises:
-        UserError: no GPU for this rank; somebody has set up torch.distributed already.
+        UserError: no GPU for this rank; torch.distributed is set up already in this process.
     """
     where = place()
     if where.size == 1:
@@ -180,21 +180,20 @@ def join() -> Ranks:
 
 
 def _stop_with_the_launcher() -> None:
-    """SIGTERM for this process where torch's launcher is killed: nobody else would ever end it. Linux only."""
+    """Have the kernel send SIGTERM when torch's launcher is killed: nothing else would end this process. Linux only."""
     with suppress(OSError, AttributeError):
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
 @cache
 def _store() -> Any:
-    """The launcher's. The keys of an earlier attempt are not seen."""
+    """The launcher's key-value store, under a prefix of this restart, so that keys of earlier ones are not seen."""
     found, _, _ = next(_c10d.rendezvous("env://", timeout=_JOIN_WAIT))
     return _c10d.PrefixStore(f"fastpeft/{place().restarts}", found)
 
 
 def fails_first(exit_code: int) -> tuple[bool, int]:
-    """Whether no other rank has failed before this one, so that the user has to be told; and the exit code of the one
-    that was first."""
+    """(whether this rank failed first and has to tell the user, exit code of the rank that failed first)."""
     try:
         store = _store()
         if store.add("failed", 1) == 1:
@@ -206,14 +205,14 @@ def fails_first(exit_code: int) -> tuple[bool, int]:
         return place().rank == 0, exit_code
 
 
-# ---- what is done by all of them together ----------------------------------------------------
+# ---- work shared by all ranks ----------------------------------------------------------------
 
 _together: ContextVar[Ranks] = ContextVar("ranks", default=ALONE)
 
 
 @contextmanager
 def together(ranks: Ranks) -> Iterator[None]:
-    """Every rank is in here: `current` is `ranks`, so that work may be shared out and results gathered."""
+    """Inside, every rank runs the same code: `current` returns `ranks`, and work may be shared and gathered."""
     token = _together.set(ranks)
     try:
         yield
@@ -222,12 +221,12 @@ def together(ranks: Ranks) -> Iterator[None]:
 
 
 def current() -> Ranks:
-    """ALONE wherever the ranks are not known to do the same."""
+    """The ranks to share work with: those of `together`, and outside of it ALONE."""
     return _together.get()
 
 
 def everybodys(tensors: Tensors | None) -> list[Tensors] | None:
-    """Of each rank what it has found of its share. None for all where one was stopped, and has nothing."""
+    """Every rank's results of its share of the work. None on all ranks if one was stopped and passed None."""
     ranks = current()
     if ranks.size == 1:
         return None if tensors is None else [tensors]
@@ -238,13 +237,13 @@ def everybodys(tensors: Tensors | None) -> list[Tensors] | None:
 def joined_parts(
     parts: list[tuple[np.ndarray, torch.Tensor]] | None, loss: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor, float] | None:
-    """(places, values, loss): of all ranks, one behind another on the CPU, and the loss added up.
+    """(places, values, loss) of all ranks: places and values concatenated on the CPU, the loss summed.
 
     Args:
-        parts: places and what belongs there, of this rank's share; None where it was stopped.
+        parts: (places, values) of this rank's share; None if it was stopped.
 
     Returns:
-        None for all ranks where one of them was stopped.
+        None on all ranks if one of them was stopped.
     """
     mine = None
     if parts is not None:

@@ -45,12 +45,12 @@ Message = dict[str, str]
 
 class Answers(Protocol):
     def __call__(self, messages: list[Message], stop: Callable[[], bool], /) -> str:
-        """Writes its answer as it comes, and returns it."""
+        """Print the answer as it is generated, and return it."""
         ...
 
 
 def talk(answer: Answers, system: str | None = None, ask: Callable[[str], str] = input) -> list[Message]:
-    """Ask and answer until the user ends it; returns what was said."""
+    """Ask and answer until the user ends the conversation. Returns its messages."""
     begun = [] if system is None else [{"role": "system", "content": system}]
     messages = list(begun)
     while True:
@@ -71,7 +71,7 @@ def talk(answer: Answers, system: str | None = None, ask: Callable[[str], str] =
 
 
 def _answered(answer: Answers, messages: list[Message]) -> list[Message]:
-    """With the answer; without the question too where it cannot be answered."""
+    """`messages` with the answer; without the last question if it cannot be answered."""
     try:
         with ctrl_c_asks() as stop:
             text = answer(messages, stop)

@@ -42,11 +42,11 @@ app.command()(chat)
 
 
 def main() -> None:
-    """Entry point: a user's error becomes a message and an exit code, never a traceback."""
-    # OpenMP threads that spin while they wait make a step 100 times slower (measured) as soon as
-    # another process wants one of the cores. It is read when torch is loaded.
+    """Entry point: a UserError becomes a message and an exit code, never a traceback."""
+    # OpenMP threads that spin while waiting make a step 100 times slower (measured) as soon as
+    # another process wants one of the cores. torch reads the variable when it is loaded.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    cast(io.TextIOWrapper, sys.stdout).reconfigure(errors="backslashreplace")  # a name may hold what no terminal shows
+    cast(io.TextIOWrapper, sys.stdout).reconfigure(errors="backslashreplace")  # names may not be encodable
     try:
         app()
     except Exception as error:
@@ -143,7 +143,7 @@ def train(
 
 
 def _say_first(config: Any) -> None:
-    """At once: what comes next takes seconds, and the imports of the console's own display a good part of one."""
+    """Print a first line at once. Loading takes seconds, and the imports of the console display a good part of one."""
     behind = "" if config is None else f", then {config.model.name} and {config.dataset.path or config.dataset.name}"
     typer.secho(f"loading torch{behind}", dim=True)
 
@@ -187,7 +187,7 @@ def _train_one(config: Any, results_dir: Path, name: str | None, resume: bool, a
 
 
 def _tell_next(result: Any, where: str) -> None:
-    """What a run that has ended is good for, as commands."""
+    """Print commands that use a finished run."""
     from fastpeft.config.methods import METHODS
     from fastpeft.tasks import task_class
 
@@ -239,7 +239,7 @@ def _train_seeds(
 
 
 def _end(results: list[Any], reporter: Any, stop: Any) -> None:
-    """The last line, and the exit code if it is not 0."""
+    """Print the last line, and exit with the code if it is not 0."""
     if results and results[-1].stand_in:
         reporter.say(f"STAND-IN: these are numbers of {results[-1].model} on {results[-1].dataset}")
     if code := _exit_code(results, stop):
@@ -333,7 +333,7 @@ def export(
         from fastpeft.export.summary import approximated, closing, opening
         from fastpeft.export.write import export as write
 
-    with handled(signal.SIGTERM, lambda number, frame: sys.exit(128 + number)):  # nothing half-written stays
+    with handled(signal.SIGTERM, lambda number, frame: sys.exit(128 + number)):  # partial output is removed
         for line in opening(plan):
             print(line)
         if approximate is not None:

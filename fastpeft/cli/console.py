@@ -1,6 +1,6 @@
 """What `fastpeft train` prints while it runs: a live line in a terminal, plain lines elsewhere.
 
-It reads events only, as every display does.
+It reads events only, as all displays do.
 """
 
 from __future__ import annotations
@@ -22,28 +22,28 @@ from fastpeft.runs.parts import figure
 PLAIN_EVERY_S = 10.0
 _WIDE = 110
 _WINDOW_STEPS = 32
-"""The loss and the rate shown are means over this many steps."""
+"""The displayed loss and tokens per second are means over this many steps."""
 
 
 class _Elapsed(TimeElapsedColumn):
-    """Since a phase began; steps have the time that is left instead."""
+    """Time since a phase began; for steps the remaining time instead."""
 
     def render(self, task: Task) -> Text:
         return super().render(task) if task.fields["is_phase"] else Text()
 
 
 class ConsoleReporter(AbstractContextManager):
-    """A trainer's Reporter. Use as a context: leaving it clears the live line."""
+    """A Reporter for `train`. Use as a context: leaving it clears the live line."""
 
     def __init__(self, console: Console | None = None) -> None:
         self.console = console or SafeConsole(highlight=False)
-        self.console.soft_wrap = not self.console.is_terminal  # a file has no edge to wrap at
+        self.console.soft_wrap = not self.console.is_terminal  # do not wrap lines in a file
         self._progress: Progress | None = None
         self._task: Any = None
         self._phase: str | None = ""
-        """The text of the phase that was told last; None: steps are told."""
+        """Text of the last reported phase; None once steps are reported."""
         self._whole_s: float | None = None
-        """Estimated by the first step while it was under way."""
+        """Seconds of the whole run, as estimated during the first step."""
         self._recent: deque[tuple[float, int]] = deque(maxlen=_WINDOW_STEPS)
         self._losses: deque[float] = deque(maxlen=_WINDOW_STEPS)
         self._printed_at = -math.inf
@@ -93,7 +93,7 @@ class ConsoleReporter(AbstractContextManager):
             self.say(f"{event['text']}{': ' if text else ''}{text}{estimate}")
 
     def _begin_live(self, description: str, total: float | None = None) -> None:
-        """A live line that begins anew, in a terminal; without a total its bar only moves."""
+        """Start a new live line, in a terminal. Without a total its bar is indeterminate."""
         if not self.console.is_terminal:
             return
         if self._progress is None:
@@ -152,7 +152,7 @@ class ConsoleReporter(AbstractContextManager):
     def _on_warning(self, event: Event) -> None:
         self.console.print(f"warning: {event['message']}", style="yellow", markup=False)
 
-    # ---- figures ---------------------------------------------------------------------------
+    # ---- rates -----------------------------------------------------------------------------
 
     def _tokens_per_s(self) -> float:
         (first, _), (last, _) = self._recent[0], self._recent[-1]
@@ -160,7 +160,7 @@ class ConsoleReporter(AbstractContextManager):
         return tokens / (last - first) if last > first else 0.0
 
     def _eta(self, event: Event) -> str:
-        """Time to the end, from the progress since this process started."""
+        """Time to the end, extrapolated from the progress since this process started."""
         now, progress = event["elapsed_s"], event["progress"]
         if self._first is None:
             self._first = (now, progress)
@@ -171,7 +171,7 @@ class ConsoleReporter(AbstractContextManager):
 
 
 def _estimate(event: Event, short: bool = False) -> str:
-    """Of a first step under way: when it ends, and what training takes from here on."""
+    """The first step's estimates: time to its end, and time of the remaining training."""
     if "left_s" not in event:
         return ""
     line, is_known = _clock(event["left_s"]), "whole_s" in event
@@ -182,6 +182,6 @@ def _estimate(event: Event, short: bool = False) -> str:
 
 
 def _clock(seconds: float) -> str:
-    """m:ss, and from an hour on h:mm:ss."""
+    """m:ss; from one hour on, h:mm:ss."""
     minutes, rest = divmod(int(seconds), 60)
     return f"{minutes}:{rest:02d}" if minutes < 60 else f"{minutes // 60}:{minutes % 60:02d}:{rest:02d}"

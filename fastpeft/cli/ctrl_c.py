@@ -1,4 +1,4 @@
-"""What Ctrl-C does while something goes on."""
+"""What Ctrl-C does during imports and long work."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ def handled(number: signal.Signals, handler: Any) -> Iterator[None]:
 
 
 def ctrl_c_ends_at_once() -> Any:
-    """While torch is loaded: inside its imports a KeyboardInterrupt becomes an ImportError or aborts the process."""
+    """For the import of torch, in which a KeyboardInterrupt becomes an ImportError or aborts the process."""
     return handled(signal.SIGINT, lambda number, frame: os._exit(128 + number))
 
 
 @contextmanager
 def ctrl_c_asks() -> Iterator[Callable[[], bool]]:
-    """Inside, Ctrl-C is a request, which what is yielded tells of."""
+    """Inside, Ctrl-C only sets a request. Yields a function that returns whether there was one."""
     asked = False
 
     def ask(number: int, frame: Any) -> None:

@@ -11,7 +11,7 @@ from fastpeft.errors import UserError
 data = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Look at what a run reads.")
 
 OPENS, CLOSES = "\u27e6", "\u27e7"
-"""Round what is learned, where there are no colours."""
+"""Brackets around trained tokens, if there are no colours."""
 
 
 @data.callback()

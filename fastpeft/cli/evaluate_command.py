@@ -74,7 +74,7 @@ def _fetch(path: str, results_dir: Path) -> Path:
 
 
 def _rescore(folders: list[RunFolder], last: bool) -> None:
-    """A run that cannot be scored again is said, and does not keep the others from it."""
+    """Score runs again. A run that fails is reported, and the others continue."""
     from fastpeft.export.rescore import rescore
 
     for folder in folders:

@@ -1,4 +1,4 @@
-"""`fastpeft train` as one of several ranks, and as what starts them."""
+"""`fastpeft train` on several ranks: starting them, and running as one of them."""
 
 from __future__ import annotations
 
@@ -21,12 +21,13 @@ if TYPE_CHECKING:
 
 
 def refuse_with_ranks(ranks: int | None, max_restarts: int, options: Mapping[str, bool]) -> None:
-    """
+    """Check the options about ranks.
+
     Args:
-        options: those that do not go with several ranks, and whether they were given.
+        options: option that is incompatible with several ranks -> whether it was given.
 
     Raises:
-        UserError: what was asked for does not go together.
+        UserError: the options are incompatible.
     """
     launched = place()
     if launched.size > 1 and ranks is not None:
@@ -39,7 +40,7 @@ def refuse_with_ranks(ranks: int | None, max_restarts: int, options: Mapping[str
 
 
 def launch_ranks(order: Order, ranks: int, max_restarts: int, results_dir: Path) -> int:
-    """Returns the exit code."""
+    """Train on `ranks` processes of this host. Returns the exit code."""
     if not order.resume:
         RunFolder.at(results_dir, order.name).check_free()
     with ctrl_c_ends_at_once():
@@ -50,10 +51,10 @@ def launch_ranks(order: Order, ranks: int, max_restarts: int, results_dir: Path)
 
 
 def resumes_by_itself(results_dir: Path, name: str | None) -> bool:
-    """The launcher has started this rank anew, and the attempt before has left a run to go on with.
+    """Whether the launcher has restarted this rank, and the previous attempt left a run to resume.
 
     Raises:
-        UserError: a restart could not find the run.
+        UserError: restarts are on without --name, so that none could find the run.
     """
     launched = place()
     if launched.max_restarts and name is None:
@@ -64,8 +65,8 @@ def resumes_by_itself(results_dir: Path, name: str | None) -> bool:
 
 
 def end_rank(error: Exception) -> NoReturn:
-    """End this process, one of several ranks. What the user is told comes from the rank that failed first, and all have
-    its exit code. Nothing is waited for: what the ranks do together may never end."""
+    """End this process, one of several ranks. Only the rank that failed first reports its error, and all ranks exit
+    with its code. Nothing is waited for, since a pending collective may never end."""
     from fastpeft.ranks import fails_first
 
     is_first, code = fails_first(error.exit_code if isinstance(error, UserError) else 1)

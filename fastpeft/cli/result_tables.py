@@ -1,4 +1,4 @@
-"""Tables of results, as commands print them."""
+"""Tables of results that commands print."""
 
 from __future__ import annotations
 
@@ -21,21 +21,20 @@ from fastpeft.runs.store import MAJORITY, Result, RunFolder
 from fastpeft.tui.format import sparkline
 
 _CURVE_WIDTH = 48
-"""Blocks of the loss."""
+"""Characters of the loss curve."""
 _NUM_SCORES = 8
-"""Of the evaluations, as many as a line has room for."""
+"""Number of evaluations that fit on a line."""
 
 
 def closing(result: Result, folder: RunFolder | None = None) -> Group:
-    """What a run came to: its facts, how it learned by the log in `folder`, and the metrics of parts of the data, where
-    its task has such."""
+    """The result of a run: its facts, its curves from the log in `folder`, and metrics of parts of the data, if any."""
     curves = {} if folder is None or not folder.events.is_file() else _curves(folder.events)
     parts = _parts_tables(result)
     return Group(closing_table(result, curves), *(row for table in parts for row in ("", table)))
 
 
 def _curves(log: Path) -> dict[str, str]:
-    """The training loss as blocks, and the metric of the evaluations."""
+    """The training loss as block characters, and the metric at evaluations."""
     from fastpeft.compare.history import binned, read_history
     from fastpeft.runs.events import read_lines
 
@@ -69,7 +68,7 @@ def _parts_tables(result: Result) -> Iterator[Table]:
 
 
 def closing_table(result: Result, curves: dict[str, str] | None = None) -> Table:
-    """One row a fact, of a run that has ended; `curves` are the rows of how it learned."""
+    """One row per fact of a finished run; `curves` are the rows of `_curves`."""
     table = Table(show_header=False, box=None, pad_edge=False)
     table.add_column(style="bold")
     table.add_column()
@@ -111,7 +110,7 @@ def _adapter_facts(facts: dict[str, float]) -> str | None:
 
 
 def group_table(results: list[Result]) -> Table:
-    """A line a seed, and their mean with its 95 % interval."""
+    """One line per seed, and the mean with its 95 % interval."""
     table = Table(box=None, pad_edge=False)
     for name in ("seed", "status", "metric", "best", "steps", "time"):
         table.add_column(name)
@@ -124,7 +123,7 @@ def group_table(results: list[Result]) -> Table:
 
 
 def comparison_table(comparison: Comparison) -> Table:
-    """`fastpeft evaluate`: a line a method and task, then the GLUE averages. What no run has gets no column."""
+    """`fastpeft evaluate`: one line per method and task, then the GLUE averages. Columns without values are omitted."""
     rows, target = comparison.rows, comparison.target
     minus = f"minus {comparison.baseline}" if comparison.baseline else "difference"
     columns: dict[str, list[object]] = {
@@ -158,7 +157,7 @@ def comparison_table(comparison: Comparison) -> Table:
 
 
 def _p(contrast: Contrast | None) -> str | None:
-    """After Holm, with the test that it is of."""
+    """The p-value after Holm's correction, with the name of its test."""
     if contrast is None:
         return None
     p = contrast.note if contrast.p_holm is None else f"{contrast.p_holm:.3g}"
@@ -166,7 +165,7 @@ def _p(contrast: Contrast | None) -> str | None:
 
 
 def left_out_table(found: list[Found]) -> Table:
-    """`fastpeft evaluate`: the runs that are no part of the means, and why."""
+    """`fastpeft evaluate`: the runs left out of the means, and why."""
     table = Table(box=None, pad_edge=False)
     for name in ("left out", "status", "why"):
         table.add_column(name, overflow="fold")
@@ -176,7 +175,7 @@ def left_out_table(found: list[Found]) -> Table:
 
 
 def sets_table(scores: list[SetScore]) -> Table:
-    """`fastpeft evaluate RUN --on`: a line a set. Shares that no set has get no column."""
+    """`fastpeft evaluate RUN --on`: one line per set. Columns without values are omitted."""
     names = list(dict.fromkeys(name for score in scores for name in score.more))
     table = Table(box=None, pad_edge=False)
     for name in ("set", "problems", "exact match", "95 % interval", *(name.replace("_", " ") for name in names)):
@@ -197,7 +196,7 @@ def sets_table(scores: list[SetScore]) -> Table:
 
 
 def runs_table(folders: list[RunFolder]) -> Table:
-    """`fastpeft runs ls`: a line a run; the runs of one group stand under a line with their mean."""
+    """`fastpeft runs ls`: one line per run. The runs of a group are listed under a line with their mean."""
     table = Table(box=None, pad_edge=False)
     for name in ("run", "status", "metric", "best", "steps", "time", "model, data"):
         table.add_column(name, overflow="fold", no_wrap=name == "run")
@@ -240,7 +239,7 @@ def _spent(budget: dict[str, Any]) -> str:
 
 
 def _rows(result: Result) -> str | None:
-    """Of each split, and the hash by which the data are known again."""
+    """Number of rows of each split, and the hash of the data."""
     if not result.data:
         return None
     counts = ", ".join(f"{name} {split['rows']:,}" for name, split in result.data["splits"].items())

@@ -1,4 +1,4 @@
-"""What the options of a command that trains mean."""
+"""Options that training commands share."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from fastpeft.errors import UserError
 
 
 def results_option(results_dir: Path) -> str:
-    """As a command that is shown takes it; nothing where it is the default."""
+    """The option to show in a suggested command; empty if the folder is the default."""
     return "" if results_dir == Path("results") else f" --results-dir {shlex.quote(str(results_dir))}"
 
 
 def seeds_of(text: str, seed: int | None) -> list[int]:
-    """Of --seeds; `seed` is what --seed says beside it."""
+    """The seeds of --seeds. Raises UserError for invalid ones, or if --seed, `seed`, is given too."""
     from fastpeft.config import parse_seeds
 
     if seed is not None:
@@ -36,7 +36,7 @@ def load_config(
     resume: bool,
     num_seeds: int,
 ) -> Any:
-    """The RunConfig that the options mean; None if a resume takes what is stored."""
+    """The RunConfig of the options; None if a resume uses the stored one."""
     from fastpeft.config import load_run, preset_names, trial_run
 
     if mode not in ("trial", "full"):

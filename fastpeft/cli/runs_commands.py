@@ -20,7 +20,7 @@ Best = Annotated[
 
 
 def which_weights(best: bool | None) -> Literal["best", "last"] | None:
-    """What `Best` asks for, by its name in a run's folder."""
+    """The weights that the option `Best` selects; None if it is absent."""
     return None if best is None else ("best" if best else "last")
 
 
@@ -35,7 +35,7 @@ def runs_ls(results_dir: ResultsDir = Path("results")) -> None:
     if not folders:
         print(f"no runs in {results_dir}")
         return
-    width = None if sys.stdout.isatty() else 250  # a file has no edge to fold names at
+    width = None if sys.stdout.isatty() else 250  # do not fold names in a file
     SafeConsole(highlight=False, width=width).print(runs_table(folders))
 
 

@@ -1,4 +1,4 @@
-"""What a command prints of others' files is text: no control character of theirs reaches the terminal."""
+"""A console that prints untrusted text: no control character from a file reaches the terminal."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from rich.text import Text
 
 
 def shown(text: str) -> str:
-    """With every character that would steer the terminal, or turn its reading direction, written out as `\\x1b`."""
+    """`text` with control and bidirectional characters escaped, such as `\\x1b`."""
     if text.isprintable():
         return text
     return "".join(
@@ -18,7 +18,7 @@ def shown(text: str) -> str:
 
 
 class SafeConsole(Console):
-    """A console whose strings are `shown`. A Text is taken as it is: whoever makes one asks for that."""
+    """A console that passes strings through `shown`. A Text is printed unchanged: its maker is responsible."""
 
     def render_str(self, text: str, *args: Any, **options: Any) -> Text:
         return super().render_str(shown(text), *args, **options)

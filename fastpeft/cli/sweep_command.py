@@ -91,7 +91,7 @@ def _load(
 
 
 def _end(plan: Plan, outcome: Outcome) -> None:
-    """Where to look, and the exit code if it is not 0."""
+    """Print where the results are, and exit with the code if it is not 0."""
     print(f"\nwritten      {plan.folder}: sweep.json, trials.csv, best.yaml, figures")
     if outcome.status == "stopped":
         print(f"go on with   {shlex.join(['fastpeft', *sys.argv[1:]])}")

@@ -1,5 +1,5 @@
-"""What `fastpeft sweep` prints: a line a trial as it ends, a live line with the best and what is left, a closing
-table."""
+"""What `fastpeft sweep` prints: a line for each finished trial, a live line with the best value and what is left, and
+a closing table."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ class SweepConsole(AbstractContextManager):
         self._reporter.__exit__(*exception)
 
     def say(self, message: str) -> None:
-        if message.startswith("\n"):  # a full training begins: its own live line follows
+        if message.startswith("\n"):  # a full training begins, which has its own live line
             self._hide()
         self._reporter.say(message)
 
@@ -98,7 +98,7 @@ class SweepConsole(AbstractContextManager):
         return ", ".join(parts)
 
     def close(self, outcome: Outcome) -> None:
-        """The best settings, and what their full trainings came to."""
+        """Print the best settings, and the results of their full trainings."""
         self._hide()
         best = outcome.best
         if best is None:

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 def transfer_table(outcome: Transfer) -> Group:
-    """`fastpeft transfer`: a line a way, and how zero-shot is meant."""
+    """`fastpeft transfer`: one line per variant, and the definition of zero-shot."""
     table = Table(box=None, pad_edge=False)
     table.add_column("")
     for name in ("steps", outcome.metric, "loss", "time", "adapter", "extra FLOPs", "atoms a token"):

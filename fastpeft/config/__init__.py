@@ -1,4 +1,4 @@
-"""Run configurations: the schema, the shipped presets, loading and validation. No torch in here."""
+"""Run configurations: the schema, the shipped presets, loading and validation. Imports no torch."""
 
 from fastpeft.config.load import (
     ConfigError,

@@ -1,6 +1,6 @@
-"""What no single field of a configuration can see: settings that exclude each other.
+"""Checks across sections of a configuration: settings that exclude each other.
 
-What concerns one member of a family alone is the method `problems` of its Config; here is what lies between sections.
+Checks within one component's own section are the method `problems` of its Config.
 """
 
 from __future__ import annotations
@@ -14,11 +14,11 @@ from fastpeft.config.schedules import SCHEDULES, ScheduleEntry
 from fastpeft.config.schema import FAMILIES, DatasetConfig, RunConfig
 
 HUB_KEYS = ("config", "revision", "train_split", "validation_split")
-"""Of the section dataset: what only a dataset of the hub has."""
+"""Keys of the section `dataset` that apply to datasets of the hub only."""
 
 
 def contradictions(run: RunConfig) -> Iterator[str]:
-    """What no single field can see, one sentence a problem."""
+    """Yields one sentence for each problem between settings."""
     method, schedule = METHODS[run.method], SCHEDULES[run.schedule.name]
     optimizer = OPTIMIZERS[run.optimizer.name]
     yield from _of_members(run, optimizer)
@@ -46,7 +46,7 @@ def contradictions(run: RunConfig) -> Iterator[str]:
 
 
 def _of_members(run: RunConfig, optimizer: OptimizerEntry) -> Iterator[str]:
-    """What the chosen members find wrong with their own sections."""
+    """Problems that the chosen components find in their own sections."""
     beside = Beside(warmup_steps=run.schedule.warmup_steps, optimizer=optimizer.name, averages=optimizer.averages)
     for family in FAMILIES:
         own = family.own_section(run)
@@ -55,7 +55,7 @@ def _of_members(run: RunConfig, optimizer: OptimizerEntry) -> Iterator[str]:
 
 
 def _sharding(run: RunConfig, method: MethodEntry) -> Iterator[str]:
-    """Weights that cannot be shared out over the ranks."""
+    """Problems of training.shard_base: weights that cannot be sharded over the ranks."""
     if not run.training.shard_base:
         return
     if method.trains_backbone:
@@ -90,7 +90,7 @@ def _limits(run: RunConfig, optimizer: OptimizerEntry) -> Iterator[str]:
 
 
 def _averaging(method: MethodEntry, schedule: ScheduleEntry, optimizer: OptimizerEntry) -> Iterator[str]:
-    """What does not go with an optimizer that keeps an average of the weights."""
+    """Schedules and methods that are incompatible with an optimizer that averages the weights."""
     if not schedule.holds_peak:
         yield (
             f"schedule.name: {schedule.name} does not go with optimizer.name {optimizer.name}, whose average takes the "
@@ -104,7 +104,7 @@ def _averaging(method: MethodEntry, schedule: ScheduleEntry, optimizer: Optimize
 
 
 def _hub(dataset: DatasetConfig) -> Iterator[str]:
-    """Keys of hub datasets, on what is none."""
+    """Keys of hub datasets that are set for a local path, or that name the training split for validation."""
     unset = DatasetConfig()
     given = [key for key in HUB_KEYS if getattr(dataset, key) != getattr(unset, key)]
     if given and dataset.path is not None:

@@ -1,4 +1,4 @@
-"""Types of configuration fields: bounds and formats, told to pydantic without importing it."""
+"""Types of configuration fields: bounds and formats, declared for pydantic without importing it."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class Range:
 
 @dataclass(frozen=True)
 class Parsed:
-    """A text that `parse` must accept; the text itself is kept."""
+    """A text that `parse` must accept. The field keeps the text, not the parsed value."""
 
     parse: Callable[[str], Any]
 
@@ -39,7 +39,7 @@ class Parsed:
 
 
 class OrOff:
-    """A choice of words with `off` among them, which YAML reads as false."""
+    """A choice of words that includes `off`, which YAML reads as false."""
 
     def __get_pydantic_core_schema__(self, source: Any, handler: Callable) -> dict:
         return {
@@ -51,11 +51,11 @@ class OrOff:
 
 @dataclass(frozen=True)
 class OrAuto:
-    """The word `auto`, or what `schema`, one of pydantic-core's, takes."""
+    """The word `auto`, or a value that the pydantic-core schema `schema` accepts."""
 
     schema: dict[str, Any]
     expected: str
-    """In words, for the message."""
+    """Description of the valid values, for the error message."""
 
     def __get_pydantic_core_schema__(self, source: Any, handler: Callable) -> dict:
         return {
@@ -73,8 +73,8 @@ class _Named(Protocol):
 
 @dataclass(frozen=True)
 class OneOf:
-    """The name of a member of a registry, or one of the words in `also`. Who is a member is asked when a run's type is
-    built, so that a member from outside counts too."""
+    """The name of a member of a registry, or one of the words in `also`. The registry is read when the run's type is
+    built, so that components added by other packages count."""
 
     registry: _Named
     also: tuple[str, ...] = ()
@@ -85,7 +85,7 @@ class OneOf:
 
 @dataclass(frozen=True)
 class Described:
-    """Documentation of a field that has no docstring because it stands in no class body."""
+    """Documentation of a field that is in no class body, and so can have no docstring."""
 
     text: str
 

@@ -1,4 +1,4 @@
-"""From a YAML file and `key=value` overrides to a validated RunConfig, or one clear error."""
+"""Loads a YAML file with `key=value` overrides into a validated RunConfig, or raises one clear error."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 PRESETS = Path(__file__).parent / "presets"
 
-# Setting one of these means that the file's stand-in no longer stands for what was asked.
+# Setting one of these disables the file's stand-in, which would not represent the new model or data.
 _STAND_IN_KEYS = (
     "model.name",
     "model.revision",
@@ -38,7 +38,7 @@ _STAND_IN_KEYS = (
 
 
 class ConfigError(UserError):
-    """The user's configuration is wrong; `problems` holds every problem found, one a line."""
+    """The user's configuration is wrong. `problems` lists every problem found, one line each."""
 
     def __init__(self, source: str, problems: list[str]) -> None:
         self.source, self.problems = source, problems
@@ -58,6 +58,9 @@ def load_run(name_or_path: str | Path, overrides: Mapping[str, Any] | Sequence[s
         overrides: dotted key -> value, or texts `training.learning_rate=1e-4`. A section given as a
             dict sets the keys that are in it.
 
+    Returns:
+        The validated run, with the overrides noted in `overrides`.
+
     Raises:
         ConfigError: with every problem found, naming the key and the nearest valid one.
     """
@@ -72,7 +75,7 @@ def load_run(name_or_path: str | Path, overrides: Mapping[str, Any] | Sequence[s
     values["overrides"] = {**(earlier if isinstance(earlier, dict) else {}), **given}
     run = run_from_values(values, str(name_or_path))
     if run.stand_in is not None:
-        apply_stand_in(run)  # its faults show today, not on the day when the hub is away
+        apply_stand_in(run)  # reports errors in it now, not when the hub is unreachable
     return run
 
 
@@ -91,14 +94,14 @@ def run_from_values(values: dict[str, Any], source: str) -> RunConfig:
 
 
 def apply_stand_in(run: RunConfig) -> RunConfig:
-    """The run on its stand-in model and data; what the user overrode stays."""
+    """The run on its stand-in model and data. The user's overrides stay."""
     assert run.stand_in is not None
     values = run_values(run)
     for key, value in run.stand_in.overrides.items():
         if key in run.overrides:
             continue
         if key == SPACE and isinstance(value, dict):
-            values["optuna"]["space"] |= value  # its keys have dots of their own; what it leaves out stays
+            values["optuna"]["space"] |= value  # its keys contain dots; those that it lacks stay
         else:
             _set(values, key, value)
     values["model"] = {"name": run.stand_in.model}
@@ -109,7 +112,7 @@ def apply_stand_in(run: RunConfig) -> RunConfig:
 
 
 def with_values(run: RunConfig, given: dict[str, Any]) -> RunConfig:
-    """`run` with other values at some dotted keys, noted in `overrides` as if the user had set them."""
+    """`run` with other values at dotted keys, noted in `overrides` as if the user had set them."""
     values, given = run_values(run), _one_spelling(given)
     for key, value in given.items():
         _set(values, key, value)
@@ -118,8 +121,8 @@ def with_values(run: RunConfig, given: dict[str, Any]) -> RunConfig:
 
 
 def trial_run(run: RunConfig, num_seeds: int = 1) -> RunConfig:
-    """`--mode trial`: every code path in seconds. Two steps a seed, and what the chosen members and the trackers say
-    of a trial: two calibration batches, no W&B."""
+    """`--mode trial`: every code path in seconds. Two steps per seed, and the TRIAL settings of the chosen components
+    and the trackers, such as two calibration batches and no W&B."""
     values = run_values(run)
     chosen = [(family.prefix, family.chosen(run)) for family in FAMILIES]
     trial = {
@@ -140,7 +143,7 @@ def trial_run(run: RunConfig, num_seeds: int = 1) -> RunConfig:
 
 
 def run_values(run: RunConfig) -> dict[str, Any]:
-    """The run as nested plain values, every default spelt out."""
+    """The run as nested plain values, defaults included."""
     return dataclasses.asdict(run)
 
 
@@ -158,7 +161,7 @@ def json_schema() -> dict[str, Any]:
 
 
 def _versions() -> tuple[int, ...]:
-    """Another one after a component was added from outside: choices and sections are then others."""
+    """Cache key of the run's type. It changes when a component is added, which changes choices and sections."""
     return tuple(family.version for family in FAMILIES)
 
 
@@ -178,7 +181,7 @@ def _adapter(versions: tuple[int, ...]) -> TypeAdapter[RunConfig]:
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML without two traps: a key given twice, and aliases, with which a small file has no end."""
+    """YAML that refuses duplicate keys, and aliases, with which a small file can expand without bound."""
 
     def compose_node(self, parent: Any, index: Any) -> Any:
         if self.check_event(yaml.AliasEvent):
@@ -198,7 +201,7 @@ class _Loader(yaml.SafeLoader):
 def _parse(text: str) -> Any:
     try:
         return yaml.load(text, _Loader)
-    except Exception as error:  # PyYAML meets `!!bool x` with KeyError, `!!int ""` with IndexError, ...
+    except Exception as error:  # PyYAML raises KeyError for `!!bool x`, IndexError for `!!int ""`, ...
         raise ValueError(f"not valid YAML: {' '.join(str(error).split())}") from None
 
 
@@ -220,7 +223,7 @@ def _find(name_or_path: str | Path, asked_by: str = "") -> Path:
 
 
 def _read_chain(path: Path, seen: list[Path]) -> dict[str, Any]:
-    """The file's values over those of the file that it extends, recursively."""
+    """The file's values merged over those of the file that it extends, recursively."""
     path = path.resolve()
     if path in seen:
         raise ConfigError(str(path), [f"`extends` runs in a circle: {' -> '.join(p.stem for p in [*seen, path])}"])
@@ -257,7 +260,7 @@ def _read(path: Path) -> dict[str, Any]:
 
 
 def _one_spelling(given: dict[str, Any]) -> dict[str, Any]:
-    """Overrides by dotted key, each in the spelling that is kept."""
+    """Overrides by dotted key, in this package's spelling."""
     try:
         refuse_both(given)
     except ValueError as error:
@@ -282,7 +285,7 @@ def _parse_overrides(texts: Sequence[str]) -> dict[str, Any]:
             problems.append(f"{text!r}: an override is written key=value, such as training.learning_rate=1e-4")
             continue
         try:
-            # A prompt is text as it stands: its colons and braces are no YAML. In quotes, escapes are read.
+            # A prompt is plain text: its colons and braces are not YAML. In quotes, escapes are read.
             plain = key.strip() == "dataset.prompt" and value[:1] not in ("'", '"')
             out[key.strip()] = value if plain else _parse(value)
         except ValueError as error:
@@ -293,7 +296,7 @@ def _parse_overrides(texts: Sequence[str]) -> dict[str, Any]:
 
 
 def _flat(given: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
-    """Sections given as dicts, key by key."""
+    """(dotted key, value) pairs, with sections given as dicts flattened."""
     leaves = _leaf_keys()
     for key, value in given.items():
         if isinstance(value, Mapping) and key not in leaves:
@@ -347,7 +350,7 @@ def _explain(error: Mapping[str, Any], values: dict[str, Any]) -> str:
 
 
 def _unknown_keys(run: RunConfig) -> Iterator[str]:
-    """Dotted keys of other sections that name nothing."""
+    """Problems for dotted keys inside other sections that name no setting."""
     known = _leaf_keys()
     for key in run.optuna.space:
         if key not in known:
@@ -379,7 +382,7 @@ def _keys_at(path: list[str]) -> list[str]:
 
 
 def _leaf_keys() -> frozenset[str]:
-    """Dotted keys of a run that are no sections."""
+    """Dotted keys of a run's settings, without the sections."""
     return frozenset(_leaves(_run_type(_versions())))
 
 

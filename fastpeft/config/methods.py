@@ -1,4 +1,4 @@
-"""The family of fine-tuning methods: the section that they share, and those that are their own."""
+"""The family of fine-tuning methods: their shared section `adapter`, and each method's own section."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ class AdapterConfig:
     dropout: Fraction = 0.0
     """Dropout on the adapter's input."""
     target_modules: str | list[str] = "attention"
-    """Linear layers to adapt: `qv`, `attention` or `all-linear`; a regular expression that matches
-    whole module names; or a list of name endings such as [query_proj, value_proj]."""
+    """Linear layers to adapt: `qv`, `attention` or `all-linear`; a regular expression that matches whole module names;
+    or a list of name suffixes such as [query_proj, value_proj]."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,23 +38,24 @@ class RegulariserConfig:
     penalty: Literal["product", "factors"] = "product"
     """product: ||s B A||_F^2. factors: ||A||_F^2 + ||B||_F^2."""
     normalise: Literal["sum", "max"] = "sum"
-    """Divide the sensitivities by their sum (the paper) or by their maximum."""
+    """Divide the sensitivities by their sum (as in the paper) or by their maximum."""
     estimator: Literal["exact", "sketch", "lora_a"] = "exact"
     """How the sensitivity ||dL/dW||_F is measured. lora_a needs warmup_learning_rate > 0."""
     calibration: Literal["separate", "inline"] = "separate"
-    """separate: batches before training. inline: the sketch, during the rate's warm-up, free."""
+    """separate: extra batches before training. inline: the sketch, measured free of cost during the learning-rate
+    warm-up."""
     warmup_steps: PositiveInt = 150
     """Calibration batches; capped at 2 % of the budget, but at least 8."""
     warmup_learning_rate: NonNegativeFloat = 0.0
-    """Rate at which the adapter moves while lora_a calibrates; its weights are restored after."""
+    """Learning rate of the adapter while lora_a calibrates. Its weights are restored afterwards."""
     decoupled: bool = False
     """Shrink A and B directly, as AdamW does with weight decay, instead of adding a gradient."""
     decoupled_alpha: NonNegativeFloat = 1.0
     """Strength of the penalty when decoupled; `alpha` is then not used."""
     online: bool = False
-    """Keep measuring the sketch while training and re-weight."""
+    """Keep measuring the sketch during training, and update the weights w_k."""
     online_decay: Annotated[float, Range(gt=0, lt=1)] = 0.99
-    """Decay of the running mean behind `online`, a step."""
+    """Decay per step of the running mean of `online`."""
 
     TRIAL: ClassVar[dict[str, Any]] = {"warmup_steps": 2}
 
@@ -78,26 +79,26 @@ class RegulariserConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class AdaLoraConfig:
-    """Ranks that are pruned while training (method adalora); adapter.rank is then not used."""
+    """Ranks that are pruned during training (method adalora, arXiv:2303.10512). adapter.rank is then not used."""
 
     __pydantic_config__ = STRICT_KEYS
 
     initial_rank: Annotated[int, Range(ge=1, le=256)] = 12
     """Rank of every matrix before pruning."""
     target_rank: Annotated[int, Range(ge=1, le=256)] = 8
-    """Mean rank that is left."""
+    """Mean rank after pruning."""
     initial_fraction: Fraction = 0.1
     """Share of the budget before pruning begins."""
     final_fraction: Annotated[float, Range(gt=0, lt=1)] = 0.5
-    """Share of the budget after it has ended."""
+    """Share of the budget after pruning has ended."""
     virtual_steps: PositiveInt = 1000
-    """Steps that the budget is divided into for the pruning schedule, whatever the number of real ones."""
+    """Virtual steps that the budget is divided into for pruning, independent of the number of optimizer steps."""
     prune_every: PositiveInt = 5
     """Virtual steps from one pruning to the next."""
     beta1: Annotated[float, Range(gt=0, lt=1)] = 0.85
-    """Decay of the running mean of the sensitivity, a step."""
+    """Decay per step of the running mean of the sensitivity."""
     beta2: Annotated[float, Range(gt=0, lt=1)] = 0.85
-    """Decay of the running mean of its deviation."""
+    """Decay per step of the running mean of the sensitivity's deviation."""
     orthogonality: NonNegativeFloat = 0.5
     """Weight of the penalty that keeps A's rows and B's columns orthonormal."""
 
@@ -116,37 +117,37 @@ class AdaLoraConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class UniHyperLoraConfig:
-    """One dictionary of atoms for hosts of any width and depth (method unihyperlora). adapter.alpha is the factor of
-    its update; adapter.rank and adapter.dropout are not used."""
+    """One dictionary of atoms for host models of any width and depth (method unihyperlora). adapter.alpha scales its
+    update; adapter.rank and adapter.dropout are not used."""
 
     __pydantic_config__ = STRICT_KEYS
 
     num_atoms: Annotated[int, Range(ge=2, le=4096)] = 128
     """M, rank-one atoms in the dictionary."""
     atom_width: Annotated[int, Range(ge=8, le=4096)] = 256
-    """d0, numbers that an atom's side is stored in."""
+    """d0, stored numbers for each side of an atom."""
     width: Annotated[int, Range(ge=4, le=64)] = 16
     """q, the canonical width, in which tokens meet atoms."""
     top_k: Annotated[int, Range(ge=1, le=2)] = 2
-    """Most active atoms a token and matrix; the papers' budget has 1 or 2."""
+    """Most active atoms per token and matrix. The papers' budget is 1 or 2."""
     projector: Literal["coordinate", "spectral", "probe"] = "coordinate"
-    """Between a host's width and q. coordinate: a trained network of a unit's place, nothing of the host is read.
-    spectral: leading singular vectors of each frozen weight. probe: from what the host makes of fixed words; the
-    adapter ships codes of them."""
+    """Projection between a host's width and q. coordinate: a trained network of a unit's position, which reads nothing
+    of the host. spectral: leading singular vectors of each frozen weight. probe: from the host's representations of
+    fixed words; the adapter file contains codes of them."""
     budget_weight: NonNegativeFloat = 0.01
     """lambda_F, weight of the mean number of active atoms in the loss."""
     delta_weight: NonNegativeFloat = 1e-5
     """lambda_Q, weight of ||delta||^2."""
     task: str = "source"
-    """Whose embedding the router takes; where a file does not have it, the mean of those that it has."""
+    """Task whose embedding the router reads. If a file lacks it, the mean of the file's task embeddings."""
     adapter: str | None = None
-    """File of an adapter to begin with; sizes and projector are then the file's."""
+    """File of an adapter to start from. Sizes and projector are then the file's."""
     train: Literal["all", "delta", "none"] = "all"
-    """delta: of an adapter from a file, the mixer's bias alone is trained. none: nothing but the head."""
+    """delta: train only the mixer's bias of an adapter from a file. none: train only the head."""
     max_mb: PositiveFloat = 1.0
-    """Largest file of the adapter; over it the run is refused."""
+    """Largest adapter file in MB. A larger one is refused."""
     max_extra_flops: PositiveFloat = 0.1
-    """Largest share that the adapter may add to the model's FLOPs; over it the run is refused."""
+    """Largest overhead of the adapter, as a share of the model's FLOPs. More is refused."""
 
     def problems(self, beside: Beside) -> Iterator[str]:
         if self.train == "delta" and self.adapter is None:
@@ -158,7 +159,7 @@ class UniHyperLoraConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class SatLoraConfig:
-    """Dictionaries of atoms that matrices of one shape share (methods sat_lora and hf_sat_lora). adapter.rank is the
+    """Dictionaries of atoms shared by matrices of equal shape (methods sat_lora and hf_sat_lora). adapter.rank is the
     number of atoms that a token uses; the update is scaled by adapter.alpha / adapter.rank."""
 
     __pydantic_config__ = STRICT_KEYS
@@ -168,23 +169,23 @@ class SatLoraConfig:
     share_across_layers: bool = True
     """One dictionary for all matrices of a shape; off: one for each matrix."""
     max_mb: PositiveFloat = 32.0
-    """Largest file of the adapter; over it the run is refused."""
+    """Largest adapter file in MB. A larger one is refused."""
     max_extra_flops: PositiveFloat = 0.1
-    """Largest share that the adapter may add to the model's FLOPs; over it the run is refused."""
+    """Largest overhead of the adapter, as a share of the model's FLOPs. More is refused."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class MethodEntry(Entry):
-    """Facts that others need without importing the method; its class says the same."""
+    """Facts about a method that other modules need without importing it. Its class states the same."""
 
     trains_backbone: bool = False
     """The model's own weights are trained."""
     saved_as: str = "adapter"
     """Folder of the weights in a run's folder."""
     prunes: bool = False
-    """It sets weights to zero while it trains, and they have to stay zero."""
+    """It sets weights to zero during training, and they have to stay zero."""
     routes: bool = False
-    """Its update depends on the token, so that neither a LoRA nor merged weights hold it."""
+    """Its update depends on the token, so neither a LoRA nor merged weights can represent it."""
 
 
 METHODS: Registry[MethodEntry] = Registry(

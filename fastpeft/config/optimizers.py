@@ -13,12 +13,11 @@ from fastpeft.config.registry import Entry, Registry, with_sections
 @dataclass(frozen=True, kw_only=True)
 class OptimizerEntry(Entry):
     averages: bool = False
-    """What is evaluated and kept is an average of the weights that it trains at, which takes the place of a decay of
-    the learning rate."""
+    """It evaluates and saves an average of the training iterates, which replaces learning-rate decay."""
     min_beta1: float = 0.0
-    """Least optimizer.beta1."""
+    """Smallest optimizer.beta1."""
     max_setting: float = math.inf
-    """Most that rates, eps and decays may be."""
+    """Largest learning rate, eps and weight decay."""
 
 
 OPTIMIZERS: Registry[OptimizerEntry] = Registry(
@@ -31,7 +30,7 @@ OPTIMIZERS: Registry[OptimizerEntry] = Registry(
             target="fastpeft.trainer.optim:ScheduleFreeAdamW",
             averages=True,
             min_beta1=0.1,
-            max_setting=1e30,  # surely fp32, however it is multiplied
+            max_setting=1e30,  # products of these settings stay finite in fp32
         ),
     ],
 )
@@ -43,12 +42,12 @@ class OptimizerConfig:
     __pydantic_config__ = STRICT_KEYS
 
     name: Annotated[str, OneOf(OPTIMIZERS)] = "adamw"
-    """adamw, or schedule_free: AdamW that trains at y, between the iterate z and its running average x. What is
-    evaluated, saved and exported is x; it needs no decay of the rate, so schedule.name has to be constant."""
+    """adamw, or schedule_free (arXiv:2405.15682): AdamW with gradients at y, between the iterate z and its running
+    average x. It evaluates, saves and exports x. It needs no learning-rate decay, so schedule.name must be constant."""
     beta1: Fraction = 0.9
-    """Decay of the gradient's running mean, a step; for schedule_free the share of x in y, 0.1 or more."""
+    """Decay per step of the gradient's running mean; for schedule_free the share of x in y, 0.1 or more."""
     beta2: Fraction = 0.999
-    """Decay of the squared gradient's running mean, a step."""
+    """Decay per step of the squared gradient's running mean."""
     eps: PositiveFloat = 1e-8
     weight_decay: NonNegativeFloat = 0.01
     """Decoupled weight decay of the adapter."""

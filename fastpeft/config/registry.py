@@ -1,9 +1,8 @@
-"""One table a family of components: the members' names, their Configs and the modules they are in.
+"""Registries: one table for each family of components, with the members' names, Configs and modules.
 
-A family is what a run chooses one of (task, method, schedule, optimizer) or any number of (trackers). From its table
-come the choice of names, the members' own sections of a run file, `fastpeft runs schema`, the tests that hold for all
-members, and the class that is built. A module is imported once its member is chosen. Nothing here imports torch or
-pydantic.
+A run chooses one member of a family (task, method, schedule, optimizer), or any number (trackers). The table gives the
+valid names, the members' own sections of a run file, `fastpeft runs schema`, the tests of all members, and the class to
+build. A module is imported when its member is chosen. Nothing here imports torch or pydantic.
 """
 
 from __future__ import annotations
@@ -20,22 +19,22 @@ from fastpeft.config.fields import Described
 
 @dataclass(frozen=True, kw_only=True)
 class Entry:
-    """One member of a family. What a family has to know of its members besides is a field of its own subclass."""
+    """One member of a family. A family that needs further facts about its members subclasses Entry."""
 
     name: str
-    """As a run file chooses it."""
+    """The name in a run file."""
     target: str
     """`package.module:Class`."""
     config: type | None = None
-    """Frozen dataclass of the member's own section, with `__pydantic_config__ = STRICT_KEYS`, so that a mistyped key
-    is refused. Its method `problems(beside)`, if it has one, yields what is wrong with
-    the section where the member is chosen; its class attribute TRIAL has the settings of `--mode trial`."""
+    """Frozen dataclass of the member's own section, with `__pydantic_config__ = STRICT_KEYS`, so that a mistyped key is
+    refused. An optional method `problems(beside)` yields errors of the section, and is called if the member is chosen.
+    An optional class attribute TRIAL holds the section's settings for `--mode trial`."""
     section: str | None = None
     """Key of that section; the name when absent."""
     default: bool | None = None
-    """Of a section that is a switch and no dataclass."""
+    """Default of a section that is a switch instead of a dataclass."""
     doc: str = ""
-    """Of a section that is a switch, in `fastpeft runs schema`. A Config has docstrings."""
+    """Documentation of such a switch in `fastpeft runs schema`. A Config has docstrings instead."""
 
     def __post_init__(self) -> None:
         if self.section is None and self.has_section:
@@ -47,7 +46,7 @@ class Entry:
 
     @property
     def trial(self) -> dict[str, Any]:
-        """Keys of the own section and their values under `--mode trial`."""
+        """Keys of the member's own section and their values under `--mode trial`."""
         return dict(getattr(self.config, "TRIAL", {}))
 
     def section_of(self, owner: Any) -> Any:
@@ -55,7 +54,7 @@ class Entry:
         return getattr(owner, self.section) if self.section is not None else None
 
     def field(self) -> tuple[Any, Any]:
-        """Annotation and default of the section as a dataclass's field."""
+        """(annotation, default) of the section as a dataclass field."""
         if self.config is not None:
             return self.config, field(default_factory=self.config)
         return Annotated[bool, Described(self.doc)], self.default
@@ -66,18 +65,19 @@ T = TypeVar("T")
 
 
 class Registry(Generic[E]):
-    """The members of one family, in the order in which they are listed.
+    """The members of one family, in the order in which they were added.
 
     Args:
-        family: what a member is called in messages.
-        key: dotted key of a run file that chooses a member. The members' own sections lie beside it. Empty for a
-            family of which any number is chosen, each by its own section.
+        family: the word for a member in messages.
+        key: dotted key of a run file that chooses a member. The members' own sections are siblings of this key. Empty
+            for a family of which a run chooses any number, each by its own section.
+        entries: the first members.
     """
 
     def __init__(self, family: str, key: str, entries: Iterable[E] = ()) -> None:
         self.family, self.key = family, key
         self.version = 0
-        """Counts the changes: what was made from the table before is stale after one."""
+        """Number of changes to the table. Anything built from an earlier version is stale."""
         self._entries: dict[str, E] = {}
         self._owner: type | None = None
         for entry in entries:
@@ -99,7 +99,7 @@ class Registry(Generic[E]):
         self.version += 1
 
     def remove(self, name: str) -> None:
-        """Take back what `add` did."""
+        """Undo `add`. Raises KeyError for an unknown name."""
         del self._entries[name]
         self.version += 1
 
@@ -115,12 +115,12 @@ class Registry(Generic[E]):
 
     @property
     def section_keys(self) -> tuple[str, ...]:
-        """Of the members that have a section, each once."""
+        """Section keys of the members that have a section, each once."""
         return tuple(dict.fromkeys(entry.section for entry in self if entry.section is not None))
 
     @property
     def prefix(self) -> str:
-        """What stands before a section's key in a dotted key: `schedule.`, or nothing."""
+        """Prefix of the members' sections in a dotted key: `schedule.`, or empty."""
         return self.key[: self.key.rfind(".") + 1]
 
     def __getitem__(self, name: str) -> E:
@@ -133,11 +133,11 @@ class Registry(Generic[E]):
         return iter(self._entries.values())
 
     def load(self, name: str) -> Any:
-        """The member's class, imported now."""
+        """The member's class. Imports its module. Raises KeyError for an unknown name."""
         return import_target(self[name].target)
 
     def chosen(self, run: Any) -> E | None:
-        """The member that a run chooses; None where it leaves the choice open, and for a family without a key."""
+        """The member that a run chooses; None if it leaves the choice open (`auto`), or the family has no key."""
         if not self.key:
             return None
         return self._entries.get(getattr(self._holder(run), self.key.rpartition(".")[2]))
@@ -148,7 +148,7 @@ class Registry(Generic[E]):
         return None if entry is None else entry.section_of(self._holder(run))
 
     def sections(self, run: Any) -> dict[str, Any]:
-        """Own section of every member that has one, by the member's name."""
+        """Member's name -> own section, for every member that has one."""
         holder = self._holder(run)
         return {entry.name: entry.section_of(holder) for entry in self if entry.has_section}
 
@@ -160,13 +160,13 @@ class Registry(Generic[E]):
 
 @dataclass(frozen=True, kw_only=True)
 class Beside:
-    """What a member's own section may depend on: facts of the sections beside it."""
+    """Facts of sibling sections that `problems` of a member's own section may depend on."""
 
     warmup_steps: int
     """schedule.warmup_steps."""
     optimizer: str
     averages: bool
-    """The optimizer evaluates and keeps an average of the weights that it trains at."""
+    """The optimizer evaluates and saves an average of the training iterates."""
 
 
 def import_target(target: str) -> Any:
@@ -179,10 +179,10 @@ _FAMILIES = "__families__"
 
 
 def with_sections(registry: Registry[Any], after: str = "") -> Callable[[type[T]], type[T]]:
-    """Class decorator, below @dataclass: adds a field for every member's own section.
+    """Class decorator, to be placed below @dataclass: adds a field for every member's own section.
 
     Args:
-        after: the field behind which they stand; the last one when empty.
+        after: the field after which they are inserted; at the end when empty.
     """
 
     def decorate(cls: type[T]) -> type[T]:
@@ -203,9 +203,9 @@ def with_sections(registry: Registry[Any], after: str = "") -> Callable[[type[T]
 
 
 def complete(cls: type[T]) -> type[T]:
-    """A Config with the sections of the members that were added since it was defined, in it and in its sections.
+    """`cls` with sections for members that were added after its definition, also inside its own sections.
 
-    `cls` itself where there are none, else a subclass of it.
+    `cls` itself if there are none, else a subclass of it.
     """
     owner: Any = cls
     known = {f.name: f for f in dataclasses.fields(owner)}

@@ -1,4 +1,4 @@
-"""The family of schedules and the section `schedule`: what all share, and a section for each with its own settings."""
+"""The family of schedules and the section `schedule`: shared settings, and a subsection for each with its own."""
 
 from __future__ import annotations
 
@@ -23,33 +23,34 @@ AtLeastOne = Annotated[float, Range(ge=1, le=100)]
 
 @dataclass(frozen=True, kw_only=True)
 class FotConfig:
-    """Forecast-On-Trajectory. training.learning_rate is where the rate begins; the rate stays within 1/100 and 30
-    times it. The defaults are the paper's."""
+    """Forecast-On-Trajectory. The learning rate begins at training.learning_rate, and stays within 1/100 and 30 times
+    it. The defaults are the paper's."""
 
     __pydantic_config__ = STRICT_KEYS
 
     window: Annotated[int, Range(ge=1, lt=2**31)] | Literal["auto"] = 32
-    """Steps of a block: its mean loss is a point of the fit, its end a refit. auto: a 64th of the run, 4 to 32."""
+    """Steps of a block. Its mean loss is a point of the fit, which is refitted at its end. auto: a 64th of the run,
+    4 to 32 steps."""
     floor: bool = False
     """Fit an irreducible loss as well."""
     gate: bool = True
-    """Scale the rate by what the answers' tokens still have to learn against the prompts'; not where there is no
-    prompt."""
+    """Scale the learning rate by 1.5, 1 or 0.7, by the ratio of the answer tokens' Fisher information to the prompt
+    tokens'; without prompts by 1."""
     block_scaling: bool = True
-    """A rate for each adapted matrix, by the gradient that comes from the answers' tokens."""
+    """Give each adapted matrix its own learning rate, by the gradient of the answer tokens."""
     calibrate: bool = False
-    """Ours: divide the bound by how far the predicted descent is from the measured one."""
+    """Ours: compute the learning rate's bound from the measured descent instead of the predicted one."""
     alignment: bool = False
-    """Ours: raise the rate while the last steps' directions still descend, lower it when they do not, and leave the
-    bound alone."""
+    """Ours: raise the learning rate while the last steps' directions still descend, lower it otherwise, and ignore the
+    bound."""
     overshoot: NonNegativeFloat = 0.0
-    """Ours, with alignment: let a step go past the lowest point of its direction, by the share x / (x + 2) of the way
-    there. 0 is the greedy step, which is too short for a rate that is annealed later where there is little noise."""
+    """Ours, with alignment: a value of x lets a step pass the minimum along its direction by the share x / (x + 2) of
+    the way there. 0 is the greedy step, which is too short if noise is low and the learning rate is annealed later."""
     confidence: NonNegativeFloat = 0.0
-    """Ours, with alignment: change the rate only once the measured descent is so many standard errors away from where
-    it is to be, and then in either direction by one factor. Gradients are mostly noise: without it, so is the rate."""
+    """Ours, with alignment: change the learning rate only when the measured descent is this many standard errors from
+    its target, then by the same factor up or down. Gradients are mostly noise, and without this the rate follows it."""
     anneal: Annotated[float, Range(ge=0, le=1)] = 0.0
-    """Ours: the share of the budget, at its end, over which the rate falls linearly to 0."""
+    """Ours: last share of the budget, over which the learning rate falls linearly to 0."""
 
     def problems(self, beside: Beside) -> Iterator[str]:
         if self.calibrate and self.alignment:
@@ -64,41 +65,42 @@ class FotConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class GraffConfig:
-    """GRAFF: the rate of every block from a small recurrent graph network that learns beside the model."""
+    """GRAFF: a small recurrent graph network, trained along with the model, sets the learning rate of every block."""
 
     __pydantic_config__ = STRICT_KEYS
 
     outer_learning_rate: PositiveFloat = 1e-3
-    """Adam's rate for the planner's weights."""
+    """Adam's learning rate for the planner's weights."""
     outer_max_norm: PositiveFloat = 1.0
     """Clip the planner's gradient to this norm."""
     layers: Annotated[int, Range(ge=1, le=4)] = 1
-    """Rounds of messages between the blocks, a step."""
+    """Rounds of message passing between the blocks per step."""
     trace_decay: Fraction = 0.0
-    """Weight of a step's effect on the loss two steps later; 0, the paper's, sees the next step's loss alone."""
+    """Weight of a step's effect on the loss two steps later. 0, as in the paper, uses the next step's loss alone."""
     anneal: Annotated[float, Range(ge=0, le=1)] = 0.0
-    """Multiply the rate by a linear decay to zero over this last fraction of the budget."""
+    """Multiply the learning rate by a linear decay to zero over this last fraction of the budget."""
     guard: Annotated[Literal["lagged", "paper", "off"], OrOff()] = "lagged"
-    """Keep rate x curvature under 1.9. paper: the curvature shares its noise with the step; lagged: it does not."""
+    """Keep learning rate x curvature under 1.9. paper: the curvature's noise is correlated with the step; lagged: it is
+    independent."""
     curvature: Literal["secant", "hvp"] = "secant"
-    """hvp: from an exact Hessian-vector product on some steps, another forward and backward pass each time."""
+    """hvp: from a Hessian-vector product every 16 steps, which takes two more forward and backward passes."""
     curvature_decay: Fraction = 0.95
-    """Of the running secants. Closer to 1 the guard meets less noise, and sees a change later."""
+    """Decay per step of the running secants. Closer to 1, the guard has less noise and a longer delay."""
     multipliers: Literal["free", "centred"] = "free"
-    """centred: their geometric mean is 1, so that what all blocks share is the rate's alone."""
+    """centred: the multipliers' geometric mean is 1, so that only the learning rate moves all blocks together."""
     regret: Literal["elapsed", "step"] = "elapsed"
-    """What the planner lowers: elapsed, the next loss over the seconds so far; step, the next loss."""
+    """Objective of the planner. elapsed: the next loss over the seconds so far. step: the next loss."""
     caution: NonNegativeFloat = 1.0
-    """Weight of steps whose effect asks for a lower rate. The next loss alone asks for too low a one, which less than
-    1 makes up for; 1 is the paper's."""
+    """Weight on hypergradients that lower the learning rate. One-step lookahead is biased towards small rates; below 1
+    corrects it. 1 is the paper's."""
     graph: bool = True
     """off: no messages between blocks."""
     budget_feature: bool = True
-    """off: the planner does not see the budget that is left."""
+    """off: the planner does not see the remaining budget."""
     online: bool = True
     """off: the planner does not learn during the run."""
     warm_start: str | None = None
-    """A planner's weights, safetensors; `shipped`: those of the package. Without one it begins as a constant rate."""
+    """File of a planner's weights, safetensors; `shipped`: the package's. When absent, it starts at a constant rate."""
 
     def problems(self, beside: Beside) -> Iterator[str]:
         if self.guard == "paper" and self.curvature == "hvp":
@@ -109,16 +111,16 @@ class GraffConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class SalelrConfig:
-    """SALeLR: a rate for each adapted matrix by its gradient's running norm, over the linear schedule."""
+    """SALeLR: the linear schedule times a factor for each adapted matrix, by its gradient's running norm."""
 
     __pydantic_config__ = STRICT_KEYS
 
     exponent: Annotated[float, Range(ge=0, le=1)] = 0.5
-    """Of a matrix's norm over the mean of all: its factor on the rate."""
+    """Exponent on a matrix's norm over the mean norm, which gives its factor."""
     most: AtLeastOne = 4.0
     """The factor stays within 1/most and most."""
     decay: Fraction = 0.95
-    """Of the running norms, a step."""
+    """Decay per step of the running norms."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -128,41 +130,41 @@ class BatsConfig:
     __pydantic_config__ = STRICT_KEYS
 
     exponent: Annotated[float, Range(ge=0, le=1)] = 0.5
-    """Of the last batch's information over the running mean: the factor on the rate."""
+    """Exponent on the last batch's Fisher information over its running mean, which gives the factor."""
     most: AtLeastOne = 2.0
     """The factor stays within 1/most and most."""
     decay: Fraction = 0.95
-    """Of the running mean, a step."""
+    """Decay per step of the running mean."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ReactorConfig:
-    """REACTOR: a policy that changes the rate every few steps, and learns from the loss by REINFORCE."""
+    """REACTOR: a policy that changes the learning rate every few steps, trained on the loss by REINFORCE."""
 
     __pydantic_config__ = STRICT_KEYS
 
     window: Annotated[int, Range(ge=2, lt=2**31)] = 8
-    """Steps from one change of the rate to the next."""
+    """Steps between two changes of the learning rate."""
     sigma: PositiveFloat = 0.05
-    """Standard deviation of a change of the rate's logarithm: how far the policy tries."""
+    """Standard deviation of the policy's change to the logarithm of the learning rate."""
     policy_learning_rate: PositiveFloat = 0.03
-    """Of the policy's weights, for a reward one standard deviation over the baseline."""
+    """Learning rate of the policy's weights, for a reward one standard deviation above the baseline."""
     baseline_decay: Fraction = 0.8
-    """Of the rewards' running mean and variance, and of the state's, a window."""
+    """Decay per window of the running mean and variance of rewards and states."""
     most: AtLeastOne = 10.0
-    """The rate stays within 1/most and most times training.learning_rate."""
+    """The learning rate stays within 1/most and most times training.learning_rate."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class SnacConfig:
-    """SNAC: the rate times the share of the gradient's square that is signal and not noise."""
+    """SNAC: the learning rate times the signal's share of the squared gradient, |E g|^2 / (|E g|^2 + Var g)."""
 
     __pydantic_config__ = STRICT_KEYS
 
     floor: Annotated[float, Range(gt=0, le=1)] = 0.01
-    """The share is never taken for less."""
+    """Lower bound of the share."""
     decay: Fraction = 0.95
-    """Of the running means that the share is the ratio of, a step."""
+    """Decay per step of the running means whose ratio is the share."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -170,17 +172,17 @@ class BaconConfig(SnacConfig):
     """BACON: SNAC's share, times what the curvature and the budget leave, and a rate for each adapted matrix."""
 
     curvature_decay: Fraction = 0.95
-    """Of the running curvatures, a step."""
+    """Decay per step of the running curvatures."""
     most: AtLeastOne = 4.0
-    """A matrix's factor on the rate stays within 1/most and most."""
+    """A matrix's factor on the learning rate stays within 1/most and most."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ScheduleEntry(Entry):
     reads_mean: bool = False
-    """It tells signal from noise by Adam's running mean of the gradient, so that there has to be one."""
+    """It separates signal from noise by Adam's running mean of the gradient, so optimizer.beta1 must not be 0."""
     holds_peak: bool = False
-    """After the warm-up the learning rate stays at its peak."""
+    """After the warm-up, the learning rate stays at its peak."""
 
 
 def _at(module: str, name: str) -> str:
@@ -217,9 +219,9 @@ class ScheduleConfig:
     warmup_steps: NonNegativeInt = 500
     """Linear warm-up; capped at 6 % of the budget."""
     final_ratio: Fraction = 0.0
-    """The rate at the end, as a share of the peak (linear, cosine, wsd, salelr, bats)."""
+    """Learning rate at the end, as a share of the peak (linear, cosine, wsd, salelr, bats)."""
     decay_fraction: Annotated[float, Range(gt=0, le=1)] = 0.2
-    """wsd: the share of the budget over which the rate decays."""
+    """wsd: last share of the budget, over which the learning rate decays."""
 
     @property
     def own(self) -> Any:

@@ -1,4 +1,4 @@
-"""The section `optuna`: what `fastpeft sweep` searches, how, and what it may spend."""
+"""The section `optuna`: search space, sampler, pruner and budget of `fastpeft sweep`."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from fastpeft.config.units import Budget, parse_budget, parse_seeds
 SPACE = "optuna.space"
 LOSS = "loss"
 OWN_METRIC = "auto"
-"""As optuna.metric: the task's own."""
+"""Value of optuna.metric for the task's own metric."""
 
 _NOT_SEARCHED = {
     "run_id": "it names the run and trains nothing",
@@ -28,7 +28,7 @@ _NOT_SEARCHED_SECTIONS = {
     "evaluation": "trials that are scored differently cannot be compared",
 }
 _OF_DATASET = ("dataset.max_length", "dataset.prompt", "dataset.cut")
-"""Keys of `dataset` that change what the model sees, and not the rows that it is scored on."""
+"""Keys of `dataset` that change the model's input, but not the rows that are scored."""
 
 
 def parse_sweep_budget(text: str) -> Budget:
@@ -41,7 +41,7 @@ def parse_sweep_budget(text: str) -> Budget:
 
 @dataclass(frozen=True)
 class _Scalars:
-    """A list of plain values, so that a list among them is one error and not one for each type that it is not."""
+    """A list of plain values. A nested list gives one error, instead of one for each type of the union."""
 
     def __get_pydantic_core_schema__(self, source: Any, handler: Any) -> dict[str, Any]:
         def check(value: Any) -> Any:
@@ -64,7 +64,7 @@ class SearchParameter:
     type: Literal["loguniform", "uniform", "int", "categorical"]
     low: float | None = None
     high: float | None = None
-    """Both ends are values that a trial may have."""
+    """Both ends are included."""
     choices: Annotated[list[bool | int | float | str], _Scalars()] | None = None
 
     def __post_init__(self) -> None:
@@ -88,7 +88,7 @@ class SearchParameter:
                 raise ValueError(f"the choice {choice!r} is there twice")
 
     def specimens(self) -> list[bool | int | float | str]:
-        """Values that stand for all: every choice, or both ends and the middle."""
+        """Sample values for validation: every choice, or both ends and, except for int, the middle."""
         if self.choices is not None:
             return list(self.choices)
         assert self.low is not None
@@ -104,39 +104,40 @@ class OptunaConfig:
     __pydantic_config__ = STRICT_KEYS
 
     trials: PositiveInt = 30
-    """Trials that end by themselves or are pruned. Those that fail or are killed are made again."""
+    """Number of trials that complete or are pruned. Trials that fail or are killed are repeated."""
     metric: str = OWN_METRIC
-    """What is searched for, at its best over a trial's evaluations of the validation split: auto, the task's own
-    metric; loss; or one of the task's further metrics, such as macro_f1."""
+    """Objective: a trial's best value over its evaluations of the validation split. auto is the task's own metric; else
+    loss, or one of the task's further metrics, such as macro_f1."""
     direction: Literal["maximize", "minimize"] = "maximize"
     space: dict[str, SearchParameter] = field(default_factory=dict)
-    """Dotted key of this file -> the values to search."""
+    """Dotted key of this file -> values to search."""
     sampler: Literal["tpe", "random"] = "tpe"
     """tpe: tree-structured Parzen estimator over all keys at once (Bergstra et al. 2011; Falkner et al. 2018)."""
     startup_trials: NonNegativeInt = 10
     """Trials drawn at random before tpe takes over."""
     pruner: Literal["median", "halving", "none"] = "median"
-    """median: end a trial whose best evaluation so far is under the median of the others' at the same evaluation.
+    """median: end a trial whose best evaluation so far is worse than the median of other trials at the same evaluation.
     halving: asynchronous successive halving (arXiv:1810.05934)."""
     pruner_startup: NonNegativeInt = 5
-    """median: trials that have to be complete before one is pruned."""
+    """median: trials that must be complete before any is pruned."""
     pruner_warmup: NonNegativeInt = 0
     """Evaluations of a trial before it can be pruned."""
     seed: Annotated[int, Range(ge=0, lt=2**32)] = 42
-    """Of the sampler. training.seed stays the trials' own."""
+    """Seed of the sampler. All trials train with training.seed."""
     trial_budget: Annotated[str, Parsed(parse_budget)] | None = None
-    """What one trial may spend, as `budget`; the run's own budget when absent."""
+    """Budget of one trial, in the form of `budget`; the run's own budget when absent."""
     max_trial_energy_j: PositiveFloat | None = None
-    """A trial that takes more joules counts, and cannot be the best. Needs an energy meter."""
+    """A trial that takes more joules counts, but cannot be the best. Needs an energy meter."""
     budget: Annotated[str, Parsed(parse_sweep_budget)] | None = None
-    """What all trials together may spend: 2h of wall-clock time, or 50kJ. The best one's full training is beside it."""
+    """Budget of all trials together: 2h of wall-clock time, or 50kJ. It does not include the full training of the best
+    one."""
     max_failures: PositiveInt = 5
-    """So many trials that fail one after another end the sweep."""
+    """Number of consecutive failed trials that ends the sweep."""
     seeds: Annotated[str, Parsed(parse_seeds)] | None = None
-    """0,1,2: the best settings are trained in full once with each; with training.seed when absent."""
+    """Seeds such as 0,1,2: the best settings are trained in full once with each. When absent, with training.seed."""
 
     def problems(self) -> Iterator[str]:
-        """What no single field sees."""
+        """Problems between fields of this section."""
         if self.metric == LOSS and self.direction == "maximize":
             yield "optuna.direction: a loss is the better the lower it is; set optuna.direction=minimize"
         for key in self.space:

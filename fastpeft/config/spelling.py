@@ -1,4 +1,4 @@
-"""Keys that a run file may hold and a run does not: another spelling, or one that an earlier version wrote."""
+"""Keys of run files that are translated on loading: American spellings, and keys that earlier versions wrote."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ _OURS = {
     "regulariser.normalize": "regulariser.normalise",
     "model.quantization": "model.quantisation",
 }
-"""Dotted keys in the other spelling. A key inside a section stands behind the section's."""
+"""American spelling -> the package's spelling, by dotted key. A section precedes the keys inside it."""
 _OF_KEYS = ("overrides", "optuna.space", "stand_in.overrides")
 """Sections whose keys are dotted keys themselves."""
 
 
 def respelt_key(key: Any) -> Any:
-    """A dotted key in the spelling that is kept. What is no text is returned as it is."""
+    """A dotted key in the package's spelling. A key that is not a str is returned unchanged."""
     if not isinstance(key, str):
         return key
     for other, ours in _OURS.items():
@@ -26,10 +26,10 @@ def respelt_key(key: Any) -> Any:
 
 
 def respelt(values: dict[Any, Any], prefix: str = "") -> dict[Any, Any]:
-    """Nested values in the spelling that is kept, `prefix` being the dotted key that leads to them.
+    """Nested values with keys in the package's spelling. `prefix` is the dotted key that leads to them.
 
     Raises:
-        ValueError: a key stands there in both spellings.
+        ValueError: a key is given in both spellings.
     """
     refuse_both(f"{prefix}{key}" for key in values)
     out = {}
@@ -45,7 +45,7 @@ def respelt(values: dict[Any, Any], prefix: str = "") -> dict[Any, Any]:
 
 
 def refuse_both(keys: Iterable[Any]) -> None:
-    """Raise ValueError if two of the keys are one in two spellings."""
+    """Raise ValueError if two of the keys are spellings of one key."""
     found: dict[Any, Any] = {}
     for key in keys:
         first = found.setdefault(respelt_key(key), key)
@@ -54,11 +54,11 @@ def refuse_both(keys: Iterable[Any]) -> None:
 
 
 _RETIRED = ("schedule.graff.token_weights",)
-"""Dotted keys that earlier versions wrote into run.yaml, and that could only be off."""
+"""Dotted keys that earlier versions wrote into run.yaml, where they could only be off."""
 
 
 def without_retired(values: dict[Any, Any]) -> dict[Any, Any]:
-    """Nested values without the retired keys that are off; one that is on stays, to be refused."""
+    """Remove the retired keys that are off, in place. A key that is on stays, and is refused later."""
     for key in _RETIRED:
         *path, last = key.split(".")
         section: Any = values

@@ -1,4 +1,4 @@
-"""The family of trackers. A run has any number of them, each switched on by its own section.
+"""The family of trackers. A run has any number of them, each enabled by its own section.
 
 That section is a switch, or a Config with a property `enabled`.
 """
@@ -17,11 +17,11 @@ class WandbConfig:
     __pydantic_config__ = STRICT_KEYS
 
     mode: Literal["auto", "online", "offline", "disabled"] = "auto"
-    """auto: online where a key is present, else offline; always off in trial mode. WANDB_MODE and
-    WANDB_DISABLED can ask for less."""
+    """auto: online if an API key is present, else offline; always off in trial mode. WANDB_MODE and WANDB_DISABLED can
+    restrict it further."""
     project: str | None = None
-    """When absent WANDB_PROJECT, else fastpeft. W&B takes entity, group, tags and notes from its own
-    variables: WANDB_ENTITY, WANDB_RUN_GROUP, WANDB_TAGS, WANDB_NOTES."""
+    """When absent, WANDB_PROJECT, else fastpeft. W&B reads entity, group, tags and notes from its own variables:
+    WANDB_ENTITY, WANDB_RUN_GROUP, WANDB_TAGS, WANDB_NOTES."""
 
     TRIAL: ClassVar[dict[str, Any]] = {"mode": "disabled"}
 
@@ -33,7 +33,7 @@ class WandbConfig:
 @dataclass(frozen=True, kw_only=True)
 class TrackerEntry(Entry):
     title: str
-    """As messages name it."""
+    """Name in messages."""
 
 
 TRACKERS: Registry[TrackerEntry] = Registry(

@@ -29,7 +29,7 @@ _UNITS: dict[str, tuple[BudgetKind, float]] = {
 
 @dataclass(frozen=True)
 class Budget:
-    """What a run may spend: `limit` in the unit that `kind` names (seconds, joules, tokens, steps)."""
+    """Budget of a run: `limit` in the unit `kind` (seconds, joules, tokens, steps)."""
 
     kind: BudgetKind
     limit: float
@@ -56,8 +56,8 @@ def parse_budget(text: str) -> Budget:
 
 @dataclass(frozen=True)
 class Interval:
-    """How often something happens: every `value` of `unit`; a `fraction` is one of the budget. `auto`: as often as what
-    it costs allows."""
+    """How often something happens: every `value` of `unit`. A `fraction` is one of the budget. `auto`: as often as its
+    cost allows."""
 
     unit: Literal["fraction", "steps", "seconds", "epoch", "end", "auto"]
     value: float = 0.0

@@ -1,1 +1,1 @@
-"""Run folders: the event log, result.json, listing. No torch in here."""
+"""Run folders: the event log, result.json, listing. Imports no torch."""

@@ -1,8 +1,8 @@
-"""A metric over a run's seconds and joules: the area under it, and what it took to reach a target.
+"""A metric over a run's seconds and joules: the area under its curve, and the cost of reaching a target.
 
-Reads `eval` events of the validation split. The convention: the metric counts 0 until the first evaluation has ended,
-or, where that one is of step 0, its value from the start; it is linear between evaluations; and it stays at the last
-one's value to the end of the budget.
+Reads `eval` events of the validation split. The convention: the metric is 0 until the end of the first evaluation. If
+that one is of step 0, its value holds from the start. The metric is linear between evaluations, and stays at the last
+value to the end of the budget.
 """
 
 from __future__ import annotations
@@ -21,20 +21,20 @@ VALIDATION = "validation"
 class Evaluation(NamedTuple):
     step: int
     elapsed_s: float
-    """The budget clock when the evaluation had ended."""
+    """Seconds on the budget clock at the end of the evaluation."""
     energy_j: float | None
-    """Spent until then; None without a meter."""
+    """Joules spent until then; None without a meter."""
     value: float
-    """Of the task's metric: at most 1, and under 0 for a correlation the wrong way."""
+    """The task's metric: at most 1, and below 0 for a negative correlation."""
 
 
 def is_validation(event: Event) -> bool:
-    """An `eval` event of the split that the metric's curve is of; a test split is scored once and is no part of it."""
+    """Whether this is an `eval` event of the validation split. The curve leaves out a test split, scored once."""
     return event["type"] == "eval" and event.get("split", VALIDATION) == VALIDATION
 
 
 def evaluations(events: Iterable[Event]) -> list[Evaluation]:
-    """Of the validation split, in order of time. A value that is not finite is left out."""
+    """Evaluations of the validation split, in order of time, without non-finite values."""
     found = []
     for event in events:
         if is_validation(event) and math.isfinite(value := number(event["value"])):
@@ -48,12 +48,13 @@ def auc(x: Sequence[float], values: Sequence[float], budget: float, from_start: 
     """The area under `values` over [0, budget], divided by `budget`: the metric's mean over the budget.
 
     Args:
-        x: where each value was measured, rising, in the unit of `budget`. What lies beyond it counts only as far as
-            the line to it lies within.
-        from_start: `values[0]` holds from 0 on, as of an evaluation before the first step; else 0 does, up to x[0].
+        x: position of each value, ascending, in the unit of `budget`. A value beyond `budget` counts only through the
+            part of the line to it that lies within.
+        from_start: `values[0]` holds from 0 on, as after an evaluation before the first step. Otherwise the metric is 0
+            up to x[0].
 
     Raises:
-        ValueError: no values, or a budget that is not positive.
+        ValueError: no values, another number of positions, or a budget that is not positive.
     """
     if not values or len(x) != len(values):
         raise ValueError(f"as many places as values, and at least one: got {len(x)} and {len(values)}")
@@ -73,23 +74,23 @@ def auc(x: Sequence[float], values: Sequence[float], budget: float, from_start: 
 
 
 def to_target(x: Sequence[float], values: Sequence[float], target: float) -> float | None:
-    """The place of the first evaluation that is at or above `target`; None where none is.
+    """The position of the first evaluation at or above `target`; None if there is none.
 
-    Nothing is interpolated: what the metric was between two evaluations was not measured.
+    Nothing is interpolated: the metric was not measured between evaluations.
     """
     return next((place for place, value in zip(x, values) if value >= target), None)
 
 
 @dataclass(frozen=True)
 class Budgets:
-    """What the areas are divided by."""
+    """The budgets that areas are divided by."""
 
     seconds: float
     joules: float | None
 
     @classmethod
     def of(cls, budget: dict[str, Any], elapsed_s: float, energy_j: float | None) -> Budgets:
-        """The budget's limit in its own unit; in the other what the run spent, as result.json has it."""
+        """The budget's limit in its own unit; in the other unit what the run spent, as in result.json."""
         kind, limit = budget.get("kind"), budget.get("limit")
         return cls(
             seconds=number(limit) if kind == "seconds" else elapsed_s,
@@ -98,7 +99,7 @@ class Budgets:
 
 
 def auc_of(found: Sequence[Evaluation], budgets: Budgets) -> dict[str, float | None]:
-    """{seconds, joules} as result.json's `auc`: None where there is no meter. Empty without an evaluation."""
+    """{seconds, joules} as result.json's `auc`; joules is None without a meter. Empty without an evaluation."""
     if not found or not budgets.seconds > 0:
         return {}
     values, from_start = [one.value for one in found], found[0].step == 0
@@ -110,7 +111,7 @@ def auc_of(found: Sequence[Evaluation], budgets: Budgets) -> dict[str, float | N
 
 
 def to_target_of(found: Sequence[Evaluation], target: float) -> dict[str, float | None]:
-    """{seconds, joules} up to the end of the first evaluation at or above `target`; None: not reached, or no meter."""
+    """{seconds, joules} spent by the end of the first evaluation at or above `target`; None: not reached, no meter."""
     values = [one.value for one in found]
     joules = _joules(found)
     return {
@@ -120,6 +121,6 @@ def to_target_of(found: Sequence[Evaluation], target: float) -> dict[str, float 
 
 
 def _joules(found: Sequence[Evaluation]) -> list[float] | None:
-    """None unless every evaluation's are known."""
+    """Joules at each evaluation; None unless all are known."""
     joules = [one.energy_j for one in found if one.energy_j is not None and math.isfinite(one.energy_j)]
     return joules if len(joules) == len(found) else None

@@ -3,9 +3,9 @@
 Every event has `type`, `time_s` (Unix time), `elapsed_s` (the budget clock) and `step`. Numbers that
 are not finite are written as the strings "nan", "inf" and "-inf", so that every line is strict JSON.
 
-`phase` events come before the `run` event, and after it until a step has ended: name (data, model, tokenise, check,
-memory, timing, head, calibrate, first_step), text, and how far it is: done and total of a unit. The first step has
-estimates too: left_s to its end, whole_s and whole_steps to the end of training.
+`phase` events come before the `run` event, and after it until the first step has ended. They hold name (data, model,
+tokenise, check, memory, timing, graphs, head, calibrate, first_step), text, and progress as done, total and unit. The
+first step also has estimates: left_s to its end, whole_s and whole_steps to the end of training.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ _NON_FINITE = {"nan": math.nan, "inf": math.inf, "-inf": -math.inf}
 
 
 def finite(value: Any) -> Any:
-    """`value` with every non-finite float, at any depth, as a string."""
+    """`value` with every non-finite float, at any depth, replaced by its string."""
     if isinstance(value, float) and not math.isfinite(value):
         return "nan" if value != value else ("inf" if value > 0 else "-inf")
     if isinstance(value, dict):
@@ -40,12 +40,12 @@ def finite(value: Any) -> Any:
 
 
 def number(value: Any) -> float:
-    """A number of an event as a float again, non-finite ones included."""
+    """A number of an event as a float. The inverse of `finite`."""
     return _NON_FINITE[value] if isinstance(value, str) else float(value)
 
 
 def make_event(type: str, *, elapsed_s: float, step: int, **fields: Any) -> Event:
-    """An event of this moment."""
+    """An event with the current time."""
     at = {"type": type, "time_s": round(time.time(), 3), "elapsed_s": round(elapsed_s, 4), "step": step}
     return at | finite(fields)
 
@@ -53,13 +53,13 @@ def make_event(type: str, *, elapsed_s: float, step: int, **fields: Any) -> Even
 class EventLog:
     """Appends events; may be called from several threads. A line is in the file when `write` returns.
 
-    `listeners` are called with every event, in the writing thread: they must be quick.
+    `listeners` are called with every event, in the writing thread, so they must return quickly.
     """
 
     def __init__(self, path: Path, listeners: tuple[Callable[[Event], None], ...] = ()) -> None:
         self._file = path.open("ab")
         if self._file.tell() and _last_byte(path) != b"\n":
-            self._file.write(b"\n")  # the line that a kill cut off stays a malformed line of its own
+            self._file.write(b"\n")  # a line cut off by a kill stays separate, and malformed
         self._listeners = listeners
         self._lock = threading.Lock()
 
@@ -67,7 +67,7 @@ class EventLog:
         self.append(make_event(type, elapsed_s=elapsed_s, step=step, **fields), self._listeners)
 
     def append(self, event: Event, listeners: tuple[Callable[[Event], None], ...] = ()) -> None:
-        """An event that was made before; the log's own listeners have heard of it."""
+        """Append an event made earlier, which the log's own listeners have already received."""
         line = json.dumps(event, allow_nan=False, separators=(",", ":")).encode() + b"\n"
         with self._lock:
             if self._file.closed:
@@ -89,7 +89,7 @@ class EventLog:
 
 
 class LogTail:
-    """Yields the events that a growing log has gained since the last look."""
+    """Yields the events that a growing log has gained since the last read."""
 
     def __init__(self, path: Path, offset: int = 0) -> None:
         self._path, self._offset = path, offset
@@ -107,12 +107,12 @@ class LogTail:
 
 
 def read_events(path: Path, offset: int = 0) -> Iterator[Event]:
-    """Events from byte `offset` on. Malformed lines, and a last line still being written, are passed over."""
+    """Events from byte `offset` on. Malformed lines and an unfinished last line are skipped."""
     return LogTail(path, offset).read()
 
 
 def read_lines(path: Path) -> Iterator[list[bytes]]:
-    """The whole lines of a log, about a megabyte at a time; a last line still being written is passed over."""
+    """The complete lines of a log, about a megabyte at a time. An unfinished last line is skipped."""
     rest = b""
     with path.open("rb") as file:
         while block := file.read(_BLOCK_BYTES):
@@ -122,10 +122,10 @@ def read_lines(path: Path) -> Iterator[list[bytes]]:
 
 
 def parse_event(line: bytes) -> Event | None:
-    """None for a line that is no event."""
+    """The event in a line; None if it holds none."""
     try:
         event = orjson.loads(line)
-    except ValueError:  # half of a surrogate pair, which a name may have, is JSON all the same
+    except ValueError:  # orjson refuses a lone surrogate, which a name may contain
         try:
             event = json.loads(line)
         except (ValueError, RecursionError):

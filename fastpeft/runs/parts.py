@@ -1,4 +1,4 @@
-"""Metrics of parts of the data, such as one entity type's precision, as texts for a table."""
+"""Metrics of parts of the data, such as the precision of one entity type, as table cells."""
 
 from __future__ import annotations
 
@@ -8,17 +8,17 @@ from typing import Any
 from fastpeft.runs.events import number
 
 Groups = Mapping[str, Mapping[str, Any]]
-"""As an `eval` event and result.json have them: part -> metric's name -> value; whole numbers are counts."""
+"""part -> metric's name -> value, as in an `eval` event and result.json. Integers are counts."""
 
 
 def table_of(groups: Groups) -> tuple[list[str], list[list[str]]]:
-    """(names of the metrics, and for each part its name and its metrics). What a part lacks is a hyphen."""
+    """(names of the metrics, rows of a part's name and its metrics). A missing metric is a hyphen."""
     names = list(dict.fromkeys(name for metrics in groups.values() for name in metrics))
     return names, [[part, *(figure(metrics.get(name)) for name in names)] for part, metrics in groups.items()]
 
 
 def figure(value: Any) -> str:
-    """Counts are whole; what is large needs no four decimals."""
+    """A metric as text. Counts have no decimals, and large values fewer than four."""
     if value is None:
         return "-"
     if isinstance(value, int):

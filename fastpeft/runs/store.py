@@ -21,14 +21,13 @@ from fastpeft.errors import UserError
 from fastpeft.runs.events import finite
 
 MAJORITY = "majority"
-"""Among the further metrics of a score: what one and the same answer to every row would have scored, such as the share
-of the commonest class."""
+"""Name of a further metric: the score of one constant answer to every row, such as the share of the commonest class."""
 
 DEAD_AFTER_S = 30.0
-"""A running trainer writes a heartbeat every two seconds."""
+"""Seconds without a heartbeat after which a run counts as dead. A trainer writes one every two seconds."""
 
 _OF_TRACKERS = ("wandb", "tensorboard")
-"""Folders in a run's that others write: W&B links its log in the user's cache there."""
+"""Subfolders that trackers write. W&B makes links to its log in the user's cache there."""
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 
@@ -39,28 +38,29 @@ class RunError(UserError):
 
 @dataclass(kw_only=True)
 class Result:
-    """What result.json holds. `metric` is of adapter/, `best` of adapter_best/; more is better."""
+    """The content of result.json. Scores are better when larger."""
 
     run_id: str
     name: str
     status: str = "running"
     """running, done, stopped, pruned (by a sweep, after an evaluation), diverged or failed."""
     metric: dict[str, Any] = field(default_factory=dict)
-    """{name, value} of the weights in adapter/; and {more: {name: value}} where a task has further metrics, {groups:
-    {part: {name: value}}} where it has metrics of parts of the data."""
+    """{name, value} of the last weights, in adapter/. Also {more: {name: value}} if the task has further metrics,
+    {groups: {part: {name: value}}} if it has metrics of parts of the data, and {num: rows} if only a sample was
+    scored."""
     best: dict[str, Any] = field(default_factory=dict)
-    """{value, step} of the weights in adapter_best/; and more, as in `metric`."""
+    """{value, step, loss} of the best weights, in adapter_best/; also more, groups and num, as in `metric`."""
     test: dict[str, Any] = field(default_factory=dict)
-    """{name, value, num, more, weights, step} of the test split, scored once with the `best` or the `last` weights;
-    empty where there is none."""
+    """{name, value, num, more, weights, step} of the test split, scored once with the `best` weights; empty if there is
+    none."""
     auc: dict[str, Any] = field(default_factory=dict)
-    """{seconds, joules}: the metric's mean over the budget (`runs.curves`); joules None without a meter."""
+    """{seconds, joules}: the metric's mean over the budget (`runs.curves`); joules is None without a meter."""
     budget: dict[str, Any] = field(default_factory=dict)
     """{kind, limit, spent} in the kind's unit."""
     elapsed_s: float = 0.0
-    """The budget clock: calibration, training, evaluation, checkpoints and the final save."""
+    """Seconds on the budget clock: calibration, training, evaluation, checkpoints and the final save."""
     setup_s: float = 0.0
-    """Imports, data, model loading; outside the budget."""
+    """Seconds of imports, reading data and loading the model; outside the budget."""
     energy_j: float | None = None
     energy_method: str = "none"
     tokens: int = 0
@@ -69,18 +69,18 @@ class Result:
     stand_in: bool = False
     seed: int = 0
     group: str | None = None
-    """What the runs of `--seeds` share: their folders' name before -seed<N>."""
+    """Group of related runs; for `--seeds` their folders' name before -seed<N>."""
     method: str = ""
     model: str = ""
     dataset: str = ""
     kind: str = ""
-    """Of task, as in dataset.task."""
+    """Kind of task, as in dataset.task."""
     labels: list[str] = field(default_factory=list)
-    """Label names in the order of their numbers, where the task has them."""
+    """Label names in the order of their numbers, if the task has labels."""
     data: dict[str, Any] = field(default_factory=dict)
-    """{sha256, splits: {name: {rows, and hashes of them}}}: what the run was trained and scored on, as it was read."""
+    """{sha256, splits: {name: {rows, and hashes of them}}}: the data that the run was trained and scored on."""
     adapter_facts: dict[str, Any] = field(default_factory=dict)
-    """What a method measures of its adapter: extra_flops, a share of the model's own, and active_atoms a token."""
+    """Measurements of the adapter: extra_flops, as a share of the model's own, and active_atoms per token."""
     adapter_mb: float | None = None
     peak_memory_mb: float | None = None
     git: str | None = None
@@ -110,7 +110,7 @@ class RunFolder:
 
     @classmethod
     def at(cls, results_dir: Path, name: str) -> RunFolder:
-        """Raises RunError for a name that is no plain folder name."""
+        """The folder of the run `name`. Raises RunError for a name that is no plain folder name."""
         if not _NAME.fullmatch(name):
             raise RunError(
                 f"{name!r} cannot name a run: write letters, digits, '.', '_' and '-', at most 128 of them, "
@@ -119,18 +119,18 @@ class RunFolder:
         return cls(Path(results_dir) / name)
 
     def weights(self, saved_as: str, best: bool = False) -> Path:
-        """Of the last or the best weights: adapter/, adapter_best/; of a full fine-tune model/, model_best/."""
+        """Folder of the last or best weights: adapter/, adapter_best/; for a full fine-tune model/, model_best/."""
         return self.path / (f"{saved_as}_best" if best else saved_as)
 
     def predictions(self, which: str) -> Path:
-        """What was answered to each row by the `last` or the `best` weights on validation, or on `test`."""
+        """File of each row's prediction, by the `last` or `best` weights on the validation split, or on `test`."""
         return self.path / "predictions" / f"{which}.jsonl"
 
     def check_links(self) -> None:
-        """Raises RunError for a link that leads out of the folder: nobody reads or writes what it leads to, in a folder
-        that came from somebody else."""
+        """Raise RunError for a link that leads out of the folder: a folder from somebody else must not make this
+        process read or write elsewhere."""
         inside = os.path.realpath(self.path)
-        for parent, folders, files in os.walk(self.path):  # goes through no link to a folder
+        for parent, folders, files in os.walk(self.path):  # follows no link to a folder
             for name in (*folders, *files):
                 path = os.path.join(parent, name)
                 to = os.path.realpath(path)
@@ -143,7 +143,7 @@ class RunFolder:
                 folders[:] = [name for name in folders if name not in _OF_TRACKERS]
 
     def check_free(self) -> None:
-        """Raises RunError if the name is taken."""
+        """Raise RunError if the name is taken."""
         if os.path.lexists(self.path) and not self._is_remains():
             what = "has this name" if self.config.is_file() else "is in the way"
             raise RunError(f"{self.path} {what}: choose another --name, or continue it with --resume")
@@ -159,7 +159,7 @@ class RunFolder:
         self.lock()
 
     def _is_remains(self, remove: bool = False) -> bool:
-        """Whether a run that was killed while it was set up left this: a log, no settings, and a lock that is free."""
+        """Whether this folder is left over from a run killed in its set-up: a log, no settings, and a free lock."""
         lock = self.path / ".lock"
         if self.config.exists() or not self.events.is_file():
             return False
@@ -175,7 +175,7 @@ class RunFolder:
         return True
 
     def lock(self) -> None:
-        """Raises RunError while another process trains this run."""
+        """Take the run's lock. Raises RunError while another process trains this run."""
         file = (self.path / ".lock").open("w")
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -190,7 +190,7 @@ class RunFolder:
             self._lock = None
 
     def status(self) -> str:
-        """As result.json has it, but `dead` for a run that says it is running and has lost its heartbeat."""
+        """The status in result.json, or `dead` if that is running but the heartbeat has stopped."""
         result = self.read_result()
         if result is None or result.status != "running":
             return result.status if result else "no result"
@@ -201,7 +201,7 @@ class RunFolder:
         write_json(self.result, dataclasses.asdict(result))
 
     def read_result(self) -> Result | None:
-        """None where there is none yet, or it is unreadable."""
+        """The result; None if it is missing or unreadable."""
         values = read_json(self.result)
         if values is None:
             return None
@@ -215,13 +215,13 @@ class RunFolder:
 
 
 def default_name(run_id: str) -> str:
-    """RUN-YYYYmmdd-HHMMSScc, with hundredths of a second: a shell's loop starts several runs in one."""
+    """RUN-YYYYmmdd-HHMMSScc, with hundredths of a second, since a shell loop may start several runs per second."""
     now = time.time()
     return f"{run_id}-{time.strftime('%Y%m%d-%H%M%S', time.localtime(now))}{int(now * 100) % 100:02d}"
 
 
 def list_runs(results_dir: Path) -> Iterator[RunFolder]:
-    """Every run folder with a name that a terminal can show, oldest first."""
+    """Every run folder with a printable name, oldest first."""
     folders = [p.parent for p in Path(results_dir).glob("*/run.yaml") if p.parent.name.isprintable()]
     for path in sorted(folders, key=lambda p: ((p / "run.yaml").stat().st_mtime, p.name)):
         yield RunFolder(path)
@@ -229,8 +229,8 @@ def list_runs(results_dir: Path) -> Iterator[RunFolder]:
 
 @contextmanager
 def replaced_folder(target: Path) -> Iterator[Path]:
-    """A new folder to fill, which then takes the place of `target`. A kill leaves the old one or the new one, whole;
-    between the two `recover_folder` puts the old one back."""
+    """A new folder to fill, which replaces `target` on exit. After a kill, the old or the new folder is complete; if
+    neither is in place, `recover_folder` restores the old one."""
     temporary, old = _beside(target, "writing"), _beside(target, "old")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir()
@@ -253,7 +253,7 @@ def _beside(target: Path, what: str) -> Path:
 
 
 def write_json(path: Path, values: Any) -> None:
-    """Atomically: a reader sees the old file or the new one, never half of one."""
+    """Write atomically: a reader sees the old file or the new one, never a part."""
     temporary = path.with_name(f".{path.name}.tmp")
     with temporary.open("w", encoding="utf-8") as file:
         json.dump(finite(values), file, indent=2, allow_nan=False)
@@ -264,9 +264,9 @@ def write_json(path: Path, values: Any) -> None:
 
 
 def read_json(path: Path) -> dict[str, Any] | None:
-    """None where the file is missing or is no JSON object."""
+    """The JSON object in a file; None if the file is missing or holds none."""
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):  # the last of ten thousand brackets
+    except (OSError, ValueError, RecursionError):  # RecursionError: ten thousand nested brackets
         return None
     return values if isinstance(values, dict) else None

@@ -1,4 +1,4 @@
-"""The machine: what a run ran on, and a heartbeat of its load every two seconds."""
+"""The machine: its description, and a heartbeat of its load every two seconds."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ _PACKAGES = (
 
 
 def environment() -> dict[str, Any]:
-    """Versions and machine, for environment.json."""
+    """Versions and machine facts, for environment.json."""
     from fastpeft._version import __version__
 
     versions = {}
@@ -49,7 +49,7 @@ def environment() -> dict[str, Any]:
 
 
 def git_commit() -> str | None:
-    """The commit of the fastpeft checkout, with `-dirty` when it has changes; None when installed."""
+    """The commit of the fastpeft checkout, with `-dirty` if it has changes; None for an installed package."""
     root = Path(__file__).resolve().parents[2]
     if not (root / ".git").exists():
         return None
@@ -64,8 +64,8 @@ def git_commit() -> str | None:
 class Heartbeat:
     """Calls `emit(util=, memory_mb=, power_w=, temp_c=)` every two seconds from its own thread.
 
-    On a GPU the figures are NVML's, on a CPU the machine's load and this process's memory. A figure
-    that cannot be had is None. A failing driver ends the figures, never the run.
+    On a GPU the values are NVML's, on a CPU the machine's load and this process's memory. A value that cannot be read
+    is None. A failing driver ends the heartbeat's values, never the run.
     """
 
     def __init__(self, emit: Callable[..., None], gpu_uuid: str | None) -> None:
@@ -83,7 +83,7 @@ class Heartbeat:
         self._thread.join(timeout=HEARTBEAT_S)
 
     def _beat(self) -> None:
-        read = _cpu_reader() if self._gpu_uuid is None else _gpu_reader(self._gpu_uuid)  # here, for it may hang
+        read = _cpu_reader() if self._gpu_uuid is None else _gpu_reader(self._gpu_uuid)  # may hang
         while not self._stop.wait(HEARTBEAT_S):
             self._emit(**read())
 
@@ -106,7 +106,7 @@ def _cpu_reader() -> Callable[[], dict[str, float | None]]:
 
 
 def nvml_device(uuid: str) -> tuple[Any, Any]:
-    """NVML's module, and its handle of a GPU. May raise anything, and may hang."""
+    """(NVML's module, its handle of a GPU). May raise any exception, and may hang."""
     import pynvml
 
     pynvml.nvmlInit()

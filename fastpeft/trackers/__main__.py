@@ -1,7 +1,7 @@
-"""A tracker's process: hand the rows of a run's event log to W&B, TensorBoard or another.
+"""A tracker's process: sends the rows of a run's event log to W&B, TensorBoard or another tracker.
 
-The trainer starts it with --follow: it reads the log as it grows, until its standard input ends. Without,
-`python -m fastpeft.trackers results/NAME` sends the log of a run that is over, or what W&B lacks of it.
+The trainer starts it with --follow: it reads the log as it grows, until its standard input closes. Without --follow,
+`python -m fastpeft.trackers results/NAME` sends the log of a finished run, or the part that W&B lacks.
 """
 
 from __future__ import annotations
@@ -33,10 +33,10 @@ _REASON_CHARS = 300
 
 
 def follow(log: LogTail, tracker: Tracker, over: Callable[[float], bool]) -> None:
-    """Hand on the log until it is over.
+    """Send the log until it is complete.
 
     Args:
-        over: waits so many seconds at most; True once no more events will come.
+        over: waits at most the given seconds; True once no more events will come.
     """
     rows, end, wait_s = Rows(), None, 0.0
     while True:
@@ -58,10 +58,10 @@ def follow(log: LogTail, tracker: Tracker, over: Callable[[float], bool]) -> Non
 
 
 def trainer_is_over(wait_s: float, finish_s: float) -> bool:
-    """The trainer writes nothing to us: our input becomes readable when it closes it, or is killed."""
+    """Whether the trainer has ended. It writes nothing to standard input, which becomes readable when it closes."""
     if not select.select([0], [], [], wait_s)[0]:
         return False
-    signal.setitimer(signal.ITIMER_REAL, finish_s)  # ends this process, whatever it hangs in
+    signal.setitimer(signal.ITIMER_REAL, finish_s)  # ends this process even if it hangs
     return True
 
 
@@ -85,7 +85,7 @@ def main() -> None:
 
 def _followed(options: argparse.Namespace) -> None:
     for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_IGN)  # the trainer decides when it is over
+        signal.signal(number, signal.SIG_IGN)  # the trainer decides when to end
     os.nice(_NICE)
     report = _reporter()
     try:
@@ -96,7 +96,7 @@ def _followed(options: argparse.Namespace) -> None:
             follow(LogTail(options.folder / "events.jsonl"), tracker, over)
     except BaseException as error:
         report(stopped=_reason(error))
-        os._exit(1)  # past W&B's exit hooks, which may hang as well
+        os._exit(1)  # skips W&B's exit hooks, which may hang too
 
 
 def _by_hand(options: argparse.Namespace) -> None:
@@ -113,12 +113,12 @@ def _by_hand(options: argparse.Namespace) -> None:
         try:
             print(tracker.start())
             follow(LogTail(options.folder / "events.jsonl"), tracker, lambda _: True)
-        except Exception as error:  # a tracker's own classes
+        except Exception as error:  # each tracker has its own classes
             raise UnavailableError(f"{options.tracker}: {_reason(error)}") from error
 
 
 def _section(options: argparse.Namespace) -> Any:
-    """The run's own section for the tracker, switched on, with what was asked for on the command line."""
+    """The run's section for the tracker, enabled, with the command line's settings."""
     from fastpeft.config import load_run
 
     entry = TRACKERS[options.tracker]
@@ -136,7 +136,7 @@ def _reason(error: BaseException) -> str:
 
 
 class _alone:  # noqa: N801 (used like a function)
-    """One process a tracker and run; a killed trainer's may still be finishing, for FINISH_S at most."""
+    """Ensures one process per tracker and run. That of a killed trainer may need up to FINISH_S to end."""
 
     def __init__(self, options: argparse.Namespace, *, wait: bool) -> None:
         self._path, self._wait = options.folder / f".{options.tracker}.lock", wait
@@ -153,7 +153,7 @@ class _alone:  # noqa: N801 (used like a function)
 
 
 def _reporter() -> Callable[..., None]:
-    """Messages for the trainer go out as JSON lines; whatever else is printed goes where errors go."""
+    """Sends messages to the trainer as JSON lines on standard output. Other prints are redirected to standard error."""
     channel = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)
 

@@ -1,4 +1,4 @@
-"""Which trackers a run has, and what each is started with. Only a tracker that is asked for is imported."""
+"""Which trackers a run has, and their settings. Only a tracker that is asked for is imported."""
 
 from __future__ import annotations
 
@@ -14,20 +14,20 @@ class Choice:
     """One tracker of a run, before it is started."""
 
     name: str
-    """As the registry has it."""
+    """Its name in the registry."""
     settings: dict[str, str] = field(default_factory=dict)
-    """Keyword arguments of its class, besides the run's folder."""
+    """Keyword arguments of its class, apart from the run's folder."""
 
 
 def choose(sections: Mapping[str, Any], say: Callable[[str], None]) -> list[Choice]:
     """The trackers that a run asks for.
 
     Args:
-        sections: every tracker's own section, by its name.
-        say: is told when one that is on by default cannot be had.
+        sections: tracker's name -> its section.
+        say: called when a tracker that is on by default is unavailable.
 
     Raises:
-        UserError: what is asked for by name cannot be had; the message says how to get it.
+        UserError: a tracker that was asked for is unavailable; the message says how to get it.
     """
     chosen = []
     for name, section in sections.items():

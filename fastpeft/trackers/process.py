@@ -1,4 +1,4 @@
-"""The trainer's side of its trackers: start them, pass on what they say, and never wait long for them."""
+"""The trainer's side of trackers: start them, forward their messages, and never wait long for them."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from fastpeft.config.trackers import TRACKERS
 from fastpeft.trackers.choose import Choice
 
 FINISH_S = 10.0
-"""What a tracker may take, after the last event, to hand on what is left."""
+"""Seconds that a tracker may take after the last event to send the rest."""
 
 _KILL_S = 2.0
 _ROOT = str(Path(__file__).resolve().parents[2])
-_CODE = (  # -m would put the working directory on the path, and `wandb` is a likely name of a folder there
+_CODE = (  # -m would put the working directory on the path, which may hold a folder `wandb`
     f"import sys; {_ROOT!r} in sys.path or sys.path.insert(0, {_ROOT!r}); "
     "from fastpeft.trackers.__main__ import main; main()"
 )
@@ -33,9 +33,8 @@ class Trackers:
 
     Args:
         folder: the run's folder; its events.jsonl is there.
-        say: is told where the run can be seen, and at the end what was not finished.
-        warn: is told, once a tracker, that it has stopped while the run goes on. Both are called from
-            threads of their own.
+        say: receives where the run can be seen, and at the end what was not sent.
+        warn: receives one warning for each tracker that stops during the run. Both are called from other threads.
     """
 
     def __init__(
@@ -44,7 +43,7 @@ class Trackers:
         self._all = [_Tracker(choice, folder, say, warn) for choice in choices]
 
     def close(self) -> None:
-        """After the last event. Takes FINISH_S and a little more at most."""
+        """To be called after the last event. Takes little more than FINISH_S at most."""
         for tracker in self._all:
             tracker.end()
         for tracker in self._all:
@@ -52,7 +51,7 @@ class Trackers:
 
 
 class _Tracker:
-    """One process. It ends when its standard input does, that is also when the trainer is killed."""
+    """One process. It ends when its standard input closes, which a killed trainer causes too."""
 
     def __init__(self, choice: Choice, folder: Path, say: Callable[[str], None], warn: Callable[[str], None]) -> None:
         entry = TRACKERS[choice.name]
@@ -96,7 +95,7 @@ class _Tracker:
         self._errors.close()
 
     def _listen(self) -> None:
-        """Until the process closes its standard output."""
+        """Read messages until the process closes its standard output."""
         process = self._process
         assert process is not None
         assert process.stdout is not None
@@ -136,6 +135,6 @@ class _Tracker:
 
 
 def _environment() -> dict[str, str]:
-    """Ours, without what would tie the process to a W&B run that the caller has open, or wait for a network."""
+    """This process's environment, without variables that would join the caller's W&B run or wait for a network."""
     tied = ("WANDB_SERVICE", "WANDB_RUN_ID", "WANDB_RESUME", "WANDB_RUN_STATE")
     return {"WANDB_ERROR_REPORTING": "false"} | {k: v for k, v in os.environ.items() if k not in tied}

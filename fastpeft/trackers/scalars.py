@@ -1,8 +1,7 @@
 """Events as rows of numbers, in an order that a resume does not change.
 
-A row belongs to a number of optimizer steps done: the step event of step 9 and an evaluation after it are
-both of 10. `order` numbers the rows of a run; it rises, and a row that a resume makes again gets the number
-that it had.
+A row belongs to a number of completed optimizer steps: the event of step 9 and an evaluation after it both belong to
+10. `order` numbers the rows of a run in ascending order. A row that a resume repeats gets the number that it had.
 """
 
 from __future__ import annotations
@@ -14,7 +13,7 @@ from typing import Any
 from fastpeft.runs.events import Event, number
 
 _KINDS = ("step", "eval", "test", "importance", "schedule", "forecast")
-"""In the order in which they come after one step."""
+"""Event types in the order of their rows within a step."""
 _NO_MEASURES = {"type", "time_s", "elapsed_s", "step"}
 
 
@@ -22,20 +21,20 @@ _NO_MEASURES = {"type", "time_s", "elapsed_s", "step"}
 class Row:
     order: int
     step: int
-    """Optimizer steps done."""
+    """Completed optimizer steps."""
     time_s: float
     values: dict[str, float]
     """train/loss, eval/accuracy, importance/NAME, system/util, ..."""
 
 
 class Rows:
-    """Turns events into rows, one at a time. The newest system figures go with the step after them."""
+    """Turns events into rows, one at a time. The newest system values go into the next step's row."""
 
     def __init__(self) -> None:
         self._system: dict[str, float] = {}
 
     def of(self, event: Event) -> Row | None:
-        """None for an event that has no row of its own."""
+        """The event's row; None if it has none of its own."""
         kind = event["type"]
         if kind == "system":
             self._system = dict(_numbers(event, "system/"))
@@ -59,7 +58,7 @@ class Rows:
 
 
 def _numbers(values: dict[str, Any], prefix: str) -> Iterator[tuple[str, float]]:
-    """Every number, the non-finite ones too, of an event and of the dicts in it."""
+    """Every number of an event and of its nested dicts, non-finite ones included."""
     for key, value in values.items():
         if key in _NO_MEASURES or isinstance(value, bool):
             continue

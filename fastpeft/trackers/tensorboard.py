@@ -1,4 +1,4 @@
-"""A run's scalars for TensorBoard, in `results/NAME/tensorboard/`. A resume writes them anew from the log."""
+"""A run's scalars for TensorBoard, in `results/NAME/tensorboard/`. A resume rewrites them from the log."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class TensorBoardRun(Tracker):
         return f"TensorBoard: tensorboard --logdir {self._folder}"
 
     def add(self, row: Row) -> None:
-        record = import_module("tensorboard.compat.proto.event_pb2").Event  # protobuf makes its classes at import
+        record = import_module("tensorboard.compat.proto.event_pb2").Event  # protobuf creates its classes at import
         summary = import_module("tensorboard.compat.proto.summary_pb2").Summary
         scalars = [summary.Value(tag=k, simple_value=v) for k, v in row.values.items() if k != "step"]
         self._writer.add_event(record(wall_time=row.time_s, step=row.step, summary=summary(value=scalars)))

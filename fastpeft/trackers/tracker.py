@@ -13,53 +13,53 @@ from fastpeft.trackers.scalars import Row
 
 
 class Tracker(ABC):
-    """What receives a run, in a process of its own. Every method may raise; the process then ends.
+    """Receives a run's rows, in its own process. Every method may raise, which ends the process.
 
     Args:
         folder: the run's folder.
-        settings: what `settings` returned, as keyword arguments.
+        settings: the keyword arguments that `settings` returned.
     """
 
     switches: ClassVar[str] = ""
-    """What else than a run's own section can switch it off, for a message."""
+    """What can disable it besides a run's own section, for a message."""
 
     @abstractmethod
     def __init__(self, folder: Path, **settings: str) -> None: ...
 
     @classmethod
     def settings(cls, section: Any, say: Callable[[str], None]) -> dict[str, str] | None:
-        """Called in the trainer's process, which is to stay light: what the tracker's own is started with.
+        """Settings for the tracker's process. Called in the trainer's process, so it must not import much.
 
         Args:
-            section: the tracker's own section of the run, which is switched on.
-            say: is told when the run goes without this tracker though nobody switched it off.
+            section: the tracker's own section of the run, which is enabled.
+            say: called if the run goes without this tracker although nobody disabled it.
 
         Returns:
-            None: the run goes without it.
+            Keyword arguments of the class, as strings; None if the run goes without the tracker.
 
         Raises:
-            UserError: it cannot be had.
+            UserError: the tracker is unavailable.
         """
         return {}
 
     @abstractmethod
     def start(self) -> str:
-        """Returns a line for the user: where the run can be seen."""
+        """Open the run. Returns a line for the user that says where it can be seen."""
 
     def describe(self, event: Event) -> None:
-        """A `run` event: settings and budget."""
+        """Receive a `run` event: settings and budget."""
 
     @abstractmethod
     def add(self, row: Row) -> None: ...
 
     def caught_up(self) -> None:
-        """Called once, when all that the log held at the start has been added."""
+        """Called once, when all rows that the log held at the start have been added."""
 
     def finish(self, end: Event | None) -> None:
-        """`end` is the log's end event, if it has one: None when the trainer was killed."""
+        """Close the run. `end` is the log's end event; None if the trainer was killed."""
 
 
 def is_installed(package: str) -> bool:
-    """Whether a package can be imported, without importing it."""
+    """Whether a package can be imported; does not import it."""
     spec = importlib.util.find_spec(package)
-    return spec is not None and spec.origin is not None  # a folder of that name is no package: W&B makes them
+    return spec is not None and spec.origin is not None  # a folder of that name, as W&B makes, is no package

@@ -1,4 +1,4 @@
-"""A run that W&B holds, as a run's folder again: what `wandb_run` has sent, turned back into events and a result."""
+"""Download of a run from W&B: converts what `wandb_run` sent back into a run folder with events and a result."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ from fastpeft.runs.store import Result, RunFolder, write_json
 from fastpeft.trackers.tracker import is_installed
 
 _STATUS = {"finished": "done", "running": "running", "pending": "running", "killed": "stopped"}
-"""Of a run whose trainer did not say how it ended; any other state is a failure."""
+"""W&B's state -> status, for a run whose trainer did not report its end. Any other state is a failure."""
 _LAYER = re.compile(r"(?:^|\.)([0-9]+)\.")
 _MISSING = (None, "NaN", "Infinity", "-Infinity")
 _NOT_METRICS = ("best/step",)
 
 
 def fetch_run(path: str, into: Path) -> Path:
-    """Download ENTITY/PROJECT/RUN; returns the folder under `into` that it is written to.
+    """Download ENTITY/PROJECT/RUN. Returns its new folder, under `into`.
 
     Raises:
-        UserError: W&B is not installed or has no such run, or the run is none of fastpeft's.
+        UserError: W&B is not installed or has no such run, or the run is not from fastpeft.
     """
     if not is_installed("wandb"):
         raise UserError(f"{path}: to read a run of W&B, pip install wandb")
@@ -59,10 +59,10 @@ def fetch_run(path: str, into: Path) -> Path:
 
 
 def events_of(rows: Iterable[Mapping[str, Any]], metric: str | None) -> Iterator[Event]:
-    """What `scalars.Rows` made rows of.
+    """The events that `scalars.Rows` turned into `rows`.
 
     Args:
-        metric: the name of the task's metric, which stands where an event has `value`.
+        metric: the name of the task's metric, under which rows hold an event's `value`.
     """
     for row in rows:
         known = {key: value for key, value in row.items() if value not in _MISSING}

@@ -1,9 +1,9 @@
 """A run in Weights & Biases.
 
-Offline, W&B cannot go on with a run: of two offline folders with one id, syncing the second erases the first
+Offline, W&B cannot continue a run: of two offline folders with one id, syncing the second erases the first
 (wandb/wandb#5865). So a resume writes a new folder from the whole event log and removes the older ones.
-Online, W&B says which row it had last, and what comes after that is sent; an evaluation that a resume redoes
-after fewer steps than W&B has is not, because W&B takes rows in their order only.
+Online, W&B reports the last row that it has, and later rows are sent. An evaluation that a resume repeats at fewer
+steps than W&B has is not sent, because W&B accepts rows in ascending order only.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ class WandbRun(Tracker):
         return None if mode == "disabled" else {"mode": mode, "project": wandb_project(section.project)}
 
     def start(self) -> str:
-        """Open the run; returns where it can be seen. Raises whatever W&B raises."""
+        """Open the run. Returns where it can be seen. Raises whatever W&B raises."""
         import wandb
 
         known = wandb.Settings.model_fields
@@ -77,7 +77,7 @@ class WandbRun(Tracker):
         return f"W&B: offline; to send the run: wandb sync {shlex.quote(str(self._written))}"
 
     def describe(self, event: Event) -> None:
-        """The run's settings, from its `run` event."""
+        """Send the run's settings, from its `run` event."""
         config = {key: value for key, value in event["config"].items() if key not in _NOT_CONFIG}
         config |= {key: event[key] for key in ("budget", "stand_in", "host") if key in event}
         self._run.config.update(config, allow_val_change=True)
@@ -88,19 +88,19 @@ class WandbRun(Tracker):
             self._run.log(row.values, step=row.order, commit=True)
 
     def caught_up(self) -> None:
-        """All that the log had is handed over: what earlier processes wrote offline would only undo it."""
+        """Remove earlier offline folders. All their rows have been added, and syncing them would erase this one."""
         for path in (self._folder / "wandb").glob("offline-run-*"):
             if path.name != self._written.name:
                 shutil.rmtree(path, ignore_errors=True)
 
     def finish(self, end: Event | None) -> None:
-        """`end` is None when the trainer was killed."""
+        """Send the end's status and summary. `end` is None if the trainer was killed."""
         if end is not None:
             self._run.summary.update(_summary(end))
         self._run.finish(exit_code=_EXIT_CODES.get(end["status"], 1) if end else 1)
 
     def _id(self) -> str:
-        """The same for every process of a run."""
+        """W&B's run id, the same for every process of a run."""
         path = self._folder / "wandb" / "run_id"
         path.parent.mkdir(exist_ok=True)
         try:

@@ -1,5 +1,4 @@
-"""What W&B's own settings say: mode, project, and whether there is a key. Nothing here imports W&B, which takes half a
-second."""
+"""W&B's own settings: mode, project, and whether there is an API key. W&B is not imported: that takes half a second."""
 
 from __future__ import annotations
 
@@ -14,14 +13,14 @@ from fastpeft.errors import UserError
 from fastpeft.trackers.tracker import is_installed
 
 _MODES = ("disabled", "offline", "online")
-"""From less to more."""
+"""From least to most."""
 _ALIASES = {"dryrun": "offline", "run": "online"}
 
 
 def wandb_mode(asked: str, say: Callable[[str], None]) -> str:
     """disabled, offline or online, from `wandb.mode`, what is installed, and W&B's own settings.
 
-    WANDB_MODE, WANDB_DISABLED and `wandb offline` can ask for less than `wandb.mode`, not for more.
+    WANDB_MODE, WANDB_DISABLED and `wandb offline` can only restrict `wandb.mode`.
     """
     stored = _stored_settings()
     limit = os.environ.get("WANDB_MODE") or stored.get("mode", "online")
@@ -47,7 +46,7 @@ def wandb_mode(asked: str, say: Callable[[str], None]) -> str:
 
 
 def wandb_project(asked: str | None) -> str:
-    """The project of a run's own section, of the environment, or the package's name."""
+    """The project: of the run's section, else of the environment, else the package's name."""
     return asked or os.environ.get("WANDB_PROJECT") or "fastpeft"
 
 
@@ -65,7 +64,8 @@ def has_key() -> bool:
 
 
 def _stored_settings() -> dict[str, str]:
-    """What `wandb login --host`, `wandb offline` and `wandb disabled` have written: the user's, then the folder's."""
+    """Settings files that `wandb login --host`, `wandb offline` and `wandb disabled` write: the user's, then over them
+    the working directory's."""
     found: dict[str, str] = {}
     own = Path(os.environ.get("WANDB_CONFIG_DIR") or "~/.config/wandb").expanduser()
     for path in (own / "settings", Path("wandb/settings")):

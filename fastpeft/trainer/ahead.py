@@ -1,8 +1,8 @@
-"""Micro-batches made on a thread while the device works on those before them.
+"""Prefetching: a thread collates the next micro-batches while the device computes.
 
-It is for a GPU, whose host is otherwise late: a row's tokens are copied in Python and put into pinned memory. On a CPU,
-where making a micro-batch takes a thousandth of a pass over it, there is no thread. What a batch holds is a function of
-its rows; the thread draws no random number, so that nothing of it belongs in a checkpoint.
+It is for GPUs, which would wait for the host: collating copies a row's tokens in Python and pins memory. On a CPU,
+where collating takes a thousandth of a pass, there is no thread. A batch is a function of its rows and the thread draws
+no random number, so a checkpoint needs nothing of it.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ from fastpeft.data.batches import Batch
 NUM_AHEAD = 4
 
 Collate = Callable[[np.ndarray], Batch]
-"""Of the rows of a micro-batch."""
+"""Makes a micro-batch from the indices of its rows."""
 
 
 class Ahead:
-    """One thread that makes the batches that come next."""
+    """One thread that collates upcoming batches."""
 
     def __init__(self, collate: Collate, num_ahead: int = NUM_AHEAD) -> None:
         self._collate, self._num_ahead = collate, num_ahead
@@ -30,10 +30,10 @@ class Ahead:
         self._waiting: deque[tuple[np.ndarray, Future[Batch]]] = deque()
 
     def batches(self, parts: Sequence[np.ndarray], following: Sequence[np.ndarray] = ()) -> Iterator[Batch]:
-        """Of `parts`, in their order. What the thread raises is raised here, in the place of its batch.
+        """The batches of `parts`, in order. An error in the thread is raised here, in place of its batch.
 
         Args:
-            following: what is likely to be asked for next, to be begun when there is room. Other parts may come.
+            following: parts that the next call is likely to ask for; prefetched when there is room, dropped if wrong.
         """
         wanted = [*parts, *following]
         for i, part in enumerate(parts):
@@ -44,7 +44,7 @@ class Ahead:
             yield self._waiting.popleft()[1].result()
 
     def close(self) -> None:
-        """Ends the thread; no batch may be asked for after."""
+        """End the thread. No batch may be asked for afterwards."""
         self._forget()
         self._thread.shutdown()
 

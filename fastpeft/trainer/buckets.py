@@ -1,10 +1,10 @@
-"""The few shapes of batches that a step is captured for, and the tensors that its replays read.
+"""The few batch shapes that a step is captured for, and the tensors that its replays read.
 
-Padding on the right changes no row: encoders have a mask, decoders see nothing behind a token, and positions without a
-label count for nothing. So a batch is padded to one of a few widths, and a step is the same up to rounding. Rows one
-behind another are filled up to one of a few counts of tokens, with texts of padding that nobody reads.
+Padding on the right changes no row's result: encoders have a mask, decoders do not attend to later tokens, and
+positions without a label do not enter the loss. So a batch is padded to one of a few widths, and a step is the same up
+to rounding. Packed rows (varlen) are filled up to one of a few token counts with sequences of padding.
 
-Shapes: N rows, L tokens of a bucket's rows, M places with a label at most.
+Shapes: N rows, L tokens of a bucket's rows, M labelled positions at most.
 """
 
 from __future__ import annotations
@@ -23,29 +23,29 @@ from fastpeft.tasks.base import Count
 
 MOST_WIDTHS = 10
 LOOKED_AT_EPOCHS = 2
-"""From whose batches the places with a label are counted. A later batch with more of them is not replayed."""
+"""Epochs whose batches determine M. A later batch with more labelled positions is not replayed."""
 PLACES_MULTIPLE = 64
 MOST_LONGEST = 3
-"""Lengths of the longest text that packings tell apart: what a kernel's grid is as large as, and DeBERTa's table of
-positions twice as long. With each count of tokens that they occur with, they are a bucket."""
+"""How many values packings may have for the length of the longest text, which sets the size of a kernel's grid and half
+the length of DeBERTa's position table. Each pair of it and a token count is a bucket."""
 TOKENS_MULTIPLE = {"cuda": 64, "cpu": 1}
-"""What the tokens of a packing are rounded up to: of a GPU's tiles."""
+"""Token counts of packings are rounded up to a multiple of this; on a GPU to whole tiles."""
 
 
 @dataclass(frozen=True)
 class Bucket:
-    """What batches have in common that one captured step can take."""
+    """What all batches of one captured step have in common."""
 
     shape: tuple[int, int] | Packing
-    """(rows, width) of padded batches."""
+    """(rows, width) of padded batches; the Packing of varlen batches."""
     num_items: int | None
-    """What the loss is a mean over, where that is the same for all; None where each batch has its own."""
+    """Number of items that the loss is a mean over, if it is the same for all batches; None if it varies."""
     num_places: int
-    """M, where `num_items` is None: a batch with more labels does not fit."""
+    """M, used where `num_items` is None: a batch with more labels does not fit."""
 
     @property
     def num_tokens(self) -> int:
-        """N * L, or T."""
+        """N * L, or the token count of a packing."""
         return self.shape.num_tokens if isinstance(self.shape, Packing) else self.shape[0] * self.shape[1]
 
     def takes(self, num_items: int) -> bool:
@@ -53,14 +53,13 @@ class Bucket:
 
 
 def choose_widths(widths: np.ndarray, most: int) -> tuple[int, ...]:
-    """Those to pad to so that batches of `widths` become the fewest tokens: `most` of them or fewer, the widest among
-    them, the narrowest first.
+    """At most `most` of `widths`, ascending and with the widest, that minimise the tokens of batches padded to them.
 
-    A shortest path over the distinct widths: up to one of them is cheapest with j chosen from the cheapest with j - 1.
+    A shortest path over the distinct widths: the best j choices up to a width extend the best j - 1 up to a lower one.
     """
     distinct, counts = np.unique(widths, return_counts=True)
     num = len(distinct)
-    cost = np.full((num, num), np.inf)  # of padding to width i all that are wider than the one before `first`
+    cost = np.full((num, num), np.inf)  # [first, i]: padding tokens if widths first..i are all padded to width i
     for i in range(num):
         padding = counts[: i + 1] * (distinct[i] - distinct[: i + 1])
         cost[: i + 1, i] = np.cumsum(padding[::-1])[::-1]
@@ -79,7 +78,8 @@ def choose_widths(widths: np.ndarray, most: int) -> tuple[int, ...]:
 
 
 def in_few_shapes(batches: Batches, multiple: int = 1) -> TokenRows:
-    """Their rows, whose batches have few widths; or packings, whose tokens are multiples of this."""
+    """The rows of `batches`, restricted to few widths, or to few packings whose token counts are multiples of
+    `multiple`."""
     free = replace(batches.encoded, only_widths=(), packings=())
     if free.varlen:
         lengths = [free.text_lengths(rows) for rows in _full_batches(batches)]
@@ -89,9 +89,12 @@ def in_few_shapes(batches: Batches, multiple: int = 1) -> TokenRows:
 
 
 def choose_packings(batches: list[np.ndarray], num_rows: int, multiple: int = 1) -> tuple[Packing, ...]:
-    """That take these batches, given the lengths of each one's texts, the fewest tokens first.
+    """Packings that hold these batches, fewest tokens first.
 
-    A batch gets one text of padding at least, and as many as are no longer than its longest own text may be.
+    A batch gets at least one text of padding, and as many as needed for none to be longer than its longest text may be.
+
+    Args:
+        batches: the lengths of each batch's texts, in tokens.
     """
     if not batches:
         return ()
@@ -104,7 +107,7 @@ def choose_packings(batches: list[np.ndarray], num_rows: int, multiple: int = 1)
         sizes = -(-(tokens + texts) // multiple) * multiple
         chosen = np.array(choose_widths(sizes, MOST_WIDTHS))
         filled = chosen[np.searchsorted(chosen, sizes)]
-        short = -(-(filled - tokens) // longest) - texts  # of texts to fill it up with
+        short = -(-(filled - tokens) // longest) - texts  # texts of padding that are still missing
         if short.max() <= 0:
             break
         num_texts += int(short.max())
@@ -113,12 +116,12 @@ def choose_packings(batches: list[np.ndarray], num_rows: int, multiple: int = 1)
 
 
 def shape_of(encoded: TokenRows, rows: np.ndarray) -> tuple[int, int] | Packing | None:
-    """What a captured step of a batch of them has to be of; None where there is none."""
+    """The bucket shape that a batch of `rows` needs; None if no packing holds it."""
     return encoded.packing(rows) if encoded.varlen else encoded.shape(rows)
 
 
 def find_buckets(task: Task, batches: Batches) -> dict[Bucket, np.ndarray]:
-    """Of full batches, with rows to try each one with, the largest first: what it needs will do for the others."""
+    """The buckets of full batches, each with sample rows. The largest comes first: its memory serves the others too."""
     found: dict[tuple[int, int] | Packing, list[np.ndarray]] = {}
     for rows in _full_batches(batches):
         shape = shape_of(batches.encoded, rows)
@@ -136,7 +139,7 @@ def find_buckets(task: Task, batches: Batches) -> dict[Bucket, np.ndarray]:
 
 
 def _size(shape: tuple[int, int] | Packing) -> tuple[int, int]:
-    """(tokens, those of the longest text)."""
+    """(tokens, tokens of the longest text)."""
     if isinstance(shape, Packing):
         return shape.num_tokens, shape.longest
     return shape[0] * shape[1], shape[1]
@@ -150,13 +153,13 @@ def _full_batches(batches: Batches) -> Iterator[np.ndarray]:
 
 
 class StaticBatch:
-    """A bucket's batch, whose tensors stay where they are while batch after batch is copied into them."""
+    """A bucket's batch, whose tensors keep their addresses while each new batch is copied into them."""
 
     def __init__(self, bucket: Bucket, sample: Batch) -> None:
         """
         Args:
-            sample: one that the bucket takes; gives names, dtypes and device, and of rows one behind another all that
-                the host knows of them.
+            sample: a batch of this bucket. It gives names, dtypes and device, and for varlen rows what the host knows
+                of the sequences.
         """
         self._bucket = bucket
         self._tensors = {name: tensor.clone() for name, tensor in tensors_of(sample).items()}
@@ -166,7 +169,7 @@ class StaticBatch:
         assert sample.sequences is None or sample.sequences.lengths is None, "a replay has other ones"
 
     def fill(self, batch: Batch, num_items: int) -> None:
-        """Nothing waits for the device."""
+        """Copy `batch` in, without waiting for the device."""
         for name, tensor in tensors_of(batch).items():
             self._tensors[name].copy_(tensor, non_blocking=True)
         self._num_items.fill_(num_items)
@@ -176,10 +179,10 @@ class StaticBatch:
         return self._num_items if self._bucket.num_items is None else self._bucket.num_items
 
     def batch(self) -> Batch:
-        """Within the step: the places with a label come first, in order, and behind them others, up to M in all."""
+        """The batch inside the captured step. `rows` has the labelled positions in order, then others, up to M."""
         inputs: dict[str, Any] = dict(self._tensors)
         labels, sequences, rows = inputs.pop(_LABELS), self._sequences, None
-        if sequences is not None:  # anew, so that nothing is kept that was made of other lengths
+        if sequences is not None:  # a new object, so that nothing cached from other lengths is used
             sequences = Sequences(inputs.pop(_ENDS), sequences.num_tokens, sequences.longest, sequences.num_read)
             inputs |= {_MASK: sequences} if self._has_mask else {}
         if self._has_places:

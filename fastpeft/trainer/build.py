@@ -1,4 +1,4 @@
-"""From a run's configuration to everything that the loop works with. Outside the budget clock."""
+"""Builds a Job, all that the loop works with, from a run's configuration. The budget clock has not started yet."""
 
 from __future__ import annotations
 
@@ -65,13 +65,13 @@ class Job:
     device: torch.device
     precision: Precision
     ahead: Ahead | None
-    """Makes batches on a thread; None where it would gain nothing."""
+    """Prefetches batches on a thread; None on a CPU."""
     notes: list[str]
-    """What the user should know about this set-up."""
+    """Notes on this set-up for the user."""
     prefix_cache: PrefixCache | None = None
-    """Of the layers below the first adapter, where training.cache_prefix asks for it and a run folder is there."""
+    """Outputs of the layers below the first adapter, if training.cache_prefix is set and there is a run folder."""
     orders: Orders = NO_ORDERS
-    """From rank 0 to the other ranks."""
+    """Orders from rank 0 to the other ranks."""
 
     @property
     def ranks(self) -> Ranks:
@@ -89,12 +89,12 @@ class Job:
 def build_job(
     run: RunConfig, precision: Precision | None = None, score_test: bool = True, orders: Orders = NO_ORDERS
 ) -> Job:
-    """Load data and model, tokenise, attach the adapter.
+    """Load data and model, attach the adapter, tokenise, plan the memory.
 
     Args:
-        precision: that a run which goes on began in; else as training.precision says, which may mean to measure.
-        score_test: else a test split counts as none.
-        orders: of the ranks, all of which are in here.
+        precision: the precision that a resumed run began in; when absent training.precision chooses, which may measure.
+        score_test: if false, a test split is ignored.
+        orders: those of the ranks. All ranks call this together.
 
     Raises:
         UserError: data, model or configuration that cannot be used.
@@ -155,7 +155,7 @@ class _Loaded(NamedTuple):
 
 
 def _load(run: RunConfig, precision: Precision | None, orders: Orders, device: torch.device) -> _Loaded:
-    """Data and model, and the adapter in the model."""
+    """Load the data and the model, and attach the adapter."""
     ranks = orders.ranks
     is_shared = run.training.shard_base and ranks.size > 1
     if is_shared:
@@ -182,13 +182,13 @@ def _schedule(run: RunConfig, adapter: Adapter) -> Schedule:
 
 
 def _first_evaluations(run: RunConfig) -> EvaluationPlan:
-    """`auto` is a fifth of the budget until the cost of an evaluation is known."""
+    """The plan until the cost of an evaluation is known: `auto` is then every fifth of the budget."""
     interval = parse_interval(run.evaluation.every)
     return EvaluationPlan(Interval("fraction", 0.2) if interval.unit == "auto" else interval)
 
 
 def _agreed(precision: Precision | None, run: RunConfig, device: torch.device, ranks: Ranks) -> Precision:
-    """`precision`, or what rank 0 has chosen or measured."""
+    """`precision`, or the one that rank 0 has chosen or measured."""
     if ranks.rank == 0:
         precision = precision or choose_precision(run.training.precision, device, lambda: layer_shape(run.model))
     told = ranks.told(precision and name_of(precision.dtype))
@@ -196,7 +196,7 @@ def _agreed(precision: Precision | None, run: RunConfig, device: torch.device, r
 
 
 def _clock(run: RunConfig, batches: Batches, device: torch.device, ranks: Ranks) -> BudgetClock:
-    """Raises ConfigError for a budget in joules without a meter."""
+    """The budget clock. Raises ConfigError for a budget in joules without an energy meter."""
     meter, budget = _open_meter(device, ranks), _budget(run, batches)
     if budget.kind == "joules" and ranks.rank == 0 and not meter.works:
         raise _no_meter(run, meter.reason)
@@ -204,7 +204,7 @@ def _clock(run: RunConfig, batches: Batches, device: torch.device, ranks: Ranks)
 
 
 def _check(task: Task, adapter: Adapter, backbone: Backbone, orders: Orders) -> list[str]:
-    """Returns what the user should know where there is no room for it: training may still fit, row by row."""
+    """Check the model. Too little memory for it gives a note and no error: training may still fit, row by row."""
     phases.begin("check", "checking the model")
     try:
         task.check(adapter.model, backbone)
@@ -213,12 +213,12 @@ def _check(task: Task, adapter: Adapter, backbone: Backbone, orders: Orders) -> 
         if not is_out_of_memory(error):
             raise
     orders.refuse_retry("while the model was checked", "Set model.check=off")
-    free_memory()  # outside of the handler, whose frames hold the outputs
+    free_memory()  # outside of the handler, whose traceback holds the outputs
     return ["the memory is too short to check the model: whether a row's outputs change with its batch is not known"]
 
 
 def _blocks(adapter: Adapter, run: RunConfig) -> Blocks:
-    """The adapter's, with the rates that the optimizer gives to the units that are no matrices."""
+    """The adapter's blocks, with the optimizer's learning-rate ratios for the other parameters."""
     layout = adapter.flat.layout
     is_head = [place >= layout.num_adapter for place, _ in layout.others]
     others = tuple(run.optimizer.head_lr_ratio if head else 1.0 for head in is_head)
@@ -226,12 +226,12 @@ def _blocks(adapter: Adapter, run: RunConfig) -> Blocks:
 
 
 def gpu_uuid(device: torch.device) -> str | None:
-    """What NVML knows the device by; None for the CPU."""
+    """NVML's identifier of the device; None for the CPU."""
     return f"GPU-{torch.cuda.get_device_properties(device).uuid}" if device.type == "cuda" else None
 
 
 def _open_meter(device: torch.device, ranks: Ranks) -> EnergyMeter:
-    """Of rank 0, which counts for all: its host's CPUs, or the GPUs of all ranks."""
+    """The energy meter. Rank 0 measures for all ranks: its host's CPUs, or the GPUs of all ranks."""
     uuid = gpu_uuid(device)
     if ranks.size == 1:
         return EnergyMeter.open(uuid)
@@ -256,7 +256,11 @@ def _no_meter(run: RunConfig, reason: str) -> ConfigError:
 
 
 def _expect_final(job: Job) -> None:
-    """Measure what the final evaluation and save will cost, and plan those before the end."""
+    """Measure what the final evaluation and save will cost, and plan the evaluations before it.
+
+    Raises:
+        ConfigError: they would take more than half the budget.
+    """
     phases.begin("timing", "timing what the final evaluation will take")
     clock = job.clock
     evaluation_s, clock.final_s = _measure_final(job)
@@ -282,7 +286,7 @@ def _expect_final(job: Job) -> None:
 
 
 def _measure_power(job: Job) -> float:
-    """Watts while evaluating, over a window that the meter resolves."""
+    """Mean power in watts while evaluating, over a window that the meter resolves."""
     meter = job.clock.meter
     meter.start()
     _evaluate_for(1.5 * WINDOW_S, job)
@@ -299,25 +303,25 @@ def _evaluate_for(seconds: float, job: Job) -> None:
 
 
 def _keep_busy(job: Job) -> None:
-    """On the ranks beside rank 0: what it measures is measured as in an evaluation, while all of them work."""
+    """What ranks 1 and up do while rank 0 measures: they evaluate too, so that the load is that of an evaluation."""
     _measure_final(job)
     if job.clock.budget.kind == "joules":
         _evaluate_for(1.5 * WINDOW_S, job)
 
 
 def _measure_final(job: Job) -> tuple[float, float]:
-    """Seconds that a whole evaluation will take; and, with a test's, the final one and the saves."""
+    """(seconds of one evaluation on all rows, seconds of the final evaluation, the test split's and the saves)."""
     while (evaluation_s := _measure_evaluation(job)) is None:
         free_memory()
     start = time.perf_counter()
     with tempfile.TemporaryDirectory() as folder, job.optimizer.averaged():
         job.adapter.save(Path(folder))
-    evaluation_s /= 1 if job.orders.in_step.size > 1 else job.ranks.size  # ranks in step all take all of it
+    evaluation_s /= 1 if job.orders.in_step.size > 1 else job.ranks.size  # ranks in step each evaluate every row
     return evaluation_s, evaluation_s * (1 + job.task.test_cost) + 2 * (time.perf_counter() - start)
 
 
 def _measure_evaluation(job: Job) -> float | None:
-    """None: out of memory, and the batches are smaller now."""
+    """Seconds of an evaluation; None if it ran out of memory, in which case evaluation batches are now smaller."""
     job.adapter.model.eval()
     try:
         return job.task.time_evaluation(job.adapter.model, job.limits)
@@ -333,7 +337,7 @@ def _measure_evaluation(job: Job) -> float | None:
 
 
 def untuned(adapter: Adapter, device: torch.device, dtype: torch.dtype) -> list[str]:
-    """A note where nobody has measured which kernels are fastest for the run's shapes on its GPU."""
+    """A note if the kernels were not tuned for the run's shapes on its GPU."""
     if device.type != "cuda":
         return []
     groups = adapter.flat.groups

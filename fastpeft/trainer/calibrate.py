@@ -22,7 +22,7 @@ MIN_CALIBRATION_BATCHES = 8
 
 
 def calibrate(job: Job, stop: Callable[[], bool], warn: Callable[[str], None]) -> int:
-    """Let the adapter see the first batches; neither the RNG nor the data order moves. Returns how many it saw."""
+    """Pass the first batches to the adapter; random state and data order stay as they were. Returns the batch count."""
     adapter, clock = job.adapter, job.clock
     wanted, start = adapter.calibration_batches, clock.spent
     num_batches = 0
@@ -48,7 +48,7 @@ def calibrate(job: Job, stop: Callable[[], bool], warn: Callable[[str], None]) -
 
 
 def follow_calibration(job: Job, position: int, warn: Callable[[str], None]) -> None:
-    """What the other ranks do from the first batch on, the one at `position`, until rank 0 has seen enough."""
+    """The calibration of ranks 1 and up: from the batch at `position` until rank 0 ends it."""
     with _rng_restored(), job.adapter.calibrating():
         while True:
             _see(job, position, warn)
@@ -59,7 +59,7 @@ def follow_calibration(job: Job, position: int, warn: Callable[[str], None]) -> 
 
 
 def _see(job: Job, position: int, warn: Callable[[str], None]) -> tuple[Signals, bool]:
-    """One batch; False where it overflowed and is to be seen again with a smaller scale."""
+    """One calibration batch. False if it overflowed and has to be repeated with a smaller loss scale."""
     adapter, scale = job.adapter, job.optimizer.loss_scale
     adapter.before_calibration_batch()
     batches = MicroBatches(job, position, "in calibration", warn)

@@ -24,18 +24,18 @@ from fastpeft.errors import UserError
 from fastpeft.runs.store import read_json, write_json
 
 FORMAT = 3
-"""Version of what a checkpoint holds. Raise it whenever a part's state changes its form. The first had no number."""
+"""Version of a checkpoint's content. Raise it whenever the form of a part's state changes. Version 1 was unnumbered."""
 KEEP = 2
 _TENSORS, _VALUES, _MANIFEST = "state.safetensors", "state.json", "manifest.json"
 _NAME = re.compile(r"step-(\d{8,})")
 _SEPARATOR = "/"
 
 State = dict[str, Any]
-"""By names: tensors, JSON values, and further ones of its kind."""
+"""Name -> tensor, JSON value or nested State."""
 
 
 class CheckpointError(UserError):
-    """A checkpoint that this version does not read."""
+    """A checkpoint that this version cannot read."""
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ class Checkpoint:
 
 
 def save_checkpoint(folder: Path, checkpoint: Checkpoint) -> Path:
-    """Write atomically under `folder`, then drop all but this one and the one before it."""
+    """Write atomically under `folder`, then delete all checkpoints but this one and the one before it."""
     folder.mkdir(parents=True, exist_ok=True)
     for leftover in folder.glob(".writing-*"):
         shutil.rmtree(leftover)
@@ -68,16 +68,16 @@ def save_checkpoint(folder: Path, checkpoint: Checkpoint) -> Path:
     _fsync(folder)
     folders = _folders(folder)
     this = folders.index(final)
-    for old in folders[:this] + folders[this + KEEP :]:  # a resume passed over the newer ones: they are broken
+    for old in folders[:this] + folders[this + KEEP :]:  # newer ones are broken: the resume skipped them
         shutil.rmtree(old)
     return final
 
 
 def newest_checkpoint(folder: Path) -> tuple[Checkpoint | None, list[str]]:
-    """The newest valid checkpoint, and why each newer one was passed over.
+    """The newest valid checkpoint, and why each newer one was skipped.
 
     Raises:
-        CheckpointError: that one is of another version.
+        CheckpointError: the newest valid one is of another version.
     """
     skipped: list[str] = []
     for path in _folders(folder):
@@ -97,7 +97,7 @@ def newest_checkpoint(folder: Path) -> tuple[Checkpoint | None, list[str]]:
 
 
 def split(state: State, prefix: str = "") -> tuple[dict[str, torch.Tensor], State]:
-    """Its tensors by their paths, and all the rest as it is."""
+    """(tensors by their paths, the other values in their nesting)."""
     tensors: dict[str, torch.Tensor] = {}
     values: State = {}
     for name, value in state.items():
@@ -114,7 +114,7 @@ def split(state: State, prefix: str = "") -> tuple[dict[str, torch.Tensor], Stat
 
 
 def joined(tensors: dict[str, torch.Tensor], values: State) -> State:
-    """What `split` took apart; `values` is changed."""
+    """The inverse of `split`; changes `values`."""
     for path, tensor in tensors.items():
         *parents, name = path.split(_SEPARATOR)
         state = values

@@ -1,4 +1,4 @@
-"""What a checkpoint holds: a state of each part of a run, by the part's name."""
+"""Saving and restoring a run: a checkpoint holds the state of each part by the part's name."""
 
 from __future__ import annotations
 
@@ -15,20 +15,20 @@ from fastpeft.trainer.checkpoint_files import Checkpoint, CheckpointError, State
 
 
 class Stateful(Protocol):
-    """A part of a run that a resume has to find as it was left."""
+    """A part of a run whose state a resume restores, as torch's `Stateful`."""
 
     def state_dict(self) -> State:
-        """Tensors and JSON values, by names. Tensors may be the part's own, not to be changed."""
+        """Tensors and JSON values by name. Tensors may be the part's own buffers: do not change them."""
         ...
 
     def load_state_dict(self, state: State) -> None:
-        """Become what gave `state`. It was made with the same settings."""
+        """Restore `state`, which a part with the same settings returned."""
 
 
 class Checkpointing(AbstractContextManager):
-    """Saves and restores a run's parts. They are restored in the order of the registry.
+    """Saves a run's parts, and restores them in the order of `parts`.
 
-    A thread writes what was saved while training goes on. Use as a context: leaving it waits until that is on disk.
+    A thread writes the checkpoint while training continues. Use as a context: leaving it waits for the write.
     """
 
     def __init__(self, folder: Path, parts: Mapping[str, Stateful]) -> None:
@@ -36,7 +36,7 @@ class Checkpointing(AbstractContextManager):
         self._writer = ThreadPoolExecutor(1, "fastpeft-checkpoint")
         self._writing: Future[None] | None = None
         self.saved_at = 0
-        """Steps that had been taken when the last checkpoint was saved."""
+        """Optimizer steps taken when the last checkpoint was saved."""
 
     def __exit__(self, *exception: object) -> None:
         try:
@@ -45,10 +45,10 @@ class Checkpointing(AbstractContextManager):
             self._writer.shutdown()
 
     def save(self, step: int, events_bytes: int) -> None:
-        """Keep the state as it is now. One checkpoint is written at a time, so that no more than one copy is held.
+        """Copy the state and write it on the thread. Waits for the previous write, so at most one copy is held.
 
         Raises:
-            OSError: the one before could not be written.
+            OSError: the previous checkpoint could not be written.
         """
         self._wait()
         parts = {name: _copied(part.state_dict()) for name, part in self._parts.items()}
@@ -71,7 +71,7 @@ class Checkpointing(AbstractContextManager):
     def restore(self, checkpoint: Checkpoint) -> None:
         """
         Raises:
-            CheckpointError: it has other parts than the run. Nothing has been restored.
+            CheckpointError: the checkpoint's parts are not those of the run. Nothing was restored.
         """
         self._refuse_other_parts(checkpoint)
         for name, part in self._parts.items():
@@ -89,7 +89,7 @@ class Checkpointing(AbstractContextManager):
 
 
 def _copied(value: Any) -> Any:
-    """In the host's memory, and no part of what training changes. A GPU's copies are behind the work that it has."""
+    """A copy in host memory that training does not change. Copies from a GPU are queued behind its work."""
     if isinstance(value, torch.Tensor) and value.is_cuda:
         host = torch.empty(value.shape, dtype=value.dtype, pin_memory=True)
         return host.copy_(value.detach(), non_blocking=True)

@@ -7,11 +7,11 @@ from dataclasses import dataclass
 from fastpeft.config import Interval
 
 SHARE = 0.1
-"""Of a budget in seconds or joules: the most that evaluations before the final one take together."""
+"""Largest share of a budget in seconds or joules for all evaluations before the final one."""
 MOST = 4
 """Evaluations before the final one: one every fifth of the budget."""
 LEAST_ROWS = 100
-"""Of a sample: an accuracy of 0.8 has a standard error of 0.04 on so many."""
+"""Smallest sample. An accuracy of 0.8 on it has a standard error of 0.04."""
 
 
 @dataclass(frozen=True)
@@ -21,14 +21,15 @@ class EvaluationPlan:
     """Validation rows that an evaluation before the end takes; None: all."""
     note: str | None = None
     is_auto: bool = False
-    """They have a share of the budget together, and end where it is spent."""
+    """Evaluations before the end share SHARE of the budget, and stop once it is spent."""
 
 
 def plan_evaluations(share: float, num_rows: int, noun: str = "validation rows") -> EvaluationPlan:
-    """Four evaluations of all rows before the end; dearer ones of a sample, and fewer where that would be too small.
+    """MOST evaluations before the end, on all rows. Where they would exceed SHARE, on a sample of the rows; where the
+    sample would be under LEAST_ROWS, fewer evaluations.
 
     Args:
-        share: of the budget that one evaluation of all `num_rows` takes.
+        share: the budget's share that one evaluation of all `num_rows` takes.
     """
     for count in range(MOST, 0, -1):
         room = SHARE / count

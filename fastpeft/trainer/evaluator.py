@@ -1,4 +1,4 @@
-"""Score the validation split when it is due and the test split once; keep the last weights and the best."""
+"""Score the validation split when due and the test split once; save the last weights and the best."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ from fastpeft.trainer.rank_orders import SMALLER_EVALUATION
 from fastpeft.trainer.step_log import StepLog
 
 BEST_SCORE = "best.json"
-"""Beside the best weights: their score."""
+"""File beside the best weights with their score."""
 
 
 class Evaluator:
-    """Scores `job`'s weights and saves them. It keeps what `result` says of them up to date, and the time that the
-    final evaluation and save need on the clock."""
+    """Scores `job`'s weights and saves them. It keeps their entries in `result` up to date, and the clock's estimate of
+    what the final evaluation and save will cost."""
 
     def __init__(self, job: Job, folder: RunFolder, result: Result, log: StepLog, stop: Callable[[], bool]) -> None:
         self._job, self._folder, self._result = job, folder, result
@@ -35,18 +35,18 @@ class Evaluator:
         self._last_cost = 0.0, 0.0
         """Seconds and joules of the last evaluation before the end."""
         self._spent = 0.0
-        """On evaluations before the end, in the budget's unit."""
+        """Spent on evaluations before the end, in the budget's unit."""
         self._save_s = 0.0
         self._use(job.evaluations)
 
     def _use(self, plan: EvaluationPlan) -> None:
-        """How the evaluations before the end are done."""
+        """Adopt a plan for the evaluations before the end, and draw its sample of the rows."""
         job, self._plan = self._job, plan
         self._sample = None if plan.num_rows is None else job.task.sampled(plan.num_rows, job.backbone, job.device)
 
     @property
     def is_current(self) -> bool:
-        """The weights as they are have been scored, on all rows."""
+        """Whether the current weights have been scored on all rows."""
         return self._evaluated_at == self._job.clock.steps
 
     @property
@@ -56,7 +56,7 @@ class Evaluator:
     # ---- scores ----------------------------------------------------------------------------
 
     def evaluate_if_it_fits(self) -> Score | None:
-        """A periodic evaluation, unless only the final one still fits, or its share of the budget is spent."""
+        """A periodic evaluation, unless only the final one still fits or the share for periodic ones is spent."""
         clock = self._job.clock
         if clock.fits(0, more_s=clock.final_s) and self._may_spend():
             return self._evaluate(self._sample or self._job.task, is_final=False)
@@ -64,24 +64,24 @@ class Evaluator:
         return None
 
     def _may_spend(self) -> bool:
-        """An evaluation like the last one stays inside the share that they have together."""
+        """Whether an evaluation as dear as the last one stays within the share of periodic evaluations."""
         budget = self._job.clock.budget
         if budget.kind not in ("seconds", "joules") or not self._plan.is_auto:
             return True
         return self._spent + self._last_cost[budget.kind == "joules"] <= SHARE * budget.limit
 
     def evaluate(self) -> Score | None:
-        """The final evaluation: of all rows. Where those before it were of a sample, first of that, so that the best
-        weights are found on the same rows. None where it is interrupted."""
+        """The final evaluation, on all rows. If earlier ones scored a sample, that sample is scored first, so that the
+        best weights are chosen on equal rows. None if interrupted."""
         sample = None if self._sampled_at == self._job.clock.steps else self._sample
         if sample is not None and self._result.best and self._evaluate(sample, is_final=True) is None:
             return None
         return self._evaluate(self._job.task, is_final=True)
 
     def _evaluate(self, task: Task, is_final: bool) -> Score | None:
-        """Score the validation split; keep the weights if they are the best so far. None where it is interrupted."""
+        """Score the validation split; save the weights if they are the best so far. None if interrupted."""
         self._log.fetch()
-        free_memory()  # training's activations, which an evaluation's do not fit into
+        free_memory()  # cached blocks of training's activations have other sizes than an evaluation's
         job, clock = self._job, self._job.clock
         start_s, start_j = clock.elapsed_s, clock.meter.estimate_j
         num_rows = 0 if task is job.task else task.num_validation
@@ -116,8 +116,9 @@ class Evaluator:
         return measured
 
     def _is_best(self, measured: Score, rows: dict[str, int]) -> bool:
-        """Among scores of the same rows. Ties in the metric are broken by lower validation loss. NaN is worse than any
-        number. What all rows say of weights goes before what a sample says of them."""
+        """Whether this score is the best of those on the same rows. Ties in the metric are broken by the lower
+        validation loss. NaN is worse than any number. A score on all rows replaces a sample's only for the same
+        weights."""
         best = self._result.best
         if not best:
             return True
@@ -127,8 +128,9 @@ class Evaluator:
         return _rank(measured.value, measured.loss) > _rank(*earlier)
 
     def _expect_final(self, cost: tuple[float, float]) -> None:
-        """The larger of the last two evaluations: what decoding costs goes up and down with how many answers end. What
-        a sample costs is carried to all rows with a standard error on top, as of rows that differ by their mean."""
+        """Estimate the final cost from the dearer of the last two evaluations, as decoding costs vary with the length
+        of the answers. A sample's cost is scaled to all rows, plus one standard error for row costs whose standard
+        deviation equals their mean."""
         job, clock, factor = self._job, self._job.clock, 1 + self._job.task.test_cost
         longest_s, longest_j = map(max, zip(self._last_cost, cost))
         self._last_cost = cost
@@ -139,8 +141,8 @@ class Evaluator:
         clock.final_j = longest_j * factor + 2 * self._save_s * clock.meter.power_w
 
     def score_test(self) -> bool:
-        """Score the test split, once, with the best weights. False if it was interrupted."""
-        free_memory()  # what the validation split took
+        """Score the test split, once, with the best weights. False if interrupted."""
+        free_memory()  # memory of the validation split's evaluation
         job, best = self._job, self._result.best
         is_last = best["step"] == self._evaluated_at
         kept = job.adapter.flat.data.clone()
@@ -162,7 +164,7 @@ class Evaluator:
         return True
 
     def _asked(self) -> bool:
-        """Whether to stop."""
+        """Whether a stop was requested."""
         orders = self._job.orders
         return orders.asked_to_stop() if orders.in_step.size > 1 else self._stop()
 
@@ -173,7 +175,7 @@ class Evaluator:
         return limits.evaluation
 
     def _log_score(self, split: str, measured: Score) -> dict[str, Any]:
-        """Returns what results hold of it."""
+        """Log a score. Returns its entry in result.json."""
         value: dict[str, Any] = {"value": measured.value}
         value |= {key: found for key in ("more", "groups") if (found := getattr(measured, key))}
         costs = {"decode_s": measured.decode_s, "decode_tokens": measured.decode_tokens}
@@ -191,17 +193,18 @@ class Evaluator:
             self._log.event("samples", split=split, samples=[sample._asdict() for sample in measured.samples])
         return value
 
-    # ---- what is written -------------------------------------------------------------------
+    # ---- files -----------------------------------------------------------------------------
 
     def _write_predictions(self, which: str, split: str, measured: Score, step: int) -> None:
-        """`which` as Result has the scores: an evaluation of runs pairs them row by row."""
+        """Write each row's prediction; `which` is last, best or test. `fastpeft evaluate` pairs runs by these rows."""
         answered = measured.answered()
         if answered is not None:
             path, metric = self._folder.predictions(which), self._job.task.metric
             write_predictions(path, answered, split=split, step=step, metric=metric, value=measured.value)
 
     def save_weights(self, best: dict[str, Any] | None = None) -> None:
-        """The last weights, or those whose score `best` holds: it lies beside them, so that a kill cannot part them."""
+        """Save the last weights; with `best`, the best weights and their score in one folder, which a kill cannot
+        separate."""
         began = time.perf_counter()
         adapter = self._job.adapter
         with replaced_folder(self._folder.weights(adapter.saved_as, best is not None)) as temporary:
@@ -214,7 +217,7 @@ class Evaluator:
         self._save_s = time.perf_counter() - began
 
     def write_result(self) -> None:
-        """Bring `result` up to the clock, and the file up to `result`."""
+        """Update `result` from the clock, and write it to result.json."""
         result, clock = self._result, self._job.clock
         result.budget = {"kind": clock.budget.kind, "limit": clock.budget.limit, "spent": clock.spent}
         result.elapsed_s, result.tokens, result.steps = clock.elapsed_s, clock.tokens, clock.steps

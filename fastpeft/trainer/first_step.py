@@ -1,7 +1,7 @@
-"""A process's first step, told while it is under way.
+"""Progress of a process's first step while it runs.
 
-It may take minutes, and until it has ended nobody knows the run's speed. So it says how many tokens are through, when
-its line comes, and what the whole run will take at that pace. The steps after it do nothing of this.
+The first step may take minutes, and the run's speed is unknown until it ends. So it reports how many tokens are done,
+when the step will end, and what the whole run will take at that pace. Later steps report nothing of this.
 """
 
 from __future__ import annotations
@@ -21,18 +21,18 @@ from fastpeft.phases import EVERY_S, Tell
 from fastpeft.trainer.build import Job
 
 BACKWARD = 1.5
-"""A block's backward pass over its forward pass: with frozen weights it computes inputs' gradients only, and those of
-attention cost twice its forward pass. It counts until a micro-batch is through."""
+"""Cost of a block's backward pass, in forward passes. With frozen weights it computes the inputs' gradients only, and
+attention's cost twice its forward pass. Used for progress within a micro-batch."""
 
 
 class FirstStep(AbstractContextManager):
-    """Iterates over the micro-batches of a step, as often as the step does, and tells how far it is.
+    """Iterates over the micro-batches of a step, as often as the step does, and reports progress.
 
-    On the CPU it also counts the model's blocks as they are passed, for one micro-batch may be the whole step. On a
-    GPU, which is behind what was launched, it waits for each micro-batch: in this step only.
+    On the CPU it also counts the blocks that a pass has been through, since one micro-batch may be the whole step. A
+    GPU lags behind the launches, so this step synchronizes after each micro-batch.
 
     Args:
-        num_tokens: of this rank's part of the step.
+        num_tokens: tokens of this rank's part of the step.
     """
 
     def __init__(self, job: Job, batches: Iterable[Batch], num_tokens: int, tell: Tell) -> None:
@@ -73,7 +73,7 @@ class FirstStep(AbstractContextManager):
         self._pass(BACKWARD)
 
     def _pass(self, cost: float) -> None:
-        """Of a block, the forward or the backward pass."""
+        """Count one block's forward or backward pass."""
         self._passed += cost / (1 + BACKWARD) / len(self._blocks)
         self._say_if_due()
 
@@ -88,7 +88,7 @@ class FirstStep(AbstractContextManager):
         self._tell(name="first_step", text=self._text, **counts, **self._estimates(done))
 
     def _estimates(self, done: int) -> dict[str, Any]:
-        """Seconds to the end of the step, seconds and steps to the end of the run; evaluations are not in them."""
+        """Seconds to the end of the step; seconds and steps to the end of the run, without evaluations."""
         if not done:
             return {}
         self._estimated = True
@@ -101,7 +101,7 @@ class FirstStep(AbstractContextManager):
 
 
 def whole(clock: BudgetClock, batches: Batches, seconds_per_token: float) -> tuple[float | None, int | None]:
-    """(seconds, steps) that training goes on for within its budget; None where nobody can tell."""
+    """(seconds, steps) of training that the budget still allows; (None, None) for a budget in joules."""
     tokens_per_step = float(batches.encoded.lengths.sum()) / len(batches)
     step_s, left = seconds_per_token * tokens_per_step, clock.budget.limit - clock.spent
     if clock.budget.kind == "joules":

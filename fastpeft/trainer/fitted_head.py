@@ -1,6 +1,6 @@
-"""A head fitted in closed form on what a frozen model makes of the training rows: no step is taken.
+"""Fits a head in closed form on a frozen model's features of the training rows, without optimizer steps.
 
-Ridge regression on the input of the head's output layer. What a head has below that layer stays as it was loaded.
+Ridge regression on the input of the head's output layer. The head's layers below it stay as they were loaded.
 
 Shape suffixes: R answers (rows, or labelled tokens), D features, C outputs.
 """
@@ -18,18 +18,18 @@ from fastpeft.trainer.build import Job
 from fastpeft.trainer.head_layer import output_layer
 
 RIDGE = 1e-2
-"""Of the mean eigenvalue of the features' covariance, added to each."""
+"""Ridge strength, as a share of the mean eigenvalue of the features' Gram matrix."""
 
 
 @torch.no_grad()
 def fit_head(job: Job, num_rows: int = 2048) -> int:
-    """Set the output layer of `job.adapter.model` by ridge regression on at most `num_rows` training rows, spread over
-    the split. Returns how many answers it was fitted to; 0 for a head that the checkpoint brings.
+    """Set the output layer of `job.adapter.model` by ridge regression on at most `num_rows` training rows, evenly
+    spaced over the split. Returns how many answers it was fitted to; 0 for a model that keeps its own head.
 
-    A class's target is 1 and the others' -1, so that the sign of a logit means what it does for several labels.
+    The target is 1 for the true class and -1 for the others, so that a logit's sign decides, as with several labels.
 
     Raises:
-        UserError: a head that cannot be fitted so.
+        UserError: the head has no linear output layer.
     """
     model, task = job.adapter.model, job.task
     if not job.backbone.head or job.backbone.has_own_head:

@@ -1,6 +1,6 @@
-"""What the ranks beside rank 0 do: their share of each pass, and every update.
+"""Ranks 1 and up: they compute their share of each pass, and every update.
 
-They have the same model, data, optimizer and schedule as rank 0, and neither folder nor log nor clock.
+They have the same model, data, optimizer and schedule as rank 0, but no run folder, no log and no clock.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ from fastpeft.trainer.rank_orders import SMALLER_EVALUATION, Act, Order
 from fastpeft.trainer.rng import GlobalRng, generator_states, set_generator_states
 
 _SHARED = ("parameters", "adapter", "optimizer", "schedule", "probes", "rng")
-"""Parts of a checkpoint that all ranks restore, in their order."""
+"""Parts of a checkpoint that all ranks restore, in this order."""
 
 
 def refuse_ranks(run: RunConfig, ranks: Ranks) -> None:
-    """Raises ConfigError for a run that so many ranks cannot train."""
+    """Raise ConfigError for a run that this number of ranks cannot train."""
     if ranks.size == 1:
         if run.training.shard_base:
             told = "training.shard_base shares the base out over several ranks: set --ranks, or leave it out"
@@ -53,10 +53,10 @@ def refuse_ranks(run: RunConfig, ranks: Ranks) -> None:
 
 
 def begin_together(job: Job) -> None:
-    """Every rank starts from rank 0's parameters and random numbers.
+    """Broadcast rank 0's parameters and random state.
 
     Raises:
-        UserError: a rank that has read other data, or has another model.
+        UserError: this rank's data or model differ from rank 0's.
     """
     ranks = job.ranks
     if ranks.size == 1:
@@ -80,7 +80,7 @@ def begin_together(job: Job) -> None:
 
 
 def give_state(ranks: Ranks, checkpoint: Checkpoint) -> None:
-    """Rank 0 sends the others what they have to restore."""
+    """Rank 0 broadcasts the parts that the other ranks restore."""
     if ranks.size > 1:
         _shared_state(ranks, {name: checkpoint.parts[name] for name in _SHARED})
 
@@ -91,10 +91,10 @@ def _shared_state(ranks: Ranks, parts: State) -> State:
 
 
 class Follower:
-    """Does what the orders of `job` say, to the end of the run.
+    """Executes rank 0's orders until the run ends.
 
     Args:
-        resumes: rank 0 has a checkpoint.
+        resumes: rank 0 restores a checkpoint, and broadcasts it.
     """
 
     def __init__(self, job: Job, resumes: bool) -> None:
@@ -127,10 +127,10 @@ class Follower:
         job.schedule.told()  # rank 0 has logged the same
 
     def _evaluate(self, order: Order) -> None:
-        """Of rank 0's parameters, which are this rank's unless the best ones are scored.
+        """Take part in an evaluation of rank 0's parameters.
 
         Raises:
-            RuntimeError: they are not.
+            RuntimeError: on the validation split, this rank's parameters differ from rank 0's.
         """
         job, (num_rows, evaluation, training) = self._job, order.values
         is_test, data = order.act == Act.SCORE_TEST, job.adapter.flat.data
@@ -156,7 +156,7 @@ class Follower:
         free_memory()
 
     def _task(self, num_rows: int) -> Task:
-        """With the sample of the validation rows that rank 0 scores; 0 for all of them."""
+        """The task with rank 0's sample of `num_rows` validation rows; 0 is all of them."""
         job = self._job
         if num_rows and num_rows not in self._samples:
             self._samples = {num_rows: job.task.sampled(num_rows, job.backbone, job.device)}

@@ -1,4 +1,4 @@
-"""Whether a run's steps are to be captured, as far as its set-up tells."""
+"""Decides from a run's set-up whether its steps are captured as CUDA graphs."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def choose_graphs(
     num_ranks: int,
     device: torch.device,
 ) -> list[str]:
-    """Where steps are to be captured, `task.train` has few shapes from here on. Returns what to tell the user."""
+    """Restrict `task.train` to few shapes if steps are to be captured. Returns notes for the user."""
     if not are_wanted(run, device):
         return []
     reason = refusal(run, task, adapter, optimizer, schedule, num_ranks)
@@ -36,14 +36,14 @@ def choose_graphs(
 
 
 def are_wanted(run: RunConfig, device: torch.device) -> bool:
-    """A CPU does not wait for launches: nothing is captured there, and nothing is said of it."""
+    """Whether to capture. A CPU has no launch latency to hide: nothing is captured there, without a note."""
     return run.training.cuda_graphs == "auto" and device.type == "cuda"
 
 
 def refusal(
     run: RunConfig, task: Task, adapter: Adapter, optimizer: Optimizer, schedule: Schedule, num_ranks: int
 ) -> str | None:
-    """Why no step of this run can be captured, in words; None where nothing speaks against it."""
+    """Why no step of this run can be captured, for the user; None if nothing prevents it."""
     of_method, of_optimizer = adapter.host_work(), optimizer.host_work()
     reasons = {
         "several ranks add their gradients up in each step": num_ranks > 1,

@@ -1,12 +1,12 @@
-"""A whole step as one launch: captured once for each bucket of batches, and replayed.
+"""CUDA graphs: a whole step is captured once for each bucket of batches, and replayed as one launch.
 
-Forward and backward pass, penalty, clipping, guard and update of a small model are some thousand launches, and a GPU
-waits for the host between them. A CUDA graph is one launch. A replay does the very operations that were captured, on
-the same addresses: so batch, learning rate and count of items are copied into tensors that stay where they are, random
-numbers come from the generator's counter on the device, and what the step measured is read from a table behind it.
+A small model's forward and backward pass, penalty, clipping, guard and update are about a thousand launches, and a GPU
+waits for the host between them. A replay repeats the captured operations on the same addresses. So batch, learning rate
+and item count are copied into tensors with fixed addresses, random numbers come from the generator's counter on the
+device, and the step's measurements are read from a table afterwards.
 
-A step is replayed where its batch is one full micro-batch of a bucket. Any other one, such as an epoch's short last
-batch or what was split for lack of memory, launches each operation, on the same buffers.
+A step is replayed if its batch is one full micro-batch of a bucket. Any other step, such as an epoch's short last batch
+or a batch split for lack of memory, launches each operation, on the same buffers.
 """
 
 from __future__ import annotations
@@ -32,23 +32,23 @@ from fastpeft.trainer.rng import generator_states, set_generator_states
 from fastpeft.trainer.step import train_step
 
 MOST_AHEAD = 2
-"""Replays that the host is ahead of the device. More would keep it no busier, and a budget in seconds would be found
-spent when as many steps more had been launched."""
+"""Replays that the host may be ahead of the device. More would not keep the device busier, and would overrun a budget
+in seconds by as many steps."""
 WARM_STEPS = 2
-"""Before a capture: kernels are compiled, and libraries take their workspaces."""
+"""Steps before a capture, in which kernels are compiled and libraries allocate their workspaces."""
 TOLERANCE = 0.02
-"""Relative distance of a replay's gradient from that of the launched step: sums in bf16 in another order stay within,
-and other random numbers do not."""
+"""Largest relative distance between the gradients of a replay and of the launched step. Another summation order in bf16
+stays within it; other random numbers do not."""
 LEAST_SHARE = 0.5
-"""Of an epoch's steps, that a bucket has to take: fewer are not worth the memory that a captured step keeps."""
+"""Least share of an epoch's steps that buckets must take. Fewer do not justify the memory that captured steps hold."""
 _MEASURES = ("loss", "penalty", "penalty_share", "grad_norm", "skipped")
 
 
 class NotCaptured(Exception):
-    """Why steps launch each operation, in words."""
+    """Steps are not captured; the message says why."""
 
 
-# ---- what is captured --------------------------------------------------------------------------
+# ---- the capture -------------------------------------------------------------------------------
 
 
 class Captured(Protocol):
@@ -56,11 +56,11 @@ class Captured(Protocol):
 
 
 Capture = Callable[[Callable[[], None]], Captured]
-"""Runs a step a few times, and returns what repeats it."""
+"""Runs a step a few times, and returns its captured form."""
 
 
 class CudaCapture:
-    """Into graphs that share a pool of memory: one replay at a time, so that they may overlay each other."""
+    """Captures into graphs that share one memory pool, which is safe because they are replayed one at a time."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
@@ -82,7 +82,7 @@ class CudaCapture:
                 step()
         except BaseException:
             generator = torch.cuda.default_generators[self._device.index or 0]
-            generator.graphsafe_set_state(generator.clone_state())  # the one it had takes itself for captured
+            generator.graphsafe_set_state(generator.clone_state())  # the old one still counts as captured
             raise
         return _CudaStep(graph, self._keep_pace)
 
@@ -104,7 +104,7 @@ class _CudaStep:
 
 
 class _HeldRates:
-    """In the schedule's place: the rate that lies on the device."""
+    """Stands in for the schedule in a captured step: the learning rate is read from a device tensor."""
 
     def __init__(self, device: torch.device) -> None:
         self.lr = torch.zeros((), dtype=torch.float64, device=device)
@@ -122,17 +122,17 @@ class BucketStep:
     """Launches each operation."""
     captured: Captured
     has: tuple[str, ...]
-    """Of _MEASURES, those that the step has."""
+    """The entries of _MEASURES that the step has."""
 
 
 class GraphedSteps:
     """The captured steps of `job`, one a bucket."""
 
     def __init__(self, job: Job, capture: Capture) -> None:
-        """Captures. What the warm-up has changed is put back.
+        """Capture all buckets, then restore what the warm-up steps changed.
 
         Raises:
-            NotCaptured: a step that cannot be, or that does something else when it is replayed.
+            NotCaptured: a step that cannot be captured, or whose replay computes another gradient.
         """
         self._job, self._capture = job, capture
         device = job.device
@@ -140,7 +140,7 @@ class GraphedSteps:
         self._table = torch.zeros(len(_MEASURES), dtype=job.adapter.flat.data.dtype, device=device)
         self.num_replayed = 0
         self.steps: dict[Bucket, BucketStep] = {}
-        """The largest first."""
+        """Largest bucket first."""
         buckets = find_buckets(job.task, job.batches)
         with everything_restored(job):
             for i, (bucket, rows) in enumerate(buckets.items()):
@@ -161,7 +161,7 @@ class GraphedSteps:
     # ---- the step --------------------------------------------------------------------------
 
     def bucket_of(self, batches: MicroBatches) -> Bucket | None:
-        """None where the step has to launch each operation."""
+        """The bucket that replays these micro-batches; None if the step has to launch each operation."""
         rows = batches.only_rows
         if rows is None:
             return None
@@ -169,19 +169,19 @@ class GraphedSteps:
         return next((bucket for bucket in self.steps if bucket.shape == shape and bucket.takes(num_items)), None)
 
     def take(self, bucket: Bucket, batches: MicroBatches, progress: float) -> tuple[Signals, Rates]:
-        """The optimizer step of these micro-batches. It waits for no more than the step before the last one."""
+        """Replay the optimizer step of these micro-batches. The host waits at most for the step before the last one."""
         rates = self._job.schedule.rates(None, progress)
         (batch,) = batches
         found = self.steps[bucket]
         self.fill(found.inputs, batch, batches.num_items, rates.lr)
         found.captured.replay()
         self.num_replayed += 1
-        table = self._table.clone()  # the next replay writes over it
+        table = self._table.clone()  # the next replay overwrites it
         measured: dict[str, Any] = {name: table[_MEASURES.index(name)] for name in found.has}
         return Signals(num_tokens=batch.num_tokens, **measured), rates
 
     def fill(self, inputs: StaticBatch, batch: Batch, num_items: int, lr: float) -> None:
-        """Put what the next replay reads where it reads it."""
+        """Copy the next replay's inputs to the addresses that it reads."""
         inputs.fill(batch, num_items)
         self._rates.lr.fill_(lr)
 
@@ -203,7 +203,7 @@ class GraphedSteps:
         return found
 
     def _launch(self, inputs: StaticBatch) -> list[str]:
-        """Every operation of a step. Returns which of _MEASURES it leaves in the table."""
+        """Launch every operation of a step. Returns the entries of _MEASURES that it writes to the table."""
         job, flat = self._job, self._job.adapter.flat
         step = job.adapter, self._rates, job.optimizer, job.task.loss, [inputs.batch()], inputs.num_items
         signals, _ = train_step(*step, progress=0.0)
@@ -213,7 +213,7 @@ class GraphedSteps:
         return [name for name, value in measured.items() if value is not None]
 
     def _check(self, found: BucketStep) -> None:
-        """That a replay gives the gradient of the launched step, from the same state."""
+        """Raise NotCaptured unless a replay gives the launched step's gradient from the same state."""
         job = self._job
         results = []
         for run in (found.step, found.captured.replay):
@@ -226,7 +226,7 @@ class GraphedSteps:
 
 
 def _alike(a: torch.Tensor, b: torch.Tensor) -> bool:
-    """Infinite in the same places, as after an overflow in fp16, and near each other elsewhere."""
+    """Whether two tensors are non-finite in the same places, as after an fp16 overflow, and close elsewhere."""
     if not torch.equal(a.isfinite(), b.isfinite()):
         return False
     a, b = (x.nan_to_num(0.0, 0.0, 0.0) for x in (a, b))
@@ -235,8 +235,8 @@ def _alike(a: torch.Tensor, b: torch.Tensor) -> bool:
 
 @contextmanager
 def everything_restored(job: Job) -> Iterator[None]:
-    """Afterwards parameters, gradients, the optimizer's and the method's state and all random numbers are what they
-    were, bit for bit and where they were: a captured step reads them there."""
+    """Restore parameters, gradients, optimizer and method state and random state on exit, bit for bit and at the same
+    addresses, which a captured step reads."""
     buffers = {"data": job.adapter.flat.data, "summed": job.adapter.flat.summed}
     for name, part in (("optimizer", job.optimizer), ("adapter", job.adapter)):
         state = part.state_dict()
@@ -251,14 +251,14 @@ def everything_restored(job: Job) -> Iterator[None]:
         set_generator_states(job.device, generators)
 
 
-# ---- whether ------------------------------------------------------------------------------------
+# ---- whether to capture -------------------------------------------------------------------------
 
 
 def use_graphs(job: Job, capture: Capture) -> GraphedSteps:
     """Capture the steps of `job`.
 
     Raises:
-        NotCaptured: it launches each operation, and is as it was.
+        NotCaptured: steps launch each operation. The job is as it was.
     """
     if job.plan.checkpointed:
         raise NotCaptured("layers that are computed again in the backward pass set random numbers back on the host")
@@ -271,7 +271,7 @@ def use_graphs(job: Job, capture: Capture) -> GraphedSteps:
     attention = getattr(model.config, "_attn_implementation", None)
     sample = job.task.collate(job.batches.rows(0)[:1], job.device)
     if "attention_mask" in sample.inputs and sample.sequences is None:
-        use_for_sequences(model)  # transformers' own mask asks on the host whether there is padding
+        use_for_sequences(model)  # transformers' own mask checks on the host for padding
     try:
         return GraphedSteps(job, capture)
     except (RuntimeError, NotCaptured) as error:
@@ -280,15 +280,14 @@ def use_graphs(job: Job, capture: Capture) -> GraphedSteps:
             reason = "the memory is too short to keep a captured step"
         elif not isinstance(error, NotCaptured):
             reason = f"capturing it failed: {reason}"
-    free_memory()  # outside of the handler, whose frames hold what was captured
+    free_memory()  # outside of the handler, whose traceback holds what was captured
     if attention == "sdpa":
         stop_using(model)
     raise NotCaptured(reason)
 
 
 def capture_steps(job: Job, make_capture: Callable[[torch.device], Capture] = CudaCapture) -> GraphedSteps | None:
-    """The captured steps of a job that is to have them, as its rows' shapes tell; None where it has none, which is
-    noted where it was to have them."""
+    """The captured steps of a job. None if its rows were not given few shapes, or if capturing fails (with a note)."""
     if not job.batches.encoded.has_few_shapes:
         return None
     phases.begin("graphs", "capturing the step")

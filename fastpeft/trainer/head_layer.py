@@ -10,7 +10,7 @@ from fastpeft.tasks import Task
 
 
 def check_head(model: nn.Module, backbone: Backbone, task: Task) -> None:
-    """Raises UserError for a run with training.fit_head whose head cannot, or should not, be fitted."""
+    """Raise UserError for a run with training.fit_head whose head cannot, or should not, be fitted."""
     if backbone.has_own_head:
         raise UserError(
             "training.fit_head would fit the head anew that the checkpoint brings for these very labels: leave it out"
@@ -21,10 +21,10 @@ def check_head(model: nn.Module, backbone: Backbone, task: Task) -> None:
 
 
 def output_layer(model: nn.Module, head: list[str], num_outputs: int) -> nn.Linear:
-    """The last one in the head that is trained: PEFT keeps the head as it was beside it, and names all anew.
+    """The last trained linear layer of the head. PEFT keeps a frozen copy of the head beside it, under other names.
 
     Raises:
-        UserError: a head that does not end in a linear layer of so many outputs.
+        UserError: the head has no linear layer of `num_outputs` outputs.
     """
     inside = [m for name, m in model.named_modules() if any(f".{own}." in f".{name}." for own in head)]
     linears = [

@@ -12,8 +12,7 @@ from fastpeft.launched import place
 
 
 class StopRequest:
-    """A context that holds the two signals' handlers, and may be entered again inside itself. Outside the main
-    thread it never stops anything."""
+    """A context that installs handlers for both signals. It may be nested. Outside the main thread it installs none."""
 
     def __init__(self) -> None:
         self.signal: signal.Signals | None = None
@@ -43,6 +42,6 @@ class StopRequest:
         self.signal = signal.Signals(number)
         if place().rank > 0:
             return
-        # A handler may interrupt a print, and printing inside a print raises: write past the buffers.
+        # A handler may interrupt a print, and a nested print raises: write directly to the file descriptor.
         text = f"\n{self.signal.name}: finishing this step and saving a checkpoint; a second one ends at once\n"
         os.write(2, text.encode())

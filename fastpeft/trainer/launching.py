@@ -14,22 +14,22 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 STOP_S = 600
-"""For the ranks to end their step and save, once they are asked to stop; TORCH_ELASTIC_SHUTDOWN_TIMEOUT lifts it."""
+"""Seconds for ranks to end their step and save after a stop request. TORCH_ELASTIC_SHUTDOWN_TIMEOUT overrides it."""
 
 
 def launch(arguments: Sequence[str], num_ranks: int, max_restarts: int, name: str) -> int:
     """Run `fastpeft ARGUMENTS` in `num_ranks` processes, until all have ended. A signal is passed on to them.
 
     Args:
-        max_restarts: how often all of them are started anew where one has failed.
-        name: of the run.
+        max_restarts: how often all ranks are restarted after one has failed.
+        name: the run's name.
 
     Returns:
-        The exit code of the rank that failed first; 0 where none has.
+        The exit code of the rank that failed first; 0 if none has.
     """
     cores = len(os.sched_getaffinity(0))
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores // num_ranks)))
-    logging.disable(logging.CRITICAL)  # the launcher's own report of what a rank has said already
+    logging.disable(logging.CRITICAL)  # the launcher repeats what a rank has reported
     with tempfile.TemporaryDirectory(prefix="fastpeft-ranks-") as folder:
         config = LaunchConfig(
             min_nodes=1,
@@ -55,7 +55,7 @@ def launch(arguments: Sequence[str], num_ranks: int, max_restarts: int, name: st
 
 
 def _code(error: ChildFailedError) -> int:
-    """A rank that ended by itself says more than one that was killed because of it."""
+    """The exit code to report. A rank that ended by itself tells more than one that was killed because of it."""
     codes = [failure.exitcode for failure in error.failures.values()]
     said = [code for code in codes if code > 0]
     if said:

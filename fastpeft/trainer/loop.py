@@ -36,8 +36,8 @@ from fastpeft.trainer.step_log import StepLog
 MAX_NON_FINITE = 20
 
 Prune = Callable[[int, Score], bool]
-"""Is told of each evaluation before the last one, by its number among those that are due (at `every: 20%` 1 to 4), and
-says whether the run is to end there."""
+"""Called after each evaluation before the final one, with its number (1 to 4 at `every: 20%`) and its score. Returns
+whether to end the run there."""
 
 
 def take_step(
@@ -51,8 +51,8 @@ def take_step(
     """The optimizer step of these micro-batches, on all ranks.
 
     Args:
-        watched: iterates over `batches` in their place, in a step that launches each operation.
-        graphs: the captured steps, which take those batches that have a bucket.
+        watched: wraps `batches` and is iterated instead of them. The step is then not replayed from a graph.
+        graphs: the captured steps, which replay the batches that have a bucket.
     """
     bucket = None if graphs is None or watched is not None else graphs.bucket_of(batches)
     if graphs is not None and bucket is not None:
@@ -63,7 +63,7 @@ def take_step(
 
 
 class Loop:
-    """Trains `job` and keeps `result`, the event log and the run folder up to date."""
+    """Trains `job`, and keeps `result`, the event log and the run folder up to date."""
 
     def __init__(
         self,
@@ -84,7 +84,7 @@ class Loop:
         self._is_first_step = True
 
     def _parts(self) -> dict[str, Stateful]:
-        """What a resume needs."""
+        """The parts of a checkpoint, in the order in which a resume restores them."""
         job = self.job
         return {
             "parameters": job.adapter.flat,
@@ -98,7 +98,7 @@ class Loop:
             "evaluator": self._evaluator,
             "log": self.log,
             "loop": self,
-            "rng": GlobalRng(),  # the last: no part may draw behind it
+            "rng": GlobalRng(),  # last: no part may draw random numbers after it
         }
 
     # ---- the run ---------------------------------------------------------------------------
@@ -117,7 +117,7 @@ class Loop:
         with self._checkpointing, phases.told_to(self.log.phase):
             try:
                 return self._train()
-            except OutOfMemory:  # nothing of the step that did not fit has been taken
+            except OutOfMemory:  # the step that did not fit changed no parameter
                 if clock.steps > self._checkpointing.saved_at:
                     self._save_checkpoint()
                 raise
@@ -174,7 +174,7 @@ class Loop:
         self._log_schedule()
 
     def _watched(self, batches: MicroBatches) -> AbstractContextManager[FirstStep | None]:
-        """This process's first step tells how far it is."""
+        """Reports progress within this process's first step."""
         if not self._is_first_step:
             return nullcontext()
         self._is_first_step = False
@@ -211,7 +211,7 @@ class Loop:
 
     def _save_checkpoint(self) -> None:
         self.log.fetch()
-        self.log.event("checkpoint")  # before its place in the log is taken, so that a resume keeps it
+        self.log.event("checkpoint")  # before the log's offset is taken, so that a resume keeps the event
         self._checkpointing.save(self.job.clock.steps, self.log.offset())
         self._evaluator.write_result()
 
@@ -247,7 +247,7 @@ class Loop:
             self.log.warn(warning)
 
     def watch_meter(self) -> None:
-        """Say it once when the energy meter is lost."""
+        """Warn, once, if the energy meter has failed."""
         clock = self.job.clock
         fault = clock.meter.check(clock.elapsed_s)
         if fault is None:
@@ -258,9 +258,9 @@ class Loop:
         self.log.warn(f"the energy meter is lost ({clock.meter.method}): {fault}. From now on {then}")
 
     def _log_schedule(self) -> None:
-        """What the schedule has to tell."""
+        """Log the schedule's events."""
         told = self.job.schedule.told()
         if told:
-            self.log.fetch()  # the log stays in the steps' order
+            self.log.fetch()  # keeps the log in step order
         for type, fields in told:
             self.log.event(type, **fields)

@@ -1,13 +1,14 @@
 """How many tokens go through the model at once.
 
-On a CPU few: a pass whose activations are a few times the cache is as fast as one of a hundred times their size, since
-products read the weights seldom enough from FEWEST tokens on. So a micro-batch has FOOTPRINT bytes of activations or
-FEWEST tokens, whichever is more. So has an evaluation batch; and for decoding, which reads all weights for each token
-anew, as many bytes as a quarter of them. On a GPU there are MOST tokens, to keep it busy.
+On a CPU few: a pass whose activations are a few times the cache is as fast as a pass a hundred times larger, since from
+FEWEST tokens on the matrix products amortise reading the weights. So a micro-batch has FOOTPRINT bytes of activations
+or FEWEST tokens, whichever is more, and MOST tokens at most. For an evaluation batch the bytes are FOOTPRINT or a
+quarter of the weights', whichever is more, because decoding reads all weights anew for each token. To keep a GPU busy,
+a micro-batch has MOST tokens there and an evaluation batch MOST_EVALUATED.
 
-No pass takes more than SHARE of the memory that is free, whatever the settings say: nobody is killed for what was asked
-of them. What a token takes is counted on a few of the shortest rows. But for that bound, the figures hang on model,
-method and data alone; checkpoints keep them.
+No pass takes more than SHARE of the free memory, whatever the settings say, unless a single row does: asking for too
+much gets no process killed. The bytes of a token are measured on two short rows. Apart from that bound, the limits
+depend on model, method and data alone. Checkpoints keep them.
 """
 
 from __future__ import annotations
@@ -43,7 +44,7 @@ FOOTPRINT = 256 * 2**20
 FEWEST, MOST, MOST_EVALUATED = 512, 16384, 131072
 SHARE = 0.8
 MOMENTS = 2
-"""Numbers that an optimizer keeps beside each parameter: their pages are taken at its first step."""
+"""Numbers that an optimizer keeps for each parameter. Their memory is taken at its first step."""
 
 T = TypeVar("T")
 Setting = int | Literal["auto"]
@@ -53,21 +54,21 @@ Setting = int | Literal["auto"]
 class MemoryPlan:
     limits: TokenLimits
     training: float
-    """Bytes of a token of a micro-batch, in a row of the usual width."""
+    """Bytes per token of a micro-batch, in a row of average width."""
     evaluation: float
-    """Of an evaluation batch."""
+    """Bytes per token of an evaluation batch."""
     held: float
-    """Bytes that the process has between passes."""
+    """Bytes that the process holds between passes."""
     peak: float
-    """And at most."""
+    """Bytes that the process holds at most."""
     free: float
     fit: TokenLimits
-    """What there is room for."""
+    """The limits that the memory allows."""
     checkpointed: bool
     notes: tuple[str, ...] = ()
-    """What the user should know beside the choice."""
+    """Further notes for the user."""
     shard: ShardedBase | None = None
-    """None: this process has the whole base."""
+    """The sharded base; None if this process has the whole base."""
 
     def describe(self) -> str:
         """The choice in one line."""
@@ -80,8 +81,8 @@ class MemoryPlan:
         )
 
     def keep_within(self) -> list[str]:
-        """After a resume, which takes the limits that the run had, perhaps where there was more room. Returns what to
-        tell the user."""
+        """Lower limits that a resume restored, if less memory is free now than when they were chosen. Returns notes for
+        the user."""
         told = []
         for what, name in (("training", "micro-batches"), ("evaluation", "evaluation batches")):
             most, fit = getattr(self.limits, what), getattr(self.fit, what)
@@ -112,13 +113,13 @@ def make_plan(
     loss_scale: torch.Tensor | None = None,
     shard: ShardedBase | None = None,
 ) -> MemoryPlan:
-    """Measure a few passes and choose. Puts checkpoints round the model's layers where they are wanted or needed.
+    """Measure a few passes and choose the limits. Turns activation checkpointing on where it is set or needed.
 
     Args:
-        shard: its ranks take each pass together, and choose by what the one with the least room has.
+        shard: its ranks run each pass together, and choose by the rank with the least free memory.
 
     Raises:
-        OutOfMemory: on a CPU, a row that does not fit; with a `shard`, too little memory to measure one.
+        OutOfMemory: on a CPU, the longest row does not fit; with a `shard`, too little memory to measure a row.
     """
     device, model = adapter.flat.data.device, adapter.model
     widths = task.train.widths
@@ -170,7 +171,7 @@ def plan_evaluation(
     model: nn.Module,
     shard: ShardedBase | None = None,
 ) -> tuple[Cost, int, list[str]]:
-    """Sets `limits.evaluation`. Returns what it was chosen by, the tokens that fit, and what to tell the user.
+    """Set `limits.evaluation`. Returns (cost of a pass, tokens that fit, notes for the user).
 
     Args:
         attempt, largest: as Task.try_evaluation and Task.largest_evaluation_batch.
@@ -189,7 +190,7 @@ def plan_evaluation(
 
 
 def suits_training(cost: Cost, width: float, device: torch.device) -> int:
-    """Tokens of a micro-batch where memory is not short."""
+    """Tokens of a micro-batch if memory is not short."""
     if device.type == "cuda":
         return MOST
     return min(MOST, max(FEWEST, int(FOOTPRINT / max(1.0, cost.each(width)))))
@@ -204,7 +205,7 @@ def suits_evaluation(cost: Cost, model: nn.Module) -> int:
 
 
 def choose(key: str, setting: Setting, suits: int, fit: int) -> tuple[int, list[str]]:
-    """(tokens, what to tell the user) for a setting, given what suits the device and what fits into its memory."""
+    """(tokens, notes for the user) for a setting, given what suits the device and what fits into its memory."""
     most = suits if setting == "auto" else setting
     if most <= fit:
         return most, []
@@ -219,7 +220,7 @@ def size(num_bytes: float) -> str:
 
 
 def _largest_pass(cost: Cost, most: int, batches: Batches) -> float:
-    """Bytes of an epoch's largest micro-batch: each batch's longest row, as often as there is room for it."""
+    """Bytes of an epoch's largest micro-batch, as if each batch had only rows as long as its longest."""
     order = batches.epoch(0)
     sizes = np.array([len(rows) for rows in order])
     starts = np.concatenate([[0], np.cumsum(sizes)[:-1]])
@@ -242,8 +243,8 @@ def _least_free(device: torch.device, shard: ShardedBase | None) -> int:
 def _largest_evaluation(
     foretold: float, attempt: Callable[[], object], device: torch.device, shard: ShardedBase | None
 ) -> float:
-    """Bytes of the largest evaluation batch. On a CPU, where running out is a kill without a word, they are counted:
-    hundreds of rows take other ways through the model than the two that they were foretold from, which need more."""
+    """Bytes of the largest evaluation batch. On a CPU, where running out is a kill without an error, they are measured:
+    hundreds of rows take other code paths, which need more, than the two rows of the prediction `foretold`."""
     if device.type != "cpu":
         return foretold
     free_memory()
@@ -254,8 +255,8 @@ def _largest_evaluation(
 
 
 def _unless_short(measure: Callable[[], T], shard: ShardedBase | None) -> T | None:
-    """None where the memory does not suffice; of a base that is shared out OutOfMemory, for the others are in the same
-    pass."""
+    """The measurement; None if the memory does not suffice. With a sharded base that is an OutOfMemory, since the other
+    ranks are in the same pass."""
     try:
         return measure()
     except RuntimeError as error:
@@ -263,5 +264,5 @@ def _unless_short(measure: Callable[[], T], shard: ShardedBase | None) -> T | No
             raise
         if shard is not None:
             raise OutOfMemory("while a pass was measured", str(error).splitlines()[0].rstrip(".")) from None
-    free_memory()  # outside of the handler, whose frames hold the activations
+    free_memory()  # outside of the handler, whose traceback holds the activations
     return None

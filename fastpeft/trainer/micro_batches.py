@@ -1,8 +1,8 @@
-"""Micro-batches that fit the device: after an out-of-memory error the same batch again, in smaller parts.
+"""Micro-batches that fit the device: an out-of-memory error repeats the batch in smaller micro-batches.
 
-torch's allocator raises on the host while a pass is launched, without a wait, so the micro-batch in
-flight is the one that did not fit. Only its forward and backward pass is tried again: outside of them,
-in the penalty or the optimizer, smaller parts would not help, and an error there ends the run.
+torch's allocator raises on the host while a pass is launched, without a wait, so the micro-batch in flight is the one
+that did not fit. Only forward and backward passes are repeated. In the penalty or the optimizer smaller micro-batches
+would not help, and an error there ends the run.
 """
 
 from __future__ import annotations
@@ -36,17 +36,17 @@ class MicroBatches:
     def __init__(self, job: Job, position: int, where: str, warn: Callable[[str], None]) -> None:
         """
         Args:
-            position: of the batch, counted over all epochs from 0.
-            where: tells the user which passes did not fit.
+            position: number of the batch, counted over all epochs from 0.
+            where: names the passes in messages about memory.
         """
         self._job, self._where, self._warn = job, where, warn
         self.position = position
         self.batch = job.batches.rows(position)
-        """Rows of all ranks; `rows` are this one's."""
+        """Rows of all ranks; `rows` are this rank's."""
         self.rows, self._following = (job.ranks.share(job.batches.rows(p)) for p in (position, position + 1))
         self._is_reduced = False
         self._in_flight: tuple[int, int] | None = None
-        """Rows and width of the micro-batch that the model works on."""
+        """(rows, width) of the micro-batch in the model."""
 
     def __iter__(self) -> Iterator[Batch]:
         job = self._job
@@ -74,15 +74,16 @@ class MicroBatches:
 
     @property
     def only_rows(self) -> np.ndarray | None:
-        """Rows of the micro-batch that is the whole batch; None where there are several."""
+        """Rows of the only micro-batch; None if there are several."""
         parts = self._parts(self.rows)
         return parts[0] if len(parts) == 1 else None
 
     def until_it_fits(self, passes: Callable[[], T]) -> T:
-        """`passes` over these micro-batches, again in smaller ones until they fit; dropout begins anew each time.
+        """Run `passes` over these micro-batches, and repeat them over smaller ones until they fit. Each repetition
+        starts from the same random state.
 
         Raises:
-            OutOfMemory: a single row does not fit; nothing but gradients has changed.
+            OutOfMemory: a single row does not fit. Only gradients have changed.
         """
         job = self._job
         while True:
@@ -108,11 +109,11 @@ class MicroBatches:
 
     @property
     def num_items(self) -> int:
-        """That the loss is a mean over: of all ranks."""
+        """Number of items of all ranks, over which the loss is a mean."""
         return self._job.task.num_items(self.batch)
 
     def reduce(self, flat: FlatParameters, signals: Signals) -> Signals:
-        """As step.Reduce: one all-reduce, of the gradient with the loss and its statistics behind it."""
+        """As step.Reduce: one all-reduce of the gradient, followed in the buffer by the loss and its statistics."""
         job = self._job
         if job.ranks.size == 1:
             return signals
@@ -131,7 +132,7 @@ class MicroBatches:
         return Signals(loss=loss, num_tokens=num_tokens, statistics=statistics)
 
     def _statistics(self, signals: Signals) -> set[str]:
-        """Those that this batch has. A rank without a row of its own asks the others."""
+        """Names of this batch's statistics. If a rank may have no row, the ranks exchange them."""
         if len(self.batch) >= self._job.ranks.size:
             return set(signals.statistics)
         counts = torch.tensor([float(name in signals.statistics) for name in STATISTICS])
@@ -140,8 +141,8 @@ class MicroBatches:
 
     @contextmanager
     def _own_random_numbers(self) -> Iterator[None]:
-        """Of several ranks each draws its own, a function of seed, batch and rank. Then all are where they were, so
-        that what they draw together is the same on each, and a checkpoint holds no rank's numbers."""
+        """Each of several ranks draws random numbers seeded by (seed, batch, rank). On exit the shared random state is
+        restored, so that it stays equal on all ranks and a checkpoint needs no state of a single rank."""
         job = self._job
         if job.ranks.size == 1:
             yield
@@ -157,7 +158,7 @@ class MicroBatches:
 
 @contextmanager
 def out_of_memory_is_told() -> Iterator[None]:
-    """What ran out of memory where smaller batches do not help becomes a message that says what to change."""
+    """Turn an out-of-memory error that smaller batches do not help into an OutOfMemory that says what to change."""
     try:
         yield
         return

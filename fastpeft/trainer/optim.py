@@ -1,7 +1,7 @@
 """Optimizers over the flat buffers, with clipping, the non-finite guard and fp16 loss scaling.
 
 All of it happens on the device: no step waits for its clip factor or its guard. A new optimizer is a subclass of
-Optimizer in a module of its own, and one entry in config/optimizers.py: the tests that hold for all take it from there.
+Optimizer in its own module, and one entry in config/optimizers.py, from which the tests of all optimizers take it.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ SCALE_GROWTH_STEPS = 2000
 
 
 def make_optimizer(flat: FlatParameters, config: OptimizerConfig, dtype: torch.dtype) -> Optimizer:
-    """The optimizer that `config.name` names, at its first step.
+    """The optimizer `config.name`, before its first step.
 
     Args:
-        flat: what is trained.
-        dtype: of the activations; only float16 is given a loss scale.
+        flat: the trainable parameters.
+        dtype: dtype of the activations. Only float16 gets a loss scale.
 
     Raises:
-        UserError: it needs a package that is not installed.
+        UserError: the optimizer needs a package that is not installed.
     """
     return OPTIMIZERS.load(config.name)(flat, config, dtype)
 
@@ -48,20 +48,20 @@ class Optimizer(ABC):
         self._flat, self._config, self.dtype = flat, config, dtype
         device = flat.data.device
         self.loss_scale = None
-        """fp16: what the loss is multiplied by; the gradients in the flat buffer are divided by it again."""
+        """(), factor on the loss in fp16, else None. The gradients in the flat buffer are divided by it again."""
         head_decay = config.head_lr_ratio * config.head_weight_decay
         self._decay_U = np.where(flat.layout.in_head_U, head_decay, config.weight_decay)
-        """Of each unit, in units of Rates.lr."""
+        """(U,), weight decay of each unit, to be multiplied by Rates.lr."""
         self._good_steps = torch.zeros((), device=device)
         self.sums: frozenset[str] = frozenset()
-        """Of signals.BLOCK_SUMS, what every update also leaves in signals.sums."""
+        """The signals.BLOCK_SUMS that every update also computes, into signals.sums."""
         if dtype == torch.float16:
             self.loss_scale = torch.tensor(FIRST_LOSS_SCALE, device=device)
 
     def clip_guard_and_update(self, signals: Signals, rates: Rates) -> None:
         """One step, all on the device. Sets signals.skipped, and signals.grad_norm unless the adapter has measured it.
 
-        A step whose loss or gradient is not finite changes no bit of parameters and state, and counts as none.
+        A step whose loss or gradient is not finite changes no bit of parameters and state, and is not counted.
         """
         flat = self._flat
         if signals.grad_norm is None:
@@ -79,26 +79,29 @@ class Optimizer(ABC):
         return host_K.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else host_K
 
     def shrink(self, rates: Rates) -> np.ndarray:
-        """(U,): what a step multiplies each unit's parameters by before it moves them, 1 - rate decay."""
+        """(U,), the factor of decoupled weight decay on each unit's parameters: 1 - rate * decay."""
         rate_U = rates.lr * self._decay_U
         if rates.multiplier_K is not None:
             rate_U[: self._flat.layout.num_blocks] *= rates.multiplier_K
         return 1 - rate_U
 
     def clip_divisor(self, norm: torch.Tensor) -> torch.Tensor:
-        """What a step divides a gradient of this norm by."""
+        """(), the divisor that clips a gradient of this norm: max(1, norm / max_grad_norm)."""
         most = self._config.max_grad_norm
         return (norm / most).clamp_min(1.0) if most else torch.ones_like(norm)
 
     def second_moment(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """The running mean of g^2 over the flat buffer, not to be changed, and (), what to divide it by.
+        """(running mean of g^2 over the flat buffer, which must not be changed; its bias correction, (), a divisor).
 
-        None may have been taken yet: the divisor is 0 then.
+        Before the first step the divisor is 0.
+
+        Raises:
+            ValueError: the optimizer has no second moment.
         """
         raise ValueError(f"optimizer {self._config.name} has no second moment to measure curvature with: use adamw")
 
     def adjust_scale(self, skipped: torch.Tensor) -> None:
-        """fp16: halve the scale where `skipped` is 1 (an overflow), double it after 2,000 steps of 0."""
+        """fp16: halve the loss scale if `skipped` is 1 (an overflow), double it after 2,000 steps in a row with 0."""
         assert self.loss_scale is not None
         self._good_steps.add_(1).mul_(1 - skipped)
         grow = (self._good_steps >= SCALE_GROWTH_STEPS).float()
@@ -106,7 +109,7 @@ class Optimizer(ABC):
         self.loss_scale.mul_(1 + grow).mul_(1 - 0.5 * skipped).clamp_(1.0, 2.0**24)
 
     def state_dict(self) -> dict[str, torch.Tensor]:
-        """All that a resume needs besides the parameters, by name. What it holds may be the optimizer's own buffers."""
+        """All that a resume needs besides the parameters, by name. The tensors may be the optimizer's own buffers."""
         state = self._state()
         if self.loss_scale is not None:
             state["loss_scale"], state["good_steps"] = self.loss_scale, self._good_steps
@@ -119,19 +122,19 @@ class Optimizer(ABC):
             self._good_steps.copy_(state["good_steps"])
 
     def host_work(self) -> str | None:
-        """What an update leaves to the host, as Adapter.host_work."""
+        """Work of an update on the host, which prevents graph capture, as Adapter.host_work; None if there is none."""
         return "it is not known to leave the host alone"
 
     @contextmanager
     def averaged(self) -> Iterator[None]:
-        """Inside, the flat parameters are those to evaluate and to keep; afterwards they are what they were, bit for
-        bit. Not to be nested, and no step inside."""
+        """Inside, the flat parameters are the weights to evaluate and save. Afterwards they are restored bit for bit.
+        Do not nest, and take no step inside."""
         yield
 
     @abstractmethod
     def _update(self, signals: Signals, norm: torch.Tensor, rates: Rates) -> torch.Tensor:
-        """Clip by `norm`, guard, update, and leave the clipped gradient in the flat buffer. Returns `skipped`: (),
-        1.0 where nothing was changed."""
+        """Clip by `norm`, guard and update. The clipped gradient stays in the flat buffer. Returns `skipped`, (): 1.0
+        if nothing was changed."""
 
     @abstractmethod
     def _state(self) -> dict[str, torch.Tensor]: ...
@@ -141,7 +144,7 @@ class Optimizer(ABC):
 
 
 def adam_moments(config: OptimizerConfig) -> AdamMoments:
-    """What schedules that read the moments have to know of them."""
+    """The settings of the moments, for schedules that read them."""
     return AdamMoments(beta1=config.beta1, beta2=config.beta2, max_norm=config.max_grad_norm)
 
 
@@ -206,17 +209,17 @@ _COUNTERS = ("k", "weight_sum", "lr_max")
 class ScheduleFreeAdamW(Optimizer):
     """Schedule-free AdamW (Defazio et al., arXiv:2405.15682) on the adapter's and the head's parameters.
 
-    The package schedulefree computes it, with Adam's bias correction in the denominator. With the gradient g at
-    y = (1 - beta1) z + beta1 x, which is what the flat buffer holds:
+    The package schedulefree computes it, with Adam's bias correction in the denominator. The flat buffer holds
+    y = (1 - beta1) z + beta1 x, at which the gradient g is taken:
 
         z <- z - lr (g / (sqrt(v_hat) + eps) + decay y)
         x <- (1 - c) x + c z,  c = m^2 / (sum of m^2 over the steps),  m: the highest lr so far
 
-    The warm-up is the schedule's: its small rates weigh little in x. `averaged` puts x in place of y.
+    The schedule does the warm-up, whose small learning rates weigh little in x. `averaged` puts x in place of y.
 
-    A step is some forty operations, where adamw has one launch. The guard keeps copies of y, z and v while the package
-    works: three times the parameters' memory for that while. The package counts steps on the host: the skip flag of
-    step t is read in step t + 1, after that step's passes are queued, so the host never stalls.
+    A step is about forty operations, where adamw has one launch. The guard holds copies of y, z and v during the
+    update: three times the parameters' memory. The package counts steps on the host. The skip flag of step t is read in
+    step t + 1, after that step's passes are queued, so the host never stalls.
     """
 
     def __init__(self, flat: FlatParameters, config: OptimizerConfig, dtype: torch.dtype) -> None:
@@ -238,7 +241,7 @@ class ScheduleFreeAdamW(Optimizer):
         self._was_skipped = torch.zeros((), pin_memory=on_gpu)
         self._fetched = torch.cuda.Event() if on_gpu else None
         self._before: list[tuple] | None = None
-        """Counters before the last step, until it is known whether that was skipped."""
+        """Counters before the last step, kept until its skip flag is known."""
 
     def _update(self, signals: Signals, norm: torch.Tensor, rates: Rates) -> torch.Tensor:
         if rates.multiplier_K is not None or self.sums:
@@ -274,7 +277,7 @@ class ScheduleFreeAdamW(Optimizer):
         if self._num_steps() == 0:
             yield
             return
-        kept = self._flat.data.clone()  # the way back by interpolation would round
+        kept = self._flat.data.clone()  # the package would interpolate back from x to y, which rounds
         self._inner.eval()
         try:
             yield
@@ -290,7 +293,7 @@ class ScheduleFreeAdamW(Optimizer):
             group.update(zip(_COUNTERS, values))
 
     def _num_steps(self) -> int:
-        """Steps that were taken; takes the last one back from the counters if it was skipped."""
+        """Number of steps taken. If the last step was skipped, first restores the counters from before it."""
         if self._before is not None:
             if self._fetched is not None:
                 self._fetched.synchronize()

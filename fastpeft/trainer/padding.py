@@ -1,6 +1,6 @@
-"""Whether a batch's rows are padded to one length or lie one behind another: as asked for, or as measured to pay.
+"""Chooses between padded batches and packed ones (varlen), by the setting or by the share of padding.
 
-Batches of rows of one length have little padding to leave out, batches of any rows much.
+Batches grouped by length have little padding to save, random batches much.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ from fastpeft.tasks import Task
 from fastpeft.trainer.memory_plan import FEWEST
 
 PAYS_ABOVE = {"cpu": 0.1}
-"""Share of padding, by device, above which leaving it out pays: below it, gain and loss on a CPU could not be told
-apart (bench/LOG.md). Where nobody has measured it, `auto` pads."""
+"""Share of padding, by device, above which varlen batches are faster. On a CPU, the difference below it is within the
+noise (bench/LOG.md). On devices without a measurement, `auto` pads."""
 LOOKED_AT = 64
-"""Batches, spread over an epoch, whose padding is counted."""
+"""Batches, evenly spaced over an epoch, whose padding is counted."""
 
 
 def lay_out(run: RunConfig, task: Task, adapter: Adapter, backbone: Backbone, device: torch.device) -> list[str]:
-    """Set `task.train.varlen`, and have the model take such batches. Returns what to tell the user."""
+    """Choose the layout: may set `task.train.varlen` and prepare the model for it. Returns notes for the user."""
     setting = run.training.padding
     if setting == "padded" or run.training.cache_prefix:
         return []
@@ -43,7 +43,7 @@ def lay_out(run: RunConfig, task: Task, adapter: Adapter, backbone: Backbone, de
 
 
 def _way(backbone: Backbone, device: torch.device) -> list[str]:
-    """How attention is computed, as far as there is a choice: a CPU has none."""
+    """A note on the attention kernel. A CPU has only one."""
     way = attention_way(backbone.model) if device.type == "cuda" else None
     if way is None:
         return []
@@ -56,7 +56,7 @@ def make_batches(run: RunConfig, task: Task) -> Batches:
 
 
 def padding_share(batches: Batches) -> float:
-    """Of the tokens of padded micro-batches, of the least size that is planned: larger ones have no less padding."""
+    """Padding's share of the tokens, in micro-batches of the smallest planned size. Larger ones have no less."""
     order, encoded = batches.epoch(0), batches.encoded
     chosen = np.unique(np.linspace(0, len(order) - 1, LOOKED_AT).astype(int))
     parts = [part for i in chosen for part in micro_batches(encoded, order[i], FEWEST)]
@@ -70,5 +70,5 @@ def _fault(task: Task, adapter: Adapter, backbone: Backbone) -> str | None:
     except RuntimeError as error:
         if not is_out_of_memory(error):
             raise
-    free_memory()  # outside of the handler, whose frames hold the outputs
+    free_memory()  # outside of the handler, whose traceback holds the outputs
     return "the memory is too short to check it"

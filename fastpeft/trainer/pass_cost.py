@@ -1,4 +1,4 @@
-"""What a pass takes of the memory, from passes over a few short rows."""
+"""The memory that a pass takes, extrapolated from passes over a few short rows."""
 
 from __future__ import annotations
 
@@ -26,19 +26,19 @@ class Cost:
     square: float = 0.0
 
     def each(self, width: float) -> float:
-        """Of a token."""
+        """Bytes per token."""
         return self.linear + self.square * width
 
     def bytes(self, tokens: float, width: float) -> float:
         return self.fixed + tokens * self.each(width)
 
     def tokens(self, room: float, width: float) -> int:
-        """That fit into so many bytes."""
+        """Number of tokens that fit into `room` bytes."""
         return int(max(0.0, room - self.fixed) / max(1.0, self.each(width)))
 
     @classmethod
     def of_rows(cls, short: tuple[int, float], long: tuple[int, float]) -> Cost:
-        """From (tokens, bytes) of two rows, the first no longer than the second."""
+        """Fit to (tokens, bytes) of two rows, the first no longer than the second."""
         (width, size), (other, other_size) = short, long
         square = 0.0 if other <= width else max(0.0, (other_size / other - size / width) / (other - width))
         return cls(0.0, max(0.0, size / width - square * width), square)
@@ -47,13 +47,12 @@ class Cost:
 def training_cost(
     adapter: Adapter, task: Task, loss_scale: torch.Tensor | None = None, shard: ShardedBase | None = None
 ) -> Cost:
-    """From the shortest row and one about twice as long. What does not grow with a row counts as the tokens'.
-
-    Random numbers and what layers keep of a pass are as they were; gradients are 0.
+    """Fitted to the shortest row and one about twice as long. Memory that does not grow with a row is attributed to its
+    tokens. Afterwards the random state is as it was, and gradients are 0.
 
     Args:
-        shard: all of its ranks take these passes, and what the one takes that takes the most counts. The weights that
-            each pass gathers, however short its rows are, are not counted but known.
+        shard: all its ranks run these passes, and the largest cost counts. The weights that each pass gathers are known
+            and not measured.
     """
     device, widths = adapter.flat.data.device, task.train.widths
     order = np.argsort(widths, kind="stable")
@@ -83,7 +82,7 @@ def evaluation_cost(
     device: torch.device,
     shard: ShardedBase | None = None,
 ) -> Cost:
-    """From an evaluation of one row at a time, and of two.
+    """Fitted to evaluations of one row at a time, and of two.
 
     Args:
         attempt, largest: as Task.try_evaluation and Task.largest_evaluation_batch.
@@ -98,7 +97,7 @@ def evaluation_cost(
 
     tokens, size = measured(1)
     more_tokens, more = measured(2 * tokens)
-    if more_tokens <= tokens:  # there is one row
+    if more_tokens <= tokens:  # the split has only one row
         return _with_gathered(Cost(0.0, size / tokens), shard)
     each = max(0.0, (more - size) / (more_tokens - tokens))
     return _with_gathered(Cost(max(0.0, size - each * tokens), each), shard)

@@ -1,7 +1,7 @@
-"""How long each rank computes before it waits for the others: which one is slowest, and by how much.
+"""How long each rank's passes take before the all-reduce: which rank is slowest, and by how much.
 
-A step is as slow as its slowest rank. The others' time in the all-reduce says that somebody is late, and not who. So
-each rank times its own passes, and the figures travel with the orders, in a collective that is there anyway.
+A step is as slow as its slowest rank. The other ranks' time in the all-reduce does not tell which rank is late. So each
+rank times its own passes, and the times are sent with the orders, which need a collective anyway.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from fastpeft.ranks import Ranks
 
 
 class PassTimes:
-    """Of all ranks, in seconds, each by its own clock; on a GPU by the device's, which nobody waits for."""
+    """Seconds of passes of all ranks, each by its own clock. A GPU's are CUDA events, read without waiting."""
 
     def __init__(self, ranks: Ranks) -> None:
         self._ranks, self._on_gpu = ranks, ranks.size > 1 and ranks.device().type == "cuda"
@@ -27,11 +27,11 @@ class PassTimes:
     # ---- this rank's -------------------------------------------------------------------------
 
     def begin(self) -> None:
-        """Before the passes of a step. Passes that do not end, for lack of memory, do not count."""
+        """Called before the passes of a step. Passes that run out of memory do not count."""
         self._began = self._now()
 
     def end(self) -> None:
-        """Behind them, before the gradients are added up."""
+        """Called after the passes, before the gradients are reduced."""
         began, now, self._began = self._began, self._now(), None
         if isinstance(began, torch.cuda.Event) and isinstance(now, torch.cuda.Event):
             self._events.append((began, now))
@@ -46,7 +46,7 @@ class PassTimes:
         return event
 
     def take_own(self) -> list[float]:
-        """A number for each rank, 0 for others: this one's seconds since they were taken last."""
+        """One number per rank: this rank's seconds since the last call, and 0 for the others."""
         while self._events and self._events[0][1].query():
             first, last = self._events.popleft()
             self._own_s += first.elapsed_time(last) / 1000
@@ -59,8 +59,8 @@ class PassTimes:
         self._of_ranks = [sum(pair) for pair in zip(self._of_ranks, seconds, strict=True)]
 
     def skew(self) -> dict[str, float]:
-        """`slowest_rank` and its `rank_skew`, the percentage by which its passes take longer than the mean of all
-        ranks, since it was asked for last. Empty where there is one rank, or no step meanwhile."""
+        """`slowest_rank` and its `rank_skew`, the percentage by which its passes took longer than the mean over the
+        ranks since the last call. Empty with one rank, or if there was no step."""
         seconds, self._of_ranks = self._of_ranks, [0.0] * self._ranks.size
         mean = sum(seconds) / len(seconds)
         if len(seconds) == 1 or not mean:

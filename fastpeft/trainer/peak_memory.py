@@ -1,4 +1,4 @@
-"""How much memory a piece of work takes beside what is there already: counted, so that it is the same each time."""
+"""Peak memory of a piece of work, beyond what was allocated before it. It is counted, so it is reproducible."""
 
 from __future__ import annotations
 
@@ -12,8 +12,11 @@ from torch.utils._pytree import tree_leaves
 
 
 def peak_bytes(device: torch.device, work: Callable[[], object], by_tensors: bool = False) -> int:
-    """The most that tensors made by `work` hold at once. On a GPU, unless it is to be told `by_tensors` there too, what
-    its allocator gives out, which is a little more, and the device is waited for."""
+    """The most bytes that tensors made by `work` hold at once.
+
+    Args:
+        by_tensors: count tensors on a GPU too. Otherwise a GPU's figure is its allocator's, which is a little larger.
+    """
     if device.type == "cuda" and not by_tensors:
         torch.cuda.reset_peak_memory_stats(device)
         before = torch.cuda.memory_allocated(device)
@@ -25,9 +28,9 @@ def peak_bytes(device: torch.device, work: Callable[[], object], by_tensors: boo
 
 
 class _Living(TorchDispatchMode):
-    """Counts the memory of tensors from the operation that makes them to their end, in backward passes as well.
+    """Counts the memory of tensors from the operation that makes them until they are freed, backward passes included.
 
-    What a kernel holds inside, without a tensor that an operation returns, is not seen: buffers of the size of a tile.
+    Scratch memory inside a kernel, such as buffers of the size of a tile, is not seen.
     """
 
     def __init__(self) -> None:
@@ -38,7 +41,7 @@ class _Living(TorchDispatchMode):
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
-        self._note((args, kwargs), is_new=False)  # a view of what was there before is nothing new
+        self._note((args, kwargs), is_new=False)  # a view of an earlier tensor adds no memory
         out = func(*args, **(kwargs or {}))
         self._note(out, is_new=True)
         return out

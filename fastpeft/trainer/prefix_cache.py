@@ -1,7 +1,7 @@
-"""What the frozen layers below the first adapter make of each training row, kept in a file from its first use on.
+"""A file cache of each training row's hidden states below the first adapter, filled as rows are first used.
 
-A mode that changes the method: below the first adapter there is no dropout. It is for adapters on upper layers, where
-from the second epoch on a step computes these alone.
+It changes the method: below the first adapter there is no dropout. It is for adapters on upper layers: from the second
+epoch on, a step computes only those.
 
 Shapes: N rows of L tokens, D hidden.
 """
@@ -28,15 +28,16 @@ _DTYPES = {"fp32": np.float32, "fp16": np.float16}
 def open_prefix_cache(
     setting: bool | str, folder: Path, model: nn.Module, adapted: list[str], rows: TokenRows, sample: Batch
 ) -> PrefixCache:
-    """
+    """Open or create the cache in a run's folder.
+
     Args:
         setting: training.cache_prefix, True or fp16.
-        folder: the run's.
+        folder: the run's folder.
         adapted: names of the adapted matrices.
-        sample: a few of the rows, which are tried.
+        sample: a batch of a few rows, on which the split of the model is checked.
 
     Raises:
-        UserError: the model or its adapters do not go with it; no room.
+        UserError: the model or its adapters cannot be split so; no room on the disk.
     """
     prefix = FrozenPrefix(model, adapted)
     prefix.check(sample.inputs)
@@ -47,18 +48,18 @@ def open_prefix_cache(
 def reading(
     cache: PrefixCache | None, rows: np.ndarray, batch: Batch, collate: Callable[[np.ndarray], Batch]
 ) -> AbstractContextManager[None]:
-    """As PrefixCache.reading; nothing where there is no cache."""
+    """As PrefixCache.reading; does nothing without a cache."""
     return nullcontext() if cache is None else cache.reading(rows, batch, collate)
 
 
 class PrefixCache:
-    """Of the rows of one run. The same files are found again by a resume."""
+    """The cache of one run. A resume reuses its files."""
 
     def __init__(self, folder: Path, prefix: FrozenPrefix, rows: TokenRows, width: int, precision: str) -> None:
         """
         Args:
             width: D.
-            precision: fp32 or fp16, of the file.
+            precision: dtype of the file, fp32 or fp16.
 
         Raises:
             UserError: the disk has no room for it.
@@ -85,7 +86,7 @@ class PrefixCache:
 
     @contextmanager
     def reading(self, rows: np.ndarray, batch: Batch, collate: Callable[[np.ndarray], Batch]) -> Iterator[None]:
-        """Around a pass over `batch`, which holds `rows`; of those that are new, what `collate` makes is computed."""
+        """Around a pass over `batch`, which holds `rows`. Rows not cached yet are made by `collate` and computed."""
         new = rows[~self._done_N[rows]]
         if len(new):
             inputs = collate(new).inputs
@@ -99,7 +100,7 @@ class PrefixCache:
             begin, end = self._offsets[row : row + 2]
             self._states_TD[begin:end] = hidden_LD[: end - begin]
         self._states_TD.flush()
-        self._done_N[rows] = True  # after the states: a row that is marked is whole, whenever the process ends
+        self._done_N[rows] = True  # after the states, so that a marked row is whole even after a kill
 
     def _padded(self, rows: np.ndarray, ids_NL: torch.Tensor) -> torch.Tensor:
         hidden_NLD = torch.zeros(*ids_NL.shape, self._states_TD.shape[1])
@@ -115,5 +116,5 @@ class PrefixCache:
         )
 
     def remove(self) -> None:
-        """At the end of the run."""
+        """Delete the files, at the end of the run."""
         shutil.rmtree(self._folder, ignore_errors=True)

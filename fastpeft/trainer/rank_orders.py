@@ -1,8 +1,8 @@
-"""What rank 0 tells the other ranks to do next.
+"""Orders from rank 0 to the other ranks.
 
-Rank 0 alone has the clock, the log, the folder and the user. It decides when a step is taken, when an evaluation is due
-and when the budget is spent, as a single process does, and the other ranks do what it says. So all agree, whatever
-their own clocks say. An order is a few numbers on the hosts' side: it does not wait for a device.
+Rank 0 alone has the clock, the log, the run folder and the user. It decides when to step, when an evaluation is due and
+when the budget is spent, as a single process does, and the other ranks follow. So all agree, whatever their own clocks
+say. An order is a few numbers in host memory: sending it synchronizes no device.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ SMALLER_EVALUATION = "Set evaluation.batch_tokens lower"
 class Act(IntEnum):
     CALIBRATE = 1
     CALIBRATED = 2
-    """Ends the calibration; whether it counts is not said."""
+    """Ends the calibration batches. FINISH_CALIBRATION follows, unless the run was stopped."""
     FINISH_CALIBRATION = 3
     STEP = 4
     EVALUATE = 5
@@ -39,40 +39,40 @@ class Act(IntEnum):
 class Order(NamedTuple):
     act: Act
     values: tuple[float, float, float]
-    """CALIBRATE and STEP: the batch's position, the progress and the seconds on the clock. EVALUATE and SCORE_TEST: how
-    many of the validation rows, 0 for all of them, and the limits of an evaluation and of a training batch."""
+    """CALIBRATE: the batch's position. STEP: the batch's position, the progress, the clock's seconds. EVALUATE and
+    SCORE_TEST: the number of validation rows (0 for all), and the token limits of evaluation and of training."""
 
 
 class Orders:
-    """One order at a time, and the requests to stop that the ranks have had."""
+    """Sends one order at a time, and shares the ranks' stop requests."""
 
     def __init__(self, ranks: Ranks, stop: StopRequest) -> None:
         self.ranks, self.stop = ranks, stop
         self.in_step: Ranks = ALONE
-        """The ranks whose passes through the model are taken together, as where the base is shared out over them: each
-        takes as many as the others, and none is tried again. ALONE: each has its own."""
+        """Ranks that run every pass through the model together, as with a sharded base. Each runs the same number of
+        passes, and none is repeated. ALONE: ranks run their own passes."""
         self.pass_times = PassTimes(ranks)
 
     # ---- all ranks ---------------------------------------------------------------------------
 
     def shared_out(self) -> AbstractContextManager[None]:
-        """Within, ranks take parts of an evaluation's batches. Those in step do all of it: what they decode would end
-        after other numbers of passes."""
+        """Inside, ranks share an evaluation's batches. Ranks in step each evaluate all of them, since decoding their
+        own rows would take different numbers of passes."""
         return nullcontext() if self.in_step.size > 1 else ranks_module.together(self.ranks)
 
     def asked_to_stop(self) -> bool:
-        """In an evaluation. Ranks in step stop before the same batch."""
+        """Whether to stop an evaluation. Ranks in step agree, and stop before the same batch."""
         if self.in_step.size > 1:
             self.agree()
         return self.stop()
 
     def refuse_retry(self, where: str, advice: str) -> None:
-        """After a pass that ran out of memory. Raises OutOfMemory for ranks in step, whose others are in that pass."""
+        """Raise OutOfMemory for ranks in step: the others are in the pass that ran out of memory here."""
         if self.in_step.size > 1:
             raise OutOfMemory(where, "with training.shard_base no rank can take a pass again by itself", advice)
 
     def agree(self) -> None:
-        """Every rank hears of the requests to stop; there is no order."""
+        """Share the stop requests, without an order."""
         self._exchange()
 
     # ---- rank 0 ------------------------------------------------------------------------------
@@ -92,7 +92,7 @@ class Orders:
     def evaluation(
         self, parameters: torch.Tensor, limits: TokenLimits, num_rows: int = 0, is_test: bool = False
     ) -> AbstractContextManager[None]:
-        """Around an evaluation of `parameters`, as they are now: all ranks are in it."""
+        """Around an evaluation of `parameters`, which are broadcast; all ranks take part."""
         return nullcontext() if self.ranks.size == 1 else self._evaluation(parameters, limits, num_rows, is_test)
 
     @contextmanager
@@ -115,13 +115,13 @@ class Orders:
     # ---- the other ranks ---------------------------------------------------------------------
 
     def next(self) -> Order:
-        """Waits for it."""
+        """Wait for rank 0's next order."""
         act, *values = self._exchange()
         first, second, third = values
         return Order(Act(int(act)), (first, second, third))
 
     def _exchange(self, *mine: float) -> list[float]:
-        """A sum: of rank 0's order, of how many ranks each signal has asked to stop, and of each rank's seconds."""
+        """One all-reduce of rank 0's order, the number of ranks that got each stop signal, and each rank's seconds."""
         figures = [*mine, *(4 - len(mine)) * [0.0], *(float(self.stop.signal == one) for one in _SIGNALS)]
         summed = torch.tensor([*figures, *self.pass_times.take_own()], dtype=torch.float64)
         self.ranks.add_up(summed)

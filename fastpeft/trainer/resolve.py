@@ -1,6 +1,6 @@
-"""Where a run's model and data come from: a local path, the hub's cache, the hub, the stand-in.
+"""Where a run's model and data come from: a local path, the hub's cache, the hub or the stand-in.
 
-Model and data resolve together: either both are the ones named, or both are the stand-in's.
+Model and data resolve together: either both are the named ones, or both are the stand-in's.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ def resolve(run: RunConfig, allow_stand_in: bool = True) -> Resolved:
 
 
 def check_model(config: ModelConfig) -> None:
-    """Raises UnavailableError for a model that cannot be had, whatever the data."""
+    """Raise UnavailableError for a model that cannot be reached. The data are not looked at."""
     try:
         if embedded_path(config.name) is None:
             _check_model(config.name, config.revision)

@@ -28,7 +28,7 @@ def open_run(folder: RunFolder, name: str | None) -> tuple[Result | None, RunCon
 
 
 def same_run(folder: RunFolder, stored: RunConfig, run: RunConfig | None, allow_stand_in: bool) -> Resolved:
-    """The stored run, after a check that `run` asks for no other one."""
+    """The stored run, with the settings of `run` that a resume may change. Raises UserError if others differ."""
     if run is not None:
         _refuse(folder, _differing(stored, resolve(run, allow_stand_in).run))
         training = dataclasses.replace(stored.training, shard_base=run.training.shard_base)
@@ -38,13 +38,13 @@ def same_run(folder: RunFolder, stored: RunConfig, run: RunConfig | None, allow_
 
 
 def check_same(folder: RunFolder, stored: RunConfig, run: RunConfig) -> None:
-    """The check of `same_run` without a look at the hub: the stored run may be `run` or its stand-in."""
+    """The check of `same_run` without contacting the hub: the stored run may be `run` or its stand-in."""
     asked = [run] if run.stand_in is None else [run, apply_stand_in(run)]
     _refuse(folder, min((_differing(stored, one) for one in asked), key=len))
 
 
 def _differing(stored: RunConfig, run: RunConfig) -> list[str]:
-    """What would be another run. Trackers, and where the base lies, change no weight: a resume may ask for others."""
+    """Settings that differ. Trackers and the sharding of the base change no weight, so a resume may change them."""
     free = ("overrides", "stand_in", *TRACKERS.section_keys)
     asked, kept = (dict(_leaves(run_values(r))) for r in (run, stored))
     return [
@@ -63,7 +63,7 @@ def _refuse(folder: RunFolder, differing: list[str]) -> None:
 
 
 def _leaves(values: dict, prefix: str = "") -> Iterator[tuple[str, object]]:
-    """Dotted key and value of everything that is no section."""
+    """(dotted key, value) of every setting that is not a section."""
     for key, value in values.items():
         if isinstance(value, dict) and value:
             yield from _leaves(value, f"{prefix}{key}.")
@@ -75,7 +75,7 @@ def find_checkpoint(folder: RunFolder, say: Callable[[str], None]) -> Checkpoint
     """The newest valid checkpoint. Changes nothing.
 
     Raises:
-        CheckpointError: it is of another version.
+        CheckpointError: the checkpoint is of another version.
     """
     checkpoint, skipped = newest_checkpoint(folder.checkpoints)
     for fault in skipped:
@@ -88,10 +88,10 @@ def find_checkpoint(folder: RunFolder, say: Callable[[str], None]) -> Checkpoint
 
 
 def check_same_data(folder: RunFolder, now: TrainedOn, checkpoint: Checkpoint | None) -> list[str]:
-    """Returns what the user should know: that an earlier version, which noted no hash, began the run.
+    """Check that the data are unchanged. Returns a note if the run was begun by a version that stored no hash.
 
     Raises:
-        UserError: the data are not those that the run was begun with.
+        UserError: the data are not those that the run began with.
     """
     found = changed_since(folder, now)
     if found:
@@ -105,7 +105,7 @@ def check_same_data(folder: RunFolder, now: TrainedOn, checkpoint: Checkpoint | 
 
 
 def cut_events(folder: RunFolder, checkpoint: Checkpoint | None) -> None:
-    """Cut the event log back to where the checkpoint was written; all of it without one."""
+    """Truncate the event log to its size at the checkpoint; without a checkpoint, to nothing."""
     if folder.events.exists():
         size = folder.events.stat().st_size
         with folder.events.open("r+b") as file:
@@ -113,7 +113,7 @@ def cut_events(folder: RunFolder, checkpoint: Checkpoint | None) -> None:
 
 
 def began_in(folder: RunFolder, checkpoint: Checkpoint | None) -> Precision | None:
-    """What the run computes in, so that it goes on to the same bits; None where it starts over."""
+    """The precision that the run began in, so that it continues bit for bit; None if it starts over."""
     if checkpoint is None:
         return None
     dtype = next(dtype for dtype in DTYPES.values() if str(dtype) == checkpoint.parts["loop"]["dtype"])

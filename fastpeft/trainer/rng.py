@@ -1,4 +1,4 @@
-"""Random generators: those that dropout draws from, for a pass that is taken again; all of them, for a resume."""
+"""State of random generators: those of dropout, for repeating a pass, and all of them, for a resume."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 
 
 def generator_states(device: torch.device) -> list[torch.Tensor]:
-    """Of the generators that dropout draws from; the host keeps them, so nothing waits."""
+    """States of the generators that dropout draws from. The host keeps them, so reading waits for no device."""
     return [torch.get_rng_state()] + ([torch.cuda.get_rng_state(device)] if device.type == "cuda" else [])
 
 
@@ -21,7 +21,7 @@ def set_generator_states(device: torch.device, states: list[torch.Tensor]) -> No
 
 
 def rng_state() -> dict[str, Any]:
-    """Every global random generator, as tensors and JSON values."""
+    """States of all global random generators, as tensors and JSON values."""
     version, keys, gauss = random.getstate()
     numpy: dict[str, Any] = dict(np.random.get_state(legacy=False))
     position = {"key": numpy["state"]["key"].tolist(), "pos": numpy["state"]["pos"]}

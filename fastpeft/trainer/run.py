@@ -1,4 +1,4 @@
-"""Train one run: `train` resolves it, sets it up, owns its folder, and runs the loop."""
+"""Train one run: `train` resolves names, sets the run up, owns its folder, and runs the loop."""
 
 from __future__ import annotations
 
@@ -47,10 +47,10 @@ __all__ = ["Reporter", "StopRequest", "train"]
 
 
 class Reporter(Protocol):
-    """Tells the user what happens. Methods may be called from several threads and must be quick."""
+    """Reports to the user. Methods may be called from several threads, and must return quickly."""
 
     def say(self, message: str) -> None:
-        """A line about the set-up, before there is an event log."""
+        """Show a line that is not an event, such as one about the set-up."""
 
     def on_event(self, event: Event) -> None: ...
 
@@ -77,22 +77,23 @@ def train(
     """Train `run` to the end of its budget.
 
     Args:
-        run: from fastpeft.load_run; None with `resume` takes the one stored in the folder.
+        run: from fastpeft.load_run; None with `resume` takes the run stored in the folder.
         results_dir: parent of the run's folder.
         name: the folder's name; RUN-YYYYmmdd-HHMMSScc when absent.
         resume: continue the run `name` from its newest valid checkpoint.
-        allow_stand_in: use the run's stand-in model and data where its own cannot be reached.
-        reporter: is told of every event.
-        stop: a request to stop; by default SIGINT and SIGTERM make one while this runs.
-        group: noted in result.json: what runs that belong together share.
-        prune: may end the run after an evaluation.
-        score_test: score the test split at the end, where there is one.
+        allow_stand_in: use the run's stand-in model and data if its own cannot be reached.
+        reporter: receives every event.
+        stop: request to stop after the current step, which SIGINT and SIGTERM also make while this runs.
+        group: name that related runs share, stored in result.json.
+        prune: called with the number and score of each evaluation before the final one; True ends the run.
+        score_test: score the test split at the end, if there is one.
 
     Returns:
-        What result.json holds. `status` is done, stopped, pruned or diverged.
+        The content of result.json. `status` is done, stopped, pruned or diverged.
 
     Raises:
-        UserError: anything that the user can mend, before any folder is made.
+        UserError: input that cannot be used; the folder of a new run is then removed. Also OutOfMemory during training,
+            after which the run can be resumed from its last checkpoint.
     """
     reporter, stop = reporter or _Silent(), stop or StopRequest()
     began, ranks = time.perf_counter(), join()
@@ -144,20 +145,20 @@ def train(
 
 
 def _prepare(job: Job, folder: RunFolder, resolved: Resolved, checkpoint: Checkpoint | None, resume: bool) -> None:
-    """What is left between a job and its first step: the other ranks, the folder's cache, and its files."""
+    """The rest of the set-up: synchronize the ranks, open the prefix cache, write the folder's files."""
     begin_together(job)
     keep_prefix(job, folder)
     if resume:
         job.notes += check_same_data(folder, job.trained_on, checkpoint)
         cut_events(folder, checkpoint)
     if TrainedOn.read(folder.path) is None:
-        job.trained_on.write(folder.path)  # before run.yaml, so that a run that can be resumed has it
+        job.trained_on.write(folder.path)  # before run.yaml, so that every resumable run has it
     save_run(resolved.run, folder.config)
     write_json(folder.environment, environment() | _device_facts(job))
 
 
 def _follow(orders: Orders) -> Result:
-    """`train` of the ranks beside rank 0: what it trains is what rank 0 says."""
+    """`train` on ranks 1 and up: rank 0 sends the run."""
     ranks = orders.ranks
     told = ranks.told(None)
     if "result" in told:
@@ -173,10 +174,10 @@ def _follow(orders: Orders) -> Result:
 
 
 def keep_prefix(job: Job, folder: RunFolder) -> None:
-    """Open the cache of training.cache_prefix in the run's folder, where the run asks for one.
+    """Open the cache of training.cache_prefix in the run's folder, if the run asks for one.
 
     Raises:
-        UserError: the model or its adapters do not go with it, or the disk has no room.
+        UserError: the model or its adapters cannot be split so, or the disk has no room.
     """
     setting = job.run.training.cache_prefix
     if not setting:
@@ -207,7 +208,7 @@ def _new_result(job: Job, resolved: Resolved, folder: RunFolder, group: str | No
 
 
 def _run(loop: Loop, checkpoint: Checkpoint | None, chosen: list[Choice], say: Callable[[str], None]) -> Result:
-    """The loop, between the `run` event and the last one."""
+    """Run the loop with trackers and heartbeat, and close everything at its end."""
     job, folder, result = loop.job, loop.folder, loop.result
     folder.write_result(result)
     error = trackers = None
@@ -269,7 +270,7 @@ def _device_facts(job: Job) -> dict:
 
 
 class _torch_settings:  # noqa: N801 (used like a function)
-    """Seeds and threads are the run's while it trains, the caller's afterwards."""
+    """Sets the run's thread count, and restores the caller's thread count and random state on exit."""
 
     def __init__(self, run: RunConfig) -> None:
         self._threads = run.training.threads

@@ -27,17 +27,17 @@ def train_seeds(
 
     Args:
         name: of the group; RUN-YYYYmmdd-HHMMSScc when absent.
-        resume: of the group `name`, skip the seeds that are done, continue one that is not, start the others.
-        stop: ends the seed that is being trained; the ones behind it are not started.
-        on_start: is told each seed and its folder's name.
+        resume: in the group `name`, skip the seeds that are done, continue an unfinished one, start the others.
+        stop: ends the current seed's run; later seeds are not started.
+        on_start: called with each seed and its folder's name.
         options: those of `fastpeft.train`.
 
     Returns:
         The results of the seeds that were trained or are done, in order.
 
     Raises:
-        UserError: as `train`, and before anything is trained if a folder is taken, holds other
-            settings than those to resume, or the shares are too small.
+        UserError: as `train`. Raised before anything is trained if a folder exists already, a run to resume has other
+            settings, or the shares are too small.
     """
     group = name or default_name(run.run_id)
     shares = share_budget(run, len(seeds))
@@ -62,7 +62,7 @@ def train_seeds(
 
 
 def share_budget(run: RunConfig, count: int) -> RunConfig:
-    """`run` with a `count`-th of its budget. Without a budget training.epochs holds for each seed.
+    """`run` with 1/`count` of its budget. Without a budget, training.epochs holds for each seed.
 
     Raises:
         ConfigError: fewer whole steps or tokens than seeds.

@@ -1,8 +1,8 @@
 """The events of a set-up, from its first second on.
 
-A new run has its folder and its log before anything is read, so that who looks can see what it is busy with. A set-up
-that fails takes them away again. In the folder of a run that goes on nothing is written until nothing can be refused
-any more; the reporter hears of everything at once.
+A new run gets its folder and log before anything is read, so that its progress can be watched. If the set-up fails,
+they are removed. In a resumed run's folder nothing is written until the set-up has passed all checks. The reporter
+receives every event immediately.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ from fastpeft.trainer.checkpoint_files import Checkpoint
 
 
 class SetUp(AbstractContextManager):
-    """What is begun inside, as fastpeft.phases has it, becomes `phase` events. `open_log` comes behind it.
+    """A context that logs phases (fastpeft.phases) begun inside as `phase` events. Call `open_log` after it.
 
     Args:
-        resume: the folder is there and locked; else it is made.
-        checkpoint: that a run goes on from.
+        resume: the folder exists and is locked; otherwise it is made.
+        checkpoint: the one that the run continues from.
     """
 
     def __init__(
@@ -51,11 +51,11 @@ class SetUp(AbstractContextManager):
             self._log.close()
             shutil.rmtree(self._folder.path)
             if not self._has_parent:
-                with suppress(OSError):  # another run is there by now
+                with suppress(OSError):  # another run has a folder there by now
                     self._folder.path.parent.rmdir()
 
     def open_log(self) -> EventLog:
-        """The run's log, with what was told until now in it."""
+        """The run's log, which holds the set-up's events."""
         log = self._log or EventLog(self._folder.events, (self._listener,))
         for event in self._early:
             log.append(event)

@@ -19,16 +19,15 @@ from fastpeft.trainer.probes.hooks import NO_PROBES, NoProbes, Probes
 Loss = Callable[[nn.Module, Batch, Count, Collection[Need]], BatchLoss]
 """As Task.loss."""
 Repeat = Callable[[Callable[[], Signals]], Signals]
-"""Takes the passes over a batch, and takes them again where the memory was short: as MicroBatches.until_it_fits."""
+"""Runs the passes over a batch, and repeats them after an out-of-memory error, as MicroBatches.until_it_fits."""
 
 
 Reduce = Callable[[FlatParameters, Signals], Signals]
-"""Adds up over the ranks what the passes of each have left: the gradient, in place, and the loss. As
-MicroBatches.reduce."""
+"""Sums the gradient, in place, and the loss over the ranks, as MicroBatches.reduce."""
 
 
 class RateSource(Protocol):
-    """A Schedule, as far as a step goes."""
+    """The part of Schedule that a step uses."""
 
     def rates(self, measured: Measured | None, progress: float) -> Rates: ...
 
@@ -38,7 +37,7 @@ def once(passes: Callable[[], Signals]) -> Signals:
 
 
 def alone(flat: FlatParameters, signals: Signals) -> Signals:
-    """There is one rank."""
+    """The Reduce of a single rank, which has nothing to sum."""
     return signals
 
 
@@ -56,9 +55,9 @@ def train_step(
 ) -> tuple[Signals, Rates]:
     """Forward and backward over the micro-batches of one batch, then the update.
 
-    Nothing here waits for what this step measures: that stays on the device, in the Signals, and `probes` tell the
-    schedule of the step before this one. Only the passes may be repeated: `batches` are iterated more than once then,
-    and where the probes take a Hessian-vector product.
+    Nothing here waits for this step's measurements. They stay on the device, in the Signals, and `probes` give the
+    schedule those of the previous step. `batches` are iterated more than once if the passes are repeated, or if the
+    probes take a Hessian-vector product.
     """
     scale = optimizer.loss_scale
     signals = repeat(lambda: forward_backward(adapter, loss, batches, num_items, scale, probes, reduce))
@@ -79,7 +78,8 @@ def forward_backward(
     probes: Probes | NoProbes = NO_PROBES,
     reduce: Reduce = alone,
 ) -> Signals:
-    """Gradient of the mean loss over the `num_items` of all ranks' micro-batches, unscaled, in the flat buffer."""
+    """Leave the gradient of the mean loss over the `num_items` of all ranks in the flat buffer, with the loss scale
+    divided out. Returns the loss and its statistics, summed over the micro-batches and ranks."""
     probes.before_passes(lambda: forward_backward(adapter, loss, batches, num_items, loss_scale, reduce=reduce))
     adapter.flat.grad.zero_()
     adapter.discard_pass()

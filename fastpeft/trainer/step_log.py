@@ -1,4 +1,4 @@
-"""The run's events. What steps measured is queued on the device and fetched now and then, in one transfer."""
+"""The run's events. Measurements of steps are queued on the device, and fetched from time to time in one transfer."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from fastpeft.signals import Blocks, Rates, Signals
 FETCH_S = 0.5
 FETCH_STEPS = 32
 RATES_STEPS = 32
-"""Steps between two events of the learning rates of each block."""
+"""Steps between two `rates` events, which hold each block's learning-rate multiplier."""
 _MEASURES = ("loss", "penalty", "penalty_share", "grad_norm", "skipped")
 
 
 @dataclass
 class _Pending:
-    """A step whose measurements still lie on the device."""
+    """A step whose measurements are still on the device."""
 
     step: int
     elapsed_s: float
@@ -39,7 +39,7 @@ class StepLog:
 
     def __init__(self, log: EventLog, clock: BudgetClock, device: torch.device) -> None:
         self.num_non_finite = 0
-        """In a row, up to the last step that was fetched."""
+        """Number of consecutive non-finite steps, up to the last fetched one."""
         self.num_skipped = 0
         self._log, self._clock, self._device = log, clock, device
         self._pending: list[_Pending] = []
@@ -48,7 +48,7 @@ class StepLog:
         self._importance_logged = 0
 
     def event(self, type: str, **fields: Any) -> None:
-        """Write an event of this moment; it may come before queued steps. For any thread."""
+        """Write an event now; it may precede queued steps. May be called from any thread."""
         self._log.write(type, elapsed_s=self._clock.elapsed_s, step=self._clock.steps, **fields)
 
     def close(self) -> None:
@@ -62,11 +62,11 @@ class StepLog:
         self.event("phase", **fields)
 
     def offset(self) -> int:
-        """Bytes of the log so far."""
+        """Size of the log in bytes."""
         return self._log.offset()
 
     def importance(self, adapter: Adapter, **more: Any) -> None:
-        """If they have changed since they were last logged."""
+        """Log the adapter's importances, if they have changed since the last time."""
         if adapter.importance_version == self._importance_logged:
             return
         self._importance_logged = adapter.importance_version
@@ -75,17 +75,17 @@ class StepLog:
         self.event("importance", **to_json(importance), **more)
 
     def rates(self, blocks: Blocks, rates: Rates) -> None:
-        """Now and then, where blocks have learning rates of their own."""
+        """Log the blocks' learning-rate multipliers every RATES_STEPS steps, if there are any."""
         steps = self._clock.steps
         if rates.multiplier_K is None or steps - self._rates_logged_at < RATES_STEPS:
             return
         self._rates_logged_at = steps
-        self.fetch()  # the log stays in the steps' order
+        self.fetch()  # keeps the log in step order
         names = {"names": blocks.names, "layer": blocks.layers, "projection": blocks.projections}
         self.event("rates", **names, multipliers=[float(m) for m in rates.multiplier_K])
 
     def step(self, progress: float, rates: Rates, signals: Signals) -> None:
-        """Queue the step's measurements; fetch the queue now and then, in one transfer."""
+        """Queue the step's measurements. The queue is fetched after FETCH_STEPS steps or FETCH_S seconds."""
         clock, num_tokens = self._clock, signals.num_tokens
         self._pending.append(
             _Pending(clock.steps, clock.elapsed_s, progress, rates.lr, num_tokens, clock.meter.joules, signals)
@@ -94,7 +94,7 @@ class StepLog:
             self.fetch()
 
     def fetch(self) -> None:
-        """Wait for the device, log the queued steps, count those that were not finite."""
+        """Wait for the device, log the queued steps, and count the non-finite ones."""
         self._fetched_at = time.perf_counter()
         if not self._pending:
             return

@@ -1,8 +1,8 @@
-"""A UniHyperLoRA adapter on another host: as it is, and after a few steps on its bias, beside what costs as much.
+"""Transfer of a UniHyperLoRA adapter to another host model: zero-shot, and after a few steps on its bias.
 
-Zero-shot means that the adapter is frozen and no step is taken: a classifier's output layer is fitted by ridge
-regression on what the frozen model makes of training rows, a language model keeps its own head. The same is done
-without the adapter.
+Baselines are the host without the adapter, and LoRA at equal cost. Zero-shot means that the adapter is frozen and no
+step is taken. A classifier's output layer is fitted by ridge regression on the frozen model's features of training
+rows; a language model keeps its own head. The same is done without the adapter.
 """
 
 from __future__ import annotations
@@ -32,15 +32,15 @@ METHOD = "unihyperlora"
 
 @dataclass(frozen=True)
 class Row:
-    """One line of the outcome."""
+    """One row of the results table."""
 
     what: str
     steps: int
     score: float | None
     loss: float | None = None
-    """On the validation rows; of a language model it tells more than answers that are right or wrong."""
+    """Loss on the validation rows. For a language model it is more sensitive than the share of right answers."""
     seconds: float | None = None
-    """Of the budget's clock."""
+    """Seconds on the budget clock."""
     adapter_mb: float | None = None
     extra_flops: float | None = None
     active_atoms: float | None = None
@@ -56,7 +56,7 @@ class Transfer:
     dataset: str
     metric: str
     fitted_to: int
-    """Answers that heads were fitted to; 0: the head is the model's own."""
+    """Number of answers that the heads were fitted to; 0 if the model keeps its own head."""
     stand_in: bool
     rows: list[Row]
 
@@ -74,19 +74,19 @@ def transfer(
     stop: StopRequest | None = None,
     say: Callable[[str], None] = lambda text: None,
 ) -> Transfer:
-    """Put the adapter in `file` onto the host of `run`, score it, train its bias, and train what it is compared with.
+    """Attach the adapter in `file` to the model of `run`, score it, train its bias, and train the baselines.
 
     Args:
-        run: of the target: model, data, rates. Its method is not looked at.
-        steps: optimizer steps on the bias; LoRA then gets as many seconds as they took.
+        run: the target: model, data, learning rates. Its method is ignored.
+        steps: optimizer steps on the bias. LoRA then gets as many seconds as they took.
         lora_rate: learning rate of the LoRA run.
-        name: of the runs' folders, which are NAME-delta, NAME-head and NAME-lora.
+        name: prefix of the runs' folders, NAME-delta, NAME-head and NAME-lora.
 
     Returns:
-        What NAME-transfer.json holds. Where `stop` says so, without the runs that were not begun.
+        The content of NAME-transfer.json. After a stop request it lacks the runs that were not begun.
 
     Raises:
-        UserError: a file that cannot be read, a host that cannot be adapted, a folder that is taken.
+        UserError: a file that cannot be read, a model that cannot be adapted, a folder that exists already.
     """
     stored = decode(file)
     name = name or default_name(run.run_id)
@@ -113,7 +113,7 @@ def transfer(
         outcome.rows.append(_row(what, result, RunFolder.at(results_dir, result.name)))
         return result
 
-    budget = {"budget": f"{steps}steps", "training.fit_head": fitted_to > 0}  # go on from the rows of zero steps
+    budget = {"budget": f"{steps}steps", "training.fit_head": fitted_to > 0}  # as for the zero-shot rows
     first = trained("adapter, delta trained", "delta", fresh | budget | delta)
     if fitted_to:
         trained("no adapter, head trained", "head", fresh | budget | {"unihyperlora.train": "none"})
@@ -123,14 +123,14 @@ def transfer(
             trained(
                 "LoRA r 8, as many seconds", "lora", lora | budget | {"budget": f"{max(1.0, first.elapsed_s):.1f}s"}
             )
-        except ConfigError:  # an evaluation alone takes most of it
+        except ConfigError:  # the final evaluation would take over half of it
             trained("LoRA r 8, as many steps", "lora", lora | budget)
     write_json(results_dir / f"{name}-transfer.json", asdict(outcome))
     return outcome
 
 
 def zero_shot(job: Job) -> tuple[list[Row], str, str, int]:
-    """Rows with and without the adapter, the metric, the data's name, and answers that heads were fitted to."""
+    """(rows without and with the adapter, metric, dataset name, number of answers that the heads were fitted to)."""
     adapter = cast(UniHyperLora, job.adapter)
     fitted_to = 0
 
@@ -149,7 +149,7 @@ def zero_shot(job: Job) -> tuple[list[Row], str, str, int]:
 
 
 def final_loss(folder: RunFolder) -> float | None:
-    """Of the last evaluation on the validation rows; None where there was none."""
+    """Loss of the last evaluation on the validation rows; None if there was none."""
     losses = [number(event["loss"]) for event in read_events(folder.events) if is_validation(event)]
     return losses[-1] if losses else None
 

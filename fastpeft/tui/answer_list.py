@@ -1,4 +1,4 @@
-"""What a language model is trained on and what it answers: a row with what is learned of it, and prompts over time."""
+"""A language model's first training row, with its trained tokens marked, and its answers to prompts over time."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from fastpeft.tui.format import printable
 
 READ, LEARNED, HEADING = "dim", "bold #009E73", "bold"
 MOST_SETS = 64
-"""Of answers, the newest."""
+"""Number of the newest answer sets that are kept."""
 _LONGEST = 2000
-"""Characters of a text that is shown."""
+"""Most characters shown of a text."""
 
 Pieces = tuple[tuple[str, bool], ...]
-"""(text, whether it is learned)."""
+"""(text, whether it is trained on)."""
 
 
 class Answered(NamedTuple):
@@ -35,18 +35,18 @@ class AnswerSet(NamedTuple):
 
 
 def read_example(event: Event) -> Pieces:
-    """Raises KeyError, TypeError or ValueError for what is none."""
+    """Parse an `example` event. Raises KeyError, TypeError or ValueError for a malformed one."""
     return tuple((_text(text), bool(is_learned)) for text, is_learned in event["pieces"])
 
 
 def read_answers(event: Event) -> AnswerSet:
-    """Raises KeyError, TypeError or ValueError for what is none."""
+    """Parse a `samples` event. Raises KeyError, TypeError or ValueError for a malformed one."""
     answers = (Answered(*(_text(one[key]) for key in Answered._fields)) for one in event["samples"])
     return AnswerSet(int(event["step"]), _text(event["split"]), tuple(answers))
 
 
 def answers_text(example: Pieces | None, sets: Sequence[AnswerSet]) -> Text:
-    """The first training row, and below it each prompt with what was answered, newest first."""
+    """The first training row, and below it each prompt with its answers, newest first."""
     text = Text()
     if example:
         text.append("the first training row: what is dim is read, what is bright is learned\n\n", HEADING)

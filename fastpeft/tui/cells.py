@@ -1,4 +1,4 @@
-"""The list of runs: its columns, what stands in them, what they sort by."""
+"""The list of runs: its columns, their cells and their sort keys."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from fastpeft.tui.theme import NOTE, SPARK, STATUS
 
 STAND_IN = "STAND-IN"
 _LONGEST_NAME = 24
-"""Cells that a name gets beyond its own."""
+"""Most extra cells for the name column."""
 _STAND_IN_STYLE = f"black on {NOTE}"
 
 
 @dataclass(frozen=True)
 class Group:
-    """The runs of one --seeds, as one line."""
+    """The runs of one --seeds, shown as one line."""
 
     name: str
     rows: tuple[RunRow, ...]
@@ -38,10 +38,10 @@ class Column:
     key: str
     label: str
     width: tuple[int, int, int]
-    """In a narrow, a medium and a wide terminal."""
+    """Width in a narrow, a medium and a wide terminal."""
     cell: Callable[[RunRow, int], Text]
     sort: Callable[[RunRow], Any] | None = None
-    """None: by this column nothing is sorted."""
+    """Sort key; None if the column cannot be sorted by."""
     right: bool = False
 
 
@@ -75,7 +75,7 @@ def _budget(row: RunRow, width: int) -> Text:
 
 
 def _by(name: str) -> Callable[[RunRow], float]:
-    """To sort by: what is not known comes last."""
+    """Sort key of a field; unknown values come last."""
 
     def number(row: RunRow) -> float:
         value = getattr(row, name)
@@ -85,13 +85,13 @@ def _by(name: str) -> Callable[[RunRow], float]:
 
 
 def _best_or_last(row: RunRow) -> float:
-    """To sort by: without an evaluation it comes last."""
+    """Sort key of the best or last metric; runs without an evaluation come last."""
     best = best_of(row)
     return best if best is not None and math.isfinite(best) else -math.inf
 
 
 def _score(value: float | None) -> Text:
-    """In six characters; a correlation may be negative."""
+    """A score in six characters; a correlation may be negative."""
     return Text(decimal(value, 4 if value is None or value >= 0 else 3))
 
 
@@ -117,8 +117,8 @@ COLUMNS = (
 
 
 def columns_of(rows: Iterable[RunRow]) -> tuple[Column, ...]:
-    """The test score has one, behind the best, where some run has a test score; a narrow terminal gives it the room of
-    others."""
+    """COLUMNS, with one for the test score after the best if some run has one. In a narrow terminal, other columns
+    shrink for it."""
     if all(row.test is None for row in rows):
         return COLUMNS
     found = [replace(c, width=(_NARROWED.get(c.key, c.width[0]), *c.width[1:])) for c in COLUMNS]
@@ -127,7 +127,7 @@ def columns_of(rows: Iterable[RunRow]) -> tuple[Column, ...]:
 
 
 def fitting(columns: Iterable[Column], size: int, room: int) -> tuple[Column, ...]:
-    """The first ones, as many as there is room for whole; the name gets what is left."""
+    """As many of the first columns as fit whole. The name column gets the remaining room."""
     found, used = list[Column](), 0
     for column in columns:
         used += column.width[size] + 1
@@ -145,7 +145,7 @@ def sorts(columns: Iterable[Column]) -> list[str]:
 
 
 def cells(row: RunRow, columns: Iterable[Column], size: int, indent: str = "") -> list[Text]:
-    """One a column. `size`: 0 narrow, 1 medium, 2 wide."""
+    """One cell per column. `size`: 0 narrow, 1 medium, 2 wide."""
     out = []
     for column in columns:
         width = column.width[size]
@@ -157,7 +157,7 @@ def cells(row: RunRow, columns: Iterable[Column], size: int, indent: str = "") -
 
 
 def group_cells(group: Group, columns: Iterable[Column], size: int) -> list[Text]:
-    """Done of all, the mean of the best values and of the tests, the sum of the joules."""
+    """Cells of a group: finished runs of all, mean best and test scores, total joules."""
     rows, sign = group.rows, "▸" if group.folded else "▾"
     bests = [best for row in rows if (best := best_of(row)) is not None]
     tests = [row.test for row in rows if row.test is not None]
@@ -202,7 +202,7 @@ def ordered(rows: Iterable[RunRow], by: str, descending: bool) -> list[RunRow]:
 
 
 def matching(rows: Iterable[RunRow], text: str) -> list[RunRow]:
-    """Those that have every word somewhere."""
+    """The rows that contain every word of `text` somewhere."""
     words = text.casefold().split()
 
     def holds(row: RunRow) -> bool:
@@ -215,7 +215,7 @@ def matching(rows: Iterable[RunRow], text: str) -> list[RunRow]:
 
 
 def grouped(rows: list[RunRow], folded: set[str]) -> list[RunRow | Group]:
-    """Runs of one --seeds under a line of their own, which stands where the first of them stood."""
+    """`rows` with the runs of each --seeds under a group line, at the position of the group's first run."""
     out: list[RunRow | Group] = []
     for name, members in groups(rows).items():
         if members[0].group is None:

@@ -1,4 +1,4 @@
-"""Colours that stand out from what is behind them, in every theme: the palettes are chosen on a dark ground."""
+"""Enough contrast between foreground and background in every theme: the palettes were chosen on a dark background."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ from rich.style import Style
 from textual.color import Color
 from textual.filter import LineFilter
 
-# WCAG 2.2, 1.4.3 and 1.4.11: of a text, and of a line or a sign.
+# WCAG 2.2, 1.4.3 and 1.4.11: least contrast of text, and of lines and symbols.
 LEAST_OF_TEXT = 4.5
 LEAST_OF_SIGNS = 3.0
 _STEPS = 32
 _BLOCKS = range(0x2580, 0x25A0)
-"""Of scroll bars and borders, whose colours are those of the areas beside them."""
+"""Block characters of scroll bars and borders, which have the colours of adjacent areas on purpose."""
 
 
 class Contrast(LineFilter):
-    """Blends a foreground that is too near to its background with black or white, as little as it takes."""
+    """Blends a foreground of low contrast with black or white, as little as needed."""
 
     def apply(self, segments: Sequence[Segment], background: Color) -> list[Segment]:
         behind = background.rich_color
@@ -29,13 +29,13 @@ class Contrast(LineFilter):
 
 
 def contrast(one: ColorTriplet, other: ColorTriplet) -> float:
-    """The ratio of WCAG 2.2: 1 of equal colours, 21 of black and white."""
+    """The contrast ratio of WCAG 2.2: 1 for equal colours, 21 for black and white."""
     light, dark = sorted((_luminance(one), _luminance(other)), reverse=True)
     return (light + 0.05) / (dark + 0.05)
 
 
 def least_contrast(text: str) -> float:
-    """What `text` asks for; 0 where there is nothing to read."""
+    """The contrast ratio that `text` needs; 0 if there is nothing to read."""
     if not text.strip() or all(char == " " or ord(char) in _BLOCKS for char in text):
         return 0.0
     return LEAST_OF_TEXT if any(map(str.isalnum, text)) else LEAST_OF_SIGNS

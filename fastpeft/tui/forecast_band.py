@@ -1,4 +1,4 @@
-"""What a schedule predicted of the loss at the budget's end, and how that compares with what came."""
+"""A schedule's forecasts of the loss at the budget's end, compared with the actual loss."""
 
 from __future__ import annotations
 
@@ -16,26 +16,26 @@ from fastpeft.tui.widgets.plot import Band
 
 COLOR = "#CC79A7"
 LAST_STEPS = 32
-"""The loss that came is the mean of this many last steps: a forecast is of a mean as well."""
+"""The actual loss is the mean over this many last steps, as forecasts are of a mean too."""
 QUARTERS = (0.25, 0.5, 0.75)
 _NEAR = 0.05
-"""A forecast made this near to a quarter of the budget counts as made there."""
+"""Largest distance, as a share of the budget, at which a forecast counts for a quarter."""
 _COLUMNS = ("y", "at", "horizon", "low", "high", "progress")
 
 
 @dataclass(frozen=True)
 class Forecast:
-    """The mean task loss at the end, and what it may lie between: nan where that is not said."""
+    """Forecast of the mean task loss at the end, with its band; nan if there is no band."""
 
     value: float
     at: float
-    """The step that it was made at."""
+    """Step at which it was made."""
     horizon: float
-    """The step that the budget was then thought to end with."""
+    """Last step of the budget, as estimated then."""
     low: float
     high: float
     progress: float
-    """Share of the budget spent when it was made."""
+    """Share of the budget spent at that time."""
 
     def __str__(self) -> str:
         band = f" ({_three(self.low)}–{_three(self.high)})" if math.isfinite(self.low + self.high) else ""
@@ -43,14 +43,14 @@ class Forecast:
 
 
 def newest(tail: RunTail) -> Forecast | None:
-    """The last one that is a number."""
+    """The last forecast that is not nan."""
     table = _table(tail)
     rows = np.flatnonzero(np.isfinite(table["value"])) if table else np.array([], dtype=np.intp)
     return _forecast(table, rows[-1]) if len(rows) else None
 
 
 def at_quarters(tail: RunTail) -> list[tuple[float, Forecast]]:
-    """Those made at 25, 50 and 75 % of the budget, as far as there are."""
+    """The forecasts made at 25, 50 and 75 % of the budget, as far as they exist."""
     table, found = _table(tail), []
     if not table:
         return []
@@ -63,7 +63,7 @@ def at_quarters(tail: RunTail) -> list[tuple[float, Forecast]]:
 
 
 def came(tail: RunTail) -> float | None:
-    """The loss at the end of a run that reached it: the mean of the last steps."""
+    """The actual loss at the end: the mean of the last steps. None for a run that has not reached its end."""
     loss = tail.series.get("loss")
     if loss is None or (tail.end or {}).get("status") != "done":
         return None
@@ -72,7 +72,7 @@ def came(tail: RunTail) -> float | None:
 
 
 def band(forecast: Forecast, loss: Series, axis: str) -> Band | None:
-    """From where it was made to the budget's end; None while the end's place on the axis is not known."""
+    """The band from the forecast's step to the budget's end; None if the end's position on the axis is unknown."""
     first, last = (loss.at_step(axis, step) for step in (forecast.at, forecast.horizon))
     if first is None or last is None or not first <= last:
         return None
@@ -81,7 +81,7 @@ def band(forecast: Forecast, loss: Series, axis: str) -> Band | None:
 
 
 def summary(tail: RunTail) -> Text:
-    """A line of the schedule's last figures, one of the newest forecast, one of what came of the earlier ones."""
+    """Three lines: the schedule's last values, the newest forecast, and earlier forecasts against the actual loss."""
     lines = []
     figures = {name: s.last for name, s in tail.series.items() if name.startswith("schedule/") and s.last is not None}
     if figures:
@@ -106,7 +106,7 @@ def _compared(forecast: Forecast, real: float | None) -> str:
 
 
 def _three(value: float) -> str:
-    """As many digits as a forecast is worth."""
+    """A value with three significant digits, which a forecast justifies."""
     return short(float(f"{value:.3g}"))
 
 

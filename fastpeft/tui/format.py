@@ -1,4 +1,4 @@
-"""Numbers as short texts that line up in a table."""
+"""Numbers as short, aligned texts for tables."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from rich.text import Text
 
 MISSING = "-"
 _LEAST_LAST = 8
-"""A shorter rest of a heading says nothing."""
+"""Least useful length of the last part of a heading."""
 _ESCAPE = re.compile(r"\x1b(\[[0-?]*[ -/]*[@-~]|\][^\x07\x1b]*(\x07|\x1b\\)?|[ -/]*[0-~])")
-"""What begins with ESC: a sequence with [, one with ] up to its end, a short one."""
+"""Escape sequences: CSI, OSC up to its terminator, and short ones."""
 
 
 def duration(seconds: float | None) -> str:
@@ -30,7 +30,7 @@ def duration(seconds: float | None) -> str:
 
 
 def short(value: float | None, unit: str = "") -> str:
-    """Three digits or four and a prefix: 950, 12.3k, 4.56M."""
+    """Three or four digits and an SI prefix: 950, 12.3k, 4.56M."""
     if value is None or math.isnan(value):
         return MISSING
     if math.isinf(value):
@@ -44,7 +44,7 @@ def short(value: float | None, unit: str = "") -> str:
 
 
 def decimal(value: float | None, digits: int = 4) -> str:
-    """A loss or a metric in seven characters, or six for one in 0..1: none is cut off to a smaller number."""
+    """A loss or a metric in at most seven characters, six if in 0..1, so that no column truncates it."""
     if value is None:
         return MISSING
     if not math.isfinite(value):
@@ -57,26 +57,26 @@ def decimal(value: float | None, digits: int = 4) -> str:
 
 
 def scientific(value: float, digits: int = 1) -> str:
-    """1.2e-6: without the zeros of Python's 1.2e-06."""
+    """1.2e-6, where Python writes 1.2e-06."""
     mantissa, _, power = f"{value:.{digits}e}".partition("e")
     return f"{mantissa}e{int(power)}"
 
 
 def printable(text: str) -> str:
-    """Without what would steer the terminal, such as colours and titles, and what a \\r in it wrote over."""
+    """`text` without escape sequences, such as colours and titles, and without what a \\r in it overwrote."""
     lines = [_ESCAPE.sub("", line).rstrip("\r").rpartition("\r")[2].expandtabs(4) for line in text.split("\n")]
     return "\n".join("".join(c if c.isprintable() else "�" for c in line) for line in lines)
 
 
 def amount(value: float, kind: str) -> str:
-    """Of a budget, in its kind's unit."""
+    """An amount of a budget with the unit of its kind."""
     if kind == "seconds":
         return duration(value)
     return short(value, {"joules": "J", "tokens": "tok", "steps": ""}.get(kind, ""))
 
 
 def bar(share: float | None, width: int, style: str = "") -> Text:
-    """A budget bar that reads without colour as well."""
+    """A budget bar that is readable without colour."""
     if share is None or not math.isfinite(share):
         return Text(MISSING.ljust(width), style="dim")
     percent = f"{share:4.0%}"
@@ -86,12 +86,12 @@ def bar(share: float | None, width: int, style: str = "") -> Text:
 
 
 def joined(parts: Iterable[Text | str], gap: str = "  ") -> Text:
-    """The parts that are not empty, with blanks between them, so that none runs into the next."""
+    """The non-empty parts, separated by blanks."""
     return Text(gap).join([part if isinstance(part, Text) else Text(part) for part in parts if part])
 
 
 def fitted(parts: Sequence[Text | str], width: int) -> Text:
-    """As `joined`, of as many parts as there is room for: those at the end are left out whole."""
+    """As `joined`, with as many of the first parts as fit whole."""
     for num in range(len(parts), 1, -1):
         text = joined(parts[:num])
         if text.cell_len <= width:
@@ -102,7 +102,7 @@ def fitted(parts: Sequence[Text | str], width: int) -> Text:
 
 
 def flowed(parts: Sequence[Text | str], width: int) -> Text:
-    """As `joined`, on as many lines as it takes; none goes over a line's end."""
+    """As `joined`, on as many lines as needed; no part is broken."""
     lines: list[Text] = []
     for part in parts:
         longer = joined([*lines[-1:], part])
@@ -114,7 +114,7 @@ def flowed(parts: Sequence[Text | str], width: int) -> Text:
 
 
 def headed(name: str, parts: Iterable[Text | str], last: str, width: int) -> Text:
-    """A name, facts about it, and something longer. The name and the last are cut where there is no room for all."""
+    """A name, facts and a longer last text. The name and the last text are shortened if there is no room for all."""
     facts = joined(parts)
     room = width - facts.cell_len - 2 * bool(facts)
     own = min(len(name), max(room // 2, room - len(last) - 2))
@@ -123,7 +123,7 @@ def headed(name: str, parts: Iterable[Text | str], last: str, width: int) -> Tex
 
 
 def shortened(text: str, width: int) -> str:
-    """Cut in the middle: names of runs differ at both ends."""
+    """`text` shortened in the middle, since names of runs differ at both ends."""
     if len(text) <= width:
         return text
     tail = width // 2
@@ -134,13 +134,13 @@ _BLOCKS = "▁▂▃▄▅▆▇█"
 
 
 def sparkline(values: tuple[float, ...], width: int) -> str:
-    """Finite values as blocks, the mean of those that share one."""
+    """Finite values as block characters; values that share one are averaged."""
     if not values:
         return ""
     num = min(width, len(values))
     means = []
     for i in range(num):
         part = values[len(values) * i // num : len(values) * (i + 1) // num]
-        means.append(sum(value / 2 / len(part) for value in part))  # halves: the span of any two is finite
+        means.append(sum(value / 2 / len(part) for value in part))  # halved, so that no difference overflows
     low, span = min(means), max(means) - min(means)
     return "".join(_BLOCKS[round((mean - low) / span * 7) if span else 0] for mean in means)

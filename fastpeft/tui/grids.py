@@ -1,4 +1,4 @@
-"""Numbers of a model's matrices, layer x projection, as a run's log has them."""
+"""Values of a model's matrices from a run's log, as a grid of layer x projection."""
 
 from __future__ import annotations
 
@@ -13,24 +13,24 @@ from fastpeft.tui.series import Floats
 
 @dataclass(frozen=True)
 class Grid:
-    """What a Heatmap shows. Every array is (rows, columns), nan where the model has no such matrix."""
+    """The content of a Heatmap. Every array is (rows, columns), nan where the model has no such matrix."""
 
     rows: tuple[str, ...]
     columns: tuple[str, ...]
     values: Floats
     value_name: str = "value"
     more: dict[str, Floats] = field(default_factory=dict)
-    """Further numbers for the cursor, by name."""
+    """Further values shown at the cursor, by name."""
     first: Floats | None = None
-    """Earlier values, for the change since."""
+    """Earlier values, from which the change is shown."""
     names: dict[tuple[int, int], str] = field(default_factory=dict)
-    """Full names by row and column."""
+    """Full name by (row, column)."""
     is_ratio: bool = False
-    """Values are factors: the scale is logarithmic, 1 in its middle."""
+    """Values are factors: the scale is logarithmic with 1 in the middle."""
 
 
 def importance_grid(snapshots: Sequence[Importance], at: int = -1) -> Grid:
-    """Snapshot `at` against the first. Several matrices of one layer and projection get columns of their own.
+    """Snapshot `at`, with the change since the first. Matrices of one layer and projection get separate columns.
 
     Raises:
         IndexError: there is no such snapshot.
@@ -43,7 +43,7 @@ def importance_grid(snapshots: Sequence[Importance], at: int = -1) -> Grid:
 
 
 def rates_grid(snapshots: Sequence[Rates], at: int = -1) -> Grid:
-    """As `importance_grid`, of the factors on the learning rate."""
+    """As `importance_grid`, for the multipliers of the learning rate."""
     snapshot, first = snapshots[at], snapshots[0]
     grid = _grid(snapshot, first, snapshot.multipliers, first.multipliers)
     return replace(grid, value_name="multiplier", is_ratio=True)
@@ -61,7 +61,7 @@ def _grid(snapshot: Blocks, first: Blocks, values: Floats, first_values: Floats)
 
 
 def _spread(blocks: Blocks, values: Floats) -> tuple[tuple[str, ...], tuple[str, ...], Floats, list[tuple[int, int]]]:
-    """Names of the rows and of the columns, the values there, and each block's row and column."""
+    """(row names, column names, values, each block's (row, column))."""
     rows = sorted(set(blocks.layer))
     keys, columns = [], {}
     seen: dict[tuple[int, str], int] = {}

@@ -1,4 +1,4 @@
-"""Metrics of evaluations: which of them share a plot, and a table of those of parts of the data."""
+"""Metrics of evaluations: which of them share a plot, and a table of metrics of parts of the data."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _DRAWN_ELSEWHERE = ("eval/loss", "eval/decode_s")
 
 
 def shares(series: Mapping[str, Series]) -> tuple[str, ...]:
-    """Names of the series that are drawn together: shares, and correlations, which lie within -1 and 1."""
+    """Names of the series that share a plot: shares and correlations, which lie within -1 and 1."""
     return tuple(name for name in series if _is_metric(name) and not _is_large(series[name]))
 
 
@@ -26,7 +26,7 @@ def others(series: Mapping[str, Series]) -> tuple[str, ...]:
 
 
 def parts_table(found: Sequence[PartScores]) -> Table:
-    """The splits one under another, a line a part."""
+    """One line per part, split after split."""
     names = list(dict.fromkeys(name for one in found for name in table_of(one.groups)[0]))
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
     table.add_column("", overflow="fold")

@@ -1,4 +1,4 @@
-"""From the texts of the start form to an order for the trainer, or what is wrong with them."""
+"""Turns the texts of the start form into an order for the trainer, or into problems."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from fastpeft.tui.steer import Order
 
 @dataclass(frozen=True, kw_only=True)
 class Draft:
-    """What stands in the form's fields."""
+    """The texts in the form's fields."""
 
     run: str = ""
     budget: str = ""
@@ -31,18 +31,18 @@ class Draft:
 
 @dataclass(frozen=True)
 class Checked:
-    """A draft that the configuration's schema has seen."""
+    """The result of validating a draft."""
 
     order: Order | None
-    """None where there are problems."""
+    """None if there are problems."""
     problems: list[str] = field(default_factory=list)
     summary: str = ""
     help: str = ""
-    """Of the key that the overrides end with."""
+    """Documentation of the last key in the overrides."""
 
 
 def check(draft: Draft, results_dir: Path) -> Checked:
-    """Validate as `fastpeft train` does. Takes about 10 ms, the first time a second: not for the screen's thread."""
+    """Validate as `fastpeft train` does. Takes about 10 ms, the first time a second: not for the UI thread."""
     help = key_help(last_key(draft.overrides))
     if not draft.run.strip():
         return Checked(None, ["Run: a preset's name, or the path of a YAML file"], help=help)
@@ -85,7 +85,7 @@ def summary(run: RunConfig, order: Order) -> str:
     return f"{run.method} on {run.model.name}, {run.dataset.name}, {budget}{seeds}"
 
 
-# ---- the settings there are ----------------------------------------------------------------
+# ---- settings ------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -140,13 +140,13 @@ def _kind(value: dict[str, Any]) -> str:
 
 
 def last_key(overrides: str) -> str:
-    """The key of the setting that is being typed."""
+    """The key of the setting being typed."""
     words = overrides.split()
     return words[-1].partition("=")[0] if words and not overrides.endswith(" ") else ""
 
 
 def key_help(key: str) -> str:
-    """What a key means; the keys that begin so, where it is not whole."""
+    """A key's documentation; for an incomplete key, the keys that begin with it."""
     if key in settings():
         return str(settings()[key])
     starts = [name for name in settings() if key and name.startswith(key)]
@@ -154,7 +154,7 @@ def key_help(key: str) -> str:
 
 
 def complete(overrides: str) -> str | None:
-    """The overrides with their last key made whole."""
+    """The overrides with their last key completed; None if it cannot be."""
     key = last_key(overrides)
     if not key or overrides.endswith("=") or "=" in overrides.split()[-1]:
         return None

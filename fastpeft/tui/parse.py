@@ -1,4 +1,4 @@
-"""Lines of events.jsonl to columns, many at a time."""
+"""Parses many lines of events.jsonl at a time into columns."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ from fastpeft.tui.answer_list import AnswerSet, Pieces, read_answers, read_examp
 from fastpeft.tui.format import printable
 from fastpeft.tui.series import Floats, StepTable
 
-_STEP = StepTable.READ[:-1]  # penalty_share is the one that a method may not have
+_STEP = StepTable.READ[:-1]  # only penalty_share may be missing
 _STEP_ROW: np.dtype[Any] = np.dtype((np.float64, len(_STEP)))
 _step_values = itemgetter(*_STEP)
 _TYPE_OF = itemgetter("type")
 
 
 class Notable(NamedTuple):
-    """An event for the log that a person reads."""
+    """An event for the log on the screen."""
 
     elapsed_s: float
     step: int
@@ -36,7 +36,7 @@ class Notable(NamedTuple):
 
 @dataclass(frozen=True)
 class Blocks:
-    """Matrices of a model, and when something of each was logged."""
+    """A model's matrices, and the time of a logged event about them."""
 
     elapsed_s: float
     step: int
@@ -47,7 +47,7 @@ class Blocks:
 
 @dataclass(frozen=True)
 class Importance(Blocks):
-    """One importance event. `sensitivity` and `ranks` are None where the method has none."""
+    """One importance event. `sensitivity` and `ranks` are None if the method has none."""
 
     weights: Floats
     sensitivity: Floats | None = None
@@ -56,13 +56,13 @@ class Importance(Blocks):
 
 @dataclass(frozen=True)
 class Rates(Blocks):
-    """One rates event: what a schedule multiplies each block's learning rate by."""
+    """One rates event: the schedule's multiplier of each block's learning rate."""
 
     multipliers: Floats
 
 
 class SplitScore(NamedTuple):
-    """An evaluation of another split than the validation split, which is scored once."""
+    """The score of a split other than validation, which is scored once."""
 
     split: str
     metric: str
@@ -80,11 +80,11 @@ class PartScores:
 
 @dataclass
 class Parsed:
-    """What some whole lines hold."""
+    """The content of some complete lines."""
 
     steps_CN: Floats = field(default_factory=lambda: np.empty((len(StepTable.READ), 0)))
     values: dict[str, Floats] = field(default_factory=dict)
-    """By series: elapsed_s, step, value, and of some more, as COLUMNS has them."""
+    """Series -> its columns: elapsed_s, step, value, and for some series more, as in COLUMNS."""
     notable: list[Notable] = field(default_factory=list)
     importance: list[Importance] = field(default_factory=list)
     rates: list[Rates] = field(default_factory=list)
@@ -100,7 +100,7 @@ class Parsed:
 
 
 def parse(lines: bytes) -> Parsed:
-    """`lines` end with a newline each. Lines that are no event are counted; unknown types are passed over."""
+    """Parse lines, each ended by a newline. Malformed lines are counted; unknown event types are skipped."""
     parsed = Parsed()
     events = _events(lines, parsed)
     steps = [e for e in events if e["type"] == "step"]
@@ -142,12 +142,12 @@ def _steps(events: list[Event], parsed: Parsed) -> Floats:
     except (KeyError, TypeError, ValueError):
         return _steps_one_by_one(events, parsed)
     steps_CN = np.concatenate([table_NC.T, share_N[None]])
-    steps_CN[2] = np.nan_to_num(steps_CN[2])  # a sum goes over the tokens
+    steps_CN[2] = np.nan_to_num(steps_CN[2])  # tokens are summed, so nan would spread
     return steps_CN
 
 
 def _steps_one_by_one(events: list[Event], parsed: Parsed) -> Floats:
-    """Some line is no step as the trainer writes it: without a place on the axes it is malformed."""
+    """The slow path, if some line is not a step as the trainer writes it. A step without axis values is malformed."""
     rows = []
     for event in events:
         try:
@@ -183,11 +183,11 @@ _KEPT = {"rates", "samples", "example"}
 """Events that are neither drawn as a curve nor listed."""
 FORECAST = "forecast"
 MAX_FIGURES = 16
-"""Of one schedule event."""
+"""Most values kept of one schedule event."""
 
 
 def columns_of(series: str) -> tuple[str, ...]:
-    """Of the table that holds a series which is not of steps."""
+    """Columns of the table of a series that is not per step."""
     more = {FORECAST: ("at", "horizon", "low", "high", "progress"), "eval": ("energy_j",)}
     return ("elapsed_s", "step", "y", *more.get(series.partition("/")[0], ()))
 
@@ -234,7 +234,7 @@ def _system_rows(event: Event) -> dict[str, list[float]]:
 
 
 def _measured(event: Event) -> dict[str, Any]:
-    """An evaluation's numbers by name."""
+    """Name -> number of an evaluation."""
     loss = {} if event.get("loss") is None else {"loss": event["loss"]}
     return {event["metric"]: event["value"]} | (event.get("more") or {}) | loss
 
@@ -257,14 +257,14 @@ def _is_number(value: Any) -> bool:
 
 
 def _forecast_rows(event: Event) -> dict[str, list[float]]:
-    """Without a band its edges are nan; without the step that it was made at, it was made at the event's."""
+    """Rows of a forecast event. A missing band is nan. If it does not say its step, the event's step counts."""
     at = number(event["step"] if event.get("at") is None else event["at"])
     more = [math.nan if event.get(key) is None else number(event[key]) for key in ("low", "high", "progress")]
     return {FORECAST: [number(event["value"]), at, number(event["horizon"]), *more]}
 
 
 def _schedule_rows(event: Event) -> dict[str, list[float]]:
-    """Whatever it says, by its own names; of a group of figures each under the group's, of a list the mean."""
+    """Rows of a schedule event, by its own names. Nested values are prefixed by their group; a list gives its mean."""
     figures: dict[str, Any] = {}
     for name, value in event.items():
         group = {f"{name} {key}": each for key, each in value.items()} if isinstance(value, dict) else {name: value}
@@ -286,7 +286,7 @@ def _blocks(event: Event) -> tuple[float, int, tuple[str, ...], tuple[int, ...],
 
 
 def _column(event: Event, key: str) -> Floats | None:
-    """A number a block."""
+    """One number per block."""
     if event.get(key) is None:
         return None
     if len(event[key]) != len(event["names"]):
@@ -320,7 +320,7 @@ def _eval_text(event: Event) -> str:
 
 
 def _phase_text(event: Event) -> str:
-    """Of a phase that begins; how far it is, the screen's title says."""
+    """The text of a beginning phase. Its progress is in the screen's title."""
     return "" if event.get("done") else str(event["text"])
 
 

@@ -1,7 +1,7 @@
-"""Screenshots that look alike in every viewer: each sign in its cell, lines and dots drawn instead of typed.
+"""Screenshots that look the same in every viewer: each character in its cell, lines and dots drawn as paths.
 
-The toolkit's SVG is runs of text. A viewer without its font gives signs other widths, which shifts what follows, and
-may drop the blanks that a run begins with.
+Textual's SVG consists of runs of text. In a viewer without its font, characters have other widths, which shifts what
+follows, and leading blanks may be dropped.
 """
 
 from __future__ import annotations
@@ -35,13 +35,13 @@ _PARTS = {
     **{chr(0x2590 - i): (0.0, 0.0, i / 8, 1.0) for i in range(1, 8)},
     **dict.fromkeys(_SHADES, (0.0, 0.0, 1.0, 1.0)),
 }  # fmt: skip
-"""Of a cell: left, top, width, height."""
+"""(left, top, width, height) as shares of a cell."""
 
 Box = tuple[float, float, float, float]
 
 
 def in_cells(svg: str) -> str:
-    """`svg`, as Textual exports it, with its texts laid out anew."""
+    """Textual's SVG `svg` with its texts laid out in cells."""
     ElementTree.register_namespace("", _SVG)
     root = ElementTree.fromstring(svg)
     for group in list(root.iter(_GROUP)):
@@ -54,7 +54,7 @@ def in_cells(svg: str) -> str:
 
 
 def _laid_out(text: Element) -> Iterator[Element]:
-    """One text of all that is typed, and a path of all that is drawn, for each strength."""
+    """One text element of all typed characters, and one path of all drawn ones for each opacity."""
     signs = text.text or ""
     width = float(text.attrib["textLength"]) / len(signs)
     x, baseline = float(text.attrib["x"]), float(text.attrib["y"])
@@ -79,7 +79,7 @@ def _laid_out(text: Element) -> Iterator[Element]:
 
 
 def _boxes(sign: str) -> Iterator[Box]:
-    """What a sign of a plot or of a frame consists of, in shares of its cell; nothing of others."""
+    """The boxes of a plot or frame character, in shares of its cell; none for other characters."""
     if BLANK < ord(sign) <= BLANK + 0xFF:
         for row in range(4):
             for column in range(2):

@@ -1,4 +1,4 @@
-"""The program: it keeps the list of runs fresh, watches trainers that it started, and holds the screens."""
+"""The application: it refreshes the list of runs, watches the trainers that it started, and owns the screens."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ class FastpeftApp(RunsApp):
     def __init__(self, results_dir: Path, launch: Launch | None = None) -> None:
         super().__init__(results_dir, launch)
         self.num_reads = 0
-        """How often the list of runs was read."""
+        """Number of times that the list of runs was read."""
         self._open_when_there = launch
         self._index = RunsIndex(self.results_dir)
 
@@ -88,7 +88,7 @@ class FastpeftApp(RunsApp):
 
     @work(group="look_back")
     async def _look_back(self) -> None:
-        """Starts that failed while no program watched them. Those of this one are not among them."""
+        """Report starts that failed while no TUI watched them. Those of this TUI are reported elsewhere."""
         if self.launches:
             return
         for name, text in (await asyncio.to_thread(left_behind, self.results_dir)).items():
@@ -97,7 +97,7 @@ class FastpeftApp(RunsApp):
     # ---- trainers --------------------------------------------------------------------------
 
     def _tell_launches(self) -> None:
-        """Show the run that `train --tui` started once it is there; say what failed at its start."""
+        """Show the run of `train --tui` once its folder exists, and report failed starts."""
         wanted = self._open_when_there
         if wanted is not None and (wanted.folder / "run.yaml").exists():
             self._open_when_there = None
@@ -132,7 +132,7 @@ class FastpeftApp(RunsApp):
             self.notify(f"{launch.name} is process {launch.pid}: it goes on when this closes", title="Starting")
 
     def get_system_commands(self, screen: Screen) -> Iterable[SystemCommand]:
-        """Textual's, and every key of the screen."""
+        """Textual's commands, and every key binding of the screen."""
         yield from super().get_system_commands(screen)
         for active in screen.active_bindings.values():
             binding = active.binding

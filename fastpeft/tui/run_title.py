@@ -14,7 +14,7 @@ from fastpeft.tui.theme import STATUS, WRONG
 
 
 def run_title(row: RunRow | None, run: str, tail: RunTail | None, width: int) -> Text:
-    """Two lines: what it is, and how far it is."""
+    """Two lines: the run's name and facts, and its progress."""
     if row is None:
         return headed(run, ["there is no such run now"], "", width - 2).append("\n")
     said: list[Text | str] = [cells.status_badge(row.status), cells.stand_in_badge() if row.stand_in else ""]
@@ -48,7 +48,7 @@ def run_title(row: RunRow | None, run: str, tail: RunTail | None, width: int) ->
 
 
 def _phase(event: dict[str, Any]) -> str:
-    """What the trainer is busy with, how far it is, and when the first step ends."""
+    """The current phase, its progress, and the time to the end of the first step."""
     text = printable(str(event["text"]))
     if "done" in event:
         text += f": {event['done']:,} of {event['total']:,} {printable(str(event['unit']))}"

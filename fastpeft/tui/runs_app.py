@@ -1,4 +1,4 @@
-"""What the screens know of the program: the runs it read, their logs, its trainers, the ways to other screens."""
+"""The application as the screens see it: runs, their logs, started trainers, and the ways to other screens."""
 
 from __future__ import annotations
 
@@ -16,40 +16,40 @@ from fastpeft.tui.steer import Launch
 from fastpeft.tui.tail import RunTail
 
 MAX_TAILS = 12
-"""Logs kept open, so that a run that is looked at again is not read again."""
+"""Most logs kept open, so that a run shown again need not be read again."""
 
 
 class RunsApp(App[None]):
-    """The state that screens share. The program itself adds the screens, and keeps the state fresh."""
+    """The state that screens share. FastpeftApp adds the screens, and refreshes the state."""
 
     def __init__(self, results_dir: Path, launch: Launch | None = None) -> None:
         super().__init__()
         self.results_dir = Path(results_dir)
         self.rows: list[RunRow] = []
         self.marked: dict[str, None] = {}
-        """Names, in the order in which they were marked."""
+        """Names of the marked runs, in marking order."""
         self.launches: list[Launch] = [] if launch is None else [launch]
         self._tails: dict[Path, RunTail] = {}
         self._wanted = asyncio.Event()
         self._contrast = Contrast()
 
-    # ---- how it looks ----------------------------------------------------------------------
+    # ---- appearance ------------------------------------------------------------------------
 
     def get_line_filters(self) -> Sequence[LineFilter]:
         return [*super().get_line_filters(), self._contrast]
 
     def export_screenshot(self, *, title: str | None = None, simplify: bool = False) -> str:
-        """As an SVG that looks alike in every viewer."""
+        """An SVG that looks the same in every viewer."""
         return in_cells(super().export_screenshot(title=title, simplify=simplify))
 
-    # ---- what the screens share ------------------------------------------------------------
+    # ---- shared state ----------------------------------------------------------------------
 
     @property
     def is_exiting(self) -> bool:
         return self._exit
 
     def tail(self, name: str) -> RunTail:
-        """The log of a run. The same one as before, so that nothing is read twice."""
+        """The log of a run. Repeated calls return one object, so that nothing is read twice."""
         path = self.results_dir / name / "events.jsonl"
         tail = self._tails.pop(path, None) or RunTail(path)
         self._tails[path] = tail

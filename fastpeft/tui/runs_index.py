@@ -1,4 +1,4 @@
-"""All runs under a results folder, cheaply: small files when they change, a log only at a few places."""
+"""All runs under a results folder, read cheaply: small files when they change, and a log at a few places only."""
 
 from __future__ import annotations
 
@@ -20,19 +20,19 @@ from fastpeft.tui.parse import parse
 from fastpeft.tui.series import RATE_ROWS
 
 TAIL_BYTES = 1 << 15
-"""About a hundred steps."""
+"""Bytes read at a log's end, about a hundred steps."""
 SPARK_POINTS = 32
 _SPARK_BYTES = 1 << 10
 
 
 @dataclass(frozen=True)
 class RunRow:
-    """A run as the list shows it. What is not known is None, or empty."""
+    """A run as the list shows it. Unknown values are None or empty."""
 
     name: str
     path: Path
     status: str
-    """running, dead, done, stopped, diverged, failed; "no result" where result.json is missing or unreadable."""
+    """running, dead, done, stopped, pruned, diverged, failed; "no result" if result.json is missing or unreadable."""
     created_s: float
     """Unix time of run.yaml."""
     method: str = ""
@@ -40,15 +40,15 @@ class RunRow:
     dataset: str = ""
     stand_in: bool = False
     group: str | None = None
-    """What the runs of --seeds share."""
+    """Group of related runs, such as those of --seeds."""
     seed: int | None = None
     budget_kind: str = ""
     budget_limit: float | None = None
     budget_spent: float | None = None
     progress: float | None = None
-    """Of the budget, 0..1."""
+    """Spent share of the budget, 0..1."""
     eta_s: float | None = None
-    """Only while it runs."""
+    """Seconds to the end, only while the run is running."""
     elapsed_s: float | None = None
     steps: int | None = None
     tokens: int | None = None
@@ -56,27 +56,27 @@ class RunRow:
     """May be nan."""
     metric_name: str = ""
     metric: float | None = None
-    """Of the last evaluation; at most 1."""
+    """Metric of the last evaluation; at most 1."""
     best: float | None = None
     test: float | None = None
-    """Of the test split, scored once."""
+    """Score of the test split."""
     tokens_per_s: float | None = None
-    """Over the last 32 steps while it runs, else over the run."""
+    """Mean over the last 32 steps while the run is running, else over the whole run."""
     energy_j: float | None = None
     energy_method: str = "none"
     sparkline: tuple[float, ...] = ()
-    """The loss at up to SPARK_POINTS evenly spaced places of the log, the last step's last; finite."""
+    """Finite losses at up to SPARK_POINTS evenly spaced places of the log, ending with the last step's."""
 
 
 class RunsIndex:
-    """Lists a results folder again and again. One thread at a time."""
+    """Lists a results folder repeatedly. For one thread at a time."""
 
     def __init__(self, results_dir: Path) -> None:
         self.results_dir = Path(results_dir)
         self._known: dict[str, _Run] = {}
 
     def refresh(self) -> list[RunRow]:
-        """Every run, oldest first. Reads only what changed; a folder that cannot be read is left out."""
+        """Every run, oldest first. Only changed files are read; a folder that cannot be read is left out."""
         try:
             with os.scandir(self.results_dir) as entries:
                 names = sorted(entry.name for entry in entries if _may_be_run(entry))
@@ -88,7 +88,7 @@ class RunsIndex:
 
 
 def groups(rows: Iterable[RunRow]) -> dict[str, list[RunRow]]:
-    """Rows by what they share: the group of --seeds, or their own name."""
+    """Rows by group, or by their own name if they have none."""
     found: dict[str, list[RunRow]] = {}
     for row in rows:
         found.setdefault(row.group or row.name, []).append(row)
@@ -96,15 +96,15 @@ def groups(rows: Iterable[RunRow]) -> dict[str, list[RunRow]]:
 
 
 def _may_be_run(entry: os.DirEntry) -> bool:
-    """A folder that is not hidden (as one is that is being deleted), with a name that a terminal can show."""
+    """Whether this is a folder with a printable name that is not hidden. Folders being deleted are hidden."""
     try:
         return entry.name.isprintable() and not entry.name.startswith(".") and entry.is_dir()
-    except OSError:  # a link that leads nowhere, or to where nobody may look
+    except OSError:  # a broken link, or no permission
         return False
 
 
 class _Run:
-    """A folder, and what was last read of it."""
+    """A run's folder, and what was last read from it."""
 
     def __init__(self, path: Path) -> None:
         self._folder = RunFolder(path)
@@ -126,14 +126,14 @@ class _Run:
                 self._result = folder.read_result()
             try:
                 self._row = self._read(config, log_key)
-            except OSError:  # deleted meanwhile
+            except OSError:  # deleted in the meantime
                 return None
             self._result_key, self._log_key = result_key, log_key
         status = self._status(log_key or result_key)
         return replace(self._row, status=status, eta_s=self._row.eta_s if status == "running" else None)
 
     def _status(self, written: tuple[int, ...] | None) -> str:
-        """As RunFolder.status, of what was read already."""
+        """As RunFolder.status, from files already read."""
         if self._result is None or written is None or self._result.status != "running":
             return self._result.status if self._result else "no result"
         return "dead" if time.time() - written[1] / 1e9 > DEAD_AFTER_S else "running"
@@ -145,7 +145,7 @@ class _Run:
                 with self._folder.events.open("rb") as file:
                     row = self._from_log(row, file.fileno(), log_key)
             except (PermissionError, IsADirectoryError):
-                pass  # result.json says something still
+                pass  # result.json is still usable
         return row if self._result is None else _with_result(row, self._result)
 
     def _from_log(self, row: RunRow, file: int, key: tuple[int, ...]) -> RunRow:
@@ -163,7 +163,7 @@ class _Run:
 
 
 def _key(path: Path) -> tuple[int, ...] | None:
-    """Inode, time of the last write in ns, size."""
+    """(inode, modification time in ns, size); None if the file is missing."""
     try:
         found = path.stat()
     except OSError:
@@ -177,7 +177,7 @@ def _whole_lines(data: bytes, from_start: bool) -> bytes:
 
 
 def _losses(file: int, size: int) -> list[tuple[int, float]]:
-    """Place and loss of a step near each of SPARK_POINTS - 1 evenly spaced places."""
+    """(offset, loss) of a step near each of SPARK_POINTS - 1 evenly spaced offsets."""
     found: dict[int, float] = {}
     for i in range(SPARK_POINTS - 1):
         start = size * i // (SPARK_POINTS - 1)
@@ -202,7 +202,7 @@ def _loss(line: bytes) -> float | None:
 
 
 def _with_header(row: RunRow, event: Event | None) -> RunRow:
-    """A run without a result.json: what its first event says."""
+    """Fill in the first event's facts, for a run without a result.json."""
     if event is None:
         return row
     try:
@@ -245,7 +245,7 @@ def _with_tail(row: RunRow, lines: bytes) -> RunRow:
 
 
 def _progress(lines: bytes) -> dict[str, float]:
-    """Progress at the last step, and the time that the rest takes at the pace of these lines."""
+    """Progress at the last step, and the remaining time at the speed of these lines."""
     places = (lines.find(b'{"type":"step"'), lines.rfind(b'{"type":"step"'))
     events = [parse_event(lines[place:].partition(b"\n")[0]) for place in places if place >= 0]
     try:
@@ -259,7 +259,7 @@ def _progress(lines: bytes) -> dict[str, float]:
 
 
 def _with_result(row: RunRow, result: Result) -> RunRow:
-    """What result.json knows better: everything once the run has ended, else what the log's end does not say."""
+    """Merge in result.json: everything once the run has ended, else only what the log's end lacks."""
     ended = result.status != "running"
     limit, spent = _float(result.budget.get("limit")), _float(result.budget.get("spent"))
     progress = row.progress
@@ -300,7 +300,7 @@ def _with_result(row: RunRow, result: Result) -> RunRow:
 
 
 def _float(value: Any) -> float | None:
-    """A number of result.json, where one that is not finite is a string."""
+    """A number of result.json, in which non-finite ones are strings."""
     try:
         return None if value is None else number(value)
     except (KeyError, TypeError, ValueError):

@@ -1,7 +1,7 @@
-"""Columns of numbers that grow, and what a plot asks of them: a range, thinned to the screen, smoothed.
+"""Growing columns of numbers, and the queries of a plot: a range, thinned to the screen and smoothed.
 
-A worker thread appends, the screen's thread reads. Rows never change once appended, so a reader's
-arrays stay valid; each call reads one state of the table.
+A worker thread appends, and the UI thread reads. Rows never change once appended, so a reader's arrays stay valid. Each
+call reads one consistent state of the table.
 """
 
 # N rows, C columns
@@ -19,19 +19,19 @@ from fastpeft.tui.thin import BLOCK_ROWS, Blocks, Window, thinned
 Floats = NDArray[np.float64]
 
 AXES = ("time", "steps", "tokens", "joules")
-"""What a curve can be drawn against: elapsed_s, optimizer steps, tokens trained on, joules spent."""
+"""The x axes of a curve: elapsed_s, optimizer steps, tokens trained on, joules spent."""
 
 RATE_ROWS = 32
-"""tokens_per_s and power_w are means over this many steps, as the console's are."""
+"""tokens_per_s and power_w are means over this many steps, as in the console."""
 
 _FIRST_CAPACITY = 256
 _GROWTH = 1.5
 _LONG = 4
-"""A range of more than this many blocks a bucket is drawn from the blocks."""
+"""A range with more than this many blocks per bucket is drawn from the blocks."""
 
 
 class Table:
-    """Named float64 columns. `ahead` holds rows of later places of a file, read before those between."""
+    """Named float64 columns. Rows that were sampled ahead, from later offsets of the file, are kept separately."""
 
     def __init__(self, *names: str) -> None:
         self.names = names
@@ -40,7 +40,7 @@ class Table:
         self._num = 0
         self._ahead: dict[int, Floats] = {}
         self._joined: dict[str, Floats] = {}
-        """Columns with those rows, until more come."""
+        """Cache of columns that include the rows ahead, until more rows come."""
         self._lock = threading.Lock()
 
     def append(self, rows_CN: Floats) -> None:
@@ -49,13 +49,13 @@ class Table:
             self._joined = {}
 
     def put_ahead(self, rows: dict[int, Floats]) -> None:
-        """Show these rows, by place, after all appended ones, until `append_ahead(place)`."""
+        """Show these rows, by file offset, after all appended ones, until `append_ahead(place)`."""
         with self._lock:
             self._ahead = dict(sorted([*self._ahead.items(), *rows.items()]))
             self._joined = {}
 
     def append_ahead(self, place: int) -> None:
-        """Everything before `place` has been appended: now these rows are."""
+        """Append the rows ahead at `place`, once all rows before it have been appended."""
         with self._lock:
             rows_CN = self._ahead.get(place)
             if rows_CN is not None:
@@ -64,12 +64,12 @@ class Table:
                 self._joined = {}
 
     def reserve(self, num: int) -> None:
-        """Room for this many rows: memory that is not written to costs nothing."""
+        """Allocate room for this many rows. Unwritten memory costs nothing."""
         with self._lock:
             self._grow(num)
 
     def take(self, *names: str) -> list[Floats]:
-        """Columns of one state of the table. Not to be written to."""
+        """Columns of one consistent state of the table. Do not write to them."""
         with self._lock:
             rows_CN, ahead = self._rows_CN[:, : self._num], list(self._ahead.values())
             if not ahead:
@@ -84,12 +84,12 @@ class Table:
 
     @property
     def num_settled(self) -> int:
-        """Rows that no others can come before any more."""
+        """Number of rows before which no row can be inserted any more."""
         return self._num
 
     @property
     def num_bytes(self) -> int:
-        """Of the rows; the room for more is not memory until it is written to."""
+        """Bytes of the rows. Reserved room is not counted, since it is not memory until written."""
         return 8 * len(self.names) * len(self)
 
     def _join(self, column: int, rows_CN: Floats, ahead: list[Floats]) -> Floats:
@@ -109,7 +109,7 @@ class Table:
 
 
 class StepTable(Table):
-    """A row an optimizer step. Appended with the columns of `READ`; the others are made from them."""
+    """One row per optimizer step. Rows are appended with the columns of `READ`; the other columns are derived."""
 
     READ = ("elapsed_s", "step", "tokens", "energy_j", "loss", "penalty", "grad_norm", "lr", "penalty_share")
     MADE = ("tokens_per_s", "power_w")
@@ -123,13 +123,13 @@ class StepTable(Table):
 
     def _append(self, rows_CN: Floats) -> None:
         read_CN = rows_CN[: len(self.READ)].copy()
-        if rows_CN.shape[0] > len(self.READ):  # rows from ahead: cumulative since their own first
+        if rows_CN.shape[0] > len(self.READ):  # rows ahead: tokens are cumulative from their first
             read_CN[2] = np.diff(read_CN[2], prepend=0.0)
         before_CN = self._rows_CN[:, max(0, self._num - RATE_ROWS) : self._num]
         super()._append(_with_rates(read_CN, before_CN))
 
     def _join(self, column: int, rows_CN: Floats, ahead: list[Floats]) -> Floats:
-        """The tokens of steps not read yet are estimated from the mean of those that are."""
+        """Tokens of steps not read yet are estimated by the mean of the others."""
         if self.names[column] != "tokens":
             return super()._join(column, rows_CN, ahead)
         ahead = [part_CN for part_CN in ahead if part_CN.shape[1]]
@@ -145,7 +145,7 @@ class StepTable(Table):
 
 
 def _with_rates(read_CN: Floats, before_CN: Floats) -> Floats:
-    """`read_CN` with its tokens made cumulative and its rates, from up to RATE_ROWS rows before."""
+    """`read_CN` with cumulative tokens and added rates, computed with up to RATE_ROWS earlier rows."""
     num_before = before_CN.shape[1]
     read_CN = read_CN.copy()
     read_CN[2] = np.cumsum(read_CN[2]) + (before_CN[2, -1] if num_before else 0.0)
@@ -160,8 +160,8 @@ def _with_rates(read_CN: Floats, before_CN: Floats) -> Floats:
 class Series:
     """One quantity of a run.
 
-    Every table has columns elapsed_s and step; `steps` gives the tokens and joules of a table without them.
-    `nan_is_missing`: a nan stands for a value that was not measured, and is no news.
+    Every table has columns elapsed_s and step; `steps` provides tokens and joules for a table without them.
+    `nan_is_missing`: nan means that a value was not measured, and is not marked in a plot.
     """
 
     def __init__(self, table: Table, column: str, steps: StepTable, nan_is_missing: bool = False) -> None:
@@ -173,7 +173,7 @@ class Series:
 
     @classmethod
     def of(cls, x: Floats, y: Floats) -> Series:
-        """A series of its own; `x` is its time and its steps."""
+        """A standalone series, with `x` as its time and its steps."""
         table = Table("elapsed_s", "step", "y")
         table.append(np.array([x, x, y], dtype=float))
         return cls(table, "y", StepTable())
@@ -182,7 +182,7 @@ class Series:
         return len(self._table)
 
     def xy(self, axis: str = "time") -> tuple[Floats, Floats]:
-        """Of one state: x may be nan where it is not known."""
+        """(x, y) of one consistent state. An unknown x is nan."""
         table, column, steps = self._table, self._column, self._steps
         if axis in ("time", "steps"):
             x, y = table.take("elapsed_s" if axis == "time" else "step", column)
@@ -211,26 +211,26 @@ class Series:
         return self._table.take(self._column)[0]
 
     def columns(self, *names: str) -> list[Floats]:
-        """Of its table, of one state."""
+        """Columns of its table, of one consistent state."""
         return self._table.take(*names)
 
     @property
     def last(self) -> float | None:
-        """The newest value that was measured, finite or not; None while there is none."""
+        """The newest measured value, finite or not; None if there is none."""
         y = self.y[-RATE_ROWS:]
         if self.nan_is_missing:
             y = y[~np.isnan(y)]
         return float(y[-1]) if len(y) else None
 
     def limits(self, axis: str) -> tuple[float, float] | None:
-        """The least and the greatest x; None where there is none."""
+        """The least and the greatest x; None if there is none."""
         x = self.x(axis)
         ends = x[[0, -1]] if len(x) and np.isfinite(x[[0, -1]]).all() and x[0] <= x[-1] else x[np.isfinite(x)]
         return (float(ends.min()), float(ends.max())) if len(ends) else None
 
     def at_step(self, axis: str, step: float) -> float | None:
-        """Where `step` lies on an axis: of a later one than the last, at the mean rate since half of the steps. None
-        where that is not known."""
+        """The position of `step` on an axis. A step after the last one is extrapolated at the mean rate over the second
+        half of the steps. None if unknown."""
         own = {"time": "elapsed_s", "steps": "step", "tokens": "tokens", "joules": "energy_j"}[axis]
         step_N, x_N = self._steps.take("step", own)
         num = len(step_N)
@@ -254,12 +254,12 @@ class Series:
         smoothing: float = 0.0,
         positive: bool = False,
     ) -> Window:
-        """What of [low, high] there is to draw, and a neighbour on either side.
+        """The points of [low, high] to draw, and one neighbour on either side.
 
         Args:
-            buckets: equal parts of the range; each keeps its least and its greatest value.
+            buckets: number of equal parts of the range, each of which keeps its least and its greatest value.
             smoothing: the weight of an exponential moving average, in [0, 1); see `smooth.ema`.
-            positive: leave out what a log scale cannot show.
+            positive: leave out values that a log scale cannot show.
         """
         x, y = self._drawn(axis, smoothing)
         first = max(int(np.searchsorted(x, low)) - 1, 0)
@@ -270,7 +270,7 @@ class Series:
         return thinned(x[first:last], y[first:last], buckets, positive, self.nan_is_missing)
 
     def _drawn(self, axis: str, smoothing: float) -> tuple[Floats, Floats]:
-        """Ordered by x; without the rows whose x is not known."""
+        """(x, smoothed y), sorted by x, without rows whose x is unknown."""
         x, y = self.xy(axis)
         num_settled = min(self._table.num_settled, len(x))
         if smoothing:
@@ -282,7 +282,7 @@ class Series:
         return _ordered(x, y)
 
     def nearest(self, axis: str, at: float, smoothing: float = 0.0) -> tuple[float, float] | None:
-        """The row whose x is nearest to `at`: what a cursor reads out."""
+        """(x, y) of the row whose x is nearest to `at`, for the cursor."""
         x, y = self._drawn(axis, smoothing)
         if self.nan_is_missing and np.isnan(y).any():
             x, y = x[~np.isnan(y)], y[~np.isnan(y)]
@@ -294,7 +294,7 @@ class Series:
 
 
 def _ordered(x: Floats, y: Floats) -> tuple[Floats, Floats]:
-    """Without rows whose x is not known, sorted by x."""
+    """(x, y) sorted by x, without rows whose x is unknown."""
     known = np.isfinite(x)
     if not known.all():
         x, y = x[known], y[known]

@@ -11,7 +11,7 @@ from fastpeft.tui.steer import Order, start
 
 
 def show(results_dir: Path, order: Order | None = None) -> None:
-    """Until the user quits. With an order, start that trainer first and show its run.
+    """Run the TUI until the user quits. With an order, start that trainer first and show its run.
 
     Raises:
         UserError: there is no terminal; the folder cannot be read; the trainer cannot be started.
@@ -22,7 +22,7 @@ def show(results_dir: Path, order: Order | None = None) -> None:
     try:
         os.scandir(results_dir).close()
     except FileNotFoundError:
-        pass  # it may be made later
+        pass  # it may be created later
     except OSError as error:
         raise UserError(f"{results_dir} cannot be read: {error.strerror}") from None
     from fastpeft.tui.program import FastpeftApp

@@ -13,12 +13,12 @@ _BLOCK = 64
 
 
 def ema(y: Floats, weight: float, start: float = 0.0, num_before: int = 0) -> Floats:
-    """s_i = weight s_(i-1) + (1 - weight) y_i, divided by 1 - weight^i (W&B's smoothing; the correction is Adam's).
+    """s_i = weight s_(i-1) + (1 - weight) y_i, divided by 1 - weight^i (W&B's smoothing, with Adam's bias correction).
 
     Args:
         y: finite values.
         weight: in [0, 1).
-        start: the undivided average after `num_before` earlier values.
+        start: the average after `num_before` earlier values, without bias correction.
     """
     out = _undivided(y, weight, start)
     num = min(len(y), max(0, _num_early(weight) - num_before))
@@ -27,12 +27,13 @@ def ema(y: Floats, weight: float, start: float = 0.0, num_before: int = 0) -> Fl
 
 
 def _num_early(weight: float) -> int:
-    """From this value on the correction is exactly 1 in float64."""
+    """Number of values after which the bias correction is exactly 1 in float64."""
     return math.ceil(math.log(2.0**-54) / math.log(weight)) if weight > 0 else 0
 
 
 def _undivided(y: Floats, weight: float, start: float) -> Floats:
-    """In blocks: within a block a triangular product, from block to block the same average of a heavier weight."""
+    """The average without bias correction, in blocks: a triangular product within a block, and from block to block the
+    same average with a larger weight."""
     if len(y) <= _BLOCK:
         out = np.empty(len(y))
         for i, value in enumerate(y.tolist()):
@@ -52,9 +53,9 @@ def _undivided(y: Floats, weight: float, start: float) -> Floats:
 
 
 class Smoothed:
-    """The average of a column that only grows: each call goes on where the last one ended.
+    """The average of a growing column. Each call continues where the last one ended.
 
-    Values that are not finite stay, and count for nothing.
+    Non-finite values stay in the output, and do not enter the average.
     """
 
     def __init__(self) -> None:
@@ -64,7 +65,7 @@ class Smoothed:
         self._state, self._num_finite = 0.0, 0
 
     def __call__(self, y: Floats, weight: float, num_settled: int) -> Floats:
-        """`num_settled`: the rows at the beginning of `y` that will never change their places."""
+        """`num_settled`: number of rows at the beginning of `y` whose positions are final."""
         if weight != self._weight:
             self.__init__()
             self._weight = weight

@@ -1,4 +1,4 @@
-"""Start, stop, resume and delete runs. A trainer is a process of its own session: it outlives whoever started it."""
+"""Start, stop, resume and delete runs. A trainer is a process with its own session, so it outlives the TUI."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ from fastpeft.runs.store import RunFolder
 from fastpeft.tui.format import printable
 
 OUTPUT = "output.log"
-"""In a run's folder: what a trainer that was started from here printed."""
+"""File in a run's folder with the output of a trainer started from here."""
 STARTING = ".starting"
-"""Under the results folder: the output of trainers that have no folder yet."""
+"""Folder under the results folder for the output of trainers that have no run folder yet."""
 
 
 class SteerError(UserError):
@@ -33,14 +33,14 @@ class SteerError(UserError):
 
 @dataclass(kw_only=True)
 class Order:
-    """What to train: the options of `fastpeft train`."""
+    """The options of `fastpeft train`."""
 
     run: str | None = None
     overrides: list[str] = field(default_factory=list)
     budget: str | None = None
     mode: str = "full"
     name: str
-    """The folder's, or the group's with several seeds."""
+    """Name of the run's folder; with several seeds, of the group."""
     seed: int | None = None
     seeds: list[int] | None = None
     resume: bool = False
@@ -51,7 +51,7 @@ class Order:
         return self.name if self.seeds is None else f"{self.name}-seed{self.seeds[0]}"
 
     def arguments(self, results_dir: Path) -> list[str]:
-        """What comes behind `fastpeft`."""
+        """The command line after `fastpeft`."""
         out = ["train"]
         for option, value in (("--run", self.run), ("--budget", self.budget), ("--seed", self.seed)):
             out += [] if value is None else [option, str(value)]
@@ -64,7 +64,7 @@ class Order:
 
 
 class Launch:
-    """A trainer that was started here."""
+    """A trainer that was started from here."""
 
     def __init__(self, name: str, folder: Path, output: Path, process: subprocess.Popen) -> None:
         self.name, self.folder, self.output = name, folder, output
@@ -76,19 +76,19 @@ class Launch:
 
     @property
     def exit_code(self) -> int | None:
-        """None while the trainer lives; minus the signal that killed it."""
+        """None while the trainer runs; the negated signal number if one killed it."""
         return self._process.poll()
 
     @property
     def failed(self) -> bool:
-        """It ended with an error: not done, not stopped with a checkpoint, not diverged."""
+        """Whether it ended with an error: not done, not stopped with a checkpoint, not diverged."""
         return self.exit_code not in (None, 0, 4, 128 + signal.SIGINT, 128 + signal.SIGTERM)
 
     def settle(self) -> bool:
-        """Move the output into the run's folder once that is there. True when it lies there."""
+        """Move the output into the run's folder once that exists. True if it is there now."""
         home = self.folder / OUTPUT
         if self.output != home and (self.folder / "run.yaml").exists():
-            with suppress(FileNotFoundError):  # another program moved it
+            with suppress(FileNotFoundError):  # another process moved it
                 self.output.replace(home)
             self.output = home
         return self.output == home
@@ -113,11 +113,10 @@ def read_end(path: Path, last_bytes: int) -> str:
 
 
 def start(order: Order, results_dir: Path) -> Launch:
-    """Start a trainer, or with `order.resume` one that continues.
+    """Start a trainer; with `order.resume`, one that continues a run.
 
     Raises:
-        UserError: the name is taken or cannot name a run; there is no run to continue; the results folder cannot be
-            written.
+        UserError: the name is taken or invalid; there is no run to continue; the results folder cannot be written.
     """
     results_dir = Path(results_dir).absolute()
     folder = RunFolder.at(results_dir, order.folder_name)
@@ -148,17 +147,17 @@ def start(order: Order, results_dir: Path) -> Launch:
 
 
 def _take(file: int, name: str) -> None:
-    """Lock the output file: the trainer inherits the lock, which is free again when it has ended."""
+    """Lock the output file. The trainer inherits the lock, which is released when it ends."""
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         raise SteerError(f"{name} is being started already") from None
-    os.ftruncate(file, 0)  # of a start that failed
+    os.ftruncate(file, 0)  # from an earlier start that failed
 
 
 def left_behind(results_dir: Path) -> dict[str, str]:
-    """Starts that nobody watches any more. The output goes to its run's folder; where the trainer ended without one,
-    it is removed and returned, by name."""
+    """Settle starts that no TUI watches any more. Output moves to its run's folder. If the trainer ended without one,
+    the output is removed, and returned by name."""
     failed = {}
     for output in sorted((Path(results_dir) / STARTING).glob("*.log")):
         name = output.stem
@@ -177,7 +176,7 @@ def resume(folder: RunFolder) -> Launch:
     """Continue a run from its newest checkpoint.
 
     Raises:
-        SteerError: it is running or done.
+        SteerError: the run is running or done.
     """
     status = folder.status()
     if status == "done":
@@ -191,13 +190,12 @@ def resume(folder: RunFolder) -> Launch:
 
 
 def stop(folder: RunFolder) -> int:
-    """SIGTERM to the run's trainer: it finishes its step, saves a checkpoint and ends. Returns its pid.
+    """Send SIGTERM to the run's trainer, which finishes its step, saves a checkpoint and ends. Returns its pid.
 
-    The process that is signalled is the one that holds this run's lock: a pid that was given to another process in
-    the meantime is not touched.
+    Only a process that holds this run's lock is signalled, never one that has since got the trainer's pid.
 
     Raises:
-        SteerError: there is no such process, or it is another host's or another user's.
+        SteerError: there is no such process, or it is on another host or another user's.
     """
     name, event = folder.path.name, last_run_event(folder.events)
     if event is None:
@@ -225,7 +223,7 @@ def stop(folder: RunFolder) -> int:
 
 
 def last_run_event(path: Path) -> Event | None:
-    """The event with which the newest trainer of a run announced itself."""
+    """The `run` event of a run's newest trainer."""
     mark = b'{"type":"run",'
     try:
         with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as text:
@@ -261,7 +259,7 @@ def _holds(pid: int, lock: Path) -> bool:
 
 
 def delete(results_dir: Path, name: str) -> None:
-    """Remove a run's folder and all that is in it. Links are removed, never followed.
+    """Delete a run's folder and its content. Links are removed, never followed.
 
     Raises:
         UserError: `name` is no run directly under the results folder, or a trainer owns it.
@@ -298,7 +296,7 @@ def _directory(path: Path) -> Iterator[int]:
 
 @contextmanager
 def _own(folder: RunFolder) -> Iterator[None]:
-    """Hold the run's lock, so that no trainer has or takes it."""
+    """Hold the run's lock, so that no trainer runs or starts meanwhile."""
     if folder.status() == "running" and _other_host(folder):
         raise SteerError(f"{folder.path.name} is running on another host")
     try:
@@ -337,7 +335,7 @@ def _is_locked(path: Path) -> bool:
 
 
 def open_folder(path: Path) -> bool:
-    """Show a folder in the desktop's file manager. False where there is no desktop, as over SSH."""
+    """Show a folder in the desktop's file manager. False if there is no desktop, as over SSH."""
     opener = shutil.which("xdg-open")
     remote = "SSH_CONNECTION" in os.environ
     if opener is None or remote or not (os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY")):

@@ -1,7 +1,7 @@
-"""One run's events.jsonl, read as it grows, never the same bytes twice.
+"""One run's events.jsonl, read as it grows, no byte twice.
 
-A long log is looked at in evenly spaced samples first, so that the whole range is there at once; what lies
-between them is read after that, from the beginning on, and joined with them by its place in the file.
+A long log is sampled at evenly spaced offsets first, so that the whole range is visible at once. The bytes between the
+samples are then read from the beginning, and joined with the samples by file offset.
 """
 
 from __future__ import annotations
@@ -21,16 +21,16 @@ from fastpeft.tui.parse import Blocks, Importance, Notable, Parsed, PartScores, 
 from fastpeft.tui.series import Series, StepTable, Table
 
 CHUNK_BYTES = 1 << 18
-"""Read and parsed at a time: about 1 ms."""
+"""Bytes read and parsed at a time, in about 1 ms."""
 MAX_LINE_BYTES = 1 << 22
-"""A longer line is no event: zeros that a crash left, another file."""
+"""A longer line is malformed, such as zeros left by a crash, or another file's."""
 SAMPLED_FROM_BYTES = 32 << 20
-"""A shorter log is read from its beginning at once."""
+"""A smaller log is read from its beginning, without samples."""
 NUM_SAMPLES = 1024
 SAMPLE_BYTES = 1 << 14
 MAX_NOTABLE = 10_000
 MAX_SNAPSHOTS = 256
-"""Of the importances, and of the rates."""
+"""Most snapshots kept of importances, and of rates."""
 _FINGERPRINT_BYTES = 256
 
 STEP_SERIES = ("loss", "penalty", "penalty_share", "grad_norm", "lr", "tokens", "tokens_per_s", "energy_j", "power_w")
@@ -40,7 +40,8 @@ _Snapshot = TypeVar("_Snapshot", bound=Blocks)
 
 
 class _Place(NamedTuple):
-    """Of the log when it was last read. Another inode, a smaller size or other bytes before `offset`: another log."""
+    """Identity of the log at the last read. Another inode, a smaller size or other bytes before `offset` mean another
+    log."""
 
     inode: int
     offset: int
@@ -49,7 +50,7 @@ class _Place(NamedTuple):
 
 @dataclass
 class _Sample:
-    """A part of the file [start, end) that was read ahead; its lines begin after `head` and end before `tail`."""
+    """A part [start, end) of the file, read ahead. Its complete lines are between `head` and `tail`."""
 
     start: int
     end: int
@@ -61,7 +62,7 @@ class _Sample:
 
 @dataclass
 class _State:
-    """All that is known of the log; another log begins a new one."""
+    """All that was read from one log. Another log starts a new state."""
 
     steps: StepTable = field(default_factory=StepTable)
     tables: dict[str, Table] = field(default_factory=dict)
@@ -72,7 +73,7 @@ class _State:
     rates: list[Rates] = field(default_factory=list)
     tests: list[SplitScore] = field(default_factory=list)
     parts: dict[str, PartScores] = field(default_factory=dict)
-    """The last of each split."""
+    """The newest metrics of parts, by split."""
     answers: list[AnswerSet] = field(default_factory=list)
     example: Pieces | None = None
     header: dict[str, Any] | None = None
@@ -82,38 +83,38 @@ class _State:
     num_events: int = 0
     carry: bytes = b""
     samples: list[_Sample] = field(default_factory=list)
-    """By place."""
+    """Sorted by offset."""
     to_sample: list[int] = field(default_factory=list)
-    """Places to look at, the next one last."""
+    """Offsets still to be sampled, the next one last."""
 
 
 class RunTail:
     """Reads `path`, a run's events.jsonl, which need not exist yet.
 
-    `poll` belongs to one thread at a time; everything else may be read from another thread meanwhile. Keep no Series
-    over a change of `generation`: it counts the times that the file turned out to be another log (a resume cuts it
-    back, a new run takes its name) and was begun anew.
+    `poll` belongs to one thread at a time; everything else may be read from another thread meanwhile. Discard every
+    Series when `generation` changes: it counts how often the file turned out to be another log, and was read anew. A
+    resume truncates the log, and a new run may take its name.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = Path(path)
         self.generation = 0
         self.is_caught_up = False
-        """Everything that the file held at the last poll has been read."""
+        """Whether everything that the file held at the last poll has been read."""
         self.size = 0
-        """Bytes in the file at the last poll."""
+        """Size of the file at the last poll, in bytes."""
         self.bytes_read = 0
-        """In all, samples included."""
+        """Total bytes read, samples included."""
         self._place: _Place | None = None
         self._state = _State()
         self._polling = threading.Lock()
 
-    # ---- what was read ---------------------------------------------------------------------
+    # ---- content ---------------------------------------------------------------------------
 
     @property
     def series(self) -> dict[str, Series]:
-        """STEP_SERIES; eval/<metric> and eval/loss of the validation split; system/<figure>, schedule/<figure> and
-        forecast: those of which something was measured."""
+        """The series with at least one value: STEP_SERIES; eval/<metric> and eval/loss of the validation split;
+        system/<name>, schedule/<name> and forecast."""
         return self._state.series
 
     @property
@@ -137,39 +138,39 @@ class RunTail:
 
     @property
     def tests(self) -> list[SplitScore]:
-        """The last score of each split but the validation split, in order."""
+        """The last score of each split other than validation, in order."""
         state = self._state
         found = [*state.tests, *(t for s in state.samples for t in s.parsed.tests)]
         return list({test.split: test for test in found}.values())
 
     @property
     def parts(self) -> list[PartScores]:
-        """The last scores of parts of each split, in order of the splits' first."""
+        """The last metrics of parts of each split, ordered by when each split was first scored."""
         state = self._state
         ahead = {one.split: one for s in state.samples for one in s.parsed.parts}
         return [*(state.parts | ahead).values()]
 
     @property
     def answers(self) -> list[AnswerSet]:
-        """Of the newest evaluations, in order."""
+        """The answers of the newest evaluations, in order."""
         state = self._state
         return [*state.answers, *(a for s in state.samples for a in s.parsed.answers)][-MOST_SETS:]
 
     @property
     def example(self) -> Pieces | None:
-        """The first training row, of the process that trains, or trained last."""
+        """The first training row, as logged by the newest trainer process."""
         state = self._state
         return next((s.parsed.example for s in reversed(state.samples) if s.parsed.example), state.example)
 
     @property
     def header(self) -> dict[str, Any] | None:
-        """The last run event: of the process that trains, or trained last."""
+        """The last run event, which is that of the newest trainer process."""
         state = self._state
         return next((s.parsed.header for s in reversed(state.samples) if s.parsed.header), state.header)
 
     @property
     def end(self) -> dict[str, Any] | None:
-        """The end event; None while the run goes on, or where it was killed."""
+        """The end event; None while the run is running, or after a kill."""
         state = self._state
         for sample in reversed(state.samples):
             if sample.parsed.end or sample.parsed.header:
@@ -178,7 +179,7 @@ class RunTail:
 
     @property
     def phase(self) -> dict[str, Any] | None:
-        """What the trainer is busy with before a step of it has ended; None while steps come, and after the end."""
+        """The trainer's phase before its first step has ended; None once there are steps, and after the end."""
         phase = self._state.phase
         if phase is None or self.end is not None:
             return None
@@ -187,7 +188,7 @@ class RunTail:
 
     @property
     def malformed(self) -> int:
-        """Lines that are no event, so far."""
+        """Number of malformed lines so far."""
         state = self._state
         return state.malformed + sum(s.parsed.malformed for s in state.samples)
 
@@ -198,18 +199,18 @@ class RunTail:
 
     @property
     def progress(self) -> float:
-        """The part of the file that was read, in 0..1."""
+        """Share of the file that was read, in 0..1."""
         return 1.0 if self.is_caught_up or not self.size else min(1.0, self.bytes_read / self.size)
 
     @property
     def num_bytes(self) -> int:
-        """Of the rows held in columns."""
+        """Bytes of the rows held in columns."""
         return self._state.steps.num_bytes + sum(table.num_bytes for table in self._state.tables.copy().values())
 
     # ---- reading ---------------------------------------------------------------------------
 
     def poll(self, seconds: float = 0.05) -> bool:
-        """Read for about `seconds`. True if anything is new. Raises nothing for a file that is not there."""
+        """Read for about `seconds`. True if anything is new. A missing file raises nothing."""
         if not self._polling.acquire(blocking=False):
             return False
         try:
@@ -237,7 +238,7 @@ class RunTail:
             os.close(file)
 
     def _check(self, file: int) -> bool:
-        """Begin anew if this is not the log that was read until now."""
+        """Start over if this is not the log that was read so far."""
         found, place = os.fstat(file), self._place
         self.size = found.st_size
         if place is not None and found.st_ino == place.inode:
@@ -256,7 +257,7 @@ class RunTail:
         self._place, self._state, self.bytes_read = place, _State(), 0
 
     def _read(self, file: int, until: float) -> bool:
-        """Samples first, then the bytes between them, then what the file gained."""
+        """Read samples first, then the bytes between them, then appended bytes."""
         grew = bool(self._state.to_sample)
         if grew:
             self._look_ahead(file, until)
@@ -267,7 +268,7 @@ class RunTail:
         return grew
 
     def _look_ahead(self, file: int, until: float) -> None:
-        """Take samples, at least the two ends of the file, for as long as there is time."""
+        """Take samples while there is time, at least at both ends of the file."""
         state, found = self._state, []
         while state.to_sample and (len(found) < 2 or time.perf_counter() < until):
             found.append(self._sample(file, state.to_sample.pop()))
@@ -290,7 +291,7 @@ class RunTail:
         return _Sample(start, start + len(data), data[:first], data[last:], data[-_FINGERPRINT_BYTES:], parsed)
 
     def _read_on(self, file: int) -> bool:
-        """One chunk, or the sample that follows."""
+        """Read one chunk, or join the sample that follows."""
         state, place = self._state, self._place
         assert place is not None
         sample = state.samples[0] if state.samples else None
@@ -303,7 +304,7 @@ class RunTail:
             return False
         carry = state.carry + data + (b"" if reached is None else reached.head)
         cut = carry.rfind(b"\n") + 1
-        state.carry = carry[cut:] if len(carry) - cut <= MAX_LINE_BYTES else b"\0"  # malformed, once it ends
+        state.carry = carry[cut:] if len(carry) - cut <= MAX_LINE_BYTES else b"\0"  # counted as malformed at its end
         if cut:
             self._take(parse(carry[:cut]))
         fingerprint = place.fingerprint + data
@@ -359,7 +360,7 @@ class RunTail:
         return tables[key]
 
     def _name_series(self, parsed: Parsed) -> None:
-        """Series exist once something of them was measured."""
+        """Create the series that have their first value."""
         state = self._state
         new = {}
         for key in STEP_SERIES:
@@ -388,7 +389,7 @@ def _thinned(snapshots: list[_Snapshot]) -> list[_Snapshot]:
 
 
 def _places(size: int) -> Iterator[int]:
-    """Where samples begin, in the order of popping from the end: the ends of the file, then ever finer parts of it."""
+    """Offsets of samples, to be popped from the end: both ends of the file first, then ever finer subdivisions."""
     last = size - SAMPLE_BYTES
     order = sorted(range(1, NUM_SAMPLES - 1), key=_reversed_bits, reverse=True)
     yield from (last * i // (NUM_SAMPLES - 1) for i in order)

@@ -1,16 +1,16 @@
-"""Colours that colour-blind people can tell apart, and what stands for them without colour."""
+"""Colours that colour-blind people can distinguish, and symbols that replace them without colour."""
 
 from __future__ import annotations
 
 from textual.theme import Theme
 
-# Okabe and Ito, "Color Universal Design", 2008: without black, and yellow last (it is faint on white).
+# Okabe and Ito, "Color Universal Design", 2008, without black. Yellow is last, since it is faint on white.
 CURVES = ("#56B4E9", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#0072B2", "#F0E442")
 
 SPARK = "#3D8FC4"
-"""Of small curves: stands out from a dark ground and from a light one."""
+"""Colour of sparklines, visible on dark and light backgrounds."""
 NOTE, WRONG = "#E69F00", "#D55E00"
-"""Of what one should know, and of what went wrong."""
+"""Colours of notes, and of errors."""
 
 STATUS = {
     "running": ("●", "#56B4E9"),
@@ -22,20 +22,20 @@ STATUS = {
     "pruned": ("◆", "#999999"),
     "no result": ("?", "#999999"),
 }
-"""Sign and colour: the sign alone is enough."""
+"""Status -> (symbol, colour). The symbol alone is sufficient."""
 
 # Stops of cividis (Nunez, Anderton and Renslow 2018), which looks the same with and without red-green vision.
 _CIVIDIS = (
     (0, 34, 78), (18, 53, 112), (59, 73, 108), (87, 93, 109), (112, 113, 115),
     (138, 134, 120), (165, 156, 116), (195, 179, 105), (225, 204, 85), (254, 232, 56),
 )  # fmt: skip
-# RdBu (Brewer 2003) from blue to red, which red-green blind people tell apart as well.
+# RdBu (Brewer 2003) from blue to red, which red-green blind people can distinguish.
 _DIVERGING = (
     (33, 102, 172), (67, 147, 195), (146, 197, 222), (209, 229, 240), (247, 247, 247),
     (253, 219, 199), (244, 165, 130), (214, 96, 77), (178, 24, 43),
 )  # fmt: skip
 SHADES = " ░▒▓█"
-"""A value's share of the scale where there is no colour."""
+"""Characters for a value's share of the scale, used without colour."""
 
 THEMES = (
     Theme(
@@ -72,12 +72,12 @@ def curve_color(i: int) -> str:
 
 
 def scale_color(share: float) -> tuple[int, int, int]:
-    """Red, green, blue of a share of the scale in 0..1."""
+    """(red, green, blue) for a share of the scale in 0..1."""
     return _between(_CIVIDIS, share)
 
 
 def ratio_color(share: float) -> tuple[int, int, int]:
-    """Of a scale with a middle: blue below it, red above."""
+    """(red, green, blue) on a diverging scale: blue below its middle, red above."""
     return _between(_DIVERGING, share)
 
 
@@ -89,5 +89,5 @@ def _between(stops: tuple[tuple[int, int, int], ...], share: float) -> tuple[int
 
 
 def shade(share: float) -> str:
-    """The sign of SHADES for a share of the scale in 0..1; even the least value has a sign."""
+    """The character of SHADES for a share of the scale in 0..1. The least value is not blank."""
     return SHADES[1 + min(int(min(max(share, 0.0), 1.0) * 4), 3)]

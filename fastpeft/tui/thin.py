@@ -1,4 +1,4 @@
-"""Long columns thinned to what a screen can show: the least and the greatest value of each part of the range."""
+"""Thins long columns to the screen's resolution: the least and the greatest value of each part of the range."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ BLOCK_ROWS = 256
 
 
 class Window(NamedTuple):
-    """What a plot draws of a series within a range."""
+    """The points of a series that a plot draws within a range."""
 
     x: Floats
     y: Floats
-    """At most two points a bucket, the least and the greatest, in order of x. All finite."""
+    """At most two points per bucket, the least and the greatest, in order of x. All finite."""
     gaps_x: Floats
     gaps_y: Floats
-    """Where a value is not finite: nan, inf or -inf. At most one a bucket."""
+    """The non-finite values: nan, inf or -inf. At most one per bucket."""
     num_not_finite: int
     num_not_positive: int
-    """Left out for a log scale."""
+    """Number of values left out for a log scale."""
 
 
 def thinned(x: Floats, y: Floats, buckets: int, positive: bool = False, nan_is_missing: bool = False) -> Window:
@@ -43,7 +43,7 @@ def thinned(x: Floats, y: Floats, buckets: int, positive: bool = False, nan_is_m
 
 
 def _starts(x: Floats, buckets: int) -> NDArray[np.intp]:
-    """The first row of every bucket that has one."""
+    """The first row of every non-empty bucket."""
     edges = np.linspace(x[0], x[-1], buckets + 1)[:-1]
     starts = np.searchsorted(x, edges)
     return starts[np.append(starts[1:] > starts[:-1], True)]
@@ -65,27 +65,27 @@ def _extremes(x: Floats, y: Floats, buckets: int) -> NDArray[np.intp]:
 
 
 def _distinct(rows: Rows) -> Rows:
-    """Sorted. Rows come in a few sorted runs, which a stable sort merges; np.unique would hash them."""
+    """Sorted distinct rows. They come in a few sorted runs, which a stable sort merges; np.unique would hash them."""
     rows = np.sort(rows, kind="stable")
     return rows[np.append(True, rows[1:] != rows[:-1])] if len(rows) else rows
 
 
 class Blocks:
-    """The extremes of each BLOCK_ROWS rows of a column that only grows, found once.
+    """The extremes of each block of BLOCK_ROWS rows of a growing column, computed once.
 
-    Ranges of many blocks are drawn from them: what a bucket shows may belong to a block that reaches over its
-    edge, so that it is off by less than a block.
+    Ranges of many blocks are drawn from them. A bucket may show a value of a block that extends beyond the bucket's
+    edge, which is off by less than a block.
     """
 
     def __init__(self, positive: bool, nan_is_missing: bool) -> None:
         self._positive, self._nan_is_missing = positive, nan_is_missing
         self._num = 0
         self._table_5B = np.empty((5, 0), dtype=np.intp)
-        """Rows of the least and the greatest value and of the first gap, -1 for none; numbers of gaps, and of values
-        left out for a log scale."""
+        """Per block: rows of the least value, the greatest value and the first gap (-1: none); number of gaps; number
+        of values left out for a log scale."""
 
     def thinned(self, x: Floats, y: Floats, first: int, last: int, buckets: int, num_settled: int) -> Window:
-        """As the function, of rows [first, last)."""
+        """As the function `thinned`, for rows [first, last)."""
         last = min(last, len(y))
         self._extend(y, min(num_settled, len(y)))
         begin, end = -(-first // BLOCK_ROWS), min(last // BLOCK_ROWS, self._num)
@@ -129,7 +129,7 @@ class Blocks:
 
 
 def _kinds(y: Floats, positive: bool, nan_is_missing: bool) -> tuple[NDArray[np.bool_], NDArray[np.bool_], Rows]:
-    """What is drawn, what is marked as not finite, and how much of each last axis a log scale leaves out."""
+    """(values to draw, values to mark as non-finite, count along the last axis of those left out for a log scale)."""
     finite = np.isfinite(y)
     gap = np.isinf(y) if nan_is_missing else ~finite
     shown = finite & (y > 0) if positive else finite

@@ -1,1 +1,1 @@
-"""What a schedule needs of a step beside the loss and its gradient."""
+"""Measurements of a step that a schedule asks for, beyond the loss and its gradient."""

@@ -1,4 +1,4 @@
-"""||dL/dB_k||^2 of the labelled tokens' rows, measured by the layers in the backward pass that there is.
+"""||dL/dB_k||^2 over the labelled tokens, measured by the layers during the step's own backward pass.
 
 Shape suffixes: K adapted matrices, N rows of a micro-batch, L tokens of a row, T = N L.
 """
@@ -18,17 +18,17 @@ from fastpeft.ranks import ALONE, Ranks
 class AnswerGradient:
     """Asks the adapted layers for their gradients over the labelled positions, micro-batch by micro-batch.
 
-    dB is a sum over tokens, and the layers tell the norm of the labelled tokens' part of it. That is exact for a batch
-    of one micro-batch. For several, ||sum_m dB_m||^2 has cross terms that no layer sees: then
+    dB is a sum over tokens, and each layer measures the squared norm of the labelled tokens' part. That is exact for a
+    batch of one micro-batch. For several micro-batches m, ||sum_m dB_m||^2 has cross terms that no layer sees. Then
 
         sum_m ||dB_m,labelled||^2 * ||sum_m dB_m||^2 / sum_m ||dB_m||^2
 
-    is reported, which takes the cross terms to be in the proportion that they have in the whole gradient, where all
-    three are known. It is exact too where the labelled part is the same share of each micro-batch's gradient.
+    is reported. It assumes that cross terms have the same proportion as in the whole gradient, where all three norms
+    are known. It is exact too if the labelled part is the same share of each micro-batch's gradient.
 
-    Where labels belong to rows and not to tokens (classification) every token counts, and the whole gradient's norms
-    are reported: exact, whatever the micro-batches, and no layer measures anything. So it is for blocks of any kind;
-    where tokens are labelled it takes blocks of low rank.
+    In classification, labels belong to rows and not to tokens. Every token counts, the whole gradient's norms are
+    reported, exact for any micro-batches, and no layer measures anything. So classification allows blocks of any kind;
+    labelled tokens need blocks of low rank.
     """
 
     def __init__(self, adapter: Adapter, ranks: Ranks = ALONE) -> None:
@@ -41,7 +41,7 @@ class AnswerGradient:
         self._parts: list[torch.Tensor] = []
 
     def start(self) -> None:
-        """Before the passes over a batch."""
+        """Called before the passes over a batch."""
         self._rows.mask_T = None
         self._parts = []
 
@@ -51,7 +51,7 @@ class AnswerGradient:
             self._rows.mask_T[batch.rows] = True
 
     def after_pass(self) -> None:
-        """After the backward pass over a micro-batch. Raises UserError for layers that measure nothing."""
+        """Called after the backward pass over a micro-batch. Raises UserError for layers that cannot measure it."""
         if self._rows.mask_T is None:
             return
         self._rows.mask_T = None
@@ -66,7 +66,7 @@ class AnswerGradient:
             self._parts.append(torch.stack([torch.stack(column) for column in zip(*found)]))
 
     def squares(self, loss_scale: torch.Tensor | None) -> torch.Tensor:
-        """Of the batch whose gradient lies in the flat buffer; that one is divided by `loss_scale` already."""
+        """(K,), ||dL/dB_k||^2 of the batch whose gradient, already divided by `loss_scale`, is in the flat buffer."""
         is_alone = self._ranks.size == 1
         if len(self._parts) == 1 and is_alone:
             square_K = self._parts[0][0]
@@ -80,7 +80,7 @@ class AnswerGradient:
         return square_K * (labelled_K / all_K.clamp_min(torch.finfo(all_K.dtype).tiny))
 
     def _share_of_ranks(self) -> torch.Tensor:
-        """The labelled tokens' share of all micro-batches of all ranks; 1 where none of them measured anything."""
+        """(K,), the labelled tokens' share over all micro-batches of all ranks; 1 where nothing was measured."""
         parts = torch.stack(self._parts) if self._parts else self._flat.grad.new_zeros(1, 2, len(self._watches))
         sums = parts.sum(0)
         self._ranks.add_up(sums)

@@ -1,7 +1,7 @@
-"""Sums over units of what curvature is read from: changes of the parameters, gradients, and Adam's second moment.
+"""Curvature from sums over units of parameter changes, gradients, and Adam's second moment.
 
-A step t changes the parameters by d_t, after the adapter has had its say, and g_t is its gradient, unclipped, penalty
-included. No gradient is kept: <g_t, d> of the same d at two steps gives what its change along d is.
+Step t changes the parameters by d_t, which includes the adapter's own changes. Its gradient g_t is unclipped, penalty
+included. No gradient is stored: the inner products <g_t, d> at two steps give the gradient's change along the same d.
 
 Shape suffixes: U units.
 """
@@ -22,38 +22,38 @@ from fastpeft.trainer.optim import Optimizer
 from fastpeft.trainer.rng import generator_states, set_generator_states
 
 PRODUCT_EVERY = 16
-"""Steps from one exact product to the next."""
+"""Sampling period of Hessian-vector products, in steps."""
 Found = dict[str, torch.Tensor]
-"""What a hook leaves for `read`, by names of its class's own."""
+"""Tensors that a hook passes to `read`, by names that each class chooses."""
 
 
 class Curvature(ABC):
-    """One kind of curvature: hooks of a step, as those of Probes, and `read` on the host a step later."""
+    """One kind of curvature: a step's hooks, called by those of Probes, and `read` on the host one step later."""
 
     def __init__(self, flat: FlatParameters, optimizer: Optimizer) -> None:
-        optimizer.second_moment()  # refuses
+        optimizer.second_moment()  # raises if there is none
         self._flat, self._optimizer = flat, optimizer
 
     def before_passes(self, step: int, gradient: Callable[[], object]) -> Found:
-        """`gradient` fills the gradient buffer for the batch of step number `step`. Parameters and random numbers are
+        """`gradient` fills the gradient buffer for the batch of step number `step`. Parameters and random state are
         left as they were; the gradient buffer is not."""
         return {}
 
     def before_update(self, step: int) -> Found:
-        """g_t lies in the buffer, v_{t-1} in the optimizer, and theta has not moved since d_{t-1}."""
+        """The buffer holds g_t, the optimizer v_{t-1}, and theta has not changed since d_{t-1}."""
         return {}
 
     def after_update(self, step: int, grad_norm: torch.Tensor) -> Found:
-        """theta has moved by d_t; the gradient is clipped."""
+        """theta has changed by d_t; the gradient is clipped."""
         return {}
 
     @abstractmethod
     def read(self, step: int, found: dict[str, np.ndarray], num_taken: int) -> Secants | None:
-        """Of a step that was taken, from what its hooks have found. None where it has none, and where a step that was
-        skipped has a part in it.
+        """The curvature of a step that was not skipped, from its hooks' tensors. None if the step measured none, or if
+        it would involve a skipped step.
 
         Args:
-            num_taken: steps in a row, up to this one, that were taken.
+            num_taken: length of the run of unskipped steps that ends with this one.
         """
 
     @abstractmethod
@@ -64,13 +64,13 @@ class Curvature(ABC):
 
 
 class _Difference(Curvature):
-    """Of the gradients of two steps along one direction: <g_t, d> less <g_{t-1}, d>."""
+    """The gradient's change along one direction between two steps: <g_t, d> - <g_{t-1}, d>."""
 
     _along_U: np.ndarray | None = None
-    """<g, d> of the step that was read last, for the d that the next step sees g change along."""
+    """<g, d> at the step read last, for the d of the next step's difference."""
 
     def _change(self, along_U: np.ndarray, next_U: np.ndarray) -> np.ndarray:
-        """Of `along_U`, <g_t, d>, since the step before; `next_U` is kept for the step behind."""
+        """`along_U`, <g_t, d>, minus its value at the previous step; `next_U` is kept for the next step."""
         before, self._along_U = self._along_U, next_U
         return along_U - (0 if before is None else before)
 
@@ -82,17 +82,17 @@ class _Difference(Curvature):
 
 
 class Secant(_Difference):
-    """Sums for Need.SECANT, along the change before the last: one pass over two buffers of the parameters' size."""
+    """Sums for Need.SECANT, along the change before last: one pass over two buffers of the parameters' size."""
 
     def __init__(self, flat: FlatParameters, optimizer: Optimizer) -> None:
         super().__init__(flat, optimizer)
         self._previous = flat.data.clone()
-        """The parameters as they were before the last update."""
+        """The parameters before the last update."""
         self._older = torch.zeros_like(flat.data)
-        """d_{t-2} as step t begins."""
+        """d_{t-2} when step t begins."""
 
     def before_update(self, step: int) -> Found:
-        """The next step's pass takes d_t from the parameters."""
+        """One pass computes the sums; the next step's pass derives d_t from the parameters."""
         flat = self._flat
         found = secant_sums(
             flat.data, flat.grad, self._previous, self._older, *self._optimizer.second_moment(), flat.layout
@@ -118,7 +118,7 @@ class PlainSecant(_Difference):
     def __init__(self, flat: FlatParameters, optimizer: Optimizer) -> None:
         super().__init__(flat, optimizer)
         self._last = torch.zeros_like(flat.data)
-        """d_{t-1} as step t begins; while it is updated the parameters before, then d_t."""
+        """d_{t-1} when step t begins; during the update the parameters before it, then d_t."""
 
     def before_update(self, step: int) -> Found:
         along = self._flat.layout.unit_sums(self._flat.grad * self._last)
@@ -144,13 +144,14 @@ class PlainSecant(_Difference):
 
 
 class Product(Curvature):
-    """Sums for Need.PRODUCT: d^T H d from a central difference, d the last change, and d sqrt(v) d.
+    """Sums for Need.PRODUCT: d^T H d from a central difference along the last change d, and d sqrt(v) d.
 
-    lora_linear has no second derivative. So the gradients at theta + e d and theta - e d, of the same batch with the
-    same dropout, are taken along d, and their difference over 2 e is d^T H d up to a term in e^2 and up to the
-    gradients' rounding over e. ||e d|| is a share of ||theta||, chosen on the stand-ins: twice and half of it moved the
-    sum over all units by 0.5 % at most in fp32, where tests hold every unit to a thousandth of autograd's product; in
-    bf16 the sum was within 5 % of fp32's. H is that of the task loss, without the adapter's penalty.
+    lora_linear has no second derivative. So the gradients at theta + e d and theta - e d, on the same batch with the
+    same dropout, are projected on d. Their difference over 2 e is d^T H d, with an error of order e^2 and the
+    gradients' rounding error over e. ||e d|| is a share of ||theta||, chosen on the stand-ins. Doubling or halving it
+    changed the sum over all units by at most 0.5 % in fp32, where tests hold every unit to within a thousandth of
+    autograd's product. In bf16 the sum was within 5 % of fp32's. H is the Hessian of the task loss, without the
+    adapter's penalty.
 
     It takes two more forward and backward passes every PRODUCT_EVERY steps, and two buffers of the parameters' size.
     """
@@ -161,12 +162,12 @@ class Product(Curvature):
         super().__init__(flat, optimizer)
         self._shift = self.SHIFT_FP32 if optimizer.dtype.itemsize >= 4 else self.SHIFT_16_BITS
         self._change = torch.zeros_like(flat.data)
-        """The last change as a product is due; in the step before it, the parameters before its update."""
+        """The last change when a product is due; during the step before, the parameters before its update."""
         self._holds_change = False
 
     @staticmethod
     def due(step: int) -> bool:
-        """At step number `step`, from 1: the first to have had PRODUCT_EVERY steps before it, and so on."""
+        """Whether step number `step`, from 1, takes a product: PRODUCT_EVERY + 1, 2 PRODUCT_EVERY + 1, and so on."""
         return step > 1 and step % PRODUCT_EVERY == 1
 
     def before_passes(self, step: int, gradient: Callable[[], object]) -> Found:
@@ -214,6 +215,6 @@ class Product(Curvature):
 
 
 def weighted_sums(flat: FlatParameters, optimizer: Optimizer, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    """(U,) sums of a sqrt(v) b, v the bias-corrected second moment."""
+    """(U,), sums of a sqrt(v) b, where v is the bias-corrected second moment."""
     second, divisor = optimizer.second_moment()
     return flat.layout.unit_sums(second.sqrt().mul_(a).mul_(b)) / divisor.sqrt().to(a.dtype)

@@ -1,9 +1,9 @@
-"""What a schedule needs of a step: measured on the way, sent to the host in one transfer, and read a step later.
+"""A step's measurements for a schedule: taken during the step, sent to the host in one transfer, read a step later.
 
     before_passes  around_pass...  after_passes  take_measured  around_update
 
-`take_measured` is what the step before has measured. It comes after the passes, so that the device has their work while
-the host waits for a transfer that was asked for before them.
+`take_measured` returns the measurements of the previous step. It comes after the passes, so that the device has work
+while the host waits for the transfer, which was queued before them.
 
 Shape suffixes: K blocks, U units.
 """
@@ -40,7 +40,7 @@ _CURVATURE: dict[Need, type[Curvature]] = {
 
 
 class NoProbes:
-    """Of a schedule that needs nothing: the hooks do nothing, and launch nothing."""
+    """The hooks of a schedule that needs no measurement. They launch nothing."""
 
     needs: frozenset[Need] = frozenset()
 
@@ -71,7 +71,7 @@ NO_PROBES = NoProbes()
 def make_probes(
     needs: Collection[Need], adapter: Adapter, optimizer: Optimizer, ranks: Ranks = ALONE
 ) -> Probes | NoProbes:
-    """For a schedule's needs. Raises what Probes does."""
+    """The probes for a schedule's needs. Raises what Probes raises."""
     return Probes(needs, adapter, optimizer, ranks) if needs else NO_PROBES
 
 
@@ -81,19 +81,19 @@ class Probes:
     def __init__(self, needs: Collection[Need], adapter: Adapter, optimizer: Optimizer, ranks: Ranks = ALONE) -> None:
         """
         Args:
-            needs: the schedule's.
-            ranks: of which every one has the same hooks.
+            needs: the schedule's needs.
+            ranks: the run's ranks, which all have the same hooks.
 
         Raises:
-            ValueError: an optimizer that cannot measure it; two kinds of curvature at once.
-            UserError: a model that cannot.
+            ValueError: the optimizer cannot measure a need; two kinds of curvature at once.
+            UserError: the model cannot measure a need.
         """
         self._wanted = frozenset(needs)
         curvature = self._wanted & _CURVATURE.keys()
         if len(curvature) > 1:
             raise ValueError(f"a schedule takes one kind of curvature, not {', '.join(sorted(curvature))}")
         if Need.LENS in self._wanted:
-            FirstLayer(adapter.model)  # refuses what it cannot read
+            FirstLayer(adapter.model)  # raises for a model that it cannot read
         self._optimizer = optimizer
         optimizer.sums = self._wanted & BLOCK_SUMS
         self._answers = AnswerGradient(adapter, ranks) if Need.ANSWER_GRADIENT in self._wanted else None
@@ -106,16 +106,16 @@ class Probes:
     # ---- the step's hooks ------------------------------------------------------------------
 
     def begin(self, step: int, progress: float, elapsed_s: float) -> None:
-        """Step number `step`, from 1, is going to be taken."""
+        """Called before step number `step`, from 1."""
         self._step, self._progress, self._elapsed_s = step, progress, elapsed_s
 
     @property
     def needs(self) -> frozenset[Need]:
-        """What this step measures."""
+        """The needs that this step measures."""
         return self._wanted if self._step % SAMPLE_EVERY == 1 else self._wanted - _SAMPLED
 
     def before_passes(self, gradient: Callable[[], object]) -> None:
-        """`gradient` takes the passes over this step's batch. They may begin more than once."""
+        """`gradient` runs the passes over this step's batch. A step may call this again if its passes are repeated."""
         self._found = {}
         if self._curvature is not None:
             self._found |= self._curvature.before_passes(self._step, gradient)
@@ -124,7 +124,7 @@ class Probes:
 
     @contextmanager
     def around_pass(self, batch: Batch) -> Iterator[None]:
-        """Forward and backward over a micro-batch."""
+        """Around the forward and backward pass of a micro-batch."""
         if self._answers is None or Need.ANSWER_GRADIENT not in self.needs:
             yield
             return
@@ -133,12 +133,12 @@ class Probes:
         self._answers.after_pass()
 
     def after_passes(self, loss_scale: torch.Tensor | None) -> None:
-        """The gradient of the loss, and of nothing else, is in the flat buffer."""
+        """Called when the flat buffer holds the gradient of the loss alone."""
         if self._answers is not None and Need.ANSWER_GRADIENT in self.needs:
             self._found["answer_grad_sq"] = self._answers.squares(loss_scale)
 
     def take_measured(self) -> Measured | None:
-        """What the step before measured, once; waits for it. None at a run's first step."""
+        """The previous step's measurements, handed out once. Waits for their transfer. None at a run's first step."""
         if self._pending is None:
             return None
         pending, self._pending = self._pending, None
@@ -146,18 +146,18 @@ class Probes:
 
     @contextmanager
     def around_update(self, signals: Signals, rates: Rates) -> Iterator[None]:
-        """The optimizer's update, and what the adapter does behind it."""
+        """Around the optimizer's update and the adapter's work after it."""
         self.before_update()
         yield
         self.after_update(signals, rates)
 
     def before_update(self) -> None:
-        """The whole gradient is in the flat buffer, and nothing has moved since the step before."""
+        """The flat buffer holds the whole gradient, and no parameter has changed since the previous step."""
         if self._curvature is not None:
             self._found |= self._curvature.before_update(self._step)
 
     def after_update(self, signals: Signals, rates: Rates) -> None:
-        """Everything has moved, and the gradient is still there, clipped. Sends what was found to the host."""
+        """All parameters have changed; the buffer holds the clipped gradient. Starts the transfer to the host."""
         assert signals.grad_norm is not None
         assert signals.skipped is not None
         if self._curvature is not None:
@@ -174,7 +174,7 @@ class Probes:
     # ---- checkpoints -----------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
-        """Between two steps. Waits for the device."""
+        """To be called between two steps. Waits for the device."""
         state: dict[str, Any] = {"reader": self._reader.state_dict()}
         if self._pending is not None:
             state["pending"] = self._pending.state_dict()
@@ -194,10 +194,10 @@ class Probes:
 
 @dataclass(frozen=True)
 class _Pending:
-    """A step whose figures may still be on their way."""
+    """A step whose measurements may still be in transfer."""
 
     launched: dict[str, Any]
-    """What the host knew as it launched the step, by the names in Measured."""
+    """Facts that the host knew when it launched the step, by their names in Measured."""
     shrink_U: np.ndarray
     """As Optimizer.shrink."""
     transfer: Transfer
@@ -214,13 +214,13 @@ class _Pending:
 
 @dataclass
 class _Reader:
-    """Makes Measured of what steps have found, in their order."""
+    """Builds Measured from the tensors of consecutive steps."""
 
     shrink_U: np.ndarray
-    """Of the last step that was taken."""
+    """Optimizer.shrink of the last step that was not skipped."""
     curvature: Curvature | None
     in_a_row: int = 0
-    """Steps that were taken since the last that was skipped."""
+    """Steps taken since the last skipped one."""
 
     def read(self, pending: _Pending, found: dict[str, np.ndarray]) -> Measured:
         facts: dict[str, Any] = pending.launched | {

@@ -1,4 +1,4 @@
-"""Figures on their way from the device to the host, without a wait until somebody reads them."""
+"""Transfer of measurements from the device to the host, without a wait until they are read."""
 
 from __future__ import annotations
 
@@ -7,15 +7,15 @@ import torch
 
 
 class Transfer:
-    """From a GPU all figures go in one copy, which nothing waits for until `wait`."""
+    """One asynchronous copy of all values from a GPU, which only `wait` waits for."""
 
-    # Of a copy that is under way.
+    # State of a copy in progress.
     _sizes: dict[str, torch.Size]
     _host: torch.Tensor
     _arrived: torch.cuda.Event
 
     def __init__(self, values: dict[str, np.ndarray] | None = None) -> None:
-        """`values`: what has arrived already."""
+        """`values`: values that are on the host already."""
         self._values = values
 
     @classmethod
@@ -33,7 +33,7 @@ class Transfer:
         return self
 
     def wait(self) -> dict[str, np.ndarray]:
-        """By their names, in float64."""
+        """The values by name, in float64."""
         if self._values is None:
             self._arrived.synchronize()
             parts = self._host.double().split([size.numel() for size in self._sizes.values()])

@@ -1,4 +1,4 @@
-"""Several runs on one axis, and what came out of them."""
+"""Several runs in one plot, and a table of their results."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from fastpeft.tui.widgets.text import Lines
 DRAW_EVERY_S = 0.25
 MAX_RUNS = 24
 SMOOTHING = 0.9
-"""At first: several curves of single steps hide each other."""
+"""Initial smoothing: unsmoothed curves of several runs hide each other."""
 _FIRST = (
     "eval/loss",
     "lr",
@@ -39,14 +39,14 @@ _FIRST = (
     "grad_norm",
 )
 _COLUMNS = {"": 4, "run": 20, "status": 11, "now": 8, "best": 8, "time": 7, "energy": 9, "seed": 6}
-"""Widths, a blank included."""
+"""Widths of columns, including a blank."""
 _RIGHT = ("now", "best", "time", "energy", "seed")
 _MARKS = "123456789abcdefghijklmnopqrstuvwxyz"
 _PARTS = Binding.Group("Parts", compact=True)
 
 
 class CompareTable(DataTable):
-    """Which run is which line."""
+    """The legend: which run is which line."""
 
     BINDINGS: ClassVar[list[BindingType]] = [
         Binding("j", "cursor_down", "Down", show=False, id="legend.down"),
@@ -77,7 +77,7 @@ class CompareScreen(RunsKeys):
         self.hidden: set[str] = set()
         self.by_method = False
         self._smoothing = {False: SMOOTHING, True: 0.0}
-        """Of the quantities measured at each step, and of those at evaluations."""
+        """Smoothing of per-step quantities (False), and of those measured at evaluations (True)."""
         self._tails: dict[str, RunTail] = {}
         self._comparison = Comparison(None, [], {})
         self._drawn: object = None
@@ -98,7 +98,7 @@ class CompareScreen(RunsKeys):
         self._lay_legend()
         self.query_one("#overlay", LinePlot).smoothing = SMOOTHING
         self.action_part("overlay")
-        self.draw()  # what the runs are, before their logs are read
+        self.draw()  # shows the runs before their logs are read
         self._follow()
         self._compare()
 
@@ -110,7 +110,7 @@ class CompareScreen(RunsKeys):
 
     @work(group="follow")
     async def _follow(self) -> None:
-        """All logs in turn, so that each gets its share of the time."""
+        """Read all logs in turn, so that each gets its share of the time."""
         stale = True
         while True:
             for tail in list(self._tails.values()):
@@ -122,8 +122,8 @@ class CompareScreen(RunsKeys):
 
     @work(group="compare")
     async def _compare(self) -> None:
-        """One at a time: on a busy machine the first takes many seconds, and threads that wait for it would leave none
-        to read the logs with."""
+        """Compute one comparison at a time: on a busy machine the first takes many seconds, and threads waiting for it
+        would leave none to read the logs."""
         if self._is_comparing:
             return
         self._is_comparing = True
@@ -170,7 +170,7 @@ class CompareScreen(RunsKeys):
             self.query_one("#comparison", Static).update(_comparison(*drawn))
 
     def metrics(self) -> list[str]:
-        """What some run has measured."""
+        """The quantities that at least one run has measured."""
         there = {name for tail in self._tails.values() for name in tail.series if not name.startswith("system/")}
         scores = {f"eval/{row.metric_name}" for row in self.app.rows if row.name in self._tails}
         first = ["loss", *sorted(scores), *_FIRST]
@@ -212,7 +212,7 @@ class CompareScreen(RunsKeys):
                     legend.update_cell(name, column.key, new)
 
     def _lay_legend(self) -> int:
-        """Its columns, anew where the names get other room. Returns the characters that a name gets."""
+        """Lay out the legend's columns, if the names' width has changed. Returns the characters for a name."""
         legend = self.query_one(CompareTable)
         room = self.size.width - sum(_COLUMNS.values()) + _COLUMNS["run"] - 3
         width = max(_COLUMNS["run"], min(room, max(map(len, self.names)) + 2))
@@ -288,7 +288,7 @@ def _comparison(comparison: Comparison, width: int) -> Table | Text:
     minus = f"minus {comparison.baseline}" if comparison.baseline else "difference"
     scores = {"metric": [row.metric for row in rows], "best": [row.best for row in rows]}
     scores |= {"test": [row.test for row in rows]} if any(row.test for row in rows) else {}
-    if width < 110:  # only what is compared
+    if width < 110:  # only the compared metric
         scores = {comparison.by: scores[comparison.by]}
     else:
         minus += f" ({comparison.by})"
@@ -309,7 +309,7 @@ def _comparison(comparison: Comparison, width: int) -> Table | Text:
         if width < 110 or not any(columns[name]):
             del columns[name]
     table = Table(box=None, pad_edge=False)
-    if len(tasks := {row.task for row in rows}) == 1 and not comparison.glue:  # said once
+    if len(tasks := {row.task for row in rows}) == 1 and not comparison.glue:  # the same in every row
         del columns["task"]
         table.title, table.title_style, table.title_justify = *tasks, "dim", "left"
     for name in columns:

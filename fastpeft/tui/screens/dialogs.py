@@ -1,4 +1,4 @@
-"""Small screens over another one: a question, a text, the keys."""
+"""Dialogs over another screen: a question, a text, the keys."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _SCROLL: list[BindingType] = [
 
 
 class Dialog(ModalScreen):
-    """Closes with Esc; q quits from here too."""
+    """Closes with Esc; q quits here too."""
 
     BINDINGS: ClassVar[list[BindingType]] = [
         Binding("escape", "close", "Close", id="dialog.close"),
@@ -35,7 +35,7 @@ class Dialog(ModalScreen):
 
 
 class Ask(Dialog):
-    """A yes-or-no question. Answers True for yes."""
+    """A yes-or-no question. Returns True for yes."""
 
     BINDINGS: ClassVar[list[BindingType]] = [
         Binding("y", "answer(True)", "Yes", id="ask.yes"),
@@ -71,7 +71,7 @@ class Ask(Dialog):
 
 
 class Reading(Dialog):
-    """A text with a title, to scroll through."""
+    """A scrollable text with a title."""
 
     BINDINGS: ClassVar[list[BindingType]] = [
         Binding("enter", "close", "Close", show=False, id="dialog.enter"),
@@ -111,7 +111,7 @@ class Help(Reading):
 
 
 def keys_of(screen: Screen) -> Table:
-    """Keys and what they do: of the widget in focus, the screen, the whole program."""
+    """Keys and their actions: of the focused widget, the screen, the application."""
     groups: dict[str, dict[tuple[str, str], list[str]]] = {}
     app = screen.app
     for active in screen.active_bindings.values():

@@ -1,4 +1,4 @@
-"""One run: its curves, where the importance lies, the machine, what happened, its configuration."""
+"""One run: its curves, importance heatmap, machine, events and configuration."""
 
 from __future__ import annotations
 
@@ -42,12 +42,11 @@ PLOTS = {
     "grad": ("gradient", ("grad_norm",)),
     "decode": ("decoding", ("eval/decode_s",)),
 }
-"""What is drawn: title and series. Those of which nothing was measured are left out. After these, each figure of the
-schedule."""
+"""Plots: title and series. Plots without values are left out. One plot for each value of the schedule follows."""
 MAX_PLOTS = 8
-"""Shown at once."""
+"""Most plots shown at once."""
 MAPS = {"importance": importance_grid, "multipliers": rates_grid}
-"""What a heatmap shows of each matrix: importances, or the factors on its learning rate."""
+"""Heatmaps of the matrices: importances, and multipliers of the learning rate."""
 LABELS = {
     "eval/loss": "validation",
     "system/power_w": "device",
@@ -83,7 +82,7 @@ class RunScreen(RunsKeys):
         self.run = run
         self.pane = "curves"
         self.plot = "loss"
-        """The one that is shown where there is room for one only."""
+        """The plot that is shown if there is room for only one."""
         self.snapshot = -1
         self.map = "importance"
         self.with_forecast = True
@@ -128,7 +127,7 @@ class RunScreen(RunsKeys):
 
     @property
     def is_roomy(self) -> bool:
-        """Several parts are shown at once."""
+        """Whether several panes are shown at once."""
         return self.size.width >= 110 and self.size.height >= 34
 
     @property
@@ -195,7 +194,7 @@ class RunScreen(RunsKeys):
 
     @property
     def has_answers(self) -> bool:
-        """A language model's run, which tells what it is trained on and what it answers."""
+        """Whether the log has a training example or answers, as a language model's has."""
         return self._tail is not None and bool(self._tail.answers or self._tail.example)
 
     def _draw_plots(self, tail: RunTail) -> None:
@@ -210,7 +209,7 @@ class RunScreen(RunsKeys):
         self.query_one("#curves").set_class(len(shown) > 1, "-several")
 
     def _add_plots(self, tail: RunTail) -> None:
-        """One for each figure of the schedule, and for each metric on a scale of its own, that has none yet."""
+        """Add the missing plots: one for each value of the schedule, and for each metric with its own scale."""
         named = [name for name in tail.series if name.startswith("schedule/")]
         figures = [name for name in (*named, *metrics.others(tail.series)) if name not in self._plots]
         for name in figures[: len(PLOTS) + MAX_FIGURES - len(self._plots)]:
@@ -222,11 +221,11 @@ class RunScreen(RunsKeys):
             self.call_after_refresh(self.draw_again)
 
     def measured_plots(self) -> list[str]:
-        """Those with something to draw; the loss in any case."""
+        """Plots with values to draw, and always the loss."""
         return [key for key in self._plots if key == "loss" or self._curves(key)]
 
     def shown_plots(self) -> list[str]:
-        """The one that was chosen, and in a roomy terminal those around it."""
+        """The chosen plot, and in a large terminal its neighbours."""
         there = self.measured_plots()
         at = there.index(self.plot) if self.plot in there else 0
         if not self.is_roomy:
@@ -253,7 +252,7 @@ class RunScreen(RunsKeys):
         ]
 
     def _bands(self, key: str, axis: str) -> list[Band]:
-        """The newest forecast, in the plot of the loss."""
+        """The newest forecast, in the loss plot."""
         if key != "loss" or not self.with_forecast:
             return []
         assert self._tail is not None
@@ -262,7 +261,7 @@ class RunScreen(RunsKeys):
         return [band] if band else []
 
     def _notes(self, key: str) -> list[str]:
-        """What was scored once stands beside the curve of the validation split; and where parts' scores are."""
+        """Notes beside the curves: scores of splits scored once, and the key for metrics of parts."""
         assert self._tail is not None
         if key != "metric":
             return []
@@ -270,7 +269,7 @@ class RunScreen(RunsKeys):
         return [*(f"{t.split} {decimal(t.value)}" for t in self._tail.tests), *parts]
 
     def _snapshots(self) -> dict[str, list]:
-        """Of the maps that the log has any of; importances first."""
+        """Heatmap -> its snapshots, for those that the log has; importances first."""
         assert self._tail is not None
         found = {"importance": self._tail.importance, "multipliers": self._tail.rates}
         return {name: snapshots for name, snapshots in found.items() if snapshots}
@@ -314,7 +313,7 @@ class RunScreen(RunsKeys):
         self.draw()
 
     def action_step(self, by: int) -> None:
-        """In the curves the plot, in a heatmap the snapshot."""
+        """Choose the next plot, or in a heatmap the next snapshot."""
         assert self._tail is not None
         if self.focused is not None and self.focused.id == "heatmap":
             num = len(self._snapshots().get(self.map, []))
@@ -340,7 +339,7 @@ class RunScreen(RunsKeys):
         self._draw_importance(self._tail)
 
     def check_action(self, action: str, parameters: tuple[object, ...]) -> bool | None:
-        """Parts and answers have a key where there are any."""
+        """Show the keys for parts and answers only if there are any."""
         if action == "pane" and parameters == ("answers",):
             return self.has_answers
         return bool(self._tail is not None and self._tail.parts) if action == "parts" else True
@@ -372,7 +371,7 @@ class RunScreen(RunsKeys):
         self.dismiss()
 
     def on_line_plot_axis_changed(self, event: LinePlot.AxisChanged) -> None:
-        """All plots against the same axis."""
+        """Give all plots the same x axis."""
         for plot in self._plots.values():
             plot.axis = event.axis
-        self.draw()  # a forecast's place is another one
+        self.draw()  # a forecast's position has changed

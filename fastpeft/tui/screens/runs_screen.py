@@ -32,11 +32,11 @@ It shows up here as soon as it trains."""
 
 
 _MARGINS = 5
-"""Cells beside the table's columns: its padding, the marks, and a scroll bar."""
+"""Cells not used by the table's columns: padding, marks and a scroll bar."""
 
 
 class RunsTable(DataTable):
-    """Keys of a pager."""
+    """A table with a pager's keys."""
 
     BINDINGS: ClassVar[list[BindingType]] = [
         Binding("j", "cursor_down", "Down", show=False, id="list.down"),
@@ -71,7 +71,7 @@ class RunsScreen(RunsKeys):
         self._lines: dict[str, RunRow | cells.Group] = {}
         self._cells: dict[str, list[Text]] = {}
         self._columns = cells.COLUMNS
-        """Those in view."""
+        """The visible columns."""
         self._sorts = cells.sorts(cells.COLUMNS)
         self._breadth = 0
         self._drawn: object = None
@@ -102,7 +102,7 @@ class RunsScreen(RunsKeys):
     # ---- drawing ---------------------------------------------------------------------------
 
     def lines(self) -> list[RunRow | cells.Group]:
-        """What is listed, in order."""
+        """The listed lines, in order."""
         found = cells.matching(self.app.rows, self.query_one("#filter", Input).value)
         found = cells.ordered(found, self.sort_by, self.descending)
         return cells.grouped(found, self.folded) if self.group else list(found)
@@ -134,7 +134,7 @@ class RunsScreen(RunsKeys):
         return [_mark(line.name in self.app.marked), *cells.cells(line, self._columns, self._breadth, indent)]
 
     def _fill(self, drawn: dict[str, list[Text]]) -> None:
-        """Change the cells that changed; where other lines are shown, or in another order, all of them."""
+        """Update the changed cells; if the lines or their order have changed, all cells."""
         table = self.query_one(RunsTable)
         header = self._header()
         layout = (self._breadth, self._columns)
@@ -195,7 +195,7 @@ class RunsScreen(RunsKeys):
         self.query_one("#title", Lines).show(Text("\n").join(lines))
 
     def _order(self) -> str:
-        """In words where no column's heading shows it."""
+        """The sort order in words, if no column's heading shows it."""
         if self.sort_by == "created":
             return "newest first" if self.descending else "oldest first"
         if self.sort_by in [column.key for column in self._columns]:
@@ -330,7 +330,7 @@ def _budget(row: RunRow) -> str:
 
 
 def _strip(row: RunRow, width: int) -> Text:
-    """Two lines: what the columns of a narrow terminal leave out."""
+    """Two lines with the facts that a narrow terminal's columns leave out."""
     badge = [cells.stand_in_badge()] if row.stand_in else []
     second = [
         "" if row.test is None else f"test {decimal(row.test)}",
@@ -346,7 +346,7 @@ def _strip(row: RunRow, width: int) -> Text:
 
 
 def _facts(row: RunRow, width: int) -> Text:
-    """One fact a line."""
+    """One fact per line."""
     badges = [cells.status_badge(row.status), cells.stand_in_badge() if row.stand_in else ""]
     out = headed(row.name, badges, "", width)
     seed = "" if row.seed is None else f", seed {row.seed}"

@@ -1,4 +1,4 @@
-"""What the screens share: a title line, the list of runs as it was last read, and steering."""
+"""Base of the screens: a title line, the list of runs as last read, and keys that steer a run."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ RESUME = "Resume the run from its newest checkpoint"
 
 
 class RunsKeys(Screen[None]):
-    """Keys that steer `self.target()`: the run in question on this screen."""
+    """Keys that steer the run `self.target()`."""
 
     app: RunsApp
     BINDINGS: ClassVar[list[BindingType]] = [
@@ -43,15 +43,15 @@ class RunsKeys(Screen[None]):
     ]
 
     def target(self) -> str | None:
-        """The run's name."""
+        """Name of the run that keys act on; None if there is none."""
         raise NotImplementedError
 
     def draw(self) -> None:
-        """Show what was read."""
+        """Draw what was read."""
         raise NotImplementedError
 
     def draw_again(self) -> None:
-        """From a worker or a timer: only what is on top is drawn, and nothing that is being taken down."""
+        """Draw from a worker or a timer, only if this screen is on top and not being removed."""
         if not (self.is_mounted and self.is_current):
             return
         try:
@@ -61,7 +61,7 @@ class RunsKeys(Screen[None]):
                 raise
 
     def rows_changed(self) -> None:
-        """The list of runs was read again."""
+        """Called after the list of runs was read again."""
         self.draw_again()
 
     def folder(self) -> RunFolder | None:
@@ -115,7 +115,7 @@ class RunsKeys(Screen[None]):
     def deleted(self, name: str) -> None: ...
 
     def notify(self, message: str, **options) -> None:
-        """Names and paths are no markup."""
+        """As Textual's, without markup, which names and paths may look like."""
         super().notify(message, markup=False, **options)
 
     def action_open_folder(self) -> None:
@@ -138,7 +138,7 @@ class RunsKeys(Screen[None]):
         self.app.push_screen(Reading(f"Output of {folder.path.name}", Text(text or none), at_end=True))
 
     async def _steered(self, function, *arguments):
-        """In a thread; what the user can mend is told, and the answer is None."""
+        """Call a function in a thread. A UserError is shown, and the result is then None."""
         try:
             return await asyncio.to_thread(function, *arguments)
         except UserError as error:

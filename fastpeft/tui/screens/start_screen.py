@@ -1,4 +1,4 @@
-"""The form that starts a run, and checks what is typed with the configuration's schema."""
+"""The form that starts a run, and validates what is typed by the configuration's schema."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from fastpeft.errors import UserError
 from fastpeft.tui import orders, steer
 
 CHECK_AFTER_S = 0.15
-"""Of no key pressed."""
+"""Seconds without a key press before the form is validated."""
 
 FIELDS = {
     "run": ("Run", "a preset, or the path of a YAML file"),
@@ -34,7 +34,7 @@ FIELDS = {
 
 
 class _Settings(Suggester):
-    """Completes the key that is being typed."""
+    """Completes the key being typed."""
 
     def __init__(self) -> None:
         super().__init__(use_cache=False, case_sensitive=True)
@@ -44,7 +44,7 @@ class _Settings(Suggester):
 
 
 class Switch(Checkbox):
-    """The toolkit's shows the same X on and off, in other colours."""
+    """A checkbox whose symbol differs on and off; Textual's differs only in colour."""
 
     def render(self) -> Content:
         self.BUTTON_INNER = "X" if self.value else " "
@@ -52,7 +52,7 @@ class Switch(Checkbox):
 
 
 class StartScreen(Screen[steer.Launch | None]):
-    """Answers the trainer that was started, or None."""
+    """Returns the started trainer, or None."""
 
     TITLE = "New run"
     BINDINGS: ClassVar[list[BindingType]] = [
@@ -95,7 +95,7 @@ class StartScreen(Screen[steer.Launch | None]):
         self._check()
 
     def _list_presets(self) -> None:
-        """Those that what is typed could become; none once it is one."""
+        """List the presets whose names contain the typed text; none once it is a preset's name."""
         typed = self.query_one("#run", Input).value
         names = [] if typed in preset_names() else [name for name in preset_names() if typed in name]
         self.query_one("#presets", Static).update(Text("presets  " + "  ".join(names) if names else "", style="dim"))
@@ -130,7 +130,7 @@ class StartScreen(Screen[steer.Launch | None]):
 
     @property
     def is_there(self) -> bool:
-        """Not closed while something was checked."""
+        """Whether the screen was not closed during a check."""
         return any(screen is self for screen in self.app.screen_stack)
 
     def _show(self, checked: orders.Checked) -> None:

@@ -1,4 +1,4 @@
-"""Ticks and numbers of a plot's axes."""
+"""Ticks and labels of a plot's axes."""
 
 from __future__ import annotations
 
@@ -50,11 +50,11 @@ def nice_ticks(low: float, high: float, most: int) -> list[float]:
 
 
 class _Fitted(AxisFormatter):
-    """`most` ticks, as the plot sets it by its size, and of an axis `columns` long none whose label ends beyond it."""
+    """At most `most` ticks, which the plot sets by its size. On an axis of `columns` cells no label ends beyond it."""
 
     most = 6
     columns: int | None = None
-    """None: of an axis that is upright."""
+    """Length of a horizontal axis in cells; None for a vertical one."""
 
     def get_ticks_and_labels(self, min_: float, max_: float, max_ticks: int = 8) -> tuple[list[float], list[str]]:
         ticks, labels = super().get_ticks_and_labels(min_, max_, max_ticks)
@@ -76,7 +76,7 @@ class Numbers(_Fitted):
 
 
 class Durations(_Fitted, DurationFormatter):
-    """As Numbers, of seconds."""
+    """As Numbers, for seconds."""
 
     def get_ticks(self, min_: float, max_: float, max_ticks: int = 8) -> list[float]:
         _, unit = self._select_unit(min_, max_)
@@ -84,7 +84,7 @@ class Durations(_Fitted, DurationFormatter):
 
 
 class Powers(Numbers):
-    """Of log10 values: whole decades; within one, 1, 2 and 5 times a power of ten."""
+    """Ticks for log10 values: whole decades; within one decade, 1, 2 and 5 times a power of ten."""
 
     def get_ticks(self, min_: float, max_: float, max_ticks: int = 8) -> list[float]:
         most = min(self.most, max_ticks)
@@ -106,7 +106,7 @@ class Powers(Numbers):
 
 
 def _told_apart(values: Sequence[float]) -> list[str]:
-    """In as many digits as it takes."""
+    """Labels with enough digits to be distinct."""
     labels = [short(value) for value in values]
     for digits in (5, 6):
         if len(set(labels)) == len(labels):

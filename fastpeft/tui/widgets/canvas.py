@@ -1,4 +1,4 @@
-"""Where a LinePlot draws: textual-plot's frame and ticks, and our own lines, for they are many."""
+"""The canvas of a LinePlot: frame and ticks are textual-plot's; the lines, which are many, are drawn here."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class Line:
     color: str
     dash: tuple[int, int]
     mark: str = ""
-    """A sign that stands on the line here and there."""
+    """A symbol placed at intervals on the line."""
 
 
 @dataclass(frozen=True)
@@ -46,12 +46,12 @@ class Shade:
     high: Floats
     color: str
     level: Floats | None = None
-    """A line within it, which ends in a sign."""
+    """A line within the area, which ends in a symbol."""
 
 
 @dataclass(frozen=True)
 class Marks:
-    """Values that are not finite: at the lower edge × for nan and ▼ for -inf, at the upper ▲ for inf."""
+    """Marks of non-finite values: × for nan and ▼ for -inf at the lower edge, ▲ for inf at the upper edge."""
 
     x: Floats
     values: Floats
@@ -59,7 +59,7 @@ class Marks:
 
 @dataclass(frozen=True)
 class Scene:
-    """All that one drawing holds, in the axes' units."""
+    """The content of one drawing, in the axes' units."""
 
     lines: list[Line]
     shades: list[Shade]
@@ -70,7 +70,7 @@ class Scene:
 
 
 class Steered(Protocol):
-    """What the mouse on a canvas steers: the plot that it belongs to."""
+    """The plot that mouse events on a canvas act on."""
 
     view_y: tuple[float, float] | None
 
@@ -94,7 +94,7 @@ class _Cells(Canvas):
 
     @property
     def rich_style(self) -> Style:
-        """Found once a picture: the toolkit asks for it once a line."""
+        """Cached per drawing, since Textual asks for it once per line."""
         return self._style or super().rich_style
 
     def render_lines(self, crop: Region) -> list[Strip]:
@@ -105,13 +105,13 @@ class _Cells(Canvas):
             self._style = None
 
     def render_line(self, y: int) -> Strip:
-        """The toolkit's, but a line without a style, which a screen without colour cannot show."""
+        """As textual-plot's, but a line without a style, which a screen without colour cannot show."""
         strip = super().render_line(y)
         return strip if strip.cell_length else Strip.blank(self.size.width, self.rich_style)
 
 
 class PlotCanvas(PlotWidget, can_focus=False, inherit_bindings=False):
-    """Draws scenes, and tells its plot what the mouse does."""
+    """Draws scenes, and forwards mouse events to its plot."""
 
     DEFAULT_CSS = """
     PlotCanvas { height: 1fr; width: 1fr; }
@@ -135,7 +135,7 @@ class PlotCanvas(PlotWidget, can_focus=False, inherit_bindings=False):
 
     @property
     def num_columns(self) -> int:
-        """Cells within the frame."""
+        """Width inside the frame, in cells."""
         return max(self.size.width - MARGIN_LEFT - 2, 0)
 
     @property
@@ -150,7 +150,7 @@ class PlotCanvas(PlotWidget, can_focus=False, inherit_bindings=False):
         self.set_y_formatter(y_format)
         self.set_xlimits(*scene.x)
         self.set_ylimits(*scene.y)
-        if not self._needs_canvas_resize:  # else the toolkit draws, a frame later
+        if not self._needs_canvas_resize:  # otherwise textual-plot draws one frame later
             self._render_plot()
             self._needs_rerender = False
 
@@ -175,7 +175,7 @@ class PlotCanvas(PlotWidget, can_focus=False, inherit_bindings=False):
             self._draw_marks(canvas, marks)
 
     def _draw_lines(self, canvas: Canvas, lines: list[Line]) -> None:
-        """A cell that several cross has the dots of all."""
+        """Draw all lines. A cell that several lines cross has the dots of all."""
         if not lines:
             return
         width, height = self._scale_rectangle.width, self._scale_rectangle.height
@@ -191,7 +191,7 @@ class PlotCanvas(PlotWidget, can_focus=False, inherit_bindings=False):
                 canvas.set_pixel(column + 1, row + 1, lines[i].mark, f"bold {lines[i].color}")
 
     def _cells(self, x: Floats, y: Floats) -> tuple[Floats, Floats]:
-        """Of the axes' units: cells from the upper left corner within the frame."""
+        """Convert axes' units to cells from the upper left corner inside the frame."""
         scene = self._scene
         assert scene is not None
         x = (x - scene.x[0]) / (scene.x[1] - scene.x[0]) * self._scale_rectangle.width
@@ -199,7 +199,7 @@ class PlotCanvas(PlotWidget, can_focus=False, inherit_bindings=False):
         return x, y
 
     def _draw_shade(self, canvas: Canvas, shade: Shade) -> None:
-        """Each column's middle, from the band's low to its high."""
+        """Fill each column from the band's low to its high, taken at the column's middle."""
         scene = self._scene
         assert scene is not None
         (low_x, high_x), width = scene.x, self._scale_rectangle.width
@@ -247,7 +247,7 @@ class PlotCanvas(PlotWidget, can_focus=False, inherit_bindings=False):
     # ---- the mouse -------------------------------------------------------------------------
 
     def _share(self, event: events.MouseEvent) -> tuple[float, float] | None:
-        """Of the width, and of the height from below; outside 0..1 in the margins. None: outside the widget."""
+        """(share of the width, share of the height from below), beyond 0..1 in the margins. None outside the widget."""
         if not self.region.contains_point(event.screen_offset) or not self.num_columns or not self.num_rows:
             return None
         offset = event.screen_offset - self.region.offset
@@ -261,7 +261,7 @@ class PlotCanvas(PlotWidget, can_focus=False, inherit_bindings=False):
         self._zoom_at(event, 1)
 
     def _zoom_at(self, event: events.MouseEvent, direction: int) -> None:
-        """Of y in the margin of its numbers, else of x."""
+        """Zoom y in the margin of its labels, else x."""
         event.stop()
         share = self._share(event)
         if share is None:
@@ -273,7 +273,7 @@ class PlotCanvas(PlotWidget, can_focus=False, inherit_bindings=False):
             self._plot.zoom_x(x, direction)
 
     def on_mouse_move(self, event: events.MouseMove) -> None:
-        """The cursor follows; a pressed button pans, up and down only where y was zoomed."""
+        """Move the cursor. With a button pressed, pan, vertically only if y is zoomed."""
         share = self._share(event)
         if event.button:
             self._plot.pan(-event.delta_x, event.delta_y if self._plot.view_y else 0)

@@ -1,4 +1,4 @@
-"""Where a heatmap's rows and columns lie, and how the columns' names fit above them."""
+"""Layout of a heatmap's rows and columns, and of the column names above them."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ ELLIPSIS = "…"
 
 
 def shares(needs: Sequence[int], room: int) -> list[int]:
-    """`room` dealt out evenly, but no less to any than it needs; if that is too much, evenly."""
+    """`room` divided evenly, with at least its need for each; evenly throughout if the needs exceed `room`."""
     if sum(needs) > room:
         needs = [0] * len(needs)
     fixed: dict[int, int] = {}
@@ -31,12 +31,12 @@ def shares(needs: Sequence[int], room: int) -> list[int]:
 
 
 def words(name: str) -> list[str]:
-    """Of a module's name, with the signs that end them: attention. output. dense."""
+    """Words of a module's name, with the characters that end them: attention. output. dense."""
     return [word for word in _WORD.findall(name) if word]
 
 
 def wrapped(name: str, width: int) -> list[str]:
-    """Lines of whole words; a word that is longer than a line is cut, which shows."""
+    """Lines of whole words. A word longer than a line is visibly cut."""
     lines = [""]
     for word in words(name):
         if len(lines[-1]) + len(word) > width and lines[-1]:
@@ -46,7 +46,7 @@ def wrapped(name: str, width: int) -> list[str]:
 
 
 def headings(names: Sequence[str], widths: Sequence[int], most: int) -> list[list[str]]:
-    """Lines above each column, as many for each: whole words where they fit in `most` lines, else abbreviations."""
+    """Equally many lines above each column: whole words if they fit in `most` lines, else abbreviations."""
     found = [wrapped(name, width) for name, width in zip(names, widths)]
     if any(len(lines) > most or any(ELLIPSIS in line for line in lines) for lines in found):
         found = [[name] for name in abbreviated(names, min(widths, default=1))]
@@ -55,7 +55,7 @@ def headings(names: Sequence[str], widths: Sequence[int], most: int) -> list[lis
 
 
 def abbreviated(names: Sequence[str], width: int) -> list[str]:
-    """Each at most `width` characters and told apart: cut off, or where that is not enough, their ends or numbers."""
+    """Distinct names of at most `width` characters: cut at the end, the start or the middle, else numbered."""
     cuts = (_cut_at_end, _cut_at_start, _cut_in_middle)
     for cut in cuts:
         found = [name if len(name) <= width else cut(name, width) for name in names]
@@ -79,7 +79,7 @@ def _cut_in_middle(name: str, width: int) -> str:
 
 @dataclass(frozen=True)
 class Columns:
-    """Columns of a heatmap, from `first` on. `head`: lines of a text for each."""
+    """Columns of a heatmap, from `first` on. `head`: lines of text above each."""
 
     first: int
     widths: tuple[int, ...]
@@ -101,7 +101,7 @@ class Columns:
 
 @lru_cache(32)
 def columns_in(names: tuple[str, ...], first: int, width: int, least: int, most_lines: int) -> Columns:
-    """As many columns as fit, over all of `width` where all fit; else each is `least` wide."""
+    """As many columns as fit. If all fit they fill `width`; else each is `least` wide."""
     num = min(len(names), max(width // least, 1))
     if num < len(names):
         first = max(0, min(first, len(names) - num))
@@ -114,19 +114,19 @@ def columns_in(names: tuple[str, ...], first: int, width: int, least: int, most_
 
 @dataclass(frozen=True)
 class Rows:
-    """Rows of a heatmap, from `first` on, in half lines: `edges` has where each begins, and where the last ends."""
+    """Rows of a heatmap, from `first` on, in half lines. `edges`: the start of each row, and the end of the last."""
 
     first: int
     edges: tuple[int, ...]
 
     def at(self, half: int) -> int | None:
-        """The row that a half line belongs to."""
+        """The row at a half line."""
         if not self.edges or not 0 <= half < self.edges[-1]:
             return None
         return self.first + bisect_right(self.edges, half) - 1
 
     def number_line(self, row: int) -> int:
-        """The line nearest to a row's middle that is all its own."""
+        """The line nearest to a row's middle that belongs to this row only."""
         start, end = self.edges[row - self.first : row - self.first + 2]
         return (-(-start // 2) + end // 2 - 1) // 2
 
@@ -137,7 +137,7 @@ class Rows:
 
 @lru_cache(32)
 def rows_in(num_rows: int, num_lines: int, first: int, *, halves: bool, spread_from: float) -> Rows:
-    """Rows over `num_lines` lines. `halves`: a line may hold the ends of two rows."""
+    """Rows spread over `num_lines` lines. `halves`: a line may be shared by two rows."""
     num_shown = min(num_rows, num_lines)
     if not num_shown:
         return Rows(first, ())

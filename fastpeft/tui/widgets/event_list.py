@@ -1,4 +1,4 @@
-"""What happened in a run, one event a line, the newest last."""
+"""The events of a run, one per line, newest last."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from fastpeft.tui.widgets.axes import clock
 
 MOST = 2000
 _LEAST_INDENT = 9
-"""Cells: of the time, where the list is narrow."""
+"""Cells of the time column in a narrow list."""
 _STYLES = {"eval": "#009E73", "warning": NOTE, "run": "bold", "end": "bold", "importance": "#56B4E9"}
 
 
 class EventLog(RichLog):
-    """Follows the end, until it is scrolled up."""
+    """A log that follows its end until it is scrolled up."""
 
     BINDINGS: ClassVar[list[BindingType]] = [
         Binding("j", "scroll_down", "Down", show=False, id="log.down"),
@@ -37,7 +37,7 @@ class EventLog(RichLog):
         self._width = 0
 
     def show(self, events: Sequence[Notable]) -> None:
-        """Write what is new; where the events before are others now, all of them."""
+        """Write the new events; if earlier ones have changed, all of them."""
         wanted, width = list(events[-MOST:]), self.scrollable_content_region.width
         if (wanted, width) == (self.shown, self._width) or not width:
             return
@@ -51,12 +51,12 @@ class EventLog(RichLog):
         self.shown, self._width = wanted, width
 
     def on_resize(self, event: Resize) -> None:
-        """Lines are as long as the list was wide when they were written."""
+        """Write all lines again, which were wrapped to the earlier width."""
         self.show(self.shown)
 
 
 def _lines(event: Notable, width: int) -> Text:
-    """The text on as many lines as it takes, one under another."""
+    """The event's text on as many lines as needed, aligned."""
     at = f"{clock(max(event.elapsed_s, 0.0)):>8} {event.step:>7,} "
     head = Text.assemble((at, "dim"), (f"{event.kind:<10} ", _STYLES.get(event.kind, "")))
     indent = head.cell_len if width >= 2 * head.cell_len else _LEAST_INDENT

@@ -1,4 +1,4 @@
-"""A grid of numbers as colours, with a cursor. It fills the room that it has."""
+"""A grid of numbers as colours, with a cursor. It fills its area."""
 
 from __future__ import annotations
 
@@ -26,17 +26,17 @@ from fastpeft.tui.widgets.cell_layout import Columns, Rows, columns_in, rows_in
 # R rows, C columns
 
 MIN_CELL = 4
-"""A narrower screen scrolls sideways."""
+"""Least width of a cell. A narrower screen scrolls horizontally."""
 LEAST_RATIO = 1.1
-"""A scale of factors reaches at least from 1 / this to this, so that next to nothing looks like it."""
+"""A scale of factors covers at least 1 / this to this, so that tiny differences look tiny."""
 _NUMBERS_FROM = 7
-"""Cells this wide show their numbers."""
+"""Cells at least this wide show their numbers."""
 _SPREAD_FROM = 1.5
-"""Lines a row: from here on rows share all lines, by halves of one; else each has one, and its number is in it."""
+"""Lines per row from which rows fill all lines, in half lines. Below it, each row has one line with its numbers."""
 _MAX_HEAD_LINES = 3
 _SCALE_CELLS = 16
 _NARROW = 100
-"""A narrower heatmap says what is under the cursor in two lines."""
+"""A narrower heatmap shows the readout at the cursor on two lines."""
 
 
 class Heatmap(ScrollView, can_focus=True):
@@ -75,11 +75,11 @@ class Heatmap(ScrollView, can_focus=True):
         self.grid = Grid((), (), np.empty((0, 0)))
         self._limits = (0.0, 0.0)
         self.nothing = "nothing measured yet"
-        """Said where the grid is empty."""
+        """Text for an empty grid."""
         self._top, self._left = 0, 0
 
     def show(self, grid: Grid, title: str | None = None) -> None:
-        """The cursor stays where it is, if that is still there."""
+        """Show `grid`. The cursor keeps its cell, if that still exists."""
         self.grid, self._limits = grid, limits(grid)
         self.title = self.title if title is None else title
         row, column = self.cursor
@@ -87,7 +87,7 @@ class Heatmap(ScrollView, can_focus=True):
         self._keep_cursor_in_view()
         self.refresh()
 
-    # ---- places ----------------------------------------------------------------------------
+    # ---- layout ----------------------------------------------------------------------------
 
     @property
     def label_width(self) -> int:
@@ -109,7 +109,7 @@ class Heatmap(ScrollView, can_focus=True):
 
     @property
     def rows(self) -> Rows:
-        """The rows in view, over all the lines that there are."""
+        """The rows in view, over all available lines."""
         num, lines = len(self.grid.rows), self.num_rows_shown
         return rows_in(num, lines, self._top, halves=not self.app.no_color, spread_from=_SPREAD_FROM)
 
@@ -119,7 +119,7 @@ class Heatmap(ScrollView, can_focus=True):
         self._top = _kept_in_view(row, self._top, self.num_rows_shown, len(self.grid.rows))
 
     def cell_at(self, x: int, y: int) -> tuple[int, int] | None:
-        """Row and column under a place within the widget."""
+        """(row, column) at a position in the widget."""
         row = self.rows.at(2 * (y - len(self.columns.head)))
         column = self.columns.at(x - self.label_width)
         return (row, column) if row is not None and column is not None else None
@@ -199,7 +199,7 @@ class Heatmap(ScrollView, can_focus=True):
         return segments
 
     def _line(self, line: int, base: Style) -> list[Segment]:
-        """A line of one row, or of the end of one and the begin of the next."""
+        """A line of one row, or one shared by the end of a row and the beginning of the next."""
         rows = self.rows
         upper, lower = rows.at(2 * line), rows.at(2 * line + 1)
         if upper is None or lower is None:
@@ -250,7 +250,7 @@ class Heatmap(ScrollView, can_focus=True):
         return self._color(self._share(value, self._limits)) if math.isfinite(value) else None
 
     def _foot(self, line: int, base: Style) -> list[Segment]:
-        """The legend with where the shown rows and columns lie among all, and what is under the cursor."""
+        """The legend, the range of shown rows and columns among all, and the readout at the cursor."""
         if line == 0:
             return self._scale(base)
         lines = flowed(self.said(), self.size.width).split()
@@ -280,11 +280,11 @@ class Heatmap(ScrollView, can_focus=True):
         return [*segments, Segment(end, base)]
 
     def readout(self) -> str:
-        """The numbers under the cursor."""
+        """The numbers at the cursor."""
         return "  ".join(self.said())
 
     def said(self) -> list[str]:
-        """What the readout consists of."""
+        """The parts of the readout."""
         grid, (row, column) = self.grid, self.cursor
         if not grid.rows or not grid.columns:
             return []
@@ -301,7 +301,7 @@ class Heatmap(ScrollView, can_focus=True):
 
 
 def _with_blanks(text: str, style: Style, base: Style) -> list[Segment]:
-    """`style` is for what is not blank at the ends."""
+    """Segments of `text`: `style` without the blanks at both ends, which get `base`."""
     inner = text.strip()
     before, _, after = text.partition(inner) if inner else (text, "", "")
     return [Segment(before, base), Segment(inner, style), Segment(after, base)]
@@ -317,7 +317,7 @@ def limits(grid: Grid) -> tuple[float, float]:
 
 
 def share(value: float, limits: tuple[float, float]) -> float:
-    """Of the scale, 0..1; the middle where all values are the same."""
+    """Position on the scale, 0..1; the middle if all values are equal."""
     low, high = limits
     return (value - low) / (high - low) if high > low else 0.5
 

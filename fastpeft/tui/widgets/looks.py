@@ -1,4 +1,4 @@
-"""Curves, and how those of one plot are told apart: by colour, dashes and marks."""
+"""Curves, and how those of one plot are distinguished: by colour, dashes and marks."""
 
 from __future__ import annotations
 
@@ -17,18 +17,18 @@ class Curve:
     label: str
     series: Series
     color: str = ""
-    """#rrggbb; the palette's next where empty."""
+    """#rrggbb; the next of the palette if empty."""
     mark: str = ""
-    """A sign that tells it from others of its colour, and without colour from more than there are dashes."""
+    """A symbol that distinguishes curves of equal colour, and without colour, curves of equal dashes."""
 
 
 @dataclass(frozen=True)
 class Look:
-    """How a curve is told from the others of its plot."""
+    """How a curve is distinguished from the others of its plot."""
 
     color: str
     dash: int
-    """Of DASHES."""
+    """Index into DASHES."""
     mark: str
 
     @property
@@ -37,7 +37,7 @@ class Look:
 
 
 def looks(curves: Sequence[Curve], no_color: bool) -> list[Look]:
-    """No two alike, as long as curves have marks of their own or are no more than there are colours and dashes."""
+    """Distinct looks, provided that curves have distinct marks or do not outnumber colours and dashes."""
     found: list[Look] = []
     for i, curve in enumerate(curves):
         color = curve.color or curve_color(i)

@@ -24,28 +24,28 @@ from fastpeft.tui.widgets.looks import Curve, Look, looks
 from fastpeft.tui.widgets.raster import DASHES
 
 SMOOTHING = (0.0, 0.6, 0.9, 0.97, 0.99)
-"""Weights of the average that `s` goes through."""
+"""Smoothing weights that the key `s` cycles through."""
 ZOOM = 1.5
 AHEAD = 0.25
 _LEVEL_SIGN = "╌"
 _FLAT = 1e-9
-"""Of the values: a smaller range is what arithmetic leaves of a constant."""
+"""Least range relative to the values. A smaller one is rounding error of a constant."""
 _LEAST_LABEL = 8
-"""Characters, of a curve without a mark."""
+"""Least characters of a label, for a curve without a mark."""
 
 
 @dataclass(frozen=True)
 class Band:
     """An area from `low` to `high`, as of a forecast; x in the unit of the plot's axis, rising.
 
-    It widens what is shown at first by no more than AHEAD of the curves' range to the right and by their height up and
-    down, so that they stay legible; the rest of it is there to pan to.
+    It extends the initial view by at most AHEAD of the curves' range to the right, and by their height up and down, so
+    that the curves stay legible. The rest of it can be panned to.
     """
 
     x: Floats
     low: Floats
     high: Floats
-    """Nan where there is no area."""
+    """nan where there is no area."""
     color: str = "#999999"
     label: str = ""
     level: Floats | None = None
@@ -53,7 +53,7 @@ class Band:
 
 
 class LinePlot(Widget, can_focus=True):
-    """Call `show` with the curves, and `redraw` when their series have grown. Zoom and cursor stay."""
+    """Call `show` with the curves, and `redraw` when their series have grown. Zoom and cursor are kept."""
 
     DEFAULT_CSS = """
     LinePlot { height: 1fr; width: 1fr; min-height: 6; }
@@ -114,14 +114,14 @@ class LinePlot(Widget, can_focus=True):
         self.bands: tuple[Band, ...] = ()
         self.notes: tuple[str, ...] = ()
         self.looks: list[Look] = []
-        """Of the curves, as they were last drawn."""
+        """Looks of the curves, as last drawn."""
         self.view_x: tuple[float, float] | None = None
-        """The range that is zoomed to; None: all there is."""
+        """The zoomed x range; None shows everything."""
         self.view_y: tuple[float, float] | None = None
-        """As shown: of log10 values on a log scale. None: what the curves need."""
+        """The zoomed y range, of log10 values on a log scale; None fits the curves."""
         self.num_not_finite = 0
         self.num_not_positive = 0
-        """Within what is shown; those are left out for a log scale."""
+        """Number of values in view that the log scale leaves out."""
         self._shown_x, self._shown_y = (0.0, 1.0), (0.0, 1.0)
         self._is_stale = False
 
@@ -135,15 +135,15 @@ class LinePlot(Widget, can_focus=True):
     def on_resize(self) -> None:
         self.call_after_refresh(self.redraw)
 
-    # ---- what is shown ---------------------------------------------------------------------
+    # ---- content ---------------------------------------------------------------------------
 
     def show(self, curves: Sequence[Curve], bands: Sequence[Band] = (), notes: Sequence[str] = ()) -> None:
-        """Draw these from now on. `notes` stand behind the curves' values."""
+        """Draw these from now on. `notes` follow the curves' values in the line above."""
         self.curves, self.bands, self.notes = tuple(curves), tuple(bands), tuple(notes)
         self.redraw()
 
     def redraw(self) -> None:
-        """The series have grown. Several calls in a row draw once."""
+        """Draw again after the series have grown. Consecutive calls draw once."""
         if not self._is_stale:
             self._is_stale = True
             self.call_next(self._draw)
@@ -151,7 +151,7 @@ class LinePlot(Widget, can_focus=True):
     def _draw(self) -> None:
         self._is_stale = False
         canvases = self.query(PlotCanvas)
-        if not self.is_mounted or not self.size.area or not canvases:  # not there yet, or being taken down
+        if not self.is_mounted or not self.size.area or not canvases:  # not mounted yet, or being removed
             return
         canvas = canvases.first()
         self._shown_x = low, high = self.view_x or self._all_x()
@@ -215,7 +215,7 @@ class LinePlot(Widget, can_focus=True):
     # ---- the line above --------------------------------------------------------------------
 
     def _say(self) -> None:
-        """With labels as long as there is room for; of curves that find none, how many they are."""
+        """Fill the line above, with labels as long as fit, and the number of curves that do not fit."""
         values = [self._value(curve, self.cursor_x) for curve in self.curves]
         longest = max([len(curve.label) for curve in self.curves], default=0)
         widths = [*range(longest, _LEAST_LABEL, -1), min(longest, _LEAST_LABEL)]
@@ -228,7 +228,7 @@ class LinePlot(Widget, can_focus=True):
         self.query_one("#readout", Static).update(text, layout=False)
 
     def _said(self, values: Sequence[str], width: int) -> Text:
-        """The line above, of as many curves as there are values, whose labels get `width` characters."""
+        """The line above, for as many curves as there are values, with labels of `width` characters."""
         parts = [Text(self.title, "bold")]
         if self.cursor_x is not None:
             parts.append(Text(position(self.axis, self.cursor_x), "reverse"))
@@ -264,7 +264,7 @@ class LinePlot(Widget, can_focus=True):
             said.append("zoomed")
         return said
 
-    # ---- keys, and what the mouse does -----------------------------------------------------
+    # ---- keys and mouse --------------------------------------------------------------------
 
     def watch_axis(self) -> None:
         self.view_x = self.cursor_x = None
@@ -313,7 +313,7 @@ class LinePlot(Widget, can_focus=True):
         self.smoothing = SMOOTHING[(at + direction) % len(SMOOTHING)]
 
     def action_axis(self) -> None:
-        """The next axis of which the curves have anything."""
+        """Change to the next axis for which the curves have values."""
         start = self.axes.index(self.axis) if self.axis in self.axes else -1
         for i in range(1, len(self.axes)):
             axis = self.axes[(start + i) % len(self.axes)]
@@ -328,7 +328,7 @@ class LinePlot(Widget, can_focus=True):
         self.redraw()
 
     def zoom_x(self, center: float, direction: int) -> None:
-        """Keeps `center` where it is; out of the whole range is the whole range."""
+        """Zoom around `center`. Zooming out beyond the whole range shows the whole range."""
         found, all_x = _zoomed(self._shown_x, center, direction), self._all_x()
         whole = found[0] <= all_x[0] and found[1] >= all_x[1]
         self.view_x = None if whole else found
@@ -339,7 +339,7 @@ class LinePlot(Widget, can_focus=True):
         self.redraw()
 
     def pan(self, columns: int, rows: int) -> None:
-        """Move what is shown by cells to the right and up."""
+        """Move the view by cells to the right and up."""
         canvas = self.query_one(PlotCanvas)
         if columns:
             low, high = self._shown_x
@@ -352,18 +352,18 @@ class LinePlot(Widget, can_focus=True):
         self.redraw()
 
     def point_at(self, x: float | None) -> None:
-        """Put the cursor at a share of the width; None takes it away."""
+        """Put the cursor at a share of the width; None removes it."""
         low, high = self._shown_x
         self.cursor_x = None if x is None else low + x * (high - low)
 
     def at(self, x: float, y: float) -> tuple[float, float]:
-        """The place at shares of the width, and of the height from below."""
+        """The point at a share of the width, and of the height from below."""
         (low_x, high_x), (low_y, high_y) = self._shown_x, self._shown_y
         return low_x + x * (high_x - low_x), low_y + y * (high_y - low_y)
 
 
 def _edges(band: Shade, low_x: float, high_x: float) -> list[Floats]:
-    """Where the band enters the range and where it leaves it, and what lies between."""
+    """The band clipped to the x range, with its points where it enters and leaves."""
     if not len(band.x) or band.x[0] > high_x or band.x[-1] < low_x:
         return []
     x = np.concatenate([np.clip(band.x[[0, -1]], low_x, high_x), band.x[(band.x >= low_x) & (band.x <= high_x)]])

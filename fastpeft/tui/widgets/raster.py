@@ -14,24 +14,24 @@ BLANK = 0x2800
 DOTS_42 = np.array([[0x01, 0x08], [0x02, 0x10], [0x04, 0x20], [0x40, 0x80]], dtype=np.int32)
 
 DASHES = ((1, 0), (6, 4), (2, 3), (12, 3))
-"""Dots drawn and dots left out, along x: what tells curves apart without colour."""
+"""(dots drawn, dots skipped) along x, which distinguish curves without colour."""
 _ALIKE = 1.5
-"""A line this many times as thick as another, as noise is, lies behind it."""
+"""A line more than this many times as thick as another, such as noise, is drawn behind it."""
 _STRIPE = 3
-"""Cells along x after which the next of the alike lines shows."""
+"""Cells along x after which the next of equally thick lines is in front."""
 
 
 def braille(x: Floats, y: Floats, width: int, height: int, dash: tuple[int, int] = DASHES[0]) -> NDArray[np.int32]:
-    """The line through the points as code points less BLANK, (height, width); 0 where a cell is empty.
+    """The line through the points as code points minus BLANK, (height, width); 0 where a cell is empty.
 
     Args:
-        x, y: in cells from the upper left corner; may lie outside, where the line is cut.
+        x, y: in cells from the upper left corner. The line is clipped to the area.
     """
     if len(x) == 1:
         x, y = np.repeat(x, 2), np.repeat(y, 2)
     dots_YX = np.zeros((height * 4, width * 2), dtype=bool)
     points_N2, size = np.column_stack([x * 2, y * 4]), np.array([width * 2, height * 4])
-    last = size - 1e-9  # what lies on the edge is in the last cell
+    last = size - 1e-9  # points on the edge belong to the last cell
     starts, ends = _clipped(np.where(np.isclose(points_N2, size, rtol=1e-9, atol=0), last, points_N2), last)
     if len(starts):
         starts, ends = np.floor(starts).astype(int), np.floor(ends).astype(int)
@@ -43,9 +43,9 @@ def braille(x: Floats, y: Floats, width: int, height: int, dash: tuple[int, int]
 
 
 def owners(drawn_LHW: NDArray[np.bool_]) -> Dots:
-    """The line whose colour a cell gets, of those that cross it: (height, width); 0 where none does.
+    """The line whose colour each cell gets, of those that cross it: (height, width); 0 where none does.
 
-    A thin line lies before a thick one. Lines that are alike take turns along x, so that none hides another.
+    A thin line is in front of a thick one. Equally thick lines alternate along x, so that none hides another.
     """
     num_columns_L = drawn_LHW.any(axis=1).sum(axis=1)
     thickness_L = drawn_LHW.sum(axis=(1, 2)) / np.maximum(num_columns_L, 1)
@@ -56,9 +56,9 @@ def owners(drawn_LHW: NDArray[np.bool_]) -> Dots:
 
 
 def mark_places(drawn_LHW: NDArray[np.bool_], num: int = 4) -> list[list[tuple[int, int]]]:
-    """Row and column of up to `num` cells of each line that its mark can stand in, no cell for two lines.
+    """(row, column) of up to `num` cells for each line's mark, no cell for two lines.
 
-    Lines have columns of their own. Where nothing of one is left free, its mark stands beside it.
+    Each line gets its own columns. If no cell of the line is free there, its mark is placed beside it.
     """
     num_lines, _, width = drawn_LHW.shape
     period, taken = max(width // num, 2 * num_lines), set[tuple[int, int]]()
@@ -81,8 +81,8 @@ def _middle(drawn_H: NDArray[np.bool_]) -> int:
 
 
 def _upright(dots_YX: NDArray[np.bool_], starts: Dots, ends: Dots) -> None:
-    """Segments within a column or from one to the next, half in each: what a long log consists of. Each run of dots is
-    a +1 where it begins and a -1 behind its end, and a dot is set where the sum down the column is positive."""
+    """Draw segments within a column, or between adjacent ones with half in each, which a long log consists of. Each run
+    of dots adds +1 at its start and -1 after its end; a dot is set where the sum down the column is positive."""
     middle = (starts[:, 1] + ends[:, 1]) // 2
     edges_YX = np.zeros((dots_YX.shape[0] + 1, dots_YX.shape[1]), dtype=np.int32)
     for end in (starts, ends):

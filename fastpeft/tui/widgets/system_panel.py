@@ -1,4 +1,4 @@
-"""The machine that a run is on, from its heartbeats: a GPU's figures, or the processor's."""
+"""The load of a run's machine, from its heartbeats: of the GPU, or of the CPU."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _RECENT = 512
 
 
 class SystemPanel(Static):
-    """A line a figure: the last value, and the recent ones as a curve."""
+    """One line per quantity: the last value, and the recent ones as a curve."""
 
     def show(self, series: Mapping[str, Series]) -> None:
         lines = []

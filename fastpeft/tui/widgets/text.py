@@ -1,4 +1,4 @@
-"""A text that costs nothing while it stays the same."""
+"""A text that is laid out again only when it changes."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ class Lines(Static):
         self._shown: RenderableType | None = None
 
     def show(self, content: RenderableType) -> None:
-        """Lays the screen out anew, so only where the text is another one."""
+        """Show `content`. Only a changed text is updated, since an update lays out the screen again."""
         if content != self._shown:
             self._shown = content
             self.update(content)
