@@ -57,6 +57,8 @@ SETTINGS = (
 )  # fmt: skip
 MOST_ATTEMPTS = 60
 """Of one run: in so many, one was not killed."""
+LINES_SHOWN = 20
+"""Of the output of a command that has failed, which lies in a folder that is removed."""
 MOST_EXPORT_KILLS = 3
 """Of one run."""
 BEFORE = "before its log"
@@ -146,7 +148,8 @@ class Killer:
     def _ends_well(self, process: BaseProcess, arguments: list[str]) -> None:
         process.join()
         if process.exitcode:
-            raise SystemExit(f"fastpeft {' '.join(arguments)} ended with {process.exitcode}: see {self.log}")
+            said = "\n".join(self.log.read_text(errors="replace").splitlines()[-LINES_SHOWN:])
+            raise SystemExit(f"{said}\nfastpeft {' '.join(arguments)} ended with {process.exitcode}")
 
 
 # ---- one case ------------------------------------------------------------------------------
