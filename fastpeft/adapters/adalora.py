@@ -1,9 +1,9 @@
 """AdaLoRA (Zhang et al., arXiv:2303.10512): B diag(E) A, whose least important singular triplets are pruned.
 
-The layers, the budget's cubic decay and the ranking are PEFT's. PEFT counts steps towards a total that a budget in
-seconds or joules does not have: here the share of the budget that is spent, times `virtual_steps`, is the step. Each
-pruning that lies between two real steps then happens once. The running means of PEFT's allocator are views of two flat
-buffers, so that a step updates all matrices in a few operations.
+The layers, the cubic decay of the rank budget and the ranking are PEFT's. PEFT's schedule needs a total number of
+steps, which a training budget in seconds or joules does not give. Here the step is the spent share of the training
+budget times `virtual_steps`. If several prunings fall between two real steps, only the last is carried out. The running
+means of PEFT's allocator are views of two flat buffers, so that a step updates all matrices in a few operations.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from fastpeft.signals import Rates, Signals
 
 class AdaLora(Lora):
     svd_blocks: Sequence[SvdBlock]
-    """The blocks, with A, B and E each."""
+    """The blocks; each has A, B and E."""
 
     def __init__(self, config: AdapterConfig, own: AdaLoraConfig, backbone: Backbone) -> None:
         self.config = own
@@ -53,18 +53,18 @@ class AdaLora(Lora):
 
     @property
     def _singular_values(self) -> torch.Tensor:
-        """E of all matrices, one behind the other: a view."""
+        """View of the E of all matrices, concatenated."""
         return self.flat.data[self.flat.num_factors : self.flat.num_adapter]
 
     @property
     def _total_steps(self) -> int:
-        """Virtual ones."""
+        """Total number of virtual steps."""
         total = self._settings.total_step
         assert total is not None
         return total
 
     def ranks(self) -> list[int]:
-        """Live rank of each matrix. Reads the device."""
+        """Number of unpruned ranks of each matrix. Synchronizes with the device."""
         return self._kept_E.view(len(self.svd_blocks), -1).sum(1).tolist()
 
     # ---- the step --------------------------------------------------------------------------
@@ -93,7 +93,7 @@ class AdaLora(Lora):
         signals.penalty_share = square.sqrt() / self.flat.adapter_grad.norm().clamp_min(1e-30)
 
     def after_step(self, signals: Signals, rates: Rates, progress: float) -> None:
-        """Measure importances, prune when a pruning is due, and keep what is pruned at zero in the end."""
+        """Measure importances, and prune when it is due. After the last pruning, keep the pruned values at zero."""
         settings = self._settings
         step = min(self._total_steps, round(progress * self._total_steps) + 1)
         last = self._total_steps - settings.tfinal
@@ -102,7 +102,7 @@ class AdaLora(Lora):
             self._measure(signals.skipped)
         due = self._pruning_steps(self._pruned_until, min(step, last))
         if due and not bool(self._sensitivity.any()):
-            return  # every step so far was skipped: there is nothing to rank by, and all would go
+            return  # every step so far was skipped: without importances all ranks would be pruned
         if due:
             self._pruned_until = due[-1]
             budget, _ = self._allocator.budget_schedule(due[-1])
@@ -139,7 +139,7 @@ class AdaLora(Lora):
     # ---- results ---------------------------------------------------------------------------
 
     def importance(self) -> Importance | None:
-        """Sensitivity: of each matrix's singular values. Weights: its share of the live ranks."""
+        """Sensitivities are those of each matrix's singular values; weights are its share of the unpruned ranks."""
         ranks = self.ranks()
         values = self._sensitivity[self.flat.num_factors :].view(len(self.svd_blocks), -1).sum(1)
         return Importance(
@@ -167,7 +167,7 @@ class AdaLora(Lora):
         self.importance_version = int(not bool(self._kept_E.all()))
 
     def save(self, folder: Path) -> None:
-        """As plain LoRA at one rank, the largest live one; PEFT's own form with lora_E lies in adalora/."""
+        """Write plain LoRA at one rank, the largest unpruned one; adalora/ gets PEFT's AdaLoRA format with lora_E."""
         live_KR = (self._singular_values != 0).view(len(self.svd_blocks), -1)
         live_KR[live_KR.sum(1) == 0, 0] = True  # PEFT takes no matrix of rank 0
         rank = int(live_KR.sum(1).max())
@@ -188,7 +188,7 @@ class AdaLora(Lora):
         self._save_native(folder / "adalora", live_KR)
 
     def load(self, folder: Path) -> None:
-        """From PEFT's own form, which leaves the dead ranks out."""
+        """Read PEFT's AdaLoRA format, which omits pruned ranks."""
         stored = read_weights(folder / "adalora")
         own = json.loads((folder / "adalora" / "adapter_config.json").read_text()).get("rank_pattern") or {}
         self.flat.adapter.zero_()
@@ -205,7 +205,7 @@ class AdaLora(Lora):
         own = self._settings
         shared = ("task_type", "target_modules", "modules_to_save", "trainable_token_indices", "lora_dropout")
         values: dict[str, Any] = {key: getattr(own, key) for key in (*shared, "base_model_name_or_path")}
-        values["lora_alpha"] = rank * self.svd_blocks[0].scale  # PEFT's annotation is int, and it takes any number
+        values["lora_alpha"] = rank * self.svd_blocks[0].scale  # annotated as int, but PEFT accepts any number
         return in_order(peft.LoraConfig(r=rank, inference_mode=True, **values))
 
     def _save_native(self, folder: Path, live_KR: torch.Tensor) -> None:

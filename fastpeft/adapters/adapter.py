@@ -1,4 +1,4 @@
-"""The interface of a fine-tuning method, and how one is found by its name."""
+"""The interface of a fine-tuning method, and the lookup of a method by its name."""
 
 from __future__ import annotations
 
@@ -22,17 +22,17 @@ from fastpeft.models.inject import ADAPTER_NAME
 from fastpeft.signals import Rates, Signals
 
 NOT_SAVED = re.compile(rf"\.modules_to_save|\.{ADAPTER_NAME}(?=\.|$)")
-"""Parts of a parameter's name in a PeftModel that its file does not have."""
+"""Parts of a parameter's name in a PeftModel that PEFT's file leaves out."""
 
 
 def method_class(name: str) -> type[Adapter]:
-    """The class of the method that a run names, imported now."""
+    """The class of the named method, imported on first use."""
     return METHODS.load(name)
 
 
 @dataclass(frozen=True)
 class Importance:
-    """How much each block matters; parallel lists in the adapter's order."""
+    """Importance of each block, as parallel lists in the order of the adapter's blocks."""
 
     names: list[str]
     layer: list[int]
@@ -42,73 +42,74 @@ class Importance:
     weights: list[float]
     """w_k: the sensitivities, normalised."""
     ranks: list[int] | None = None
-    """Live ranks, where a method prunes them."""
+    """Number of unpruned ranks; None for methods that do not prune."""
 
 
 class Adapter(ABC):
-    """A method, attached to a model. The loop calls every hook at every step; they do nothing by default."""
+    """A method, attached to a model. The loop calls every hook in every step; a hook does nothing by default."""
 
     model: nn.Module
     flat: FlatParameters
     blocks: Sequence[Block] = ()
-    """What a schedule may give learning rates of their own; parameters outside of them, as the head's, have the common
-    one."""
+    """Groups of parameters to which a schedule may give separate learning rates. Parameters in no block, such as the
+    head's, use the common learning rate."""
     saved_as: str = "adapter"
-    """Folder for `save` in a run's folder; the best one goes to `<saved_as>_best`."""
+    """Folder for `save` in a run's folder; the best checkpoint goes to `<saved_as>_best`."""
     export_format: str = "own"
-    """What `save` writes: `peft`, an adapter that PEFT loads; `transformers`, a whole model; or another word: a format
-    that only `load` of this method reads."""
+    """Format that `save` writes: `peft`, an adapter that PEFT loads; `transformers`, a whole model; or another word for
+    a format that only this method's `load` reads."""
     routes: bool = False
-    """The update depends on the token, so that neither a LoRA nor merged weights hold it."""
+    """True if the update depends on the token, so that neither a LoRA nor merged weights can represent it."""
     weight_files: str = "*.safetensors"
-    """Pattern of the files of `save` that hold weights; their size is the adapter's."""
+    """Pattern of the files of `save` that hold weights. The adapter's size is their total size."""
     trains_backbone: bool = False
-    """The backbone's own weights are trained, so they have to be fp32."""
+    """True if the backbone's own weights are trained, which then have to be fp32."""
     needs_one_rank: str = ""
-    """Why several ranks cannot train it together; empty where they can."""
+    """Why several ranks cannot train this method together; empty if they can."""
     calibration_batches: int = 0
-    """Batches that the method wants to see, without being updated, before training."""
+    """Number of batches that the method reads before training, without updates."""
     importance_version: int = 0
-    """Counts up whenever the importances change."""
+    """Incremented whenever the importances change."""
 
     @classmethod
     @abstractmethod
     def build(cls, config: AdapterConfig, own: Any, backbone: Backbone) -> Self:
-        """Attach to `backbone.model`, which is changed in place.
+        """Attach the method to `backbone.model`, which is changed in place.
 
         Args:
-            config: the section `adapter`, which methods share.
-            own: the method's own section; None where its entry has no Config.
+            config: the section `adapter`, which all methods share.
+            own: the method's own section; None for methods without one.
         """
 
     @contextmanager
     def calibrating(self) -> Iterator[None]:
-        """Around the calibration batches; leaves every parameter as it was."""
+        """Context of the calibration batches. On exit every parameter has its former value."""
         yield
 
     def before_calibration_batch(self) -> None: ...
 
     def after_calibration_batch(self, loss_scale: float) -> bool:
-        """Gradients of one whole batch are in the flat buffer, unscaled; those that the method's own
-        layers kept are still multiplied by `loss_scale`. False: it overflowed; try a smaller scale."""
+        """Called with the gradients of one whole batch in the flat buffer, unscaled. Gradients kept by the method's
+        own layers are still multiplied by `loss_scale`. Returns False on overflow: retry with a smaller scale."""
         return True
 
     def discard_pass(self) -> None:
-        """A batch ran out of memory midway and begins again: forget what layers kept of it."""
+        """Called when a batch ran out of memory and is repeated: discard what the layers kept of it."""
 
     def finish_calibration(self) -> None:
-        """All calibration batches have been seen."""
+        """Called after the last calibration batch."""
 
     def after_backward(self, signals: Signals, progress: float) -> None:
         """Add the method's own gradient, and its measurements to `signals`."""
 
     def after_step(self, signals: Signals, rates: Rates, progress: float) -> None:
-        """Parameters are updated, gradients still present."""
+        """Called after the parameters are updated, before the gradients are cleared."""
 
     def host_work(self) -> str | None:
-        """What a step leaves to the host, so that it cannot be captured once and replayed; None where that is nothing.
-        The hooks of such a step read neither the device nor `progress`, write their buffers in place, and do the same
-        operations each time. A method with hooks is taken to be none of these unless it says so."""
+        """Why a step needs the host, so that it cannot be captured in a CUDA graph; None if it can be captured.
+        The hooks of a captured step read no values from the device and not `progress`, write their buffers in place,
+        and run the same operations each time. Methods with hooks count as needing the host unless they override this.
+        """
         own, base = type(self), Adapter
         if (own.after_backward, own.after_step) == (base.after_backward, base.after_step):
             return None
@@ -116,32 +117,32 @@ class Adapter(ABC):
 
     @property
     def adapted(self) -> list[str]:
-        """Names of the modules that are adapted."""
+        """Names of the adapted modules."""
         return [block.name for block in self.blocks]
 
     def facts(self) -> dict[str, float]:
-        """What result.json says of the adapter beside its size. Reads the device."""
+        """Entries about the adapter in result.json, besides its size. Synchronizes with the device."""
         return {}
 
     def importance(self) -> Importance | None:
-        """Reads the device. None while there is none."""
+        """The current importances; None before there are any. Synchronizes with the device."""
         return None
 
     def state_dict(self) -> dict[str, Any]:
-        """What a resume needs besides the flat parameters: tensors and JSON values."""
+        """State for a resume, besides the flat parameters: tensors and JSON values."""
         return {}
 
     def load_state_dict(self, state: dict[str, Any]) -> None: ...
 
     @abstractmethod
     def save(self, folder: Path) -> None:
-        """Write what was trained, as `export_format` says, into an existing empty folder."""
+        """Write the trained weights in `export_format` into an existing empty folder."""
 
     def load(self, folder: Path) -> None:
-        """Take back the weights that `save` wrote into `folder`, into the same buffers, bit for bit.
+        """Load the weights that `save` wrote into `folder` into the same buffers, bit for bit.
 
-        This reads files in which parameters bear the names that PEFT or transformers gives them. A format of a method's
-        own needs its own `load`.
+        This implementation reads files with the parameter names of PEFT or transformers. A method with its own format
+        overrides it.
         """
         stored = read_weights(folder)
         for name, parameter in self.model.named_parameters():
@@ -149,7 +150,7 @@ class Adapter(ABC):
                 parameter.data.copy_(stored[NOT_SAVED.sub("", name)])
 
     def describe(self) -> list[str]:
-        """Lines that tell the user what was matched and what is trained."""
+        """Lines for the user: which modules were matched and what is trained."""
         return []
 
 
@@ -162,7 +163,7 @@ def read_weights(folder: Path) -> dict[str, torch.Tensor]:
 
 
 def head_parameters(model: nn.Module) -> list[nn.Parameter]:
-    """Trainable parameters that are no LoRA factors, in the model's order."""
+    """Trainable parameters other than LoRA factors, in the model's order."""
     return [p for name, p in model.named_parameters() if p.requires_grad and ".lora_" not in name]
 
 

@@ -1,8 +1,8 @@
-"""What everything else knows of an adapter: named blocks of trainable parameters.
+"""Named blocks of trainable parameters, through which the rest of the code sees an adapter.
 
-The flat buffers, the schedules' learning rates, the log and the cards speak of blocks. A block may hold any parameters
-(ParameterBlock). The kernels know the form of one kind, a low-rank update of a matrix (LowRankBlock), which the LoRA
-family provides.
+The flat buffers, the schedules' learning rates, the log and the model cards refer to blocks. A block may hold any
+parameters (ParameterBlock). The kernels have special code for one kind, a low-rank update of a matrix (LowRankBlock),
+which the LoRA family provides.
 """
 
 from __future__ import annotations
@@ -17,21 +17,21 @@ from fastpeft.models.inject import LowRankBlock
 
 
 class Block(Protocol):
-    """A named group of trainable parameters, to which a schedule may give a learning rate of its own."""
+    """A named group of trainable parameters, to which a schedule may give a separate learning rate."""
 
     @property
     def name(self) -> str:
-        """Unique in the adapter: the path of what it adapts in the bare model."""
+        """Unique in the adapter: the path of the adapted module in the model without adapter."""
         ...
 
     @property
     def layer(self) -> int:
-        """Index of the transformer layer; 0 for what is in none."""
+        """Index of the transformer layer; 0 for a block outside of the layers."""
         ...
 
     @property
     def projection(self) -> str:
-        """What tells the blocks of one layer apart."""
+        """Name of the block within its layer, such as the projection that it adapts."""
         ...
 
     @property
@@ -39,13 +39,13 @@ class Block(Protocol):
 
     @property
     def parameters(self) -> Sequence[nn.Parameter]:
-        """In the order in which they lie in the flat buffers; each in one block only."""
+        """In their order in the flat buffers. A parameter belongs to at most one block."""
         ...
 
 
 @dataclass(frozen=True, eq=False)
 class ParameterBlock:
-    """A block of any parameters; `kind` is the method's own word for it."""
+    """A block of arbitrary parameters; `kind` is the method's name for it."""
 
     name: str
     layer: int

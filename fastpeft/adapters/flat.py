@@ -1,7 +1,7 @@
 """All trainable parameters in one buffer and their gradients in another; modules hold views.
 
-Clipping, penalty, moments and checkpoints then work on a few tensors. Low-rank blocks of one shape
-lie side by side, so that a whole group is one stacked view without a copy.
+Clipping, penalty, optimizer state and checkpoints then work on a few tensors. Low-rank blocks of one shape
+are adjacent, so that a whole group is one stacked view without a copy.
 
 Shape suffixes: K matrices of a group, I in, O out, R rank.
 """
@@ -27,7 +27,7 @@ class LoraGroup:
     """The low-rank blocks of one shape. All tensors are views of the flat buffers."""
 
     index_K: torch.Tensor
-    """Position of each in the list of low-rank blocks."""
+    """Index of each block of the group in the list of low-rank blocks."""
     scale: float
     a_KRI: torch.Tensor
     b_KOR: torch.Tensor
@@ -38,8 +38,8 @@ class LoraGroup:
 class FlatParameters:
     """fp32 buffers `data` and `grad`: first the adapter's parameters, then the head's.
 
-    The adapter's are A and B of the low-rank blocks, grouped by shape; the other blocks, one behind the other; what
-    low-rank blocks have beside A and B; and `extra`, which is in no block.
+    The adapter's part holds, in this order: A and B of the low-rank blocks, grouped by shape; the other blocks; the
+    parameters of low-rank blocks besides A and B; and `extra`, parameters in no block.
     """
 
     def __init__(
@@ -55,7 +55,7 @@ class FlatParameters:
         self.layout = FlatLayout(
             groups, sizes + [p.numel() for p in extra], [p.numel() for p in head], device, num_named=len(others)
         )
-        """Where everything lies, for the kernels."""
+        """Offsets of all parameters, for the kernels."""
         named = [*low_rank, *others]
         self.blocks = Blocks(
             names=tuple(block.name for block in named),
@@ -67,7 +67,7 @@ class FlatParameters:
         self.num_factors, self.num_adapter = self.layout.num_factors, self.layout.num_adapter
         self.data = torch.empty(self.layout.num_total, dtype=torch.float32, device=device)
         self.summed = torch.zeros(self.layout.num_total + 1 + len(STATISTICS), dtype=torch.float32, device=device)
-        """`grad`, and behind it room for what is added up over the ranks with it: the loss and what it measured."""
+        """`grad`, followed by the values that one all-reduce sums with it: the loss and measurements of the step."""
         self.grad = self.summed[: self.layout.num_total]
         start = 0
         for parameter in parameters:
@@ -99,7 +99,7 @@ class FlatParameters:
         return self.grad[: self.num_adapter]
 
     def _adopt(self, parameter: nn.Parameter, start: int) -> int:
-        """Move one parameter into the buffers; returns where the next one starts."""
+        """Move one parameter into the buffers; returns the offset of the next one."""
         end = start + parameter.numel()
         view = self.data[start:end].view(parameter.shape)
         view.copy_(parameter.data)
@@ -110,7 +110,7 @@ class FlatParameters:
 
 
 def _grouped(blocks: list[LowRankBlock]) -> tuple[list[MatrixGroup], list[nn.Parameter]]:
-    """Blocks of one shape and scale, and all A and B in their order in the buffers."""
+    """Groups of blocks of one shape and scale; all A and B in their order in the buffers."""
     shapes: dict[tuple, list[int]] = defaultdict(list)
     for i, block in enumerate(blocks):
         shapes[(*block.lora_a.shape, block.lora_b.shape[0], block.scale)].append(i)

@@ -26,7 +26,7 @@ class FullFineTune(Adapter):
             parts[any(name.startswith(f"{module}.") for module in backbone.head)].append(parameter)
         self.flat = FlatParameters([], head=parts[True], extra=parts[False])
         if backbone.dtype != torch.float32:
-            for module in backbone.entry_points:  # each needs an autocast of its own: one cannot be entered twice
+            for module in backbone.entry_points:  # separate autocast objects, since one cannot be entered twice
                 module.forward = torch.autocast(self.flat.data.device.type, backbone.dtype)(module.forward)
 
     @classmethod
@@ -38,7 +38,7 @@ class FullFineTune(Adapter):
         state, copies = {}, {}
         for name, tensor in self.model.state_dict().items():
             place = (tensor.data_ptr(), tensor.shape)
-            if place not in copies:  # tied weights stay one tensor, which is written once
+            if place not in copies:  # tied weights are one tensor and are written once
                 copies[place] = tensor.detach().clone()
             state[name] = copies[place]
         with quiet_transformers():

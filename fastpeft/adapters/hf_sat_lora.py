@@ -1,7 +1,7 @@
 """HF-SAT-LoRA: SAT-LoRA with a function of a layer's depth and type in place of the mixing table.
 
-Papers name it without a definition: this is the project's reading. Like SAT-LoRA it is learned anew for each
-architecture.
+The papers that name it give no definition. This is the project's reconstruction. Like SAT-LoRA it is trained separately
+for each architecture.
 """
 
 from __future__ import annotations

@@ -3,7 +3,7 @@
     L = L_task + alpha * sum_k (1 - w_k)^beta * ||Delta_k||_F^2,    Delta_k = s B_k A_k
 
 w_k is the normalised sensitivity s_k = E ||dL/dW_k||_F of the frozen weight, measured over a few
-batches before training. Matrices that matter are penalised less.
+batches before training or, inline, over the first steps. More sensitive matrices are penalised less.
 
 Shape suffixes: K adapted matrices.
 """
@@ -34,10 +34,11 @@ from fastpeft.signals import Rates, Signals
 
 MIN_INLINE_STEPS = 8
 INLINE_PROGRESS = 0.06
-"""The rate's warm-up is over by this share of the budget, and so is inline calibration."""
+"""Share of the budget by which learning rate warmup, and with it inline calibration, has ended."""
 HELD_BYTES = 64 * 2**20
-"""Of a matrix's (X, G) while it is calibrated. What exceeds that, and the size of G^T X, is added up to G^T X at once:
-for a batch of 64 texts of 512 tokens all (X, G) of a model of 0.6B parameters are 36 GB, and all G^T X are 2 GB."""
+"""Memory that the (X, G) of one matrix may take during calibration. If they exceed it and the size of G^T X, they are
+reduced to G^T X at once. For 64 texts of 512 tokens all (X, G) of a model of 0.6B parameters take 36 GB, all G^T X
+2 GB."""
 
 
 def importance_weights(sensitivity_K: torch.Tensor, normalise: str) -> torch.Tensor:
@@ -55,9 +56,9 @@ class IwLora(Lora):
         self._num_batches = 0
         self._sensitivity_K: torch.Tensor | None = None
         self._coefficient_K = torch.zeros(len(self.blocks), device=device)
-        """Written in place, for a captured step reads it where it lies. 0 until the sensitivities are known."""
+        """Written in place, because a captured step reads it by address. 0 until the sensitivities are known."""
         self._shrinkage = torch.empty_like(self.flat.data[: self.flat.num_factors]) if own.decoupled else None
-        """The penalty's gradient where it is decoupled."""
+        """Gradient of the penalty; None unless it is decoupled."""
         self._before_step: torch.Tensor | None = None
         self._inline = self.config.calibration == "inline"
         self.calibration_batches = 0 if self._inline else self.config.warmup_steps
@@ -66,7 +67,7 @@ class IwLora(Lora):
 
     @contextmanager
     def calibrating(self) -> Iterator[None]:
-        """Measure s_k with the adapter frozen at B = 0; every parameter is restored afterwards."""
+        """Context in which s_k is measured at B = 0. On exit every parameter has its former value."""
         self._sums_K.zero_()
         self._num_batches = 0
         initial = self.flat.data.clone()
@@ -96,7 +97,7 @@ class IwLora(Lora):
                 block.module.probe.discard()
 
     def before_calibration_batch(self) -> None:
-        """The sketch's spread comes from the draw of A, not from the batches: draw A anew."""
+        """Draw a new A, because the variance of the sketch comes from the draw of A rather than from the batches."""
         if self.config.estimator == "sketch":
             for block in self.matrices:
                 nn.init.kaiming_uniform_(block.lora_a.data, a=math.sqrt(5))
@@ -124,7 +125,7 @@ class IwLora(Lora):
         )
 
     def _sketch(self, measured: FrobeniusResult) -> torch.Tensor:
-        """||dL/dW_k||_F from dL/dB_k; the variance of A is the mean square that it really has, ||A||^2 / (R I)."""
+        """||dL/dW_k||_F from dL/dB_k, with the mean square of the actual A, ||A||^2 / (R I), as its variance."""
         assert measured.square_grad_b_K is not None
         assert measured.square_a_K is not None
         layout = self.flat.layout
@@ -193,7 +194,7 @@ class IwLora(Lora):
         self._before_step = None
 
     def _calibrate_inline(self, measured_K: torch.Tensor, progress: float) -> None:
-        """Mean of the sketches of the first training gradients, until the rate's warm-up is over."""
+        """Average the sketches of the first training gradients, until learning rate warmup has ended."""
         self._sums_K += torch.where(measured_K.isfinite(), measured_K, 0)
         self._num_batches += 1
         enough = self._num_batches >= self.config.warmup_steps or progress >= INLINE_PROGRESS
@@ -201,7 +202,7 @@ class IwLora(Lora):
             self._set_sensitivity(self._mean_sensitivity())
 
     def _reweight(self, measured_K: torch.Tensor) -> None:
-        """`online`: the sketch of this step's gradient, taken in the penalty's own pass, counts from the next on."""
+        """`online`: the sketch of this step's gradient sets the coefficients of the next step."""
         assert self._sensitivity_K is not None
         old_K, decay = self._sensitivity_K, self.config.online_decay
         new_K = torch.where(measured_K.isfinite(), measured_K, old_K)
@@ -234,7 +235,7 @@ class IwLora(Lora):
         self.calibration_batches = 0 if self._sensitivity_K is not None else self.calibration_batches
 
     def save(self, folder: Path) -> None:
-        """A plain PEFT LoRA adapter; the importances lie beside it in importance.json."""
+        """Write a plain PEFT LoRA adapter, and the importances in importance.json."""
         super().save(folder)
         importance = self.importance()
         if importance is not None:
@@ -248,7 +249,7 @@ def _grad(parameter: nn.Parameter) -> torch.Tensor:
 
 
 class _GradientProbe:
-    """Stands in for one LoRA layer at B = 0 and keeps (X, G) of every use, or the sum of G^T X, until `take`."""
+    """Replaces one LoRA layer at B = 0, and keeps (X, G) of every use, or the sum of G^T X, until `take`."""
 
     def __init__(self, block: LowRankBlock) -> None:
         self._like, self._shape = block.lora_a, (len(block.lora_b), block.lora_a.shape[1])
@@ -256,7 +257,7 @@ class _GradientProbe:
         self._sum_OI: torch.Tensor | None = None
 
     def __call__(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-        # The first layer's x needs no gradient: the anchor makes its output part of the graph.
+        # The first layer's x requires no gradient. The anchor makes its output part of the autograd graph.
         anchor = torch.zeros((), device=x.device, requires_grad=True)
         dtype = x.dtype if is_quantised(weight) else weight.dtype
         return _ProbedLinear.apply(x.to(dtype), anchor, (weight, bias, self.keep))
@@ -273,7 +274,7 @@ class _GradientProbe:
         self._uses.clear()
 
     def _add_up_ranks(self) -> None:
-        """The norm is of the sum, to which a rank without a row adds nothing."""
+        """Sum G^T X over the ranks before the norm; a rank without a row contributes zeros."""
         self._add_up()
         if self._sum_OI is None:
             self._sum_OI = self._like.new_zeros(self._shape)
@@ -284,7 +285,7 @@ class _GradientProbe:
         self._sum_OI = None
 
     def take(self) -> torch.Tensor:
-        """||G^T X||_F over all uses since the last call, both uses of a shared weight added first."""
+        """||G^T X||_F of the sum over all uses since the last call, the two uses of a shared weight included."""
         if current().size > 1:
             self._add_up_ranks()
         if self._sum_OI is not None:

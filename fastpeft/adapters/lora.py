@@ -18,7 +18,7 @@ from fastpeft.models.inject import LowRankBlock, inject_lora
 
 class Lora(Adapter):
     matrices: Sequence[LowRankBlock]
-    """The blocks, all of which are of low rank here."""
+    """The blocks, which are all low-rank here."""
     export_format = "peft"
     _rank_stabilised = False
 

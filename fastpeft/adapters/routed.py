@@ -1,9 +1,9 @@
-"""A host whose linear layers have an update beside them that depends on the token: what such methods share.
+"""Base of the methods whose update of a linear layer depends on the token. The adapted model is called the host.
 
-A layer computes y = W x + update(x). Its own product is left alone; the update is added in place. Layers that read one
-tensor are routed once.
+A layer computes y = W x + update(x). W x is computed by the layer's own class; the update is added in place. Layers
+that read the same tensor share one route.
 
-Shape suffixes: T tokens, I in, O out, Q what atoms are compared in, K active atoms a token.
+Shape suffixes: T tokens, I in, O out, Q canonical width, K active atoms per token.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import torch
 from torch import nn
 
 F = TypeVar("F")
-"""What a method makes of its parameters at the beginning of a pass."""
+"""Tensors that a method computes from its parameters at the start of a forward pass."""
 
 
 @dataclass(frozen=True)
@@ -28,12 +28,12 @@ class Route:
     c_TK: torch.Tensor
     index_TK: torch.Tensor
     weight_T: torch.Tensor | None = None
-    """1 for tokens and 0 for padding; None: all are tokens."""
+    """1 for tokens and 0 for padding; None if there is no padding."""
 
 
 @dataclass
 class _Kept:
-    """The route of the tensor that was read last."""
+    """The last computed route, and the input tensor that it belongs to."""
 
     x: weakref.ref[torch.Tensor]
     version: int
@@ -43,12 +43,12 @@ class _Kept:
 
 
 class RoutedHost(ABC, Generic[F]):
-    """Adapts `model` in place; `detach` takes that back.
+    """Adapts `model` in place; `detach` undoes it.
 
     Args:
-        names: of the linear layers.
-        entry_points: modules whose call begins a forward pass, as in Backbone.
-        pad_token: padding where a pass has no attention mask.
+        names: module paths of the linear layers.
+        entry_points: modules whose call starts a forward pass, as in Backbone.
+        pad_token: token id that marks padding in a forward pass without attention mask.
     """
 
     def __init__(
@@ -64,14 +64,14 @@ class RoutedHost(ABC, Generic[F]):
         self.attach()
 
     def attach(self) -> None:
-        """What `detach` takes back."""
+        """Adapt the layers and register the hooks."""
         for place, layer in enumerate(self._layers):
             layer.__class__ = _adapted(type(layer))
             layer.host, layer.place = self, place  # type: ignore[assignment]
         self._hooks = [m.register_forward_pre_hook(self._enter, with_kwargs=True) for m in self._entry_points]
 
     def detach(self) -> None:
-        """The model is as it was."""
+        """Restore the layers' classes and remove the hooks."""
         for layer in self._layers:
             layer.__class__ = type(layer).__bases__[1]
             del layer.host, layer.place
@@ -80,7 +80,7 @@ class RoutedHost(ABC, Generic[F]):
 
     @contextmanager
     def absent(self) -> Iterator[None]:
-        """Within, the model is without the adapter."""
+        """Context in which the model has no adapter."""
         self.detach()
         try:
             yield
@@ -89,17 +89,19 @@ class RoutedHost(ABC, Generic[F]):
 
     @abstractmethod
     def fold(self) -> F:
-        """Once a pass, with gradients to the parameters."""
+        """Compute the tensors of one forward pass from the parameters, with gradients. Called once per forward pass."""
 
     @abstractmethod
     def reader(self, folded: F, place: int) -> Any:
-        """What tells how layer `place` reads its input: layers of one reader and one input have one route."""
+        """Identifies how layer `place` reads its input. Layers with the same reader and input share a route."""
 
     @abstractmethod
     def route(self, folded: F, place: int, x_TI: torch.Tensor, weight_T: torch.Tensor | None) -> Route:
-        """
+        """Select the atoms of each token.
+
         Args:
-            weight_T: 1 for tokens and 0 for padding; None where that is not known or all are tokens.
+            x_TI: input of the layer.
+            weight_T: 1 for tokens and 0 for padding; None if that is unknown or there is no padding.
         """
 
     @abstractmethod
@@ -107,7 +109,7 @@ class RoutedHost(ABC, Generic[F]):
         """Add the update to y in place."""
 
     def _enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """A forward pass begins: parameters may have changed."""
+        """Called at the start of a forward pass: fold again, since the parameters may have changed."""
         self._folded, self._kept = self.fold(), None
         mask, ids = kwargs.get("attention_mask"), kwargs.get("input_ids", args[0] if args else None)
         if torch.is_tensor(mask) and mask.ndim == 2:
@@ -118,7 +120,7 @@ class RoutedHost(ABC, Generic[F]):
             self._weight = None
 
     def adapt(self, place: int, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-        """y (..., O), the layer's own output for x (..., I), with the update added to it."""
+        """Add the update to y (..., O), the output of the layer's own class for x (..., I), in place."""
         if self._folded is None:
             self._folded = self.fold()
         self.add(self._folded, place, self._routed(self._folded, place, x), y.view(-1, y.shape[-1]))
@@ -141,7 +143,7 @@ class RoutedHost(ABC, Generic[F]):
 
 
 class RoutedLayer(nn.Module):
-    """Goes before a linear layer's class."""
+    """Base class placed before a linear layer's class in its method resolution order."""
 
     host: RoutedHost[Any]
     place: int

@@ -1,4 +1,4 @@
-"""rsLoRA (Kalajdzievski, arXiv:2312.03732): LoRA scaled by alpha / sqrt(r), so that its pace does not fall with r."""
+"""rsLoRA (Kalajdzievski, arXiv:2312.03732): LoRA scaled by alpha / sqrt(r), so that a larger r learns no slower."""
 
 from __future__ import annotations
 

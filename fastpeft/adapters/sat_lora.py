@@ -1,9 +1,9 @@
-"""SAT-LoRA: matrices of one shape share a dictionary of rank-one atoms, of which each token uses the best few.
+"""SAT-LoRA: matrices of one shape share a dictionary of rank-one atoms, of which each token uses the top r.
 
     y = W x + (alpha / r) sum_{j in top-r of V x} T[l, j] (v_j . x) u_j
 
-U (M x out) and V (M x in) are in 8 bits while training as well as in the file, T is a learned table of layers x atoms.
-The papers that compare with SAT-LoRA name it without a definition: this is the project's reading. It is learned anew
+U (M x out) and V (M x in) are quantised to 8 bits, in training and in the file. T is a learned table, layers x atoms.
+The papers that compare with SAT-LoRA give no definition. This is the project's reconstruction. It is trained separately
 for each architecture.
 """
 
@@ -43,9 +43,9 @@ FORMAT = 1
 @dataclass(frozen=True)
 class Folded:
     v: dict[str, torch.Tensor]
-    """By the key of a dictionary: (M, in)."""
+    """(M, in), by the key of the dictionary."""
     u: Sequence[torch.Tensor]
-    """Of each site, with its gains: (M, out)."""
+    """(M, out) of each site, multiplied by the site's gains."""
 
 
 class SatHost(RoutedHost[Folded]):
@@ -115,7 +115,7 @@ class SatLora(Adapter):
         return cls(config, own, backbone)
 
     def _key(self, site: Site) -> str:
-        """Of the dictionary that a site takes atoms from."""
+        """Key of the dictionary whose atoms a site uses."""
         shape = f"{site.num_out}x{site.num_in}"
         return shape if self.config.share_across_layers else site.name.replace(".", "_")
 
@@ -123,15 +123,15 @@ class SatLora(Adapter):
         return nn.Parameter((torch.randn(num_atoms, width) * std).to(self._device))
 
     def _make_mixing(self) -> dict[str, nn.Parameter]:
-        """Parameters of the gains, which are 0 at first."""
+        """Parameters of the gains. The initial gains are 0."""
         return {"table": nn.Parameter(torch.zeros(len(self.sites), self.config.num_atoms, device=self._device))}
 
     def gains(self) -> torch.Tensor:
-        """Sites x M."""
+        """Gains, (sites, M)."""
         return straight_through(self.mixing["table"], 8)
 
     def _extra_flops(self) -> int:
-        """A token, of dense products over all atoms, as they are computed."""
+        """FLOPs per token of the update, computed as dense products over all atoms."""
         inputs = {(s.layer, s.reads, key): s.num_in for s, key in zip(self.sites, self.keys)}
         return 2 * self.config.num_atoms * (sum(inputs.values()) + sum(site.num_out for site in self.sites))
 
@@ -183,7 +183,7 @@ class SatLora(Adapter):
         save_head(self._head, folder)
 
     def load(self, folder: Path) -> None:
-        """The quantised values: what was scored, not the fp32 ones behind them."""
+        """Load the quantised values, which are the ones that were evaluated."""
         stored = load_file(folder / FILE)
         for name, parameter in self._parameters().items():
             parameter.data.copy_(dequantise(stored[name], stored[f"{name}.scale"]))

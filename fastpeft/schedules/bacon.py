@@ -1,11 +1,11 @@
-"""BACON, a rate from the gradient's noise, the loss's curvature and the budget, none of which it remembers for long.
+"""BACON, a learning rate from recent gradient noise, recent curvature of the loss, and the remaining budget.
 
-This project's reading of a schedule that its papers only name: lr = lr_max x SNAC's share of signal
-x 1 / (1 + lambda / lambda_ref) x the budget that is left, and lr_k = lr clip(sqrt(lambda_bar / lambda_k), 1/4, 4).
-lambda is the running curvature of all parameters in the units of Adam's step (one over the rate at which it turns
-unstable, but for a factor of 2), lambda_ref its value at the end of the warm-up, lambda_k that of adapted matrix k and
-lambda_bar their mean. Negative curvature counts as none: factors 1 and 4. Until lambda_ref is known, lambda counts as
-equal to it.
+The papers that name it give no equations. This is the project's reconstruction: lr = lr_max x SNAC's share of signal
+x 1 / (1 + lambda / lambda_ref) x remaining budget share, and lr_k = lr clip(sqrt(lambda_bar / lambda_k), 1/4, 4).
+lambda is the running curvature of all parameters in the units of Adam's step, 2 divided by the learning rate at which
+it becomes unstable. lambda_ref is its value at the end of warmup, lambda_k the curvature of adapted matrix k, and
+lambda_bar their mean. Negative curvature counts as 0, which gives the factors 1 and 4. Until lambda_ref is known,
+lambda counts as equal to it.
 
 Shape suffixes: K adapted matrices, U units.
 """
@@ -51,7 +51,7 @@ class Bacon(WarmedSchedule):
 
     @property
     def _is_settled(self) -> bool:
-        """The running curvature has seen as many readings as it remembers."""
+        """Whether the running curvature has had as many readings as its window is long."""
         return self.curvature.num_readings * (1 - self.curvature.decay) >= 1 - 1e-9
 
     def _flatness(self) -> float:
@@ -66,7 +66,7 @@ class Bacon(WarmedSchedule):
         return 1 / (1 + max(overall, 0.0) / self.reference)
 
     def _multipliers(self) -> np.ndarray | None:
-        """None where no matrix has a positive curvature."""
+        """Factor of each matrix; None if no matrix has a positive curvature."""
         curvature_U = self.curvature.per_unit()
         if curvature_U is None or not self._is_settled or not self.blocks:
             return None

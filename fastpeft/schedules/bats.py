@@ -1,9 +1,9 @@
 """BATS, a budget-aware token scheduler.
 
-This project's reading of a schedule that its papers only name: the rate of `linear` times
-clip((D_t / D_run)^(1/2), 1/2, 2), where D_t is the mean Fisher information of the labelled tokens of the last batch,
-mean ||softmax(z) - onehot(y)||^2, and D_run its running mean over the batches before. The last batch is known only
-after its backward pass, so that it scales the next step.
+The papers that name it give no equations. This is the project's reconstruction: the learning rate of `linear` times
+clip((D_t / D_run)^(1/2), 1/2, 2). D_t is the mean Fisher information of the labelled tokens of the previous batch,
+mean ||softmax(z) - onehot(y)||^2, and D_run its running mean over the batches before that. D_t scales the step after
+its batch, because it is known only after the backward pass.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class Bats(Linear):
         return Rates(super().rates(measured, progress).lr * factor)
 
     def _factor(self, fisher: float) -> float:
-        """Takes the batch into the running mean. 1 where the ratio is not defined."""
+        """The factor of a batch, which is then added to the running mean. 1 if the ratio is undefined."""
         if not 0 <= fisher <= LARGEST:
             return 1.0
         before = self._running.value

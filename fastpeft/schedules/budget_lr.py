@@ -1,4 +1,4 @@
-"""The schedules that measure nothing, as a torch LRScheduler for loops that are not ours."""
+"""The schedules without measurements, as a torch LRScheduler for other training loops."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ from fastpeft.schedules.schedule import make_schedule
 from fastpeft.signals import Blocks
 
 _PEAK = 2.0**-10
-"""A power of two: dividing by it rounds nothing."""
+"""A power of two, so that division by it is exact."""
 _PLACEHOLDER = Blocks(names=("any",), layers=(0,), projections=("any",), num_elements=(2,), num_b_elements=(1,))
 
 
 class BudgetLR(LRScheduler):
-    """Learning rates over a budget in steps or in wall-clock seconds; call `step()` once an optimizer step.
+    """Learning rates over a budget in steps or in wall-clock seconds. Call `step()` once per optimizer step.
 
-    Each parameter group's own rate is its peak. The rates are those of fastpeft's trainer at the same progress; at the
-    end of the budget they are at their end, and stay there. A clock starts when this is made; a resume goes on with the
-    seconds that `state_dict` has.
+    The initial learning rate of each parameter group is its peak. The learning rates equal those of fastpeft's trainer
+    at the same progress. They reach their final value at the end of the budget, and keep it. The clock starts at
+    construction; a resume continues from the seconds in `state_dict`.
     """
 
     def __init__(
@@ -41,21 +41,22 @@ class BudgetLR(LRScheduler):
     ) -> None:
         """
         Args:
+            optimizer: the optimizer whose learning rates are set.
             name: one of constant, linear, cosine, wsd, rex.
-            total_steps: optimizer steps; either this or `budget_s`.
-            budget_s: seconds of wall clock.
-            warmup_steps: linear warm-up, capped at 6 % of the budget.
+            total_steps: budget in optimizer steps; give either this or `budget_s`.
+            budget_s: budget in seconds of wall clock.
+            warmup_steps: steps of linear warmup, capped at 6 % of the budget.
             settings: other keys of the section `schedule`, such as final_ratio and decay_fraction.
 
         Raises:
-            UserError: a ValueError: unknown names or settings; no budget, or two; a schedule that needs measurements.
+            UserError (a ValueError): unknown names or settings; no budget, or both; a schedule that needs measurements.
         """
         if (total_steps is None) == (budget_s is None):
             raise UserError("BudgetLR: give either total_steps or budget_s")
         budget = total_steps if budget_s is None else budget_s
         if not budget or not 0 < budget < float("inf"):
             raise UserError(f"BudgetLR: expected a budget of more than 0, got {budget!r}")
-        # Not `total_steps`: under that name accelerate takes it for OneCycleLR's and stops stepping.
+        # Not `total_steps`: accelerate would mistake it for OneCycleLR's attribute and stop stepping.
         self._budget, self._in_seconds = budget, budget_s is not None
         self._schedule = make_schedule(_config(name, warmup_steps, settings), _PEAK, _PLACEHOLDER)
         if needs := sorted(self._schedule.needs):
@@ -73,7 +74,7 @@ class BudgetLR(LRScheduler):
 
     @property
     def progress(self) -> float:
-        """Share of the budget that is spent."""
+        """Spent share of the budget."""
         return min(1.0, (self.elapsed_s if self._in_seconds else self.last_epoch) / self._budget)
 
     def step(self, epoch: int | None = None) -> None:
@@ -89,7 +90,7 @@ class BudgetLR(LRScheduler):
         return [base_lr * self._factor for base_lr in self.base_lrs]
 
     def state_dict(self) -> dict[str, Any]:
-        """Plain values, which torch.load reads with weights_only."""
+        """State as plain values, which torch.load reads with weights_only."""
         return {
             "name": self._schedule.config.name,
             "schedule": self._schedule.state_dict(),
@@ -102,10 +103,10 @@ class BudgetLR(LRScheduler):
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """The optimizer's rates are in its own state.
+        """Restore the schedule; the optimizer's state holds the learning rates.
 
         Raises:
-            UserError: the state of another schedule.
+            UserError: the state belongs to another schedule.
         """
         mine = self._schedule.config.name
         if state_dict.get("name") != mine:

@@ -1,7 +1,7 @@
 """Schedules that depend on progress alone: constant, linear, cosine, WSD and REX.
 
-Each is a shape, a function from the progress q after the warm-up (0 to 1) to a share of the peak
-rate. All of them but `constant` reach their end exactly when the budget does.
+Each is a shape: a function from the progress q after warmup (0 to 1) to a share of the peak
+learning rate. All except `constant` reach their final value exactly at the end of the budget.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from fastpeft.signals import Measured, Rates
 class ClassicSchedule(WarmedSchedule):
     @abstractmethod
     def shape(self, q: float) -> float:
-        """Share of the peak rate at progress q after the warm-up."""
+        """Share of the peak learning rate at progress q after warmup."""
 
     def rates(self, measured: Measured | None, progress: float) -> Rates:
         factor = self.warmup_factor(progress)
@@ -26,7 +26,7 @@ class ClassicSchedule(WarmedSchedule):
         return Rates(self.peak_lr * self.shape((progress - start) / max(1e-9, 1 - start)))
 
     def _between(self, share: float) -> float:
-        """From 1 at share 1 to final_ratio at share 0."""
+        """Linear interpolation: 1 at share 1, final_ratio at share 0."""
         return self.config.final_ratio + (1 - self.config.final_ratio) * share
 
 
@@ -36,7 +36,7 @@ class Constant(ClassicSchedule):
 
 
 class Linear(ClassicSchedule):
-    """To zero at the end: the strongest simple choice under a budget (arXiv:1905.04753)."""
+    """Linear decay, the strongest simple schedule under a budget (arXiv:1905.04753)."""
 
     def shape(self, q: float) -> float:
         return self._between(1 - q)
@@ -50,7 +50,7 @@ class Cosine(ClassicSchedule):
 
 
 class WarmupStableDecay(ClassicSchedule):
-    """Constant, then 1 - sqrt over the last `decay_fraction` (arXiv:2405.18392)."""
+    """Constant, then 1 - sqrt decay over the last `decay_fraction` (arXiv:2405.18392)."""
 
     def shape(self, q: float) -> float:
         fraction = self.config.decay_fraction

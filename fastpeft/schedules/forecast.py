@@ -1,4 +1,4 @@
-"""A loss curve as it is watched: its blocks, its fit at the end of each, and the forecasts that are marked later."""
+"""Online forecast of a loss curve: block means, a fit at the end of each block, and later scoring of the forecasts."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from fastpeft.schedules.power_law import PowerLaw, fit_power_law, forecast_band
 MAX_BLOCKS = 150
 MIN_BLOCKS = 10
 AUTO_AFTER = 8
-"""Steps after which `window: auto` settles on a length."""
+"""Number of steps after which `window: auto` fixes the block length."""
 MARKS = (0.25, 0.5, 0.75)
-"""Progress at which forecasts are kept, to be compared with the end."""
+"""Progress at which forecasts are stored, for comparison with the final loss."""
 LAST_BLOCKS = 2
-"""Blocks whose mean is the loss at the end."""
+"""Number of last blocks whose mean is the final loss."""
 
 
 class Forecaster:
@@ -25,7 +25,7 @@ class Forecaster:
     def __init__(self, window: int | None, with_floor: bool) -> None:
         """
         Args:
-            window: steps of a block; None: a 64th of the steps that the run will have, 4 to 32.
+            window: steps per block; None: a 64th of the estimated total number of steps, 4 to 32.
         """
         self.window, self.with_floor = window, with_floor
         self.law: PowerLaw | None = None
@@ -33,7 +33,7 @@ class Forecaster:
         self.now = 0
         """Number of the last step."""
         self.horizon: float | None = None
-        """T: the number of the last step that the budget pays for, at the mean cost of a step until now."""
+        """T: estimated number of the last step within the budget, from the mean cost of a step so far."""
         self.num_blocks = 0
         self._start: list[float] | None = None
         self._sum, self._num_good, self._num = 0.0, 0, 0
@@ -43,12 +43,12 @@ class Forecaster:
         """Progress at the end of the last block."""
 
     def add(self, step: int, began: float, progress: float, loss: float) -> bool:
-        """Count a step. True when it ends a block: `law` and `horizon` are new then.
+        """Add a step. Returns True if it ends a block, which updates `horizon` and, after MIN_BLOCKS blocks, `law`.
 
         Args:
-            step: its number, from 1.
-            began, progress: share of the budget spent before it and after it.
-            loss: counts if it is finite.
+            step: number of the step, from 1.
+            began, progress: share of the budget spent before and after the step.
+            loss: ignored if it is not finite.
         """
         if self._start is None:
             self._start = [step - 1, began]
@@ -96,20 +96,20 @@ class Forecaster:
         return self.law is not None and self.horizon is not None
 
     def improvable(self) -> float:
-        """f(now) - f(T): what the loss can still fall by."""
+        """f(now) - f(T): the forecast decrease of the loss until the end."""
         assert self.law is not None
         assert self.horizon is not None
         return self.law(self.now) - self.law(self.horizon)
 
     def forecast(self) -> dict[str, float]:
-        """f(T) with its 90 % band for the mean loss of a block at T."""
+        """f(T), with its 90 % prediction interval for the mean loss of a block at T."""
         assert self.law is not None
         assert self.horizon is not None
         low, high = forecast_band(self.law, *self._arrays(), self.now, self.horizon)
         return {"at": self.now, "horizon": self.horizon, "value": self.law(self.horizon), "low": low, "high": high}
 
     def errors(self) -> dict[str, float | None]:
-        """|f(T) - loss_T| / loss_T of the forecasts made at MARKS, by mark; None of those that were not made."""
+        """|f(T) - loss_T| / loss_T of the forecasts made at MARKS, by mark; None for a mark without forecast."""
         last = [loss for _, loss in self._points[-LAST_BLOCKS:]]
         loss = sum(last) / len(last) if last else 0.0
         made = {mark: self._made.get(str(mark)) for mark in MARKS}
@@ -140,9 +140,9 @@ class Forecaster:
 
 
 class Divergences:
-    """Counts how often a loss was lost: not finite, or over twice its running minimum for 50 steps in a row.
+    """Counts divergences: a loss that is not finite, or over twice its running minimum for 50 consecutive steps.
 
-    Both the loss and its minimum are smoothed over about ten steps: the least of single batches is luck.
+    Loss and minimum are smoothed over about ten steps, because the minimum over single batches is mostly noise.
     """
 
     KEEP, PATIENCE, FACTOR = 0.9, 50, 2.0

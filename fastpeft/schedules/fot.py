@@ -1,8 +1,8 @@
-"""FoT, Forecast-On-Trajectory: as large a step as this step's share of the loss that is left to gain allows.
+"""FoT, Forecast-On-Trajectory: the learning rate follows a forecast of the loss.
 
-A power law through the loss so far says what the loss can still fall by before the budget ends. The rate then is the
-one at which the predicted descent of a step is that fall over the steps that are left. The phase gate and the rates of
-single matrices look at where the gradient comes from: the answers' tokens, or the prompts'.
+A power law fitted to the loss so far forecasts how much the loss can still decrease before the budget ends. The
+schedule bounds the learning rate so that the predicted decrease of one step is that amount divided by the steps left.
+The phase gate compares the tokens of answers and prompts; per-matrix learning rates use the answers' gradient.
 
 Shape suffixes: K adapted matrices, U units (the K matrices, then other parameters).
 """
@@ -22,16 +22,16 @@ from fastpeft.schedules.schedule import WarmedSchedule
 from fastpeft.signals import Blocks, BlockSums, Measured, Need, Rates
 
 GROWTH, FALL = 1.1, 0.9
-"""The most that the rate changes by at a refit; the fall is bounded with `calibrate` only."""
+"""Largest relative change of the learning rate at a refit. Decreases are limited with `calibrate` only."""
 LEAST, MOST = 1 / 100, 30.0
-"""Rails of the stored rate, as multiples of the first."""
+"""Limits of the learning rate, as multiples of the initial one."""
 NOTHING_LEFT = 1e-9
-"""A forecast fall of the loss that is none."""
+"""A forecast decrease of the loss up to this counts as none."""
 ALIGNMENT_STEPS, ALIGNMENT_GROWTH = 16, 1.5
 
 
 class Fot(WarmedSchedule):
-    """The rate that begins at `peak_lr` and then follows the forecast; see the module."""
+    """The learning rate starts at `peak_lr` and then follows the forecast; see the module."""
 
     own: FotConfig
 
@@ -44,11 +44,11 @@ class Fot(WarmedSchedule):
         self.scales = BlockScales(blocks) if self.own.block_scaling and blocks is not None else None
         self._num_elements_U = np.array(blocks.num_elements if blocks is not None else (), dtype=np.float64)
         self.descent = RunningFloat(KEEP)
-        """D: measured fall of the loss per unit of rate, along the last direction, at the step's end."""
+        """D: measured decrease of the loss per unit of learning rate, along the last direction, at the step's end."""
         self.lr = peak_lr
         self.at_bound = False
         self.evidence = Evidence()
-        """The readings of `descent` since the rate was last changed."""
+        """Readings of `descent` since the last change of the learning rate."""
         self._lr_before: float | None = None
         self._predicted, self._num_predicted = 0.0, 0
         self._spent = [0.0, 0.0]
@@ -102,16 +102,16 @@ class Fot(WarmedSchedule):
             self._counts["skipped"] += 1
             return
         self._predicted, self._num_predicted = self._predicted + found.descent, self._num_predicted + 1
-        if self._lr_before is None:  # no step led here
+        if self._lr_before is None:  # there was no previous step
             return
         self.descent.update(descent)
-        if self.warmup.ended_at is not None:  # until then each step has a rate of its own
+        if self.warmup.ended_at is not None:  # during warmup the learning rate changes in every step
             self.evidence.add(descent)
         self._spent[0] += self._lr_before * (self.descent.value or 0.0)
         self._spent[1] += self._lr_before * found.descent
 
     def _measured_descent(self, sums: BlockSums) -> float:
-        """<g(t + 1), u_t> over all trained parameters, u_t in units of the emitted rate."""
+        """<g(t + 1), u_t> over all trained parameters; u_t includes the multipliers of the matrices."""
         descent_U = sums.descent_U
         multiplier_K = self.scales.multiplier_K if self.scales else None
         if multiplier_K is None:
@@ -129,11 +129,12 @@ class Fot(WarmedSchedule):
         self.lr = min(max(lr, LEAST * self.peak_lr), MOST * self.peak_lr)
 
     def _align(self, progress: float) -> None:
-        """Up while D = <g(t + 1), u_t> is positive, down when it is not: the bound is not asked.
+        """Raise the learning rate while D = <g(t + 1), u_t> is above its target, else lower it; ignores the bound.
 
-        A step of rate lr lowers the loss by s = lr D + lr^2 u^T H u / 2, and D = 0 is the lowest point along u. The
-        forecast knows s, so that `overshoot` x can set the target D = -x s / lr: a step then is longer by the share
-        x / (x + 2) than the way to the lowest point; were it twice as long, nothing would fall any more.
+        A step of learning rate lr lowers the loss by s = lr D + lr^2 u^T H u / 2, and D = 0 at the minimum along u. The
+        forecast gives s, so that `overshoot` x sets the target D = -x s / lr: the step is then longer by the share
+        x / (x + 2) than the distance to the minimum. A step of twice that distance would not lower the loss at all.
+        With `confidence` the learning rate changes only when D differs from its target by that many standard errors.
         """
         annealing = self.own.anneal > 0 and progress >= 1 - self.own.anneal
         if self.warmup.ended_at is None or annealing or self.descent.value is None:
@@ -151,7 +152,7 @@ class Fot(WarmedSchedule):
         self._set(self.lr * (ALIGNMENT_GROWTH if self.descent.value > target else FALL))
 
     def _refit(self, progress: float) -> None:
-        """At the end of a block."""
+        """Called at the end of a block: move the learning rate and report the forecast."""
         if self.forecaster.ready:
             self.gate.decide()
             if self.scales is not None:
@@ -163,7 +164,7 @@ class Fot(WarmedSchedule):
         self._spent = [0.0, 0.0]
 
     def _move(self) -> float | None:
-        """lr <- min(1.1 lr, bound). Returns the bound; None if there is none."""
+        """lr <- min(GROWTH lr, bound), with `calibrate` at least FALL lr. Returns the bound; None if there is none."""
         self.at_bound = False
         left, horizon = self.forecaster.improvable(), self.forecaster.horizon
         if not left > NOTHING_LEFT:
@@ -173,7 +174,7 @@ class Fot(WarmedSchedule):
         if descent is None:
             self._counts["skipped"] += 1
             return None
-        if descent <= 0:  # only a measured one: it says that the last steps were too long
+        if descent <= 0:  # only possible if measured: the last steps were too long
             self._set(self.lr * FALL)
             return None
         assert horizon is not None, "the forecast is ready"

@@ -1,4 +1,4 @@
-"""What FoT makes of a step's figures: the statistics of its bound, its phase gate, its rates of single matrices.
+"""Signals that FoT derives from measurements: statistics of its bound, phase gate, learning rates per matrix.
 
 Shape suffixes: K adapted matrices, U units (the K matrices, then other parameters).
 """
@@ -15,35 +15,35 @@ from fastpeft.schedules.running import RunningFloat
 from fastpeft.signals import Blocks, BlockSums, Measured
 
 KEEP = 0.98
-"""Decay of running means, a step."""
+"""Decay of running means per step."""
 SAMPLED_KEEP = KEEP**16
-"""Of what is measured every 16 steps: the prompts' Fisher information, the gradient of the answers' tokens."""
+"""Decay for values measured every 16 steps: the prompts' Fisher information, the gradient from answer tokens."""
 MULTIPLIER_RANGE = 1 / 4, 4.0
 
 
 @dataclass(frozen=True)
 class Statistics:
-    """Of one step, over all N trained parameters. Loss units: nats; theta stands for a parameter's unit."""
+    """Statistics of one step over all N trained parameters. The loss is in nats; theta is the unit of a parameter."""
 
     grad_sq: float
     """g2 = sum g^2 / N, before clipping: nats^2 / theta^2."""
     root_second: float
-    """lambda = sqrt(sum v / N), v Adam's bias-corrected second moment, after clipping: nats / theta."""
+    """lambda = sqrt(sum v / N), with v Adam's bias-corrected second moment, after clipping: nats / theta."""
     second_spread: float
-    """sigma2: standard deviation over the tensors of their mean v: nats^2 / theta^2. It is the paper's that it is added
-    to lambda, whose unit differs."""
+    """sigma2: standard deviation over the tensors of their mean v: nats^2 / theta^2. The paper adds it to lambda
+    although their units differ."""
 
     @property
     def descent(self) -> float:
-        """Predicted fall of the loss per unit of rate: g2 / (2 (sigma2 + lambda))."""
+        """Predicted decrease of the loss per unit of learning rate: g2 / (2 (sigma2 + lambda))."""
         return self.grad_sq / (2 * (self.second_spread + self.root_second))
 
 
 def statistics(sums: BlockSums, num_elements_U: np.ndarray) -> Statistics | None:
-    """All statistics of the bound from a step's sums; a tensor is a unit of Blocks. None if one is not finite, or if
-    there is no gradient to divide by."""
+    """All statistics of the bound from a step's sums; a tensor is a unit of Blocks. None if one is not finite or the
+    divisor is 0."""
     num = float(num_elements_U.sum())
-    with np.errstate(all="ignore"):  # what is not finite comes out as None
+    with np.errstate(all="ignore"):  # non-finite values give None
         mean_U = sums.second_U / num_elements_U
         grad_sq, second = float(sums.grad_sq_U.sum()) / num, float(sums.second_U.sum()) / num
         apart_U = mean_U - float(mean_U.sum()) / len(mean_U)
@@ -55,16 +55,16 @@ def statistics(sums: BlockSums, num_elements_U: np.ndarray) -> Statistics | None
 
 
 class Evidence:
-    """Mean and standard error of a noisy figure whose mean drifts; older readings fade."""
+    """Mean and standard error of a noisy value whose mean drifts. Older readings get smaller weights."""
 
     KEEP = 0.995
 
     def __init__(self) -> None:
         self._sums = [0.0, 0.0, 0.0, 0.0]
-        """Of w, w^2, w x and w x^2, w the weight of a reading x."""
+        """Sums of w, w^2, w x and w x^2, with w the weight of a reading x."""
 
     def add(self, value: float) -> None:
-        """One whose square overflows is left out."""
+        """Add a reading; one whose square overflows is left out."""
         new = 1.0, 1.0, value, value * value
         if not math.isfinite(new[3]):
             return
@@ -89,7 +89,7 @@ class Evidence:
 
 
 class PhaseGate:
-    """h: 1.5 while the answers' tokens are surer than the prompts', 0.7 while less sure; 1 where there is no prompt."""
+    """h: 1.5 while answer tokens are more certain than prompt tokens, 0.7 while less certain; 1 without prompts."""
 
     def __init__(self) -> None:
         self.answer, self.prompt = RunningFloat(KEEP), RunningFloat(SAMPLED_KEEP)
@@ -117,10 +117,10 @@ class PhaseGate:
 
 
 class BlockScales:
-    """sqrt(mean of lambda / lambda_k), lambda_k the running RMS over the elements of B_k of its gradient, the answers'
-    part only.
+    """sqrt(mean of lambda / lambda_k), with lambda_k the running RMS of the gradient of B_k from answer tokens only.
 
-    The smaller a matrix's gradient, the larger its rate: so says the paper's formula, and its prose the opposite.
+    A matrix with a smaller gradient gets a larger learning rate. The paper's formula says so; its text says the
+    opposite.
     """
 
     def __init__(self, blocks: Blocks) -> None:
@@ -133,7 +133,7 @@ class BlockScales:
     def add(self, grad_sq_K: np.ndarray | None) -> None:
         if grad_sq_K is None or not len(grad_sq_K) or not ((grad_sq_K >= 0) & (grad_sq_K < np.inf)).all():
             return
-        # Every matrix has seen as many values: the correction for the start would cancel below.
+        # All matrices have the same number of values, so that a bias correction would cancel below.
         self._sq_K = grad_sq_K.astype(np.float64) if self._sq_K is None else self._sq_K
         self._sq_K = SAMPLED_KEEP * self._sq_K + (1 - SAMPLED_KEEP) * grad_sq_K
 
@@ -142,7 +142,7 @@ class BlockScales:
             return
         rms_K = np.sqrt(self._sq_K / self._num_K)
         least, most = MULTIPLIER_RANGE
-        nonzero_K = np.maximum(rms_K, rms_K.mean() / most**2)  # below it the result is clipped anyway
+        nonzero_K = np.maximum(rms_K, rms_K.mean() / most**2)  # smaller values would be clipped anyway
         self.multiplier_K = np.clip(np.sqrt(rms_K.mean() / nonzero_K), least, most)
 
     def state(self) -> dict[str, Any]:

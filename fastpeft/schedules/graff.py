@@ -1,12 +1,12 @@
-"""GRAFF, graph-recurrent allocation of fine-tuning funds: rates from a planner that learns beside the model.
+"""GRAFF, graph-recurrent allocation of fine-tuning funds: a planner network sets learning rates and trains online.
 
-The planner sees each block's curvature, the entropy behind the first adapted layer and the budget that is left, and
-emits the rate and a multiplier for every block. It learns from the hypergradient (arXiv:1703.04782): what the next
-batch's loss says of the last step's rates.
+Its inputs are the curvature of each block, the logit-lens entropy after the first adapted layer and the remaining
+budget. Its outputs are the learning rate and a multiplier for every block. It is trained by the hypergradient
+(arXiv:1703.04782), the derivative of the next batch's loss by the last step's learning rates.
 
-Departures from the paper: the guard's curvature is lagged (`guard: paper` is the plain secant, which shares its noise
-with the step and sees the limit in pure noise); a step changes log eta by at most SLEW; after every update the weights
-of the rate are projected back inside the rails.
+Departures from the paper: the guard uses lagged curvature (`guard: paper` uses the plain secant, which shares its noise
+with the step and reaches the limit in pure noise); a step changes log eta by at most SLEW; in every step the decoder
+weights of log eta are projected so that it stays within its limits.
 
 Shape suffixes: K blocks, U units (the blocks, then the other parameters), F features, D state, P weights.
 """
@@ -30,28 +30,28 @@ from fastpeft.signals import Blocks, Measured, Need, Rates
 
 LR_MIN, LR_MAX = 1e-6, 1e-2
 STABLE = 1.9
-"""Most that rate times curvature may be."""
+"""Largest product of learning rate and curvature."""
 SLEW = 0.01
-"""Most that log eta moves in a step."""
+"""Largest change of log eta in a step."""
 MIN_ELAPSED_S = 1.0
 LOG_STEPS = 32
 LARGEST = 1e6
-"""A feature beyond it counts as not finite."""
+"""Larger features count as not finite."""
 
 
 class Standardiser:
-    """Running mean and variance of one feature, over blocks and steps; the last 100 readings count."""
+    """Running mean and variance of one feature over blocks and steps, with a window of 100 readings."""
 
     WINDOW = 100
 
     def __init__(self) -> None:
         self.num_readings = 0
         self.num_replaced = 0
-        """Readings that were not finite, and were replaced by the running mean."""
+        """Number of readings that were not finite and were replaced by the running mean."""
         self._mean, self._variance = 0.0, 0.0
 
     def __call__(self, values: np.ndarray) -> np.ndarray:
-        """Standardised; 0, the running mean, where a value is not finite."""
+        """Standardised values; 0, the running mean, for values that are not finite."""
         good = np.isfinite(values) & (np.abs(values) <= LARGEST)
         self.num_replaced += int((~good).sum())
         if good.any():
@@ -75,13 +75,13 @@ class Standardiser:
 
 @dataclass
 class Emission:
-    """Rates of a step whose effect on the loss has not been seen yet."""
+    """Learning rates of a step whose effect on the loss has not been measured yet."""
 
     step: int
     lr: float
     tape: Tape
     descent_U: np.ndarray | None = None
-    """<g(step + 1), u(step)>, once it is known and if the step after that is to be seen too."""
+    """<g(step + 1), u(step)>; kept once measured, for the trace of the following step."""
 
 
 class Graff(WarmedSchedule):
@@ -90,7 +90,8 @@ class Graff(WarmedSchedule):
     def __init__(self, config: ScheduleConfig, peak_lr: float, blocks: Blocks | None = None, **more: Any) -> None:
         """
         Raises:
-            UserError: no adapted matrix to plan for; a peak rate outside the rails; a warm start that is none.
+            UserError: there is no adapted matrix; the peak learning rate is outside of its limits; the warm start's
+                file is missing or not a planner's.
         """
         super().__init__(config, peak_lr, blocks, **more)
         if blocks is None or len(blocks) == 0:
@@ -129,14 +130,14 @@ class Graff(WarmedSchedule):
         return frozenset(needs | {Need.PLAIN_SECANT if graff.guard == "paper" else Need.SECANT})
 
     def save(self, folder: Path) -> None:
-        """The planner's weights, planner.safetensors, for another run's `warm_start`."""
+        """Write the planner's weights, planner.safetensors, for the `warm_start` of another run."""
         planner.save_weights(folder / planner.SHIPPED.name, self._weights_P)
 
     # ---- one step --------------------------------------------------------------------------
 
     def rates(self, measured: Measured | None, progress: float) -> Rates:
         self._step = self._step + 1 if measured is None else measured.step + 1
-        with np.errstate(all="ignore"):  # what is not finite is met where it would do harm
+        with np.errstate(all="ignore"):  # non-finite values are handled where they matter
             if measured is not None:
                 self._learn(measured)
             features_KF = self._features(measured, progress)
@@ -157,7 +158,7 @@ class Graff(WarmedSchedule):
         return Tape(weights_P, self._adjacency_KK, h_KD, features_KF, self.own.layers, centred)
 
     def _features(self, measured: Measured | None, progress: float) -> np.ndarray:
-        """(K, F) curvature, entropy, remaining budget. What has not been measured is its running mean, which is 0."""
+        """(K, F) curvature, entropy, remaining budget. Features without a measurement are 0, their running mean."""
         features_KF = np.zeros_like(self._h_KD[:, : planner.NUM_FEATURES])
         curvature_U = self._curvature.per_unit()
         if curvature_U is not None:
@@ -174,34 +175,34 @@ class Graff(WarmedSchedule):
     # ---- guard and rails -------------------------------------------------------------------
 
     def curvature_max(self, multiplier_K: np.ndarray) -> float:
-        """max m_i lambda_i over the blocks; 0 where none is known."""
+        """max m_i lambda_i over the blocks; 0 if no curvature is known."""
         curvature_U = self._curvature.per_unit()
         if curvature_U is None:
             return 0.0
         return float(np.nan_to_num(curvature_U[: len(multiplier_K)] * multiplier_K, nan=0.0).max())
 
     def _upper(self, tape: Tape) -> float:
-        """Largest log eta that rails and guard allow."""
+        """Largest log eta that LR_MAX and the guard allow."""
         highest, curvature = math.log(LR_MAX), self.curvature_max(tape.multiplier_K)
         if self.own.guard == "off" or curvature <= 0:
             return highest
         return max(math.log(LR_MIN), min(highest, math.log(STABLE / curvature)))
 
     def _project(self, tape: Tape, upper: float) -> None:
-        """Bring the log eta that the weights give for these states inside [rail, upper]."""
+        """Project the weights so that log eta for these states lies in [log LR_MIN, upper]."""
         log_ref = math.log(self.peak_lr)
         row_D = planner.decoder_row(self._weights_P, ETA)
         moved_D = planner.project(row_D, tape.mean_D, math.log(LR_MIN) - log_ref, upper - log_ref)
         if moved_D is not row_D:
-            self._weights_P = self._weights_P.copy()  # emissions before this one were made with the old ones
+            self._weights_P = self._weights_P.copy()  # pending emissions still refer to the old weights
             planner.decoder_row(self._weights_P, ETA)[:] = moved_D
             tape.use(self._weights_P)
 
     def _next_log_eta(self, tape: Tape, upper: float) -> float:
-        """What the weights give, kept inside rail and guard, and no further from the last one than SLEW.
+        """The planner's log eta, limited by LR_MIN and the guard, then to within SLEW of the previous one.
 
-        The curvature is noisy: were the guard not held to SLEW, each of its peaks would take off in a step what takes
-        a hundred to come back.
+        SLEW limits the guard too: without it each peak of the noisy curvature would lower log eta in one step by as
+        much as it recovers in a hundred.
         """
         row_D = planner.decoder_row(self._weights_P, ETA)
         wanted = float(row_D @ tape.mean_D) + math.log(self.peak_lr)
@@ -215,8 +216,8 @@ class Graff(WarmedSchedule):
     # ---- learning --------------------------------------------------------------------------
 
     def _learn(self, measured: Measured) -> None:
-        """Take in the curvature, and update the planner with what the loss says of the step before."""
-        if measured.skipped:  # that step changed nothing, and nothing is known of the one before it
+        """Add the curvature, and update the planner by the hypergradient of the step before."""
+        if measured.skipped:  # no update in that step, no gradient for the step before it
             self._pending = [e for e in self._pending if e.step > measured.step]
             return
         if measured.secant is not None:
@@ -240,10 +241,10 @@ class Graff(WarmedSchedule):
         self._weights_P = self._adam.step(self._weights_P, gradient_P)
 
     def _hypergradient(self, measured: Measured) -> np.ndarray | None:
-        """(P,) derivative of the measured loss by the weights that set the rates of the steps before it.
+        """(P,) derivative of the measured loss by the planner weights that set the learning rates of earlier steps.
 
-        dL(t+1) / d log eta(t) = - sum_i eta m_i <g_i(t+1), u_i(t)>, its terms those by log m_i. With `trace_decay` also
-        that of the step before, whose <g(t+2), u(t)> is <g(t+1), u(t)> and what the secant adds to it.
+        dL(t+1) / d log eta(t) = - sum_i eta m_i <g_i(t+1), u_i(t)>; term i is the derivative by log m_i. `trace_decay`
+        adds the derivative by the rates one step earlier: <g(t+2), u(t)> is <g(t+1), u(t)> plus the secant's change.
         """
         total_P = None
         assert measured.blocks is not None
@@ -322,7 +323,7 @@ class Graff(WarmedSchedule):
         self._num_guarded, self._num_dropped = state["counts"]
 
     def _emission(self, values: dict[str, Any]) -> Emission:
-        """From a checkpoint; its forward pass is made again."""
+        """An emission from a checkpoint; the planner's forward pass is recomputed."""
         weights_P, h_KD, features_KF = (np.array(values[name]) for name in ("weights", "h", "features"))
         tape = self._tape(weights_P, h_KD, features_KF)
         descent = values["descent"]

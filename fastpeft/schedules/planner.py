@@ -1,7 +1,7 @@
-"""GRAFF's planner: a recurrent graph network of 6,144 weights, its derivative by hand, its optimizer and its file.
+"""GRAFF's planner: a recurrent graph network of 6,144 weights, its hand-written gradient, its optimizer and its file.
 
-NumPy, because at this size a step of torch's autograd costs milliseconds, most of them bookkeeping. fp64, so that a
-checkpoint in JSON is exact.
+It is written in NumPy, because at this size a step of torch's autograd costs milliseconds, mostly overhead. It uses
+fp64, so that a checkpoint in JSON is exact.
 
 Shape suffixes: K blocks (nodes), F features, D state, M message, G gates x state, P weights.
 """
@@ -41,15 +41,15 @@ NUM_WEIGHTS = _ENDS[-1]
 _PLACES = [(name, slice(end - math.prod(shape), end), shape) for (name, shape), end in zip(SHAPES.items(), _ENDS)]
 _DECODER = next(place for name, place, _ in _PLACES if name == "decoder.weight")
 MIN_MULTIPLIER = 1e-6
-"""Floor of a multiplier before it is centred."""
+"""Lower limit of a multiplier before centring."""
 MIN_SQUARE = 0.01
-"""Floor of ||h||^2 in a projection."""
+"""Lower limit of ||h||^2 in a projection."""
 SHIPPED = Path(__file__).with_name("planner.safetensors")
-"""The warm start of the package."""
+"""The warm start shipped with the package."""
 
 
 def views(weights_P: np.ndarray) -> dict[str, np.ndarray]:
-    """The tensors that lie in a vector of all weights."""
+    """Views of the tensors in the vector of all weights."""
     return {name: weights_P[place].reshape(shape) for name, place, shape in _PLACES}
 
 
@@ -60,7 +60,7 @@ def decoder_row(weights_P: np.ndarray, row: int) -> np.ndarray:
 
 
 def initial_weights(seed: int = 0) -> np.ndarray:
-    """As torch initialises Linear and GRUCell, uniform in +-1/sqrt(inputs); a zero decoder, which changes no rate."""
+    """Uniform in +-1/sqrt(inputs), as torch's Linear and GRUCell; the decoder is 0 and changes no learning rate."""
     random = np.random.default_rng(seed)
     inputs = {"feature": NUM_FEATURES, "message": 2 * STATE, "gru": STATE}
     weights_P = np.zeros(NUM_WEIGHTS)
@@ -73,9 +73,9 @@ def initial_weights(seed: int = 0) -> np.ndarray:
 
 
 def adjacency(blocks: Blocks) -> np.ndarray:
-    """(K, K), row i the weights of the mean over the edges that come into block i.
+    """(K, K); row i holds the weights of the mean over the incoming edges of block i.
 
-    Edges: blocks of the same layer, the same projection in the adapted layers next to it, and itself.
+    Edges come from blocks of the same layer, the same projection in the adjacent adapted layers, and the block itself.
     """
     place = {layer: i for i, layer in enumerate(sorted(set(blocks.layers)))}
     layer_K = np.array([place[layer] for layer in blocks.layers])
@@ -87,7 +87,7 @@ def adjacency(blocks: Blocks) -> np.ndarray:
 
 @dataclass(frozen=True)
 class _Pass:
-    """What one round of messages leaves for its derivative."""
+    """Intermediate values of one message passing round, saved for its gradient."""
 
     h_KD: np.ndarray
     z_KD: np.ndarray
@@ -100,9 +100,10 @@ class _Pass:
 
 
 class Tape:
-    """One forward pass of the planner, with what its derivative needs.
+    """One forward pass of the planner, with the values that its gradient needs.
 
-    The mean of the messages Linear([z_i, z_j]) over the edges into i is linear in the mean of z_j: no work per edge.
+    The mean of the messages Linear([z_i, z_j]) over the edges into i is linear in the mean of z_j, so that nothing is
+    computed per edge.
     """
 
     def __init__(
@@ -116,9 +117,9 @@ class Tape:
     ) -> None:
         """
         Args:
-            adjacency_KK: None: no graph, each block is its own only neighbour.
-            h_KD: the states that the step before left.
-            layers: rounds of messages.
+            adjacency_KK: None for no graph: each block is its only neighbour.
+            h_KD: states from the previous step.
+            layers: number of message passing rounds.
             centred: divide the multipliers by their geometric mean.
         """
         self.weights_P, self.adjacency_KK = weights_P, adjacency_KK
@@ -136,7 +137,7 @@ class Tape:
             self.multiplier_K = np.exp(log_K - log_K.mean())
 
     def _pass(self, h_KD: np.ndarray) -> np.ndarray:
-        """One round of messages, between states that the features are added to, and one GRUCell."""
+        """One round of messages between the states plus features, then one GRUCell."""
         w, z_KD = self._w, h_KD + self._input_KD
         mean_KD = z_KD if self.adjacency_KK is None else self.adjacency_KK @ z_KD
         message_KM = z_KD @ w["message.own"].T + mean_KD @ w["message.neighbours"].T + w["message.bias"]
@@ -150,13 +151,13 @@ class Tape:
         return new_KD + update_KD * (h_KD - new_KD)
 
     def use(self, weights_P: np.ndarray) -> None:
-        """Of the weights that the rate was set with, where a projection has moved its row of the decoder since."""
+        """Set the weights that the learning rate was computed with, after a projection moved the decoder's row."""
         self.weights_P, self._w = weights_P, views(weights_P)
 
     def gradient(self, d_log_eta: float, d_log_m_K: np.ndarray) -> np.ndarray:
-        """(P,) derivative of a loss by the weights, from those by log eta and by the log of each multiplier.
+        """(P,) gradient of a loss by the weights, from its derivatives by log eta and by the log of each multiplier.
 
-        The states that came in are constants: the recurrence is cut at every step.
+        The incoming states are constants: backpropagation through time is truncated at every step.
         """
         w, out_P = self._w, np.zeros(NUM_WEIGHTS)
         d = views(out_P)
@@ -172,7 +173,7 @@ class Tape:
         return out_P
 
     def _pass_gradient(self, saved: _Pass, d_KD: np.ndarray, d: dict[str, np.ndarray]) -> np.ndarray:
-        """Adds to the weights' derivatives `d`; returns that by the states which came in."""
+        """Add to the gradients `d` of the weights; returns the gradient by the incoming states."""
         w = self._w
         d_new_KD = d_KD * (1 - saved.update_KD) * (1 - saved.new_KD**2)
         d_reset_KD = d_new_KD * saved.hidden_new_KD * saved.reset_KD * (1 - saved.reset_KD)
@@ -203,7 +204,7 @@ def _sigmoid(x: np.ndarray) -> np.ndarray:
 def project(row_D: np.ndarray, mean_D: np.ndarray, low: float, high: float) -> np.ndarray:
     """The row nearest to `row_D` whose product with `mean_D` lies in [low, high]: a projection onto a half space.
 
-    Where the states are all but zero it goes only part of the way, lest the row explode.
+    If the states are almost zero the projection is incomplete, so that the row stays bounded.
     """
     value = float(row_D @ mean_D)
     excess = value - min(max(value, low), high)
@@ -211,7 +212,7 @@ def project(row_D: np.ndarray, mean_D: np.ndarray, low: float, high: float) -> n
 
 
 class Adam:
-    """Adam (arXiv:1412.6980) on one vector, its gradient clipped to a norm."""
+    """Adam (arXiv:1412.6980) on one vector, with its gradient clipped by norm."""
 
     BETA1, BETA2, EPS = 0.9, 0.999, 1e-8
 
@@ -221,7 +222,7 @@ class Adam:
         self._first, self._second = np.zeros(size), np.zeros(size)
 
     def step(self, weights: np.ndarray, gradient: np.ndarray) -> np.ndarray:
-        """New weights; the old ones stay as they are."""
+        """Returns new weights; the old array is not changed."""
         norm = float(np.linalg.norm(gradient))
         gradient = gradient * min(1.0, self.max_norm / norm) if norm > 0 else gradient
         self.count += 1
@@ -244,10 +245,10 @@ def save_weights(path: str | Path, weights_P: np.ndarray) -> None:
 
 
 def load_weights(path: str | Path) -> np.ndarray:
-    """(P,) of a file that `save_weights` wrote; fp32 and fp64 are taken.
+    """(P,) weights from a file of `save_weights`, in fp32 or fp64.
 
     Raises:
-        UserError: a file that is not there, or not a planner's, naming it and what is wrong.
+        UserError: the file is missing or not a planner's.
     """
 
     def refuse(what: str) -> UserError:

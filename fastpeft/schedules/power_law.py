@@ -1,6 +1,6 @@
-"""The power law f(t) = c + a (t + b)^-alpha of a loss curve: its fit in log space, and the band of a forecast.
+"""The power law f(t) = c + a (t + b)^-alpha of a loss curve: its fit in log space, and the prediction interval.
 
-Shape suffixes: N points, P parameters (log a, b, alpha, and c where there is a floor).
+Shape suffixes: N points, P parameters (log a, b, alpha, and with a floor c).
 """
 
 from __future__ import annotations
@@ -12,16 +12,16 @@ import numpy as np
 
 MIN_EXPONENT, MAX_EXPONENT = 1e-3, 2.0
 MIN_LOSS = 1e-8
-"""Losses below it count as this much: the fit takes logarithms."""
+"""Smaller losses are raised to this value, because the fit takes logarithms."""
 DAMPING = 1e-3
 MAX_TRIES = 8
 MAX_ITERATIONS = 20
 CONVERGED = 1e-6
 FIRST_FLOORS = (0.0, 0.5, 0.8, 0.95)
-"""Floors that the first fit begins from, as shares of the least loss."""
+"""Floors from which the first fit starts, as shares of the smallest loss."""
 MAX_FLOOR = 0.999
 BAND_Z = 1.6449
-"""Of the normal distribution: 90 % lie within."""
+"""Quantile of the normal distribution for a two-sided 90 % interval."""
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ class PowerLaw:
 
     log_scale: float
     offset: float
-    """In steps."""
+    """b, in steps."""
     exponent: float
     floor: float = 0.0
 
@@ -38,7 +38,7 @@ class PowerLaw:
         return self.floor + math.exp(self.log_scale - self.exponent * math.log(t + self.offset))
 
     def fall(self, t: float) -> float:
-        """-f'(t), what the loss falls by in a step."""
+        """-f'(t), the decrease of the loss per step."""
         return self.exponent * (self(t) - self.floor) / (t + self.offset)
 
 
@@ -47,20 +47,21 @@ def fit_power_law(
 ) -> PowerLaw | None:
     """Least squares between log f and log loss by damped Gauss-Newton, projected on the bounds.
 
-    Bounds: MIN_EXPONENT <= alpha <= MAX_EXPONENT, 0 <= b <= now, 0 <= c <= MAX_FLOOR of the least loss. The damping is
-    mu diag(J^T J); mu rises tenfold from DAMPING until the cost falls, and after MAX_TRIES the fit is kept as it is.
+    Bounds: MIN_EXPONENT <= alpha <= MAX_EXPONENT, 0 <= b <= now, 0 <= c <= MAX_FLOOR times the smallest loss. The
+    damping is mu diag(J^T J). mu grows tenfold from DAMPING until the cost falls; after MAX_TRIES the fit ends.
 
-    It is written out because `scipy.optimize.least_squares` stops elsewhere and takes longer: on curves of 10 to 150
-    points with 10 % of noise its forecasts differed by 2e-5 in the median and by 0.3 at most, in the first blocks, and
-    a refit took 0.45 ms against 0.20 ms here, with a floor 1.7 ms against 0.44 ms (timed once, by hand, on one thread).
+    `scipy.optimize.least_squares` is not used, because it converges to other points and takes longer. On curves of 10
+    to 150 points with 10 % of noise its forecasts differed by 2e-5 in the median and by at most 0.3, in the first
+    blocks. A refit took 0.45 ms against 0.20 ms here, with a floor 1.7 ms against 0.44 ms (timed once, by hand, on one
+    thread).
 
     Args:
-        t_N: steps at which the losses lie, >= 1. Points whose loss is not finite are left out.
+        t_N: steps of the losses, >= 1. Points whose loss is not finite are left out.
         now: number of the last step.
-        start: the fit before this one; without it, the line in (log t, log loss) is where the fit begins.
+        start: the previous fit; None starts from a straight line in (log t, log loss).
 
     Returns:
-        None if fewer points are left than the law has parameters.
+        The fit; None if fewer points remain than the law has parameters.
     """
     good_N = np.isfinite(loss_N)
     t_N, loss_N = t_N[good_N], np.maximum(loss_N[good_N], MIN_LOSS)
@@ -77,10 +78,10 @@ def fit_power_law(
 
 
 def forecast_band(law: PowerLaw, t_N: np.ndarray, loss_N: np.ndarray, now: float, at: float) -> tuple[float, float]:
-    """90 % prediction interval, in log space, of a point like those of `loss_N` at step `at`.
+    """90 % prediction interval, computed in log space, of a loss at step `at`, averaged like those of `loss_N`.
 
-    Its variance is s^2 (1 + j^T (J^T J)^-1 j): s^2 the residual variance of the fit, j the gradient of log f(at).
-    Parameters at a bound count as known. It knows of no change in the rate between now and then.
+    The variance of its logarithm is s^2 (1 + j^T (J^T J)^-1 j), with s^2 the residual variance of the fit and j the
+    gradient of log f(at). Parameters at a bound count as known. Changes of the learning rate until `at` are ignored.
     """
     good_N = np.isfinite(loss_N)
     t_N, loss_N = t_N[good_N], np.maximum(loss_N[good_N], MIN_LOSS)
@@ -91,13 +92,13 @@ def forecast_band(law: PowerLaw, t_N: np.ndarray, loss_N: np.ndarray, now: float
     freedom = max(1, len(t_N) - int(free_P.sum()))
     variance = float(np.square(np.log(loss_N) - fitted_N).sum()) / freedom
     centre, slope_1P = _model(theta_P, np.array([at]))
-    # The normal equations in units of each column's length: b counts steps, alpha does not.
+    # The columns of J are normalised, because b and alpha have different units.
     length_P = np.linalg.norm(jacobian_NP[:, free_P], axis=0)
     scaled_NP = jacobian_NP[:, free_P] / length_P
     slope_P = slope_1P[0, free_P] / length_P
     spread = float(slope_P @ np.linalg.pinv(scaled_NP.T @ scaled_NP, hermitian=True) @ slope_P)
     quantile = BAND_Z + (BAND_Z**3 + BAND_Z) / (4 * freedom)  # Student's t, to first order
-    width = min(quantile * math.sqrt(variance * (1 + max(0.0, spread))), 50.0)  # of a log: exp stays finite
+    width = min(quantile * math.sqrt(variance * (1 + max(0.0, spread))), 50.0)  # so that exp stays finite
     return math.exp(centre[0] - width), math.exp(centre[0] + width)
 
 
@@ -109,7 +110,7 @@ def _project(theta_P: np.ndarray, top: np.ndarray) -> np.ndarray:
 
 
 def _line(t_N: np.ndarray, loss_N: np.ndarray, floor: float) -> np.ndarray:
-    """Parameters of the straight line through (log t, log(loss - floor)), b = 0, its slope inside the bounds."""
+    """Parameters of the straight line through (log t, log(loss - floor)), with b = 0 and a slope within the bounds."""
     x_N, y_N = np.log(t_N), np.log(loss_N - floor)
     centred_N = x_N - x_N.mean()
     slope = float(centred_N @ y_N) / max(float(centred_N @ centred_N), 1e-12)
@@ -140,13 +141,13 @@ def _model(theta_P: np.ndarray, t_N: np.ndarray) -> tuple[np.ndarray, np.ndarray
 def _gauss_newton(
     theta_P: np.ndarray, t_N: np.ndarray, log_loss_N: np.ndarray, top: np.ndarray
 ) -> tuple[float, np.ndarray]:
-    """(half the squared residual, parameters) of the best point found."""
+    """(half the sum of squared residuals, parameters) of the best point found."""
     fitted_N, jacobian_NP = _model(theta_P, t_N)
     residual_N = log_loss_N - fitted_N
     cost = 0.5 * float(residual_N @ residual_N)
     for _ in range(MAX_ITERATIONS):
         descent_P = jacobian_NP.T @ residual_N
-        # A parameter at a bound that descent pushes against is none: its step would only spoil those of the others.
+        # A parameter that descent would push beyond its bound is fixed, so that it does not distort the others' step.
         free_P = ~((theta_P <= _BOTTOM) & (descent_P <= 0) | (theta_P >= top) & (descent_P >= 0))
         free_P[3] &= top[3] > 0
         better = _damped_step(theta_P, free_P, jacobian_NP, descent_P, cost, t_N, log_loss_N, top)
@@ -160,7 +161,7 @@ def _gauss_newton(
 
 
 def _damped_step(theta_P, free_P, jacobian_NP, descent_P, cost, t_N, log_loss_N, top):
-    """The first step, of ever more damping, that lowers the cost: what it leads to, or None."""
+    """The first step, with growing damping, that lowers the cost: the point that it leads to, or None."""
     own_NP = jacobian_NP[:, free_P]
     normal_PP = own_NP.T @ own_NP
     diagonal_P = np.diag(normal_PP)

@@ -1,13 +1,13 @@
-"""REACTOR, a rate that a policy changes every few steps, learnt by policy gradient while the model trains.
+"""REACTOR, a learning rate set by a policy that is trained by policy gradient while the model trains.
 
-This project's reading of a schedule that its papers only name: REINFORCE (Williams 1992) with a Gaussian policy over
-the change of log lr; state: the slope of the loss, the log gradient norm, the budget that is left and the mean entropy
-of the labelled tokens; reward: the decrease of the loss per second over k = 8 steps; baseline: the running mean of the
-rewards.
+The papers that name it give no equations. This is the project's reconstruction: REINFORCE (Williams 1992) with a
+Gaussian policy over the change of log lr. State: the slope of the loss, the log gradient norm, the remaining budget and
+the mean entropy of the labelled tokens. Reward: the decrease of the loss per second over k = 8 steps. Baseline: the
+running mean of the rewards.
 
-The loss of a window of k steps is its mean; the reward of a change is the mean before it less the mean after it, over
-k times the median seconds of a step, so that an evaluation inside the window does not count. What a reward is worth
-depends on the model and the machine: its distance from the baseline is divided by the running standard deviation.
+The reward of a change is the mean loss of the k steps before it minus that of the k steps after it, divided by k times
+the median seconds of a step. The median excludes evaluations inside the window. The scale of rewards depends on the
+model and the machine, so that the distance from the baseline is divided by the running standard deviation.
 """
 
 from __future__ import annotations
@@ -26,19 +26,19 @@ from fastpeft.signals import Blocks, Measured, Need, Rates
 
 MOST_DEVIATIONS = 3.0
 LOG_WINDOWS = 4
-"""Windows that one event tells of."""
+"""Windows per log event."""
 STATE = ("bias", "loss_slope", "log_grad_norm", "budget_left", "entropy")
 
 
 class Standardised:
-    """Distance from the running mean in running standard deviations, at most MOST_DEVIATIONS; the mean is the one
-    before the value, the deviation has it in."""
+    """Distance from the running mean in running standard deviations, at most MOST_DEVIATIONS. The mean excludes the
+    current value; the standard deviation includes it."""
 
     def __init__(self, decay: float) -> None:
         self._mean, self._variance = RunningMean(decay), RunningMean(decay)
 
     def __call__(self, values: np.ndarray) -> np.ndarray:
-        """0 for the first value and where it is not finite."""
+        """0 for the first value and for values that are not finite."""
         before = np.nan_to_num(self._mean.value) if self._mean.value is not None else np.zeros_like(values)
         known = np.isfinite(self._mean.value) if self._mean.value is not None else np.zeros(values.shape, bool)
         good = np.abs(values) <= math.sqrt(LARGEST)
@@ -62,7 +62,7 @@ class Standardised:
 
 
 class GaussianPolicy:
-    """Actions sigma (w . x + z), z ~ N(0, 1), whose weights w follow the score z x of those that did well."""
+    """Actions sigma (w . x + z), z ~ N(0, 1). The weights w follow the score z x times the action's advantage."""
 
     def __init__(self, num_features: int, options: ReactorConfig, seed: int) -> None:
         self.options, self.seed = options, seed
@@ -82,7 +82,7 @@ class GaussianPolicy:
         return self.mean(features) + self.options.sigma * z
 
     def learn(self, reward: float) -> None:
-        """From the reward of the last action."""
+        """Update the weights from the reward of the last action."""
         assert self._taken is not None
         features, z = self._taken
         self._taken = None
@@ -111,7 +111,7 @@ class GaussianPolicy:
 
 @dataclass
 class Step:
-    """What a window keeps of a step. `entropy` is None where it was not measured."""
+    """Measurements of one step in a window. `entropy` is None if it was not measured."""
 
     loss: float
     grad_norm: float
@@ -127,14 +127,14 @@ class Reactor(WarmedSchedule):
         options = self.own
         self.policy = GaussianPolicy(len(STATE), options, self.seed)
         self.log_ratio = 0.0
-        """Of the rate over its peak."""
+        """Logarithm of the learning rate divided by its peak."""
         self._standardised = Standardised(options.baseline_decay)
         self._window: list[Step] = []
         self._loss_before: float | None = None
-        """Mean of the window before."""
+        """Mean loss of the previous window."""
         self._change: float | None = None
         self._rewards: list[float] = []
-        """Since the last event."""
+        """Rewards since the last log event."""
 
     @property
     def needs(self) -> frozenset[Need]:
@@ -157,7 +157,7 @@ class Reactor(WarmedSchedule):
             self._window.append(Step(measured.loss, measured.grad_norm, entropy, measured.elapsed_s))
 
     def _end_window(self, progress: float) -> None:
-        """Reward the last change, and make the next."""
+        """Reward the last change of the learning rate, and draw the next one."""
         loss = fmean(step.loss for step in self._window)
         step_s = median(b.elapsed_s - a.elapsed_s for a, b in zip(self._window, self._window[1:]))
         if self._loss_before is not None and self._change is not None and step_s > 0:
@@ -175,7 +175,7 @@ class Reactor(WarmedSchedule):
             self._tell(features)
 
     def _features(self, progress: float) -> np.ndarray:
-        """As STATE; what was measured is standardised."""
+        """The features named in STATE; measured ones are standardised."""
         steps, num_steps = self._window, len(self._window)
         times = np.arange(num_steps) - (num_steps - 1) / 2
         slope = float(times @ np.array([step.loss for step in steps]) / (times @ times))

@@ -1,4 +1,4 @@
-"""Exponential running means that figures which mean nothing cannot spoil."""
+"""Exponential running means that ignore non-finite values."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from typing import Any
 import numpy as np
 
 LARGEST = 1e100
-"""A figure beyond it counts as not finite: sums and squares of what is left do not overflow."""
+"""Larger values count as not finite, so that sums and squares of the others do not overflow."""
 
 
 class RunningMean:
-    """Bias-corrected exponential mean, element by element; an element that is not finite is left out."""
+    """Bias-corrected exponential mean per element; elements that are not finite are left out."""
 
     def __init__(self, decay: float) -> None:
         self.decay = decay
@@ -19,7 +19,7 @@ class RunningMean:
         self._weight: np.ndarray | None = None
 
     def update(self, values: np.ndarray | float) -> None:
-        """Any shape, the same each time."""
+        """Add values of any shape, the same shape in every call."""
         new = np.asarray(values, dtype=np.float64)
         if self._sum is None or self._weight is None:
             self._sum, self._weight = np.zeros_like(new), np.zeros_like(new)
@@ -30,7 +30,7 @@ class RunningMean:
 
     @property
     def value(self) -> np.ndarray | None:
-        """NaN where nothing was finite yet; None before the first update."""
+        """NaN for elements without a finite value so far; None before the first update."""
         if self._sum is None or self._weight is None:
             return None
         return np.divide(self._sum, self._weight, out=np.full_like(self._sum, np.nan), where=self._weight > 0)
@@ -43,7 +43,7 @@ class RunningMean:
 
 
 class RunningFloat:
-    """RunningMean of one figure, in plain floats: an array of one costs ten times as much."""
+    """RunningMean of one number, in plain floats: a NumPy array of one element costs ten times as much."""
 
     def __init__(self, decay: float) -> None:
         self.decay = decay
@@ -56,7 +56,7 @@ class RunningFloat:
 
     @property
     def value(self) -> float | None:
-        """None before the first figure that is finite."""
+        """None before the first finite value."""
         return self._sum / self._weight if self._weight else None
 
     def state(self) -> list[float]:
@@ -67,5 +67,5 @@ class RunningFloat:
 
 
 def clipped(value: float, most: float) -> float:
-    """Within 1/most and most."""
+    """`value`, limited to [1 / most, most]."""
     return min(max(value, 1 / most), most)

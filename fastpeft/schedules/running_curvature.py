@@ -1,4 +1,4 @@
-"""Running curvature of each block from secants, in the units that Adam's step meets."""
+"""Running curvature of each block from secants, in the units of Adam's step."""
 
 from __future__ import annotations
 
@@ -10,28 +10,28 @@ from fastpeft.signals import Secants
 
 
 class RunningCurvature:
-    """lambda = EMA(d^T H d) / EMA(d^T sqrt(v) d) of each unit, v Adam's second moment.
+    """lambda = EMA(d^T H d) / EMA(d^T sqrt(v) d) of each unit, with v Adam's second moment.
 
-    An Adam step of rate eta is stable along d while eta lambda < 2. Numerator and denominator are averaged apart: a
-    mean of ratios would be ruled by the steps whose denominator is near zero.
+    An Adam step with learning rate eta is stable along d while eta lambda < 2. Numerator and denominator are averaged
+    separately, because steps with a denominator near zero would dominate a mean of ratios.
 
-    Along the step's own direction (`Need.PLAIN_SECANT`) the change of the gradient shares its noise with d, and a pure
-    noise gradient of no curvature shows eta lambda = 1 + beta1; along the step's before (`Need.SECANT`) it does not.
+    Along the last update (`Need.PLAIN_SECANT`) the gradient difference shares its noise with d: pure noise without
+    curvature gives eta lambda = 1 + beta1. Along the update before last (`Need.SECANT`) the two are independent.
     """
 
     def __init__(self, decay: float = 0.95) -> None:
         """
         Args:
-            decay: of the averages, for each reading; 0 keeps the last reading alone.
+            decay: decay of the averages per reading; 0 keeps only the last reading.
         """
         self.decay = decay
         self.num_readings = 0
         self._mean_2U: np.ndarray | None = None
         self._per_unit_U: np.ndarray | None = None
-        """Of the readings so far, once it was asked for."""
+        """Cached result of `per_unit` for the readings so far."""
 
     def update(self, secants: Secants) -> None:
-        """Take a reading in. One that is not finite is left out, unit by unit."""
+        """Add a reading. Units whose value is not finite keep their averages."""
         new_2U = np.array([secants.change_U, secants.square_U], dtype=np.float64)
         self.num_readings += 1
         self._per_unit_U = None
@@ -51,7 +51,7 @@ class RunningCurvature:
         return self._per_unit_U
 
     def overall(self) -> float | None:
-        """The same of all units together; None before the first reading, and where it is not defined."""
+        """lambda of all units together; None before the first reading, and where it is undefined."""
         if self._mean_2U is None:
             return None
         change, square = self._mean_2U.sum(1).tolist()

@@ -1,8 +1,8 @@
-"""SALeLR, a sensitivity-aware rate for each adapted matrix.
+"""SALeLR, a sensitivity-aware learning rate for each adapted matrix.
 
-This project's reading of a schedule that its papers only name: lr_k = lr clip((s_k / mean s)^(1/2), 1/4, 4), where
-s_k is the running norm of the gradient of matrix k (A and B together) and lr is that of `linear`, so that the two
-differ in the factors alone.
+The papers that name it give no equations. This is the project's reconstruction: lr_k = lr clip((s_k / mean s)^(1/2),
+1/4, 4). s_k is the running norm of the gradient of matrix k (A and B together), and lr the learning rate of `linear`.
+SALeLR thus differs from `linear` in the factors only.
 
 Shape suffixes: K adapted matrices.
 """

@@ -1,9 +1,9 @@
-"""The interface of a learning-rate schedule, and how one is made from its section.
+"""The interface of a learning rate schedule, and its construction from the section `schedule`.
 
-A schedule never asks how many steps there will be: it sees `progress`, the share of the budget that
-is spent, from 0 to 1, and what the step before measured. It is host code: floats and NumPy. A new schedule is one
-module with its class, and one entry in config/schedules.py with the dataclass of its settings: the tests that hold for
-all schedules take it from there.
+A schedule does not know the total number of steps. It gets `progress`, the spent share of the budget from 0 to 1, and
+the measurements of the previous step. It runs on the host, in floats and NumPy. A new schedule takes one module with
+its class, and one entry in config/schedules.py with the dataclass of its settings. The tests shared by all schedules
+take their rows from these entries.
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ from fastpeft.config.schedules import SCHEDULES, ScheduleConfig
 from fastpeft.signals import AdamMoments, Blocks, Measured, Need, Rates
 
 WARMUP_CAP = 0.06
-"""Most of the budget that the warm-up may take."""
+"""Largest share of the budget for warmup."""
 
 ADAM = AdamMoments()
-"""What a schedule takes the optimizer's moments for unless it is told otherwise."""
+"""Default decay rates of the optimizer's moments."""
 
 
 def make_schedule(
@@ -30,24 +30,26 @@ def make_schedule(
     adam: AdamMoments = ADAM,
     seed: int = 0,
 ) -> Schedule:
-    """The schedule that `config.name` names, from the start of a run.
+    """The schedule named by `config.name`, in its state at the start of a run.
 
     Args:
-        blocks: the model's; schedules that measure nothing do without them.
-        adam: how the moments are made that some schedules read.
-        seed: of a schedule that draws at random.
+        config: the section `schedule`.
+        peak_lr: learning rate at the end of warmup.
+        blocks: the model's blocks; schedules without measurements do not need them.
+        adam: decay rates of Adam's moments, which some schedules read.
+        seed: seed of schedules that draw random numbers.
 
     Raises:
-        UserError: settings or a model that the schedule cannot work with.
+        UserError: the schedule does not support these settings or this model.
     """
     return SCHEDULES.load(config.name)(config, peak_lr, blocks, adam=adam, seed=seed)
 
 
 class Schedule(ABC):
-    """Emits the learning rate of every step; `state_dict` and `load_state_dict` make a resume exact.
+    """Sets the learning rate of every step. `state_dict` and `load_state_dict` make a resume exact.
 
     Args:
-        config: the section `schedule`, of which a schedule reads what all share, and its own.
+        config: the section `schedule`. A schedule reads the shared keys and its own section.
     """
 
     own: Any
@@ -71,26 +73,26 @@ class Schedule(ABC):
 
     @property
     def needs(self) -> frozenset[Need]:
-        """What every step has to measure for it."""
+        """Measurements that the schedule needs from every step."""
         return frozenset()
 
     @abstractmethod
     def rates(self, measured: Measured | None, progress: float) -> Rates:
-        """Rates of the step whose gradient has just been launched. Called once a step.
+        """Learning rates of the current step. Called once per step, after its backward pass is queued.
 
         Args:
-            measured: the step before this one; None at the first step, and where `needs` is empty.
-            progress: share of the budget that was spent before this step.
+            measured: measurements of the previous step; None in the first step, and if `needs` is empty.
+            progress: share of the budget spent before this step.
         """
 
     def finish(self, progress: float) -> None:
-        """Called once, after the last step of a run that came to its end: the time to `tell` how it went."""
+        """Called once, after the last step of a completed run. A schedule may `tell` its final figures here."""
 
     def save(self, folder: Path) -> None:
-        """Called after `finish`: leave in the run's folder what later runs can begin with."""
+        """Called after `finish`: write files to the run's folder from which later runs can start."""
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything that the next rates depend on, as JSON values (finite numbers; arrays as lists)."""
+        """All state that later learning rates depend on, as JSON values (finite numbers; arrays as lists)."""
         return {}
 
     def load_state_dict(self, state: dict[str, Any]) -> None: ...
@@ -106,13 +108,13 @@ class Schedule(ABC):
 
 
 class Warmup:
-    """Linear from 0 to 1 over `num_steps`, or over WARMUP_CAP of the budget if that is over sooner."""
+    """Linear from 0 to 1 over `num_steps`, or over WARMUP_CAP of the budget if that ends sooner."""
 
     def __init__(self, num_steps: int) -> None:
         self.num_steps = num_steps
         self.taken = 0
         self.ended_at: float | None = None
-        """Progress at which the warm-up was over."""
+        """Progress at which warmup ended."""
 
     def factor(self, progress: float) -> float:
         if self.ended_at is not None:
@@ -135,14 +137,14 @@ class Warmup:
 
 
 class WarmedSchedule(Schedule):
-    """A schedule that begins with a warm-up to the peak rate."""
+    """A schedule that starts with a warmup to the peak learning rate."""
 
     def __init__(self, config: ScheduleConfig, peak_lr: float, blocks: Blocks | None = None, **more: Any) -> None:
         super().__init__(config, peak_lr, blocks, **more)
         self.warmup = Warmup(config.warmup_steps)
 
     def warmup_factor(self, progress: float) -> float:
-        """0 to 1 while warming up, then 1. Says it once when the budget cut the warm-up short."""
+        """0 to 1 during warmup, then 1. Queues one event if the budget cut warmup short."""
         warming = self.warmup.ended_at is None
         factor = self.warmup.factor(progress)
         if warming and self.warmup.was_cut:

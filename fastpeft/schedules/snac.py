@@ -1,21 +1,21 @@
-"""SNAC, a rate that follows the noise of the gradient.
+"""SNAC, a learning rate that follows the noise of the gradient.
 
-This project's reading of a schedule that its papers only name: lr = lr_max |E g|^2 / (|E g|^2 + Var g), from
-exponential moments of the gradient, minus the floor that those moments have under pure noise.
+The papers that name it give no equations. This is the project's reconstruction: lr = lr_max |E g|^2 /
+(|E g|^2 + Var g), from exponential moments of the gradient, minus the value of these moments under pure noise.
 
-The moments are taken over one window, that of Adam's first moment. With beta = beta1, after n steps,
+Both moments use the window of Adam's first moment. With beta = beta1, after n steps,
 
     m = sum_i w_i g_i,  s = sum_i w_i |g_i|^2,  w_i = (1 - beta) beta^(n - i) / (1 - beta^n),
 
-m is Adam's bias-corrected first moment, whose square is measured, and s is a running mean that is kept here of the
-squared gradient, clipped as Adam sees it. For independent gradients of mean mu and variance v (summed over parameters)
+m is Adam's bias-corrected first moment, whose square is measured. s is a running mean of the squared norm of the
+clipped gradient, kept here. For independent gradients of mean mu and variance v (summed over parameters)
 
     E |m|^2 = |mu|^2 + rho v,  E s = |mu|^2 + v,  rho = sum_i w_i^2 = (1 - beta)/(1 + beta) (1 + beta^n)/(1 - beta^n),
 
 so that (|m|^2 - rho s) / (1 - rho) and s estimate |E g|^2 and |E g|^2 + Var g without bias. rho falls from 1 to the
-floor (1 - beta)/(1 + beta). Adam's second moment has another window (beta2): were it to take the place of s, the ratio
-would be off by as much as the gradient has shrunk over that window; with s it is at most 1, and 1 only if all g_i are
-the same.
+floor (1 - beta)/(1 + beta). Adam's second moment cannot replace s, because its window (beta2) differs: the ratio would
+be wrong by the factor by which the gradient shrank over that window. With s it is at most 1, and 1 only if all g_i are
+equal.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from fastpeft.signals import AdamMoments, Blocks, BlockSums, Measured, Need, Rat
 
 
 class SignalShare:
-    """|E g|^2 / (|E g|^2 + Var g) over all trained parameters. Numerator and denominator are averaged apart."""
+    """|E g|^2 / (|E g|^2 + Var g) over all trained parameters. Numerator and denominator are averaged separately."""
 
     def __init__(self, adam: AdamMoments, options: SnacConfig) -> None:
         """
@@ -48,7 +48,7 @@ class SignalShare:
         self._signal_and_all = RunningMean(options.decay)
 
     def update(self, sums: BlockSums) -> None:
-        """Take in a step that was taken."""
+        """Add the sums of a step that was not skipped."""
         beta = self.adam.beta1
         self.num_steps += 1
         with np.errstate(invalid="ignore", over="ignore"):
@@ -59,7 +59,7 @@ class SignalShare:
             square = min(square, self.adam.max_norm**2)
         self._square = beta * self._square + (1 - beta) * square
         if self.num_steps == 1:
-            return  # rho is 1: one gradient alone has no variance
+            return  # rho is 1: a single gradient has no variance
         power = beta**self.num_steps
         rho = (1 - beta) / (1 + beta) * (1 + power) / (1 - power)
         mean_square = self._square / (1 - power)
@@ -67,7 +67,7 @@ class SignalShare:
 
     @property
     def value(self) -> float:
-        """Within the floor and 1; the floor as long as nothing is known to be signal."""
+        """Between the floor and 1; the floor while no signal is detected."""
         means = self._signal_and_all.value
         if means is None:
             return self.options.floor

@@ -1,6 +1,6 @@
-"""The dictionary of rank-one atoms, and the map from its own width into the narrow space that hosts are read in.
+"""The dictionary of rank-one atoms, and the map from the atoms' width to the canonical width.
 
-Shape suffixes: M atoms, D their own width (d0), Q the canonical width.
+Shape suffixes: M atoms, D width of the atoms (d0), Q canonical width.
 """
 
 from __future__ import annotations
@@ -12,14 +12,14 @@ from fastpeft.adapters.unihyperlora.quantise import straight_through
 
 
 class Atoms(nn.Module):
-    """U and V (M x D), trained in fp32 and seen in 8 bits, and Psi (Q x D) likewise.
+    """U and V (M x D) and Psi (Q x D), trained in fp32 and used in their 8-bit values.
 
-    They are used through U Psi^T and V Psi^T (M x Q) alone, so that D costs nothing a token.
+    Tokens only meet U Psi^T and V Psi^T (M x Q), so that the cost per token does not depend on D.
     """
 
     def __init__(self, num_atoms: int, atom_width: int, width: int) -> None:
-        """Entries of variance 1 / D for U and V, as atoms of variance 1 do not train, and 1 / Q for Psi: a token of
-        unit variance then has logits of order 1, where the gate's sigmoid still has a slope."""
+        """Entries have variance 1 / D in U and V, because atoms of variance 1 do not train, and 1 / Q in Psi. Logits of
+        a token of unit variance are then of order 1, where the gate's sigmoid is not saturated."""
         super().__init__()
         self.u = nn.Parameter(torch.randn(num_atoms, atom_width) * atom_width**-0.5)
         self.v = nn.Parameter(torch.randn(num_atoms, atom_width) * atom_width**-0.5)

@@ -1,4 +1,4 @@
-"""Put a dictionary into a host: find the sites, compute the projections that are not trained, adapt the layers."""
+"""Computations for attaching a dictionary to a host: fixed projections, FLOPs overhead, facts of the host."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ from fastpeft.errors import UserError
 from fastpeft.kernels.ops.lora_linear.quantised import dequantised, is_quantised
 
 COUNTED_TOKENS = 128
-"""Length of the text whose FLOPs are counted: attention's share grows with it."""
+"""Sequence length for which FLOPs are counted. The share of attention grows with it."""
 
 
 def projections(
     model: nn.Module, tokenizer: Any, sites: Sequence[Site], shape: Shape, codes: Codes | None
 ) -> dict[str, Fixed]:
-    """By a site's name; none for the coordinate projector.
+    """Fixed projections by site name; empty for the coordinate projector, which is trained.
 
     Raises:
-        UserError: a host that the projector cannot be computed for.
+        UserError: the projector cannot be computed for this host.
     """
     if shape.projector == "coordinate":
         return {}
@@ -46,12 +46,12 @@ def _weight(linear: nn.Module) -> torch.Tensor:
 
 
 def overhead(model: nn.Module, sites: Sequence[Site], shape: Shape) -> float:
-    """Extra FLOPs as a share of the host's own."""
+    """Extra FLOPs as a fraction of the host's own."""
     return extra_flops(sites, shape) / host_flops(model, COUNTED_TOKENS)
 
 
 def host_facts(model: nn.Module, sites: Sequence[Site]) -> dict[str, Any]:
-    """What a file's header says of the host that it was trained on."""
+    """Description of the source host for the file's header."""
     config = getattr(model, "config", None)
     return {
         "name": str(getattr(config, "_name_or_path", "")),

@@ -1,7 +1,7 @@
-"""FLOPs by formula, as torch's counter has them: two a multiplication with its addition, elementwise work not counted.
+"""FLOPs by formula, in the convention of torch's counter: two per multiply-add, elementwise operations not counted.
 
-The counter sees no attention of a CPU's default kernel, no gather and no operation of our own; under the math kernel of
-attention it counts what these formulas say.
+The counter itself misses the default attention kernel of a CPU, gathers and fastpeft's own operations. With the math
+kernel of attention it agrees with these formulas.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from fastpeft.models.targets import BLOCK
 
 
 def extra_flops(sites: Sequence[Site], shape: Shape) -> int:
-    """A token, of the dense form, which is the costlier one: projection and logits once for each tensor that sites
-    read, the sum of atoms and the projection back for each site."""
+    """FLOPs per token of the adapter in its dense form, the costlier one. Projection and logits count once per tensor
+    that sites read; the sum of atoms and the output projection count per site."""
     together = shape.projector != "spectral"
     inputs = {(s.layer, s.reads) if together else s.name: s.num_in for s in sites}
     q, m = shape.width, shape.num_atoms
@@ -26,8 +26,8 @@ def extra_flops(sites: Sequence[Site], shape: Shape) -> int:
 
 
 def host_flops(model: nn.Module, num_tokens: int) -> float:
-    """A token of a text of `num_tokens`: its linear layers, both products of attention, and a language model's head. A
-    classifier's head reads a token or so of a text, and is left out."""
+    """FLOPs per token at sequence length `num_tokens`: linear layers, both products of attention, and the head of a
+    language model. A classifier's head is left out, because it reads only about one token of a text."""
     total, head = 0, output_embeddings(model)
     for name, module in model.named_modules():
         if isinstance(module, nn.Linear) and (BLOCK.search(name) or module is head):

@@ -1,4 +1,4 @@
-"""All parameters of an adapter, and what one forward pass of a host needs of them.
+"""All parameters of an adapter, and the tensors computed from them for one forward pass of a host.
 
 Shape suffixes: M atoms, Q canonical width, S sites, C conditions.
 """
@@ -21,7 +21,7 @@ PROJECTORS = ("coordinate", "spectral", "probe")
 
 @dataclass(frozen=True)
 class Shape:
-    """What the sizes of a dictionary's tensors follow from."""
+    """Settings that determine the shapes of a dictionary's tensors."""
 
     num_atoms: int = 128
     atom_width: int = 256
@@ -35,7 +35,7 @@ class Shape:
 
 @dataclass(frozen=True)
 class Folded:
-    """The dictionary as tokens meet it: everything in the canonical width."""
+    """The dictionary for one forward pass, with all atoms in the canonical width."""
 
     v_MQ: torch.Tensor
     slope_M: torch.Tensor
@@ -43,7 +43,7 @@ class Folded:
     gain_u: Sequence[torch.Tensor]
     """alpha g_s U Psi^T of each site: (M, Q)."""
     phi: dict[int, torch.Tensor]
-    """Of the coordinate projector: host width -> (d, Q)."""
+    """Projections of the coordinate projector: host width d -> (d, Q)."""
 
 
 class Dictionary(nn.Module):
@@ -58,7 +58,7 @@ class Dictionary(nn.Module):
         self.projector = Coordinate(shape.width) if shape.projector == "coordinate" else None
 
     def fold(self, conditions_SC: torch.Tensor, task: int | None, host_widths: Iterable[int]) -> Folded:
-        """Carries gradients to every parameter. O(M D Q + S M Q) multiplications, whatever the number of tokens."""
+        """Differentiable in every parameter. O(M D Q + S M Q) multiplications, independent of the number of tokens."""
         u_MQ, v_MQ = self.atoms.fold()
         gains_SM = self.mixer(conditions_SC) * self.shape.alpha
         gain_u = (gains_SM[:, :, None] * u_MQ).unbind(0)
@@ -66,7 +66,7 @@ class Dictionary(nn.Module):
         return Folded(v_MQ, self.router.slope, self.router.bias(task), gain_u, phi)
 
     def parts(self) -> dict[str, tuple[nn.Parameter, ...]]:
-        """Parameters by what they are of, in the order in which they are trained."""
+        """Parameters by the part that they belong to, in their order in the flat buffers."""
         found = {"atoms": tuple(self.atoms.parameters()), "router": tuple(self.router.parameters())}
         if self.projector is not None:
             found["projector"] = tuple(self.projector.parameters())

@@ -1,7 +1,7 @@
 """The file of an adapter: one safetensors of int8 and packed 4-bit tensors, with a JSON header in its metadata.
 
-The header names the format's version, the sizes that every tensor's shape follows from, the tasks, the host that it was
-trained on, and a SHA-256 of the tensors. A file is read only where all of it fits its own header.
+The header holds the format's version, the sizes that determine the shape of every tensor, the tasks, a description of
+the source host, and a SHA-256 of the tensors. A file that contradicts its header is refused.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from fastpeft.errors import UserError
 FILE = "unihyperlora.safetensors"
 FORMAT = 1
 LARGEST_BYTES = 64 * 2**20
-"""Of a file that is read at all."""
+"""Upper limit on the size of a file. Larger files are refused unread."""
 _HEADER = "unihyperlora"
 _BITS = {
     "atoms.u": 8,
@@ -40,28 +40,29 @@ _BITS = {
     "mixer.second": 4,
     "mixer.delta": 4,
 }
-"""Parameters that are stored in fewer bits; the others are fp32."""
+"""Parameters that are stored quantised; the others are stored in fp32."""
 _LIMITS = {"num_atoms": 4096, "atom_width": 4096, "width": 256, "top_k": 2}
 
 
 @dataclass(frozen=True)
 class Stored:
-    """What a file holds."""
+    """Contents of a file."""
 
     shape: Shape
     host: dict[str, Any]
     parameters: dict[str, torch.Tensor]
-    """fp32, by their names in the Dictionary."""
+    """Parameters in fp32, by their names in the Dictionary."""
     codes: Codes | None
-    """Of the projector `probe`."""
+    """Codes of the projector `probe`; None for the other projectors."""
     num_bytes: int
 
 
 def encode(dictionary: Dictionary, host: Mapping[str, Any], codes: Codes | None = None) -> bytes:
-    """The file's bytes, the same ones for the same quantised values.
+    """The bytes of the file. Equal quantised values give equal bytes.
 
     Args:
-        host: facts of the host that it was trained on: JSON values.
+        host: description of the source host, JSON values.
+        codes: codes of the projector `probe`.
     """
     tensors: dict[str, torch.Tensor] = {}
     for name, parameter in dictionary.named_parameters():
@@ -85,7 +86,7 @@ def decode(path: Path) -> Stored:
     """Read and check a file.
 
     Raises:
-        UserError: no such file; one that is damaged, cut off, of a newer version, or larger than its header says.
+        UserError: the file is missing, damaged, truncated, of a newer version, or larger than its header says.
     """
     _check_size(path)
     try:
@@ -110,7 +111,7 @@ def decode(path: Path) -> Stored:
 
 
 def restore(dictionary: Dictionary, stored: Stored) -> None:
-    """Copy a file's values into a dictionary of its shape."""
+    """Copy the values of a file into a dictionary of the same shape."""
     with torch.no_grad():
         for name, parameter in dictionary.named_parameters():
             parameter.copy_(stored.parameters[name])
@@ -158,7 +159,7 @@ def _read_header(path: Path, text: str) -> dict[str, Any]:
 
 
 def _expected(shape: Shape, num_spaces: int) -> dict[str, tuple[str, list[int]]]:
-    """Tensor -> dtype and shape, as safetensors names them."""
+    """Name of each tensor -> its dtype, in safetensors' notation, and its shape."""
     m, d, q = shape.num_atoms, shape.atom_width, shape.width
     sizes = {
         "atoms.u": (m, d),
@@ -187,7 +188,7 @@ def _expected(shape: Shape, num_spaces: int) -> dict[str, tuple[str, list[int]]]
 
 
 def _check_tensors(path: Path, file: Any, expected: Mapping[str, tuple[str, list[int]]]) -> None:
-    """Before any of them is read."""
+    """Check names, dtypes and shapes before any tensor is read."""
     names = set(file.keys())
     if names != set(expected):
         lacking, more = sorted(set(expected) - names), sorted(names - set(expected))

@@ -1,4 +1,4 @@
-"""The task head of a host: trained beside the adapter, never a part of its file."""
+"""The task head of a host. It is trained together with the adapter, but stored in a separate file."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ HEAD_FILE = "head.safetensors"
 
 
 def head_of(model: nn.Module, head: list[str]) -> dict[str, nn.Parameter]:
-    """Its parameters by their names in the model; `head` as in Backbone."""
+    """Parameters of the head by their names in the model; `head` as in Backbone."""
     return {f"{top}.{name}": p for top in head for name, p in model.get_submodule(top).named_parameters()}
 
 
@@ -27,7 +27,7 @@ def save_head(head: Mapping[str, nn.Parameter], folder: Path) -> None:
 
 
 def load_head(head: Mapping[str, nn.Parameter], folder: Path) -> None:
-    """Raises UserError where the folder has no head of this shape."""
+    """Raises UserError if the folder has no head of this shape."""
     if not head:
         return
     try:
@@ -41,7 +41,7 @@ def load_head(head: Mapping[str, nn.Parameter], folder: Path) -> None:
 
 
 def refuse_new_tokens(backbone: Backbone) -> None:
-    """Raises UserError where the tokenizer is larger than the model: these methods train no embeddings."""
+    """Raises UserError if the tokenizer has more tokens than the model, because these methods train no embeddings."""
     if backbone.new_tokens:
         raise UserError(
             f"model.name {backbone.model.name_or_path}: its tokenizer has tokens that the model has no embedding for, "

@@ -1,6 +1,6 @@
-"""A host with a dictionary in it: y = W x + Phi_out sum_k c_k alpha g u_k.
+"""A host adapted by a dictionary: y = W x + Phi_out sum_k c_k alpha g u_k.
 
-Shape suffixes: T tokens, I in, O out, Q canonical width, K active atoms a token.
+Shape suffixes: T tokens, I in, O out, Q canonical width, K active atoms per token.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from fastpeft.kernels import RouterCount, gather_atoms, route_atoms
 
 
 class Usage:
-    """How often tokens use each atom at each of S sites."""
+    """Frequency with which tokens use each of M atoms at each of S sites."""
 
     def __init__(self, num_sites: int, num_atoms: int, device: torch.device) -> None:
         self._active_SM = torch.zeros(num_sites, num_atoms, device=device)
@@ -34,15 +34,16 @@ class Usage:
         self._tokens_S[place] += len(active_TK) if route.weight_T is None else route.weight_T.sum()
 
     def means(self) -> torch.Tensor:
-        """Share of the tokens: (S, M)."""
+        """(S, M), fraction of the tokens that use each atom."""
         return self._active_SM / self._tokens_S[:, None].clamp_min(1)
 
 
 class Host(RoutedHost[Folded]):
-    """
+    """A host whose sites are adapted by `dictionary`.
+
     Args:
-        fixed: projections by a site's name; empty for the coordinate projector.
-        task: number of the task embedding; None for the mean of all.
+        fixed: projections by site name; empty for the coordinate projector.
+        task: index of the task embedding; None for the mean of all.
     """
 
     def __init__(
@@ -76,7 +77,7 @@ class Host(RoutedHost[Folded]):
 
     @contextmanager
     def watching(self) -> Iterator[Usage]:
-        """Within, forward passes are told to what is returned."""
+        """Context in which the returned Usage records every forward pass."""
         self._usage = Usage(len(self.sites), self.dictionary.shape.num_atoms, self.dictionary.atoms.u.device)
         try:
             yield self._usage

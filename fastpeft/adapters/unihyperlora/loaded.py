@@ -1,4 +1,4 @@
-"""Put an adapter's file onto a model of the user's own."""
+"""Attach the file of an adapter to a model of the user."""
 
 from __future__ import annotations
 
@@ -22,15 +22,15 @@ from fastpeft.models.lm_head import decoder_of, output_embeddings
 
 @dataclass
 class LoadedAdapter:
-    """A model with an adapter in it; `detach()` takes the adapter out again."""
+    """A model with an attached adapter; `detach()` removes the adapter."""
 
     host: Host
     num_bytes: int
-    """Of the file."""
+    """Size of the file."""
     extra_flops: float
-    """Share of the model's own."""
+    """FLOPs of the adapter as a fraction of the model's own."""
     source: dict[str, Any]
-    """Facts of the host that it was trained on."""
+    """Description of the host that the adapter was trained on."""
     notes: list[str]
 
     def detach(self) -> None:
@@ -52,18 +52,24 @@ def load_adapter(
     head: bool = True,
     quiet: bool = False,
 ) -> LoadedAdapter:
-    """Adapt a transformers model in place with an adapter's file, whatever host that was trained on. Prints its size.
+    """Attach the file of an adapter to a transformers model in place. Prints the adapter's size.
+
+    The model need not be the one that the adapter was trained on.
 
     Args:
-        model: of any width and depth, whose linear layers have known roles. Its weights are not changed.
-        path: the file, or the folder that a run keeps it in.
-        tokenizer: the model's, for the projector `probe`; looked for beside the model where absent.
-        task: whose embedding the router takes; the mean of all where absent or unknown.
-        head: also take the head beside the file, where there is one of the model's own shape.
+        model: a model of any width and depth, whose linear layers have known roles. Its weights are not changed.
+        path: the file, or the run's folder that contains it.
+        tokenizer: the model's tokenizer, for the projector `probe`; None loads it from the model's own path.
+        task: name of the task whose embedding the router uses; None or an unknown name: the mean of all.
+        head: also load the task head stored beside the file, if it has the shape of the model's.
         quiet: print nothing.
 
+    Returns:
+        The adapted model's handle, with the adapter's size, cost and source.
+
     Raises:
-        UserError: a file that is damaged, cut off, newer or larger than it declares; a model that it cannot be put on.
+        UserError: the file is missing, damaged, truncated, of a newer version, or larger than its header says; the
+            adapter does not fit the model.
     """
     path = Path(path).expanduser()
     path = path / file_format.FILE if path.is_dir() else path
@@ -89,7 +95,7 @@ def load_adapter(
 
 
 def _take_head(model: nn.Module, folder: Path) -> str:
-    """Returns what was done."""
+    """Load the head beside the file; returns a note on what was done."""
     path = folder / HEAD_FILE
     if not path.is_file():
         return "no head lies beside the adapter: the model's own is used"
@@ -108,7 +114,7 @@ def _tokenizer_of(model: nn.Module) -> Any:
     name = getattr(getattr(model, "config", None), "_name_or_path", "")
     try:
         return AutoTokenizer.from_pretrained(name, local_files_only=True, trust_remote_code=False)
-    except Exception as error:  # whatever it is, the user has to give one
+    except Exception as error:  # whatever the error, the user has to pass a tokenizer
         raise UserError(
             f"projector probe: reads words with the model's tokenizer, and none is found at {name!r} "
             f"({first_line(error)}); give tokenizer="

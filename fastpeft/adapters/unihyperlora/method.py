@@ -1,9 +1,9 @@
-"""UniHyperLoRA as a method: trained on a source host, or moved to another one, where `delta` alone is trained.
+"""UniHyperLoRA as a method: training on a source host, or transfer to another host, where only `delta` is trained.
 
     L = L_task + lambda_F E[k] + lambda_Q ||delta||^2
 
 E[k], the mean number of active atoms of a token and site, has the gradient of the gates' sigmoids (straight-through).
-It reaches the router and the atoms' reading sides; what a site reads counts as given.
+The gradient goes to the router and to the reading vectors of the atoms; the input of a site is treated as a constant.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ class UniHyperLora(Adapter):
         self._head = head_of(self.model, backbone.head)
         self.flat = FlatParameters(self.blocks, self._head.values())
         self._active = torch.zeros(2, dtype=torch.float64, device=device)
-        """Sum over steps of the active atoms a token and site, and how many steps."""
+        """Sum over steps of the mean number of active atoms per token and site; number of steps."""
         self.adapter_bytes = len(file_format.encode(self.dictionary, self.facts_of_host, self.codes))
         self.overhead = overhead(self.model, self.sites, shape)
         self._check_budgets()
@@ -78,7 +78,7 @@ class UniHyperLora(Adapter):
         return [ParameterBlock(f"unihyperlora.{part}", 0, part, parts[part], "unihyperlora") for part in trained]
 
     def _check_budgets(self) -> None:
-        """Raises UserError over a limit."""
+        """Raises UserError if file size or FLOPs exceed their limits."""
         own, faults = self.config, []
         if self.adapter_bytes > own.max_mb * 2**20:
             faults.append(
@@ -122,7 +122,7 @@ class UniHyperLora(Adapter):
         signals.penalty_share = ((norm - norm_before).abs() / norm.clamp_min(1e-30)).clamp_max(1)
 
     def _backward_budget(self, factor: torch.Tensor) -> None:
-        """From the canonical width back to the parameters."""
+        """Backpropagate the gradient of E[k] from the folded tensors to the parameters."""
         count = self.host.count
         with torch.enable_grad():
             _, v_MQ = self.dictionary.atoms.fold()
@@ -139,7 +139,7 @@ class UniHyperLora(Adapter):
 
     @property
     def active_atoms(self) -> float:
-        """A token and site, the mean over the steps. NaN before the first. Reads the device."""
+        """Active atoms per token and site, the mean over all steps; NaN before the first. Reads from the device."""
         total, steps = self._active.tolist()
         return total / steps if steps else math.nan
 
@@ -160,7 +160,7 @@ class UniHyperLora(Adapter):
         save_head(self._head, folder)
 
     def load(self, folder: Path) -> None:
-        """The quantised values: what was scored, not the fp32 ones behind them."""
+        """Load the quantised values, which are the ones that were evaluated."""
         file_format.restore(self.dictionary, file_format.decode(folder / file_format.FILE))
         load_head(self._head, folder)
 

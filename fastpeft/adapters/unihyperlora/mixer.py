@@ -1,4 +1,4 @@
-"""How much of each atom a matrix takes, from its place in depth and its type.
+"""Gains of the atoms in each adapted matrix, as a function of its depth and type.
 
 Shape suffixes: S sites, M atoms, C conditions (depth, and one for each type).
 """
@@ -18,13 +18,13 @@ NUM_CONDITIONS = 1 + len(TYPES)
 
 
 class Mixer(nn.Module):
-    """g(c) = W2 sin(W1 c + b1) + b2 + delta c, in few bits; a bias is the last column of its matrix.
+    """g(c) = W2 sin(W1 c + b1) + b2 + delta c, quantised; a bias is the last column of its matrix.
 
-    `delta` (M x C) is what a transfer trains alone.
+    A transfer trains only `delta` (M x C).
     """
 
     def __init__(self, num_atoms: int, bits: int = 4) -> None:
-        """g is 0: the host is what it was."""
+        """Initially g is 0, so that the host is unchanged."""
         super().__init__()
         self._bits = bits
         self.first = nn.Parameter(torch.randn(HIDDEN, NUM_CONDITIONS + 1) * 2)
@@ -32,7 +32,7 @@ class Mixer(nn.Module):
         self.delta = nn.Parameter(torch.zeros(num_atoms, NUM_CONDITIONS))
 
     def forward(self, conditions_SC: torch.Tensor) -> torch.Tensor:
-        """Gains: (S, M)."""
+        """Gains, (S, M)."""
         hidden_SH = torch.sin(_with_bias(conditions_SC) @ straight_through(self.first, self._bits).t())
         gains_SM = _with_bias(hidden_SH) @ straight_through(self.second, self._bits).t()
         return gains_SM + conditions_SC @ straight_through(self.delta, self._bits).t()

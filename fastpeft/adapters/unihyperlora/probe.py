@@ -1,4 +1,4 @@
-"""What hosts make of the same fixed words: the common ground of the projector `probe`.
+"""The projector `probe`: it aligns hosts by their activations on the same fixed words, the probe words.
 
 Shape suffixes: W words, I in, O out, Q canonical width, N spaces.
 """
@@ -40,11 +40,11 @@ NUM_WORDS = sum(map(len, WORDS))
 
 @dataclass(frozen=True)
 class Space:
-    """A canonical space of the source: what its codes belong to."""
+    """A canonical space of the source host, to which a set of codes belongs."""
 
     depth: float
     what: str
-    """`in.` and what is read, or `out.` and a role."""
+    """`in.` and the kind of input, or `out.` and a role."""
 
 
 @dataclass(frozen=True)
@@ -57,10 +57,10 @@ class Codes:
     scale_NQ: torch.Tensor
 
     def of(self, depth: float, *whats: str) -> torch.Tensor:
-        """W x Q, of the nearest depth; of several kinds the first that there is.
+        """(W, Q), codes at the nearest depth of the first of `whats` that has any.
 
         Raises:
-            UserError: none of them is there.
+            UserError: there are no codes for any of them.
         """
         for what in whats:
             there = [i for i, space in enumerate(self.spaces) if space.what == what]
@@ -75,11 +75,13 @@ class Codes:
 def activations(
     model: nn.Module, tokenizer: Any, sites: Sequence[Site]
 ) -> tuple[dict[tuple[int, str], torch.Tensor], dict[str, torch.Tensor]]:
-    """What a host makes of the probe words, each the mean of its tokens: inputs (W x I) by layer and what is read, and
-    outputs (W x O) by the site's name.
+    """Activations of a host on the probe words, averaged over the tokens of each word.
+
+    Returns:
+        inputs (W, I) by layer and kind of input; outputs (W, O) by site name.
 
     Raises:
-        UserError: a tokenizer that does not say which token belongs to which word.
+        UserError: the tokenizer cannot map tokens to words.
     """
     if not getattr(tokenizer, "is_fast", False):
         raise UserError("projector probe needs a tokenizer that maps tokens to words (tokenizer.json); take coordinate")
@@ -91,7 +93,7 @@ def activations(
         def keep(module: nn.Module, args: tuple[Any, ...], y: torch.Tensor) -> None:
             assert own is not None
             x = args[0]
-            if x.numel() != own.shape[1] * site.num_in:  # DeBERTa projects its distances as well
+            if x.numel() != own.shape[1] * site.num_in:  # DeBERTa also projects its relative position embeddings
                 return
             if (key := (site.layer, site.reads)) not in inputs or len(inputs[key]) < len(
                 outputs.get(site.name, ())
@@ -118,7 +120,7 @@ def activations(
 
 
 def _word_means(word_ids: list[int | None], num_words: int) -> torch.Tensor:
-    """num_words x tokens: row w averages over the tokens of word w."""
+    """(num_words, tokens): row w averages over the tokens of word w."""
     member = torch.zeros(num_words, len(word_ids))
     for token, word in enumerate(word_ids):
         if word is not None:
@@ -127,7 +129,7 @@ def _word_means(word_ids: list[int | None], num_words: int) -> torch.Tensor:
 
 
 def make_codes(model: nn.Module, tokenizer: Any, sites: Sequence[Site], width: int) -> Codes:
-    """Of a source host."""
+    """Codes of the probe words for each canonical space of a source host."""
     inputs, outputs = activations(model, tokenizer, sites)
     depth = {site.layer: site.depth for site in sites}
     spaces = [Space(depth[layer], f"in.{reads}") for layer, reads in inputs]
@@ -140,7 +142,7 @@ def make_codes(model: nn.Module, tokenizer: Any, sites: Sequence[Site], width: i
 
 
 def fit(model: nn.Module, tokenizer: Any, sites: Sequence[Site], codes: Codes) -> dict[str, Fixed]:
-    """Projections of each site by its name, such that the host's activations become the codes."""
+    """Projections by site name, fitted so that the host's activations map to the codes."""
     inputs, outputs = activations(model, tokenizer, sites)
     device = next(model.parameters()).device
     read = {

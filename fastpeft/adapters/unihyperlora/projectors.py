@@ -1,10 +1,10 @@
-"""From a host's width into the canonical space of Q numbers, and back: Phi_in (d x Q) and Phi_out (d x Q).
+"""Projections between a host's width and the canonical width Q: Phi_in (d x Q) and Phi_out (d x Q).
 
-coordinate: a sine network of a unit's place i / d and log10 d. Nothing of the host is read: a new width needs no new
-    parameter, and the canonical spaces of two hosts have nothing to do with each other but for that.
-spectral: the leading singular vectors of each frozen weight itself.
-probe: fixed words are read once by the host; Phi_in maps what it makes of them to codes that the adapter ships, by
-    ridge regression, and Phi_out is the correlation of its outputs with codes.
+coordinate: a sine network of a unit's relative index i / d and log10 d. It uses nothing else of the host: a new width
+    needs no new parameter, but nothing else aligns the canonical spaces of two hosts.
+spectral: the leading singular vectors of each frozen weight.
+probe: the host reads fixed words once. Phi_in maps its activations to codes stored with the adapter, by ridge
+    regression. Phi_out is the correlation of its outputs with codes.
 
 The last two are computed when an adapter is attached, and are not trained.
 
@@ -22,23 +22,23 @@ HIDDEN = 32
 _HIGHEST = 64.0
 """Largest initial frequency, in radians over the width of a host."""
 RIDGE = 1e-2
-"""Of the mean eigenvalue of the activations' covariance, added to each."""
+"""Ridge, as a fraction of the mean eigenvalue of the activations' covariance."""
 
 
 @dataclass(frozen=True)
 class Fixed:
-    """Projections of one site that are not trained."""
+    """Projections of one site, not trained."""
 
     phi_in: torch.Tensor
     """(I, Q)."""
     phi_out: torch.Tensor
     """(O, Q)."""
     offset: torch.Tensor | None = None
-    """(Q,): z = Phi_in^T x + offset; None: 0."""
+    """(Q,): z = Phi_in^T x + offset; None means 0."""
 
 
 class Coordinate(nn.Module):
-    """Row i of Phi(d) is a sine network of (i / d, log10 d); its columns are brought to length 1."""
+    """Row i of Phi(d) is a sine network of (i / d, log10 d). The columns of Phi(d) are normalised to length 1."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -63,11 +63,11 @@ def unit_columns(matrix: torch.Tensor) -> torch.Tensor:
 
 @torch.no_grad()
 def spectral(weight: torch.Tensor, width: int) -> Fixed:
-    """The leading right and left singular vectors of a weight (O x I), by the eigenvectors of its smaller Gram matrix
-    in fp64; of each pair the sign is such that the largest entry of the right vector is positive.
+    """The leading right and left singular vectors of a weight (O x I), from the eigenvectors of its smaller Gram matrix
+    in fp64. The sign of each pair makes the largest entry of the right vector positive.
 
     Raises:
-        ValueError: a weight narrower than `width`.
+        ValueError: the weight is narrower than `width`.
     """
     w_OI = weight.detach().double()
     if min(w_OI.shape) < width:
@@ -84,10 +84,10 @@ def spectral(weight: torch.Tensor, width: int) -> Fixed:
 
 @torch.no_grad()
 def codes_of(activations_Wd: torch.Tensor, width: int) -> torch.Tensor:
-    """Codes of probe words (W x Q, of unit variance): the leading left singular vectors of what a host makes of them.
+    """Codes of probe words (W x Q, of unit variance): the leading left singular vectors of a host's activations.
 
     Raises:
-        ValueError: fewer words, or a narrower host, than `width`.
+        ValueError: the number of words, or the host's width, is below `width`.
     """
     centred = activations_Wd.double() - activations_Wd.double().mean(0)
     if min(centred.shape) < width:

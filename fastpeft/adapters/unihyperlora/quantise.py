@@ -1,8 +1,8 @@
-"""Rows in 8 or 4 bits with one scale a row, while training as well as in a file.
+"""Quantisation of matrices to 8 or 4 bits with one scale per row, in training and in files.
 
-Training sees the quantised values (straight-through: the gradient passes as if nothing was rounded), so that a file
-holds exactly what was scored. Quantising what was dequantised gives the same codes and scales again: a scale keeps 16
-of fp32's 24 bits, so that its products with codes are exact.
+Training uses the quantised values (straight-through: the gradient ignores the rounding), so that a file holds exactly
+the values that were evaluated. Quantising dequantised values gives the same codes and scales: a scale keeps 16 of
+fp32's 24 bits, so that its products with codes are exact.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import torch
 LEVELS = {8: 127, 4: 7}
 """Bits -> the largest code; codes are symmetric."""
 _KEPT_BITS = -256
-"""As a mask on fp32: the lowest 8 bits are cut off."""
+"""Mask on the bits of fp32 that clears the lowest 8."""
 
 
 def quantise(weight: torch.Tensor, bits: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -48,17 +48,17 @@ class _StraightThrough(torch.autograd.Function):
 
 
 def pack_int4(codes: torch.Tensor) -> torch.Tensor:
-    """Codes of -7 to 7, two in a byte (uint8, one-dimensional); of an odd number the last is 0."""
+    """Pack codes of -7 to 7, two per byte (uint8, one-dimensional). An odd number of codes is padded with 0."""
     flat = codes.flatten().to(torch.int16) + 8
     pairs = torch.nn.functional.pad(flat, (0, len(flat) % 2), value=8).view(-1, 2)
     return (pairs[:, 0] + 16 * pairs[:, 1]).to(torch.uint8)
 
 
 def unpack_int4(packed: torch.Tensor, shape: tuple[int, int]) -> torch.Tensor:
-    """What pack_int4 packed, int8 of this shape.
+    """Invert pack_int4; returns int8 of this shape.
 
     Raises:
-        ValueError: codes beyond -7 to 7, or a padding that is not 0.
+        ValueError: codes outside of -7 to 7, or padding that is not 0.
     """
     both = torch.stack([packed & 15, packed >> 4], dim=1).flatten().to(torch.int8) - 8
     size = shape[0] * shape[1]

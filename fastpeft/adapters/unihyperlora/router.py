@@ -1,6 +1,6 @@
-"""Which atoms a token uses: logit_j = slope_j <z, v_j> + E(task) . R_j, z the token in the canonical space.
+"""Selection of the atoms of a token: logit_j = slope_j <z, v_j> + E(task) . R_j, with z the token in canonical space.
 
-It never sees the host's width, so that it moves between hosts.
+It does not depend on the host's width, so that it transfers between hosts.
 """
 
 from __future__ import annotations
@@ -25,6 +25,6 @@ class Router(nn.Module):
         self.embedding = nn.Parameter(torch.randn(len(tasks), EMBEDDING) * 0.1)
 
     def bias(self, task: int | None) -> torch.Tensor:
-        """E(task) . R_j: (M,). None, a task that is not in the dictionary: the mean of those that are."""
+        """E(task) . R_j, (M,). None, for a task without embedding, uses the mean of all embeddings."""
         embedding = self.embedding.mean(0) if task is None else self.embedding[task]
         return straight_through(self.keys, 8) @ embedding

@@ -1,4 +1,4 @@
-"""Which matrices of a host are adapted: their place in its depth, their role in a layer, and what shares an input."""
+"""The adapted matrices of a host: their depth, their role in a layer, and which of them share an input."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from fastpeft.errors import UserError
 from fastpeft.models.targets import BLOCK, match_targets, projection_of
 
 TYPES = ("query", "key", "value", "output", "feed_forward")
-"""What the mixer tells apart."""
+"""Types of matrices that the mixer distinguishes."""
 
 ROLES = {
     "query": r"query|query_proj|q_proj|q_lin|q",
@@ -22,10 +22,10 @@ ROLES = {
     "up": r"intermediate\.dense|up_proj|fc1|lin1|wi|dense_h_to_4h",
     "down": r"output\.dense|down_proj|fc2|lin2|wo|dense_4h_to_h",
 }
-"""Role -> the names of such layers, as projection_of gives them."""
+"""Role -> names of the linear layers that have it, as projection_of returns them."""
 
 _INPUTS = {"query": "hidden", "key": "hidden", "value": "hidden", "gate": "up", "up": "up"}
-"""Roles of one layer that read one tensor."""
+"""Roles that read the same tensor within a layer."""
 
 
 @dataclass(frozen=True)
@@ -38,18 +38,18 @@ class Site:
     role: str
     """A key of ROLES."""
     depth: float
-    """Of its layer, 0 for the first and 1 for the last."""
+    """Relative depth of its layer: 0 for the first layer, 1 for the last."""
     num_in: int
     num_out: int
 
     @property
     def type(self) -> int:
-        """Its number in TYPES."""
+        """Index of its type in TYPES."""
         return min(list(ROLES).index(self.role), len(TYPES) - 1)
 
     @property
     def reads(self) -> str:
-        """What tells the inputs of a layer's sites apart: sites with one layer and one input read one tensor."""
+        """Kind of input. Sites with the same layer and the same kind read the same tensor."""
         return _INPUTS.get(self.role, self.role)
 
 
@@ -59,11 +59,11 @@ def role_of(name: str) -> str | None:
 
 
 def find_sites(model: nn.Module, head: list[str], wanted: str | list[str], notes: list[str]) -> list[Site]:
-    """The sites that `adapter.target_modules` means, in the model's order. Layers without a role are left out, and
-    `notes` says so.
+    """The sites selected by `adapter.target_modules`, in the model's order. Matching layers without a role are left out
+    and reported in `notes`.
 
     Raises:
-        UserError: nothing matches, or nothing that matches has a role.
+        UserError: no layer matches, or no matching layer has a role.
     """
     names = match_targets(model, head, wanted)
     roles = {name: role_of(name) for name in names}
@@ -89,5 +89,5 @@ def find_sites(model: nn.Module, head: list[str], wanted: str | list[str], notes
 
 
 def _shape(linear: nn.Module) -> tuple[int, int]:
-    """(in, out), also of a layer whose weight is packed into 4 bits."""
+    """(in, out); works for weights packed into 4 bits too."""
     return int(linear.in_features), int(linear.out_features)  # type: ignore[arg-type]

@@ -1,4 +1,4 @@
-"""adamw_step: clipping, guard, rates per matrix, AdamW and the sums that schedules read, in one launch."""
+"""adamw_step: clipping, non-finite guard, learning rates per block, AdamW and the sums for schedules, in one launch."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ SUMS = ("grad_sq", "mean_sq", "second", "descent")
 @dataclass(frozen=True)
 class AdamWResult:
     skipped: torch.Tensor
-    """1.0 where nothing was changed, because the norm or the loss is not finite; else 0.0."""
+    """1.0 if the step was skipped because the norm or the loss is not finite; else 0.0."""
     sums: torch.Tensor | None
-    """(num_units, 4) where any were asked for, as in SUMS; on a CPU NaN for the others. Of each matrix in the model's
-    order, then of each other parameter, the sums over its elements of g^2, of the squared bias-corrected mean of g, of
-    the bias-corrected mean of g^2, and of g u (1 - rate decay). g is the gradient before clipping; the means are those
-    after this step; u is the direction of the step before this one, theta <- theta - rate u, with its rate (0 before
-    the first)."""
+    """(num_units, 4), columns as in SUMS; None unless `reduces` names any. On a CPU the columns that it does not name
+    are NaN. A row per adapted matrix in the model's order, then one per other parameter. Each entry sums over the
+    elements: g^2; the squared bias-corrected mean of g; the bias-corrected mean of g^2; g u (1 - rate decay). g is the
+    gradient before clipping. The means are those after this step. u is the direction of the step before,
+    theta <- theta - rate u, and `rate` that step's learning rate; before the first step the entry is 0."""
 
 
 @torch.no_grad()
@@ -48,20 +48,23 @@ def adamw_step(
     multiplier_K: torch.Tensor | None = None,
     reduces: Collection[str] = (),
 ) -> AdamWResult:
-    """One step of AdamW (arXiv:1711.05101) over flat buffers, in place; the host reads nothing.
+    """One step of AdamW (arXiv:1711.05101) over flat buffers, in place. On a GPU the host reads nothing.
 
-    The gradient is clipped to `options.max_norm`, and left in `grad` like that; a step whose norm or loss is not finite
-    changes no bit. On a GPU it is one launch, and gives the same bits every time.
+    `grad` is clipped in place to `options.max_norm`. A step whose norm or loss is not finite changes no bit. On a GPU
+    it is one launch and deterministic to the bit.
 
     Args:
-        data, grad, exp_avg, exp_avg_sq: (num_total,) fp32 or fp64, as `layout` says.
-        step: (), fp32: steps taken so far. Counted up unless this one is skipped.
-        lr: learning rate of the adapter; or (), fp64 on the device, which a captured step reads anew in each replay.
-            Both give the same bits.
-        norm: (), norm of `grad` as it lies there, in its dtype, from weighted_frobenius.
-        loss: (), watched by the guard.
-        multiplier_K: (num_blocks,), a factor on the rate of each block; of other parameters it is 1.
-        reduces: of SUMS, those that are wanted in AdamWResult.
+        data, grad, exp_avg, exp_avg_sq: (num_total,) fp32 or fp64, in the order of `layout`.
+        step: (), fp32: number of steps taken. Incremented unless this step is skipped.
+        lr: learning rate of the adapter: a number; or (), fp64 on the device, which every replay of a captured step
+            reads again. Both give the same bits.
+        norm: (), norm of `grad` before clipping, in its dtype, from weighted_frobenius.
+        loss: (), also checked by the guard.
+        multiplier_K: (num_blocks,), factor on the learning rate of each block; other parameters have 1.
+        reduces: names from SUMS, the columns to compute in AdamWResult.sums.
+
+    Returns:
+        AdamWResult, on the device.
 
     Raises:
         ValueError: shapes, dtypes or devices that do not fit.
@@ -129,7 +132,7 @@ def _step_fused(
     skipped: torch.Tensor,
     options: AdamWOptions,
 ) -> None:
-    """torch's fused AdamW, once for the adapter and once for the head; each call counts its own step."""
+    """torch's fused AdamW, once for the adapter and once for the head. Each call increments its own step counter."""
     *flats, step = buffers
     cut, total = layout.num_adapter, layout.num_total
     before = step.clone() if 0 < cut < total else step
@@ -163,7 +166,7 @@ def _step_fused(
 def _sums_before(
     buffers: Buffers, layout: FlatLayout, options: AdamWOptions, reduces: Collection[str]
 ) -> dict[str, torch.Tensor]:
-    """Those that are known before the step: of g^2, and of g u (1 - rate decay), u as reference.direction gives it."""
+    """The sums known before the step: g^2, and g u (1 - rate decay) with u from reference.direction."""
     data, grad, exp_avg, exp_avg_sq, step = buffers
     sums = {"grad_sq": layout.unit_sums(grad * grad)} if "grad_sq" in reduces else {}
     if "descent" not in reduces:
@@ -183,7 +186,7 @@ def _sums_before(
 
 
 def _bias_corrections(step: torch.Tensor, options: AdamWOptions) -> tuple[float, float]:
-    """1 - beta^step of both, after no step those after one. Read on the host: this is not a GPU's path."""
+    """1 - beta^step for both betas; step 0 counts as 1. Reads `step` on the host: GPUs do not take this path."""
     count = max(float(step), 1.0)
     return 1 - options.beta1**count, 1 - options.beta2**count
 

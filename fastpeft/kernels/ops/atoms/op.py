@@ -1,10 +1,10 @@
-"""Atom routing: which atoms of a dictionary a token uses, and the sum of them.
+"""Atom routing: the selection of dictionary atoms for each token, and their weighted sum.
 
-route_atoms compares each token with every atom and keeps the K best; gather_atoms adds up the atoms that were kept. On
-a CPU both are dense products over all M atoms: at M 128 and Q 16 they cost less than a gather's memory traffic. On a
-GPU they are Triton kernels that never write a T x M table.
+route_atoms scores every atom for each token and keeps the K best; gather_atoms sums the kept atoms. On a CPU both are
+dense products over all M atoms: at M 128 and Q 16 these cost less than the memory traffic of a gather. On a GPU they
+are Triton kernels that never write a T x M table.
 
-Shape suffixes: T tokens, M atoms, Q the width that atoms are compared in, K active atoms a token.
+Shape suffixes: T tokens, M atoms, Q width of the canonical space, K atoms kept per token.
 """
 
 from __future__ import annotations
@@ -17,18 +17,18 @@ from fastpeft.kernels.dispatch import runs_triton
 from fastpeft.kernels.launch import launch, refuse_second_order
 
 LARGEST_K = 8
-"""More atoms a token are left to PyTorch."""
+"""A larger K is computed by PyTorch."""
 BLOCK_T, GATHER_BLOCK_T = 32, 64
 NUM_WARPS, NUM_STAGES = 4, 2
 LARGEST_M, LARGEST_Q = 128, 32
-"""A program holds BLOCK_T x M logits, and M x Q atoms; larger dictionaries are left to PyTorch too."""
+"""A program holds BLOCK_T x M logits and M x Q atoms. PyTorch computes larger dictionaries too."""
 
 
 class RouterCount:
-    """What the routes of a batch add up to: active atoms, and the gradient of their number.
+    """Totals over the route_atoms calls of a batch: the number of active atoms, and the gradient of that number.
 
-    route_atoms adds to it in backward, so that a pass that is computed twice, as under gradient checkpointing, counts
-    once. z counts as given: the gradient is that of the router and of v.
+    route_atoms adds to it in backward, so that a forward pass repeated by gradient checkpointing counts once. The
+    gradient is by v, slope and bias; z is treated as a constant.
     """
 
     def __init__(self) -> None:
@@ -58,19 +58,21 @@ def route_atoms(
     count: RouterCount | None = None,
     weight: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The top_k atoms of each token by logit_j = slope_j <z, v_j> + bias_j, and what each contributes.
+    """The top_k atoms of each token by logit_j = slope_j <z, v_j> + bias_j, and the coefficient of each.
 
     Args:
         z: (T, Q), tokens in the canonical space.
-        v: (M, Q), the atoms' reading sides.
-        slope, bias: (M,), of the router.
+        v: (M, Q), the reading vectors of the atoms.
+        slope, bias: (M,), parameters of the router.
         top_k: K, at least 1 and at most M.
-        gated: an atom of the top_k contributes only where its logit is positive, with the gradient of the logit's
-            sigmoid (straight-through). False: all of the top_k contribute.
-        count: is told, in backward, how many are active, over the tokens of `weight` (T,), 0 or 1.
+        gated: gate_j is 1 where the logit is positive, else 0; its gradient is the sigmoid's (straight-through).
+            False: gate_j is 1 for all of the top_k.
+        count: with `gated`, gets the number of active atoms and its gradient, in backward.
+        weight: (T,), 0 or 1: the tokens that `count` includes; None includes all.
 
     Returns:
-        c (T, K): gate_j <z, v_j>, with gradients for z, v, slope and bias. index (T, K), int64.
+        c (T, K): gate_j <z, v_j>, with gradients for z and v, and with `gated` for slope and bias too. index (T, K),
+        int64.
 
     Raises:
         ValueError: shapes that do not fit.
@@ -90,8 +92,9 @@ def gather_atoms(c: torch.Tensor, index: torch.Tensor, u: torch.Tensor) -> torch
     """sum_k c_k u[index_k] of each token.
 
     Args:
-        c: (T, K), and index: (T, K), int64 without repetition in a row, as route_atoms returns them.
-        u: (M, Q), the atoms' writing sides.
+        c: (T, K), coefficients from route_atoms.
+        index: (T, K), int64, distinct within a row, from route_atoms.
+        u: (M, Q), the writing vectors of the atoms.
 
     Returns:
         (T, Q), with gradients for c and u.
@@ -112,7 +115,7 @@ def _fits_triton(z: torch.Tensor, num_atoms: int, width: int, top_k: int) -> boo
 
 
 def _spread(values_TK: torch.Tensor, index_TK: torch.Tensor, num_atoms: int) -> torch.Tensor:
-    """T x M, zero but for the values at their atoms."""
+    """(T, M), the values at their atoms and 0 elsewhere."""
     return values_TK.new_zeros(len(values_TK), num_atoms).scatter_(1, index_TK, values_TK)
 
 
@@ -203,7 +206,7 @@ def _route_triton(
 
 
 def _power_of_two(size: int) -> int:
-    """At least 16, which tl.dot takes."""
+    """The next power of two, at least 16, the smallest side of tl.dot."""
     return max(16, 1 << (size - 1).bit_length())
 
 

@@ -1,6 +1,6 @@
-"""attention with dropout on its weights, which torch's fused attention does not have on a CPU.
+"""attention with dropout on its weights, which torch's fused attention lacks on a CPU.
 
-The weights of some heads exist at a time; backward makes them, and the mask of dropout, again.
+Only the weights of a few heads exist at a time. Backward recomputes them and the dropout mask.
 
 Shape suffixes: H heads, N rows, Q queries, T keys, D features of a head.
 """
@@ -17,7 +17,8 @@ from fastpeft.kernels.dropout import draw_seed, keep_mask
 from fastpeft.kernels.launch import refuse_second_order
 
 CHUNK_BYTES, GPU_CHUNK_BYTES = 4 * 2**20, 512 * 2**20
-"""Of the weights of the heads that are computed at a time: what a processor's cache holds; few launches."""
+"""Memory of the attention weights of the heads computed together. On a CPU they fit into its cache; on a GPU the limit
+keeps the number of launches low."""
 
 
 def attention(
@@ -34,15 +35,15 @@ def attention(
 
     Args:
         query: (N, Q, H, D), in a floating dtype.
-        key, value: (N, T, H, D), in its dtype.
-        scale: of the scores, before the bias is added.
-        bias: (N, 1, 1, T) or (N, 1, Q, T) in the dtype of query, such as 0 and the lowest number for padding; gets no
-            gradient.
-        dropout: probability in [0, 1) of a weight to be dropped.
+        key, value: (N, T, H, D), in the dtype of query.
+        scale: factor on the scores, before the bias is added.
+        bias: (N, 1, 1, T) or (N, 1, Q, T) in the dtype of query, such as 0, and the dtype's lowest number at padding;
+            gets no gradient.
+        dropout: probability in [0, 1) that a weight is dropped.
         seed: int64 of one element on query's device; None draws one from torch's generator there.
 
     Returns:
-        (N, Q, H, D), contiguous.
+        (N, Q, H, D), in the dtype of query, contiguous.
     """
     if dropout and seed is None:
         seed = draw_seed(query.device)
@@ -51,10 +52,10 @@ def attention(
 
 @dataclass(frozen=True)
 class _Heads:
-    """Of a few heads, each tensor with its heads first."""
+    """Inputs of a few heads. Heads are the first axis of each tensor."""
 
     q_HND: torch.Tensor
-    """(H, N, Q, D), times the scale."""
+    """(H, N, Q, D), multiplied by the scale."""
     k: torch.Tensor
     v: torch.Tensor
     bias: torch.Tensor | None
@@ -105,7 +106,7 @@ class _Attention(torch.autograd.Function):
 
 
 def _parts(scale, query, key, value, bias) -> Iterator[tuple[slice, _Heads]]:
-    """The heads, some at a time, so that their weights stay within the limit."""
+    """Groups of heads whose attention weights fit into the memory limit."""
     num_rows, num_queries, num_heads, _ = query.shape
     limit = CHUNK_BYTES if query.is_cpu else GPU_CHUNK_BYTES
     each = max(1, limit // max(1, num_rows * num_queries * key.shape[1] * query.element_size()))
@@ -118,5 +119,5 @@ def _parts(scale, query, key, value, bias) -> Iterator[tuple[slice, _Heads]]:
 
 def _mask(weights: torch.Tensor, dropout: float, seed: torch.Tensor, heads: slice) -> torch.Tensor:
     *lead, num_keys = weights.shape
-    seed = seed + heads.start  # a mask of its own for each part
+    seed = seed + heads.start  # an independent mask for each group of heads
     return keep_mask(lead[0] * lead[1] * lead[2], num_keys, dropout, seed, weights.dtype).view(weights.shape)

@@ -1,7 +1,7 @@
 """disentangled_attention: DeBERTa's attention over rows of tokens of any length, without padding.
 
 A Triton kernel on a GPU (launches.py), else PyTorch over blocks of rows, heads and queries (row_blocks.py). Neither
-holds a tensor of tokens x positions or of all weights: backward makes the weights and dropout's mask again.
+stores a tokens x positions tensor or all attention weights: backward recomputes the weights and the dropout mask.
 
 Shape suffixes: N rows, T tokens of all rows, H heads, D features of a head, P distances, R rows of a position table.
 """
@@ -20,7 +20,7 @@ from fastpeft.kernels.ops.disentangled_attention.distances import Distances
 from fastpeft.kernels.ops.disentangled_attention.row_plan import Attended
 
 WIDEST = 64
-"""Features of a head that the Triton kernels take, which every DeBERTa has; of more they would spill registers."""
+"""Largest head size of the Triton kernels, in features. Every DeBERTa has it; larger heads would spill registers."""
 
 
 def disentangled_attention(
@@ -40,30 +40,31 @@ def disentangled_attention(
 ) -> torch.Tensor:
     """D(softmax(scale S)) V in each row, S_ij = q_i . k_j + q_i . position_keys[t] + k_j . position_queries[t].
 
-    t is the row of the distance i - j in `distances`; each part of S stands only where its table is given
-    (arXiv:2006.03654, eq. 4). On a GPU nothing is asked of the host, all sums have a fixed order, and a call can be
-    captured in a graph whose replays have other lengths. There dropout keeps `dropout.philox_keep` of
-    (T * H, max_keys): by token and head, and by the place of the key in its row.
+    t is the row of the distance i - j in `distances`. A position term is part of S only if its table is given
+    (arXiv:2006.03654, eq. 4). On a GPU the call never waits for the host, all sums have a fixed order, and the call can
+    be captured in a graph whose replays have other lengths. There the dropout mask is `dropout.philox_keep` of
+    (T * H, max_keys), indexed by token and head, and by the position of the key in its row.
 
     Args:
-        query: (T, H, D) in a floating dtype, the tokens of a row one behind another; (sum of the queries, H, D) with
-            cu_queries. A head lies in one piece.
-        key, value: (T, H, D), in its dtype.
-        position_keys, position_queries: (R, H, D), in its dtype.
+        query: (T, H, D) in a floating dtype, packed row by row; with cu_queries (total number of queries, H, D). The
+            features of a head are contiguous.
+        key, value: (T, H, D), in the dtype of query.
+        position_keys, position_queries: (R, H, D), in the dtype of query.
         distances: on query's device, for rows of up to distances.max_keys tokens.
-        scale: of the scores.
-        cu_seqlens: (N + 1,) int32 on query's device: row n has the tokens from cu_seqlens[n] to cu_seqlens[n + 1]. A
-            row may have none. Tokens behind the last row belong to none.
-        cu_queries: the same of query, where only the first tokens of a row ask, up to distances.max_queries.
-        mask: (T,) bool, the tokens that take part.
-        dropout: probability in [0, 1) of a weight to be dropped.
+        scale: factor on the scores.
+        cu_seqlens: (N + 1,) int32 on query's device: row n has the tokens from cu_seqlens[n] up to but excluding
+            cu_seqlens[n + 1]. A row may be empty. Tokens after the last row belong to no row.
+        cu_queries: offsets of query in the same form, where only the first tokens of a row are queries, at most
+            distances.max_queries of them.
+        mask: (T,) bool, False for tokens that neither attend nor are attended to.
+        dropout: probability in [0, 1) that a weight is dropped.
         seed: int64 of one element on query's device; None draws one from torch's generator there.
 
     Returns:
-        In the shape of query, contiguous. Tokens that take no part, or belong to no row, get 0.
+        In the shape and dtype of query, contiguous. Masked tokens, and tokens that belong to no row, get 0.
 
     Raises:
-        ValueError: shapes that do not fit each other; on a CPU also a row longer than `distances` has.
+        ValueError: shapes or dtypes that do not fit each other; on a CPU also a row longer than distances.max_keys.
     """
     _check(query, key, value, position_keys, position_queries, distances, cu_seqlens, cu_queries, mask)
     if dropout and seed is None:

@@ -1,4 +1,4 @@
-"""weighted_frobenius: the penalty of all adapted matrices and the gradient's norms, in one launch over flat buffers."""
+"""weighted_frobenius: the penalty on all adapted matrices and the gradient norms, in one launch over flat buffers."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from fastpeft.kernels.launch import launch
 
 PENALTIES = ("product", "factors")
 BLOCK = 512
-"""Elements that a program sums at a time."""
+"""Elements that a program sums per iteration."""
 
 
 @dataclass(frozen=True)
@@ -20,23 +20,23 @@ class FrobeniusResult:
     """Scalars and (K,) vectors on the device, in the dtype of the buffers."""
 
     norm: torch.Tensor
-    """||g|| of the whole gradient buffer, after the penalty's was added; not finite where the gradient is not."""
+    """||g|| of the whole gradient buffer, with the penalty's gradient added; not finite if the gradient is not."""
     penalty: torch.Tensor
-    """Sum of the matrices' penalties; 0 without one."""
+    """Sum of the penalties of all matrices; 0 without a penalty."""
     penalty_norm: torch.Tensor
     """Norm of the penalty's gradient."""
     share: torch.Tensor
-    """penalty_norm over the norm of the adapter's gradient, the head's not counted."""
+    """penalty_norm divided by the norm of the adapter's gradient, without the task head's."""
     parts_K: torch.Tensor
-    """(1 or 2, K): each matrix's penalty, or that of A and of B."""
+    """(1 or 2, K): the penalty of each matrix as one row, or as two rows that add up to it."""
     square_grad_b_K: torch.Tensor | None
-    """||dL/dB_k||^2 before the penalty's gradient was added; where it was asked for."""
+    """||dL/dB_k||^2 before the penalty's gradient was added; None without `measure`."""
     square_a_K: torch.Tensor | None
-    """||A_k||^2, likewise."""
+    """||A_k||^2; None without `measure`."""
 
     @property
     def values(self) -> torch.Tensor:
-        """Each matrix's penalty."""
+        """(K,), the penalty of each matrix."""
         return self.parts_K.sum(0)
 
 
@@ -51,19 +51,22 @@ def weighted_frobenius(
     into: torch.Tensor | None = None,
     measure: bool = False,
 ) -> FrobeniusResult:
-    """Add the gradient of sum_k c_k ||s_k B_k A_k||_F^2 to `grad`, and measure (IW-LoRA, section 3).
+    """Add the gradient of sum_k c_k ||s_k B_k A_k||_F^2 to `grad` and compute the norms (IW-LoRA, section 3).
 
-    The gradients are 2 c s^2 (B^T B) A and 2 c s^2 B (A A^T), from R x R Gram matrices in fp32; a value is clamped at
-    >= 0. On a GPU it is one launch for the whole model, and gives the same bits every time; a coefficient of 0 gives
-    the bits that no penalty gives. A rank above 64 has its Gram matrix formed by one program, in blocks of 64.
+    The gradients are 2 c s^2 (B^T B) A and 2 c s^2 B (A A^T), from R x R Gram matrices. Penalties are clamped at >= 0.
+    On a GPU it is one launch for the whole model and deterministic to the bit; coefficients of 0 give the same bits as
+    no penalty. For a rank above 64 one program forms the Gram matrix of a factor, in blocks of 64.
 
     Args:
-        data: (num_total,) fp32 or fp64, parameters as `layout` says.
-        grad: (num_total,), their gradients; the penalty's is added in place.
-        coefficient_K: (K,) c_k in the model's order, in the dtype of `data`; None: no penalty, only the norms.
+        data: (num_total,) fp32 or fp64, parameters in the order of `layout`.
+        grad: (num_total,), their gradients; the penalty's gradient is added in place.
+        coefficient_K: (K,) c_k in the model's order, in the dtype of `data`. None computes the norms only.
         penalty: `product`, or `factors`: sum_k c_k (||A_k||_F^2 + ||B_k||_F^2), without s.
-        into: (num_factors,), gets the penalty's gradient, and `grad` stays what it is.
-        measure: also give the norms that the sensitivity sketch needs.
+        into: (num_factors,), receives the penalty's gradient instead of `grad`, which stays unchanged.
+        measure: also return the norms that the sensitivity sketch needs.
+
+    Returns:
+        FrobeniusResult, on the device.
 
     Raises:
         ValueError: shapes, dtypes or devices that do not fit, an unknown penalty.
@@ -97,10 +100,10 @@ def weighted_frobenius(
 
 
 def tiles(max_rank: int, aligned_rows: bool) -> dict[str, int]:
-    """Tiles of the kernel: rows of a Gram matrix at a time, how many times, columns of a factor at a time, warps.
+    """Tile sizes of the kernel: rows of a block of the Gram matrix, number of blocks, columns of a factor, warps.
 
-    They depend on the layout alone, so that a launch without a penalty sums in the order of one with it. The columns
-    are as many as the registers of every generation hold.
+    They depend on the layout alone, so that launches with and without a penalty sum in the same order. BLOCK_N is
+    limited by the registers of the smallest supported GPU generation.
     """
     chunk, num_chunks = _chunks(max_rank)
     block_n = {16: 64, 32: 32, 64: 32 if num_chunks == 1 and aligned_rows else 16}[chunk]
@@ -186,7 +189,7 @@ def _add_product(
     weight_K: torch.Tensor,
     into: torch.Tensor | None,
 ) -> Values:
-    """Each matrix's penalty, and the squared norm of the gradient: ||G_B A||^2 = <G_B^2, G_A>, nothing is stored."""
+    """Penalty of each matrix, and the squared norm of the gradient: ||G_B A||^2 = <G_B^2, G_A>, from Gram matrices."""
     a_KRI, b_KOR = group.stack_a(data), group.stack_b(data)
     gram_a_KRR, gram_b_KRR = torch.bmm(a_KRI, a_KRI.mT), torch.bmm(b_KOR.mT, b_KOR)
     factor_K11 = (weight_K * group.scale**2)[:, None, None]

@@ -1,8 +1,8 @@
-"""Cross entropy with its gradient made in the forward: through a frozen head, or of logits as they are.
+"""Cross entropy with its gradient computed in the forward pass, through a frozen head or from given logits.
 
-The head's logits exist for one chunk of rows at a time, of labelled rows only where those are known. A chunk turns into
-losses, statistics and, in place, its own gradient, which the head takes back to the hidden states at once. On a CPU
-they exist for one tile of a chunk at a time: see tiles.py.
+The logits of the head exist for one chunk of rows at a time, and for labelled rows only where those are known. Each
+chunk yields losses and statistics, and is overwritten by its gradient, which is multiplied by the head's weight at
+once. On a CPU the logits exist for one tile of a chunk at a time: see tiles.py.
 
 Shape suffixes: T tokens, L labelled tokens, M lens tokens, C rows of a chunk, D hidden, V vocabulary.
 """
@@ -20,21 +20,21 @@ from fastpeft.kernels.ops.linear_cross_entropy.arguments import check_classes, c
 from fastpeft.kernels.ops.linear_cross_entropy.per_row import Options, PerRow, compute_rows
 
 CHUNK_BYTES = 2 * 2**30
-"""Memory of one chunk's logits on a GPU: of 150,000 classes, 7,000 rows in bf16."""
+"""Memory of one chunk's logits on a GPU: 7,000 rows of 150,000 classes in bf16."""
 
 
 class CrossEntropy(NamedTuple):
-    """What the cross entropies return. Only the loss carries a gradient; the rest is None unless asked for."""
+    """Result of the cross entropies. Only the loss carries a gradient. The other fields are None unless requested."""
 
     loss: torch.Tensor
     """Scalar, fp32 (fp64 for fp64), nats."""
     fisher: torch.Tensor | None
-    """||softmax(z) - onehot(y)||^2 of each token, in the shape of the labels, 0 without a label: the squared gradient
-    of the plain loss by the logits, whose mean estimates the trace of their Fisher information."""
+    """||softmax(z) - onehot(y)||^2 of each token, in the shape of the labels; 0 without a label. It is the squared norm
+    of the unsmoothed loss's gradient by the logits. Its mean estimates the trace of their Fisher information."""
     entropy: torch.Tensor | None
-    """Of softmax(z), in nats, of each token, in the shape of the labels, 0 without a label."""
+    """Entropy of softmax(z) of each token, in nats, in the shape of the labels; 0 without a label."""
     lens_entropy: torch.Tensor | None = None
-    """(M,), the same of each row of lens_hidden."""
+    """(M,), entropy of softmax(z) of each row of lens_hidden, in nats."""
 
 
 def linear_cross_entropy(
@@ -55,25 +55,26 @@ def linear_cross_entropy(
 ) -> CrossEntropy:
     """Cross entropy of softmax(hidden W^T + bias) through a frozen head, never storing the T x V logits.
 
-    Chunks and the gradient in the forward are as in Liger-Kernel (arXiv:2410.10989, section 3.2); the head gets no
-    gradient, rows without a label need not be computed, and the statistics come from the same pass over the logits.
-    Nothing waits for a GPU. In half precision logits and their gradient are rounded to it; all between is fp32.
+    Chunking and the gradient in the forward pass follow Liger-Kernel (arXiv:2410.10989, section 3.2). Here the head
+    gets no gradient, rows without a label can be left out, and the statistics come from the same pass over the logits.
+    The host never waits for a GPU. With half precision input, logits and their gradient are rounded to half precision;
+    everything between them is computed in fp32.
 
     Args:
         hidden: (..., D), bf16, fp16, fp32 or fp64.
-        weight: (V, D), frozen, in hidden's dtype. For a head that is trained: logits_cross_entropy of its output.
-        labels: (...), int64 classes, or ignore_index. What is neither raises on a CPU; on a GPU the loss is NaN.
+        weight: (V, D), frozen, in hidden's dtype. For a trained head use logits_cross_entropy on its output.
+        labels: (...), int64 classes, or ignore_index. Any other value raises on a CPU; on a GPU the loss is NaN.
         bias: (V,), frozen, added to the logits, or None.
-        rows: (L,), int64, indices into the flattened tokens of those with a label, none twice. A GPU then works on
-            these alone; without them on all, because finding them would wait for it. A CPU finds them itself.
-        token_weights: (...), floating, a factor for each token's loss, or None. Gets no gradient.
+        rows: (L,), int64, distinct indices of the labelled tokens among the flattened tokens. A GPU then computes these
+            rows only; without `rows` it computes all, because finding them would stall the host. A CPU finds them.
+        token_weights: (...), floating, a factor on each token's loss, or None. Gets no gradient.
         label_smoothing: s, as torch's: the target is 1 - s at the label, plus s / V everywhere.
         reduction: `sum` of the weighted losses; or `mean`, that sum divided by num_items, or by the sum of the
             labelled tokens' weights. Without any labelled token both are 0 with a gradient of 0 (torch's mean: NaN).
         num_items: the divisor of `mean`, so that micro-batches add up to the mean of their batch.
-        statistics: give `fisher` and `entropy`.
-        lens_hidden: (M, D), other hidden states of which `lens_entropy` is wanted (a logit lens).
-        chunk_rows: rows of logits at a time; else what fits into CHUNK_BYTES, and on a CPU tiles.ROWS.
+        statistics: also return `fisher` and `entropy`.
+        lens_hidden: (M, D), other hidden states, for which `lens_entropy` is returned (a logit lens).
+        chunk_rows: rows per chunk; the default is what fits into CHUNK_BYTES, and on a CPU tiles.ROWS.
 
     Returns:
         CrossEntropy(loss, fisher, entropy, lens_entropy).
@@ -126,11 +127,11 @@ def logits_cross_entropy(
     num_items: float | torch.Tensor | None = None,
     statistics: bool = False,
 ) -> CrossEntropy:
-    """As linear_cross_entropy, of logits that are there already: classification, a head that is trained.
+    """As linear_cross_entropy, of given logits: for classification and for a trained head.
 
     Args:
-        logits: (..., V), bf16, fp16, fp32 or fp64; left as they are.
-        labels, ignore_index, token_weights, label_smoothing, reduction, num_items, statistics: likewise.
+        logits: (..., V), bf16, fp16, fp32 or fp64; not changed.
+        labels, ignore_index, token_weights, label_smoothing, reduction, num_items, statistics: as there.
 
     Returns:
         CrossEntropy(loss, fisher, entropy).
@@ -160,7 +161,7 @@ def logits_cross_entropy(
 
 
 class _Head:
-    """Takes rows of hidden states through the head, chunk by chunk."""
+    """The product of hidden states with the head and the loss of its logits, chunk by chunk."""
 
     def __init__(
         self,
@@ -182,7 +183,7 @@ class _Head:
         labels_L: torch.Tensor,
         weights_L: torch.Tensor | None,
     ) -> tuple[PerRow, torch.Tensor | None]:
-        """Of all labelled rows, then of all lens rows; and the gradient of the former."""
+        """Results of all labelled rows followed by all lens rows; the gradient of the labelled rows."""
         num_labelled = len(labels_L)
         num_rows = num_labelled + (0 if lens_MD is None else len(lens_MD))
         chunk = min(num_rows, self.chunk_rows or self._rows_that_fit(num_rows))
@@ -225,7 +226,7 @@ class _Head:
             torch.mm(logits_CV[:num_labelled], self.weight_VD, out=gradient_CD)
 
     def _logits(self, hidden_CD: torch.Tensor) -> torch.Tensor:
-        """In a buffer that all chunks share."""
+        """Logits of a chunk, in a buffer that all chunks share."""
         vocab = len(self.weight_VD)
         if self._buffer_CV is None:  # the first chunk is the largest; rows begin at multiples of 32 bytes for Triton
             width = -(-vocab // 16) * 16 if runs_triton(hidden_CD) else vocab
@@ -236,7 +237,7 @@ class _Head:
         return torch.addmm(self.bias_V, hidden_CD, self.weight_VD.t(), out=logits_CV)
 
     def _rows_that_fit(self, num_rows: int) -> int:
-        """At least one; chunks of one size, in steps of 128 rows where there are so many."""
+        """Rows per chunk, at least 1: chunks of nearly equal size, rounded up to a multiple of 128 where that fits."""
         fit = CHUNK_BYTES // self.weight_VD.dtype.itemsize // max(1, len(self.weight_VD))
         fit = tiles.ROWS if self._in_tiles else max(1, fit)
         even = -(-num_rows // max(1, -(-num_rows // fit)))
@@ -251,7 +252,7 @@ def _rows_of(
     start: int,
     stop: int,
 ) -> torch.Tensor:
-    """From start to stop of the labelled rows followed by the lens rows."""
+    """Rows start to stop of the labelled rows followed by the lens rows."""
     parts = []
     if start < num_labelled:
         end = min(stop, num_labelled)
@@ -269,7 +270,7 @@ def _take(values_T: torch.Tensor, rows: torch.Tensor | None) -> torch.Tensor:
 
 
 def _put(values_L: torch.Tensor | None, rows: torch.Tensor | None, labels: torch.Tensor) -> torch.Tensor | None:
-    """Back to the shape of the labels, 0 elsewhere."""
+    """The values in the shape of the labels, 0 at tokens outside of `rows`."""
     if values_L is None or rows is None:
         return None if values_L is None else values_L.view(labels.shape)
     return values_L.new_zeros(labels.numel()).index_copy_(0, rows, values_L).view(labels.shape)
@@ -278,7 +279,7 @@ def _put(values_L: torch.Tensor | None, rows: torch.Tensor | None, labels: torch
 def _reduce(
     losses_L: torch.Tensor, labels_L: torch.Tensor, weights_L: torch.Tensor | None, options: Options
 ) -> tuple[torch.Tensor, float | torch.Tensor]:
-    """(loss, what it was scaled by)."""
+    """(loss, the factor on the sum of losses that gives it)."""
     total = losses_L.sum()
     if options.reduction == "sum":
         return total, 1.0
@@ -294,7 +295,7 @@ def _reduce(
 
 
 class _Precomputed(torch.autograd.Function):
-    """A loss whose gradient by its source is known, but for a factor."""
+    """A loss whose gradient by its source is already computed, up to a factor."""
 
     @staticmethod
     def forward(ctx: Any, source: torch.Tensor, made: tuple) -> torch.Tensor:
@@ -308,7 +309,7 @@ class _Precomputed(torch.autograd.Function):
         (dloss,) = grad_outputs
         refuse_second_order("cross entropy")
         gradient_LD, rows = ctx.saved_tensors
-        # In fp32: the factor, 1 / num_items among others, would lose digits or all of itself in half precision.
+        # In fp32: in half precision a factor such as 1 / num_items would lose digits or underflow.
         scaled_LD = (gradient_LD.to(dloss.dtype) * (dloss * ctx.scale)).to(gradient_LD.dtype)
         if rows is None:
             return scaled_LD.view(ctx.shape), None

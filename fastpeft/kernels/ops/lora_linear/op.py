@@ -1,8 +1,8 @@
 """lora_linear: a frozen linear layer and its LoRA update, with closed-form gradients.
 
-Against autograd over the plain expression it saves only x and the T x R product, computes the T x R gradient once, adds
-both parts of y and of dx into one buffer, and forms no dW. An x that says what it was made of is not saved either, but
-made again.
+Autograd over the plain expression saves and computes more. This saves only x and the T x R product, computes the T x R
+gradient once, accumulates both terms of y and of dx in one buffer, and forms no dW. An x with a recorded source
+(kernels/recompute.py) is not saved either: backward recomputes it.
 
 Shape suffixes: T tokens, I in, O out, R rank.
 """
@@ -41,28 +41,28 @@ def lora_linear(
 ) -> torch.Tensor:
     """y = x W^T + bias + scale (D(x) A^T) B^T with W and bias frozen (arXiv:2106.09685, eq. 3).
 
-    D is inverted dropout, on the input of the update only. Its mask is made from `seed`, in backward again.
-    Under autocast x, weight and bias are cast to its dtype.
+    D is inverted dropout, on the input of the update only. Forward and backward both generate its mask from `seed`.
+    Under autocast x, weight and bias are cast to the autocast dtype.
 
     Args:
         x: (..., I), bf16, fp16, fp32 or fp64.
         weight: (O, I) in the dtype of x, frozen; or a 4-bit parameter of bitsandbytes, which is dequantised in forward
             and again in backward.
         bias: (O,), frozen, or None.
-        lora_a: (R, I), in any floating dtype; its gradient comes in that dtype. R is 1 to 256.
+        lora_a: (R, I), in any floating dtype; its gradient has that dtype. R is 1 to 256.
         lora_b: (O, R), likewise.
         scale: lora_alpha / R, no unit.
-        dropout: probability in [0, 1) of an element of x to be dropped.
+        dropout: probability in [0, 1) that an element of x is dropped.
         seed: int64 of one element on x's device; None draws one from torch's generator there.
-        row_mask: (T,) bool, T the number of rows of x; read only where there are `measures`.
-        measures: is filled in.
+        row_mask: (T,) bool, T the number of rows of x; read only with `measures`.
+        measures: filled in by this call.
 
     Returns:
         (..., O), in the dtype of x.
 
     Raises:
         ValueError: shapes, dtypes or devices that do not fit, a rank or a dropout out of range.
-        ImportError: the weight is 4-bit and bitsandbytes is not there.
+        ImportError: the weight is 4-bit and bitsandbytes is not installed.
     """
     seeds = None if seed is None else (seed,)
     noted = None if measures is None else (measures,)
@@ -87,8 +87,8 @@ def lora_linear_grouped(
 ) -> tuple[torch.Tensor, ...]:
     """lora_linear of several projections of one x (query, key and value; gate and up); O and R may differ.
 
-    The update's skinny products of all projections are one, and dx is accumulated in one buffer. Arguments, results and
-    errors are those of lora_linear, one entry for each projection.
+    One product computes x A^T for all projections, and dx is accumulated in one buffer. Arguments, results and errors
+    are those of lora_linear, with one entry per projection.
     """
     if torch.amp.is_autocast_available(x.device.type) and torch.is_autocast_enabled(x.device.type):
         dtype = torch.get_autocast_dtype(x.device.type)
@@ -116,13 +116,13 @@ def lora_linear_grouped(
         ys = _LoraLinear.apply(x_TI, call, source_of(x), *factors)
     else:
         ys = _forward(x_TI, call, factors)[0]
-    return tuple(y.view(*x.shape[:-1], y.shape[1]) for y in ys)  # views made out here may be changed in place
+    return tuple(y.view(*x.shape[:-1], y.shape[1]) for y in ys)  # views made here may be changed in place
 
 
 def _forward(
     x_TI: torch.Tensor, call: Call, factors: Sequence[torch.Tensor]
 ) -> tuple[list[torch.Tensor], Sequence[torch.Tensor | None], list[compute.Pair]]:
-    """y, s D(x) A^T (None where backward makes it), and A and B in the dtype of x, of each projection."""
+    """Of each projection: y; s D(x) A^T, or None where backward computes it; A and B in the dtype of x."""
     cast = [(a.to(x_TI.dtype), b.to(x_TI.dtype)) for a, b in zip(factors[::2], factors[1::2])]
     return *compute.forward(x_TI, call, cast), cast
 

@@ -1,7 +1,7 @@
-"""residual_norm: dropout, the residual sum and LayerNorm behind a linear layer, as encoders have them.
+"""residual_norm: dropout, the residual sum and LayerNorm after a linear layer, as in encoders.
 
-Against autograd over the plain expression it keeps one tensor, the sum, and no mask; y itself is made again from the
-sum by lora_linear, which needs it as its x. On a GPU each direction is one launch.
+For backward it saves the sum and no dropout mask. lora_linear, which needs y as its x, recomputes y from the sum. On a
+GPU each direction is one launch.
 
 Shape suffixes: T tokens, D features.
 """
@@ -37,7 +37,7 @@ def residual_norm(
         weight: (D,), frozen.
         bias: (D,), frozen, or None.
         eps: added to the variance.
-        dropout: probability in [0, 1) of an element of x to be dropped.
+        dropout: probability in [0, 1) that an element of x is dropped.
         seed: int64 of one element on x's device; None draws one from torch's generator there.
 
     Returns:
@@ -83,7 +83,7 @@ def _forward(
     dropout: float,
     seed: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """y, the sum, and its mean and 1 / standard deviation of each row."""
+    """y; the sum; mean and 1 / standard deviation of each row of the sum."""
     if takes_rows(x):
         return _launch(x, residual, weight, bias, eps, dropout, seed)
     total = _total(x, residual, dropout, seed)

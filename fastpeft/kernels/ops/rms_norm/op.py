@@ -1,4 +1,5 @@
-"""rms_norm: root mean square layer normalisation that keeps x and one number a row for backward. On a GPU one launch.
+"""rms_norm: root mean square layer normalisation. It saves x and one number per row for backward. On a GPU each
+direction is one launch.
 
 Shape suffixes: T rows, D features.
 """
@@ -21,7 +22,7 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float, offset: float = 
         x: (..., D), fp32 or fp64; on a GPU also bf16 and fp16, computed in fp32.
         weight: (D,), frozen, in the dtype of x.
         eps: added to the mean square.
-        offset: 1 where the weight is kept as its difference from one, as Gemma's is.
+        offset: 1 where the checkpoint stores the weight minus 1, as Gemma's does.
 
     Returns:
         (..., D), in the dtype of x.

@@ -1,5 +1,5 @@
-"""rotary: rotary position embedding, written half by half into its result, that keeps only the angles for backward. On
-a GPU it is one launch."""
+"""rotary: rotary position embedding that saves only cos and sin for backward. It writes each half of the features
+straight into the result. On a GPU it is one launch."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from fastpeft.kernels.launch import launch, refuse_second_order
 from fastpeft.kernels.row_tiles import row_tiles
 
 ELEMENTS = 512
-"""Of a program: strides of any kind take registers."""
+"""Elements per program. Few, because arbitrary strides take registers."""
 
 
 def rotary(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
@@ -20,7 +20,7 @@ def rotary(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tenso
 
     Args:
         x: (..., D), D even, in a floating dtype.
-        cos, sin: broadcast to x, in its dtype. No gradient.
+        cos, sin: broadcastable to x, in its dtype. They get no gradient.
 
     Returns:
         In the shape, strides and dtype of x.
@@ -31,7 +31,7 @@ def rotary(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tenso
 
 
 def _rotated(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, sign: int) -> torch.Tensor:
-    """`sign` -1 gives the transpose of the map, where cos and sin may differ between the halves."""
+    """`sign` -1 applies the transposed map. cos and sin may differ between the halves."""
     if runs_triton(x) and x.ndim == 4 and cos.ndim == sin.ndim == 4 and cos.shape[1] == sin.shape[1] == 1 and x.numel():
         return _launch(x, cos, sin, transposed=sign < 0)
     half = x.shape[-1] // 2

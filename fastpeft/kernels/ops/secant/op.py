@@ -1,4 +1,4 @@
-"""secant_sums: what curvature along the last two changes of the parameters is read from, in one launch.
+"""secant_sums: the sums from which schedules compute curvature along the last two updates, in one launch.
 
 Shape suffixes: U units.
 """
@@ -18,7 +18,7 @@ BLOCK, BLOCK_ROWS, NUM_WARPS = 512, 64, 4
 
 
 class SecantSums(NamedTuple):
-    """Of each matrix in the model's order, then of each other parameter."""
+    """One entry per adapted matrix in the model's order, then one per other parameter."""
 
     along_U: torch.Tensor
     """<g, d>."""
@@ -37,14 +37,17 @@ def secant_sums(
     divisor: torch.Tensor,
     layout: FlatLayout,
 ) -> SecantSums:
-    """Sums over units along d = data - previous and d' = older; then, in place, older = d and previous = data.
+    """Sums per unit along d = data - previous and d' = older; then, in place, older = d and previous = data.
 
-    On a GPU it is one launch, which reads five flat buffers and writes two of them, and gives the same bits every time.
-    A gradient that is not finite spoils this call's sums and nothing that is kept.
+    On a GPU it is one launch, which reads five flat buffers and writes two of them. It is deterministic to the bit. A
+    gradient that is not finite makes this call's sums invalid, but not `previous` and `older`.
 
     Args:
-        data, grad, previous, older, second: (num_total,) fp32 or fp64, as `layout` says.
+        data, grad, previous, older, second: (num_total,) fp32 or fp64, in the order of `layout`.
         divisor: (), floating-point: v = second / divisor.
+
+    Returns:
+        SecantSums of (num_units,), in the dtype of `data`.
 
     Raises:
         ValueError: shapes, dtypes or devices that do not fit.
@@ -70,7 +73,7 @@ def secant_sums(
     square.mul_(last)
     torch.mul(grad, last, out=along)
     previous.copy_(data)
-    along_U, before_U, square_U = layout.unit_sums(terms)  # at once: on a CPU a call costs what it reads
+    along_U, before_U, square_U = layout.unit_sums(terms)  # one call: on a CPU its cost is the memory that it reads
     return SecantSums(along_U, before_U, square_U / divisor.sqrt().to(data.dtype))
 
 

@@ -17,30 +17,30 @@ Tensors = torch.Tensor | Sequence[torch.Tensor]
 Uses = list[tuple[torch.Tensor, torch.Tensor]]
 
 CPU_TILE, GPU_TILE = 2**18, 2**22
-"""PyTorch path: so many elements of the O x I product exist at one time, or 256 rows of it if those are more."""
+"""PyTorch path: elements of the O x I product that exist at one time, at least 256 rows of it."""
 DIRECT = (Config(128, 128, 64, 8, 3), Config(64, 64, 64, 4, 4))
 DIRECT_FP32 = (Config(64, 64, 32, 4, 3), Config(32, 32, 32, 4, 3))
-"""Tiles of O, I and T: large, small."""
+"""Large and small tiles over O, I and T."""
 INTERPRETED = Config(32, 32, 32, 4, 3)
 
 
 @torch.no_grad()
 def gradient_norm(x: Tensors, g: Tensors) -> torch.Tensor:
-    """|| sum_u G_u^T X_u ||_F, never storing the O x I product, nor copies that join the uses.
+    """|| sum_u G_u^T X_u ||_F over the uses u of one weight, without storing the O x I product.
 
-    Two forms, whichever needs fewer multiplications:
-        direct: tiles of G^T X, squared and summed as they are made: T I O;
-        Gram: sum((X X^T) o (G G^T)) over all pairs of tokens: T^2 (I + O), so for T < I O / (I + O)
-            (arXiv:2009.03106 uses it per example). The Triton kernel makes the lower triangle only and
-            counts what falls on the busiest multiprocessor: `gram_cost`, `direct_cost`.
-    The Gram form's terms may cancel: products of half precision input are summed in fp32 there, and the
-    relative error of the squared norm is about 1e-6 ||X X^T||_F ||G G^T||_F / ||G^T X||_F^2 (a factor of
-    order 1 where tokens are unrelated, 1e2 where gradients nearly cancel). The same bits every time.
+    Of two forms the one with fewer multiplications is computed:
+        direct: tiles of G^T X, squared and summed tile by tile: T I O multiplications;
+        Gram: sum((X X^T) o (G G^T)) over all pairs of tokens: T^2 (I + O), fewer for T < I O / (I + O)
+            (arXiv:2009.03106 uses it per example). The Triton kernel computes the lower triangle only.
+    For the Triton kernels the multiplications of the busiest multiprocessor count: `gram_cost`, `direct_cost`.
+    Terms of the Gram form may cancel. Its products of half precision input are therefore summed in fp32. The
+    relative error of the squared norm is about 1e-6 ||X X^T||_F ||G G^T||_F / ||G^T X||_F^2. That quotient is of
+    order 1 for unrelated tokens and 1e2 where gradients nearly cancel. Deterministic to the bit.
 
     Args:
-        x: (..., I), the layer's input; or a sequence of them, one for each use of the weight (DeBERTa projects
-            tokens and relative positions with one weight; micro-batches). The uses add up before the norm.
-        g: (..., O), the gradient of the loss at the layer's output, in x's dtype; or as many of them.
+        x: (..., I), the layer's input; or a sequence with one tensor per use of the weight: micro-batches, or
+            DeBERTa, which projects tokens and relative positions with one weight. Uses are summed before the norm.
+        g: (..., O), the gradient of the loss at the layer's output, in x's dtype; or a sequence of the same length.
 
     Returns:
         A scalar in fp32 (fp64 for fp64), in units of loss per unit of weight. It carries no gradient.
@@ -67,7 +67,7 @@ def weight_gradient(x: torch.Tensor, g: torch.Tensor) -> torch.Tensor:
 
 
 def sketch_norm(db_norm: torch.Tensor, scale: float, variance: float, rank: int) -> torch.Tensor:
-    """Estimate ||dL/dW||_F from ||dL/dB||_F, free in any LoRA backward.
+    """Estimate ||dL/dW||_F from ||dL/dB||_F, which every LoRA backward pass has.
 
     dL/dB = s G^T (X A^T), and for A with i.i.d. zero-mean entries of variance v,
     E_A ||dL/dB||_F^2 = s^2 v R ||G^T X||_F^2 (IW-LoRA, section 1).
@@ -126,7 +126,7 @@ def _split(uses: Uses) -> torch.Tensor:
     num_tokens, num_in, num_out = sum(len(x) for x, _ in uses), uses[0][0].shape[1], uses[0][1].shape[1]
     if num_tokens * (num_in + num_out) < num_in * num_out:
         return _gram(uses)
-    if num_in > num_out:  # as ||X^T G||: tiles nearer to squares
+    if num_in > num_out:  # ||X^T G|| is the same norm, with tiles nearer to squares
         uses = [(g, x) for x, g in uses]
     return _direct(uses)
 
@@ -136,7 +136,7 @@ def _wide(dtype: torch.dtype) -> torch.dtype:
 
 
 def _product(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
-    """left @ right in fp32 at least; fp16 has no room for it, and bf16 too few digits for the Gram form."""
+    """left @ right in fp32 at least: fp16 would overflow, and bf16 has too few digits for the Gram form."""
     if left.dtype.itemsize >= 4:
         return left @ right
     if left.is_cuda:
@@ -168,14 +168,14 @@ def _direct(uses: Uses) -> torch.Tensor:
 
 
 def _narrow_product(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
-    """As _product; bf16 on a CPU stays bf16, whose range is fp32's: a rounded tile has the norm that it had."""
+    """As _product, but bf16 on a CPU stays bf16: it has the range of fp32, and rounding barely changes a norm."""
     return (left @ right).float() if left.dtype == torch.bfloat16 and not left.is_cuda else _product(left, right)
 
 
 def _norm(tile: torch.Tensor) -> torch.Tensor:
     if tile.is_cuda:
         return torch.linalg.vector_norm(tile)
-    flat = tile.reshape(-1)  # vector_norm adds up one by one on a CPU: 5e-6 off at 768 x 768
+    flat = tile.reshape(-1)  # on a CPU vector_norm sums sequentially: an error of 5e-6 at 768 x 768
     return torch.dot(flat, flat).sqrt()
 
 
@@ -192,7 +192,7 @@ def _gram(uses: Uses) -> torch.Tensor:
 
 
 def _fused(uses: Uses, config: Config | None) -> torch.Tensor:
-    if len(uses) > 2:  # many micro-batches: two piles
+    if len(uses) > 2:  # the kernels take at most two uses
         half = len(uses) // 2
         uses = [(torch.cat([x for x, _ in p]), torch.cat([g for _, g in p])) for p in (uses[:half], uses[half:])]
     uses = [(x_TI.contiguous(), g_TO.contiguous()) for x_TI, g_TO in uses]
@@ -216,7 +216,7 @@ Shapes = tuple[int, int, int, int]
 
 
 def direct_config(dtype: torch.dtype, shapes: Shapes, num_multiprocessors: int) -> Config:
-    """Large tiles where there are enough of them to keep every multiprocessor busy."""
+    """Large tiles if there are enough to keep every multiprocessor busy, else small ones."""
     if interpreting():
         return INTERPRETED
     large, small = DIRECT_FP32 if dtype == torch.float32 else DIRECT
@@ -225,7 +225,7 @@ def direct_config(dtype: torch.dtype, shapes: Shapes, num_multiprocessors: int) 
 
 
 def gram_config(dtype: torch.dtype, shapes: Shapes) -> Config:
-    """Widths that fill no tile are loaded with masks; their addresses need more threads, or a smaller tile."""
+    """Widths that are no multiple of a tile need masked loads, whose addresses take more threads or a smaller tile."""
     if interpreting():
         return INTERPRETED
     fp32 = dtype == torch.float32
@@ -244,7 +244,8 @@ def direct_cost(config: Config, shapes: Shapes, num_multiprocessors: int) -> int
 
 
 def gram_cost(config: Config, shapes: Shapes, num_multiprocessors: int) -> int:
-    """Likewise. There are few tiles of great depth: a Gram form can have fewer multiplications and still be slower."""
+    """Multiplications on the busiest multiprocessor. The Gram form has few, deep tiles, so that it can be slower with
+    fewer multiplications in total."""
     rows, rows2, num_in, num_out = shapes
     blocks = _cdiv(rows, config.block_m) + _cdiv(rows2, config.block_m)
     depth = (_cdiv(num_in, config.block_k) + _cdiv(num_out, config.block_k)) * config.block_k

@@ -1,14 +1,14 @@
-"""varlen_attention: attention within rows of tokens that lie one behind another, without padding.
+"""varlen_attention: attention within each of several packed rows of tokens, without padding.
 
-The ways, in the order in which they are asked (`choose_way`):
+`choose_way` takes the first implementation that supports the call:
 
 - on a GPU torch.nn.attention.varlen: half precision without dropout;
-- on a GPU, where every token sees its whole row, the kernel of disentangled_attention without tables of positions:
-  dropout and fp32;
-- on a GPU FlexAttention: decoders in fp32, and heads that FlashAttention does not take;
-- neighbours of one length together, where the host knows the lengths: no mask of padding, and never a matrix of all
-  tokens. A CPU has this way alone;
-- in a captured step, whose replays have other lengths, all tokens under a mask.
+- on a GPU, for bidirectional attention, the kernel of disentangled_attention without position tables: dropout and
+  fp32;
+- on a GPU FlexAttention: decoders in fp32, and head sizes that FlashAttention does not support;
+- where the host knows the lengths, one call per run of neighbouring rows of equal length: no padding mask, and never a
+  T x T matrix. On a CPU it is the only one;
+- in a captured step, whose replays have other lengths, one call over all tokens with a mask.
 
 Shape suffixes: N rows, T tokens of all rows, H heads, G heads of keys, D features of a head, L tokens of a row.
 """
@@ -48,14 +48,14 @@ def varlen_attention(
     """D(softmax(scale Q K^T)) V in each row (arXiv:1706.03762, eq. 1).
 
     Args:
-        query: (T, H, D) in a floating dtype; (N, H, D) of each row's first token with `first_only`.
-        key, value: (T, G, D) in its dtype; H is a multiple of G.
-        sequences: where the rows lie.
-        scale: of the scores.
-        causal: a token sees itself and those before it.
-        window: with `causal`, of these the last so many.
-        first_only: only the first token of a row asks, and sees the whole row.
-        dropout: probability in [0, 1) of a weight to be dropped; draws from torch's generator.
+        query: (T, H, D) in a floating dtype; with `first_only` (N, H, D), the first token of each row.
+        key, value: (T, G, D) in the dtype of query; H is a multiple of G.
+        sequences: offsets of the rows.
+        scale: factor on the scores.
+        causal: a token attends to itself and to the tokens before it.
+        window: with `causal`, the number of most recent tokens, itself included, that a token attends to.
+        first_only: only the first token of a row is a query; it attends to the whole row.
+        dropout: probability in [0, 1) that a weight is dropped; draws from torch's generator.
 
     Returns:
         In the shape of query, contiguous.
@@ -92,21 +92,22 @@ def varlen_attention(
 
 
 class Way(NamedTuple):
-    """Which one computes it."""
+    """The implementation that computes a call."""
 
     name: str
     """VARLEN, KERNEL, FLEX, RUNS or MASK."""
     why: str
-    """Of those that would come first, why it is none of them; empty on a CPU, and where the first is taken."""
+    """Why each implementation before this one was refused. Empty on a CPU and where the first one was taken."""
 
 
 def choose_way(
     query: torch.Tensor, num_key_heads: int, causal: bool, dropout: float, *, knows_lengths: bool = True
 ) -> Way:
-    """
+    """The first implementation that supports the call.
+
     Args:
-        query: (any, H, D): its device, dtype, H and D are looked at.
-        knows_lengths: the host does, as not in a captured step.
+        query: (any, H, D); only its device, dtype, H and D are read.
+        knows_lengths: whether the host knows the lengths of the rows. In a captured step it does not.
     """
     fault = varlen_fault(query, dropout)
     if fault is None:
@@ -183,13 +184,13 @@ def _attend(q_NQHD, k_NLGD, v_NLGD, scale, causal: bool, window: int | None, dro
 
 
 def _seen(length: int, window: int | None, device: torch.device) -> torch.Tensor:
-    """(L, L) bool: which keys a query sees."""
+    """(L, L) bool: the keys that each query attends to."""
     places = torch.arange(length, device=device)
     distance = places[:, None] - places
     return (distance >= 0) if window is None else (distance >= 0) & (distance < window)
 
 
-@cache  # for good: a captured graph reads from where it lies
+@cache  # never freed: a captured graph reads from its address
 def _distances(longest: int, device: torch.device) -> Distances:
-    """Where no table is read, one row for all."""
+    """All distances map to row 0, because without a position table no row is read."""
     return Distances.of([0] * (2 * longest - 1), longest, device)
