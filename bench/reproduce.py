@@ -97,7 +97,7 @@ _SCHEDULE_RATES = {
     **dict.fromkeys(("constant", "wsd"), 3.333e-4),
     **dict.fromkeys(("salelr", "bats"), 1e-3),  # linear with factors
     "reactor": 3.333e-4,  # begins as constant
-    **dict.fromkeys(("snac", "bacon"), 1e-2),  # times a share of signal of about a tenth
+    **dict.fromkeys(("snac", "bacon"), 1e-1),  # times a share of signal
 }
 
 
