@@ -16,7 +16,14 @@ from tests.support.import_graph import PACKAGE, circles, file_graph, imports, mo
 # layer's entry and lower layers. Members of one layer do not import each other.
 LAYERS = [
     {"fastpeft.kernels"},
-    {"fastpeft._version", "fastpeft.errors", "fastpeft.launched", "fastpeft.phases", "fastpeft.signals"},
+    {
+        "fastpeft._version",
+        "fastpeft.errors",
+        "fastpeft.atomic_write",
+        "fastpeft.launched",
+        "fastpeft.phases",
+        "fastpeft.signals",
+    },
     {"fastpeft.ranks"},
     {"fastpeft.config", "fastpeft.hub", "fastpeft.device_memory", "fastpeft.standins"},
     {"fastpeft.runs"},
@@ -35,8 +42,9 @@ LAYERS = [
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 
 WITHOUT_TORCH = {
-    "fastpeft", "fastpeft._version", "fastpeft.errors", "fastpeft.launched", "fastpeft.phases", "fastpeft.hub",
-    "fastpeft.config", "fastpeft.standins", "fastpeft.runs", "fastpeft.trackers", "fastpeft.tui", "fastpeft.cli",
+    "fastpeft", "fastpeft._version", "fastpeft.errors", "fastpeft.atomic_write", "fastpeft.launched", "fastpeft.phases",
+    "fastpeft.hub", "fastpeft.config", "fastpeft.standins", "fastpeft.runs", "fastpeft.trackers", "fastpeft.tui",
+    "fastpeft.cli",
 }  # fmt: skip
 TORCH = {"torch", "triton", "transformers", "peft", "datasets", "accelerate", "safetensors", "tokenizers", "numpy"}
 

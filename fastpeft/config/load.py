@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
+from fastpeft.atomic_write import write_atomically
 from fastpeft.config.contradictions import HUB_KEYS, contradictions
 from fastpeft.config.registry import complete
 from fastpeft.config.schema import FAMILIES, RunConfig
@@ -29,10 +30,7 @@ PRESETS = Path(__file__).parent / "presets"
 
 # Setting one of these disables the file's stand-in, which would not represent the new model or data.
 _STAND_IN_KEYS = (
-    "model.name",
-    "model.revision",
-    "dataset.name",
-    "dataset.path",
+    *("model.name", "model.revision", "dataset.name", "dataset.path"),
     *(f"dataset.{key}" for key in HUB_KEYS),
 )
 
@@ -148,8 +146,8 @@ def run_values(run: RunConfig) -> dict[str, Any]:
 
 
 def save_run(run: RunConfig, path: Path) -> None:
-    """Write the resolved run as YAML that `load_run` reads back to an equal RunConfig."""
-    path.write_text(yaml.safe_dump(run_values(run), sort_keys=False, allow_unicode=True))
+    """Write, atomically, the resolved run as YAML that `load_run` reads back to an equal RunConfig."""
+    write_atomically(path, yaml.safe_dump(run_values(run), sort_keys=False, allow_unicode=True))
 
 
 def json_schema() -> dict[str, Any]:

@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
 
+from fastpeft.atomic_write import write_atomically
 from fastpeft.errors import UserError
 from fastpeft.runs.events import finite
 
@@ -254,13 +255,7 @@ def _beside(target: Path, what: str) -> Path:
 
 def write_json(path: Path, values: Any) -> None:
     """Write atomically: a reader sees the old file or the new one, never a part."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    with temporary.open("w", encoding="utf-8") as file:
-        json.dump(finite(values), file, indent=2, allow_nan=False)
-        file.write("\n")
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
+    write_atomically(path, json.dumps(finite(values), indent=2, allow_nan=False) + "\n")
 
 
 def read_json(path: Path) -> dict[str, Any] | None:

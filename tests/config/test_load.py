@@ -20,6 +20,7 @@ from fastpeft.config import (
     trial_run,
 )
 from fastpeft.config import load as loading
+from tests.support.file_limit import files_of_at_most
 from tests.support.run_files import SMALL, one_problem, problems, write
 from tests.support.tiers import presets
 
@@ -214,6 +215,14 @@ def test_awkward_text_survives_saving_and_loading(text, tmp_path):
 def test_numbers_survive_saving_and_loading_bit_for_bit(value, tmp_path):
     save_run(load_run("lora_mnli", {"training.learning_rate": value}), tmp_path / "run.yaml")
     assert load_run(tmp_path / "run.yaml").training.learning_rate == value
+
+
+def test_a_write_that_is_cut_off_leaves_the_run_that_was_there(tmp_path):
+    path, run = tmp_path / "run.yaml", load_run("lora_mnli")
+    save_run(run, path)
+    with files_of_at_most(path.stat().st_size // 2), pytest.raises(OSError, match="File too large"):
+        save_run(load_run("iwlora_mnli"), path)
+    assert load_run(path) == run
 
 
 def test_a_saved_run_is_plain_yaml():

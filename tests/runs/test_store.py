@@ -29,11 +29,13 @@ from fastpeft.runs.store import (
     replaced_folder,
     write_json,
 )
+from tests.support.file_limit import files_of_at_most
 
 LOCKER = """
 import sys
 from pathlib import Path
 from fastpeft.runs.store import RunFolder
+from tests.support.file_limit import files_of_at_most
 RunFolder(Path(sys.argv[1])).lock()
 """
 HOLDER = LOCKER.replace("RunFolder(Path", "folder = RunFolder(Path").replace(").lock()", "); folder.lock()") + (
@@ -187,22 +189,25 @@ def test_json_is_strict_and_comes_back(tmp_path):
     assert read_json(tmp_path / "a.json") == {"nan": "nan", "list": ["inf", {"x": "-inf"}], "text": "é雪\n", "n": 0.1}
 
 
-@pytest.mark.parametrize("fails", ["dump", "fsync", "replace"])
+def test_a_file_that_is_cut_off_leaves_the_old_one_whole(tmp_path):
+    path = tmp_path / "result.json"
+    write_json(path, {"steps": 1})
+    with files_of_at_most(8), pytest.raises(OSError, match="File too large"):
+        write_json(path, {"steps": 2})
+    assert read_json(path) == {"steps": 1}
+    write_json(path, {"steps": 3})
+    assert [p.name for p in tmp_path.iterdir()] == ["result.json"]
+
+
+@pytest.mark.parametrize("fails", ["fsync", "replace"])
 def test_a_failure_at_any_point_leaves_the_old_file_whole(fails, tmp_path, monkeypatch):
     path = tmp_path / "result.json"
     write_json(path, {"steps": 1})
 
-    def dump_half(values, file, **options):
-        file.write('{"steps": ')
-        file.flush()
-        raise OSError("no space left")
-
     def fail(*arguments):
         raise OSError("no space left")
 
-    if fails == "dump":
-        monkeypatch.setattr(store.json, "dump", dump_half)
-    elif fails == "fsync":
+    if fails == "fsync":
         monkeypatch.setattr(store.os, "fsync", fail)
     else:
         monkeypatch.setattr(Path, "replace", fail)
