@@ -1,4 +1,4 @@
-"""fastpeft's LoRA layers in a model that PEFT has made, for any trainer: swapped in place, and undone."""
+"""Swap fastpeft's LoRA layers into a PEFT model in place, for any trainer, and undo it."""
 
 from __future__ import annotations
 
@@ -15,23 +15,23 @@ from fastpeft.models.layers import fused_class, is_fused, never_plain
 
 
 class Accelerated:
-    """What accelerate() has changed; `undo()`, or the end of a `with` block, gives PEFT's own layers back."""
+    """The changes of one accelerate() call. `undo()`, or the end of a `with` block, restores PEFT's layers."""
 
     def __init__(self) -> None:
         self.kept: dict[str, str] = {}
-        """LoRA layers that stay PEFT's: name and reason."""
+        """LoRA layers that were not swapped: name and reason."""
         self.already: list[str] = []
-        """LoRA layers that were fastpeft's before this call."""
+        """LoRA layers that an earlier call had swapped."""
         self._swapped: dict[str, tuple[nn.Module, type]] = {}
         self._hooks: list[RemovableHandle] = []
 
     @property
     def swapped(self) -> list[str]:
-        """Names of the layers that this call has swapped."""
+        """Names of the layers that this call swapped."""
         return list(self._swapped)
 
     def undo(self) -> None:
-        """Give the layers back their own class. A second call changes nothing."""
+        """Restore the layers' own classes. A second call has no effect."""
         for layer, theirs in self._swapped.values():
             if is_fused(layer):
                 layer.__dict__.pop("siblings", None)
@@ -54,11 +54,11 @@ class Accelerated:
 
 
 def accelerate(model: nn.Module) -> Accelerated:
-    """Compute the LoRA layers of a PEFT model by fastpeft.kernels, in place; nothing else of the model changes.
+    """Compute the LoRA layers of a PEFT model by fastpeft.kernels. Changes the layers' classes in place, nothing else.
 
-    Losses and gradients are PEFT's up to rounding; with LoRA dropout the masks come from other random numbers. A layer
-    that is merged, disabled, of several adapters at a time, or a LoRA variant is computed by PEFT's own forward, for as
-    long as it is that. Parameters, their names, saving, merging and switching adapters are PEFT's.
+    Losses and gradients equal PEFT's up to rounding; with LoRA dropout the masks use other random numbers. PEFT's own
+    forward computes a layer while it is merged, disabled, a LoRA variant, or has several active adapters. Parameters,
+    their names, saving, merging and switching adapters stay PEFT's.
 
         with fastpeft.accelerate(model):
             trainer.train()
@@ -67,10 +67,10 @@ def accelerate(model: nn.Module) -> Accelerated:
         model: a PeftModel, or any module with PEFT's LoRA layers in it.
 
     Returns:
-        What was swapped, and what was not and why; it can undo that.
+        An Accelerated, with the names of swapped layers and the reasons for the others. It can undo the swap.
 
     Raises:
-        UserError: the model has no LoRA layer of PEFT's.
+        UserError: the model has no LoRA layer of PEFT.
     """
     if not isinstance(model, nn.Module):
         raise UserError(f"accelerate: expected a model, got {type(model).__name__}")

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 GROW = "base.resize_token_embeddings(len(tokenizer))"
 PAD = "base.config.get_text_config().pad_token_id = tokenizer.pad_token_id"
-"""Of Backbone.fitting."""
+"""Template of a line of Backbone.fitting."""
 
 _HEAD_NAMES = ("classifier", "score")
 _OTHER_TASKS = ("Classification", "MaskedLM", "QuestionAnswering", "MultipleChoice", "NextSentencePrediction")
@@ -39,44 +39,44 @@ _LOCAL = {"local_files_only": True, "trust_remote_code": False}
 
 @dataclass
 class Backbone:
-    """A pretrained model, and what a trainer has to know of it."""
+    """A pretrained model, and the facts about it that training needs."""
 
     model: PreTrainedModel
-    """A transformers model in eval mode that asks for no gradient."""
+    """A transformers model in eval mode; no parameter requires a gradient."""
     tokenizer: Any
-    """Has a padding token; a causal LM's without one pads with its end of sequence."""
+    """Has a padding token. The tokenizer of a causal LM without one pads with its end of sequence token."""
     head: list[str]
-    """Top-level modules that are trained whole, in fp32: a classifier's head and whatever has no pretrained weights.
-    Empty for a causal LM, whose head is pretrained."""
+    """Top-level modules whose weights are all trained, in fp32: a classifier's head, and modules without pretrained
+    weights. Empty for a causal LM, whose head is pretrained."""
     reads_segments: bool
-    """Whether the model has token type embeddings and its tokenizer gives their numbers. Where it gives none, whoever
-    calls the model later leaves them at 0, and so does training."""
+    """Whether the model has token type embeddings and its tokenizer returns token type ids. If it returns none, other
+    callers of the model leave them at 0, and so does training."""
     max_positions: int | None
-    """Longest sequence that the model can take; None if unbounded."""
+    """Longest sequence that the model supports, in tokens; None if unbounded."""
     dtype: torch.dtype
-    """That the model computes in."""
+    """Compute dtype of the model."""
     task_type: str
-    """PEFT's name for what the model does."""
+    """PEFT's TaskType of the model."""
     entry_points: list[nn.Module]
-    """Modules that training calls: the model, or also the decoder in a causal LM, whose hidden states it takes."""
+    """Modules that training calls: the model; for a causal LM also its decoder, whose hidden states training reads."""
     eos_token_ids: tuple[int, ...] = ()
-    """A causal LM's ends of sequence: the tokenizer's first, then those of its generation config."""
+    """End of sequence tokens of a causal LM: the tokenizer's first, then those of its generation config."""
     has_own_head: bool = False
-    """A classifier's output layer is the checkpoint's, whose labels are the task's."""
+    """True if a classifier's output layer comes from the checkpoint, because its labels match the task's."""
     head_is_frozen: bool = False
-    """A causal LM's head is the pretrained one for good, as linear_cross_entropy needs it. False where the whole model
+    """True if a causal LM's head stays the pretrained one, as linear_cross_entropy requires. False if the whole model
     is trained or the head has rows for new tokens, and for classifiers."""
     num_embeddings: int | None = None
-    """Tokens that the model has an embedding for; None for one that reads characters or bytes."""
+    """Number of tokens with an embedding; None for models that read characters or bytes."""
     trains_all: bool = False
-    """Every weight is trained."""
+    """True if every weight is trained."""
     new_tokens: dict[str, list[int]] = field(default_factory=dict)
-    """Names of embeddings, and of a language model's head -> the numbers of the rows that the pretrained model lacks:
-    they are trained, whatever else is."""
+    """Name of an embedding, or of a language model's head -> indices of its rows that are new. These rows are trained
+    with every method."""
     notes: list[str] = field(default_factory=list)
-    """What the user should know of how the model was loaded."""
+    """Messages for the user on how the model was loaded."""
     fitting: list[str] = field(default_factory=list)
-    """Lines of Python after which a freshly loaded `base` goes with `tokenizer`, as this model does."""
+    """Lines of Python that adjust a freshly loaded `base` to `tokenizer`, as this model was adjusted."""
 
 
 def load_classifier(
@@ -89,19 +89,19 @@ def load_classifier(
     device: torch.device,
     trained: bool = False,
 ) -> Backbone:
-    """Load weights, tokenizer and a head, which is the checkpoint's own only where its labels are the task's by name.
-    Another, or a missing one, is drawn from torch's RNG.
+    """Load weights, tokenizer and head.
 
-    The weights are cast to `dtype`, but stay fp32 if they are to be `trained`.
+    The checkpoint's output layer is kept only if the names of its labels are the task's. Otherwise it is drawn from
+    torch's RNG. The weights are cast to `dtype`, but stay fp32 if they are `trained`.
 
     Args:
-        auto_class: of transformers, such as AutoModelForSequenceClassification.
-        task_type: PEFT's name for it.
-        settings: of the model's config, such as num_labels and id2label.
+        auto_class: class of transformers, such as AutoModelForSequenceClassification.
+        task_type: PEFT's name of the task type.
+        settings: values for the model's config, such as num_labels and id2label.
 
     Raises:
-        UnavailableError: a folder or repository that holds no usable model.
-        UserError: model.quantisation, which is for causal language models.
+        UnavailableError: the folder or repository holds no usable model.
+        UserError: model.quantisation is set, which only causal language models support.
     """
     tokenizer, model, stored, info = _read_classifier(config, auto_class, settings)
     _name_base(model, config)
@@ -135,7 +135,7 @@ def load_classifier(
 
 
 def _read_classifier(config: ModelConfig, auto_class: str, settings: dict[str, Any]) -> tuple[Any, Any, Any, Any]:
-    """Tokenizer, model, the config as it is stored, and what transformers says of the weights."""
+    """Tokenizer, model, the stored config, and transformers' loading info."""
     import transformers
 
     if config.quantisation != "none":
@@ -146,7 +146,7 @@ def _read_classifier(config: ModelConfig, auto_class: str, settings: dict[str, A
     with _loading(config, "a classifier") as folder:
         tokenizer = transformers.AutoTokenizer.from_pretrained(folder, **_LOCAL)
         stored, asked = (transformers.AutoConfig.from_pretrained(folder, **_LOCAL) for _ in range(2))
-        for key, value in ({"problem_type": None} | settings).items():  # the checkpoint's own would outlive its task
+        for key, value in ({"problem_type": None} | settings).items():  # the checkpoint's problem_type must not persist
             setattr(asked, key, value)
         model, info = getattr(transformers, auto_class).from_pretrained(
             folder,
@@ -162,7 +162,7 @@ def _read_classifier(config: ModelConfig, auto_class: str, settings: dict[str, A
 def _grow_vocabulary(
     model: PreTrainedModel, tokenizer: Any, config: ModelConfig
 ) -> tuple[dict[str, list[int]], list[str]]:
-    """(Backbone.new_tokens, what to tell the user)."""
+    """(Backbone.new_tokens, messages for the user)."""
     missing = missing_tokens(model, tokenizer, config.name)
     if not missing:
         return {}, []
@@ -179,7 +179,7 @@ def _grow_vocabulary(
 
 
 def _max_positions(model: PreTrainedModel, tokenizer: Any, run: Callable[[torch.Tensor], Any]) -> int | None:
-    """The longest row that the model has positions for; None where nothing bounds it."""
+    """The longest sequence that the model has positions for; None if unbounded."""
     rows = num_embeddings(model)
     token = next(number for number in range((rows or 3) - 1, -1, -1) if number != tokenizer.pad_token_id)
     training = model.training
@@ -194,13 +194,13 @@ def _max_positions(model: PreTrainedModel, tokenizer: Any, run: Callable[[torch.
 def load_causal_lm(config: ModelConfig, dtype: torch.dtype, device: torch.device, trained: bool = False) -> Backbone:
     """Load a causal language model with its pretrained head.
 
-    The weights are in `dtype`, but in fp32 if they are to be `trained`; what transformers keeps in fp32, rotary
-    frequencies among others, stays so. `model.quantisation` nf4 holds the layers inside the blocks in 4 bits and
-    computes in `dtype` (QLoRA, arXiv:2305.14314).
+    The weights are in `dtype`, or in fp32 if they are `trained`. Tensors that transformers keeps in fp32, such as
+    rotary frequencies, stay in fp32. With `model.quantisation` nf4 the linear layers inside the blocks are stored in 4
+    bits and computed in `dtype` (QLoRA, arXiv:2305.14314).
 
     Raises:
-        UnavailableError: a folder or repository that holds no usable causal language model.
-        UserError: logits that are more than a linear map of the hidden states; nf4 without bitsandbytes.
+        UnavailableError: the folder or repository holds no usable causal language model.
+        UserError: the logits are not a linear map of the hidden states; nf4 without bitsandbytes.
     """
     import transformers
 
@@ -212,7 +212,7 @@ def load_causal_lm(config: ModelConfig, dtype: torch.dtype, device: torch.device
         found: Any = transformers.AutoModelForCausalLM.from_pretrained(
             folder, output_loading_info=True, dtype=torch.float32 if trained else dtype, **quantised, **_LOCAL
         )
-        model, info = cast("tuple[PreTrainedModel, dict[str, Any]]", found)  # a pair where the info is asked for
+        model, info = cast("tuple[PreTrainedModel, dict[str, Any]]", found)  # a pair with output_loading_info
     lacking = sorted({*info["missing_keys"], *(key for key, *_ in info.get("mismatched_keys", ()))})
     if lacking:
         raise UnavailableError(
@@ -225,7 +225,7 @@ def load_causal_lm(config: ModelConfig, dtype: torch.dtype, device: torch.device
     if quantised:
         never_repack(model)
     else:
-        cast(nn.Module, model).to(device)  # the signature of transformers' own takes no device
+        cast(nn.Module, model).to(device)  # transformers' signature has no device
     model.eval()
     eos_token_ids = _end_tokens(model, tokenizer, config.name)
     if tokenizer.pad_token_id is None:
@@ -254,10 +254,10 @@ def load_causal_lm(config: ModelConfig, dtype: torch.dtype, device: torch.device
 
 
 def load_tokenizer(config: ModelConfig) -> Any:
-    """A model's tokenizer without its weights.
+    """Load a model's tokenizer, without the model's weights.
 
     Raises:
-        UnavailableError: a folder or repository that holds no usable one.
+        UnavailableError: the folder or repository holds no usable tokenizer.
     """
     import transformers
 
@@ -267,7 +267,7 @@ def load_tokenizer(config: ModelConfig) -> Any:
 
 @contextmanager
 def _loading(config: ModelConfig, what: str) -> Iterator[Path]:
-    """The model's folder, fetched if need be; what fails within is an UnavailableError."""
+    """Context with the model's folder, downloaded if needed. Errors inside are raised as UnavailableError."""
     local = embedded_path(config.name) or Path(config.name).expanduser()
     folder = local if local.is_dir() else fetch_model(config.name, config.revision)
     refuse_hub_code(folder, config.name)
@@ -276,19 +276,19 @@ def _loading(config: ModelConfig, what: str) -> Iterator[Path]:
             yield folder
     except UserError:
         raise
-    except Exception as error:  # a damaged file: each library that reads one has its own classes
+    except Exception as error:  # a damaged file: each library raises its own classes
         reason = first_line(error) or type(error).__name__
         raise UnavailableError(f"model.name {config.name}: cannot be loaded as {what}: {reason}") from error
 
 
 def _name_base(model: PreTrainedModel, config: ModelConfig) -> None:
-    """What the adapter names as its base: a hub model's name, and not its folder in the cache."""
+    """Set the base model's name that the adapter stores: a hub model's name rather than its folder in the cache."""
     if embedded_path(config.name) is None and not Path(config.name).expanduser().is_dir():
         model.name_or_path = model.config._name_or_path = config.name
 
 
 def _check_config(settings: Any, name: str) -> None:
-    """Refuse, before any weight is read, what is no causal language model or is quantised already."""
+    """Refuse models that are not causal language models or are already quantised, before any weight is read."""
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
     stored = getattr(settings, "quantization_config", None)
@@ -327,8 +327,8 @@ def _end_tokens(model: PreTrainedModel, tokenizer: Any, name: str) -> tuple[int,
 
 @contextmanager
 def quiet_transformers(keep_bars: bool = False) -> Iterator[None]:
-    """No progress bars and no advice from transformers on the user's screen, and no warnings about its own names, which
-    PEFT and we call as every release has them. `keep_bars`: those of downloads are the user's to see."""
+    """Suppress progress bars, advice and deprecation warnings of transformers, whose old names PEFT and fastpeft use to
+    support all releases. `keep_bars` keeps the progress bars of downloads."""
     from transformers.utils import logging
 
     verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled() and not keep_bars
@@ -346,13 +346,13 @@ def quiet_transformers(keep_bars: bool = False) -> Iterator[None]:
 
 
 def layer_shape(config: ModelConfig) -> tuple[int, int]:
-    """Inputs and outputs of the model's feed-forward layers, as its config has them or else as most models do."""
+    """(in, out) of the model's feed-forward layers by its config, with common values for what it lacks."""
     import transformers
 
     with _loading(config, "a model") as folder:
         try:
             settings: Any = transformers.AutoConfig.from_pretrained(folder, **_LOCAL).get_text_config()
-        except Exception:  # the load that comes next says what is wrong with the config
+        except Exception:  # the following load reports what is wrong with the config
             settings = None
     width = getattr(settings, "hidden_size", _USUAL_WIDTH)
     named = (getattr(settings, name, None) for name in _INNER_WIDTHS)
@@ -360,7 +360,7 @@ def layer_shape(config: ModelConfig) -> tuple[int, int]:
 
 
 def freeze(model: nn.Module, head: list[str], dtype: torch.dtype, device: torch.device) -> None:
-    """Move the model to `device` in `dtype`, its head in fp32, with no parameter that asks for a gradient."""
+    """Move the model to `device` in `dtype`, with its head in fp32. No parameter requires a gradient afterwards."""
     model.requires_grad_(False)
     model.to(device=device, dtype=dtype)
     for module in head:
@@ -368,7 +368,7 @@ def freeze(model: nn.Module, head: list[str], dtype: torch.dtype, device: torch.
 
 
 def _head_modules(model: nn.Module, info: dict[str, Any], name: str, output: str | None) -> list[str]:
-    """The module of the output layer, and those beside the encoder that the checkpoint has no weights for."""
+    """The output layer's module, and modules outside of the encoder without weights in the checkpoint."""
     children = dict(model.named_children())
     lacking = set(info["missing_keys"]) | {key for key, *_ in info.get("mismatched_keys", ())}
     fresh = {key.split(".")[0] for key in lacking}
@@ -385,7 +385,7 @@ def _head_modules(model: nn.Module, info: dict[str, Any], name: str, output: str
 
 
 def _keep_fp32(module: nn.Module) -> None:
-    """Hold a head in fp32 whatever dtype reaches it."""
+    """Keep a head in fp32 for inputs of any dtype."""
 
     def widen(_: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
         return tuple(a.float() if torch.is_tensor(a) and a.is_floating_point() else a for a in args)

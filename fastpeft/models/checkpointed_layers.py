@@ -1,4 +1,4 @@
-"""Layers that keep their input alone until the backward pass, which computes the rest again (arXiv:1604.06174)."""
+"""Gradient checkpointing: layers save only their input, and backward recomputes the rest (arXiv:1604.06174)."""
 
 from __future__ import annotations
 
@@ -12,22 +12,22 @@ from torch.utils.checkpoint import checkpoint
 
 
 def blocks_of(model: nn.Module) -> list[nn.Module]:
-    """The layers that the model repeats: of its lists of modules the one that holds the most parameters."""
+    """The repeated layers of the model: the module list with the most parameters."""
     lists = [module for module in model.modules() if isinstance(module, nn.ModuleList)]
     sizes = [sum(parameter.numel() for parameter in found.parameters()) for found in lists]
     return list(lists[sizes.index(max(sizes))]) if lists else []
 
 
 def checkpoint_layers(model: nn.Module) -> int:
-    """Have each of the model's blocks computed again in the backward pass, with the same random numbers. Returns how
-    many blocks there are: without any, nothing is changed.
+    """Recompute each of the model's blocks in the backward pass, with the same random numbers. Returns the number of
+    blocks; without any, nothing is changed.
 
-    Only while training. Losses and gradients stay what they are up to rounding: projections that are otherwise computed
-    in one go are computed one by one.
+    Applies in training mode only. Losses and gradients are equal up to rounding, because projections that are otherwise
+    computed jointly are computed one by one.
     """
     blocks = blocks_of(model)
     for block in blocks:
-        block.forward = _checkpointed(block, block.forward)  # on the instance: what wrapped it before stays inside
+        block.forward = _checkpointed(block, block.forward)  # on the instance, so that earlier wrappers stay inside
     return len(blocks)
 
 

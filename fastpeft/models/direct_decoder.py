@@ -1,8 +1,8 @@
-"""The decoder of families that are known, run directly: prompts once, then a token of each row at a time.
+"""Decoding for known model families without transformers' forward: prefill, then one token per row and step.
 
-transformers' forward makes masks, rotations and index tensors anew for every token, calls each small part of each
-layer from Python, and reads its static cache to the end. Here all of that is made once, and attention reads the columns
-that hold something. That the outcome is the model's own is tried: see fastpeft.tasks.causal_lm.decode_check.
+For every token transformers builds masks, rotations and index tensors, calls each small module of each layer from
+Python, and reads its whole static cache. Here these tensors are built once, and attention reads the columns in use.
+fastpeft.tasks.causal_lm.decode_check compares the results with the model's own.
 
 Shapes: B rows, T tokens of the longest prompt, C columns of the buffers, S of them in use, D hidden, H heads, K of them
 with keys and values, G = H / K, E width of a head, N layers, V vocabulary.
@@ -28,12 +28,13 @@ Joined = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
 _GEMMA = "gemma3_text"
 _FAMILIES = frozenset({_GEMMA, "llama", "mistral", "qwen2", "qwen3"})
-"""Of config.model_type."""
+"""Supported values of config.model_type."""
 _ROTATIONS = frozenset({"default", "linear", "llama3", "yarn"})
-"""Whose angles depend on the position alone."""
+"""Kinds of rotary embedding whose angles depend on the position only."""
 _ATTENTION, _HEAD_NORMS = {"q_proj", "k_proj", "v_proj", "o_proj"}, {"q_norm", "k_norm"}
 _SMALL = 4 << 20
-"""Bytes of weights: where they are more, one product costs no less than several, and a copy of them more memory."""
+"""Largest total size of weights that are joined, in bytes. Beyond it one product costs as much as several, and the copy
+takes memory."""
 _FEED_FORWARD = {"gate_proj", "up_proj", "down_proj", "act_fn"}
 _NORMS = ("input_layernorm", "post_attention_layernorm")
 _GEMMA_NORMS = (
@@ -45,7 +46,7 @@ _GEMMA_NORMS = (
 
 
 def direct_decoder(model: nn.Module) -> DirectDecoder | None:
-    """Of a bare causal LM; None for one that is not known in all its parts, or has hooks."""
+    """The direct decoder of a bare causal LM; None if any part of it is unknown or has hooks."""
     config = cast(Any, getattr(model, "config", None))
     if getattr(config, "model_type", None) not in _FAMILIES or any(map(_is_changed, model.modules())):
         return None
@@ -54,8 +55,8 @@ def direct_decoder(model: nn.Module) -> DirectDecoder | None:
 
 
 def _is_changed(module: nn.Module) -> bool:
-    """Calling it does more than its class's forward. Hooks by which projections are computed together do nothing
-    where their parent is not called."""
+    """Whether calling the module does more than its class's forward. Hooks of fused projections do not count, since
+    their parent is never called here."""
     hooks = *module._forward_pre_hooks.values(), *module._forward_hooks.values()
     return "forward" in module.__dict__ or any(not isinstance(getattr(h, "__self__", None), Siblings) for h in hooks)
 
@@ -75,11 +76,11 @@ def _is_known(decoder: Any, config: Any) -> bool:
 
 
 class _Norm:
-    """RMSNorm, sqrt(D) w x / sqrt(|x|^2 + eps D) (arXiv:1910.07467, eq. 4), in the passes over x that a CPU needs least
-    of; its product with the weight is rounded once."""
+    """RMSNorm, sqrt(D) w x / sqrt(|x|^2 + eps D) (arXiv:1910.07467, eq. 4), with the fewest passes over x on a CPU. Its
+    product with the weight is rounded once."""
 
     def __init__(self, weight: torch.Tensor, eps: float) -> None:
-        """`weight`: (..., D), D what is normed."""
+        """`weight`: (..., D); D is the normalised axis."""
         size = weight.shape[-1]
         self.weight, self.scaled = weight, weight.float() * math.sqrt(size)
         self._floor = torch.tensor(math.sqrt(eps * size), device=weight.device)
@@ -99,43 +100,43 @@ class _Norm:
 
 @dataclass(frozen=True)
 class _Layer:
-    """Its parts as functions of (rows, D)."""
+    """The parts of a layer as functions of (rows, D)."""
 
     project: Map
-    """Queries, keys and values side by side."""
+    """Concatenated queries, keys and values."""
     head_norm: _Norm | None
-    """Of queries and keys."""
+    """Norm of queries and keys."""
     attended: Joined
-    """(x, what attention has found) -> x and what comes of that."""
+    """(x, output of attention) -> x plus its output projection."""
     open: Map
-    """Gate and up projection side by side."""
+    """Concatenated gate and up projections."""
     act: Any
     close: Joined
     kind: str
-    """Of its rotation."""
+    """Kind of its rotary embedding."""
     window: int | None
-    """Of the tokens behind it, how many a token sees, itself counted; None: all."""
+    """Number of most recent tokens, itself included, that a token attends to; None: all."""
 
 
 Rotations = dict[str, tuple[torch.Tensor, torch.Tensor]]
-"""By the kind of layer, of each place (C x E): cosines; sines, those of the first half negative."""
+"""Kind of layer -> cosines and sines of each position, (C, E) each; the first half of the sines is negated."""
 
 
 class Columns:
-    """Keys and values of rows side by side. Column c holds the token at place c of a row's prompt, as far as it goes;
-    from the longest prompt on the new tokens, those of one step in one column."""
+    """The key-value cache. Column c holds token c of each row's prompt, if the prompt is that long. The columns after
+    the longest prompt hold new tokens, one column per step."""
 
     def __init__(self, kv: torch.Tensor, lengths: Sequence[int], rotations: Rotations, windows: set[int]) -> None:
         """
         Args:
             kv: (N, B, 2K, C, E).
-            windows: of layers in which a token may not see the whole row.
+            windows: sizes of the sliding windows of layers, where they are shorter than a row.
         """
         self.rotations = rotations
         self.num_read, self.seen = max(lengths), 0
         self.lengths_B = torch.tensor(lengths, device=kv.device)
         self.place_B = self.lengths_B
-        """Of the token that is read next."""
+        """Position of the next token of each row."""
         self._kv, self._windows = kv, windows
         column_C = torch.arange(kv.shape[3], device=kv.device)
         is_new_C = column_C >= self.num_read
@@ -145,13 +146,13 @@ class Columns:
         self.has_gaps = len(set(lengths)) > 1
 
     def by_layer(self, since: int) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
-        """Of each layer, all in use: keys and values, B x K x S x E each, and both of the columns from `since` on."""
+        """Per layer, the columns in use: keys and values, (B, K, S, E) each, and both from column `since` on."""
         used = self._kv[:, :, :, : self.seen]
         keys, values = used.chunk(2, dim=2)
         return zip(keys.unbind(0), values.unbind(0), used[:, :, :, since:].unbind(0))
 
     def biases(self) -> dict[int | None, torch.Tensor | None]:
-        """What is added to a token's scores, B x 1 x 1 x S, by the window; None: nothing."""
+        """Window -> bias on a token's scores, (B, 1, 1, S); None for no bias."""
         bias_BS = self._bias_BC[:, : self.seen]
         found: dict[int | None, torch.Tensor | None] = {None: bias_BS[:, None, None] if self.has_gaps else None}
         for window in self._windows:
@@ -161,7 +162,7 @@ class Columns:
         return found
 
     def keep(self, kept: list[int]) -> None:
-        """Row i is from now on what row kept[i] was. Rows that stay where they are, are not copied."""
+        """Move row kept[i] to row i. Rows that keep their index are not copied."""
         moved = [i for i, row in enumerate(kept) if row != i]
         to, rows = (torch.tensor(of, device=self._kv.device) for of in (moved, kept))
         if moved:
@@ -172,7 +173,7 @@ class Columns:
 
 
 class DirectDecoder:
-    """Takes the model's layers, norms and head as they are when it is made."""
+    """Decoder over the model's layers, norms and head, which are read at construction."""
 
     def __init__(self, model: nn.Module, decoder: Any, config: Any) -> None:
         self._embed, self._rotary = decoder.embed_tokens, decoder.rotary_emb
@@ -183,7 +184,7 @@ class DirectDecoder:
         self._width, self._scale = layers[0].self_attn.head_dim, layers[0].self_attn.scaling
 
     def columns(self, lengths: Sequence[int], most: int, longest: int = 0) -> Columns:
-        """For prompts of these lengths and `most` tokens behind each; `longest` is the most that is read of a row."""
+        """Cache for prompts of these lengths and `most` new tokens each. `longest`: largest width that `read` gets."""
         weight, num_columns = self._embed.weight, max(lengths) + most
         size = len(self._layers), len(lengths), 2 * self._num_keys, num_columns, self._width
         like, places = weight.new_empty(0), torch.arange(max(num_columns, longest), device=weight.device)
@@ -198,8 +199,9 @@ class DirectDecoder:
         return cos_1CE[0], signed_CE
 
     def read(self, ids_BT: torch.Tensor, places_M: torch.Tensor, columns: Columns, rows: slice) -> torch.Tensor:
-        """Some rows' prompts, padded on their right, and what follows them. Returns the hidden states (M x D) of some
-        of the tokens, flattened, as the head takes them; `columns` keep the prompts."""
+        """Read some rows' prompts and the tokens after them, padded on the right, and store the prompts in the cache.
+
+        Returns the hidden states (M, D), normalised for the head, of the flattened tokens `places_M`."""
         x, columns.seen = self._embed(ids_BT).flatten(0, 1), columns.num_read
         width = ids_BT.shape[1]
         kept = min(width, columns.num_read)
@@ -207,7 +209,7 @@ class DirectDecoder:
         for layer, (_, _, new) in zip(self._layers, columns.by_layer(0)):
             q, kv = (part.transpose(1, 2) for part in self._projected(layer, x, ids_BT.shape, *rotations[layer.kind]))
             new[rows, :, :kept] = kv[:, :, :kept]
-            new[rows, :, kept:] = 0.0  # a weight of 0 hides any number, and no NaN
+            new[rows, :, kept:] = 0.0  # an attention weight of 0 cancels any finite value, but not NaN
             keys, values = kv.chunk(2, dim=1)
             mask = _band(width, layer.window, ids_BT.device)
             y = scaled_dot_product_attention(
@@ -220,7 +222,7 @@ class DirectDecoder:
         return self._norm(x)
 
     def step(self, ids_B: torch.Tensor, columns: Columns) -> torch.Tensor:
-        """Logits (B x V) after a token of each row."""
+        """Logits (B, V) after one more token of each row."""
         column, columns.seen = columns.seen, columns.seen + 1
         num_rows, x = len(ids_B), self._embed(ids_B)
         biases, place_B = columns.biases(), columns.place_B
@@ -242,7 +244,7 @@ class DirectDecoder:
     def _projected(
         self, layer: _Layer, x: torch.Tensor, shape: torch.Size, cos: torch.Tensor, sin: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Queries, `shape` x H x E, and keys and values, `shape` x 2K x E; queries and keys are normed and rotated."""
+        """Queries, (*shape, H, E), and keys and values, (*shape, 2K, E); queries and keys are normed and rotated."""
         found = layer.project(x).view(*shape, -1, self._width)
         turned = found[..., : self._num_heads + self._num_keys, :]
         here = turned if layer.head_norm is None else layer.head_norm(turned)
@@ -275,8 +277,8 @@ def _head_norm(attention: Any, config: Any) -> _Norm:
 
 
 def _side_by_side(modules: list[Any], norm: _Norm) -> Map:
-    """x -> the outputs of several modules for the normed x. Where they are small it is one product, with the norm's
-    weight in it."""
+    """x -> the concatenated outputs of several modules for the normalised x. Small modules are joined to one product,
+    which includes the norm's weight."""
     is_small = all(is_bare(m, nn.Linear) for m in modules) and sum(m.weight.nbytes for m in modules) <= _SMALL
     if not is_small or modules[0].weight.dtype != torch.float32:
 
@@ -293,7 +295,7 @@ def _side_by_side(modules: list[Any], norm: _Norm) -> Map:
 
 
 def _added(module: Any, norm: _Norm | None) -> Joined:
-    """(x, y) -> x + module(y), the latter normed. x may be changed."""
+    """(x, y) -> x + norm(module(y)). May change x in place."""
     if norm is None and is_bare(module, nn.Linear) and module.bias is None:
         weight = module.weight.t()
         return lambda x, y: x.addmm_(y, weight)
@@ -301,14 +303,14 @@ def _added(module: Any, norm: _Norm | None) -> Joined:
 
 
 def _behind_attention(layer: _Layer, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-    """The rest of a layer, from what its attention has found."""
+    """The rest of a layer after attention, from attention's output y."""
     x = layer.attended(x, y)
     gate, up = layer.open(x).chunk(2, dim=-1)
     return layer.close(x, layer.act(gate).mul_(up))
 
 
 def _band(width: int, window: int | None, device: torch.device) -> torch.Tensor | None:
-    """(T, T) which tokens of a prompt see which, where a window hides some."""
+    """(T, T) mask of which prompt tokens attend to which; None if no window hides any."""
     if window is None or window >= width:
         return None
     places = torch.arange(width, device=device)

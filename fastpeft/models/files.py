@@ -1,4 +1,4 @@
-"""A hub model's files: which of them a run needs, whether the cache has them, and fetching them."""
+"""The files of a hub model: which ones a run needs, whether they are cached, and their download."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ _WEIGHTS = (
     ("model.safetensors", "model.safetensors.index.json"),
     ("pytorch_model.bin", "pytorch_model.bin.index.json"),
 )
-"""In one file, or the index of several. The first that is there is taken."""
+"""Weight files: a single file, or the index of several. The first that exists is used."""
 _ATTENTION = "attn_implementation"
 _SMALL = (".json", ".txt", ".model")
 _VOCABULARIES = ("tokenizer.json", "vocab.txt", "vocab.json")
 
 
 def cached_model(name: str, revision: str) -> Path | None:
-    """The snapshot in the hub's cache, if it holds all that a run needs."""
+    """The snapshot in the hub's cache if it holds all files that a run needs; else None."""
     commit = hub.cached_commit("model", name, revision)
     if commit is None:
         return None
@@ -31,10 +31,10 @@ def cached_model(name: str, revision: str) -> Path | None:
 
 
 def fetch_model(name: str, revision: str) -> Path:
-    """The snapshot in the hub's cache, downloaded if need be; the weights come last.
+    """The snapshot in the hub's cache, downloaded if needed, weights last.
 
     Raises:
-        UnavailableError: no such name, no access, no usable files, or a download that broke off.
+        UnavailableError: unknown name, no access, no usable files, or an interrupted download.
     """
     folder = cached_model(name, revision)
     if folder is not None:
@@ -44,18 +44,18 @@ def fetch_model(name: str, revision: str) -> Path:
     except hub.Unreachable as error:
         raise UnavailableError(str(error)) from None
     needed = _needed(name, there)
-    folder = hub.download("model", name, CONFIG, revision).parent  # the cache notes what `revision` means
+    folder = hub.download("model", name, CONFIG, revision).parent  # records the commit of `revision` in the cache
     for file in needed:
         hub.download("model", name, file, folder.name)
     return folder
 
 
 def refuse_hub_code(folder: Path, name: str) -> None:
-    """Refuse a config that names an attention of the hub, such as kernels-community/flash-attn: transformers fetches
-    and runs that repository's code where the package `kernels` is installed.
+    """Refuse a config with an attention implementation from the hub, such as kernels-community/flash-attn: transformers
+    would download and run that repository's code if the package `kernels` is installed.
 
     Raises:
-        UserError: the key and the repository.
+        UserError: the config has such a key; the message gives the key and the repository.
     """
     for key, value in _settings(read_json(folder / CONFIG) or {}):
         if key.endswith(_ATTENTION) and isinstance(value, str) and "/" in value:
@@ -66,8 +66,8 @@ def refuse_hub_code(folder: Path, name: str) -> None:
 
 
 def _settings(values: dict[str, Any], key: str = "") -> Iterator[tuple[str, Any]]:
-    """Every value that is no mapping, with its key at any depth. In a mapping of attentions the keys are the model's
-    parts, so that the mapping's own counts."""
+    """Every value that is not a mapping, at any depth, with its key. In a mapping of attention implementations the keys
+    are parts of the model, so that the mapping's own key is used."""
     for name, value in values.items():
         inner = key if key.endswith(_ATTENTION) else name
         if isinstance(value, dict):
@@ -77,7 +77,7 @@ def _settings(values: dict[str, Any], key: str = "") -> Iterator[tuple[str, Any]
 
 
 def _needed(name: str, there: tuple[str, ...]) -> list[str]:
-    """Files to download, weights last."""
+    """The files to download, weights last."""
     if CONFIG not in there:
         raise UnavailableError(f"model {name}: the repository has no {CONFIG}, so it is no model of transformers")
     small = [file for file in there if "/" not in file and file.endswith(_SMALL) and not file.endswith(".index.json")]

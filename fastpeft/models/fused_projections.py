@@ -1,9 +1,9 @@
-"""Projections that are given the very same x, such as query, key and value, are computed in one go.
+"""Joint computation of projections of the same input tensor, such as query, key and value.
 
-A model calls them one by one. While their parent is running, the first call computes those that follow as well, and
-they take their results. Which ones follow is learnt from earlier runs of the parent. A result is handed out once, only
-to the layer that it was computed for, only for the same tensor in the same version, with the same weights in the same
-versions, in the same gradient mode, within the same run of the parent; in any other case the layer computes its own.
+A model calls them one by one. During a forward pass of their parent, the first call computes the whole group, and the
+following calls return the stored results. The groups are learnt from earlier forward passes of the parent. A result is
+used once, only by the layer that it was computed for, only for the same tensor and weights in the same versions, in the
+same gradient mode, within the same forward pass of the parent. In any other case the layer computes its own.
 """
 
 from __future__ import annotations
@@ -20,26 +20,26 @@ from fastpeft.kernels import lora_linear_grouped
 from fastpeft.models.layers import Call, FusedLayer, RowMask, SvdLinear, is_fused
 
 _LESSONS = 3
-"""So many runs of the parent are looked at; one whose calls vary is left alone after that."""
+"""Forward passes observed before grouping is decided. A module whose call order varies is never grouped."""
 
 
 class _Result(NamedTuple):
-    """What waits for the layer that it was computed for."""
+    """A result stored for the layer that it was computed for."""
 
     name: str
     y: torch.Tensor
     basis: tuple
     kept: tuple
-    """The tensors of `basis`, alive, so that no other one can have the id of one of them."""
+    """The tensors of `basis`, kept alive so that their ids are not reused."""
 
 
 class _Run:
-    """One run of the parent."""
+    """One forward pass of the parent."""
 
     def __init__(self, parent: nn.Module) -> None:
         self.parent = parent
         self.calls: list[list[str]] = []
-        """The layers that were called, those in turn that were given the same x in a list of their own."""
+        """The called layers in order; consecutive layers with the same x form one list."""
         self.waiting: list[_Result] = []
         self._last_x: weakref.ref | None = None
 
@@ -50,7 +50,7 @@ class _Run:
         self.calls[-1].append(name)
 
     def take(self, name: str, x: torch.Tensor, call: Call) -> torch.Tensor | None:
-        """The next result, if it is what `call(x)` would be."""
+        """The next stored result if it equals `call(x)`; else None."""
         first = self.waiting[0]
         return self.waiting.pop(0).y if first.name == name and first.basis == _basis(x, call) else None
 
@@ -66,9 +66,9 @@ class Siblings:
         self.names = names
         self.lessons = 0
         self.groups: dict[int, list[str]] = {}
-        """Which x it is within a run of the parent, from 0: the layers that are called with it."""
+        """Index of an input within a forward pass of the parent, from 0 -> the layers called with it."""
         self.settled = False
-        """The groups stay what they are."""
+        """The groups are final."""
         self._now = _ThisThread()
 
     def __getstate__(self) -> dict[str, Any]:
@@ -98,7 +98,7 @@ class Siblings:
             self.groups = {i: names for i, names in together.items() if len(set(names)) == len(names)}
 
     def _forget(self, run: _Run) -> None:
-        """What was foreseen did not come."""
+        """Called when the expected calls did not follow."""
         run.waiting.clear()
         if not self.settled:
             self.groups = {}
@@ -127,7 +127,7 @@ class Siblings:
 
 
 def _compute_group(run: _Run, names: list[str], x: torch.Tensor, call: Call) -> torch.Tensor:
-    """y of the first of `names`; those of the others wait."""
+    """Compute all of `names`; returns y of the first and stores the others."""
     others = [run.parent._modules.get(name) for name in names[1:]]
     plain = [layer.plain_call(x) if is_fused(layer) else None for layer in others]
     calls = [call, *(c for c in plain if c is not None and c[-3:] == call[-3:] and _rows(c) is _rows(call))]
@@ -151,12 +151,12 @@ def _compute_group(run: _Run, names: list[str], x: torch.Tensor, call: Call) -> 
 
 
 def _rows(call: Call) -> RowMask | None:
-    """That the layer measures its gradient over."""
+    """The RowMask over which the layer measures its gradient."""
     return None if call.watch is None else call.watch.rows
 
 
 def _basis(x: torch.Tensor, call: Call) -> tuple:
-    """What `call(x)` depends on: the tensors and their versions, the numbers, the gradient mode."""
+    """Everything that `call(x)` depends on: tensors and their versions, numbers, gradient mode."""
     tensors = ((id(t), None if t.is_inference() else t._version) for t in (x, *_tensors(call)))
     return *tensors, *call[4:], torch.is_grad_enabled()
 
@@ -166,7 +166,7 @@ def _tensors(call: Call) -> list[torch.Tensor]:
 
 
 def _may_group(x: torch.Tensor, call: Call) -> bool:
-    """Not where a forward pass may be repeated otherwise than it was: checkpointing counts what is saved, and draws."""
+    """False where a forward pass may be recomputed: gradient checkpointing compares saved tensors and random draws."""
     if x.is_inference() or torch.is_inference_mode_enabled():
         return False
     try:
@@ -174,7 +174,7 @@ def _may_group(x: torch.Tensor, call: Call) -> bool:
         saves_elsewhere = autograd._top_saved_tensors_default_hooks(True) is not None
         in_backward = torch._C._current_graph_task_id() != -1
     except (AttributeError, TypeError):
-        return False  # another torch, which cannot be asked
+        return False  # this torch lacks the query
     return not saves_elsewhere and not (call.dropout and (in_backward or not torch.is_grad_enabled()))
 
 
@@ -182,7 +182,7 @@ def _may_group(x: torch.Tensor, call: Call) -> bool:
 
 
 def join(model: nn.Module) -> list[RemovableHandle]:
-    """Let the layers of each parent be computed together. Returns the parents' hooks; without them each is alone."""
+    """Enable joint computation of the layers of each parent. Returns the parents' hooks; removing them disables it."""
     hooks = []
     for parent in list(model.modules()):
         layers = {name: child for name, child in parent.named_children() if _can_join(child)}
@@ -197,7 +197,7 @@ def join(model: nn.Module) -> list[RemovableHandle]:
 
 
 def _can_join(layer: nn.Module) -> TypeGuard[FusedLayer]:
-    """SvdLinear makes its A anew at each call, so that no result would be known to be its own."""
+    """False for SvdLinear, which builds a new A in each call, so that a stored result could never be matched."""
     return is_fused(layer) and not isinstance(layer, SvdLinear)
 
 

@@ -1,4 +1,4 @@
-"""Put LoRA layers into a model through PEFT, so that saving, merging and loading stay PEFT's."""
+"""Insert LoRA layers into a model through PEFT, so that PEFT saves, merges and loads them."""
 
 from __future__ import annotations
 
@@ -27,13 +27,13 @@ class LowRankBlock:
     """One adapted matrix, W x + scale B A x."""
 
     name: str
-    """Module path in the bare model, such as bert.encoder.layer.0.attention.self.query."""
+    """Module path in the model without adapter, such as bert.encoder.layer.0.attention.self.query."""
     layer: int
     """Index of the transformer layer."""
     projection: str
-    """Last part of the name that tells projections apart, such as query or intermediate.dense."""
+    """End of the name that identifies the projection within a layer, such as query or intermediate.dense."""
     module: FusedLayer
-    """PEFT's own class where fused_class knows none."""
+    """The adapted layer; of PEFT's own class if fused_class has none for it."""
     kind: str = field(default="low_rank", init=False)
 
     @property
@@ -50,7 +50,7 @@ class LowRankBlock:
 
     @property
     def parameters(self) -> tuple[nn.Parameter, ...]:
-        """A and B, and behind them what a method has of its own."""
+        """A and B, followed by the method's other parameters."""
         return self.lora_a, self.lora_b
 
 
@@ -86,8 +86,8 @@ def inject_lora(
     `rank_stabilised`: scale by alpha / sqrt(rank) (Kalajdzievski, arXiv:2312.03732) instead of alpha / rank.
 
     Raises:
-        UserError: no linear layer matches; the message lists those that there are. A layer was asked for by name that
-            PEFT takes for something else.
+        UserError: no linear layer matches (the message lists the available ones), or PEFT cannot adapt a layer that was
+            given by name.
     """
     names = match_targets(backbone.model, backbone.head, config.target_modules)
     names = _adaptable(backbone, config.target_modules, names)
@@ -103,7 +103,7 @@ def inject_lora(
 def inject_adalora(
     backbone: Backbone, config: AdapterConfig, adalora: AdaLoraConfig
 ) -> tuple[peft.PeftModel, list[SvdBlock]]:
-    """The same with AdaLoRA's layers, at their initial rank, and PEFT's rank allocator in the model.
+    """As inject_lora, with AdaLoRA's layers at their initial rank and PEFT's rank allocator in the model.
 
     Raises:
         UserError: no linear layer matches.
@@ -128,9 +128,9 @@ def inject_adalora(
     for name in names:
         layer = _module(model, name)
         blocks.append(SvdBlock(name, _layer(name), projection_of(name), layer))
-        if type(layer) is PeftSvdLinear:  # over 4 bits it stays PEFT's
+        if type(layer) is PeftSvdLinear:  # a 4-bit layer keeps PEFT's class
             layer.__class__ = SvdLinear
-        layer.ranknum[ADAPTER_NAME].requires_grad_(False)  # PEFT forgets it where it turns 16 bits into 32
+        layer.ranknum[ADAPTER_NAME].requires_grad_(False)  # PEFT loses the flag when it casts to fp32
     return model, blocks
 
 
@@ -146,7 +146,7 @@ def _common(backbone: Backbone, config: AdapterConfig, names: list[str]) -> dict
 
 
 def in_order(settings: C) -> C:
-    """PEFT keeps the names of modules in a set, and writes them in its order, which is another one in each process."""
+    """Sort module names, because PEFT writes them in the order of a set, which differs between processes."""
     names = getattr(settings, "target_modules", None)
     if isinstance(names, set):
         vars(settings)["target_modules"] = sorted(names)
@@ -159,7 +159,7 @@ def _wrap(backbone: Backbone, settings: peft.PeftConfig) -> peft.PeftModel:
 
 
 def _join(model: nn.Module) -> None:
-    """Compute together the projections that share an input."""
+    """Group the projections that share an input, to compute them together."""
     tokens = torch.zeros(1, 4, dtype=torch.long, device=next(model.parameters()).device)
     with quiet_transformers():
         join_settled(model, input_ids=tokens, attention_mask=torch.ones_like(tokens))
@@ -170,11 +170,11 @@ def _module(model: peft.PeftModel, name: str) -> Any:
 
 
 def _adaptable(backbone: Backbone, wanted: str | list[str], names: list[str]) -> list[str]:
-    """Those of the layers that PEFT puts an adapter on, and on nothing in their place. The others are left out of what
-    is asked for as a kind, such as all-linear, and that is said.
+    """The layers that PEFT can adapt in place. Of layers selected by a keyword, such as all-linear, the others are left
+    out with a note.
 
     Raises:
-        UserError: one that was asked for by name; nothing is left.
+        UserError: a layer given by name cannot be adapted, or no layer remains.
     """
     faults = {name: fault for name in names if (fault := _why_not(backbone.model, name))}
     if not faults:
@@ -189,7 +189,7 @@ def _adaptable(backbone: Backbone, wanted: str | list[str], names: list[str]) ->
 
 
 def _why_not(model: nn.Module, name: str) -> str | None:
-    """What PEFT has against an adapter on this layer."""
+    """Why PEFT cannot adapt this layer; None if it can."""
     from peft.tuners.tuners_utils import _check_lora_target_modules_mamba
     from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
 
@@ -203,21 +203,21 @@ def _why_not(model: nn.Module, name: str) -> str | None:
         return "Mamba's kernels read the weights of such layers past an adapter"
     try:
         convert_peft_config_for_transformers(settings, model, None)
-    except ValueError:  # half of two that are fused
+    except ValueError:  # one half of a fused pair
         return _EXPERTS
     return _EXPERTS if settings.target_parameters else None
 
 
 @torch.no_grad()
 def _is_product(layer: nn.Module) -> bool:
-    """False for a router, which may be a Linear that chooses experts as well."""
+    """False for a router, which may be a Linear that also selects experts."""
     kind = type(layer)
     if kind.forward is nn.Linear.forward or kind.__module__.startswith("bitsandbytes"):
         return True
     weight = cast(nn.Linear, layer).weight
     try:
         found = layer(torch.zeros(1, weight.shape[1], dtype=weight.dtype, device=weight.device))
-    except Exception:  # it takes something else
+    except Exception:  # its input is not a tensor of features
         return False
     return torch.is_tensor(found) and found.shape == (1, weight.shape[0])
 
@@ -228,7 +228,7 @@ def _layer(name: str) -> int:
 
 
 def _shortest(names: list[str], model: nn.Module) -> list[str]:
-    """Name endings if they mean exactly `names`, as other tools read them; else the full names."""
+    """Name endings if they match exactly `names` under PEFT's rules; else the full names."""
     endings = sorted({name.rsplit(".", 1)[-1] for name in names})
     meant = {name for name, _ in model.named_modules() if name.rsplit(".", 1)[-1] in endings}
     return endings if meant == set(names) else names

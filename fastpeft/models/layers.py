@@ -1,7 +1,7 @@
-"""PEFT's adapter layers, computed by fastpeft.kernels where they are plain, and by PEFT where they are not.
+"""PEFT's adapter layers, computed by fastpeft.kernels in plain cases and by PEFT in all others.
 
-They differ from PEFT's own in `forward` alone, and hold nothing else. So a layer is changed into one of them, and back,
-by its __class__; saving, merging and loading stay PEFT's. Needs only torch, peft and the kernels.
+They differ from PEFT's classes in `forward` only and have no state of their own. A layer is therefore swapped, and
+swapped back, by its __class__; saving, merging and loading stay PEFT's. Needs only torch, peft and the kernels.
 """
 
 from __future__ import annotations
@@ -20,20 +20,20 @@ from fastpeft.kernels.ops.lora_linear.op import DTYPES, LARGEST_RANK
 
 
 class RowMask:
-    """Which rows of their input the layers that share it measure their gradients over."""
+    """The rows of the input over which layers measure their gradients. Shared by these layers."""
 
     def __init__(self) -> None:
         self.mask_T: torch.Tensor | None = None
-        """None: nothing is measured now."""
+        """(T,) bool; None: nothing is measured now."""
 
     def fits(self, x: torch.Tensor) -> bool:
-        """What has more than rows and tokens before its features holds no tokens, such as DeBERTa's table of positions,
-        which may have as many rows as there are tokens."""
+        """Whether x holds the mask's tokens. A tensor with more than two dimensions before its features does not, such
+        as DeBERTa's position table, which may have as many rows as there are tokens."""
         return self.mask_T is not None and x.ndim <= 3 and self.mask_T.numel() == x.shape[:-1].numel()
 
 
 class Watch:
-    """Has a layer measure ||dL/dB||^2 in backward: `measures.db_square_masked` over `rows`, `db_square` over all."""
+    """Makes a layer measure ||dL/dB||^2 in backward: `measures.db_square_masked` over `rows`, `db_square` over all."""
 
     def __init__(self, rows: RowMask) -> None:
         self.rows = rows
@@ -41,7 +41,7 @@ class Watch:
 
 
 class Call(NamedTuple):
-    """What lora_linear is given beside x."""
+    """The arguments of lora_linear besides x."""
 
     weight: torch.Tensor
     bias: torch.Tensor | None
@@ -51,7 +51,7 @@ class Call(NamedTuple):
     scale: float
     dropout: float
     x_dtype: torch.dtype
-    """What x and the bias are cast to."""
+    """Dtype that x and the bias are cast to."""
     y_dtype: torch.dtype
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
@@ -66,7 +66,7 @@ class Call(NamedTuple):
 
 
 class Together(Protocol):
-    """Computes the layers of one parent in one go where they are given the same x."""
+    """Computes the layers of one parent in one call if they have the same x."""
 
     settled: bool
 
@@ -74,13 +74,13 @@ class Together(Protocol):
 
 
 class FusedLayer(nn.Module):
-    """Goes before a layer class of PEFT's, which has what is only declared here."""
+    """Base class placed before a layer class of PEFT's, which provides the attributes declared here."""
 
     base_layer: Any
     """nn.Linear, or bitsandbytes' Linear4bit."""
     lora_A: Any
     lora_B: Any
-    """By adapter name: nn.Linear; of AdaLoRA's layers nn.Parameter."""
+    """By adapter name: nn.Linear, in AdaLoRA's layers nn.Parameter."""
     lora_dropout: nn.ModuleDict
     lora_variant: dict[str, Any]
     scaling: dict[str, float]
@@ -92,7 +92,7 @@ class FusedLayer(nn.Module):
     siblings: Together | None = None
     """The projections that may be computed together with this one."""
     probe: Any = None
-    """While calibrating: called as probe(x, weight, bias) in place of the layer."""
+    """During calibration: called as probe(x, weight, bias) instead of the layer."""
     watch: Watch | None = None
 
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
@@ -106,9 +106,10 @@ class FusedLayer(nn.Module):
         return self.siblings.compute(self, x, call)
 
     def plain_call(self, x: torch.Tensor) -> Call | None:
-        """None where PEFT's forward has to compute this; else it is the same up to rounding, and so are the gradients.
+        """The call that equals PEFT's forward and gradients up to rounding; None if PEFT's forward has to compute it.
 
-        What is asked here must not change between a forward pass and its repetition under gradient checkpointing.
+        The conditions tested here must not change between a forward pass and its recomputation under gradient
+        checkpointing.
         """
         name = active_adapter(self)
         if name is None or not (type(x) is torch.Tensor and x.dtype in DTYPES):
@@ -118,7 +119,7 @@ class FusedLayer(nn.Module):
         if factors is None or dropout is None:
             return None
         if weight.requires_grad or (bias is not None and bias.requires_grad):
-            return None  # lora_linear takes them for frozen
+            return None  # lora_linear assumes that they are frozen
         lora_a, lora_b, scale = factors
         if lora_a.shape[0] > LARGEST_RANK or not _PLAIN.issuperset((type(lora_a), type(lora_b))):
             return None
@@ -129,21 +130,21 @@ class FusedLayer(nn.Module):
         return None if dtypes is None else Call(weight, bias, lora_a, lora_b, watch, scale, dropout, *dtypes)
 
     def factors(self, name: str) -> tuple[torch.Tensor, torch.Tensor, float] | None:
-        """A, B and s, where the update is s B A x and no more."""
+        """A, B and s if the update is exactly s B A x; else None."""
         a, b = self.lora_A[name], self.lora_B[name]
         if not (is_bare(a, nn.Linear) and is_bare(b, nn.Linear)) or a.bias is not None or b.bias is not None:
             return None
         return None if name in self.lora_variant else (a.weight, b.weight, self.scaling[name])
 
     def _dtypes(self, x: torch.Tensor, lora_a: torch.Tensor, dropout: float) -> tuple[torch.dtype, torch.dtype] | None:
-        """Of x when it is computed with, and of y; None where the base layer is not plain."""
+        """Dtypes of x in the computation and of y; None if the base layer is not plain."""
         base = self.base_layer
         weight, bias = base.weight, base.bias
         if not is_bare(base, nn.Linear) or type(weight) not in _PLAIN:
             return None
         if _autocasts(x):
             if torch.float64 in (x.dtype, weight.dtype, lora_a.dtype):
-                return None  # autocast leaves these as they are
+                return None  # autocast does not cast these
             return x.dtype, torch.get_autocast_dtype(x.device.type)
         if x.dtype != weight.dtype or (bias is not None and bias.dtype != x.dtype):
             return None
@@ -162,12 +163,12 @@ class SvdLinear(FusedLayer, PeftSvdLinear):
 
 
 def svd_scale(layer: FusedLayer, name: str) -> float:
-    """What PEFT multiplies B diag(E) A by: `ranknum` stays the initial rank."""
+    """PEFT's factor on B diag(E) A; `ranknum` stays the initial rank."""
     return layer.scaling[name] / (layer.r[name] + 1e-5)
 
 
 class _Fused4bit(FusedLayer):
-    """Over a base in 4 bits, computed in the base's own compute dtype."""
+    """A LoRA layer over a 4-bit base, computed in the base's compute dtype."""
 
     def _dtypes(self, x: torch.Tensor, lora_a: torch.Tensor, dropout: float) -> tuple[torch.dtype, torch.dtype] | None:
         base, state = self.base_layer, getattr(self.base_layer.weight, "quant_state", None)
@@ -178,7 +179,7 @@ class _Fused4bit(FusedLayer):
         if tuple(state.shape) != (self.out_features, self.in_features) or x.dtype == torch.float64:
             return None
         if not torch.is_grad_enabled() and not dropout:
-            return None  # bitsandbytes has kernels that multiply without dequantising, but no gradient for them
+            return None  # bitsandbytes' kernels that multiply without dequantising have no gradient
         if not base.compute_type_is_set:
             base.set_compute_type(x)
             base.compute_type_is_set = True
@@ -190,7 +191,7 @@ class _Fused4bit(FusedLayer):
 
 
 def fused_class(layer: nn.Module) -> type[nn.Module] | None:
-    """The class that computes this layer by fastpeft.kernels; None where there is none."""
+    """The class that computes this layer by fastpeft.kernels; None if there is none."""
     if type(layer) is PeftLoraLinear:
         return LoraLinear
     bnb = sys.modules.get("peft.tuners.lora.bnb")  # loaded wherever a layer of it exists
@@ -208,7 +209,7 @@ def is_fused(layer: object) -> TypeGuard[FusedLayer]:
 
 
 def never_plain(layer: Any) -> str | None:
-    """Why a LoRA layer is PEFT's to compute, whichever adapter is active; None where fused_class can compute it."""
+    """Why PEFT has to compute a LoRA layer with any active adapter; None if the class of fused_class can."""
     kind, base = fused_class(layer), layer.base_layer
     if kind is None:
         return f"the layer is PEFT's {type(layer).__module__.removeprefix('peft.tuners.')}.{type(layer).__name__}"
@@ -234,12 +235,12 @@ def _never_plain_adapter(layer: Any, name: str) -> str | None:
 
 _Module = TypeVar("_Module", bound=nn.Module)
 _PLAIN = {nn.Parameter, torch.Tensor}
-# A torch that cannot be asked refuses lora_linear under vmap and the like with a message of its own.
+# Without this function torch itself refuses lora_linear under vmap and other transforms.
 _transforms_active = getattr(torch._C, "_are_functorch_transforms_active", lambda: False)
 
 
 def is_bare(module: nn.Module, kind: type[_Module]) -> TypeGuard[_Module]:
-    """Exactly of this class, and calling it does no more than the class's forward."""
+    """Whether the module is exactly of this class, and calling it runs only the class's forward."""
     return type(module) is kind and not has_hooks(module)
 
 
@@ -249,7 +250,7 @@ def has_hooks(module: nn.Module) -> bool:
         or module._forward_hooks
         or module._backward_hooks
         or module._backward_pre_hooks
-        or "forward" in module.__dict__  # as offloading puts it there
+        or "forward" in module.__dict__  # set by offloading
     )
 
 
@@ -259,7 +260,7 @@ def _autocasts(x: torch.Tensor) -> bool:
 
 
 def active_adapter(layer: Any) -> str | None:
-    """The one adapter that is added to the base layer's output; None where it is not exactly one."""
+    """The adapter that is added to the base layer's output; None unless there is exactly one."""
     if layer.disable_adapters or layer.merged:
         return None
     names = [name for name in layer.active_adapters if name in layer.lora_A]
@@ -267,7 +268,7 @@ def active_adapter(layer: Any) -> str | None:
 
 
 def _dropout(module: nn.Module) -> float | None:
-    """Probability that an element is dropped now; None for anything but nn.Dropout."""
+    """Probability that an element is dropped in the current mode; None for modules other than nn.Dropout."""
     if is_bare(module, nn.Identity):
         return 0.0
     if not is_bare(module, nn.Dropout) or module.inplace or module.p >= 1:

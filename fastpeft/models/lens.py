@@ -1,5 +1,5 @@
 """A logit lens on the first adapted layer (nostalgebraist 2020; Belrose et al., arXiv:2303.08112): its hidden states,
-as the model's own head takes them.
+read by the model's own head.
 
 Shapes: N rows, L tokens of a row, D hidden, C classes.
 """
@@ -21,14 +21,14 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 MOST_ROWS = 256
-"""Of a classifier's rows in a micro-batch, at most so many are read."""
+"""Largest number of a classifier's rows that are read per micro-batch."""
 
 
 class FirstLayer:
-    """The first layer of a causal LM or a classifier with a LoRA factor in it, else the first of all.
+    """The first layer with a LoRA factor in a causal LM or classifier; without any, the first layer.
 
     Raises:
-        UserError: a model that is no list of layers with a norm and a head, or with a classifier, behind it.
+        UserError: the model is not a list of layers followed by a norm and a head, or by a classifier.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -47,7 +47,7 @@ class FirstLayer:
 
     @contextmanager
     def watching(self) -> Iterator[None]:
-        """Around a forward pass: keeps what the layer gives, detached."""
+        """Context of a forward pass, in which the layer's output is kept, detached."""
         self._hidden_NLD = None
 
         def keep(module: nn.Module, args: Any, output: Any) -> None:
@@ -105,7 +105,7 @@ class FirstLayer:
 
 
 def _norm(model: PreTrainedModel) -> nn.Module | None:
-    """The norm before a causal LM's head."""
+    """The norm before the head of a causal LM."""
     if output_embeddings(model) is None:
         return None
     norms = [child for child in decoder_of(model).children() if "norm" in type(child).__name__.lower()]
@@ -113,9 +113,9 @@ def _norm(model: PreTrainedModel) -> nn.Module | None:
 
 
 def _class_head(model: PreTrainedModel) -> list[nn.Module]:
-    """What a classifier's last hidden states go through; nothing where that is not known."""
+    """The modules applied to a classifier's last hidden states; empty if they are unknown."""
     classifier: nn.Module | None = getattr(model, "classifier", None)
-    own = getattr(classifier, "original_module", classifier)  # PEFT wraps a head that is trained
+    own = getattr(classifier, "original_module", classifier)  # PEFT wraps a trained head
     if (
         classifier is not None
         and isinstance(own, nn.Linear)
@@ -129,5 +129,5 @@ def _class_head(model: PreTrainedModel) -> list[nn.Module]:
 
 
 def _pooler(model: PreTrainedModel) -> nn.Module | None:
-    """Of DeBERTa the classifier's, of BERT the encoder's; RoBERTa's and DistilBERT's heads do without."""
+    """The classifier's pooler in DeBERTa, the encoder's in BERT; RoBERTa's and DistilBERT's heads have none."""
     return getattr(model, "pooler", None) or getattr(model.base_model, "pooler", None)

@@ -1,4 +1,4 @@
-"""A causal language model taken apart at its head: hidden states before it, and the linear map that it is."""
+"""A causal language model split at its head: the hidden states before it, and the head as a linear map."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ _BEYOND_LINEAR = {
     "logit_scale": 1.0,
     "lm_head_multiplier": 1.0,
 }
-"""Fields of a model's config that make its logits more than W h + b -> the value that does nothing."""
+"""Config fields by which logits are not W h + b -> the value that has no effect."""
 
 _PROBE_LENGTH = 6
 _PROBE_LOGIT = 1e3
-"""The largest logit while a head is tried: far beyond what soft capping lets through."""
+"""Largest logit in the test of a head, far above any soft cap."""
 
 
 def hidden_states(
@@ -38,26 +38,26 @@ def hidden_states(
     position_ids: torch.Tensor | None = None,
     sequences: Sequences | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-    """What a causal LM's logits are made of, without making them: logits = hidden weight^T + bias.
+    """The factors of a causal LM's logits, without the logits: logits = hidden weight^T + bias.
 
-    Goes through the adapter's layers and carries gradients. Rows are padded on their right and need no mask: a causal
-    model sees nothing of what follows, so that hidden states at real positions are the same, and attention may take
-    its fast path.
+    The forward pass includes the adapter and is differentiable. Rows are padded on the right and need no mask: causal
+    attention never reads later tokens, so that padding does not change the hidden states of real tokens, and attention
+    can use its fast path.
 
     Args:
         model: a causal LM that load_causal_lm has accepted, bare or in a PeftModel.
-        input_ids: B x T.
-        rows: L, int64, of the B * T tokens: only these are asked for, and where the last layer can leave out the
-            others, it does.
-        position_ids: B x T, of rows that hold several texts, each counted from 0; models that take such positions for
-            what they are keep the texts apart.
-        sequences: of 1 x T tokens without padding, for a model that takes them (models.varlen).
+        input_ids: (B, T).
+        rows: (L,), int64, indices into the B * T tokens. Only these are returned. The last layer skips the other tokens
+            if it can.
+        position_ids: (B, T), for rows that hold several texts, with positions from 0 in each text. Models that detect
+            packed texts by such positions keep them apart.
+        sequences: offsets of packed rows in (1, T) tokens, for a model patched by models.varlen.
 
     Returns:
-        hidden: B x T x D, or L x D with `rows`; normalised, as the head takes them.
-        weight: V x D, the head's; with tied embeddings it is the embedding's. Where it requires a gradient the head is
+        hidden: (B, T, D), or (L, D) with `rows`; normalised for the head.
+        weight: (V, D), the head's weight; with tied embeddings the embedding's. If it requires a gradient the head is
             trained, and linear_cross_entropy refuses it: use logits_cross_entropy.
-        bias: V, or None.
+        bias: (V,), or None.
     """
     bare = bare_model(model)
     head = bare.get_output_embeddings()
@@ -74,29 +74,29 @@ def hidden_states(
 
 
 def bare_model(model: nn.Module) -> PreTrainedModel:
-    """The transformers model in a PeftModel, its adapted layers included; any other model as it is."""
+    """The transformers model inside a PeftModel, with its adapted layers; any other model unchanged."""
     if hasattr(model, "peft_config") and hasattr(model, "get_base_model"):
         return cast(Any, model).get_base_model()
     return cast("PreTrainedModel", model)
 
 
 def decoder_of(model: PreTrainedModel) -> Any:
-    """What stands before the head. Of Llama4ForCausalLM transformers names the model itself, up to 5.24 at least."""
+    """The model without its head. For Llama4ForCausalLM transformers returns the whole model, at least up to 5.24."""
     decoder = model.get_decoder()
     return getattr(model, "model", decoder) if decoder is model else decoder
 
 
 def output_embeddings(model: nn.Module) -> nn.Module | None:
-    """The head of a language model; None where there is none."""
+    """The head of a language model; None for other models."""
     return cast(Any, model).get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
 
 
 @contextmanager
 def fewer_logits(model: nn.Module, most: int = 4096) -> Iterator[None]:
-    """Logits of `most` tokens or somewhat fewer, evenly spaced: comparing two passes needs no more.
+    """Context in which the head returns logits of at most `most` evenly spaced tokens, enough to compare two passes.
 
-    Of a small model the head is most of a short pass: 671 of 1,072 MB of weights in Gemma 3 270M. A head that is more
-    than nn.Linear stays whole.
+    In a small model the head dominates a short forward pass: it has 671 of 1,072 MB of weights in Gemma 3 270M. A head
+    that is not a plain nn.Linear is not changed.
     """
     head = output_embeddings(bare_model(model))
     if head is None or not is_bare(head, nn.Linear) or len(head.weight) <= most:
@@ -113,11 +113,11 @@ def fewer_logits(model: nn.Module, most: int = 4096) -> Iterator[None]:
 
 @torch.no_grad()
 def check_causal_lm(model: PreTrainedModel, name: str) -> None:
-    """That hidden_states says what the model says, and that the model is causal, tried on a few tokens.
+    """Check on a few tokens that hidden_states reproduces the model's logits, and that the model is causal.
 
     Raises:
-        UserError: logits that are more than a linear map of the hidden states.
-        UnavailableError: a model whose tokens see those that follow.
+        UserError: the logits are not a linear map of the hidden states.
+        UnavailableError: tokens attend to later tokens.
     """
     kind = type(model).__name__
     settings = model.config.get_text_config(decoder=True)
@@ -132,7 +132,7 @@ def check_causal_lm(model: PreTrainedModel, name: str) -> None:
     ids_BT[1, :-1] = ids_BT[0, :-1]
     try:
         hidden_BTD, weight_VD, bias_V = hidden_states(model, ids_BT)
-    except Exception as error:  # get_decoder() is a best effort of transformers
+    except Exception as error:  # transformers gives no guarantee for get_decoder()
         reason = f"its decoder cannot be run by itself ({type(error).__name__}: {first_line(error)})"
         raise UserError(_not_linear(name, kind, reason)) from error
     if hidden_BTD.shape[-1] != weight_VD.shape[-1]:

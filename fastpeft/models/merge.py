@@ -1,4 +1,4 @@
-"""Adapted layers computed as the one matrix W + s B A for a while, as in decoding, and then exactly as they were.
+"""Temporary merge of adapted layers into W + s B A, as for decoding, which is undone exactly.
 
 Shapes: O out, I in, R rank.
 """
@@ -24,27 +24,27 @@ from fastpeft.models.sharded_base import is_sharded
 
 _HOST = torch.device("cpu")
 _SHARE_OF_FREE = 0.5
-"""Of the memory that is free, for copies of weights; the rest is for the cache and the activations."""
+"""Share of the free memory for copies of weights; the rest is left for the cache and the activations."""
 
 
 @dataclass
 class Merged:
-    """What `merged` has done."""
+    """Which layers `merged` has merged."""
 
     num_merged: int = 0
     num_on_host: int = 0
-    """Of these, layers that are merged in place, their own weight waiting in CPU memory."""
+    """Number of merged layers that were overwritten in place, with their own weight saved in CPU memory."""
     kept: dict[str, str] = field(default_factory=dict)
-    """LoRA layers that are computed as ever: name and reason."""
+    """LoRA layers that were not merged: name and reason."""
 
 
 @contextmanager
 def merged(model: nn.Module) -> Iterator[Merged]:
-    """Within the `with` block each LoRA layer over a dense weight is an nn.Linear of W + s B A.
+    """Context in which each LoRA layer over a dense weight is an nn.Linear of W + s B A.
 
-    The sum is formed in fp32 and rounded once to W's dtype. The adapted layers, W and the factors are not touched: the
-    block's end, or an exception in it, puts the same modules back. Only where the device has no room for second
-    weights is W overwritten, after it was copied to CPU memory, and copied back at the end, bit for bit.
+    The sum is computed in fp32 and rounded once to W's dtype. The adapted layers, W and the factors are not changed:
+    the same modules return at the end of the block or on an exception. Only if the device has no memory for a second
+    weight, W is copied to CPU memory, overwritten, and copied back at the end, bit for bit.
 
     Layers over a base of 4 bits, or over one that is shared out over ranks, disabled or already merged ones, those of
     several active adapters, of a LoRA variant or with hooks are left as they are, and so are those that there is no
@@ -83,13 +83,13 @@ def merged(model: nn.Module) -> Iterator[Merged]:
 
 
 class _Memory:
-    """What copies of weights may take of each device."""
+    """The memory left for copies of weights on each device."""
 
     def __init__(self) -> None:
         self._left: dict[torch.device, float] = {}
 
     def fits(self, weight: torch.Tensor, device: torch.device) -> bool:
-        """Whether a copy of `weight` may be made there; then it is counted."""
+        """Whether a copy of `weight` fits on the device; if so, it is counted."""
         left = self._left.setdefault(device, _SHARE_OF_FREE * free_bytes(device))
         size = weight.numel() * weight.element_size()
         if size > left:
@@ -99,7 +99,7 @@ class _Memory:
 
 
 def free_bytes(device: torch.device) -> int:
-    """That this process may still allocate."""
+    """Bytes that this process can still allocate."""
     if device.type != "cuda":
         return psutil.virtual_memory().available
     reserved = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
@@ -108,7 +108,7 @@ def free_bytes(device: torch.device) -> int:
 
 @torch.no_grad()
 def _merge(base: nn.Linear, factors: tuple[torch.Tensor, torch.Tensor, float], undo: ExitStack | None) -> nn.Linear:
-    """A layer of the merged weight. With `undo`, which is told how to restore it, that is in the place of `base`'s."""
+    """A layer with the merged weight. With `undo` it overwrites `base`'s weight, and registers how to restore it."""
     lora_a, lora_b, scale = factors
     weight = base.weight.data
     wide = torch.promote_types(weight.dtype, torch.float32)

@@ -13,7 +13,8 @@ from fastpeft.errors import UserError
 
 
 def nf4_arguments(dtype: torch.dtype, device: torch.device) -> dict[str, Any]:
-    """Of from_pretrained: 4 bits with quantised constants, computing in `dtype`. UserError without bitsandbytes."""
+    """Arguments of from_pretrained for NF4 with double quantisation, computed in `dtype`. UserError without
+    bitsandbytes."""
     import transformers
 
     if find_spec("bitsandbytes") is None:
@@ -28,7 +29,8 @@ def nf4_arguments(dtype: torch.dtype, device: torch.device) -> dict[str, Any]:
 
 
 def never_repack(model: nn.Module) -> None:
-    """Some CPUs repack 4-bit weights at the first evaluation, and those compute in bf16 and pass no gradient."""
+    """Disable the repacking of 4-bit weights at the first evaluation on some CPUs: repacked weights compute in bf16 and
+    pass no gradient."""
     for module in cast("Iterator[Any]", model.modules()):
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False

@@ -1,7 +1,7 @@
-"""transformers asks the device in each pass of a decoder whether its rows hold several texts: positions tell.
+"""Skips transformers' check, in each forward pass of a decoder, whether rows hold several packed texts.
 
-Where it made the positions itself they hold one each. The question costs a wait for the device, and a captured pass
-cannot ask it: transformers then builds a mask where torch's attention needs none.
+The check reads the positions. If transformers made them itself, each row holds one text. The check synchronizes with
+the device, and cannot run in a captured step: transformers then builds a mask although torch's attention needs none.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ _ASKS = "find_packed_sequence_indices"
 
 @contextmanager
 def one_text_a_row() -> Iterator[None]:
-    """Within, in this thread, nothing is asked. For decoders that are given no positions."""
+    """Context, for this thread, without the check. For decoders called without positions."""
     _watch()
     _here.known = True
     try:
@@ -27,7 +27,7 @@ def one_text_a_row() -> Iterator[None]:
 
 
 def _watch() -> None:
-    """A transformers that asks otherwise is left alone: it waits."""
+    """Wrap the check. A transformers version with another check is unchanged and synchronizes."""
     from transformers import masking_utils
 
     asks: Any = getattr(masking_utils, _ASKS, None)

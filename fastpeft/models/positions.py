@@ -1,7 +1,7 @@
-"""How long a row a model takes, told by what it looks up and not by its name.
+"""The longest sequence that a model supports, found from its embedding lookups.
 
-Families number positions in their own ways: BERT from 0, RoBERTa and MPNet from behind the padding token's number,
-OPT and BART from 2. What a config says of the table does not tell how many rows of it are for positions.
+Families number positions differently: BERT from 0, RoBERTa and MPNet from after the padding token's id, OPT and BART
+from 2. The table's size in the config does not tell how many of its rows are usable positions.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ _PROBE_LENGTH = 6
 
 
 class _Lookups(TorchDispatchMode):
-    """Notes (rows of the table, indices) of each embedding lookup."""
+    """Records (rows of the table, indices) of each embedding lookup."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -32,22 +32,22 @@ class _Lookups(TorchDispatchMode):
 
 @torch.no_grad()
 def position_limit(settings: Any, token: int, device: torch.device, run: Callable[[torch.Tensor], Any]) -> int | None:
-    """The longest row that a model takes; None if nothing bounds it.
+    """The longest sequence that a model supports, in tokens; None if unbounded.
 
-    The model reads one token several times over: a table that is asked for numbers that rise by 1 holds positions, and
-    has as many as stand behind the first of them. A model without such a table has its config's
-    max_position_embeddings, the length that it was trained at, where that is positive.
+    The model reads one token repeated several times. A table looked up with consecutive indices holds positions, as
+    many as it has rows from the first index on. Without such a table the limit is the config's max_position_embeddings,
+    the length in pretraining, if it is positive.
 
     Args:
         settings: the model's config.
-        token: any number that is no padding token's.
-        run: the model, of 1 x L token numbers. Where it raises, the config decides.
+        token: id of any token other than padding.
+        run: runs the model on (1, L) token ids. If it raises, the config decides.
     """
     ids_1L = torch.full((1, _PROBE_LENGTH), token, dtype=torch.int64, device=device)
     try:
         with _Lookups() as lookups:
             run(ids_1L)
-    except Exception:  # whatever it is, the check of the rows meets it again and names it
+    except Exception:  # whatever the error, the check of the rows reports it
         return _from_config(settings)
     limits = []
     for num_rows, indices in lookups.found:

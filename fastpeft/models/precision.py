@@ -1,7 +1,7 @@
-"""What a run computes in: as asked, or for `auto` what is faster on this processor, measured and not looked up.
+"""Compute dtype of a run: as requested, or for `auto` the faster one on this processor by measurement.
 
-A processor that lacks a data type still computes in it, through conversions: bf16 takes 15 times as long as fp32 on
-an x86 without AVX-512 (measured). What a processor says it has is no better guide, for the library has to use it.
+A processor without support for a dtype emulates it by conversions: bf16 takes 15 times as long as fp32 on an x86
+without AVX-512 (measured). Reported processor features do not help, because the math library has to use them too.
 """
 
 from __future__ import annotations
@@ -15,32 +15,32 @@ import torch
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 MARGIN = 1.1
-"""Less than this factor apart, two times may be noise: fp32 stays, and nobody is warned."""
+"""Times that differ by less than this factor may be noise: fp32 is kept, and no warning is given."""
 MEASURE_S = 0.2
 _ROWS = 64
 _LARGEST = (1024, 4096)
-"""What a larger product would add is time, and nothing about the ratio."""
+"""Size limit of the measured product: a larger one takes longer and has the same ratio."""
 
 Shape = tuple[int, int]
-"""Inputs and outputs of a linear layer of the model."""
+"""(in, out) of a linear layer of the model."""
 
 
 @dataclass(frozen=True)
 class Precision:
-    """Of frozen weights and activations."""
+    """Compute dtype of frozen weights and activations."""
 
     dtype: torch.dtype
     note: str = ""
-    """What was chosen and why, where it was chosen here."""
+    """The choice and its reason, if `auto` made it."""
     warning: str = ""
-    """What was asked for is slower than fp32."""
+    """Warning that the requested precision is slower than fp32."""
     ratio: float | None = None
-    """Time of a product in the narrower type over its time in fp32; None where nothing was measured."""
+    """Time of a product in the narrower dtype divided by its time in fp32; None if not measured."""
 
 
 def choose_precision(asked: str, device: torch.device, shape_of: Callable[[], Shape]) -> Precision:
-    """The precision that `training.precision` means on `device`, for a model whose linear layers have this shape. It is
-    asked for only where it is to be measured."""
+    """The precision that `training.precision` selects on `device`. `shape_of`, which returns the shape of the model's
+    linear layers, is called only if a measurement is needed."""
     if asked == "fp32":
         return Precision(torch.float32)
     if asked == "auto" and device.type == "cuda":
@@ -63,15 +63,15 @@ def choose_precision(asked: str, device: torch.device, shape_of: Callable[[], Sh
 
 
 def name_of(dtype: torch.dtype) -> str:
-    """As training.precision has it."""
+    """The dtype's name in training.precision."""
     return next(name for name, known in DTYPES.items() if known == dtype)
 
 
 def slowdown(dtype: torch.dtype, device: torch.device, shape: Shape) -> float:
-    """Time of a linear layer's products in `dtype` over their time in fp32.
+    """Time of a linear layer's products in `dtype` divided by their time in fp32.
 
-    The best of several, taken in turns, so that what else the machine does meets both. It takes MEASURE_S, or two of
-    each where one takes longer.
+    The best of several alternating measurements, so that other load on the machine affects both dtypes. It takes
+    MEASURE_S, or two measurements each if one takes longer.
     """
     timers = [_times(kind, device, shape) for kind in (torch.float32, dtype)]
     best = [math.inf, math.inf]
@@ -88,7 +88,7 @@ def _at_most(shape: Shape) -> Shape:
 
 @torch.inference_mode()
 def _times(dtype: torch.dtype, device: torch.device, shape: Shape) -> Iterator[float]:
-    """Seconds of the two products that a frozen layer takes in a step, its outputs and its inputs' gradient."""
+    """Seconds of the two products of a frozen layer in a step: its output and the gradient of its input."""
     num_in, num_out = shape
     x_NI, weight_OI = (torch.full((rows, num_in), 2**-6, dtype=dtype, device=device) for rows in (_ROWS, num_out))
     while True:

@@ -1,4 +1,4 @@
-"""The frozen layers below the first adapter, left out of a forward pass where their result is known.
+"""Skips the frozen layers below the first adapted layer in a forward pass if their output is known.
 
 Shapes: N rows of L tokens, D hidden.
 """
@@ -20,14 +20,14 @@ _CLOSE = 1e-3
 
 
 class FrozenPrefix:
-    """Of an adapted model: what its layers below the first adapted one make of a batch, taken or given.
+    """Computes, or replaces, the output of the layers below the first adapted layer of a model.
 
     Raises:
-        UserError: no layer is below the first adapted one, or the model hands more than hidden states upwards.
+        UserError: no layer is below the first adapted one, or its layers pass on more than hidden states.
     """
 
     def __init__(self, model: nn.Module, adapted: list[str]) -> None:
-        """`adapted`: names of the adapted matrices in the bare model."""
+        """`adapted`: names of the adapted matrices in the model without adapter."""
         self.model = model
         self._layers, self.num_layers = _below(bare_model(model), adapted)
         self.dtype = next(self._layers[self.num_layers].parameters()).dtype
@@ -40,7 +40,7 @@ class FrozenPrefix:
 
     @torch.no_grad()
     def take(self, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
-        """N x L x D: what the first adapted layer is given, without dropout. Nothing above it is computed."""
+        """(N, L, D), the input of the first adapted layer, without dropout. The layers above are not computed."""
         training = self.model.training
         self.model.eval()
         self._is_taking = True
@@ -57,7 +57,7 @@ class FrozenPrefix:
 
     @contextmanager
     def given(self, hidden_NLD: torch.Tensor) -> Iterator[None]:
-        """Within, the layers below the first adapted one are not computed: it is given this."""
+        """Context in which the first adapted layer reads `hidden_NLD`, and the layers below it are skipped."""
         self._given_NLD = hidden_NLD
         try:
             yield
@@ -66,7 +66,7 @@ class FrozenPrefix:
 
     @torch.no_grad()
     def check(self, inputs: dict[str, torch.Tensor]) -> None:
-        """That a batch's outputs are the same either way, without dropout."""
+        """Check that a batch's outputs are the same with and without the skipped layers, without dropout."""
         training = self.model.training
         self.model.eval()
         try:
@@ -82,7 +82,7 @@ class FrozenPrefix:
             )
 
     def _enter(self, layer: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]] | None:
-        """Before the first adapted layer."""
+        """Hook before the first adapted layer."""
         if self._is_taking:
             self._taken_NLD = args[0] if args else kwargs["hidden_states"]
             raise _Taken
@@ -92,11 +92,11 @@ class FrozenPrefix:
 
 
 class _Taken(Exception):
-    """Ends a forward pass of which no more is wanted."""
+    """Ends a forward pass early."""
 
 
 class _Left(nn.Module):
-    """A layer that is passed by while its result is given."""
+    """A layer that is skipped while its output is given."""
 
     prefix: FrozenPrefix
     _gives_tuple: bool | None = None
@@ -111,7 +111,7 @@ class _Left(nn.Module):
 
 
 def _below(model: nn.Module, adapted: list[str]) -> tuple[nn.ModuleList, int]:
-    """The list of layers that holds the adapted ones, and how many are below the first of these."""
+    """The module list with the adapted layers, and the number of layers below the first adapted one."""
     for path, layers in model.named_modules():
         numbers = [
             int(found.group(1)) for name in adapted if (found := BLOCK.match(name.removeprefix(path))) is not None

@@ -1,8 +1,8 @@
-"""Whether a checkpoint's head answers what the task asks: told by the names of its labels, never by their places.
+"""Whether a checkpoint's head fits the task, decided by the names of its labels, never by their order.
 
-A count that agrees is no evidence: a checkpoint of two classes fits every task of two. Names that say nothing, LABEL_0
-or a bare number, match nothing either. What is judged is the output layer, which has a row for each label; layers of
-the head before it are features, and are kept.
+An equal number of labels is no evidence: a checkpoint with two classes would fit every task with two. Generic names
+such as LABEL_0 or a bare number never match. Only the output layer, which has a row per label, is judged; the layers of
+the head before it compute features and are kept.
 """
 
 from __future__ import annotations
@@ -16,22 +16,22 @@ from torch import nn
 
 _SAYS_NOTHING = re.compile(r"(?:LABEL_)?-?\d+", re.IGNORECASE)
 _NUM_NAMED = 6
-"""Of labels in a message."""
+"""Largest number of labels listed in a message."""
 
 
 def fit_head(
     model: nn.Module, stored: Any, settings: Mapping[str, Any], info: Mapping[str, Any]
 ) -> tuple[str | None, bool, tuple[str, ...]]:
-    """Bring a pretrained output layer's rows into the task's order, or draw the layer anew from torch's RNG.
+    """Permute the rows of a pretrained output layer to the task's order, or draw the layer from torch's RNG.
 
     Args:
         stored: the checkpoint's own config.
-        settings: of the task: num_labels; id2label where its labels have names, else problem_type regression.
-        info: transformers' loading info. What it tells of as missing or mismatched has been drawn already.
+        settings: the task's config values: num_labels; id2label if its labels have names, else problem_type regression.
+        info: transformers' loading info. Weights that it reports as missing or mismatched are already drawn.
 
     Returns:
-        The layer's name, None where there is none; whether it is the checkpoint's own; and what the user should know:
-        nothing of a checkpoint without a head.
+        The layer's name, or None without such a layer; whether its weights are the checkpoint's; messages for the user,
+        empty for a checkpoint without a head.
     """
     name = _output_layer(model, settings["num_labels"])
     if name is None:
@@ -52,7 +52,7 @@ def fit_head(
 
 
 def _output_layer(model: nn.Module, num_outputs: int) -> str | None:
-    """The last linear layer outside of the encoder that has so many outputs."""
+    """The last linear layer outside of the encoder with `num_outputs` outputs."""
     encoder = f"{getattr(model, 'base_model_prefix', '')}."
     names = [
         name
@@ -63,7 +63,7 @@ def _output_layer(model: nn.Module, num_outputs: int) -> str | None:
 
 
 def _keep(layer: nn.Linear, stored: Any, settings: Mapping[str, Any]) -> str:
-    """Put the rows into the task's order. Says what was done."""
+    """Permute the rows to the task's order; returns a message on it."""
     labels: Mapping[int, str] | None = settings.get("id2label")
     if labels is None:
         return "it tells a score, as the task does"
@@ -76,7 +76,7 @@ def _keep(layer: nn.Linear, stored: Any, settings: Mapping[str, Any]) -> str:
 
 
 def _fault(kind: str, stored: Any, settings: Mapping[str, Any]) -> str:
-    """Why a pretrained output layer cannot be the task's; empty where it can."""
+    """Why a pretrained output layer does not fit the task; empty if it does."""
     architectures, problem = stored.architectures or [kind], getattr(stored, "problem_type", None)
     if kind not in architectures:
         return f"it is that of {', '.join(architectures)}"
@@ -95,7 +95,7 @@ def _fault(kind: str, stored: Any, settings: Mapping[str, Any]) -> str:
 
 
 def _folded(label: str) -> str:
-    """POSITIVE is positive."""
+    """The label for comparison, so that POSITIVE equals positive."""
     return label.casefold()
 
 
@@ -105,7 +105,7 @@ def _listed(labels: Iterable[str]) -> str:
 
 
 def _draw(layer: nn.Linear, stored: Any) -> None:
-    """As transformers draws a linear layer that a checkpoint lacks."""
+    """Initialise as transformers initialises a linear layer missing from a checkpoint."""
     with torch.no_grad():
         nn.init.normal_(layer.weight, std=getattr(stored, "initializer_range", None) or 0.02)
         if layer.bias is not None:

@@ -1,12 +1,12 @@
 """A frozen base whose layers are shared out over the ranks, by torch's fully_shard (FSDP2).
 
-Each rank holds its part of every weight of the layers that the model repeats. A layer's weights are gathered for its
-pass, forward or backward, and let go behind it. Embeddings, the norm behind the last layer, and heads stay whole on
-every rank: a language model's loss reads its head outside of any module's forward pass. Layers have to be shared out
-before an adapter is attached, so that none of the adapter's parameters are.
+Each rank holds a shard of every weight of the model's repeated layers. The weights of a layer are gathered for its
+forward or backward pass and freed after it. Embeddings, the norm after the last layer, and heads are replicated on
+every rank, because a language model's loss reads the head outside of any module's forward pass. Layers have to be
+sharded before an adapter is attached, so that the adapter's parameters are not sharded.
 
-Gathering is a collective: from here on every rank has to take as many passes through the model as the others, and no
-weight of a layer may be read outside of the layer's own pass.
+Gathering is a collective: afterwards all ranks have to run the same number of passes through the model, and a layer's
+weight may only be read inside the layer's own pass.
 """
 
 from __future__ import annotations
@@ -28,31 +28,31 @@ from fastpeft.ranks import Ranks
 
 @dataclass(frozen=True)
 class ShardedBase:
-    """How a base is shared out. Sizes in bytes."""
+    """How a base is sharded. Sizes in bytes."""
 
     ranks: Ranks
     whole: int
-    """Of all layers."""
+    """Size of all sharded layers together."""
     own: int
-    """Of all layers, on the rank that has the most."""
+    """Size of the shards on the rank that holds the most."""
     gathered: int
-    """Of whole weights on a rank at a time: those of the layer that is computed, the buffer that they came in, and that
-    of the next layer's. Counting the tensors that a pass makes does not find them."""
+    """Size of gathered weights on a rank at one time: those of the current layer, the buffer that they were gathered
+    into, and the buffer of the next layer. Counting the tensors allocated in a pass does not include them."""
     everywhere: int
-    """Of what every rank has whole: embeddings, norms, heads."""
+    """Size of the replicated parts: embeddings, norms, heads."""
 
 
 def load_sharded(load: Callable[[], Backbone], ranks: Ranks, device: torch.device) -> tuple[Backbone, ShardedBase]:
-    """Share out the frozen layers of the model that `load` gives, and move everything to `device`.
+    """Shard the frozen layers of the model that `load` returns, and move everything to `device`. A collective call.
 
-    The ranks of a host load one after another, so that it holds one whole base at a time; and a device has no more than
-    one whole layer. Every rank has to call it.
+    The ranks of a host load in turn, so that the host holds one whole base at a time. A device never holds more than
+    one whole layer.
 
     Args:
-        load: gives a frozen model, on the host.
+        load: returns a frozen model, on the host.
 
     Raises:
-        UserError: a model without a list of layers, or whose layers share a weight with something else.
+        UserError: the model has no list of layers, or its layers share a weight with another module.
     """
     from torch.distributed.device_mesh import init_device_mesh
 
@@ -61,28 +61,28 @@ def load_sharded(load: Callable[[], Backbone], ranks: Ranks, device: torch.devic
         if turn == ranks.local_rank:
             backbone = load()
             loaded = backbone, _shard(backbone, mesh, ranks, device)
-            gc.collect()  # whole weights in circles of references would stay on the host
-        ranks.most(turn)  # none goes on before the one whose turn it is
+            gc.collect()  # frees whole weights in reference cycles from the host
+        ranks.most(turn)  # all wait for the rank whose turn it is
     assert loaded is not None
     backbone, shard = loaded
-    for layer in blocks_of(backbone.model):  # FSDP keeps the tensors that it first gathers into: none of inference mode
+    for layer in blocks_of(backbone.model):  # FSDP reuses its first gather tensors: make them outside of inference mode
         layer.unshard()  # pyright: ignore[reportCallIssue] (of the class that fully_shard gives a layer)
         layer.reshard()  # pyright: ignore[reportCallIssue]
     return backbone, shard
 
 
 def largest_of(shard: ShardedBase | None, value: int) -> int:
-    """Of the values of all ranks that take their passes together. Every one of them has to call it."""
+    """The maximum of `value` over all ranks of a sharded base, by a collective call; without sharding `value`."""
     return value if shard is None else shard.ranks.most(value)
 
 
 def is_sharded(weight: torch.Tensor | None) -> bool:
-    """Whether this rank has a part of it only, as outside of its layer's pass."""
+    """Whether this rank holds only a shard of the weight, as it does outside of the layer's pass."""
     return hasattr(weight, "to_local")
 
 
 def _shard(backbone: Backbone, mesh: Any, ranks: Ranks, device: torch.device) -> ShardedBase:
-    """Talks to no other rank."""
+    """Shard the layers, without communication."""
     from torch.distributed.fsdp import fully_shard
 
     model = backbone.model
@@ -92,21 +92,21 @@ def _shard(backbone: Backbone, mesh: Any, ranks: Ranks, device: torch.device) ->
     everywhere = sum(weight.nbytes for weight in model.parameters()) - sum(sizes)
     gather = _Gather(ranks)
     for layer in layers:
-        scalars = {weight for weight in layer.parameters() if weight.ndim == 0}  # of which there are no parts
+        scalars = {weight for weight in layer.parameters() if weight.ndim == 0}  # scalars cannot be sharded
         made = fully_shard(layer, mesh=mesh, reshard_after_forward=True, ignored_params=scalars)
         made.set_custom_all_gather(gather)  # pyright: ignore[reportArgumentType] (all that is called of it is there)
     model.to(device)  # pyright: ignore[reportArgumentType] (the signature of transformers' own takes no device)
-    # What calls the layers has no weight of its own to gather. With it they know each other, and the weights of the
-    # next one come while one is computed.
+    # The parent of the layers has no weight of its own to gather. Wrapping it lets FSDP prefetch the next layer's
+    # weights while the current layer is computed.
     entry = backbone.entry_points[-1] if len(backbone.entry_points) > 1 else model.base_model
     fully_shard(entry, mesh=mesh, ignored_params=set(entry.parameters()))
-    # The first rank's parts are the largest: where a weight's rows cannot be shared evenly, the last ranks have fewer.
+    # The first rank's shards are the largest: if the rows cannot be divided evenly, the last ranks get fewer.
     own = sum(_largest_part(weight, ranks.size) for layer in layers for weight in layer.parameters())
     return ShardedBase(ranks, sum(sizes), own, 3 * max(sizes), everywhere)
 
 
 class _Gather:
-    """FSDP's own all-gather, but that a rank which has ended is told as in all collectives."""
+    """FSDP's all-gather, which reports a terminated rank like every other collective."""
 
     def __init__(self, ranks: Ranks) -> None:
         self._ranks = ranks

@@ -1,4 +1,4 @@
-"""Which linear layers `adapter.target_modules` means."""
+"""The linear layers that `adapter.target_modules` selects."""
 
 from __future__ import annotations
 
@@ -15,17 +15,16 @@ _QUERY_VALUE = r"q|query|q_proj|query_proj|q_lin|v|value|v_proj|value_proj|v_lin
 KEYWORDS = ("qv", "attention", "all-linear")
 _ATTENTION = _QUERY_VALUE + r"|k|key|k_proj|key_proj|k_lin|o_proj|out_proj|out_lin|qkv_proj|query_key_value"
 BLOCK = re.compile(r"\.(\d+)\.")
-"""A transformer layer's number in a module's name."""
+"""Matches the index of a transformer layer in a module's name."""
 _ALTERNATIVES = re.compile(r"\((?:\?:)?(?!\?)([^()\[\]\\]*\|[^()\[\]\\]*)\)")
 """A group of words, and no more than words, in a regular expression."""
 
 
 def match_targets(model: nn.Module, head: list[str], wanted: str | list[str]) -> list[str]:
-    """Names of the linear layers that `adapter.target_modules` means, in the model's order; never a language model's
-    head.
+    """Names of the linear layers that `adapter.target_modules` selects, in the model's order, without the head.
 
     Raises:
-        UserError: a name, a word or a regular expression that matches none; the message names the nearest that does.
+        UserError: a name, keyword or regular expression matches no layer; the message gives the nearest match.
     """
     head_of_lm = output_embeddings(model)
     linears = [
@@ -58,7 +57,7 @@ def _alternatives(wanted: str) -> Iterator[str]:
 
 
 def _why(model: nn.Module, linears: list[str], entry: str | list[str]) -> str:
-    """That an entry matches nothing, and what it names instead, or the nearest name that there is."""
+    """Message that an entry matches nothing, with what it refers to instead, or the nearest existing name."""
     word = entry if isinstance(entry, str) else entry[0]
     said = f"{word!r} matches no linear layer of this model"
     if isinstance(entry, list) and word in KEYWORDS:
@@ -75,14 +74,14 @@ def _why(model: nn.Module, linears: list[str], entry: str | list[str]) -> str:
 
 
 def _endings(linears: list[str]) -> Iterator[str]:
-    """All that may stand for one of the layers in a list: its name, and what is behind each dot of it."""
+    """All spellings of a layer in a list: its name, and the part of it after each dot."""
     for name in linears:
         parts = name.split(".")
         yield from (".".join(parts[i:]) for i in range(len(parts)))
 
 
 def _there(linears: list[str]) -> str:
-    """What could be adapted, in words."""
+    """Text that lists the layers that could be adapted."""
     if not linears:
         return "It has none but its head: GPT-2 and its kin have Conv1D layers, which are not adapted; take method full"
     kinds = sorted({projection_of(name) for name in linears if BLOCK.search(name)})
@@ -113,7 +112,7 @@ def _matches(name: str, wanted: str | list[str]) -> bool:
 
 
 def projection_of(name: str) -> str:
-    """What tells the matrices of one layer apart: `query`, `attention.output.dense`, `up_proj`."""
+    """Name of a matrix within its layer: `query`, `attention.output.dense`, `up_proj`."""
     inside = BLOCK.split(name)[-1]
     last = inside.rsplit(".", 1)[-1]
     return inside if last == "dense" else last

@@ -1,11 +1,11 @@
-"""Models of transformers that take the rows of a batch one behind another, without padding.
+"""Patches by which models of transformers read packed batches, without padding.
 
-Where a batch is padded, a model is given N x L tokens and a mask. Here it is given 1 x T, positions that begin anew
-with each row, and Sequences in place of the mask: projections, norms and feed-forward networks compute real tokens
-alone, and attention stays within a row. A head that reads each row's first token is given N x 1.
+A model reads a padded batch as N x L tokens and a mask. A patched model reads 1 x T tokens, positions that restart with
+each row, and Sequences in place of the mask. Projections, norms and feed-forward networks then compute real tokens
+only, and attention stays within a row. A head that reads the first token of each row gets N x 1 tokens.
 
-A patch changes the class of the model before the head, as swaps do, and nothing where it is called with a mask. Each
-was written against the forward pass of the versions in KNOWN. What is not known keeps its padded batches.
+A patch changes the class of the model before the head, as swaps do. Calls with a mask are unchanged. Each patch was
+written for the forward pass of the versions in KNOWN. Unknown models keep padded batches.
 """
 
 from __future__ import annotations
@@ -24,17 +24,17 @@ from fastpeft.models.fast.deberta import DisentangledAttention
 from fastpeft.models.fast.swaps import made
 
 KNOWN = (5, 17), (5, 24)
-"""The first and the last minor version of transformers that the patches were tried with."""
+"""The first and the last minor version of transformers that the patches were tested with."""
 
 
 def use_varlen(model: Any) -> str | None:
-    """Have a model take Sequences in place of a mask. What it computes of a batch with a mask stays as it is.
+    """Patch a model to accept Sequences in place of a mask. Its results for batches with a mask do not change.
 
     Args:
-        model: of transformers, with or without the layers of models.fast; not in a PeftModel.
+        model: a model of transformers, with or without the layers of models.fast, outside of a PeftModel.
 
     Returns:
-        Why it does not, in words; None where it does.
+        Why it cannot be patched; None if it was patched.
     """
     import transformers
 
@@ -51,7 +51,7 @@ def use_varlen(model: Any) -> str | None:
     if fault is not None:
         return f"{name}: {fault}"
     if not isinstance(base, Varlen):
-        # transformers looks up by a class's module and name what it can record
+        # transformers uses a class's module and name to look up which outputs it can record
         kept = ("__module__", type(base).__module__), ("reads_first", name.endswith("ForSequenceClassification"))
         base.__class__ = made(family.patch, type(base), kept)
         if family.head is not None:
@@ -60,8 +60,8 @@ def use_varlen(model: Any) -> str | None:
 
 
 def attention_way(model: Any) -> Way | None:
-    """How attention within rows of a model is computed where use_varlen has patched it, and it trains; None of
-    DeBERTa, which has a kernel of its own."""
+    """The implementation of attention within rows in a model patched by use_varlen, in training; None for DeBERTa,
+    which has its own kernel."""
     base = getattr(model, model.base_model_prefix)
     if isinstance(base, VarlenDeberta):
         return None
@@ -75,10 +75,10 @@ def attention_way(model: Any) -> Way | None:
 
 
 class Varlen(nn.Module):
-    """Goes before the class of a model without its head, which has what is only declared here."""
+    """Base class placed before the class of a model without its head."""
 
     reads_first: bool
-    """The head reads each row's first token."""
+    """Whether the head reads the first token of each row."""
 
     def forward(
         self,
@@ -95,10 +95,10 @@ class Varlen(nn.Module):
 
     @abstractmethod
     def rows(self, input_ids: torch.Tensor, sequences: Sequences, **named: Any) -> Any:
-        """The forward pass over rows that lie one behind another; `input_ids` are 1 x T."""
+        """The forward pass over packed rows; `input_ids` is (1, T)."""
 
     def for_head(self, x: torch.Tensor, sequences: Sequences) -> torch.Tensor:
-        """(N, 1, D) of the rows that are read, or all tokens, (1, T, D). `x` may have first tokens only."""
+        """Input of the head: (N, 1, D) if it reads first tokens, else (1, T, D). `x` may hold first tokens only."""
         if not self.reads_first:
             return x
         is_first = x.shape[0] == sequences.num_rows and x.shape[1] == 1
@@ -133,7 +133,7 @@ class VarlenBert(Varlen):
 
 
 class VarlenRoberta(VarlenBert):
-    """RobertaModel, whose positions begin behind the padding token's number."""
+    """RobertaModel, whose positions start after the padding token's id."""
 
     config: Any
 
@@ -179,7 +179,7 @@ class VarlenDeberta(Varlen):
 
 
 class VarlenDecoder(Varlen):
-    """A decoder that takes a mask for each kind of its layers: Qwen3's, Gemma 3's."""
+    """A decoder that accepts one mask per kind of layer: Qwen3, Gemma 3."""
 
     def rows(self, input_ids: torch.Tensor, sequences: Sequences, **named: Any) -> Any:
         masks: dict[str, Any] = dict.fromkeys(("full_attention", "sliding_attention"), sequences)
@@ -187,7 +187,7 @@ class VarlenDecoder(Varlen):
 
 
 class VarlenLlama(Varlen):
-    """LlamaModel, which makes the mask of all its layers itself."""
+    """LlamaModel, which builds one mask for all its layers itself."""
 
     embed_tokens: nn.Module
     rotary_emb: nn.Module
@@ -213,7 +213,7 @@ class VarlenLlama(Varlen):
 
 
 class ReadsLast(nn.Module):
-    """A decoder with a classifier of texts, which reads each row's last token that is not the padding token."""
+    """A decoder with a sequence classifier, which reads the last token of each row that is not padding."""
 
     score: nn.Module
     base_model_prefix: str
@@ -244,9 +244,9 @@ class ReadsLast(nn.Module):
 class _Family(NamedTuple):
     patch: type[Varlen]
     fault: Callable[[Any], str | None]
-    """Why a model of it does not take rows without padding; makes its attention take them."""
+    """Makes the model's attention accept packed rows; returns why it cannot, or None."""
     head: type[nn.Module] | None = None
-    """Goes before the class of the whole model, where a head knows padded rows only."""
+    """Class placed before that of the whole model, if its head supports padded rows only."""
 
 
 def _attention_fault(base: Any) -> str | None:
@@ -295,4 +295,4 @@ _FAMILIES = {
     "Gemma3ForCausalLM": _DECODER,
     "Gemma3TextForSequenceClassification": _DECODER._replace(head=ReadsLast),
 }
-"""By the class of the whole model."""
+"""Families by the class of the whole model."""

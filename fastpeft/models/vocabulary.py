@@ -1,4 +1,4 @@
-"""What a tokenizer and its model have to agree on: an embedding for each token, and the token that pads."""
+"""Consistency of a tokenizer and its model: an embedding for each token, and a common padding token."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
 
 def num_embeddings(model: PreTrainedModel) -> int | None:
-    """Tokens that the model has an embedding for; None for one that reads no tokens, but characters or bytes."""
+    """Number of tokens with an embedding; None for models that read characters or bytes."""
     try:
         weight = getattr(model.get_input_embeddings(), "weight", None)
     except NotImplementedError:
@@ -20,10 +20,10 @@ def num_embeddings(model: PreTrainedModel) -> int | None:
 
 
 def missing_tokens(model: PreTrainedModel, tokenizer: Any, name: str) -> list[int]:
-    """Numbers of the tokens that were added to the tokenizer and have no embedding.
+    """Ids of tokens that were added to the tokenizer and have no embedding.
 
     Raises:
-        UnavailableError: it lacks tokens of the tokenizer's own vocabulary, so that they do not belong together.
+        UnavailableError: tokens of the tokenizer's own vocabulary have no embedding, so that the two do not match.
     """
     num_rows = num_embeddings(model)
     if num_rows is None or len(tokenizer) <= num_rows:
@@ -41,9 +41,9 @@ def missing_tokens(model: PreTrainedModel, tokenizer: Any, name: str) -> list[in
 
 
 def add_embeddings(model: PreTrainedModel, tokenizer: Any, missing: list[int]) -> str:
-    """Give the model a row for each missing token, drawn round the mean of the others; returns what to tell the user.
+    """Add an embedding for each missing token, drawn around the mean of the others; returns a message for the user.
 
-    A language model's head grows with them.
+    The head of a language model gets the same number of rows.
     """
     num_rows = num_embeddings(model)
     model.resize_token_embeddings(missing[-1] + 1)
@@ -56,8 +56,8 @@ def add_embeddings(model: PreTrainedModel, tokenizer: Any, missing: list[int]) -
 
 
 def set_padding(model: PreTrainedModel, tokenizer: Any, name: str) -> list[str]:
-    """A padding token that tokenizer and model agree on: a decoder used as a classifier reads each row's last token
-    that is not it. Returns what to tell the user."""
+    """Set one padding token for tokenizer and model, because a decoder used as a classifier reads the last token of
+    each row that is not padding. Returns messages for the user."""
     notes = []
     if tokenizer.pad_token_id is None:
         if tokenizer.eos_token_id is None:

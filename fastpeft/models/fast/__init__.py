@@ -1,7 +1,7 @@
-"""Less work for the same numbers: parts of transformers' models computed by fastpeft, where that is known to be equal.
+"""Faster implementations of parts of transformers' models, with equal results.
 
-`speed_up` changes classes of a model's modules in place. Each change was tried (swaps.py); a model of a family that is
-not known keeps all its own.
+`speed_up` changes the classes of a model's modules in place. Each change is tested on the module first (swaps.py).
+Models of unknown families keep their own classes.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ _off: set[str] = set()
 
 @contextmanager
 def without(*levers: str) -> Iterator[None]:
-    """Models that are made within keep transformers' own form of these parts: for benches and tests."""
+    """Context in which new models keep transformers' implementation of these parts, for benchmarks and tests."""
     unknown = set(levers) - set(LEVERS)
     if unknown:
         raise ValueError(f"no levers: {', '.join(sorted(unknown))}; there are {', '.join(LEVERS)}")
@@ -49,13 +49,13 @@ def without(*levers: str) -> Iterator[None]:
 
 
 def speed_up(model: nn.Module, decoder: nn.Module | None = None) -> dict[str, int]:
-    """Swap what is known in a transformers model.
+    """Swap the known modules of a transformers model.
 
     Args:
-        decoder: of a language model, what stands before its head.
+        decoder: the part of a language model before its head.
 
     Returns:
-        lever -> how many modules it changed.
+        lever -> number of modules that it changed.
     """
     done: Counter[str] = Counter()
     if "attention" not in _off and attention_functions.use(model):

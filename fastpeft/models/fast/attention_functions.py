@@ -1,5 +1,5 @@
-"""transformers' attention by fastpeft: where torch's own has no fast path, on a CPU while there is dropout; and for
-rows that lie one behind another, without padding."""
+"""fastpeft's attention functions for transformers: attention with dropout on a CPU, where torch has no fast path, and
+attention over packed rows without padding."""
 
 from __future__ import annotations
 
@@ -16,11 +16,12 @@ from fastpeft.models.fast.small_parts import on_cpu
 
 NAME = "fastpeft"
 _PLAIN = {"is_causal", "position_ids", "output_hidden_states", "output_attentions", "use_cache", "return_dict"}
-"""Keyword arguments that do not change what is computed, where they are None or False."""
+"""Keyword arguments that have no effect if they are None or False."""
 
 
 def use(model: Any) -> bool:
-    """Whether the model's attention goes through here now: encoders on torch's attention do."""
+    """Route the model's attention through this module, which works for encoders on torch's attention. Returns whether
+    it does."""
     settings = model.config
     drops = getattr(settings, "attention_probs_dropout_prob", 0) or getattr(settings, "attention_dropout", 0)
     if not drops or getattr(settings, "is_decoder", False):
@@ -29,7 +30,8 @@ def use(model: Any) -> bool:
 
 
 def use_for_sequences(model: Any) -> bool:
-    """Whether the model's attention goes through here now, and takes Sequences in place of a mask."""
+    """Route the model's attention through this module, so that it accepts Sequences in place of a mask. Returns whether
+    it does."""
     from transformers import AttentionInterface
     from transformers.masking_utils import AttentionMaskInterface
 
@@ -56,8 +58,8 @@ def _attention(
     scaling: float | None = None,
     **settings: Any,
 ) -> tuple[torch.Tensor, None]:
-    """As transformers calls it: query (N, H, Q, D), key and value (N, H, T, D); returns (N, Q, H, D). With Sequences
-    for a mask N is 1."""
+    """Attention with transformers' signature: query (N, H, Q, D), key and value (N, H, T, D); returns (N, Q, H, D). With
+    Sequences in place of a mask N is 1."""
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
     if isinstance(attention_mask, Sequences):
@@ -85,7 +87,8 @@ def within_sequences(
     causal: Any = False,
     window: int | None = None,
 ) -> torch.Tensor:
-    """(1, Q, H, D), of query (1, H, Q, D), key and value (1, G, T, D). Q is T, or N for the first tokens alone."""
+    """Attention within rows: query (1, H, Q, D), key and value (1, G, T, D) -> (1, Q, H, D). Q is T, or the number of
+    rows if only first tokens are queries."""
     first_only = query.shape[2] != key.shape[2]
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     query, key, value = (x[0].transpose(0, 1) for x in (query, key, value))
@@ -109,7 +112,7 @@ def _mask(
     dtype: torch.dtype = torch.float32,
     **settings: Any,
 ) -> torch.Tensor | None:
-    """(N, 1, 1, T), 0 and the lowest number, of padding alone; nothing is asked of its values."""
+    """(N, 1, 1, T) bias for padding only, 0 or the dtype's lowest number. Does not read the mask's values."""
     from transformers.masking_utils import bidirectional_mask_function, sdpa_mask
 
     if mask_function is not bidirectional_mask_function or arguments or attention_mask is None:

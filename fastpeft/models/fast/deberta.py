@@ -1,6 +1,6 @@
-"""DeBERTa's attention: only the distances that a batch has are projected, and no scores of positions are gathered.
+"""DeBERTa's attention, which projects only the distances that occur in a batch, and gathers no position scores.
 
-Shapes: N rows, T tokens, Q of them asked for, H heads, R rows of the table of positions.
+Shapes: N rows, T tokens, Q queries, H heads, R rows of the position table.
 """
 
 from __future__ import annotations
@@ -66,8 +66,8 @@ class DisentangledAttention(Fast):
         rel_embeddings: torch.Tensor | None = None,
         num_queries: int | None = None,
     ) -> tuple[torch.Tensor, None]:
-        """`relative_pos` is what transformers' encoder makes of the length. `num_queries`: only of the first tokens; of
-        rows one behind another, as Sequences in place of a mask tell, of one each."""
+        """`relative_pos` is the encoder's tensor for this length. `num_queries`: number of first tokens that are
+        queries; for packed rows, with Sequences in place of a mask, one token per row."""
         if isinstance(attention_mask, Sequences):
             assert rel_embeddings is not None, "relative attention has them"
             return self._within(hidden_states, attention_mask, rel_embeddings, num_queries is not None)
@@ -94,7 +94,7 @@ class DisentangledAttention(Fast):
     def _within(
         self, x_1TD: torch.Tensor, sequences: Sequences, rel_embeddings: torch.Tensor, first_only: bool
     ) -> tuple[torch.Tensor, None]:
-        """(1, T, D), or (N, 1, D) of the first tokens."""
+        """Attention over packed rows: (1, T, D), or (N, 1, D) for first tokens."""
         queries = sequences.firsts if first_only else sequences
         band = self._band(queries.longest, sequences.longest, x_1TD.device)
         asked = sequences.take_first(x_1TD) if first_only else x_1TD
@@ -111,7 +111,7 @@ class DisentangledAttention(Fast):
         cu_queries: torch.Tensor,
         mask: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """(all queries, H, D); `projected`: of query, key and value, each rows x tokens x width."""
+        """(number of queries, H, D); `projected`: query, key and value, each (rows, tokens, width)."""
         position_keys, position_queries = self._positions(rel_embeddings[band.first : band.end])
         query, key, value = (self._heads(x).flatten(0, 1) for x in projected)
         parts = 1 + ("c2p" in self.pos_att_type) + ("p2c" in self.pos_att_type)
@@ -133,8 +133,8 @@ class DisentangledAttention(Fast):
         return x.view(*x.shape[:-1], self.num_attention_heads, -1)
 
     def _positions(self, table_RD: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-        """(R, H, D) of keys and of queries."""
-        band = self.pos_dropout(table_RD)[None, None]  # by which a RowMask knows that it holds no tokens
+        """Position keys and position queries, (R, H, D) each; None where the model has none."""
+        band = self.pos_dropout(table_RD)[None, None]  # the extra dimension tells a RowMask that it holds no tokens
         keys = queries = None
         if "p2c" in self.pos_att_type:
             project = self.query_proj if self.share_att_key else cast(Any, self).pos_query_proj
@@ -149,7 +149,7 @@ class DisentangledAttention(Fast):
 
 
 class Band(NamedTuple):
-    """The rows of the table of positions that the distances of a batch read."""
+    """The rows of the position table that the distances of a batch use."""
 
     first: int
     end: int
@@ -158,7 +158,7 @@ class Band(NamedTuple):
 
 @cache  # for good: a captured graph reads from where it lies
 def _band(asked: int, length: int, buckets: int, furthest: int, span: int, device: torch.device) -> Band:
-    """Of the distances i - j from 1 - T to Q - 1, as transformers' make_log_bucket_position has them."""
+    """Band of the distances i - j from 1 - T to Q - 1, bucketed as by transformers' make_log_bucket_position."""
     distances_P = np.arange(1 - length, asked)
     if buckets > 0 and furthest > 0:
         middle = buckets // 2
@@ -172,5 +172,5 @@ def _band(asked: int, length: int, buckets: int, furthest: int, span: int, devic
 
 @cache  # for good: a captured graph reads from where it lies
 def _ends(num_rows: int, length: int, device: torch.device) -> torch.Tensor:
-    """cu_seqlens of rows of this length each."""
+    """cu_seqlens of `num_rows` rows of equal length."""
     return torch.arange(num_rows + 1, dtype=torch.int32, device=device) * length

@@ -1,6 +1,6 @@
-"""The last layer of an encoder, computed for the first token alone where the head reads no other.
+"""The last layer of an encoder, computed for the first token only, if the head reads no other token.
 
-Keys and values are those of all tokens; the query, the output and the feed-forward network are one row's.
+Keys and values are computed for all tokens; query, output and feed-forward network for the first token.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ _PARTS = {"attention", "intermediate", "output"}
 
 
 class FirstTokenLayer(Fast):
-    """Returns (N, 1, D): of the first token. `attention_mask` may be Sequences, of rows one behind another."""
+    """Returns (N, 1, D), the first token's output. `attention_mask` may be Sequences, for packed rows."""
 
     lever = "last_layer"
     attention: Any
@@ -62,7 +62,7 @@ class FirstTokenLayer(Fast):
 
 
 class FirstTokenAttention(Fast):
-    """Returns (N, 1, D): what the first token's query gives."""
+    """Returns (N, 1, D), the attention output of the first token's query."""
 
     lever = "last_layer"
     query: nn.Module
@@ -108,7 +108,8 @@ class FirstTokenAttention(Fast):
 
 @torch.no_grad()
 def shorten_last_layer(model: Any) -> bool:
-    """Whether the last layer now computes the first token alone: tried with the whole model, whose head decides it."""
+    """Swap the last layer and test the whole model, since the head decides which tokens are read. Returns whether the
+    swap was kept."""
     layers = [module for module in model.modules() if FirstTokenLayer.fits(module)]
     if not type(model).__name__.endswith("ForSequenceClassification") or len(layers) < 2 or not is_free(layers[-1]):
         return False
@@ -133,7 +134,7 @@ def shorten_last_layer(model: Any) -> bool:
 
 @contextmanager
 def every_token(model: nn.Module) -> Iterator[None]:
-    """Within, the last layer computes all tokens again."""
+    """Context in which the last layer computes all tokens."""
     short = [m for m in model.modules() if isinstance(m, (FirstTokenLayer, FirstTokenAttention))]
     kinds = [type(module) for module in short]
     for module, kind in zip(short, kinds):
@@ -146,7 +147,7 @@ def every_token(model: nn.Module) -> Iterator[None]:
 
 
 def _logits(model: Any) -> torch.Tensor:
-    """Of two rows of unequal length."""
+    """Logits of two rows of unequal length."""
     padding = model.config.pad_token_id or 0
     ids = (torch.arange(18, device=model.device).view(2, 9) + padding + 1) % model.config.vocab_size
     mask = torch.ones_like(ids)

@@ -1,4 +1,4 @@
-"""The last layer of a decoder behind its attention, computed for the tokens that the head reads alone.
+"""The last layer of a decoder, computed after its attention only for the tokens that the head reads.
 
 Shapes: N rows of T tokens, L of them read, D hidden.
 """
@@ -13,14 +13,14 @@ from torch import nn
 from fastpeft.models.fast.swaps import FAULTS, Fast, Outputs, alike, is_free, made
 
 ROWS = "fast_rows"
-"""Keyword of a decoder's call, which hands it to its layers: (L,), int64, of the N * T tokens."""
+"""Keyword argument that a decoder passes to its layers: (L,), int64, indices into the N * T tokens."""
 
 _TWO_NORMS = {"self_attn", "mlp", "input_layernorm", "post_attention_layernorm"}
 _FOUR_NORMS = _TWO_NORMS | {"pre_feedforward_layernorm", "post_feedforward_layernorm"}
 
 
 class RowsLayer(Fast):
-    """Returns (L, D) where it is called with rows."""
+    """Returns (L, D) if called with rows."""
 
     lever = "last_layer"
     self_attn: Any
@@ -53,7 +53,7 @@ class RowsLayer(Fast):
         return x + self.mlp(self.post_attention_layernorm(x))
 
     def _attention(self, x: torch.Tensor, more: dict[str, Any]) -> torch.Tensor:
-        """What the heads give, (N, T, H * head), before the product that mixes them."""
+        """Output of the heads, (N, T, heads * head size), before the output projection."""
         modules = self.self_attn._modules
         product, modules["o_proj"] = modules["o_proj"], _KEEP
         try:
@@ -72,7 +72,7 @@ def takes_rows(decoder: Any) -> bool:
 
 @torch.no_grad()
 def read_rows_in_last_layer(model: Any, decoder: Any) -> bool:
-    """Whether the decoder's last layer now takes rows: tried with the whole decoder, which has to hand them down."""
+    """Swap the last layer and test the whole decoder, which has to pass rows on. Returns whether the swap was kept."""
     layers = getattr(decoder, "layers", None)
     if not isinstance(layers, nn.ModuleList) or len(layers) < 2:
         return False

@@ -1,4 +1,4 @@
-"""Rotary embedding in fewer passes: an attention module's own forward, with another function in one place."""
+"""Rotary embedding in fewer passes over memory: an attention module's own forward with its rotary function replaced."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _FUNCTION = "apply_rotary_pos_emb"
 
 
 class RotaryAttention(Fast):
-    """transformers' attention, of which queries and keys are rotated by fastpeft."""
+    """transformers' attention with queries and keys rotated by fastpeft."""
 
     lever = "rotary"
 
@@ -43,13 +43,13 @@ class RotaryAttention(Fast):
 
     @classmethod
     def trial(cls, module: nn.Module) -> Outputs:
-        return lambda module: ()  # the function alone has changed, and _is_rotary has tried it
+        return lambda module: ()  # only the function changed, and _is_rotary tested it
 
 
 @cache
 def _rotating(theirs: Callable) -> Callable:
     def apply_rotary_pos_emb(q, k, cos, sin, unsqueeze_dim=1):
-        if not fuses(q) or cos.shape[-1] != q.shape[-1]:  # some rotate a part of each head
+        if not fuses(q) or cos.shape[-1] != q.shape[-1]:  # some models rotate a part of each head
             return theirs(q, k, cos, sin, unsqueeze_dim=unsqueeze_dim)
         cos, sin = cos.unsqueeze(unsqueeze_dim), sin.unsqueeze(unsqueeze_dim)
         return rotary(q, cos, sin), rotary(k, cos, sin)

@@ -18,12 +18,12 @@ from fastpeft.models.fast.swaps import TRIAL_ROWS, Fast, Outputs, noise, with_gr
 
 
 def on_cpu(x: torch.Tensor) -> bool:
-    """Where the forms pay that a GPU has its own of; a compiler fuses by itself."""
+    """Whether the CPU forms pay off: not on a GPU, which has its own, nor under torch.compile, which fuses."""
     return x.is_cpu and not torch.compiler.is_compiling()
 
 
 def fuses(x: torch.Tensor) -> bool:
-    """Where chains of elementwise operations pay: on a GPU each is one Triton kernel."""
+    """Whether fused elementwise operations pay off: on a GPU each is one Triton kernel."""
     return (x.is_cpu or takes_rows(x)) and not torch.compiler.is_compiling()
 
 
@@ -36,7 +36,7 @@ def _frozen(module: Any) -> bool:
 
 
 class RmsNorm(Fast):
-    """A root mean square norm in few passes."""
+    """RMSNorm in few passes over memory."""
 
     lever = "norms"
     weight: nn.Parameter
@@ -63,7 +63,7 @@ class RmsNorm(Fast):
         return rms_norm(x, self.weight, cast(float, _eps(self)), self.fast_offset)
 
     def _is_fast(self, x: torch.Tensor) -> bool:
-        """On a CPU in fp32, where transformers' own is of the same precision."""
+        """True on a CPU only in fp32, where transformers' own has the same precision."""
         is_wide = x.dtype.itemsize >= 4 or x.is_cuda
         return is_wide and fuses(x) and x.dtype == self.weight.dtype and not self.weight.requires_grad
 
@@ -73,7 +73,7 @@ def _eps(module: nn.Module) -> float | None:
 
 
 class ResidualNorm(Fast):
-    """A linear layer, dropout, the residual sum and LayerNorm, of which only the sum is kept."""
+    """A linear layer, dropout, the residual sum and LayerNorm; only the sum is saved for backward."""
 
     lever = "norms"
     dense: nn.Module
@@ -104,7 +104,7 @@ class ResidualNorm(Fast):
 
 
 def activation_of(module: Any) -> str | None:
-    """The one of ACTIVATIONS that it computes."""
+    """The name in ACTIVATIONS of the function that `module` computes; None if there is none."""
     x = torch.linspace(-9, 9, 181, dtype=torch.float64)
     name = type(module).__name__
     if not ("GELU" in name or "SiLU" in name):
@@ -114,7 +114,7 @@ def activation_of(module: Any) -> str | None:
 
 
 class GatedFeedForward(Fast):
-    """A gated feed-forward network that keeps what the gate and up products give, and not what is made of them."""
+    """A gated feed-forward network that saves only the outputs of the gate and up projections for backward."""
 
     lever = "feed_forward"
     gate_proj: nn.Module
@@ -143,7 +143,7 @@ class GatedFeedForward(Fast):
 
 
 class Dropout(Fast):
-    """Dropout whose mask is made from a seed in forward and again in backward."""
+    """Dropout whose mask is generated from a seed in both forward and backward."""
 
     lever = "dropout"
     p: float
@@ -155,7 +155,7 @@ class Dropout(Fast):
     @classmethod
     def trial(cls, module: nn.Module) -> Outputs:
         x = torch.linspace(-1, 1, TRIAL_ROWS)
-        return lambda module: with_gradients(module, x)  # in eval mode: that it does nothing there
+        return lambda module: with_gradients(module, x)  # in eval mode, where it must be the identity
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         if not self.training or not on_cpu(input) or not input.ndim:

@@ -1,8 +1,8 @@
-"""Changing a module of transformers' into a faster one of the same numbers, tried before it is believed.
+"""Swaps of transformers' modules for faster ones with equal results, tested before use.
 
-A swap changes a module's class and nothing else, as fastpeft's LoRA layers do: parameters, names, saving and loading
-stay. What transformers' class computes is not read from its name or version; it is tried, on a few random rows, with
-gradients. A class that gives other numbers keeps its own forward.
+A swap changes only a module's class, like fastpeft's LoRA layers: parameters, names, saving and loading stay the same.
+The result of transformers' class is not inferred from its name or version, but tested on a few random rows, with
+gradients. If the results differ, the module keeps its own forward.
 """
 
 from __future__ import annotations
@@ -20,48 +20,48 @@ _CLOSE = {torch.float64: 1e-9, torch.float32: 2e-4}
 _CLOSE_HALF = 4e-2
 
 FAULTS = RuntimeError, TypeError, ValueError, AttributeError, IndexError, AssertionError
-"""What a module raises that is called in another way than a trial does."""
+"""Errors of a module whose call signature differs from the test's."""
 
 Outputs = Callable[[nn.Module], tuple[torch.Tensor, ...]]
 """Of a trial."""
 
 
 class Fast(nn.Module):
-    """Goes before a class of transformers', which has what is only declared here."""
+    """Base class placed before a class of transformers, which provides the attributes declared here."""
 
     lever: ClassVar[str]
-    """Which group of swaps it belongs to, as the benches and tests turn them off."""
+    """Group of swaps that it belongs to, which benchmarks and tests can turn off."""
 
     @classmethod
     @abstractmethod
     def fits(cls, module: nn.Module) -> bool:
-        """Whether the module has the parts that this class works with."""
+        """Whether the module has the parts that this class needs."""
 
     @classmethod
     def variants(cls, module: nn.Module) -> list[dict[str, Any]]:
-        """Attributes of the class that one of which may make the numbers equal."""
+        """Candidate class attributes; one of them may give equal results."""
         return [{}]
 
     @classmethod
     @abstractmethod
     def trial(cls, module: nn.Module) -> Outputs:
-        """A call whose outputs, and gradients by its inputs, must not change by the swap."""
+        """A call whose outputs and input gradients must not change by the swap."""
 
 
 @cache
 def made(fast: type[Fast], theirs: type[nn.Module], attributes: tuple[tuple[str, Any], ...] = ()) -> type[nn.Module]:
-    """The class of `theirs` with `fast` before it, under the name that users know."""
+    """The class `theirs` with `fast` placed before it, under the name of `theirs`."""
     return type(theirs.__name__, (fast, theirs), {"__doc__": fast.__doc__, **dict(attributes)})
 
 
 def is_free(module: nn.Module) -> bool:
-    """Whether nobody else has changed what calling the module does."""
+    """Whether calling the module runs its class's forward only, without hooks or patches."""
     hooked = module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module)
     return not (hooked or isinstance(module, Fast))
 
 
 def tried(fast: type[Fast], module: nn.Module) -> type[nn.Module] | None:
-    """The class that computes the module's numbers faster, tried on it; None where there is none."""
+    """The faster class for the module, tested on it; None if its results differ or it does not fit."""
     theirs, training = type(module), module.training
     module.eval()
     try:
@@ -80,7 +80,7 @@ def tried(fast: type[Fast], module: nn.Module) -> type[nn.Module] | None:
 
 
 def with_gradients(call: Callable[..., torch.Tensor], *inputs: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    """The output of a call, and the gradients of a fixed sum of it by the inputs."""
+    """The output of a call, and the gradients of a fixed weighted sum of it by the inputs."""
     leaves = [x.detach().clone().requires_grad_(True) for x in inputs]
     with torch.enable_grad():
         y = call(*leaves)
@@ -89,7 +89,7 @@ def with_gradients(call: Callable[..., torch.Tensor], *inputs: torch.Tensor) -> 
 
 
 def noise(module: nn.Module, *shape: int) -> torch.Tensor:
-    """Rows for a trial, in the module's dtype and on its device; torch's own generators are not touched."""
+    """Random rows for a test, in the module's dtype and on its device, without use of torch's global generators."""
     weight = next(module.parameters())
     generator = torch.Generator().manual_seed(0)
     return torch.randn(shape, generator=generator).to(weight.device, weight.dtype)
