@@ -59,9 +59,7 @@ def _attention(
     **settings: Any,
 ) -> tuple[torch.Tensor, None]:
     """Attention with transformers' signature: query (N, H, Q, D), key and value (N, H, T, D); returns (N, Q, H, D).
-
-    With Sequences in place of a mask N is 1.
-    """
+    With Sequences in place of a mask N is 1."""
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
     if isinstance(attention_mask, Sequences):

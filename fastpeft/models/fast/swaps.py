@@ -23,7 +23,7 @@ FAULTS = RuntimeError, TypeError, ValueError, AttributeError, IndexError, Assert
 """Errors of a module whose call signature differs from the test's."""
 
 Outputs = Callable[[nn.Module], tuple[torch.Tensor, ...]]
-"""Of a trial."""
+"""A test call: module -> its outputs."""
 
 
 class Fast(nn.Module):
