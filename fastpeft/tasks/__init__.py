@@ -1,4 +1,4 @@
-"""Kinds of task. `load_task` finds the one that a `dataset` section means, and reads its rows."""
+"""Kinds of task. `load_task` finds the kind that a `dataset` section selects, and reads its rows."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ AUTO = "auto"
 
 @dataclass(frozen=True)
 class Known:
-    """A dataset that is known by name, and the kind of task that it is."""
+    """A dataset with built-in settings, and its kind of task."""
 
     kind: str
     dataset: KnownDataset
@@ -64,19 +64,19 @@ def find_known(config: DatasetConfig) -> Known | None:
 
 
 def is_generated(config: DatasetConfig, known: Known | None) -> bool:
-    """Whether the rows are made by the package, from no file."""
+    """Whether the package generates the rows itself, without a file."""
     return config.path is None and known is not None and known.dataset.generated is not None
 
 
 def load_task(config: DatasetConfig, evaluation: EvaluationConfig | None = None, seed: int = 0) -> Task:
-    """The task that a `dataset` section names, with its rows.
+    """The task that a `dataset` section selects, with its rows.
 
     Args:
-        seed: of what an evaluation draws.
+        seed: seed of the random choices of an evaluation.
 
     Raises:
-        DataError: data that cannot be used.
-        UnavailableError: a dataset that cannot be had.
+        DataError: the data are unusable.
+        UnavailableError: the dataset cannot be found or downloaded.
     """
     known = find_known(config)
     source = open_source(config, known.dataset if known else None, known_names())
@@ -88,13 +88,13 @@ def load_task(config: DatasetConfig, evaluation: EvaluationConfig | None = None,
 
 
 def restore_task(trained: TrainedOn, config: DatasetConfig, evaluation: EvaluationConfig, seed: int = 0) -> Task:
-    """The task of a run whose data are gone or have changed, as the run notes it, over a few made-up rows.
+    """The task of a run whose data are missing or have changed, restored from the run's record over made-up rows.
 
-    Its labels, and what an export says of it, are those that were trained; its rows are good for nothing but a look at
-    what a model answers.
+    Its labels and its facts for an export are those of the training. Its rows serve only to run the model.
 
     Args:
-        config: the run's section; only what concerns no data is taken of it, such as max_length and prompt.
+        config: the run's section `dataset`, of which only settings that concern no data are read, such as max_length
+            and prompt.
     """
     rows = list(trained.specimen)
     plain = replace(
@@ -111,7 +111,7 @@ def restore_task(trained: TrainedOn, config: DatasetConfig, evaluation: Evaluati
 
 
 def choose_kind(config: DatasetConfig, source: Source, known: Known | None) -> tuple[str, str]:
-    """(the kind, why, where it is the rows that decide)."""
+    """(the kind; the reason, if the rows decided)."""
     if config.task != AUTO:
         return config.task, ""
     if known is not None:
@@ -124,7 +124,7 @@ def choose_kind(config: DatasetConfig, source: Source, known: Known | None) -> t
 
 
 def kind_of(config: DatasetConfig, noted: str = "") -> str:
-    """The kind of a run's task, from its result where that is noted; the rows are read only if nothing else tells."""
+    """The kind of a run's task, from its result if stored there; the rows are read only if nothing else decides."""
     known = find_known(config)
     if noted or known is not None or config.task != AUTO:
         return noted or (known.kind if known is not None else config.task)

@@ -1,7 +1,7 @@
-"""The interface of a kind of task: how its rows are read, learned and scored, and what an export says of it.
+"""The interface of a kind of task: reading its rows, training, scoring, and the facts for an export.
 
-A new kind is a folder in fastpeft/tasks with a Task in it, an entry in config/tasks.py, and a preset. The trainer, the
-export and the comparison know this interface and no kind.
+A new kind takes a folder in fastpeft/tasks with a Task, an entry in config/tasks.py, and a preset. The trainer, the
+export and the comparison depend on this interface only, and on no kind.
 """
 
 from __future__ import annotations
@@ -31,23 +31,23 @@ from fastpeft.tasks.trained_on import TrainedOn
 
 Stop = Callable[[], bool]
 Shrink = Callable[[int, int], int]
-"""Told the rows and the width of an evaluation batch that ran out of memory; returns a smaller limit of tokens."""
+"""Called with the rows and the width of an evaluation batch that ran out of memory; returns a smaller token limit."""
 Count = int | torch.Tensor
-"""Of items; a scalar on the device where a step is captured once and replayed with other batches."""
+"""Number of items; a scalar on the device if the step is captured and replayed with other batches."""
 Rows = TypeVar("Rows", bound=TokenRows)
-"""What a kind's splits become by `encode`."""
+"""The type of a kind's encoded splits."""
 
 
 @dataclass
 class BatchLoss:
     loss: torch.Tensor
-    """Scalar with a gradient: the sum over the micro-batch's items over the number of items of the batch."""
+    """Scalar with a gradient: the sum over the micro-batch's items, divided by the number of items of the batch."""
     statistics: dict[str, torch.Tensor] = field(default_factory=dict)
-    """Scalars by the names of signals.Measured, as shares of the batch's mean: micro-batches add up to it."""
+    """Scalars by the names of signals.Measured. The values of all micro-batches add up to the mean of the batch."""
 
 
 class Sample(NamedTuple):
-    """What a model answers to one of a few prompts, the same ones at each evaluation."""
+    """A model's answer to one of a few fixed prompts, the same in every evaluation."""
 
     prompt: str
     answer: str
@@ -57,51 +57,50 @@ class Sample(NamedTuple):
 class FirstRows(NamedTuple):
     rows: list[list[Piece]]
     notes: tuple[str, ...]
-    """What is to be told of these rows alone."""
+    """Messages about these rows only."""
 
 
 class Piece(NamedTuple):
-    """Of a row as text."""
+    """A part of a row, as text."""
 
     text: str
     is_learned: bool
-    """It is predicted from what stands before it. Else it is read."""
+    """True if the loss includes it; False if it is context only."""
 
 
 @dataclass(frozen=True)
 class Score:
     value: float
-    """The task's metric; more is better."""
+    """The task's metric; higher is better."""
     loss: float
-    """Mean loss of an item, in the loss's own unit."""
+    """Mean loss per item, in the unit of the loss."""
     num_rows: int
     more: dict[str, float] = field(default_factory=dict)
-    """Further metrics by name; under runs.store.MAJORITY what an answer that looks at no row would score."""
+    """Further metrics by name; runs.store.MAJORITY is the score of an answer that does not depend on the row."""
     groups: dict[str, dict[str, float]] = field(default_factory=dict)
-    """Metrics of parts of the data by the part's name, such as one entity type's precision, recall and f1."""
+    """Metrics of subsets of the data by name, such as precision, recall and f1 of an entity type."""
     decode_s: float | None = None
-    """Seconds spent decoding, where answers are decoded; they are on the budget's clock."""
+    """Seconds spent decoding, if answers are decoded. They count towards the budget."""
     decode_tokens: int | None = None
     samples: tuple[Sample, ...] = ()
     answered: Callable[[], AnsweredRows | None] = field(default=lambda: None, compare=False, repr=False)
-    """Every row that was scored, in order, with what was answered to it; made when called for. None where the kind does
-    not tell."""
+    """Computes every scored row with its answer, in order; returns None if the kind does not support it."""
 
 
 class ExportCheck(ABC):
-    """A sample of validation rows that the trained and the exported model both answer, and the score of all of them."""
+    """Comparison of the trained and the exported model: logits on a sample of validation rows, and the score of all."""
 
     where: str
-    """What a logit belongs to, in words, behind a number."""
+    """Noun for the unit that a logit belongs to, printed after a number."""
     metric: str
-    """What `score` measures."""
+    """Name of the metric that `score` returns."""
     max_length: int
-    """Tokens that rows were cut to."""
+    """Maximum row length, in tokens."""
     num_validation: int
 
     @abstractmethod
     def answers(self, model: nn.Module, tokenizer: Any, device: torch.device) -> torch.Tensor:
-        """Logits on a fixed sample, in the given tokenizer's numbers: N x classes, fp32, on the CPU."""
+        """Logits on a fixed sample, tokenised by `tokenizer`: (N, classes), fp32, on the CPU."""
 
     @abstractmethod
     def score(self, model: nn.Module, device: torch.device) -> float:
@@ -109,7 +108,7 @@ class ExportCheck(ABC):
 
 
 class OtherSet(ABC):
-    """Rows of a file that a trained model is scored on."""
+    """Rows of a further file on which a trained model is scored."""
 
     def __init__(self, source: str, num_skipped: int, notes: list[str]) -> None:
         self.source, self.num_skipped, self.notes = source, num_skipped, notes
@@ -120,11 +119,11 @@ class OtherSet(ABC):
 
     @abstractmethod
     def encode(self, backbone: Backbone) -> None:
-        """Raises UserError for rows that the model cannot take."""
+        """Raises UserError for rows that the model does not support."""
 
     @abstractmethod
     def check(self, model: nn.Module, backbone: Backbone) -> None:
-        """As Task.check, of what scoring takes for granted."""
+        """As Task.check, for the assumptions of scoring."""
 
     @abstractmethod
     def score(self, model: nn.Module, limits: TokenLimits, shrink: Shrink) -> Score: ...
@@ -139,40 +138,40 @@ class OtherSet(ABC):
 
 
 class Task(ABC, Generic[Rows]):
-    """One kind of task with its data. `load` reads the rows; `encode` makes tokens of them for a model."""
+    """One kind of task with its data. `load` reads the rows; `encode` tokenises them for a model."""
 
     kind: ClassVar[str]
-    """As in dataset.task."""
+    """Its name in dataset.task."""
     auto_class: ClassVar[str]
-    """The class of transformers that loads a model for it."""
+    """The class of transformers that loads its models."""
     peft_task_type: ClassVar[str]
     pipeline_tag: ClassVar[str]
-    """Of the hub."""
+    """The hub's pipeline tag."""
     datasets: ClassVar[Mapping[str, KnownDataset]] = {}
-    """Those that are known by name."""
+    """Datasets with built-in settings, by name."""
     predicts_tokens: ClassVar[bool] = False
-    """What is learned stands in the rows themselves, as with language models."""
+    """True if the targets are tokens of the rows, as in language modelling."""
     scores_other_sets: ClassVar[bool] = False
-    """A trained model can be scored on files that it was not trained with: `read_set` is there."""
+    """True if `read_set` is implemented, so that a trained model can be scored on further files."""
 
     name: str
-    """Of the dataset."""
+    """Name of the dataset."""
     metric: str
     notes: list[str]
-    """What the user should know of how the data were read and encoded."""
+    """Messages for the user on how the data were read and encoded."""
     label_names: tuple[str, ...] = ()
     train: Rows
     validation: Rows
     has_test: bool = False
-    """A test split is there, to be scored once, at the end."""
+    """True if there is a test split, which is scored once, at the end."""
     test_cost: float = 0.0
-    """Cost of scoring the test split, in units of an evaluation."""
+    """Cost of scoring the test split, relative to an evaluation."""
 
     # ---- data ------------------------------------------------------------------------------
 
     @classmethod
     def recognises(cls, config: DatasetConfig, source: Source) -> str | None:
-        """Why the training rows are of this kind, where dataset.task leaves it open; None where they are not."""
+        """Why the training rows are of this kind, if dataset.task does not say; None if they are not."""
         return None
 
     @classmethod
@@ -181,24 +180,24 @@ class Task(ABC, Generic[Rows]):
         """Read the rows.
 
         Args:
-            seed: of what an evaluation draws.
+            seed: seed of the random choices of an evaluation.
 
         Raises:
-            DataError: a missing split or column, a malformed row, labels that cannot be used.
+            DataError: a missing split or column, a malformed row, unusable labels.
         """
 
     @abstractmethod
     def describe(self) -> str:
-        """The data in one line."""
+        """Description of the data in one line."""
 
     @abstractmethod
     def rows_read(self) -> dict[str, Iterable[ReadRow]]:
-        """Every row of each split, in order, before anything is left out of an evaluation."""
+        """Every row of each split, in order, before rows are left out of an evaluation."""
 
     @abstractmethod
     def specimen(self) -> list[dict[str, Any]]:
-        """Made-up rows, three or more, as `load` takes them with the columns' usual names. A task that is loaded from
-        them says of its labels what this one says: an export needs no more, so that it can do without the data."""
+        """Three or more made-up rows in the form that `load` reads, with the usual column names. A task loaded from
+        them has this task's labels, which is all that an export needs if the data are missing."""
 
     def trained_on(self) -> TrainedOn:
         """Reads every row once."""
@@ -211,23 +210,23 @@ class Task(ABC, Generic[Rows]):
         )
 
     def first_rows(self, tokenizer: Any, model: str, count: int) -> FirstRows:
-        """The first training rows: what is read of each, and what is learned.
+        """The first training rows, split into context and learned parts.
 
         Args:
-            tokenizer: of the model of this name.
+            tokenizer: tokenizer of `model`.
         """
         rows = islice(iter(self.rows_read()[TRAIN]), count)
         return FirstRows([[Piece(" ".join(row.given), False), Piece(" ".join(row.wanted), True)] for row in rows], ())
 
     def warnings(self) -> list[str]:
-        """What makes the scores say little, or the labels look wrong."""
+        """Warnings about unreliable scores or suspicious labels."""
         return []
 
     # ---- model and tokens ------------------------------------------------------------------
 
     @property
     def num_outputs(self) -> int:
-        """Of the head that the task puts on an encoder."""
+        """Number of outputs of the task's head on an encoder."""
         return len(self.label_names)
 
     def load_model(
@@ -236,8 +235,8 @@ class Task(ABC, Generic[Rows]):
         """The pretrained model with a head for this task: here an encoder with a head of `num_outputs`.
 
         Raises:
-            UnavailableError: a folder or repository that holds no usable model.
-            UserError: settings that do not go with this task.
+            UnavailableError: the folder or repository holds no usable model.
+            UserError: settings that this task does not support.
         """
         return load_classifier(
             config,
@@ -251,73 +250,73 @@ class Task(ABC, Generic[Rows]):
 
     @abstractmethod
     def encode(self, backbone: Backbone, device: torch.device) -> None:
-        """Set `train`, `validation` and what a test needs, once, before training. Adds to `notes`.
+        """Set `train`, `validation` and the encoded test split, once, before training. Adds to `notes`.
 
         Raises:
-            UserError: rows that the model cannot take.
+            UserError: rows that the model does not support.
         """
 
     @abstractmethod
     def check(self, model: nn.Module, backbone: Backbone) -> None:
-        """Try on a few rows, after `encode`, that the model does with them what training and scoring take for granted.
+        """Check the assumptions of training and scoring about the model on a few rows, after `encode`.
 
-        Where a slower way is exact, the task goes that way from here on and says so in `notes`. Leaves the model and
-        global random numbers as they were.
+        If only a slower method is exact, the task uses it from here on and says so in `notes`. Does not change the
+        model or the global random state.
 
         Args:
-            model: the backbone's, with the adapter in it.
+            model: the backbone's model with the adapter.
 
         Raises:
-            UserError: a model that no way is right for, and what differed.
+            UserError: no method is exact for this model; the message says what differed.
         """
 
     def check_varlen(self, model: nn.Module, backbone: Backbone) -> str | None:
-        """Try on a few rows, after `check`, what training would make of them one behind another, without padding.
+        """Check packed batches, without padding, on a few rows, after `check`.
 
-        `collate` makes such batches where `train.varlen` is set. Leaves the model and global random numbers as they
-        were.
+        `collate` makes packed batches if `train.varlen` is set. Does not change the model or the global random state.
 
         Args:
-            model: the backbone's, with the adapter in it, which takes Sequences in place of a mask (models.varlen).
+            model: the backbone's model with the adapter, patched to accept Sequences in place of a mask
+                (models.varlen).
 
         Returns:
-            Why it is not to be, in words; None where each row's outputs are those that it has alone.
+            Why the model cannot use packed batches; None if each row's outputs equal those of the row alone.
         """
         return f"the task kind {self.kind} makes no such batches"
 
     def keep(self, folder: Path) -> None:
-        """Write beside the weights what they mean and no data tell, such as a chat template."""
+        """Write facts about the weights that the data do not contain, such as a chat template, beside them."""
 
     def recall(self, folder: Path) -> None:
-        """Go by what `keep` wrote there, before `load_model`."""
+        """Read what `keep` wrote, before `load_model`."""
 
     # ---- training --------------------------------------------------------------------------
 
     @abstractmethod
     def num_items(self, rows: np.ndarray) -> int:
-        """What the loss of a batch of these training rows is a mean over."""
+        """Number of items that the mean loss of these training rows is taken over."""
 
     @abstractmethod
     def collate(self, rows: np.ndarray, device: torch.device) -> Batch:
-        """These training rows, padded, on the device."""
+        """Batch of these training rows on the device, padded, or packed if `train.varlen` is set."""
 
     @abstractmethod
     def loss(self, model: nn.Module, batch: Batch, num_items: Count, needs: Collection[Need] = ()) -> BatchLoss:
-        """Of a micro-batch of a batch of `num_items`."""
+        """Loss of a micro-batch that belongs to a batch of `num_items`."""
 
     # ---- evaluation ------------------------------------------------------------------------
 
     @abstractmethod
     def evaluate(self, model: nn.Module, limits: TokenLimits, stop: Stop, shrink: Shrink | None) -> Score | None:
-        """Score the validation split; None if `stop` said so before the end. Draws no global random numbers."""
+        """Score the validation split; None if `stop` ended it early. Does not use the global random state."""
 
     def evaluate_test(self, model: nn.Module, limits: TokenLimits, stop: Stop, shrink: Shrink | None) -> Score | None:
-        """Score the test split, where there is one."""
+        """Score the test split, if there is one."""
         raise AssertionError("this task has no test split")
 
     @abstractmethod
     def time_evaluation(self, model: nn.Module, limits: TokenLimits) -> float:
-        """Seconds that `evaluate` is expected to take, from a few batches. RuntimeError where the memory is short."""
+        """Estimated seconds of `evaluate`, from a few batches. Raises RuntimeError if out of memory."""
 
     @property
     @abstractmethod
@@ -326,30 +325,30 @@ class Task(ABC, Generic[Rows]):
 
     @abstractmethod
     def sampled(self, num_rows: int, backbone: Backbone, device: torch.device) -> Self:
-        """After `encode` and `check`: this task with a sample of its validation rows, the same whatever the seed."""
+        """After `encode` and `check`: this task with a sample of its validation rows, independent of the seed."""
 
     def try_evaluation(self, model: nn.Module, limits: TokenLimits) -> None:
-        """Take the largest batch of an evaluation as far as it takes to need all of its memory. `model` evaluates."""
+        """Run the largest batch of an evaluation up to its peak of memory. `model` is in eval mode."""
         self.time_evaluation(model, limits)
 
     @abstractmethod
     def largest_evaluation_batch(self, limits: TokenLimits) -> tuple[int, int]:
-        """Rows and width of the batch that `try_evaluation` takes: of the validation and the test split the largest."""
+        """Rows and width of the largest batch of the validation and test splits, which `try_evaluation` runs."""
 
     @classmethod
     def read_set(cls, path: Path, config: DatasetConfig, evaluation: EvaluationConfig, seed: int) -> OtherSet:
         """A file, or a folder with a test.* file, to score a trained model on.
 
         Raises:
-            DataError: no such file, a malformed row.
+            DataError: the file is missing, or a row is malformed.
         """
         raise AssertionError("this task is scored on its own splits only")
 
     def prompt_tokens(self, tokenizer: Any, model: str, messages: Sequence[Mapping[str, str]]) -> list[int]:
-        """What a trained model is given to answer the last of the messages, each with role and content.
+        """Token ids of the prompt with which a trained model answers the last message. Messages have role and content.
 
         Raises:
-            UserError: messages that the task has no prompt for.
+            UserError: the task has no prompt for these messages.
         """
         raise UserError(f"a run of the kind {self.kind} answers no questions: only language models talk")
 
@@ -359,29 +358,29 @@ class Task(ABC, Generic[Rows]):
     def export_check(self, backbone: Backbone) -> ExportCheck: ...
 
     def load_arguments(self) -> dict[str, Any]:
-        """Of `auto_class.from_pretrained`, for a base model without this task's head."""
+        """Arguments of `auto_class.from_pretrained`, for a base model without this task's head."""
         return {}
 
     def model_settings(self) -> dict[str, Any]:
-        """Of a merged model's config: what a reader has to find there, such as id2label."""
+        """Values for a merged model's config that its users need, such as id2label."""
         return {}
 
     def facts(self) -> dict[str, Any]:
-        """What export.json and result.json say of the task, such as its label names."""
+        """Entries about the task in export.json and result.json, such as its label names."""
         return {"labels": list(self.label_names)} if self.label_names else {}
 
     @abstractmethod
     def card_task(self) -> str:
-        """The task in a few words, for a model card's table."""
+        """Short name of the task for a model card's table."""
 
     @abstractmethod
     def card_example(self, max_length: int, eos_token_ids: tuple[int, ...]) -> str:
-        """Python that asks the model something; `model` and `tokenizer` are loaded."""
+        """Python code that queries the model; `model` and `tokenizer` are loaded."""
 
     def card_prompt(self) -> str:
-        """Python that sets `prompt` to a text that a language model is to continue."""
+        """Python code that sets `prompt` to a text for a language model to continue."""
         return 'prompt = "one text"\n'
 
     def card_pipeline(self) -> str:
-        """How transformers' own pipeline answers from a merged model, and where that is not as it was scored."""
+        """How to use a merged model with transformers' pipeline, and how its answers differ from the scored ones."""
         return ""

@@ -1,4 +1,4 @@
-"""Answers to the prompts of a set, decoded in batches: what they are, what they take, and how long that lasts."""
+"""Answers to the prompts of a set, decoded in batches: the texts, the memory and the time of decoding."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Sampling:
-    """Samples drawn beside the greedy answer, for pass@k."""
+    """Settings of the samples for pass@k, which are drawn in addition to the greedy answer."""
 
     k: int
     num_samples: int
@@ -39,29 +39,29 @@ class Sampling:
 
 @dataclass(frozen=True)
 class Decoding:
-    """How answers are written."""
+    """Settings of decoding."""
 
     tokenizer: PreTrainedTokenizerBase
     eos_tokens: tuple[int, ...]
     max_new_tokens: int
     complete: Callable[[str], str | None] | None = None
-    """Computes results of calculator notes, which are then not the model's own."""
+    """Computes the results of calculator notes, in place of the model."""
     sampling: Sampling | None = None
     method: DecodeMethod = FASTEST
 
 
 @dataclass
 class Answers:
-    """To N prompts."""
+    """Answers to N prompts."""
 
     texts: list[list[str]]
-    """Of each prompt, its samples."""
+    """The samples of each prompt."""
     num_cut: int
-    """Whose first answer has no end within max_new_tokens."""
+    """Number of prompts whose first answer did not end within max_new_tokens."""
     seconds: float
     num_tokens: int
     loss: float | None = None
-    """Nats a token of the references, where they were read."""
+    """Mean loss per token of the references, in nats; None if they were not read."""
 
 
 def answer_prompts(
@@ -74,10 +74,10 @@ def answer_prompts(
     shrink: Callable[[int, int], int] | None,
     with_loss: bool = False,
 ) -> Answers | None:
-    """An empty answer where the prompt leaves no room; None if `stop` said so before the end.
+    """Answers to all prompts, empty where the prompt leaves no room; None if `stop` ended it early.
 
     Args:
-        with_loss: of the references too, where the pass that reads the prompts has it.
+        with_loss: also return the references' loss, if the prefill can compute it.
     """
     asked = _usable(encoded)
     texts = [[""] * options.num_samples for _ in range(len(encoded))]
@@ -128,18 +128,18 @@ def _decode(
 
 
 def reads_references(encoded: EncodedPrompts, decoding: Decoding) -> bool:
-    """The pass that reads the prompts has the references' loss: every prompt is read, and directly."""
+    """Whether the prefill can compute the references' loss: it reads every prompt, by the direct method."""
     return decoding.method.caching == Caching.DIRECT and not len(encoded.unusable)
 
 
 def largest_batch(encoded: EncodedPrompts, decoding: Decoding, max_tokens: int) -> tuple[int, int]:
-    """Rows and columns of the largest batch that is decoded."""
+    """Rows and columns of the largest batch in decoding."""
     rows, lengths, _ = _largest_batch(encoded, decoding, max_tokens)
     return len(rows), int(cache_columns(lengths.max(), decoding.max_new_tokens))
 
 
 def try_largest_batch(model: nn.Module, encoded: EncodedPrompts, decoding: Decoding, max_tokens: int) -> None:
-    """Decode the largest batch up to the first look at which rows have ended: its cache has all its columns by then."""
+    """Decode the largest batch up to the first check for ended rows, when its cache has its full size."""
     rows, lengths, _ = _largest_batch(encoded, decoding, max_tokens)
     options, looks = DecodeOptions(decoding.max_new_tokens), iter((False,))
     limit = len(rows) * int(cache_columns(lengths.max(), options.max_new_tokens))

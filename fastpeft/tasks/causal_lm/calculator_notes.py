@@ -1,4 +1,4 @@
-"""Calculator notes, `<<48/2=24>>`, whose results are written in while an answer is decoded (Cobbe et al.,
+"""Calculator notes, `<<48/2=24>>`, whose results are computed and inserted during decoding (Cobbe et al.,
 arXiv:2110.14168, section 2)."""
 
 from __future__ import annotations
@@ -11,11 +11,11 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 LONGEST_EXPRESSION = 200
-"""In characters; a longer one is the model's own to finish."""
+"""Longest expression, in characters. The model itself finishes longer ones."""
 
 
 class Notes:
-    """The answers of a batch, as far as they are written, and the tokens that are still to be forced on them.
+    """The partial answers of a batch, and the tokens that are still to be inserted into them.
 
     A note is completed where the text of the answer, decoded, ends in `<<EXPRESSION=`, whatever tokens spell it, and
     `complete` knows the result: the next tokens are then those of `RESULT>>`. A token that has characters after the
@@ -38,7 +38,7 @@ class Notes:
         self._ends_open: dict[int, bool] = {}
 
     def read(self, chosen: list[int], rows: list[int]) -> list[int]:
-        """The next token of each of these rows: what the model has chosen, unless another is forced."""
+        """The next token of each of these rows: the model's choice, unless a token is to be inserted."""
         return [self._next(row, token) for row, token in zip(rows, chosen, strict=True)]
 
     def _next(self, row: int, token: int) -> int:
@@ -82,6 +82,6 @@ class Notes:
 
 
 def open_expression(text: str) -> str | None:
-    """What stands between the last `<<` and the `=` that ends `text`, if nothing has closed that note."""
+    """The text between the last `<<` and the `=` at the end of `text`, if that note is still open; else None."""
     _, opened, expression = text[-LONGEST_EXPRESSION - 3 : -1].rpartition("<<")
     return expression if opened and text.endswith("=") and expression and ">>" not in expression else None

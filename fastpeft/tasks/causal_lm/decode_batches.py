@@ -1,6 +1,6 @@
-"""Rows that are decoded side by side, and what is kept of the tokens that the model has read of them.
+"""Batches of rows in decoding, one class per kind of cache.
 
-Which of the kinds is right is a matter of the model, and tried: see fastpeft.tasks.causal_lm.decode_check.
+Which kinds are exact depends on the model, and is tested: see fastpeft.tasks.causal_lm.decode_check.
 
 Shapes: B rows of a batch, T tokens of the longest row, W columns of its prompts, C columns of the cache, N most new
 tokens, V vocabulary, E tokens that end an answer.
@@ -27,29 +27,29 @@ from fastpeft.models.layers import is_bare
 from fastpeft.models.lm_head import hidden_states
 
 PART_TOKENS = 2048
-"""Of prompts that are read at a time on a CPU."""
+"""Tokens of prompts per prefill pass on a CPU."""
 
 Prompt = Sequence[int] | np.ndarray
 
 
 class Caching(StrEnum):
-    """What is kept of the tokens that were read."""
+    """What is stored of the tokens that were read."""
 
     DIRECT = "direct"
-    """Keys and values in columns of our own, by a forward pass written for families that are known."""
+    """Keys and values in fastpeft's own cache, by a forward pass for known families (models.direct_decoder)."""
     STATIC = "static"
-    """Keys and values in a cache of all columns from the start: nothing is copied, and shapes stay."""
+    """Keys and values in a cache allocated at full size: nothing is copied, and shapes are constant."""
     GROWING = "growing"
-    """Whatever transformers' own `generate` keeps for the model."""
+    """The cache that transformers' `generate` uses for the model."""
     NONE = "none"
-    """Nothing: each token reads its whole row again, as in training."""
+    """No cache: each token reads its whole row again, as in training."""
 
 
 @dataclass(frozen=True)
 class DecodeMethod:
     caching: Caching = Caching.DIRECT
     padded: bool = True
-    """Prompts of unequal lengths go side by side."""
+    """True if prompts of different lengths share a batch."""
 
     def __str__(self) -> str:
         return f"{_WORDS[self.caching]}, prompts {'padded' if self.padded else 'of one length side by side'}"
@@ -65,15 +65,15 @@ FASTEST, STATIC = DecodeMethod(), DecodeMethod(Caching.STATIC)
 
 
 def fastest_method(model: nn.Module) -> DecodeMethod:
-    """Of a bare causal LM that is right as far as can be told without trying."""
+    """The fastest method that can be exact for a bare causal LM, before any test."""
     return STATIC if direct_decoder(model) is None else FASTEST
 
 
 class DecodeBatch(ABC):
-    """Rows that are decoded side by side, fewer and fewer of them."""
+    """A batch of rows in decoding. Ended rows are removed from it."""
 
     compact_at: ClassVar[float] = 0.75
-    """Share of the rows that are still decoded, at which the others are taken out: that copies the cache."""
+    """Share of unfinished rows at which ended rows are removed, which copies the cache."""
 
     def __init__(
         self, model: nn.Module, prompts: Sequence[Prompt], most: int, pad_token: int, device: torch.device
@@ -81,46 +81,46 @@ class DecodeBatch(ABC):
         """
         Args:
             model: a bare causal LM.
-            most: new tokens a row.
+            most: maximum number of new tokens per row.
         """
         self.model, self.pad_token, self.device = cast(Any, model), pad_token, device
         self.rows = list(range(len(prompts)))
         self.rows_B = torch.arange(len(prompts), device=device)
-        """Of `new_BN`, those that are still decoded."""
+        """Indices into `new_BN` of the unfinished rows."""
         self.new_BN = torch.full((len(prompts), most), pad_token, device=device)
         self.alive_B = torch.ones(len(prompts), dtype=torch.bool, device=device)
         self.loss: torch.Tensor | None = None
-        """Of the references, summed, in nats, once they are read."""
+        """Sum of the references' loss, in nats; None before they are read."""
 
     def read_behind(self, references: Sequence[Prompt]) -> None:
-        """What is known to follow the prompts is read in the pass that reads them, where the kind can, for its loss."""
+        """Read the references in the prefill too, for their loss, if the kind supports it."""
 
     @abstractmethod
     def forward(self) -> torch.Tensor:
-        """Logits (B x V) after the prompts, and later after the tokens that were appended last."""
+        """Logits (B, V) after the prompts, in later calls after the last appended tokens."""
 
     @abstractmethod
     def _read_next(self, next_B: torch.Tensor, step: int) -> None:
-        """What the next forward pass reads."""
+        """Set the tokens that the next forward pass reads."""
 
     @abstractmethod
     def _keep(self, kept: list[int], kept_B: torch.Tensor) -> bool:
-        """Go on with these rows only, row i being what row kept[i] was; False if that cannot be done."""
+        """Keep only these rows: row kept[i] becomes row i. Returns False if that is not supported."""
 
     def append(self, next_B: torch.Tensor, eos_E: torch.Tensor, step: int) -> None:
-        """The next token of each row, or padding where it has ended. Does not wait for the device."""
+        """Append the next token of each row, padding for ended rows. Does not synchronize with the device."""
         next_B = next_B.where(self.alive_B, self.pad_token)
         self.new_BN[self.rows_B, step] = next_B
         self.alive_B &= (next_B[:, None] != eos_E).all(-1)
         self._read_next(next_B, step)
 
     def drop_ended(self) -> bool:
-        """Waits for the device. Goes on without the rows that have ended if they are many; False if all have."""
+        """Remove ended rows if there are many; returns False if all have ended. Synchronizes with the device."""
         alive = self.alive_B.tolist()
         num = sum(alive)
         if num and num <= self.compact_at * len(alive):
             last = [i for i in range(num, len(alive)) if alive[i]]
-            kept = [i if alive[i] else last.pop() for i in range(num)]  # a row's place goes to one from behind
+            kept = [i if alive[i] else last.pop() for i in range(num)]  # a last row takes an ended row's index
             kept_B = torch.tensor(kept, device=self.device)
             if self._keep(kept, kept_B):
                 self.rows = [self.rows[i] for i in kept]
@@ -129,7 +129,7 @@ class DecodeBatch(ABC):
 
 
 class DirectBatch(DecodeBatch):
-    """Prompts padded on their right, and their new tokens behind the longest of them."""
+    """Prompts padded on the right, with new tokens in the columns after the longest prompt."""
 
     compact_at = 0.95
 
@@ -169,13 +169,13 @@ class DirectBatch(DecodeBatch):
         return decoder.head(hidden_MD)
 
     def _parts(self, rows: Sequence[Prompt]) -> list[slice]:
-        """A CPU's cache holds the activations of a few rows at a time."""
+        """Groups of rows; on a CPU small ones, whose activations fit into its cache."""
         width = max(map(len, rows))
         step = max(1, PART_TOKENS // width) if self.device.type == "cpu" else len(rows)
         return [slice(start, start + step) for start in range(0, len(rows), step)]
 
     def _read_part(self, rows: Sequence[Prompt], lengths_B: np.ndarray, num_B: np.ndarray, part: slice) -> torch.Tensor:
-        """The hidden states of the last token of each prompt and of those that follow it, but the last."""
+        """The hidden states of each prompt's last token and of all but the last token of its reference."""
         own = rows[part]
         width = max(map(len, own))
         ids_BT = torch.from_numpy(_padded_right(own, width, self.pad_token)).to(self.device)
@@ -193,7 +193,7 @@ class DirectBatch(DecodeBatch):
 
 
 class StaticBatch(DecodeBatch):
-    """Prompts padded on their left, with a StaticCache whose layers count their columns themselves."""
+    """Prompts padded on the left, with a StaticCache whose layers count their columns themselves."""
 
     def __init__(
         self, model: nn.Module, prompts: Sequence[Prompt], most: int, pad_token: int, device: torch.device
@@ -240,7 +240,7 @@ class StaticBatch(DecodeBatch):
 
 
 class GrowingBatch(DecodeBatch):
-    """Prompts padded on their left, read as transformers' `generate` has the model read them.
+    """Prompts padded on the left, read as in transformers' `generate`.
 
     So it takes the models whose memory is none of transformers' caches, such as RWKV's state. Besides the public
     prepare_inputs_for_generation it needs the two methods by which models say what they keep and hand on.
@@ -294,7 +294,7 @@ class GrowingBatch(DecodeBatch):
 
 
 class UncachedBatch(DecodeBatch):
-    """Rows padded on their right, of which training's own forward pass is run from the start for each token."""
+    """Rows padded on the right; for each token the forward pass of training runs over the whole rows."""
 
     def __init__(
         self, model: nn.Module, prompts: Sequence[Prompt], most: int, pad_token: int, device: torch.device
@@ -330,7 +330,7 @@ BATCHES: dict[Caching, type[DecodeBatch]] = {
 
 
 def cache_columns(lengths: Any, max_new_tokens: int) -> Any:
-    """Of the cache for prompts of these lengths; of kernels' favourite sizes."""
+    """Number of columns of the cache for prompts of these lengths, rounded up to a size that suits kernels."""
     return round_up(lengths) + round_up(max_new_tokens)
 
 
@@ -339,7 +339,7 @@ def round_up(length: Any) -> Any:
 
 
 def cache_name(model: nn.Module) -> str:
-    """Of the argument that takes a cache: `cache` since transformers 5.20 or so, `past_key_values` before."""
+    """Name of the cache argument: `cache` since about transformers 5.20, `past_key_values` before."""
     return "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
 
 

@@ -1,7 +1,7 @@
-"""How a model is to be decoded: each way is compared with the model's own forward pass over whole rows.
+"""Choice of the decoding method: each is compared with the model's own forward pass over whole rows.
 
-Recurrent and convolutional layers, windows, and caches of a family's own each have their way to be wrong, and answers
-that are wrong in this way look like a model that learns badly.
+Recurrent and convolutional layers, sliding windows, and model-specific caches can each be decoded wrongly, and wrong
+answers of this kind look like a model that learns badly.
 
 Shapes: V vocabulary.
 """
@@ -41,15 +41,15 @@ _METHODS = (
 def find_decode_method(
     model: nn.Module, backbone: Backbone, encoded: EncodedPrompts, max_new_tokens: int, read: Sequence[OwnLogits] = ()
 ) -> tuple[DecodeMethod, list[str]]:
-    """The fastest way that is right, and what to tell the user.
+    """The fastest exact method, and messages for the user.
 
     Args:
-        model: the one that is decoded.
-        encoded: whose prompts are continued; caches are as large as the longest of them needs.
-        read: rows of unequal lengths, to be continued instead where they are long enough.
+        model: the model to decode with.
+        encoded: prompts to continue; caches have the size that the longest of them needs.
+        read: rows of different lengths, used instead of `encoded` if they are long enough.
 
     Raises:
-        UserError: none is right.
+        UserError: no method is exact.
     """
     core, most = bare_model(model), int(encoded.prompt_lengths.max()) + max_new_tokens
     failures: list[str] = []
@@ -82,9 +82,9 @@ def _prompts(model: nn.Module, encoded: EncodedPrompts) -> list[list[int]]:
 class _Row(NamedTuple):
     prompt: list[int]
     tokens: list[int]
-    """_NUM_TOKENS that follow it."""
+    """The _NUM_TOKENS tokens after the prompt."""
     logits: torch.Tensor
-    """Before each of them, _NUM_TOKENS x V."""
+    """(_NUM_TOKENS, V), the logits that predict each of them."""
 
 
 def _cut_rows(read: Sequence[OwnLogits]) -> list[_Row]:
@@ -110,11 +110,11 @@ def _fault(
     rows: Sequence[_Row],
     most: int,
 ) -> str | None:
-    """What is wrong with the method, in words."""
+    """Why the method is not exact; None if it is."""
     groups = [rows] if method.padded else [[row, row] for row in rows]
     try:
         largest = max(_largest_difference(model, backbone, method, group, most) for group in groups)
-    except Exception as error:  # models refuse what they cannot take in ways of their own
+    except Exception as error:  # models reject unsupported inputs with various errors
         if is_out_of_memory(error):
             raise
         return f"{type(error).__name__}: {first_line(error)}"
@@ -128,7 +128,7 @@ def _largest_difference(
     rows: Sequence[_Row],
     most: int,
 ) -> float:
-    """Of the logits after each token, when all ways have continued with the same tokens."""
+    """Largest difference of the logits after each token, with the same continuation in all methods."""
     device = next(model.parameters()).device
     none_E = torch.empty(0, dtype=torch.int64, device=device)
     batch = BATCHES[method.caching](model, [row.prompt for row in rows], most, backbone.tokenizer.pad_token_id, device)

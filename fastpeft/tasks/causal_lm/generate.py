@@ -29,19 +29,19 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 CHECK_EVERY = 8
-"""Steps between two looks at whether to stop, and at which rows have ended: that waits for a GPU. On a CPU there is
-nothing to wait for, and ended rows are looked for at every step."""
+"""Steps between two checks of `stop` and of ended rows, because the check synchronizes with a GPU. On a CPU ended rows
+are checked in every step."""
 
 
 @dataclass(frozen=True)
 class DecodeOptions:
     max_new_tokens: int
     temperature: float = 0.0
-    """0 is greedy."""
+    """0 selects greedy decoding."""
     top_p: float = 1.0
-    """Sample among the likeliest tokens that together have this probability (Holtzman et al., arXiv:1904.09751)."""
+    """Nucleus sampling: total probability of the tokens sampled from (Holtzman et al., arXiv:1904.09751)."""
     num_samples: int = 1
-    """Answers a prompt."""
+    """Number of answers per prompt."""
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -56,25 +56,25 @@ class DecodeOptions:
 @dataclass(frozen=True)
 class Answer:
     tokens: list[int]
-    """Without the token that ended it."""
+    """Token ids without the end token."""
     ended: bool
-    """False where it was cut at `max_new_tokens`."""
+    """False if it was cut at `max_new_tokens`."""
 
     @property
     def num_tokens(self) -> int:
-        """That it took to write it, with the one that ended it."""
+        """Number of generated tokens, the end token included."""
         return len(self.tokens) + self.ended
 
 
 @dataclass(frozen=True)
 class Decoded:
     answers: list[list[Answer]]
-    """Of each prompt, its samples."""
+    """The samples of each prompt."""
     num_tokens: int
     seconds: float
     merged: Merged
     loss: float | None = None
-    """Of the references, summed, in nats; None where they were not read."""
+    """Sum of the references' loss, in nats; None if they were not read."""
 
 
 def decode(
@@ -93,24 +93,24 @@ def decode(
     tokenizer: PreTrainedTokenizerBase | None = None,
     references: Sequence[np.ndarray] = (),
 ) -> Decoded | None:
-    """Continue every prompt; None if `stop`, asked before each batch and every few steps, said so before the end.
+    """Continue every prompt; None if `stop`, called before each batch and every few steps, ended it early.
 
-    Greedy answers are those of transformers' `generate(do_sample=False)` without any processing of the logits. Sample j
-    of prompt i is drawn with numbers that depend on (seed, i, j) alone: batches change it no more than they change
-    the logits, by rounding. Leaves the model's modes, config and weights as they were; draws no global random numbers.
+    Greedy answers equal those of transformers' `generate(do_sample=False)` without logits processors. Sample j of
+    prompt i uses random numbers that depend only on (seed, i, j): batching changes it only through rounding of the
+    logits. Restores the model's modes, config and weights; does not use the global random state.
 
     Args:
-        prompts: token numbers of each, at least one; with `max_new_tokens` more, they are to fit the model's context.
-        eos_tokens: any of them ends an answer.
-        max_tokens: most tokens of a batch, its prompts padded to the longest of them and `max_new_tokens` added.
-        shrink: told the rows and the width of a batch that ran out of memory; returns a smaller `max_tokens`, and the
-            prompts that are left, with those of that batch, go on in such batches.
-        merge: fold the LoRA layers into their weights for the time (fastpeft.models.merge).
-        method: that is right for the model, as fastpeft.tasks.causal_lm.decode_check finds it. FASTEST of a model whose
-            layers are not known is the static cache.
-        complete: the result of a calculator note `<<EXPR=`, or None where it has none; with `tokenizer`. See Notes.
-        references: what ought to follow each prompt, one token at least, for its loss, which the direct way has in the
-            pass that reads the prompts. With one sample a prompt only.
+        prompts: token ids of each prompt, at least one; plus `max_new_tokens` they have to fit the model's context.
+        eos_tokens: tokens of which any ends an answer.
+        max_tokens: maximum number of tokens of a batch, with prompts padded to the longest and `max_new_tokens` added.
+        shrink: called with the rows and the width of a batch that ran out of memory; returns a smaller `max_tokens`,
+            with which that batch and the remaining prompts are decoded.
+        merge: merge the LoRA layers into their weights during decoding (fastpeft.models.merge).
+        method: a method that is exact for the model, from fastpeft.tasks.causal_lm.decode_check. FASTEST means the
+            static cache for a model with unknown layers.
+        complete: returns the result of a calculator note `<<EXPR=`, or None; needs `tokenizer`. See Notes.
+        references: expected continuation of each prompt, at least one token, for its loss, which the direct method
+            computes in the prefill. With one sample per prompt only.
 
     Raises:
         ValueError: an empty prompt; `complete` without a tokenizer.
@@ -141,7 +141,7 @@ def decode(
 
 
 def pass_at_k(num_correct: int, num_samples: int, k: int) -> float:
-    """Probability that one of k answers is right: 1 - C(n - c, k) / C(n, k), from c right ones of n samples.
+    """Probability that at least one of k answers is right: 1 - C(n - c, k) / C(n, k), with c of n samples right.
 
     Unbiased (Chen et al., arXiv:2107.03374, eq. 1).
 
@@ -169,7 +169,7 @@ def _evaluating(model: nn.Module) -> Iterator[None]:
 
 
 def reading_lengths(lengths: np.ndarray, reference_lengths: np.ndarray, max_new_tokens: int) -> np.ndarray:
-    """Of prompts, made longer where the reference takes more room behind one than the new tokens do."""
+    """Lengths of prompts, increased where a reference is longer than `max_new_tokens`."""
     if not len(reference_lengths):
         return lengths
     return np.maximum(lengths, lengths + reference_lengths - max_new_tokens)
@@ -178,7 +178,7 @@ def reading_lengths(lengths: np.ndarray, reference_lengths: np.ndarray, max_new_
 def batches_of(
     lengths: np.ndarray, max_new_tokens: int, max_tokens: int, method: DecodeMethod = FASTEST
 ) -> list[np.ndarray]:
-    """Which prompts, of these lengths, `decode` puts side by side."""
+    """The batches, as indices of prompts, that `decode` makes of prompts of these lengths."""
     widths = cache_columns(lengths, max_new_tokens)
     return list(split_by_width(np.arange(len(lengths)), lengths, widths, max_tokens, method.padded))
 
@@ -186,7 +186,7 @@ def batches_of(
 def _own_rows(
     decoder: _Decoder, lengths: np.ndarray, max_tokens: int, shrink: Callable[[int, int], int] | None
 ) -> dict[int, Answer]:
-    """Of the batches that are this rank's."""
+    """Answers of this rank's batches."""
     widths = cache_columns(lengths, decoder.options.max_new_tokens)
     answers: dict[int, Answer] = {}
     groups = deque(current().share(batches_of(lengths, decoder.options.max_new_tokens, max_tokens, decoder.method)))
@@ -208,8 +208,7 @@ def _own_rows(
 def _of_all_ranks(
     answers: dict[int, Answer] | None, loss: float | None
 ) -> tuple[dict[int, Answer] | None, float | None]:
-    """Every row's answer, None where a rank was stopped; and the loss of all references, None where a rank has not read
-    its own."""
+    """Every row's answer, None if a rank was stopped; loss of all references, None if a rank has not read its own."""
     if current().size == 1:
         return answers, loss
     found = everybodys(None if answers is None else _as_tensors(answers, loss))
@@ -236,7 +235,7 @@ def _as_tensors(answers: dict[int, Answer], loss: float | None) -> dict[str, tor
 
 @dataclass
 class _Decoder:
-    """Everything that the batches of one `decode` have in common."""
+    """The state shared by the batches of one `decode` call."""
 
     model: nn.Module
     prompts: Sequence[Sequence[int] | np.ndarray]
@@ -249,10 +248,10 @@ class _Decoder:
     tokenizer: Any
     references: Sequence[np.ndarray]
     loss: float | None = 0.0
-    """Of the references of all batches until now; None once those of one were not read."""
+    """Loss of the references of all batches so far; None once those of a batch were not read."""
 
     def answers(self, rows: np.ndarray, may_fail: bool) -> list[Answer] | None:
-        """None if the memory did not suffice and it `may_fail`."""
+        """Answers of these rows; None if out of memory and `may_fail`."""
         try:
             new_BN = self._decode(rows)
         except RuntimeError as error:
@@ -267,7 +266,7 @@ class _Decoder:
         ]
 
     def _decode(self, rows: np.ndarray) -> np.ndarray:
-        """B x N new tokens of these rows; what follows a token that ends is padding."""
+        """(B, N) new tokens of these rows, padding after an end token."""
         samples, most = self.options.num_samples, self.options.max_new_tokens
         device = next(self.model.parameters()).device
         look_every = 1 if device.type == "cpu" else CHECK_EVERY
@@ -299,7 +298,7 @@ class _Decoder:
 
 
 def _uniforms(options: DecodeOptions, rows: np.ndarray) -> torch.Tensor:
-    """B x N numbers in [0, 1), those of a row a function of (seed, prompt, sample) alone."""
+    """(B, N) numbers in [0, 1); a row depends only on (seed, prompt, sample)."""
     keys = (np.random.default_rng([options.seed, *divmod(int(row), options.num_samples)]) for row in rows)
     return torch.from_numpy(np.stack([key.random(options.max_new_tokens, dtype=np.float32) for key in keys]))
 
@@ -315,5 +314,5 @@ def _sample(logits_BV: torch.Tensor, uniform_B: torch.Tensor, options: DecodeOpt
         likely_BV = likely_BV.masked_fill(before_BV >= options.top_p, 0)
     upto_BV = likely_BV.cumsum(-1, dtype=torch.float64)
     found_B1 = torch.searchsorted(upto_BV, uniform_B.double()[:, None] * upto_BV[:, -1:], right=True)
-    found_B1 = found_B1.clamp(max=likely_BV.shape[1] - 1)  # past the end only where the logits are not finite
+    found_B1 = found_B1.clamp(max=likely_BV.shape[1] - 1)  # beyond the end only if the logits are not finite
     return (found_B1 if order_BV is None else order_BV.gather(-1, found_B1))[:, 0]

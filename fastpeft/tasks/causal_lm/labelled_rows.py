@@ -1,4 +1,4 @@
-"""Rows of a language model of which some tokens are predicted, and their batches.
+"""Rows for a language model in which some tokens have labels, and their batches.
 
 Shapes: N rows, L tokens of the longest row of a batch.
 """
@@ -16,12 +16,12 @@ from fastpeft.data.batches import IGNORE, Batch, TokenRows, fill_up, flat_places
 
 @dataclass(frozen=True, kw_only=True)
 class LabelledRows(TokenRows, ABC):
-    """Of each row some tokens have a label: they are predicted from those before them. The others are read."""
+    """Rows in which some tokens have a label and are predicted from the tokens before them. The others are context."""
 
     positions: np.ndarray | None = None
-    """Of each token, where rows hold several texts: its place in its own. Else None."""
+    """Position of each token within its own text, if rows hold several texts; else None."""
     notes: tuple[str, ...] = ()
-    """What is left out or cut."""
+    """Messages about omitted or cut rows."""
 
     def text_lengths(self, rows: np.ndarray) -> np.ndarray:
         if self.positions is None:
@@ -32,19 +32,19 @@ class LabelledRows(TokenRows, ABC):
     @property
     @abstractmethod
     def num_labelled(self) -> np.ndarray:
-        """Tokens to predict, of each row."""
+        """Number of labelled tokens of each row."""
 
     @abstractmethod
     def places(self, row: int) -> np.ndarray:
-        """Which of the row's tokens are predicted, counted from its first, in order. The first is none of them."""
+        """Indices of the row's labelled tokens, ascending. Never contains 0, the first token."""
 
 
 def collate_labelled(encoded: LabelledRows, rows: np.ndarray, device: torch.device) -> Batch:
-    """Pad `rows` on the right to the longest of them, or put one behind another, and move them to `device`, without
-    waiting for it.
+    """Pad `rows` on the right to the longest row, or pack them, and move them to `device` without synchronization.
 
-    labels[i, t] is the token after position t of row i, if that has a label; so a prompt's last position predicts the
-    answer's first token. Padded rows have no attention mask: a causal model sees nothing of what follows.
+    labels[i, t] is the token after position t of row i, if that token has a label: the last position of a prompt
+    predicts the first token of its answer. Padded rows have no attention mask, because causal attention never reads
+    later tokens.
     """
     if encoded.varlen:
         return _one_behind_another(encoded, rows, device)
@@ -63,7 +63,7 @@ def collate_labelled(encoded: LabelledRows, rows: np.ndarray, device: torch.devi
 
 
 def _one_behind_another(encoded: LabelledRows, rows: np.ndarray, device: torch.device) -> Batch:
-    """A row that holds several texts is as many sequences."""
+    """Pack the rows; each text of a row becomes its own sequence."""
     starts = np.concatenate([[0], np.cumsum(encoded.lengths[rows])])
     tokens, labels = encoded.tokens[flat_places(encoded, rows)], np.full(starts[-1], IGNORE, dtype=np.int64)
     for start, row in zip(starts, rows):
@@ -77,7 +77,7 @@ def _one_behind_another(encoded: LabelledRows, rows: np.ndarray, device: torch.d
 
 
 def _positions(encoded: LabelledRows, positions: np.ndarray, rows: np.ndarray, width: int) -> np.ndarray:
-    """N x L int64; padding is a text of its own."""
+    """(N, L) int64 positions; padding forms a text of its own."""
     found = np.zeros((len(rows), width), dtype=np.int64)
     for i, row in enumerate(rows):
         own = positions[encoded.offsets[row] : encoded.offsets[row + 1]]

@@ -1,4 +1,4 @@
-"""Cross entropy of the answers' tokens, through the model's head without its logits where that is frozen.
+"""Cross entropy of answer tokens. Through a frozen head it does not store the logits.
 
 Shapes: N rows of a micro-batch, L tokens of a row, C labelled tokens at a time, V vocabulary, D hidden, P sampled
 prompt tokens, M sampled labelled tokens.
@@ -28,25 +28,25 @@ from fastpeft.tasks.base import BatchLoss, Count, Stop
 from fastpeft.tasks.causal_lm.labelled_rows import LabelledRows, collate_labelled
 
 PROMPT_TOKENS, LENS_TOKENS = 1024, 256
-"""Most tokens of a micro-batch that Need.PROMPT and Need.LENS look at."""
+"""Maximum number of tokens per micro-batch for Need.PROMPT and Need.LENS."""
 _READ_ELSEWHERE = {Need.PROMPT, Need.ANSWER_GRADIENT}
-"""These look at tokens without a label, in every layer."""
+"""Measurements that need tokens without a label in every layer."""
 
 
 _CHUNK_BYTES = 32 * 2**20
-"""Of logits in fp32 at a time, where they are looked at and not only their loss."""
+"""Memory of fp32 logits at one time, in bytes, when more than their loss is computed."""
 
 
 @dataclass(frozen=True)
 class TokenScores:
-    """Of N rows."""
+    """Teacher-forced scores of N rows."""
 
     correct: np.ndarray
-    """Of each row, labelled tokens that the model puts first, given those before them."""
+    """(N,), number of labelled tokens of each row that have the largest logit."""
     labelled: np.ndarray
-    """Of each row, all of them."""
+    """(N,), number of labelled tokens of each row."""
     loss: float
-    """Nats a labelled token."""
+    """Mean loss per labelled token, in nats."""
 
     @property
     def accuracy(self) -> float:
@@ -58,12 +58,12 @@ class TokenScores:
 
 
 class AnswerLoss:
-    """Of one model.
+    """The loss of one model.
 
     Args:
-        dtype: that the model computes in.
-        frozen_head: the head is the pretrained one, whose logits need not be kept.
-        trains_all: every weight is trained, and held in fp32.
+        dtype: compute dtype of the model.
+        frozen_head: the head is frozen, so that its logits need not be stored.
+        trains_all: every weight is trained and stored in fp32.
     """
 
     def __init__(self, device: torch.device, dtype: torch.dtype, frozen_head: bool, trains_all: bool = False) -> None:
@@ -71,7 +71,7 @@ class AnswerLoss:
         self._first_layer: FirstLayer | None = None
 
     def batch(self, model: nn.Module, batch: Batch, num_items: Count, needs: Collection[Need] = ()) -> BatchLoss:
-        """Rows are padded on their right, so that the decoder needs no mask."""
+        """Loss and statistics of a micro-batch. Rows are padded on the right, so that the decoder needs no mask."""
         assert batch.rows is not None
         lens = self._lens(model) if Need.LENS in needs else None
         rows = None if _READ_ELSEWHERE.intersection(needs) else batch.rows
@@ -93,7 +93,7 @@ class AnswerLoss:
         return BatchLoss(found.loss, statistics)
 
     def mean(self, model: nn.Module, encoded: LabelledRows, limits: TokenLimits, stop: Stop) -> float | None:
-        """Nats a token of the answers, as far as they fit; NaN where none does; None if `stop` said so."""
+        """Mean loss per answer token that fits, in nats; NaN if none fits; None if `stop` ended it early."""
         training, total = model.training, torch.zeros((), dtype=torch.float64, device=self._device)
         model.eval()
         stopped = False
@@ -114,7 +114,7 @@ class AnswerLoss:
     def token_scores(
         self, model: nn.Module, encoded: LabelledRows, limits: TokenLimits, stop: Stop
     ) -> TokenScores | None:
-        """None if `stop` said so before the end. Leaves the model's mode as it was."""
+        """Scores of all rows; None if `stop` ended it early. Restores the model's mode."""
         training, correct_N = model.training, torch.zeros(len(encoded), dtype=torch.int64, device=self._device)
         total = torch.zeros((), dtype=torch.float64, device=self._device)
         model.eval()
@@ -150,11 +150,11 @@ class AnswerLoss:
         return TokenScores(correct, labelled, loss / count if count else math.nan)
 
     def expected_s(self, model: nn.Module, encoded: LabelledRows, limits: TokenLimits) -> float:
-        """Of `mean`, from its largest batch."""
+        """Estimated seconds of `mean`, from its largest batch."""
         groups = _loss_batches(encoded, limits)
         areas = [len(rows) * int(encoded.widths[rows].max()) for rows in groups]
         largest = groups[int(np.argmax(areas))]
-        self._sum(model, encoded, largest).item()  # the first pass builds kernels and buffers
+        self._sum(model, encoded, largest).item()  # warmup: builds kernels and buffers
         start = time.perf_counter()
         self._sum(model, encoded, largest).item()
         return (time.perf_counter() - start) * sum(areas) / max(areas)
@@ -172,7 +172,7 @@ class AnswerLoss:
         return self._first_layer
 
     def _autocast(self) -> AbstractContextManager:
-        """A model that is trained whole keeps its weights in fp32."""
+        """Autocast for a model trained in full, whose weights are in fp32."""
         is_cast = self._trains_all and self._dtype != torch.float32
         return torch.autocast(self._device.type, self._dtype) if is_cast else nullcontext()
 
@@ -186,7 +186,7 @@ class AnswerLoss:
         statistics: bool = False,
         lens_hidden: torch.Tensor | None = None,
     ) -> CrossEntropy:
-        """`hidden`: L x D of the labelled tokens, or N x L x D of all."""
+        """`hidden`: (number of labelled tokens, D), or (N, L, D) for all tokens."""
         hidden_LD = hidden if hidden.ndim == 2 else hidden.flatten(0, 1)[batch.rows]
         labels = batch.labels.view(-1)[batch.rows]
         if self._frozen_head:
@@ -205,7 +205,7 @@ class AnswerLoss:
 def _prompt_fisher(
     hidden_NLD: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, batch: Batch
 ) -> torch.Tensor:
-    """Mean Fisher of prompt tokens, evenly spaced in each row."""
+    """Mean Fisher information of prompt tokens, evenly spaced in each row."""
     ids_T = batch.inputs["input_ids"].flatten()
     starts_N, prompts_N, width = _prompts(batch)
     each = max(1, min(PROMPT_TOKENS // len(starts_N), width))
@@ -240,12 +240,12 @@ def _statistics(
 
 
 def _loss_batches(encoded: LabelledRows, limits: TokenLimits) -> list[np.ndarray]:
-    """What fits with gradients fits without."""
+    """Batches of rows within the limits of training, which suffice without gradients."""
     return evaluation_batches(encoded, min(limits.training, limits.evaluation))
 
 
 def _spread(rows: torch.Tensor, most: int) -> torch.Tensor:
-    """At most `most` of them, evenly spaced."""
+    """At most `most` of the rows, evenly spaced."""
     if len(rows) <= most:
         return rows
     return rows[torch.linspace(0, len(rows) - 1, most, device=rows.device).long()]

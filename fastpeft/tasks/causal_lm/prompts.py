@@ -1,4 +1,4 @@
-"""Prompts and their answers as tokens: prompt, answer, end of text; only the answer and the end are predicted."""
+"""Prompts and answers as tokens: prompt, answer, end of text. Only answer and end of text have labels."""
 
 from __future__ import annotations
 
@@ -20,24 +20,24 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Prompted:
-    """Parallel columns of text, for the messages with a name for each row and for all of them."""
+    """Parallel columns of text. `name_row` and `noun` name a row and all rows in messages."""
 
     prompts: Sequence[str]
     answers: Sequence[str]
-    """As they follow the prompt, white space included."""
+    """Text after the prompt, with its leading white space."""
     name_row: Callable[[int], str]
     noun: str = "rows"
 
 
 @dataclass(frozen=True, kw_only=True)
 class EncodedPrompts(LabelledRows):
-    """Row i begins with prompt_lengths[i] tokens that are read; the rest of it is predicted."""
+    """Row i starts with prompt_lengths[i] context tokens; its other tokens have labels."""
 
     prompt_lengths: np.ndarray
     rows: np.ndarray
-    """Which of the texts each row is: its index in the Prompted that were encoded."""
+    """Index of each row in the encoded Prompted."""
     unusable: np.ndarray
-    """Indices of the texts that are too long: left out of training; in evaluation kept, to be counted as wrong."""
+    """Indices of texts that are too long. Training omits them; evaluation counts them as wrong."""
 
     @property
     def num_labelled(self) -> np.ndarray:
@@ -65,20 +65,20 @@ def encode_prompts(
     training: bool = True,
     max_prompt: int | None = None,
 ) -> EncodedPrompts:
-    """Tokenise prompts and answers by themselves, so that a prompt's tokens are those that decoding starts from.
+    """Tokenise prompts and answers separately, so that decoding starts from exactly the prompt's tokens.
 
     Special tokens are those that the tokenizer puts before a text, those written in the prompt, and the end of text
-    after the answer. A prompt that is written with the former has them once. In an answer their names are text, so that
-    none ends it early.
+    after the answer. A prompt that already starts with the tokenizer's special tokens does not get them twice. In an
+    answer the names of special tokens are plain text, so that none ends it early.
 
     Args:
-        max_length: most tokens of a row.
-        training: leave out what is longer; else keep every row, cut to max_length. A row is then unusable only if its
-            prompt leaves no room for an answer.
-        max_prompt: longest prompt that does, where that is less than max_length - 1; not for training.
+        max_length: maximum number of tokens of a row.
+        training: omit longer rows. False: keep every row, cut to max_length; a row is then unusable only if its prompt
+            leaves no room for an answer.
+        max_prompt: maximum prompt length, if less than max_length - 1; not for training.
 
     Raises:
-        UserError: a tokenizer without an end-of-text token; a prompt without tokens; no row that fits.
+        UserError: the tokenizer has no end-of-text token; a prompt has no tokens; no row fits.
     """
     end = tokenizer.eos_token_id
     if end is None:
@@ -112,7 +112,7 @@ def encode_prompts(
 
 
 def _too_long(lengths: np.ndarray, max_length: int, noun: str) -> tuple[np.ndarray, str]:
-    """Training rows that do not fit, and what becomes of them. Raises UserError where none fits."""
+    """Training rows that do not fit, and a message on them. Raises UserError if none fits."""
     fits = lengths <= max_length
     if not fits.any():
         raise UserError(
@@ -123,7 +123,7 @@ def _too_long(lengths: np.ndarray, max_length: int, noun: str) -> tuple[np.ndarr
 
 
 def _without_room(prompt_lengths: np.ndarray, max_length: int, max_prompt: int | None) -> tuple[np.ndarray, str]:
-    """Rows whose prompt leaves no room for an answer, and what becomes of them."""
+    """Rows whose prompt leaves no room for an answer, and a message on them."""
     longest = max_length - 1 if max_prompt is None else min(max_prompt, max_length - 1)
     what = f"prompts leave no room for an answer in {max_length} tokens and count as wrong"
     if longest < max_length - 1:
@@ -132,7 +132,7 @@ def _without_room(prompt_lengths: np.ndarray, max_length: int, max_prompt: int |
 
 
 def writes_start(text: str, tokenizer: PreTrainedTokenizerBase) -> bool:
-    """Whether the text begins with what the tokenizer would put before it, so that no more of it is wanted."""
+    """Whether the text already starts with the special tokens that the tokenizer would put before it."""
     return _prompts([text], tokenizer)[1] == 1
 
 
@@ -157,7 +157,7 @@ def _rows(
 
 
 def _prompts(texts: list[str], tokenizer: PreTrainedTokenizerBase) -> tuple[Ragged, int]:
-    """(tokens of each, after what the tokenizer puts before any text; how many begin with that by themselves)."""
+    """(tokens of each prompt, with the tokenizer's leading special tokens; number of prompts that wrote them)."""
     plain = _tokens(texts, tokenizer)
     with_special = tokenizer(texts[0], return_attention_mask=False, verbose=False)["input_ids"]
     first = plain[0].tolist()

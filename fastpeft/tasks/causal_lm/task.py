@@ -1,4 +1,4 @@
-"""A language-model task whose prompts are read and whose answers are learned."""
+"""A language modelling task in which prompts are context and answers are learned."""
 
 from __future__ import annotations
 
@@ -27,30 +27,30 @@ from fastpeft.tasks.causal_lm.loss import AnswerLoss
 from fastpeft.tasks.self_check import by_row, check_batches, check_tokens, varlen_fault
 
 CHECK_ROWS, CHECK_POSITIONS = 16, 16
-"""Of each of so many rows, so many of the answer's first tokens: a model's logits at all of them fill gigabytes."""
+"""Rows, and first tokens of the answer in each, that are compared. Logits at all tokens would take gigabytes."""
 LONGEST_CHECKED = 4096
-"""Tokens of a row that an export is compared on: rows that were too long to train on are scored all the same."""
+"""Longest row in the comparison of an export, in tokens. Rows too long for training are included."""
 _CHUNK_BYTES = 32 * 2**20
-"""Of logits at a time."""
+"""Memory of the logits that exist at one time, in bytes."""
 
 
 Rows = TypeVar("Rows", bound=LabelledRows)
 
 
 class CausalLMTask(Task[Rows]):
-    """What a kind adds: its rows as prompts and answers, and how answers are decoded and scored."""
+    """Base class. A kind adds its rows as prompts and answers, and the decoding and scoring of answers."""
 
     auto_class: ClassVar[str] = "AutoModelForCausalLM"
     peft_task_type: ClassVar[str] = "CAUSAL_LM"
     pipeline_tag: ClassVar[str] = "text-generation"
     predicts_tokens: ClassVar[bool] = True
     noun: ClassVar[str] = "rows"
-    """What a row is called."""
+    """Plural noun for its rows, for messages."""
 
     def __init__(self, name: str, config: DatasetConfig, batch_tokens: int) -> None:
         """
         Args:
-            batch_tokens: most padded tokens of a batch that is scored.
+            batch_tokens: maximum number of tokens, padding included, of a scored batch.
         """
         self.name, self.config, self.batch_tokens = name, config, batch_tokens
         self._loss: AnswerLoss | None = None
@@ -64,7 +64,7 @@ class CausalLMTask(Task[Rows]):
 
     @abstractmethod
     def encode_first(self, count: int, tokenizer: Any, model: str) -> LabelledRows:
-        """The first training rows that training would take of the first `count`."""
+        """Those of the first `count` training rows that training would use."""
 
     def first_rows(self, tokenizer: Any, model: str, count: int) -> FirstRows:
         try:
@@ -72,7 +72,7 @@ class CausalLMTask(Task[Rows]):
             num_shown, notes = len(encoded), encoded.notes
         except DataError:
             raise
-        except UserError:  # none of them can be trained on
+        except UserError:  # no row of these can be used for training
             encoded = self.encode_first(sys.maxsize, tokenizer, model)
             num_shown = min(count, len(encoded))
             notes = (f"they are the first that are trained on, as none of the first {count:,} can be",)
@@ -92,7 +92,7 @@ class CausalLMTask(Task[Rows]):
         self.check_rows(model, backbone)
 
     def check_rows(self, model: nn.Module, backbone: Backbone) -> list[OwnLogits]:
-        """check, and the rows that the model's own forward pass has read for it."""
+        """As `check`; returns the rows and logits of the model's own forward pass."""
         rows: list[OwnLogits] = []
 
         def own_logits(model: nn.Module, inputs: dict[str, torch.Tensor], lengths: Sequence[int]) -> list[torch.Tensor]:
@@ -127,7 +127,7 @@ class CausalLMTask(Task[Rows]):
 
     @abstractmethod
     def encode_validation(self, rows: Sequence[int] | None, tokenizer: Any, max_length: int) -> LabelledRows:
-        """Rows of the validation split, or all of them, as training would tokenise them."""
+        """Rows of the validation split, None for all, tokenised as for training."""
 
     def export_check(self, backbone: Backbone) -> ExportCheck:
         return TokenAccuracy(
@@ -142,7 +142,7 @@ class CausalLMTask(Task[Rows]):
 
 
 def _pieces(encoded: LabelledRows, row: int, tokenizer: Any) -> Iterator[Piece]:
-    """Stretches of tokens that are read and that are learned, in turn, as they decode in their place."""
+    """Alternating spans of context tokens and learned tokens, decoded in place."""
     tokens = encoded.tokens[encoded.offsets[row] : encoded.offsets[row + 1]]
     learned = np.isin(np.arange(len(tokens)), encoded.places(row))
     ends = [*(np.flatnonzero(learned[1:] != learned[:-1]) + 1).tolist(), len(tokens)]
@@ -154,7 +154,7 @@ def _pieces(encoded: LabelledRows, row: int, tokenizer: Any) -> Iterator[Piece]:
 
 
 def _trained_logits(model: nn.Module, inputs: dict[str, Any], lengths: Sequence[int]) -> list[torch.Tensor]:
-    """As the loss has them, round their mean, of which no probability depends."""
+    """Logits as computed for the loss, minus their mean, which no probability depends on."""
     mask = inputs["attention_mask"]
     sequences = mask if isinstance(mask, Sequences) else None
     hidden, weight, bias = hidden_states(
@@ -169,7 +169,7 @@ def _centred(logits: torch.Tensor) -> torch.Tensor:
 
 
 class TokenAccuracy(ExportCheck):
-    """The share of the answers' tokens that the model puts first, given those before them."""
+    """Teacher-forced accuracy: the share of answer tokens that have the largest logit."""
 
     metric = "token_accuracy"
 
@@ -185,8 +185,8 @@ class TokenAccuracy(ExportCheck):
     ) -> None:
         """
         Args:
-            max_length: tokens of the longest row that was trained on.
-            longest: of one that is read here.
+            max_length: length limit of training rows, in tokens.
+            longest: length limit of rows read here, in tokens.
         """
         self.where = f"answer tokens of validation {noun}"
         self._encode, self.num_validation, self._tokenizer = encode, num_validation, tokenizer
@@ -194,7 +194,7 @@ class TokenAccuracy(ExportCheck):
 
     @torch.inference_mode()
     def answers(self, model: nn.Module, tokenizer: Any, device: torch.device) -> torch.Tensor:
-        """At the first tokens of answers, one row at a time, by the model's own forward."""
+        """Logits at the first tokens of answers, one row at a time, by the model's own forward."""
         num_rows = self.num_validation
         chosen = np.linspace(0, num_rows - 1, min(CHECK_ROWS, num_rows)).astype(int).tolist()
         encoded = self._encode(chosen, tokenizer, self._longest)

@@ -1,1 +1,1 @@
-"""What tasks share whose rows are a text, or a pair of texts, with one answer: reading, tokens, batches, scoring."""
+"""Shared code of tasks whose rows are one text or a pair, with one label: reading, tokens, batches, scoring."""

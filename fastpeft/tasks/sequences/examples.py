@@ -27,19 +27,19 @@ class Examples:
     text: list[str]
     text_pair: list[str] | None
     labels: Sequence[Any]
-    """Of each row what the task makes of it: a class number, a score, or C zeros and ones."""
+    """Label of each row, by task: a class index, a score, or C zeros and ones."""
 
     def __len__(self) -> int:
         return len(self.labels)
 
     @property
     def texts(self) -> list[tuple[str, ...]]:
-        """Of each row the one or two, without the blanks at their ends."""
+        """The one or two texts of each row, without white space at their ends."""
         columns = [self.text] if self.text_pair is None else [self.text, self.text_pair]
         return list(zip(*([text.strip() for text in column] for column in columns)))
 
     def sample(self, limit: int) -> Examples:
-        """As many rows, drawn at random, the same ones whatever the seed; 0 means all."""
+        """`limit` rows drawn at random, independent of the run's seed; 0 means all."""
         return self.pick(sample(len(self), limit)) if limit else self
 
     def pick(self, rows: Sequence[int]) -> Examples:
@@ -58,7 +58,7 @@ class Encoded(TokenRows):
     segments: np.ndarray | None
     """Token type ids, for models that read them."""
     labels: np.ndarray
-    """N, or N x C."""
+    """(N,) or (N, C)."""
     num_truncated: int
 
 
@@ -71,14 +71,14 @@ def encode(
     cut: str = "longest",
     dtype: type = np.int64,
 ) -> Encoded:
-    """Tokenise once, before training, or take the tokens from the cache. What is longer than `max_length` is cut and
+    """Tokenise once, before training, or read the tokens from the cache. Rows longer than `max_length` are cut and
     counted.
 
     Args:
-        tokenizer: of transformers.
-        segments: the model reads token type ids.
-        cut: which text of a pair gives way, as dataset.cut. Where the other one leaves no room, the longest does.
-        dtype: of the labels.
+        tokenizer: a tokenizer of transformers.
+        segments: whether the model reads token type ids.
+        cut: which text of a pair is cut, as dataset.cut. If the other text leaves no room, the longest is cut.
+        dtype: dtype of the labels.
     """
     found = cached(
         lambda: _arrays(examples, tokenizer, max_length, segments, cut),
@@ -135,7 +135,7 @@ def _tokens(examples: Examples, tokenizer: Any, max_length: int, cut: str, call:
 
 
 def collate(encoded: Encoded, rows: np.ndarray, device: torch.device) -> Batch:
-    """Pad `rows` to the longest of them, or put one behind another, and move them to `device`. Nothing waits for it."""
+    """Pad `rows` to the longest row, or pack them, and move them to `device` without synchronization."""
     inputs = inputs_of(encoded, rows, device, encoded.segments)
     sequences = inputs["attention_mask"] if encoded.varlen else None
     return Batch(inputs, move(encoded.labels[rows], device), int(encoded.lengths[rows].sum()), sequences=sequences)

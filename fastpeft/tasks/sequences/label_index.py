@@ -13,7 +13,7 @@ class LabelIndex:
     """Label names to numbers. Takes a name, or a name's number if no name is itself a number."""
 
     MISSING = (None, "", "-", "-1")
-    """What datasets write where there is no gold label. `marks_no_label` tells where the last two are classes."""
+    """Values that datasets use for a missing label. `marks_no_label` decides whether the last two are classes."""
 
     def __init__(self, names: tuple[str, ...], take_numbers: bool = True) -> None:
         self.names = names
@@ -23,8 +23,8 @@ class LabelIndex:
 
     @classmethod
     def from_values(cls, values: set[str]) -> LabelIndex:
-        """Labels found in training data, sorted; whole numbers by value. Their order is nobody's
-        numbering, so that a number does not stand for a name."""
+        """Labels found in training data, sorted; whole numbers by value. No dataset defines this
+        order, so that a number is not accepted for a name."""
         key: Callable = int if all(map(is_whole_number, values)) else str
         return cls(tuple(sorted(values, key=key)), take_numbers=False)
 
@@ -33,7 +33,7 @@ class LabelIndex:
 
 
 def marks_no_label(counts: Mapping[str | None, int]) -> set[str | None]:
-    """Those of LabelIndex.MISSING that are no classes, by how often each label stands in the training rows.
+    """The values of LabelIndex.MISSING that are not classes, by the frequency of each label in the training rows.
 
     -1 is a class among whole numbers, and - among signs such as +, if it is at least a tenth as common as the others
     are in the mean. Datasets have a percent of rows without gold label, or whole test splits.
@@ -51,10 +51,10 @@ def class_names(source: Source, column: str, labels: tuple[str, ...] | None) -> 
     """Name of each class number in the data; None for a column that holds the labels themselves.
 
     Args:
-        labels: as the user or what is known of the dataset names them.
+        labels: names from the user or from the built-in settings of the dataset.
 
     Raises:
-        DataError: another number of labels than of classes.
+        DataError: the numbers of labels and of classes differ.
     """
     names = source.class_names(TRAIN, column)
     if names is None or labels is None or set(labels) == set(names):

@@ -1,4 +1,4 @@
-"""From rows with named columns to texts with one answer each: which columns, which rows are bad, what is held out."""
+"""Conversion of rows with named columns to labelled texts: choice of columns, faulty rows, held-out rows."""
 
 from __future__ import annotations
 
@@ -40,14 +40,14 @@ class LabelledTexts:
     train: Examples
     validation: Examples
     test: Examples | None = None
-    """None where there is none with labels."""
+    """None without a labelled test split."""
     skipped_rows: dict[str, int] = field(default_factory=dict)
     """Split -> rows left out under on_bad_row: skip."""
     notes: tuple[str, ...] = ()
 
 
 class TextSplit:
-    """The rows of a split that can be used; those that cannot stop the run, or are counted."""
+    """The usable rows of a split. An unusable row stops the run or is counted, by dataset.on_bad_row."""
 
     def __init__(
         self,
@@ -58,15 +58,15 @@ class TextSplit:
     ) -> None:
         """
         Args:
-            known: columns of a dataset that is known by name.
-            label_fault: what is wrong with the label in a row's values; None for one that can be used.
+            known: columns from a dataset's built-in settings.
+            label_fault: returns the fault of the label in a row's values; None for a usable label.
 
         Raises:
             DataError: a missing column, a malformed row, or no row at all.
         """
         self.source, self.notes, self.num_skipped = split.source, split.notes, 0
         self.first_skipped = ""
-        """Where the first row is that was left out, and why."""
+        """Location of the first omitted row, and the reason."""
         self.columns = choose_columns(split.source, split.require_columns(), config.columns, known)
         self.rows: list[Row] = []
         for row in split.rows:
@@ -85,7 +85,7 @@ class TextSplit:
             )
 
     def examples(self, label: Callable[[Row], Any]) -> Examples:
-        """`label` makes of a row what the task trains on."""
+        """The rows as Examples; `label` returns the training label of a row."""
         text, pair, _ = self.columns
         pairs = [row.values[pair] for row in self.rows] if pair else None
         return Examples([row.values[text] for row in self.rows], pairs, [label(row) for row in self.rows])
@@ -108,14 +108,14 @@ def read_texts(
     classes_of: Callable[[Any], Collection[Hashable]] = lambda label: (),
     several_columns: bool = False,
 ) -> LabelledTexts:
-    """All splits; without a validation split a part of the training rows is held out, of each class its share, and no
-    text that is trained on. A test split without labels, as competitions give it, is left out.
+    """All splits. Without a validation split, training rows are held out, stratified by class, and without texts that
+    stay in the training rows. A test split without labels, as in competitions, is left out.
 
     Args:
-        label_of: of a split, what makes a row's label; called for the training split first.
-        names: column -> names of its class numbers.
+        label_of: split -> function that returns a row's label; called for the training split first.
+        names: column -> names of its class indices.
         classes_of: the classes that a label stands for.
-        several_columns: dataset.columns.label may name more than one.
+        several_columns: whether dataset.columns.label may name several columns.
 
     Raises:
         DataError: a missing split or column, a malformed row, an unknown label.
@@ -175,7 +175,7 @@ def _without_labels(
     names: Mapping[str, tuple[str, ...]] | None,
     label_fault: Callable[[dict[str, Any], str], str | None],
 ) -> str | None:
-    """Why the test split cannot be scored; None where it can, or where there is none."""
+    """Why the test split cannot be scored; None if it can or if there is none."""
     if not source.has(TEST):
         return None
     split = source.read(TEST, [name for name in wanted if name in source.columns(TEST)], names)
@@ -187,7 +187,7 @@ def _without_labels(
 
 
 def _notes(source: Source, splits: Mapping[str, TextSplit], train: Examples, validation: Examples) -> Iterator[str]:
-    """How the files were read, what was left out of them, what is held out, and what stands on both sides."""
+    """Messages on how files were read, and on omitted rows, held-out rows and texts in both splits."""
     for split in splits.values():
         yield from split.notes
     if source.needs_held_out:
@@ -204,7 +204,7 @@ def _text_columns(split: TextSplit) -> list[str]:
 
 
 def source_columns(config: DatasetConfig, source: Source) -> Columns:
-    """Of the training split. Raises DataError where they are not there, or cannot be guessed."""
+    """Columns of the training split. Raises DataError if they are missing or cannot be guessed."""
     known = source.known.columns if source.known else {}
     return choose_columns(source.describe_split(TRAIN), source.columns(TRAIN), config.columns, known)
 
@@ -212,10 +212,10 @@ def source_columns(config: DatasetConfig, source: Source) -> Columns:
 def choose_columns(
     source: str, have: Sequence[str], config: ColumnsConfig, known: Mapping[str, str] | None = None
 ) -> Columns:
-    """As configured, else those of a dataset that is known by name, else by the usual names.
+    """Columns from the configuration, else from the dataset's built-in settings, else by usual names.
 
     Raises:
-        DataError: a column that is not there, or that is left open and has no usual name.
+        DataError: a column is missing, or is not configured and has no usual name.
     """
     text, pair, label = _guess(source, have, config, known or {})
     for key, column in (("text", text), ("label", label)):
