@@ -1,4 +1,4 @@
-"""What a model makes of a batch is what it makes of each row by itself: tried on a few rows before it is trained.
+"""Check, on a few rows before training, that a model's outputs for a batch equal those for each row alone.
 
 A model whose rows change with their padding trains on the padding. Nothing but its numbers shows that.
 

@@ -1,4 +1,4 @@
-"""What a schedule reads of a batch's predictions."""
+"""Statistics of a batch's predictions that schedules read."""
 
 from __future__ import annotations
 

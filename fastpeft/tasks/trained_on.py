@@ -1,4 +1,4 @@
-"""What a run was trained on, as its folder and its weights keep it: other data are then seen, and not guessed at."""
+"""Record of a run's training data, stored with the run and its weights, so that changed data are detected."""
 
 from __future__ import annotations
 

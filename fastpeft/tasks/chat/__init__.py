@@ -1,1 +1,1 @@
-"""Conversations and instructions: a language model learns what the assistant says."""
+"""Conversations and instructions: a language model learns the assistant's turns."""

@@ -1,4 +1,4 @@
-"""Where in a rendered conversation the assistant speaks: found by rendering up to each answer, and never guessed.
+"""Spans of the assistant's turns in a rendered conversation, found by rendering the conversation up to each answer.
 
 At inference a model reads what the template renders before an answer, with the words that open the assistant's turn,
 and writes the rest up to the token that ends the turn. So an answer is learned behind exactly that text. Where the

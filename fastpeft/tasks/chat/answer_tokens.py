@@ -1,4 +1,4 @@
-"""The tokens of a rendered conversation, and which of them its answers are."""
+"""The tokens of a rendered conversation, and which of them belong to answers."""
 
 from __future__ import annotations
 

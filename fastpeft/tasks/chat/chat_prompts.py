@@ -1,4 +1,4 @@
-"""The held-out prompts that a model answers: each conversation up to its last answer, as inference shows it."""
+"""Held-out prompts for a model to answer: each conversation up to its last answer, rendered as for inference."""
 
 from __future__ import annotations
 

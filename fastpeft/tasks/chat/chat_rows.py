@@ -1,4 +1,4 @@
-"""Conversations as tokens: which of them are predicted, what is cut or left out, and how much that is."""
+"""Conversations as tokens: which tokens have labels, and what is cut or omitted."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a model makes of held-out conversations: the tokens that it has right, and the answers that it writes."""
+"""Scores on held-out conversations: token accuracy, and the decoded answers."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A conversation as a chat template takes it, whatever form its row has."""
+"""Conversion of a row of any supported form to a conversation for a chat template."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Rows that are longer than the model is to read: dropped, cut at their beginning, or split."""
+"""Rows above the length limit: dropped, cut at their beginning, or split."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Several rows in one, kept apart by positions that begin anew: less padding, and as much learned.
+"""Packing of several rows into one, kept apart by positions that restart with each: less padding, the same targets.
 
 transformers makes a mask of such positions for most decoders. Some ignore them, and then a row sees its neighbour, in
 silence: whether this model does is tried.

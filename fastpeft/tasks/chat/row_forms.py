@@ -1,4 +1,4 @@
-"""The forms that rows of conversations and instructions come in, told from their columns."""
+"""The forms of rows of conversations and instructions, recognised by their columns."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Conversations and instructions: cross entropy of what the assistant says, and the answers that a model writes."""
+"""Conversations and instructions: cross entropy of the assistant's turns, and decoded answers."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Chat templates: the model's own, one of ours by name, or a Jinja file. transformers' sandbox renders them."""
+"""Chat templates: the model's own, a built-in one by name, or a Jinja file. transformers' sandbox renders them."""
 
 from __future__ import annotations
 

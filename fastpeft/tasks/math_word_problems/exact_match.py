@@ -1,4 +1,4 @@
-"""Exact match on word problems: decode an answer to each, compare the numbers behind `####`."""
+"""Exact match on word problems: decode an answer to each, and compare the numbers after `####`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Word problems: cross entropy of the worked answers' tokens, exact match of the numbers that are decoded."""
+"""Word problems: cross entropy of the worked answers, exact match of the decoded numbers."""
 
 from __future__ import annotations
 

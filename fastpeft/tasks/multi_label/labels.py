@@ -1,4 +1,4 @@
-"""How the labels of a row are written: in one list, as a vector of zeros and ones, or in a column for each label."""
+"""Formats of a row's labels: one list, a vector of zeros and ones, or one column per label."""
 
 from __future__ import annotations
 

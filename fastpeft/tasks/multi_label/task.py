@@ -1,4 +1,4 @@
-"""Several labels a text: any number of labels for a text, or for a pair of texts.
+"""Multi-label classification: any number of labels for a text, or for a pair of texts.
 
 What a user has to know:
 

@@ -1,4 +1,4 @@
-"""A whole split through a model with one answer a row: its logits and its loss."""
+"""Logits and loss of a whole split, for models with one output per row."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A task whose rows have one answer each, by a head over the encoder's pooled output.
+"""Base of tasks with one label per row, predicted by a head over the encoder's pooled output.
 
 Shapes: N rows, C outputs of the head.
 """

@@ -1,4 +1,4 @@
-"""Sentences from CoNLL-style files: a word a line in columns, a blank line behind each sentence.
+"""Sentences from CoNLL-style files: one word per line in columns, a blank line after each sentence.
 
 Columns are parted by tabs if most lines hold one, else by runs of spaces. Only the ASCII space, the tab and the line
 feed part anything: a word may consist of other white space, or of a variation selector, and stays a word.

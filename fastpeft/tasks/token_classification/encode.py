@@ -1,4 +1,4 @@
-"""Sentences of words as word pieces with labels, and predictions put back onto the words.
+"""Sentences as word pieces with labels, and the mapping of predictions back to words.
 
 A word's label stands on its first piece. Its other pieces, special tokens and padding have none. A word that has no
 piece has no label either; whoever scores counts it as O.

@@ -1,4 +1,4 @@
-"""Strict scores of entities: what counts is the whole span with its type, in IOB2."""
+"""Strict entity scores: an entity is correct if its span and its type match exactly, in IOB2."""
 
 from __future__ import annotations
 
