@@ -15,7 +15,7 @@ __all__ = ["Check", "Finding", "can_train", "checks", "examine", "to_json"]
 
 
 def checks(results_dir: Path) -> list[Check]:
-    """In the order in which they are shown. Those that load torch come after those that do not."""
+    """Every check, in display order. The version checks come first, because they do not load torch."""
     return [
         Check("fastpeft", machine.fastpeft),
         Check("packages", machine.packages),
@@ -33,7 +33,7 @@ def checks(results_dir: Path) -> list[Check]:
 
 
 def examine(results_dir: Path) -> list[Finding]:
-    """Every check, one after another; none raises. A few seconds."""
+    """Run every check, one after another. Takes a few seconds; a check that raises becomes a finding."""
     return [finding for check in checks(results_dir) for finding in carry_out(check)]
 
 

@@ -1,4 +1,4 @@
-"""One finding of `fastpeft doctor`, and how a check is kept from spoiling the others."""
+"""A finding of `fastpeft doctor`, and the isolation of checks: one that raises or hangs does not affect the others."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ class Finding:
     status: Status
     message: str
     fix: str = ""
-    """What to do about it; empty where nothing needs doing."""
+    """What to do about it; empty if nothing needs to be done."""
     fatal: bool = False
-    """Nothing can be trained until it is mended."""
+    """True if nothing can be trained until this is fixed."""
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,7 @@ class Check:
 
 
 def carry_out(check: Check) -> list[Finding]:
-    """What the check finds. One that raises or hangs becomes a warning of its own name."""
+    """The findings of a check. If it raises or exceeds `timeout_s`, a single warning under its name."""
     found: list[list[Finding]] = []
     fault: list[str] = []
 
@@ -41,7 +41,7 @@ def carry_out(check: Check) -> list[Finding]:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
                 found.append(check.look())
-        except BaseException as error:  # of a foreign library's making: SystemExit too
+        except BaseException as error:  # libraries may raise anything, SystemExit included
             fault.append(f"{type(error).__name__}: {first_line(error)}")
 
     thread = threading.Thread(target=look, name=f"fastpeft-doctor-{check.name}", daemon=True)

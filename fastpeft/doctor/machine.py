@@ -1,4 +1,4 @@
-"""Versions, device, threads, kernels and energy meter."""
+"""Checks of versions, device, threads, kernels and energy meter."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _SHOWN = ("torch", "triton", "transformers", "peft", "datasets", "wandb")
 _ESSENTIAL = {
     "torch", "transformers", "huggingface_hub", "accelerate", "peft", "safetensors", "pydantic", "PyYAML", "psutil",
 }  # fmt: skip
-"""Without one of these no run starts; without another, some runs do not."""
+"""No run starts without these. The other dependencies are needed by some runs only."""
 
 _GIB = 2**30
 _CGROUP = Path("/sys/fs/cgroup")
@@ -41,7 +41,7 @@ def fastpeft() -> list[Finding]:
 
 
 def _project() -> dict[str, Any]:
-    """`requires-python` and `dependencies`: of the checkout's pyproject.toml, or as installed."""
+    """`requires-python` and `dependencies`, from the checkout's pyproject.toml or else the installed metadata."""
     path = Path(__file__).resolve().parents[2] / "pyproject.toml"
     if path.is_file():
         project = tomllib.loads(path.read_text(encoding="utf-8"))["project"]
@@ -52,7 +52,7 @@ def _project() -> dict[str, Any]:
 
 
 def packages() -> list[Finding]:
-    """A line with the main versions, and one for every package that is missing or too old."""
+    """A finding with the main versions, and one for every package that is missing or of an unsupported version."""
     from packaging.requirements import Requirement
 
     versions, findings = {}, []
@@ -78,7 +78,7 @@ def packages() -> list[Finding]:
 
 
 def imports() -> list[Finding]:
-    """The libraries that every run loads do load: versions alone do not tell."""
+    """Whether the libraries that every run loads can be imported. An installed version does not prove it."""
     for name in ("torch", "transformers", "peft"):
         try:
             __import__(name)
@@ -95,7 +95,7 @@ def imports() -> list[Finding]:
 
 
 def device() -> list[Finding]:
-    """What a run would train on."""
+    """The device that a run would use."""
     import torch
 
     with warnings.catch_warnings(record=True) as caught:
@@ -148,7 +148,7 @@ def _cuda_device() -> Finding:
 
 
 def _multiply(device: Any) -> None:
-    """One product on the device, waited for. RuntimeError if it cannot."""
+    """One matrix product, synchronised. Raises RuntimeError if the device cannot compute it."""
     import torch
 
     float((torch.ones(16, 16, device=device) @ torch.ones(16, 16, device=device)).sum())
@@ -170,21 +170,21 @@ def _cpu_device() -> Finding:
 
 
 def _precision(device: Any) -> str:
-    """What precision auto is there, for a model of the usual width."""
+    """The precision that `auto` selects on the device, for layers of 768 x 3072."""
     from fastpeft.models.precision import choose_precision
 
     return choose_precision("auto", device, lambda: (768, 3072)).note
 
 
 def _gpus_of_the_driver() -> list[str]:
-    """Names of the GPUs that NVIDIA's driver has, whatever torch makes of them."""
+    """Names of the GPUs that NVIDIA's driver reports, whether or not torch sees them."""
     try:
         import pynvml
 
         pynvml.nvmlInit()
         handles = [pynvml.nvmlDeviceGetHandleByIndex(i) for i in range(pynvml.nvmlDeviceGetCount())]
         return [pynvml.nvmlDeviceGetName(handle) for handle in handles]
-    except Exception:  # no driver, or one that is being reset, which raises more than NVMLError
+    except Exception:  # no driver; one that is being reset raises other classes than NVMLError
         return []
 
 
@@ -202,7 +202,7 @@ def _driver() -> str | None:
 
 
 def threads() -> list[Finding]:
-    """Too many threads for the cores, or threads that spin while they wait, cost more than they bring."""
+    """Warns of more threads than cores, and of threads that spin while they wait. Both slow training down."""
     import torch
 
     num, usable, quota = torch.get_num_threads(), len(os.sched_getaffinity(0)), _cpu_quota()
@@ -236,7 +236,7 @@ def _cpu_quota() -> float | None:
 
 
 def kernels() -> list[Finding]:
-    """Which operations have Triton kernels, whether Triton loads, and whether this GPU has a table of the fastest."""
+    """Which operations have Triton kernels, whether Triton loads, and whether this GPU has a tuning table."""
     import pkgutil
 
     import torch
@@ -245,7 +245,7 @@ def kernels() -> list[Finding]:
     from fastpeft.kernels import dispatch, ops
 
     for name in ours.__all__:
-        getattr(ours, name)  # an operation that cannot be imported is a finding
+        getattr(ours, name)  # an import that fails becomes a finding
     modules = (module.name.split(".") for module in pkgutil.walk_packages(ops.__path__, f"{ops.__name__}."))
     written = sorted(operation for *_, operation, module in modules if module == "kernel")
     used = f"Triton kernels: {', '.join(written)}" if written else "this release has no Triton kernels"

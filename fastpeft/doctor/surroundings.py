@@ -1,4 +1,4 @@
-"""The hub and its cache, W&B, the results folder, the disk."""
+"""Checks of the hub and its cache, W&B, the results folder and the disk."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def _without_credentials(url: str) -> str:
 
 
 def hub_cache() -> list[Finding]:
-    """What can be used without the hub."""
+    """Models and datasets that can be used without the hub."""
     from huggingface_hub import CacheNotFound, constants, scan_cache_dir
 
     where = constants.HF_HUB_CACHE
@@ -66,7 +66,7 @@ def hub_cache() -> list[Finding]:
 
 
 def wandb_key() -> list[Finding]:
-    """Whether there is a key. It is never shown."""
+    """Whether an API key is present. The key itself is never shown."""
     from fastpeft.trackers.wandb_settings import has_key
 
     if not has_key():
@@ -76,7 +76,7 @@ def wandb_key() -> list[Finding]:
 
 
 def results_folder(folder: Path) -> list[Finding]:
-    """Whether a run's folder could be made there."""
+    """Whether a run's folder can be created in `folder`."""
     there = _nearest(folder)
     fix = "give another folder with --results-dir"
     if not there.is_dir():

@@ -1,4 +1,4 @@
-"""How the findings are printed: a table in a terminal, plain lines in a pipe."""
+"""Prints the findings: as a table in a terminal, as plain lines in a pipe."""
 
 from __future__ import annotations
 

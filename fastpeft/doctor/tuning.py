@@ -1,4 +1,4 @@
-"""`fastpeft doctor --tune`: measure the kernels on this GPU, with a line that moves and a table at the end."""
+"""`fastpeft doctor --tune`: measure the kernels on this GPU, with a progress line and a final table."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ DEFAULT_MODELS = ("deberta-v3-base", "qwen3-0.6b")
 
 
 def tune_gpu(models: Sequence[str], limit_minutes: float, console: Console | None = None) -> None:
-    """Tune the first GPU for the shapes of `models`, and keep what was measured whatever ends it.
+    """Tune the first GPU for the shapes of `models`. Each measurement is saved at once, and survives an interruption.
 
     Raises:
         UserError: no GPU, no Triton, an unknown model, a table that cannot be read or written.
@@ -49,7 +49,7 @@ def run_tuning(
     measure: Measure | None = None,
     repeats: int = tune.REPEATS,
 ) -> list[Outcome]:
-    """Tune, with progress; the table is printed also after Ctrl-C, which goes on to the caller."""
+    """Tune and show the progress. The table is also printed after Ctrl-C, and the KeyboardInterrupt propagates."""
     outcomes: list[Outcome] = []
     try:
         known = len({p.key for p in todo} & tune.known_rows(path, described).keys())
@@ -78,7 +78,7 @@ def run_tuning(
 
 
 def usable_device() -> torch.device:
-    """The first GPU. Raises UserError where nothing can be tuned."""
+    """The first GPU. Raises UserError without a GPU or without Triton."""
     if not torch.cuda.is_available():
         built = "this is a CPU build of torch" if torch.version.cuda is None else "torch sees no GPU"
         raise UserError(
@@ -91,7 +91,7 @@ def usable_device() -> torch.device:
 
 
 def shapes_of(names: Iterable[str]) -> list[tuple[int, int]]:
-    """(in, out) of every linear layer that `names` mean: models of tune.MODELS, or shapes such as 768x3072."""
+    """Distinct (in, out) of the linear layers of `names`: models of tune.MODELS, or shapes such as 768x3072."""
     shapes: list[tuple[int, int]] = []
     for name in names:
         written = re.fullmatch(r"([1-9][0-9]{0,5})x([1-9][0-9]{0,5})", name)
@@ -103,7 +103,7 @@ def shapes_of(names: Iterable[str]) -> list[tuple[int, int]]:
 
 
 def about(gpu: str) -> dict[str, str]:
-    """What a table says of itself; what was measured with other versions is measured again."""
+    """Metadata of a table. Entries from other versions of the packages are measured again."""
     import triton
 
     date = datetime.now(UTC).isoformat(timespec="seconds")
@@ -112,7 +112,7 @@ def about(gpu: str) -> dict[str, str]:
 
 
 def as_table(outcomes: list[Outcome]) -> Table:
-    """One line for each operation and shape: the fastest form, and what each form took."""
+    """A line for each operation and shape: the time of each form, and the form that was chosen."""
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
     for name in ("operation", "in", "out", "rank", "T", "dtype", "microseconds of each form", "taken", "tiles"):
         table.add_column(name, justify="right" if name in ("in", "out", "rank", "T") else "left")
