@@ -1,1 +1,1 @@
-"""Search a run's settings: trials by Optuna, and the best of them trained in full."""
+"""Hyperparameter search by Optuna, followed by a full training of the best settings."""

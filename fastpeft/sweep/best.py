@@ -1,4 +1,4 @@
-"""The best settings of a sweep, trained in full: with each of its seeds, tracked, and tested once."""
+"""Full training of a sweep's best settings: once per seed, with trackers and one score of the test split."""
 
 from __future__ import annotations
 
@@ -32,19 +32,19 @@ class Stop(Protocol):
 @dataclass(frozen=True)
 class BestRun:
     number: int
-    """Of the trial."""
+    """Number of the best trial."""
     value: float
     params: dict[str, Any]
     results: list[Result]
-    """Of its full trainings, a seed each."""
+    """Results of its full trainings, one per seed."""
 
 
 def train_best(
     run: RunConfig, best: FrozenTrial, name: str, results_dir: Path, listener: Listener, stop: Stop
 ) -> BestRun:
-    """Train the trial `best` of the sweep `name`; a seed that is done is not trained again.
+    """Train the trial `best` of the sweep `name` in full. Seeds that are done are not trained again.
 
-    The folders are `<name>-best<number>-seed<seed>`: a sweep that finds a better one later has others.
+    The folders are `<name>-best<number>-seed<seed>`, so that a better trial found later gets folders of its own.
 
     Raises:
         UserError: a full training failed.

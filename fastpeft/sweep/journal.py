@@ -1,8 +1,8 @@
-"""Optuna's journal in a file, made safe against kill -9 and a full disk.
+"""Optuna's journal file, made safe against kill -9 and a full disk.
 
-Optuna's own file lock is a link that a killed process leaves behind, and its reader raises for ever after a line that
-was cut off. Here the kernel holds the lock, so that it ends with its process, and whoever gets it first cuts a torn
-line away.
+Optuna's own file lock is a link, which outlives a killed process. Its reader raises on every later read once a line is
+truncated. Here the lock is a flock, which the kernel releases with its process, and its next holder removes a truncated
+last line.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class KernelLock:
         self._held: IO[bytes] | None = None
 
     def __enter__(self) -> None:
-        """Raises JournalError where another process holds it for `timeout_s`."""
+        """Raises JournalError if another process holds the lock for longer than `timeout_s`."""
         file = self._path.open("ab")
         until = time.monotonic() + self._timeout_s
         while True:
@@ -64,7 +64,7 @@ class KernelLock:
 
 
 class JournalFile(JournalFileBackend):
-    """Appends whole lines or nothing."""
+    """Journal backend that appends whole records or nothing."""
 
     def __init__(self, path: Path, lock_timeout_s: float = LOCK_TIMEOUT_S) -> None:
         self._path = path
@@ -77,7 +77,7 @@ class JournalFile(JournalFileBackend):
             raise JournalError(f"{path} cannot be opened: {error.strerror}") from None
 
     def append_logs(self, logs: list[dict[str, Any]]) -> None:
-        """Raises JournalError where they cannot be written; what was half written is taken back."""
+        """Append all records. If that fails, the file is truncated to its former size and JournalError raised."""
         try:
             with self._kernel_lock:
                 self._cut_torn_line()
@@ -102,7 +102,7 @@ class JournalFile(JournalFileBackend):
             os.fsync(file.fileno())
 
     def _cut_torn_line(self) -> None:
-        """Of a process that was killed while it wrote. The lock is held."""
+        """Remove a last line that a killed process left incomplete. The caller holds the lock."""
         with self._path.open("rb+") as file:
             end = file.seek(0, os.SEEK_END)
             whole = end
@@ -116,13 +116,13 @@ class JournalFile(JournalFileBackend):
 
 
 def open_journal(path: Path) -> JournalStorage:
-    """Raises JournalError where it cannot be read."""
+    """Open the journal at `path`, or create it. Raises JournalError if it cannot be read."""
     try:
         journal = JournalFile(path)
         for line in path.read_bytes().splitlines()[-1:]:
-            json.loads(line)  # a last line that is none Optuna takes for one that is being written
+            json.loads(line)  # Optuna would take an invalid last line for one that is still being written
         return JournalStorage(journal)
     except UserError:
         raise
-    except Exception as error:  # of a line that is no record: Optuna takes each for one of its own
+    except Exception as error:  # Optuna assumes valid records, and raises any class on others
         raise JournalError(f"{path} is no journal of Optuna, or is damaged: {first_line(error)}") from None

@@ -1,8 +1,8 @@
-"""Whose a running trial is. A sweep that dies leaves its trials RUNNING, and nothing in Optuna ends them: they keep the
-sampler away from where they were, for ever.
+"""Ownership of running trials. A sweep that dies leaves its trials RUNNING, and Optuna never ends them: they would
+keep the sampler away from their region for ever.
 
-On the machine of the sweep the process decides: it is there, and it began when the lease says. From another machine its
-heartbeat does.
+On the machine of the sweep, it is alive if its process exists and started at the time in the lease. From another
+machine, it is alive if its heartbeat is recent.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ LEASE, HEARTBEAT = "lease", "heartbeat_s"
 """User attributes of a trial."""
 HEARTBEAT_EVERY_S = 20.0
 DEAD_AFTER_S = 120.0
-"""Several heartbeats, and a slow disk."""
+"""Allows for several lost heartbeats and a slow disk."""
 _CLOCK_STEP_S = 2.0
-"""What a correction of the machine's clock may move a process's beginning by."""
+"""Tolerance for the start time of a process, which moves when the system clock is corrected."""
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,7 @@ class Lease:
     host: str
     pid: int
     started_s: float
-    """When the process began, Unix time: a number is given again after a while."""
+    """Unix time at which the process started. It tells a reused process ID apart."""
 
     @classmethod
     def mine(cls) -> Lease:
@@ -41,7 +41,7 @@ class Lease:
 
 
 def is_alive(attributes: dict[str, Any], now_s: float | None = None) -> bool:
-    """Whether the sweep that a running trial belongs to is there.
+    """Whether the sweep that owns a running trial is alive.
 
     Args:
         attributes: the trial's user attributes.
@@ -50,7 +50,7 @@ def is_alive(attributes: dict[str, Any], now_s: float | None = None) -> bool:
     try:
         lease = Lease(**attributes[LEASE])
     except (KeyError, TypeError):
-        return False  # none of ours, or it died before it said whose it is
+        return False  # not created by a sweep, or its sweep died before it wrote the lease
     if lease.host == _host():
         return _runs(lease)
     beat = attributes.get(HEARTBEAT)
@@ -70,7 +70,7 @@ def _runs(lease: Lease) -> bool:
 
 
 def _host() -> str:
-    """This machine since it was started, and in it what shares process numbers: a container has numbers of its own."""
+    """Host name, boot ID and PID namespace. Process IDs are comparable only if all three agree."""
     return " ".join((socket.gethostname(), _read("/proc/sys/kernel/random/boot_id"), _link("/proc/self/ns/pid")))
 
 

@@ -1,5 +1,5 @@
-"""What a trial imports, once for all of them: in the server that their processes are forked from. It starts no thread
-and touches no GPU."""
+"""Imports shared by all trials, loaded once in the server that their processes are forked from. They start no
+thread and do not initialise a GPU."""
 
 import datasets  # noqa: F401
 import peft  # noqa: F401

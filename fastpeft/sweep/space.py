@@ -1,4 +1,4 @@
-"""The search space of a run: Optuna's distributions, and the trials' runs."""
+"""The search space of a run: its validation, Optuna's distributions, and the settings of a trial."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ if TYPE_CHECKING:
     from optuna.distributions import BaseDistribution
 
 _NOT_IDENTITY = ("trials", "budget", "max_failures", "seeds")
-"""Of the section optuna: what may be another when a sweep goes on."""
+"""Keys of the section `optuna` that may change when a sweep is continued."""
 
 
 def check_space(run: RunConfig) -> None:
-    """Try single values of every key in the run.
+    """Validate sample values of every key, each one alone in the run.
 
     Raises:
-        ConfigError: no key at all, or one whose values the run cannot have, each named.
+        ConfigError: the space is empty, or the run refuses values; every such key is named.
     """
     if not run.optuna.space:
         raise ConfigError(
@@ -33,7 +33,7 @@ def check_space(run: RunConfig) -> None:
 
 
 def _faults(run: RunConfig, key: str, searched: SearchParameter) -> Iterator[str]:
-    """Of values alone in an otherwise unchanged run, at most one a key."""
+    """The first sample value that an otherwise unchanged run refuses; at most one problem per key."""
     for value in searched.specimens():
         try:
             with_values(run, {key: value})
@@ -43,7 +43,7 @@ def _faults(run: RunConfig, key: str, searched: SearchParameter) -> Iterator[str
 
 
 def distributions(space: Mapping[str, SearchParameter]) -> dict[str, BaseDistribution]:
-    """Optuna's, by dotted key."""
+    """Optuna's distributions by dotted key."""
     from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
 
     found: dict[str, BaseDistribution] = {}
@@ -61,13 +61,13 @@ def distributions(space: Mapping[str, SearchParameter]) -> dict[str, BaseDistrib
 
 
 def trial_settings(config: OptunaConfig, params: Mapping[str, Any]) -> dict[str, Any]:
-    """What a trial's run has that the sweep's run has not, by dotted key."""
+    """Settings by dotted key that turn the sweep's run into a trial's."""
     budget = {} if config.trial_budget is None else {"budget": config.trial_budget}
     return {**params, **budget, **_untracked()}
 
 
 def _untracked() -> dict[str, Any]:
-    """Every tracker off: only the best settings' full training is tracked."""
+    """Settings that turn every tracker off: only the full training of the best settings is tracked."""
     off: dict[str, Any] = {}
     for tracker in TRACKERS:
         section = str(tracker.section)
@@ -77,7 +77,7 @@ def _untracked() -> dict[str, Any]:
 
 
 def identity(run: RunConfig) -> dict[str, Any]:
-    """What makes trials comparable, by dotted key: a sweep goes on with the same only."""
+    """Settings, by dotted key, that all trials of a study share. A sweep is continued only if they are unchanged."""
     values = run_values(run)
     for key in (*TRACKERS.section_keys, "overrides", "stand_in"):
         values.pop(key, None)
@@ -88,7 +88,7 @@ def identity(run: RunConfig) -> dict[str, Any]:
 
 
 def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    """A sentence a key whose value is another."""
+    """One line per key whose value differs."""
     keys = [*before, *(key for key in now if key not in before)]
     return [
         f"{key}: {before.get(key, 'absent')} there, {now.get(key, 'absent')} here"

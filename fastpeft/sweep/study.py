@@ -1,4 +1,4 @@
-"""The study of a sweep: its storage, its sampler and pruner, what it is a study of, and which trials count."""
+"""The Optuna study of a sweep: storage, sampler, pruner, check of its settings, and the trials that count."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ from fastpeft.sweep.journal import open_journal
 from fastpeft.sweep.space import differences
 
 IDENTITY = "fastpeft"
-"""User attribute of a study: what its trials have in common."""
+"""User attribute of a study: the settings that its trials share, see space.identity."""
 JOURNAL = "journal.log"
 OPENINGS, OPENED_AGAIN_S = 6, 0.5
-"""Of a storage whose tables another host is making."""
+"""Attempts, and seconds between them, to open a storage whose tables another host is creating."""
 
 
 class StudyError(UserError):
@@ -37,17 +37,17 @@ def open_storage(url: str | None, folder: Path) -> BaseStorage:
     """A journal in `folder`, or the storage of an Optuna URL.
 
     Raises:
-        UserError: it cannot be opened.
+        UserError: the storage cannot be opened.
     """
     if url is None:
         return open_journal(folder / JOURNAL)
     for left in reversed(range(OPENINGS)):
         try:
-            # A connection that the server closed while a trial trained is opened anew.
+            # Reconnects if the server closed the connection during a trial.
             return optuna.storages.RDBStorage(url, engine_kwargs={"pool_pre_ping": True})
         except ImportError as error:
             raise StudyError(f"--storage {_masked(url)}: its driver is missing: {first_line(error)}") from None
-        except Exception as error:  # SQLAlchemy's, and each driver's own
+        except Exception as error:  # SQLAlchemy and each driver have classes of their own
             if not left or not _is_being_made(error):
                 raise StudyError(f"--storage {_masked(url)}: cannot be opened: {first_line(error)}") from None
         time.sleep(OPENED_AGAIN_S)
@@ -55,14 +55,14 @@ def open_storage(url: str | None, folder: Path) -> BaseStorage:
 
 
 def _is_being_made(error: Exception) -> bool:
-    """Hosts that start together find no tables, and each makes them: all but one are told that they are there."""
+    """Whether another host created the tables meanwhile. Hosts that start together all try to; only one succeeds."""
     from sqlalchemy.exc import IntegrityError
 
     return isinstance(error, IntegrityError) or "already exists" in str(error)
 
 
 def _masked(url: str) -> str:
-    """Without the password."""
+    """The URL without its password."""
     scheme, separator, rest = url.partition("://")
     login, at, place = rest.rpartition("@")
     return f"{scheme}{separator}{login.partition(':')[0]}{at}{place}" if separator else url
@@ -71,13 +71,13 @@ def _masked(url: str) -> str:
 def open_study(
     storage: BaseStorage, name: str, config: OptunaConfig, identity: Mapping[str, Any]
 ) -> tuple[Study, bool]:
-    """The study `name`, made where there is none.
+    """Open the study `name`, or create it.
 
     Returns:
         The study, and whether it is new.
 
     Raises:
-        StudyError: it is there, and of another space, run or metric.
+        StudyError: the study exists with another space, run, metric or direction.
     """
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     parts = {"sampler": make_sampler(config, 0), "pruner": make_pruner(config)}
@@ -106,8 +106,8 @@ def open_study(
 
 
 def make_sampler(config: OptunaConfig, number: int) -> BaseSampler:
-    """The sampler for the `number`-th trial that is asked for: seeded by it, so that a sweep that goes on draws as one
-    that was never interrupted."""
+    """The sampler of trial `number`. The number is part of the seed, so that a continued sweep draws the same values as
+    an uninterrupted one."""
     import numpy as np
 
     seed = int(np.random.SeedSequence([config.seed, number]).generate_state(1)[0])
@@ -117,9 +117,9 @@ def make_sampler(config: OptunaConfig, number: int) -> BaseSampler:
         n_startup_trials=config.startup_trials,
         n_ei_candidates=24,
         seed=seed,
-        multivariate=True,  # one joint density: a rate's best value depends on the batch size
+        multivariate=True,  # one joint density: the best learning rate depends on the batch size
         group=False,  # every trial has every key
-        constant_liar=True,  # trials that run side by side keep apart
+        constant_liar=True,  # concurrent trials avoid the same region
     )
 
 
@@ -145,14 +145,14 @@ def ask(study: Study, config: OptunaConfig, space: dict[str, BaseDistribution]) 
 
 
 def counted(study: Study) -> list[FrozenTrial]:
-    """The trials that were asked for and are there: complete or pruned."""
+    """Complete and pruned trials, which count towards optuna.trials."""
     return study.get_trials(deepcopy=False, states=(TrialState.COMPLETE, TrialState.PRUNED))
 
 
 def best_of(study: Study) -> FrozenTrial | None:
-    """The best complete trial with a finite value that keeps the constraints; None where there is none.
+    """The best complete trial with a finite value that satisfies the constraints; None if there is none.
 
-    Optuna's own best_trial takes -inf for the best of a minimisation, and raises where all were pruned.
+    Optuna's own best_trial accepts -inf in a minimisation, and raises if all trials were pruned.
     """
     trials = [
         trial

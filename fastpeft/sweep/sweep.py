@@ -1,8 +1,7 @@
-"""A sweep from the run to its result: look, search, train the best settings in full, write it down.
+"""A sweep from start to end: resolve the run, search, train the best settings in full, write the summary.
 
-results/NAME/ holds sweep.json, trials.csv, best.yaml, figures/, journal.log, and trials/ with a run folder and a log a
-trial. It has no run.yaml of its own, so that the list of runs shows the full trainings, which lie beside it, and no
-trial.
+results/NAME/ holds sweep.json, trials.csv, best.yaml, figures/, journal.log, and trials/ with one run folder and one
+log per trial. It has no run.yaml, so that the list of runs shows no trials. The full trainings are runs beside it.
 """
 
 from __future__ import annotations
@@ -38,15 +37,15 @@ _GOES_ON = "What was found is kept; the same command goes on when that is mended
 
 
 class Listener(trial_rows.Listener, Protocol):
-    """Tells the user what happens."""
+    """Receives the progress of a sweep."""
 
     def on_event(self, event: Event) -> None:
-        """Of the full training."""
+        """Called with every event of the full training."""
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What `fastpeft sweep` was asked."""
+    """Arguments of `fastpeft sweep`."""
 
     run: RunConfig
     name: str
@@ -64,16 +63,16 @@ class Plan:
 @dataclass(frozen=True)
 class Outcome:
     status: str
-    """done; budget, where that ended the search; or stopped, by a signal."""
+    """done; budget, if the sweep's budget ended the search; or stopped, by a signal."""
     counted: int
     best: BestRun | None
     stand_in: bool
     signal: int | None
-    """That stopped it."""
+    """The signal that stopped the sweep."""
 
 
 class StopSignals:
-    """A context in which Ctrl-C and SIGTERM ask the sweep to end; a second one ends it at once."""
+    """A context in which Ctrl-C and SIGTERM request a clean end. A second signal raises KeyboardInterrupt."""
 
     def __init__(self) -> None:
         self.signal: signal.Signals | None = None
@@ -101,7 +100,7 @@ def sweep(plan: Plan, listener: Listener, stop: StopSignals) -> Outcome:
     """Search the run's space, and train the best settings in full.
 
     Raises:
-        UserError: input that cannot be used, before anything is trained; a storage that fails; trials that all fail.
+        UserError: invalid input, before anything is trained; a storage that fails; no usable trial.
     """
     check_space(plan.run)
     warm_up()
@@ -112,7 +111,7 @@ def sweep(plan: Plan, listener: Listener, stop: StopSignals) -> Outcome:
         run = run_from_values(looked["run"], plan.run.run_id)
         if looked["stand_in"]:
             listener.say(f"STAND-IN: {run.model.name} on {run.dataset.name} ({looked['reason']})")
-        check_space(run)  # of a stand-in it is another
+        check_space(run)  # a stand-in changes the run
         _check_meter(run, looked["meter"])
         try:
             study = _open(plan, run, listener)
@@ -126,7 +125,7 @@ def sweep(plan: Plan, listener: Listener, stop: StopSignals) -> Outcome:
 def _search(
     plan: Plan, run: RunConfig, study: Study, stand_in: bool, listener: Listener, stop: StopSignals
 ) -> tuple[str, BestRun | None]:
-    """Returns why it ended, and the best settings where they were trained."""
+    """Returns (reason that the search ended, full training of the best settings or None)."""
     earlier = read_json(plan.folder / SUMMARY) or {}
     spent_s = float(earlier.get("spent_s", 0.0))
     trials = Trials(
@@ -136,7 +135,7 @@ def _search(
     try:
         status = trials.run_all()
     except BaseException:
-        with suppress(OSError, StorageInternalError, UserError):  # what ended it may be in the way of this too
+        with suppress(OSError, StorageInternalError, UserError):  # the cause of the failure may prevent this too
             write_summary(plan.folder, run, study, "failed", trials.spent_s, stand_in)
         raise
     spent_s = trials.spent_s
@@ -152,7 +151,7 @@ def _search(
 
 
 def _open(plan: Plan, run: RunConfig, listener: Listener) -> Study:
-    """The study, made before any trial begins."""
+    """Open or create the study, before any trial starts."""
     study, is_new = open_study(open_storage(plan.storage, plan.folder), plan.name, run.optuna, identity(run))
     if is_new and next((plan.folder / "trials").glob("*"), None) is not None:
         raise UserError(
@@ -167,7 +166,7 @@ def _open(plan: Plan, run: RunConfig, listener: Listener) -> Study:
 
 @contextmanager
 def _owned(plan: Plan) -> Iterator[None]:
-    """The sweep's folder, which one process has at a time."""
+    """Lock the sweep's folder, so that one process at a time uses it."""
     folder = RunFolder.at(plan.results_dir, plan.name)
     if folder.config.exists():
         raise RunError(f"{folder.path} is a run; choose another --name")
@@ -189,7 +188,7 @@ def _owned(plan: Plan) -> Iterator[None]:
 
 
 def _look(plan: Plan, listener: Listener, stop: StopSignals) -> Message | None:
-    """What the run comes to on this machine; None where the sweep was stopped meanwhile."""
+    """The run as resolved on this machine, see trial.look; None if the sweep was stopped meanwhile."""
     spec = {"run": run_values(plan.run), "allow_stand_in": plan.allow_stand_in}
     listener.say(f"loading torch, then {plan.run.model.name} and {plan.run.dataset.path or plan.run.dataset.name}")
     worker = Worker(LOOK, spec, plan.folder / "look.log")
@@ -201,7 +200,7 @@ def _look(plan: Plan, listener: Listener, stop: StopSignals) -> Message | None:
             return None
     if "failed" in found:
         told = found["failed"]
-        if "ends_sweep" not in found:  # no message for users, but how the process has ended
+        if "ends_sweep" not in found:  # not a message for users, but the exit of the process
             told = f"looking at the model and the data failed: {told}. Its output is in {worker.log}; {AGAIN}"
         error = UserError(told)
         error.exit_code = found["exit_code"]
@@ -210,7 +209,7 @@ def _look(plan: Plan, listener: Listener, stop: StopSignals) -> Message | None:
 
 
 def _check_meter(run: RunConfig, fault: str) -> None:
-    """Raises ConfigError for joules that nothing measures here."""
+    """Raises ConfigError if a setting in joules has no energy meter."""
     config = run.optuna
     asked = {"optuna.max_trial_energy_j": config.max_trial_energy_j is not None}
     asked["optuna.budget"] = config.budget is not None and parse_sweep_budget(config.budget).kind == "joules"

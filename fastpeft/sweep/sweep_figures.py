@@ -1,4 +1,4 @@
-"""Figures of a study: what was found when, and which settings mattered."""
+"""Figures of a study: the value of each trial, and the importance of each setting."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 _BLUE, _ORANGE, _GREY = "#0072B2", "#D55E00", "#999999"
-"""Okabe and Ito's palette, which colour-blind readers tell apart."""
+"""From the palette of Okabe and Ito, which colour-blind readers can tell apart."""
 _MIN_TRIALS = 4
-"""Complete ones, for importances to be estimated from."""
+"""Complete trials needed to estimate importances."""
 
 
 def draw_sweep(study: Study, folder: Path, metric: str, stand_in: bool) -> None:
-    """history and importance, each as PDF and PNG; importance where there are trials enough.
+    """Write the figures `history` and, with enough trials, `importance`, each as PDF and PNG.
 
     Args:
-        metric: what the trials' values are, in words.
+        metric: name of the trials' values, for the axes.
     """
     title = f"{study.study_name} (STAND-IN: no numbers of a real model)" if stand_in else study.study_name
     _save(_history(study, metric, title), folder / "history")
@@ -33,8 +33,8 @@ def draw_sweep(study: Study, folder: Path, metric: str, stand_in: bool) -> None:
 
 
 def importances(study: Study) -> dict[str, float]:
-    """Share of each key in how well a trial does, the largest first (PED-ANOVA, arXiv:2304.10255). Empty where that
-    cannot be told: too few complete trials, or values that are all one."""
+    """Importance of each key for a trial's value, the largest first (PED-ANOVA, arXiv:2304.10255). Empty if there are
+    too few complete trials, or if their values are all equal or not all finite."""
     complete = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
     values = {trial.value for trial in complete}
     if len(complete) < _MIN_TRIALS or len(values) < 2 or not all(math.isfinite(value or 0.0) for value in values):
@@ -92,6 +92,6 @@ def _save(figure: Figure, path: Path) -> None:
     import matplotlib
 
     path.parent.mkdir(parents=True, exist_ok=True)
-    with matplotlib.rc_context({"pdf.fonttype": 42}):  # fonts embedded, as text
+    with matplotlib.rc_context({"pdf.fonttype": 42}):  # embeds fonts, so that text stays text
         figure.savefig(path.with_suffix(".pdf"))
         figure.savefig(path.with_suffix(".png"), dpi=150)

@@ -1,4 +1,4 @@
-"""What a sweep leaves to read: sweep.json, trials.csv, best.yaml and figures."""
+"""The summary of a sweep: sweep.json, trials.csv, best.yaml and figures."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def write_summary(
     stand_in: bool,
     trained: BestRun | None = None,
 ) -> None:
-    """Write everything anew from the study."""
+    """Rewrite all files of the summary from the study."""
     best, trials = best_of(study), study.get_trials(deepcopy=False)
     joules = [trial.user_attrs[ENERGY_J] for trial in trials if trial.user_attrs.get(ENERGY_J) is not None]
     metric = run.optuna.metric if best is None else best.user_attrs.get(METRIC, run.optuna.metric)

@@ -1,4 +1,4 @@
-"""The jobs of a sweep's processes that need torch: look at the run, train a trial, train the best settings in full."""
+"""Jobs that a sweep runs in processes with torch: resolve the run, train a trial, train the best settings in full."""
 
 from __future__ import annotations
 
@@ -21,7 +21,10 @@ TRAIN_BEST = f"{__name__}:train_best"
 
 
 def look(spec: Message, channel: Channel) -> Message:
-    """What the run comes to here: {run, stand_in, reason, meter}; `meter` says why energy cannot be read, or nothing.
+    """Resolve model, data and devices on this machine.
+
+    Returns:
+        {run, stand_in, reason, meter, num_gpus}; `meter` is the reason that energy cannot be read, or empty.
 
     Args:
         spec: {run, allow_stand_in}.
@@ -50,8 +53,8 @@ def train_trial(spec: Message, channel: Channel) -> Message:
         spec: {run, results_dir, name, resume, metric, direction, worker, num_workers}.
 
     Returns:
-        {status, value, metric, elapsed_s, setup_s, energy_j, steps}; `value` None without a finite evaluation, `metric`
-        the task's own.
+        {status, value, metric, elapsed_s, setup_s, energy_j, steps}. `value` is None without a finite evaluation, and
+        `metric` is the name of the task's own metric.
     """
     from fastpeft.trainer import train
 
@@ -81,7 +84,7 @@ def train_trial(spec: Message, channel: Channel) -> Message:
 
 
 def train_best(spec: Message, channel: Channel) -> Message:
-    """Train the best settings to the end of the run's own budget; tell the sweep every event.
+    """Train the best settings for the run's own budget, and send every event to the sweep.
 
     Args:
         spec: {run, results_dir, name, resume, group}.
@@ -93,8 +96,8 @@ def train_best(spec: Message, channel: Channel) -> Message:
 
 
 def best_value(events: Iterable[Event], metric: str, direction: str) -> float | None:
-    """The best finite value of `metric` over the evaluations of the validation split; of those of all rows where others
-    were of a sample."""
+    """The best finite `metric` over evaluations of the validation split. If some used only a sample of the rows, the
+    evaluations with the most rows count."""
     found = list(filter(is_validation, events))
     most = max((event["num"] for event in found), default=0)
     values = [value_of(event, metric) for event in found if event["num"] == most]
@@ -103,10 +106,10 @@ def best_value(events: Iterable[Event], metric: str, direction: str) -> float | 
 
 
 def value_of(evaluation: Event, metric: str) -> float:
-    """Of an `eval` event.
+    """The value of `metric` in an `eval` event.
 
     Raises:
-        NoSuchMetric: with those that there are.
+        NoSuchMetric: the task does not measure it; the message lists its metrics.
     """
     own = evaluation["metric"]
     measured = {OWN_METRIC: evaluation["value"], own: evaluation["value"], LOSS: evaluation["loss"]}
@@ -119,7 +122,7 @@ def value_of(evaluation: Event, metric: str) -> float:
 
 
 class NoSuchMetric(UserError):
-    """No trial of the sweep would have it."""
+    """optuna.metric is unknown to the task, so that every trial would fail."""
 
     ends_sweep = True
 
@@ -134,7 +137,7 @@ def _outcome(result: Result) -> Message:
 
 
 def _take_share(worker: int, num_workers: int) -> None:
-    """Of this machine: a GPU in turn, and as many CPU threads as leave the other workers theirs."""
+    """Select this worker's GPU, round robin, and limit its CPU threads to an equal share of the cores."""
     import torch
 
     if torch.cuda.is_available():
@@ -145,7 +148,7 @@ def _take_share(worker: int, num_workers: int) -> None:
 
 
 class _Printed:
-    """Tells the trial's log what is worth reading in it, and keeps the last evaluation."""
+    """Reporter that prints evaluations, warnings and notes to the trial's log, and keeps the last evaluation."""
 
     evaluation: Event
 
@@ -164,7 +167,7 @@ class _Printed:
 
 
 class _Told:
-    """A reporter in another process."""
+    """Reporter that forwards messages and events to the sweep's process."""
 
     def __init__(self, channel: Channel) -> None:
         self._channel = channel

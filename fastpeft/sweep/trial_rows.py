@@ -1,4 +1,4 @@
-"""What is told of a sweep's trials, and kept of each in its study."""
+"""Records of a sweep's trials: for the user, and as user attributes in the study."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ class TrialRow:
     duration_s: float
     energy_j: float | None
     counts: bool
-    """Among the trials that were asked for."""
+    """Whether it counts towards optuna.trials."""
 
 
 @dataclass(frozen=True)
 class Standing:
-    """How far the sweep is."""
+    """Progress of a sweep."""
 
     counted: int
     wanted: int

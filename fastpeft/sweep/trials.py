@@ -1,7 +1,7 @@
-"""The trials of a sweep, side by side, until as many as were asked for are there.
+"""Runs the trials of a sweep in parallel until the requested number has ended.
 
-This process alone speaks to Optuna: it asks, reports, prunes and tells for its trials' processes. One that is killed is
-seen at once; those of a sweep that was itself killed are found by their leases.
+Only this process talks to Optuna, on behalf of its trials' processes: it asks, reports, prunes and tells. It notices at
+once if a trial's process is killed. Trials of a sweep that was itself killed are found by their leases.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ from fastpeft.sweep.worker import Message, Worker, wait
 
 _POLL_S = 0.5
 _OPTUNA_STATE = {"done": TrialState.COMPLETE, "pruned": TrialState.PRUNED, "diverged": TrialState.PRUNED}
-"""A configuration that diverges is a bad one, not a failure: the sampler has to learn to keep away from it, and takes a
-trial that FAILs for none at all."""
+"""A configuration that diverges is bad, not failed: the sampler has to learn to avoid it, and it ignores trials that
+FAIL."""
 
 
 class SweepError(UserError):
@@ -48,18 +48,18 @@ class _Running:
     slot: int
     began_s: float = field(default_factory=time.monotonic)
     lost: bool = False
-    """Another sweep has taken it for dead."""
+    """Another sweep has declared this trial dead."""
 
 
 class Trials:
-    """Runs trials of `run` in processes.
+    """Runs the trials of `run` in worker processes.
 
     Args:
-        folder: of the sweep; a trial's run folder is trials/NNNN in it, its output trials/NNNN.log.
-        target: the job of a trial: `fastpeft.sweep.trial:train_trial`.
-        is_shared: other sweeps may run trials over the same storage.
-        spent_s: seconds that the sweep took before.
-        stop: asked for the sweep to be interrupted.
+        folder: folder of the sweep. The run folder of a trial is trials/NNNN in it, and its output trials/NNNN.log.
+        target: job of a trial, `package.module:function`.
+        is_shared: whether other sweeps may use the same storage.
+        spent_s: seconds that earlier calls of this sweep took.
+        stop: returns True once the sweep is to be interrupted.
     """
 
     def __init__(
@@ -83,12 +83,12 @@ class Trials:
         self._running: list[_Running] = []
         self._before_s, self._began_s = spent_s, time.monotonic()
         self._failures = 0
-        """One after another."""
+        """Consecutive failures."""
         self._is_ending = False
         self._lease, self._beaten_s = Lease.mine(), -math.inf
         self._is_shared = is_shared
         self._nobodys_since: dict[int, float] = {}
-        """Number of a trial without a lease -> when this sweep first saw it, on its own clock."""
+        """Number of a trial without a lease -> monotonic time at which this sweep first saw it."""
         self._budget = parse_budget(self._config.budget) if self._config.budget else None
 
     @property
@@ -96,10 +96,10 @@ class Trials:
         return self._before_s + time.monotonic() - self._began_s
 
     def run_all(self) -> str:
-        """Returns why it ended: done, budget or stopped.
+        """Run trials until the sweep ends. Returns the reason: done, budget or stopped.
 
         Raises:
-            SweepError: too many trials failed one after another, or one by what every other would fail by.
+            SweepError: too many consecutive trials failed, or one failed for a cause that all trials share.
         """
         try:
             self._bury_dead()
@@ -124,7 +124,7 @@ class Trials:
             trial = ask(self.study, self._config, self._space)
             try:
                 self._own(trial)
-            except UpdateFinishedTrialError:  # drawing its values took so long that another sweep took it for dead
+            except UpdateFinishedTrialError:  # sampling took so long that another sweep declared it dead
                 continue
             self._start(trial, resume=False)
 
@@ -137,25 +137,25 @@ class Trials:
         return len(counted(self.study)) + running < self._config.trials
 
     def _elsewhere(self) -> list[FrozenTrial]:
-        """Trials that another sweep runs over the same storage."""
+        """Trials that other sweeps are running on the same storage."""
         mine = {one.trial.number for one in self._running}
         running = self.study.get_trials(deepcopy=False, states=(TrialState.RUNNING,))
         return [trial for trial in running if trial.number not in mine and not self._is_paused_here(trial)]
 
     def _waits_for_others(self) -> bool:
-        """Whether the last trials are another sweep's, which may yet die."""
+        """Whether to wait for the trials of other sweeps: if one dies, this sweep has to repeat it."""
         is_spent = self._budget is not None and self._is_spent()
         return not self._stop() and not is_spent and bool(self._elsewhere())
 
     def _is_spent(self) -> bool:
-        """No trial is begun that is not expected to end in time."""
+        """Whether the budget leaves no room for a further trial. For seconds, its expected duration is included."""
         assert self._budget is not None
         if self._budget.kind == "joules":
             return self._spent_j() >= self._budget.limit
         return self.spent_s + self._expected_s() > self._budget.limit
 
     def _expected_s(self) -> float:
-        """Of one more trial: as long as those took on the mean that came to their ends."""
+        """Expected seconds of a further trial: the mean over complete trials, 0 without any."""
         trials = self.study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
         took = [trial.user_attrs[DURATION_S] for trial in trials if DURATION_S in trial.user_attrs]
         return sum(took) / len(took) if took else 0.0
@@ -172,11 +172,11 @@ class Trials:
         name = f"{trial.number:04d}"
         try:
             run = with_values(self.run, trial_settings(self._config, trial.params))
-        except ConfigError as error:  # settings that each may be, and not together
+        except ConfigError as error:  # each value is valid alone, but not in this combination
             self._tell_failed(trial, f"refused: {'; '.join(error.problems)}", 0.0)
             return
         if not resume:
-            shutil.rmtree(self.folder / name, ignore_errors=True)  # of a storage that was emptied
+            shutil.rmtree(self.folder / name, ignore_errors=True)  # left over from a storage that was emptied
         spec = {
             "run": run_values(run),
             "params": trial.params,
@@ -191,17 +191,17 @@ class Trials:
         worker = Worker(self._target, spec, self.folder / f"{name}.log")
         self._running.append(_Running(trial, worker, slot))
 
-    # ---- those of before -------------------------------------------------------------------
+    # ---- trials of earlier sweeps ----------------------------------------------------------
 
     def _bury_dead(self) -> None:
-        """FAIL what RUNs for a sweep that is not there any more."""
+        """Set RUNNING trials to FAIL if their sweep is dead."""
         for trial in self._elsewhere():
             if not is_alive(trial.user_attrs) and not self._is_new(trial):
                 self.study.tell(trial.number, state=TrialState.FAIL, skip_if_finished=True)
                 self._listener.say(f"trial {trial.number} was left by a sweep that is gone: it is made again")
 
     def _is_new(self, trial: FrozenTrial) -> bool:
-        """Whether another sweep may still be drawing its values: only then it says whose it is."""
+        """Whether another sweep may still be sampling its values. It writes its lease only after that."""
         if not self._is_shared or LEASE in trial.user_attrs:
             return False
         now_s = time.monotonic()
@@ -214,13 +214,13 @@ class Trials:
         return f"{self._lease.host.partition(' ')[0]}:{self.folder.resolve()}"
 
     def _continue_paused(self) -> None:
-        """Trials that an interrupted sweep stopped at a checkpoint, where there is time for them."""
+        """Resume trials that an interrupted sweep paused, unless the time is over."""
         if self._is_over_time():
             return
         for found in self.study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
             if not self._is_paused_here(found):
                 continue
-            trial = Trial(self.study, found._trial_id)  # ask() makes new ones only
+            trial = Trial(self.study, found._trial_id)  # ask() only creates new trials
             self._own(trial)
             if len(self._running) < self._num_workers:
                 trial.set_user_attr(PAUSED, None)
@@ -228,7 +228,7 @@ class Trials:
             else:  # fewer workers than before
                 self._tell_failed(trial, "not continued", 0.0)
 
-    # ---- hearing ---------------------------------------------------------------------------
+    # ---- messages of the workers -----------------------------------------------------------
 
     def _hear(self, one: _Running) -> None:
         for message in one.worker.messages():
@@ -241,8 +241,8 @@ class Trials:
             self._listener.on_standing(self.standing())
 
     def _reported(self, one: _Running, evaluation: int, value: float) -> bool:
-        """Whether the trial is to end there."""
-        if not math.isfinite(value):  # -inf would be the best that a minimisation has seen
+        """Report an evaluation to Optuna. Returns whether the trial has to end."""
+        if not math.isfinite(value):  # -inf would be the best value of a minimisation
             return True
         try:
             one.trial.report(value, evaluation)
@@ -256,7 +256,7 @@ class Trials:
             try:
                 self._note_end(one, outcome)
                 return
-            except UpdateFinishedTrialError:  # it ended while the network was away, before a heartbeat found that out
+            except UpdateFinishedTrialError:  # another sweep ended it during a network failure, before the next heartbeat
                 pass
         self._listener.say(f"trial {one.trial.number} was taken for dead by another sweep: its result is left out")
 
@@ -290,13 +290,13 @@ class Trials:
             error = SweepError(f"{outcome['failed']}. The trial's output is in {one.worker.log}")
             error.exit_code = outcome["exit_code"]
             raise error
-        if self._is_ending and self._can_go_on(one.trial):  # the signal came while it was loading
+        if self._is_ending and self._can_go_on(one.trial):  # the signal came during loading
             one.trial.set_user_attr(PAUSED, self._place())
             return
         self._tell_failed(one.trial, outcome["failed"], took_s)
 
     def _can_go_on(self, trial: Trial) -> bool:
-        """It has a run folder, and a checkpoint or nothing to lose."""
+        """Whether it has a run folder. Without a checkpoint it starts again from step 0."""
         return (self.folder / f"{trial.number:04d}" / "run.yaml").is_file()
 
     def _tell(self, trial: Trial, status: str, value: float | None, energy_j: float | None) -> None:
@@ -325,14 +325,14 @@ class Trials:
             )
 
     def _remove_weights(self, number: int) -> None:
-        """Of a trial its settings, events and scores are kept: the best one is trained in full afterwards."""
+        """Delete the trial's subfolders with weights. The best trial is trained in full afterwards; files are kept."""
         for path in (self.folder / f"{number:04d}").glob("*/"):
             shutil.rmtree(path, ignore_errors=True)
 
     # ---- time ------------------------------------------------------------------------------
 
     def _beat(self) -> None:
-        """Say that this sweep is alive, and look whether others are."""
+        """Write the heartbeat of every running trial, and check the leases of other sweeps."""
         now_s = time.monotonic()
         if now_s - self._beaten_s < HEARTBEAT_EVERY_S:
             return
@@ -366,7 +366,7 @@ class Trials:
         return "done" if len(counted(self.study)) >= self._config.trials else "budget"
 
     def _wind_up(self) -> str:
-        """Interrupted, or out of time: the trials that run save a checkpoint and are continued by the same command."""
+        """End early: running trials save a checkpoint, and the same command resumes them. Returns stopped or budget."""
         self._is_ending = True
         for one in self._running:
             one.worker.stop()
@@ -377,7 +377,7 @@ class Trials:
         return "stopped" if self._stop() else "budget"
 
     def _kill_all(self) -> None:
-        """Nothing is left to train where an error ends the sweep."""
+        """Kill the workers that are still running when an error ends the sweep."""
         for one in self._running:
             one.worker.kill()
             self._forget(one)
@@ -387,4 +387,4 @@ class Trials:
         try:
             self.study.tell(one.trial, state=TrialState.FAIL, skip_if_finished=True)
         except (UserError, optuna.exceptions.StorageInternalError):
-            return  # the storage is what failed; the lease tells the next sweep
+            return  # the storage itself failed; the next sweep decides by the lease

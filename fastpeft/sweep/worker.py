@@ -1,8 +1,8 @@
-"""One process of a sweep, and what it and the sweep tell each other: JSON over a pipe.
+"""A worker process of a sweep, and the messages between the two: JSON over a pipe.
 
-Processes are forked from a server that has imported torch and transformers once, so that a trial starts in
-milliseconds where the imports take seconds, and still has an interpreter, a CUDA context and memory of its own. The
-sweep itself imports neither.
+Workers are forked from a server that has imported torch and transformers once. A trial thus starts in milliseconds
+instead of the seconds that the imports take, and still has its own interpreter, CUDA context and memory. The sweep's
+process imports neither library.
 """
 
 from __future__ import annotations
@@ -26,27 +26,27 @@ from fastpeft.errors import UnavailableError, UserError
 
 Message = dict[str, Any]
 Job = Callable[[Message, "Channel"], Message]
-"""What a process runs: (what it is to do, its end of the pipe) -> what it came to."""
+"""Function that a worker runs: (specification, its end of the pipe) -> result."""
 
 PRELOADED = ["fastpeft.sweep.preloaded", "fastpeft.cli"]
-"""Modules that the server imports."""
+"""Modules that the fork server imports."""
 _END_S = 10.0
 _CRASHED = 1
 
 
 class Channel:
-    """The process's end of the pipe."""
+    """The worker's end of the pipe."""
 
     def __init__(self, pipe: Connection) -> None:
         self._pipe, self._lock = pipe, threading.Lock()
 
     def tell(self, message: Message) -> None:
-        """For any thread."""
+        """Send a message to the sweep. Thread-safe."""
         with self._lock:
             self._pipe.send_bytes(json.dumps(message).encode())
 
     def report(self, number: int, value: float) -> bool:
-        """An evaluation's number and value. Returns whether the trial is to end there."""
+        """Report an evaluation's number and value. Blocks until the sweep answers whether to prune the trial."""
         self.tell({"report": [number, value]})
         return bool(json.loads(self._pipe.recv_bytes())["prune"])
 
@@ -56,8 +56,8 @@ class Worker:
 
     Args:
         target: `package.module:function`, a Job.
-        spec: what it is to do: JSON values.
-        log: file that its output goes to, behind what is there.
+        spec: argument of the job, JSON values.
+        log: file that its output is appended to.
     """
 
     def __init__(self, target: str, spec: Message, log: Path) -> None:
@@ -78,11 +78,11 @@ class Worker:
 
     @property
     def handles(self) -> list[Any]:
-        """To wait on: one is ready when there is a message or the end."""
+        """Handles for `connection.wait`: ready on a message or on the end of the process."""
         return [self._process.sentinel] if self._pipe.closed else [self._pipe, self._process.sentinel]
 
     def messages(self) -> list[Message]:
-        """What it has told since the last look, but for its end."""
+        """Messages since the last call, without the final result."""
         self._read()
         found, self._untold = self._untold, []
         return found
@@ -99,14 +99,14 @@ class Worker:
             self._pipe.close()
 
     def answer(self, prune: bool) -> None:
-        """To a report."""
+        """Answer a report."""
         try:
             self._pipe.send_bytes(json.dumps({"prune": prune}).encode())
-        except OSError:  # it was killed meanwhile: its end says so
+        except OSError:  # it was killed meanwhile; `outcome` reports that
             self._pipe.close()
 
     def outcome(self) -> Message | None:
-        """Of a process that has ended: what its job returned, or {failed, exit_code}. None while it runs."""
+        """Return value of the job, or {failed, exit_code} if it failed. None while the process runs."""
         if self._process.is_alive():
             return None
         self._read()
@@ -118,7 +118,7 @@ class Worker:
         return {"failed": cause, "exit_code": _CRASHED}
 
     def stop(self) -> None:
-        """Ask it to end: a trainer saves a checkpoint first."""
+        """Send SIGTERM. A trainer saves a checkpoint before it ends."""
         self._process.terminate()
 
     def kill(self) -> None:
@@ -127,7 +127,7 @@ class Worker:
 
 
 def warm_up() -> None:
-    """Start the server now, so that it imports while something else goes on."""
+    """Start the fork server early, so that its imports overlap with other work."""
     from multiprocessing import forkserver
 
     forking_context()
@@ -135,13 +135,13 @@ def warm_up() -> None:
 
 
 def wait(workers: list[Worker], timeout_s: float) -> None:
-    """Until one of them has something to tell, at most `timeout_s`."""
+    """Wait until a worker has a message or has ended, at most `timeout_s`."""
     connection.wait([handle for worker in workers for handle in worker.handles], timeout_s)
 
 
 def forking_context() -> ForkServerContext:
-    """Its processes begin with everything imported."""
-    # Whether there is a GPU is asked without CUDA's runtime, which a forked process could not use any more.
+    """The multiprocessing context whose processes start with PRELOADED imported."""
+    # torch detects GPUs through NVML. Initialising the CUDA runtime here would make it unusable in forked processes.
     os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(PRELOADED)
@@ -149,8 +149,8 @@ def forking_context() -> ForkServerContext:
 
 
 def _run(pipe: Connection, target: str, spec: str, log: str) -> None:
-    """In the process."""
-    os.setsid()  # Ctrl-C is the sweep's to hear: it asks the processes to stop
+    """Entry point of the worker process."""
+    os.setsid()  # keeps Ctrl-C from the workers; the sweep stops them
     write_to(log)
     threading.Thread(target=_end_with_the_sweep, name="fastpeft-sweep-watch", daemon=True).start()
     channel = Channel(pipe)
@@ -168,12 +168,12 @@ def _run(pipe: Connection, target: str, spec: str, log: str) -> None:
 
 
 def ends_sweep(error: UserError) -> bool:
-    """Whether every other trial would fail by it as well: no model, no data, no such metric."""
+    """Whether every trial would fail with this error: missing model, missing data or unknown metric."""
     return isinstance(error, UnavailableError) or getattr(error, "ends_sweep", False)
 
 
 def write_to(log: str) -> None:
-    """Everything that the process prints, what libraries print below Python included."""
+    """Redirect file descriptors 1 and 2 to `log`, which includes output of native libraries."""
     number = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
     os.dup2(number, 1)
     os.dup2(number, 2)
@@ -183,7 +183,7 @@ def write_to(log: str) -> None:
 
 
 def _end_with_the_sweep() -> None:
-    """A trial whose sweep was killed would train on, and nobody would hear of it."""
+    """End this process with its sweep. A trial would otherwise keep training without anybody to receive its result."""
     sweep = multiprocessing.parent_process()
     assert sweep is not None
     sweep.join()
