@@ -256,7 +256,7 @@ class Trials:
             try:
                 self._note_end(one, outcome)
                 return
-            except UpdateFinishedTrialError:  # another sweep ended it during a network failure, before the next heartbeat
+            except UpdateFinishedTrialError:  # by another sweep, while the network failed
                 pass
         self._listener.say(f"trial {one.trial.number} was taken for dead by another sweep: its result is left out")
 
