@@ -1,1 +1,1 @@
-"""Several runs side by side: figures, means over seeds, and one run on several sets."""
+"""Comparison of runs: figures, means over seeds, significance tests, and one run scored on several test sets."""

@@ -1,4 +1,4 @@
-"""A comparison as numbers: aggregated_metrics.json, and a table of it as aggregated_metrics.csv."""
+"""Writes the numbers of a comparison: aggregated_metrics.json, and its rows as aggregated_metrics.csv."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ NAME = "aggregated_metrics"
 def write_aggregated(
     comparison: Comparison, found: Sequence[Found], reports: Sequence[RunReport], folder: Path
 ) -> None:
-    """A row a method and task, and every run with why it does not count."""
+    """Write one row per method and task. The JSON file also lists every run, with the reason if it does not count."""
     table = [_flat(comparison, row) for row in comparison.rows]
     write_json(
         folder / f"{NAME}.json",
@@ -59,7 +59,7 @@ def _flat(comparison: Comparison, row: Row) -> dict[str, Any]:
 
 
 def _mean(name: str, mean: Mean | None) -> dict[str, Any]:
-    """With half the width of its 95 % interval; None of a single run."""
+    """The mean and half the width of its 95 % interval, which is None for a single run."""
     half = mean.half_width if mean is not None and mean.count > 1 else None
     return {name: None if mean is None else mean.value, f"{name}_half_width": half}
 

@@ -1,4 +1,4 @@
-"""Several runs side by side: means over seeds with t-intervals, and the GLUE average. Reads no file."""
+"""Comparison of runs: means over seeds with t-intervals, and the GLUE average. Reads no file."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from fastpeft.runs.store import MAJORITY, Result
 
 CONFIDENCE = 0.95
 DATA_MARK = ", data "
-"""Before the data's hash, in a task's name."""
+"""Precedes the hash of the data in a task's name."""
 GLUE_TASKS = ("mnli", "sst2", "rte")
 
 
@@ -53,22 +53,22 @@ def metric_of(results: Iterable[Result], of: str = "metric") -> Mean | None:
 
 @dataclass(frozen=True)
 class Curve:
-    """What one run's evaluations over time give: `runs.curves`."""
+    """Figures from one run's evaluations over time, computed by `runs.curves`."""
 
     auc: dict[str, float | None] = field(default_factory=dict)
-    """{seconds, joules}; empty where it is not known."""
+    """{seconds, joules}: area under the metric; empty if unknown."""
     target: dict[str, float | None] = field(default_factory=dict)
-    """{seconds, joules} until the target was reached."""
+    """{seconds, joules} until the target was reached, None if it was not or without a meter; empty without a target."""
 
 
 @dataclass(frozen=True)
 class Reached:
-    """How many runs came to the target metric, and what it took them."""
+    """How many runs reached the target metric, and the time and energy that it took."""
 
     count: int
     num_runs: int
     seconds: Mean | None
-    """None unless every run reached it: the mean of those that did would flatter."""
+    """None unless every run reached it: a mean over only those that did would be biased."""
     joules: Mean | None
 
     def __str__(self) -> str:
@@ -86,7 +86,7 @@ def _rounded(mean: Mean, unit: str) -> str:
 def glue_average(results: Iterable[Result]) -> Mean | None:
     """Mean over MNLI, SST-2 and RTE of their primary metrics, seed by seed; None unless some seed has all three.
 
-    The tasks count alike, as in GLUE (Wang et al., arXiv:1804.07461). A stand-in is no GLUE task.
+    The tasks have equal weight, as in GLUE (Wang et al., arXiv:1804.07461). Stand-ins are left out.
     """
     by_seed: dict[int, dict[str, list[float]]] = {}
     for result in results:
@@ -103,24 +103,25 @@ def glue_average(results: Iterable[Result]) -> Mean | None:
 
 @dataclass(frozen=True)
 class Contrast:
-    """A method minus the baseline."""
+    """The difference of a method from the baseline, with its test."""
 
     test: str
     """paired t, Welch's t, McNemar or paired bootstrap."""
     difference: float
     low: float
     high: float
-    """The 95 % interval of `difference`."""
+    """`low` to `high` is the 95 % interval of `difference`; NaN if there is none."""
     p: float | None
-    """Two-sided; None where `note` says that there is none."""
+    """Two-sided; None if the test is undefined, for the reason in `note`."""
     count: tuple[int, int]
-    """Seeds of the method and of the baseline; or, twice, rows."""
+    """Number of seeds of the method and of the baseline; in a test over rows, the number of rows twice."""
     effect: float | None = None
     effect_name: str = ""
-    """d_z: the mean difference over the differences' standard deviation. g: Hedges', over the pooled one with his
-    correction. odds: rows that only the method gets right over rows that only the baseline does."""
+    """d_z: the mean difference over the standard deviation of the differences. g: Hedges' g, the difference over the
+    pooled standard deviation with his correction. odds: rows that only the method gets right over rows that only the
+    baseline gets right."""
     p_holm: float | None = None
-    """Of all contrasts of its kind in one report."""
+    """`p` after Holm's correction over all tests over seeds, or all tests over rows, of a report."""
     note: str = ""
 
 
@@ -133,27 +134,27 @@ class Row:
     metric: Mean
     best: Mean | None
     minus_baseline: Mean | None
-    """Difference of `Comparison.by` from the baseline's on the seeds that both have."""
+    """Mean difference from the baseline in the score `Comparison.by`, on the seeds that both have."""
     seconds: Mean
     joules: Mean | None
     runs: list[str]
     test: Mean | None = None
-    """None unless every run has one."""
+    """None unless every run has a test score."""
     auc: dict[str, Mean] = field(default_factory=dict)
-    """Over `seconds` and over `joules`, for those that every run has."""
+    """Mean area under the metric over `seconds` and over `joules`; a unit that some run lacks is left out."""
     target: Reached | None = None
-    """Where a target was asked for."""
+    """None without a target."""
     measures: str = "metric"
     """The metric's name."""
     majority: Mean | None = None
-    """What one answer to every row would have scored, where a run tells it."""
+    """Score of the same answer to every row; None if no run recorded it."""
     by_seed: dict[int, float] = field(default_factory=dict)
-    """Seed -> `Comparison.by`."""
+    """Seed -> score `Comparison.by`."""
     relative: float | None = None
-    """`minus_baseline` over the baseline's mean on the same seeds."""
+    """`minus_baseline` divided by the baseline's mean on the same seeds."""
     seeds_test: Contrast | None = None
     rows_test: Contrast | None = None
-    """Where `fastpeft evaluate` made them."""
+    """The tests, set by significance.with_tests."""
 
 
 @dataclass(frozen=True)
@@ -161,10 +162,10 @@ class Comparison:
     baseline: str | None
     rows: list[Row]
     glue: dict[str, Mean]
-    """Label -> GLUE average, for those that have all three tasks."""
+    """Label -> GLUE average, for labels with all three tasks."""
     by: str = "metric"
-    """What the differences are of: `test` where every run has a test score, else `best`, the best validation score,
-    where every run has that, else `metric`, that of the last weights."""
+    """The score that is compared: `test` if every run has a test score; else `best`, the best validation score, if
+    every run has one on the whole split; else `metric`, the validation score of the last weights."""
     target: float | None = None
 
     def row(self, label: str, task: str) -> Row | None:
@@ -177,12 +178,12 @@ def compare(
     target: float | None = None,
     baseline: str | None = None,
 ) -> Comparison:
-    """Group runs by what `labels_of` tells apart, and by task and model.
+    """Group runs by label, see `labels_of`, and by task and model.
 
     Args:
-        curves: one a result; where absent the areas are those that result.json holds.
-        target: the metric that `curves` hold the way to, over 0 and at most 1.
-        baseline: the label that the others are compared with; plain LoRA, where it is, when None.
+        curves: one per result; if absent, the areas are those of result.json.
+        target: the metric whose time and energy `curves` hold, over 0 and at most 1.
+        baseline: the label that the others are compared with. None: plain LoRA, if there is such a run.
 
     Raises:
         UserError: no run has the label `baseline`.
@@ -240,7 +241,7 @@ def _row(
 
 
 def _majority(runs: list[Result], by: str) -> Mean | None:
-    """On the rows that `by` was scored on."""
+    """The majority score on the split of `by`."""
     found = [value for run in runs if (value := getattr(run, by).get("more", {}).get(MAJORITY)) is not None]
     return mean_of(list(map(number, found))) if found else None
 
@@ -257,7 +258,7 @@ def _all(values: list[float | None]) -> Mean | None:
 
 
 def score_of(results: list[Result]) -> str:
-    """Which score of these runs is compared: see Comparison.by. The best of a sample's rows is none of the split."""
+    """The score that is compared, see Comparison.by. `best` is excluded if some run evaluated only a sample of rows."""
     kept = [of for of in ("test", "best") if all("value" in getattr(run, of) for run in results)]
     return next((of for of in kept if of == "test" or not any("num" in run.best for run in results)), "metric")
 
@@ -267,8 +268,8 @@ def _auc(saved: dict[str, Any]) -> dict[str, float | None]:
 
 
 def labels_of(results: list[Result]) -> list[str]:
-    """What tells runs apart: the method; where that leaves two runs of one task and seed the run_id; then the group or
-    the name. Seeds of one label are then independent runs. Different budgets are never put together."""
+    """A label per run: its method. While two runs share label, task and seed, the run_id, then the group or name, then
+    the name replace it, so that runs of one label differ in their seeds. Different budgets get different labels."""
     labels, tasks = [result.method or result.run_id for result in results], tasks_of(results)
     for finer in (lambda r: r.run_id, lambda r: r.group or r.name, lambda r: r.name):
         keys = [(label, task, result.seed) for label, task, result in zip(labels, tasks, results)]
@@ -284,8 +285,8 @@ def labels_of(results: list[Result]) -> list[str]:
 
 
 def tasks_of(results: list[Result]) -> list[str]:
-    """Dataset and model; and behind them the data's hash where one name stands for several: scores on other rows are
-    not put side by side. A run of an earlier version noted no hash."""
+    """A task per run: dataset and model. If one name stands for several versions of the data, their hash is appended,
+    because scores on different rows are not comparable. Runs of earlier versions recorded no hash."""
     names = [_task(result) for result in results]
     hashes: dict[str, set[str]] = {}
     for name, result in zip(names, results):
@@ -314,7 +315,7 @@ def _by_seed(runs: list[Result], by: str) -> dict[int, float]:
 
 
 def _minus(row: Row, baseline: dict[int, float]) -> Row:
-    """With its difference from the baseline on the seeds that both have."""
+    """The row with its difference from the baseline, on the seeds that both have."""
     shared = sorted(row.by_seed.keys() & baseline.keys())
     if not shared:
         return row

@@ -1,4 +1,4 @@
-"""Figures of several runs: means with intervals, every seed, and the metric over time and energy."""
+"""Figures of a comparison: means with intervals, every seed, and the metric over time and energy."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _NAMES = {"metric": "last weights, validation", "best": "best weights, validatio
 
 @dataclass(frozen=True)
 class Drawn:
-    """One run, as the curves take it."""
+    """A run with the data of its curve."""
 
     result: Result
     label: str
@@ -32,7 +32,11 @@ class Drawn:
 
 
 def draw_comparison(comparison: Comparison, runs: Sequence[Drawn], folder: Path) -> dict[str, str]:
-    """FOLDER/comparison_{bar,box,seconds,joules}.{pdf,png}; joules where some run has a meter. Topic -> SVG."""
+    """Write FOLDER/comparison_{bar,box,seconds,joules}.{pdf,png}; joules only if some run was metered.
+
+    Returns:
+        Topic -> SVG.
+    """
     results = [run.result for run in runs]
     labels = list(dict.fromkeys(row.label for row in comparison.rows))
     found = {
@@ -54,7 +58,7 @@ def _tasks(comparison: Comparison) -> dict[str, list[Row]]:
 
 
 def _draw_rows(comparison: Comparison, results: Sequence[Result], labels: list[str], folder: Path, topic: str) -> str:
-    """A panel a task, a line a label."""
+    """One panel per task, one line per label."""
     tasks = _tasks(comparison)
     num_lines = max(2 * sum(one is not None for one in (row.seeds_test, row.rows_test)) for row in comparison.rows)
     heights = [0.9 + max(0.42, 0.14 * num_lines) * len(rows) for rows in tasks.values()]
@@ -74,7 +78,7 @@ def _draw_rows(comparison: Comparison, results: Sequence[Result], labels: list[s
 
 
 def _bars(panel: Axes, rows: Sequence[Row], labels: list[str]) -> None:
-    """From 0: the length is the metric."""
+    """Bars start at 0, so that their length is proportional to the metric."""
     for at, row in enumerate(rows):
         values = list(row.by_seed.values())
         mean = mean_of(values)
@@ -85,7 +89,7 @@ def _bars(panel: Axes, rows: Sequence[Row], labels: list[str]) -> None:
 
 
 def _boxes(panel: Axes, rows: Sequence[Row], labels: list[str]) -> None:
-    """Whiskers to the ends: a few seeds have no outliers."""
+    """Whiskers span the range: a few seeds are too few to define outliers."""
     for at, row in enumerate(rows):
         values, colour = list(row.by_seed.values()), style_of(labels.index(row.label))["color"]
         drawn = panel.boxplot(
@@ -97,7 +101,7 @@ def _boxes(panel: Axes, rows: Sequence[Row], labels: list[str]) -> None:
 
 
 def _write_contrasts(panel: Axes, rows: Sequence[Row], baseline: str | None) -> None:
-    """Behind each line what it differs by from the baseline, with the effect size and the number of seeds."""
+    """Beside each line its difference from the baseline, with effect size and number of seeds or rows."""
     panel.set_axis_off()
     for at, row in enumerate(rows):
         texts = [contrast_text(one) for one in (row.seeds_test, row.rows_test) if one is not None]
@@ -107,7 +111,7 @@ def _write_contrasts(panel: Axes, rows: Sequence[Row], baseline: str | None) -> 
 
 
 def contrast_text(contrast: Contrast) -> str:
-    """Difference, interval and effect size; test, its numbers, and p after Holm."""
+    """Two lines: difference, interval and effect size; then test, sample sizes and Holm's p."""
     ours, others = contrast.count
     unit = "rows" if contrast.test in ("McNemar", "paired bootstrap") else "seeds"
     count = f"{ours:,}" if ours == others else f"{ours:,} and {others:,}"
@@ -122,7 +126,7 @@ def p_text(p: float) -> str:
 
 
 def _draw_over(runs: Sequence[Drawn], labels: list[str], folder: Path, unit: str) -> str:
-    """Every run's validation metric: a panel a task, a colour a label."""
+    """Validation metric of every run over `unit`: one panel per task, one colour per label."""
     tasks = list(dict.fromkeys(run.task for run in runs))
     over, factor, axis = ("elapsed_s", 1.0, CLOCK) if unit == "seconds" else ("energy_j", 1e-3, "energy (kJ)")
     title = f"validation metric over {'time' if unit == 'seconds' else 'energy'}, a line a run"

@@ -1,4 +1,4 @@
-"""How figures look, and the files that one becomes: PDF with its fonts embedded, PNG, and SVG for a page."""
+"""Style of the figures, and their files: PDF with embedded fonts, PNG, and SVG for the HTML page."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#F0E442")
-"""Okabe and Ito's palette, which colour-blind readers tell apart; its black is the ink."""
+"""Palette of Okabe and Ito, which colour-blind readers can tell apart. Its black is INK."""
 INK = "#000000"
 _LINES = ("-", "--", ":", "-.")
-"""For more labels than colours."""
+"""Line styles for more labels than colours."""
 _DPI = 120
 _RC: dict[Any, Any] = {
     "pdf.fonttype": 42,
     "svg.fonttype": "none",
     "font.size": 9,
     "axes.titlesize": 9,
-    "axes.unicode_minus": False,  # the other one stands in a font of its own, which takes 0.2 s to embed
+    "axes.unicode_minus": False,  # U+2212 is embedded as a font of its own, which takes 0.2 s
     "axes.spines.top": False,
     "axes.spines.right": False,
     "axes.grid": True,
@@ -41,7 +41,7 @@ _RC: dict[Any, Any] = {
 
 @contextmanager
 def drawing(title: str, size: tuple[float, float], results: Sequence[Result]) -> Iterator[Figure]:
-    """A figure of `size` inches, with the project's look while it is drawn."""
+    """A figure of `size` inches; the project's style applies inside the context."""
     import matplotlib
     from matplotlib.figure import Figure
 
@@ -57,9 +57,9 @@ def mark_stand_ins(text: str, results: Sequence[Result]) -> str:
 
 
 def save(figure: Figure, stem: Path) -> str:
-    """Write STEM.pdf and STEM.png, and return it as SVG for a page: without a background, its ink the text's colour.
+    """Write STEM.pdf and STEM.png. Returns SVG for a page, with a transparent background and INK as `currentColor`.
 
-    Inside `drawing`.
+    To be called inside `drawing`.
     """
     import matplotlib
 
@@ -71,7 +71,7 @@ def save(figure: Figure, stem: Path) -> str:
     figure.savefig(f"{stem}.pdf", metadata={"CreationDate": None})
     figure.savefig(f"{stem}.png", dpi=_DPI)
     text = io.StringIO()
-    with matplotlib.rc_context({"svg.hashsalt": stem.name}):  # names inside differ from those of the page's others
+    with matplotlib.rc_context({"svg.hashsalt": stem.name}):  # SVG ids stay unique within a page
         figure.savefig(text, format="svg", transparent=True, metadata=dict.fromkeys(("Date", "Creator", "Format")))
     return _themed(text.getvalue())
 
@@ -83,7 +83,7 @@ def _themed(svg: str) -> str:
 
 
 def style_of(index: int) -> dict[str, str]:
-    """Of the index-th label, by colour and, beyond the palette, by dashes."""
+    """Style of label `index`: a colour, and dashes once the palette is used up."""
     return {
         "color": COLOURS[index % len(COLOURS)],
         "linestyle": _LINES[index // len(COLOURS) % len(_LINES)],

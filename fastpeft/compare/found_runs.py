@@ -1,4 +1,4 @@
-"""Which runs a comparison is of: those that are named, with those that cannot be counted and why."""
+"""Finds the runs of a comparison. Those that cannot be counted are kept with the reason."""
 
 from __future__ import annotations
 
@@ -27,25 +27,25 @@ class Found:
     status: str
     """As RunFolder.status, or missing."""
     note: str = ""
-    """Why it does not count; empty where it does."""
+    """Why the run does not count; empty if it does."""
     remark: str = ""
-    """What a reader of the comparison should know of one that counts."""
+    """Remark on a run that counts, for readers of the comparison."""
 
     @property
     def counts(self) -> bool:
-        """It is done and has a score: it is part of means and tests."""
+        """Whether the run is part of means and tests: it is done and has a score."""
         return not self.note
 
 
 def find_runs(names: list[str], results_dir: Path, fetch: Callable[[str], Path] | None = None) -> list[Found]:
-    """Runs by name, by group, by the path of their folder, or as ENTITY/PROJECT/RUN of W&B; every run when none is
-    named. A run twice named is found once.
+    """Find runs by name, group, path of their folder, or ENTITY/PROJECT/RUN of W&B. Without names, every run is found.
+    Duplicates are removed.
 
     Args:
-        fetch: makes a run folder of a W&B path.
+        fetch: downloads a W&B run and returns its run folder.
 
     Raises:
-        UserError: not one of them has a score.
+        UserError: none of the runs has a score.
     """
     there = [_found(folder) for folder in list_runs(results_dir)]
     chosen = [one for name in names for one in _named(name, there, results_dir, fetch)] if names else there
@@ -73,7 +73,7 @@ def _named(name: str, there: list[Found], results_dir: Path, fetch: Callable[[st
 
 
 def is_wandb_path(name: str) -> bool:
-    """ENTITY/PROJECT/RUN."""
+    """Whether `name` has the form ENTITY/PROJECT/RUN."""
     parts = name.split("/")
     return len(parts) == 3 and all(parts) and not name.startswith((".", "~"))
 

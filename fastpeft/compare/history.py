@@ -1,7 +1,7 @@
-"""One pass over a run's event log: its steps as columns, its evaluations, and what else a report shows.
+"""Reads a run's event log in one pass: steps as columns, evaluations, and the other events that a report shows.
 
-The log is read a megabyte at a time. What is kept of a step is 8 bytes a column, whatever its line holds, so that
-100,000 steps take 6.4 MB; heartbeats and importances are thinned to a bounded number.
+The log is read in blocks of 1 MB. A step keeps 8 bytes per column, whatever else its line holds: 100,000 steps take
+6.4 MB. Heartbeats and importances are thinned to a bounded number.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from fastpeft.runs.curves import is_validation
 from fastpeft.runs.events import Event, number, parse_event
 
 COLUMNS = ("step", "elapsed_s", "loss", "penalty", "lr", "grad_norm", "tokens", "energy_j")
-"""Of a step. What it lacks is NaN."""
+"""Columns of a step. Missing values are NaN."""
 SYSTEM = ("elapsed_s", "util", "memory_mb", "power_w", "temp_c")
 MAX_SNAPSHOTS = 64
 MAX_HEARTBEATS = 4096
@@ -27,7 +27,7 @@ _T = TypeVar("_T")
 
 
 class Thinned(Generic[_T]):
-    """At most `limit` of the items added, evenly spaced from the first on, and the last. `limit` is even."""
+    """Keeps at most `limit` evenly spaced items from the first on, and the last item. `limit` must be even."""
 
     def __init__(self, limit: int) -> None:
         self._limit, self._every, self._count = limit, 1, 0
@@ -43,7 +43,7 @@ class Thinned(Generic[_T]):
         self._count, self._last = self._count + 1, item
 
     def items(self) -> list[_T]:
-        """In order."""
+        """The kept items, in order."""
         if self._last is None or self._kept[-1] is self._last:
             return list(self._kept)
         return [*self._kept, self._last]
@@ -51,7 +51,7 @@ class Thinned(Generic[_T]):
 
 @dataclass(frozen=True)
 class Snapshot:
-    """Of K adapted matrices."""
+    """Importances of K adapted matrices; every sequence has length K."""
 
     elapsed_s: float
     names: list[str]
@@ -63,16 +63,16 @@ class Snapshot:
 @dataclass
 class History:
     steps: dict[str, np.ndarray] = field(default_factory=dict)
-    """COLUMNS -> N."""
+    """Name in COLUMNS -> (steps,)."""
     validations: list[Event] = field(default_factory=list)
     tests: list[Event] = field(default_factory=list)
     """Evaluations of other splits."""
     importance: list[Snapshot] = field(default_factory=list)
     system: dict[str, np.ndarray] = field(default_factory=dict)
-    """SYSTEM -> M; thinned."""
+    """Name in SYSTEM -> (heartbeats,), thinned."""
     config: dict[str, Any] = field(default_factory=dict)
     warnings: list[str] = field(default_factory=list)
-    """The first ones."""
+    """The first MAX_WARNINGS messages."""
     num_warnings: int = 0
     end: Event | None = None
     num_events: int = 0
@@ -82,7 +82,8 @@ class History:
 
 
 def read_history(blocks: Iterable[list[bytes]]) -> History:
-    """Of a log from its beginning, as runs.events.read_lines has it. A resumed run's log has each step once."""
+    """The history of a whole log, in blocks of lines from runs.events.read_lines. A resumed run's log has each step
+    once."""
     history, columns = History(), [[np.empty(0)] for _ in COLUMNS]
     heartbeats, snapshots = Thinned[Event](MAX_HEARTBEATS), Thinned[Snapshot](MAX_SNAPSHOTS)
     for lines in blocks:
@@ -118,9 +119,9 @@ def _parted(lines: Sequence[bytes]) -> tuple[list[np.ndarray], list[Event]]:
 
 
 def _columns(steps: Sequence[bytes]) -> list[np.ndarray] | None:
-    """Of steps on lines as `EventLog` writes them, in half the time that one by one takes.
+    """Columns of lines that `EventLog` wrote, in half the time of parsing one line after another.
 
-    None where a line is damaged, or a number that is not finite stands there as text.
+    None if a line is damaged, or holds a number that is not finite, which is written as text.
     """
     import pyarrow as pa
     from pyarrow import json
@@ -162,7 +163,7 @@ def _snapshot(event: Event) -> Snapshot:
 
 @dataclass(frozen=True)
 class Binned:
-    """A long column as at most so many bins of as many steps each."""
+    """A column summarised in bins of `per_bin` values each; the last bin may be shorter."""
 
     x: np.ndarray
     mean: np.ndarray
@@ -172,8 +173,8 @@ class Binned:
 
 
 def binned(x: np.ndarray, values: np.ndarray, num_bins: int) -> Binned:
-    """Mean, least and greatest of each bin, over what is finite in it; x is its middle. Bins without any are left
-    out."""
+    """Mean, minimum and maximum of the finite values of each bin, and the mean of `x` in it. At most `num_bins`; bins
+    without a finite value are left out."""
     per_bin = -(-len(values) // num_bins) if len(values) else 1
     starts = np.arange(0, len(values), per_bin)
     if not len(starts):

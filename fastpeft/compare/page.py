@@ -1,4 +1,4 @@
-"""A report as blocks, and the two texts that one becomes: Markdown, and one HTML page that needs no other file."""
+"""Blocks of a report, and their two renderings: Markdown, and a self-contained HTML page."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ summary { cursor: pointer; font-weight: 600; }
 """
 _NUMBER = re.compile(r"(< )?[-+]?[0-9][0-9,.]*%?( ± [0-9,.]+)?( (s|J|kJ))?")
 _SHORT = 24
-"""Characters of a cell that is never broken."""
+"""Cells of up to this many characters are never wrapped."""
 _CELL = re.compile(rf"-|{_NUMBER.pattern}")
 
 
@@ -40,7 +40,7 @@ class Text:
 
 @dataclass(frozen=True)
 class Table:
-    """A column of numbers stands right."""
+    """A table. Columns of numbers are right-aligned."""
 
     header: Sequence[str]
     rows: Sequence[Sequence[str]]
@@ -50,9 +50,9 @@ class Table:
 class Picture:
     caption: str
     png: str
-    """Beside the Markdown file."""
+    """Path of the PNG, relative to the Markdown file."""
     svg: str
-    """Inside the page."""
+    """The figure, embedded in the HTML page."""
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,7 @@ class Section:
     title: str
     blocks: Sequence[Block] = field(default_factory=list)
     folded: bool = False
-    """Shut, on the page, until it is clicked."""
+    """Whether it is collapsed on the HTML page."""
 
 
 Block = Text | Table | Picture | Section
@@ -90,7 +90,7 @@ def _line(cells: Iterable[str]) -> str:
 
 
 def _plain(text: str) -> str:
-    """On one line; what Markdown would take for a mark or a tag stands as it is."""
+    """The text on one line, with Markdown's special characters escaped."""
     for mark in "\\`*_[]<|":
         text = text.replace(mark, f"\\{mark}")
     return " ".join(text.split())

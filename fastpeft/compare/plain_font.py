@@ -1,6 +1,6 @@
-"""The font of figures: DejaVu Sans for European scripts, without the tables by which a text would be shaped.
+"""The font of figures: DejaVu Sans for European scripts, without the tables for text shaping.
 
-matplotlib goes through those tables for each PDF, to embed the few letters that it has: 0.2 s a figure.
+To embed the few glyphs of a figure, matplotlib subsets those tables for every PDF, which takes 0.2 s.
 """
 
 from __future__ import annotations
@@ -14,23 +14,23 @@ from pathlib import Path
 from typing import Any
 
 FALLBACK = "DejaVu Sans"
-"""For the letters that ours lacks; alone where ours is not in use."""
+"""For glyphs that the reduced font lacks, and the only font outside `plain_font`."""
 _FAMILY = "Fastpeft Sans"
 _LETTERS = (*range(0x20, 0x250), *range(0x370, 0x530), *range(0x2010, 0x2040), 0x20AC, 0x2212)
 """Latin, Greek, Cyrillic, punctuation."""
 _TABLES = ["GSUB", "GPOS", "GDEF", "kern", "MATH", "FFTM"]
 _NAMES = (1, 3, 4, 6, 16)
-"""Numbers of the names of a font: its licence asks for others where it was changed."""
+"""Name IDs that are replaced: the font's licence asks for other names in a modified version."""
 _families = [FALLBACK]
 
 
 def families() -> list[str]:
-    """As font.family takes them."""
+    """Value for matplotlib's font.family."""
     return list(_families)
 
 
 def use_font(path: Path) -> None:
-    """In this process."""
+    """Use the font file `path` in this process."""
     from matplotlib.font_manager import fontManager
 
     fontManager.addfont(path)
@@ -39,7 +39,7 @@ def use_font(path: Path) -> None:
 
 @contextmanager
 def plain_font() -> Iterator[Path]:
-    """The font's file, which this process uses meanwhile."""
+    """Use the reduced font inside the context. Yields its file."""
     path = _made()
     use_font(path)
     try:
@@ -50,7 +50,7 @@ def plain_font() -> Iterator[Path]:
 
 @cache
 def _made() -> Path:
-    """Kept until the process ends: matplotlib forgets every added font once the file of one of them is gone."""
+    """The font file, kept until the process ends: matplotlib drops all added fonts once the file of one is missing."""
     folder = tempfile.TemporaryDirectory(prefix="fastpeft-font-")
     atexit.register(folder.cleanup)
     path = Path(folder.name) / "plain.ttf"

@@ -1,6 +1,6 @@
-"""One run's weights scored on several sets: what it learnt, against what it may have seen before.
+"""Scores one run's weights on several problem sets, to separate what it learned from what it may have memorised.
 
-As in arXiv:2405.00332, where models that know GSM8K's test split fall behind on new problems of its kind.
+The comparison follows arXiv:2405.00332, in which models overfitted to GSM8K score lower on new problems of its kind.
 """
 
 from __future__ import annotations
@@ -32,16 +32,16 @@ _OPTIONS = ("max_new_tokens", "calculator", "pass_at", "num_samples", "temperatu
 
 @dataclass(frozen=True)
 class SetPlan:
-    """What is to be scored on what; made without torch."""
+    """Weights and the sets that they are scored on; made without torch."""
 
     folder: RunFolder
     run: RunConfig
-    """As stored, with this call's options."""
+    """The stored config, with the options of this call."""
     weights: Path
     which: str
     """best or last."""
     step: int | None
-    """That the weights are of."""
+    """Step at which the weights were saved."""
     sets: dict[str, Path]
 
 
@@ -51,9 +51,9 @@ class SetScore:
     num: int
     exact_match: float
     interval: tuple[float, float]
-    """95 %, Wilson's."""
+    """Wilson's 95 % interval of `exact_match`."""
     more: dict[str, float]
-    """Shares of all problems: no_answer, cut, no_room, pass@k."""
+    """Further metrics, as shares of all problems: no_answer, cut, no_room, pass@k."""
 
 
 def make_plan(
@@ -66,7 +66,7 @@ def make_plan(
         pass_at: k of pass@k, 0 for none; the run's own evaluation.pass_at when None.
 
     Raises:
-        UserError: no such run, no such weights, a set that is not there, two sets of one name.
+        UserError: no such run, no such weights, a missing set, two sets of one name.
     """
     folder = RunFolder.at(results_dir, run)
     if not folder.config.is_file():
@@ -110,11 +110,11 @@ def _named(on: list[str]) -> Iterator[tuple[str, Path]]:
 
 
 def score_sets(plan: SetPlan, say: Callable[[str], None]) -> list[SetScore]:
-    """Score every set, and merge the scores into RUN/sets.json, each as soon as it is there.
+    """Score every set. Each score is merged into RUN/sets.json as soon as it is known.
 
     Raises:
         DataError: a set that cannot be read.
-        UserError: a run of a kind that is not scored on other sets; a set none of whose prompts leaves room for an
+        UserError: the run's kind of task does not support further sets; no prompt of a set leaves room for an
             answer.
     """
     import torch
@@ -166,7 +166,7 @@ def score_sets(plan: SetPlan, say: Callable[[str], None]) -> list[SetScore]:
 
 
 def _read_sets(plan: SetPlan, trained_on: str) -> dict[str, Any]:
-    """By name. `trained_on` is the kind of task that the run's result names."""
+    """Sets by name. `trained_on` is the kind of task in the run's result."""
     from fastpeft.tasks import kind_of, task_class
 
     run = plan.run
@@ -188,7 +188,7 @@ def _score(name: str, found: Score) -> SetScore:
 
 
 def _dtype_of(plan: SetPlan, device: torch.device) -> torch.dtype:
-    """That the run was trained in, where it chose one itself."""
+    """The dtype of the training if recorded, else the one that training.precision selects here."""
     from fastpeft.models.backbone import layer_shape
     from fastpeft.models.precision import DTYPES, choose_precision
 
@@ -233,7 +233,7 @@ def _fingerprint(paths: Any) -> str:
 
 
 def wilson(num_right: int, num: int) -> tuple[float, float]:
-    """The 95 % score interval of a proportion (Wilson 1927, doi:10.1080/01621459.1927.10502953)."""
+    """Wilson's 95 % score interval of a proportion (1927, doi:10.1080/01621459.1927.10502953)."""
     from scipy.stats import binomtest
 
     limits = binomtest(num_right, num).proportion_ci(method="wilson")
@@ -241,7 +241,7 @@ def wilson(num_right: int, num: int) -> tuple[float, float]:
 
 
 def difference(score: SetScore, first: SetScore) -> tuple[float, float, float]:
-    """(score - first, and its 95 % interval), of two independent sets: Newcombe's hybrid score (1998, method 10,
+    """(score - first, low, high of its 95 % interval), for independent sets: Newcombe's hybrid score (1998, method 10,
     doi:10.1002/(SICI)1097-0258(19980430)17:8<873::AID-SIM779>3.0.CO;2-I)."""
     (low, high), (first_low, first_high) = score.interval, first.interval
     apart = score.exact_match - first.exact_match

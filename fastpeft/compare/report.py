@@ -1,4 +1,4 @@
-"""`fastpeft evaluate`: metrics.json and figures for each run, and a comparison of all that are done."""
+"""`fastpeft evaluate`: metrics.json and figures for each run, and a comparison of all completed runs."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from fastpeft.runs.store import Result
 FOLDER = "comparison"
 _OTHER_DATA = "other data than runs of this name: compared only with those on the same"
 _OWN_PROCESSES_FROM = 8
-"""Runs; fewer are read sooner than processes start."""
+"""Number of runs from which processes are used. Fewer runs are read in less time than processes take to start."""
 
 
 @dataclass(frozen=True)
@@ -41,17 +41,17 @@ def report(found: list[Found], results_dir: Path, target: float | None = None, b
     comparison/: aggregated_metrics.{json,csv}, comparison_{bar,box,seconds,joules}.{pdf,png}, report.{md,html}.
 
     Args:
-        found: by `find_runs`.
-        target: a metric over 0 and at most 1; how long and how many joules each run took to reach it is reported.
+        found: runs from `find_runs`.
+        target: a metric over 0 and at most 1. The time and energy of each run to reach it are reported.
         baseline: the method that the others are compared with; plain LoRA when None.
 
     Raises:
-        UserError: a target out of bounds, a baseline that is not there.
+        UserError: a target out of bounds, an unknown baseline.
     """
     if target is not None and not 0 < target <= 1:
         raise UserError(f"--target {target:g}: give a metric over 0 and at most 1; write 0.6 for 60 %")
     results = [result for _, result in _counted(found)]
-    compare(results, baseline=baseline)  # refuses a baseline before the logs are read
+    compare(results, baseline=baseline)  # refuses an unknown baseline before the logs are read
     with plain_font() as font, _processes(len(found), font) as many:
         count = len(found)
         reports = list(many(_report_run, found, [score_of(results)] * count, [target] * count))
@@ -85,7 +85,7 @@ def _counted(found: Sequence[Found]) -> list[tuple[Found, Result]]:
 
 
 def _noted(found: Sequence[Found]) -> Iterator[Found]:
-    """With what sets a run that counts apart from the others of its dataset."""
+    """The runs, with a remark on those that were trained on other data of the same name."""
     counted = _counted(found)
     tasks = tasks_of([result for _, result in counted])
     apart = {id(one) for (one, _), task in zip(counted, tasks) if DATA_MARK in task}
@@ -94,7 +94,7 @@ def _noted(found: Sequence[Found]) -> Iterator[Found]:
 
 
 def _report_run(found: Found, by: str, target: float | None) -> RunReport:
-    """Where nothing is collected on the way, what a run's figures leave is collected behind each run."""
+    """Report one run. With automatic garbage collection off, its figures are collected once it is done."""
     report = report_run(found, by, target)
     if not gc.isenabled():
         gc.collect()
@@ -103,7 +103,7 @@ def _report_run(found: Found, by: str, target: float | None) -> RunReport:
 
 @contextmanager
 def _processes(count: int, font: Path) -> Iterator[Callable[..., Iterator]]:
-    """A `map` over processes where there is enough to do."""
+    """A `map` over processes if there are enough runs and cores, else the builtin."""
     workers = min(len(os.sched_getaffinity(0)), count)
     if count < _OWN_PROCESSES_FROM or workers == 1:
         yield map
@@ -115,4 +115,4 @@ def _processes(count: int, font: Path) -> Iterator[Callable[..., Iterator]]:
 
 def _begin_process(font: Path) -> None:
     use_font(font)
-    gc.disable()  # which takes a fifth of the time of a figure
+    gc.disable()  # garbage collection takes a fifth of the time of a figure

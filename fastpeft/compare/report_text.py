@@ -1,4 +1,4 @@
-"""What a report says: tables of methods, tests and runs, the figures, and each run behind them."""
+"""Content of a report: tables of methods, tests and runs, the figures, and a section for each run."""
 
 from __future__ import annotations
 
@@ -46,10 +46,11 @@ TITLE = "Comparison of runs"
 def report_blocks(
     comparison: Comparison, found: Sequence[Found], reports: Sequence[RunReport], figures: dict[str, str], folder: Path
 ) -> Iterator[Block]:
-    """
+    """The blocks of a report, in order.
+
     Args:
-        figures: topic -> SVG, of the comparison.
-        folder: that the report is written to.
+        figures: topic -> SVG of the comparison.
+        folder: folder of the report.
     """
     if any(one.result is not None and one.result.stand_in for one in found):
         yield Text("STAND-IN: some of these runs trained a stand-in. Their numbers are none of a real model.")
@@ -86,7 +87,7 @@ def _methods(comparison: Comparison) -> Table:
 
 
 def _table(names: Sequence[str], lines: Sequence[Sequence[str]]) -> Table:
-    """Without the columns that say nothing."""
+    """A table without its empty columns."""
     kept = [i for i in range(len(names)) if not lines or any(line[i] not in ("", "-") for line in lines)]
     return Table([names[i] for i in kept], [[line[i] for i in kept] for line in lines])
 

@@ -1,4 +1,4 @@
-"""What a run was given for each row of a split, as the numbers that its metric is made of."""
+"""Scores of the single rows of a split, from which the metric of any sample of rows can be computed."""
 
 from __future__ import annotations
 
@@ -16,22 +16,22 @@ Form = Literal["share", "f1", "rank"]
 
 @dataclass(frozen=True)
 class RowScores:
-    """Of N rows."""
+    """Scores of N rows."""
 
     rows: str
-    """Their hash: scores of one hash are of the same rows in one order."""
+    """Hash of the rows: equal hashes mean the same rows in the same order."""
     form: Form
-    """How the metric comes out of `values`: the mean of one column; 2 a / (b + c) of the sums of three; Spearman's rank
-    correlation of two."""
+    """How `values` give the metric. share: the mean of one column. f1: 2 a / (b + c) of the sums of three columns.
+    rank: Spearman's rank correlation of two columns."""
     values: np.ndarray
-    """N x 1, 2 or 3."""
+    """(N, 1), (N, 3) or (N, 2), by `form`."""
 
     def __len__(self) -> int:
         return len(self.values)
 
     @classmethod
     def of(cls, predictions: Predictions) -> RowScores | None:
-        """None without a row, or for one whose answer is no number where numbers are ranked."""
+        """Row scores of a run's answers. None without rows, or if a value to be ranked is not finite."""
         answers = predictions.answers
         if not answers:
             return None
@@ -44,7 +44,7 @@ class RowScores:
 
 
 def metrics(runs: Sequence[RowScores], rows: np.ndarray) -> np.ndarray:
-    """Of runs on the same rows, on samples of them: ... x N indices -> ... x runs."""
+    """Metrics of runs on samples of their common rows: indices (..., sample size) -> (..., runs)."""
     num_rows, num_columns = runs[0].values.shape
     counts = _counts(rows, num_rows)
     if runs[0].form == "rank":
@@ -57,7 +57,7 @@ def metrics(runs: Sequence[RowScores], rows: np.ndarray) -> np.ndarray:
 
 
 def _counts(rows: np.ndarray, num_rows: int) -> np.ndarray:
-    """How often each row is in a sample: a sum over samples is then one product for all runs."""
+    """How often each row occurs in each sample, (..., num_rows). The sums of all runs are then one matrix product."""
     samples = rows.reshape(-1, rows.shape[-1])
     shifted = samples + num_rows * np.arange(len(samples))[:, None]
     counts = np.bincount(shifted.ravel(), minlength=num_rows * len(samples))
@@ -65,7 +65,7 @@ def _counts(rows: np.ndarray, num_rows: int) -> np.ndarray:
 
 
 def _spearman(values: np.ndarray, counts: np.ndarray) -> np.ndarray:
-    """Pearson's correlation of the ranks of two columns, 0 where one does not vary."""
+    """Pearson correlation of the ranks of two columns; 0 if one of them is constant."""
     total = counts.sum(-1, keepdims=True)
     predicted, gold = (_ranks(column, counts) - (total + 1) / 2 for column in values.T)
     spread = np.sqrt((counts * predicted**2).sum(-1) * (counts * gold**2).sum(-1))
@@ -73,7 +73,7 @@ def _spearman(values: np.ndarray, counts: np.ndarray) -> np.ndarray:
 
 
 def _ranks(column: np.ndarray, counts: np.ndarray) -> np.ndarray:
-    """Of each row's value in samples that have it `counts` times; equal ones share the mean of their ranks."""
+    """Rank of each row in samples that contain it `counts` times. Ties get the mean of their ranks."""
     order = np.argsort(column, kind="stable")
     new = np.flatnonzero(np.diff(column[order], prepend=np.nan) != 0)
     of_value = np.add.reduceat(counts[..., order], new, axis=-1)

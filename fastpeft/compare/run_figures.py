@@ -1,4 +1,4 @@
-"""Figures of one run, drawn from its event log and its answers alone."""
+"""Figures of one run, drawn only from its event log and its recorded answers."""
 
 from __future__ import annotations
 
@@ -21,22 +21,22 @@ if TYPE_CHECKING:
 
 NUM_BINS = 400
 MAX_CLASSES = 40
-"""More are no matrix that anybody reads."""
+"""Limit of a confusion matrix: more classes are not readable."""
 _NUMBERED_CLASSES = 12
 _NUM_SHADES = 40
-"""Of a heatmap. From 50 on matplotlib draws a scale as pixels."""
+"""Shades of a heatmap. With 50 or more, matplotlib rasterises the colour bar."""
 _SLANTED: dict[str, Any] = {"rotation": 40, "ha": "right", "rotation_mode": "anchor"}
 _WIDTH = 4.8
-"""Inches of a column of curves."""
+"""Width of a column of curves, in inches."""
 _NUM_TICKS = 5
-"""At most: they take most of the time of a figure."""
+"""Maximum per axis: ticks take most of the drawing time."""
 CLOCK = "time on the budget clock (s)"
 
 
 def draw_curves(history: History, result: Result, stem: Path) -> str:
-    """Loss, metric and learning rate over time; with a meter power and energy too, and the metric over energy.
+    """Loss, metric and learning rate over time. Metered runs add power, energy, and the metric over energy.
 
-    Its margins and the places of its labels are fixed: measuring texts to find them takes half of the time.
+    Margins and label positions are fixed: measuring texts to find them would take half of the drawing time.
     """
     has_meter = result.energy_j is not None
     over_time: list[_Draw] = [_draw_loss, _draw_metric, _draw_rate]
@@ -87,7 +87,7 @@ def _draw_rate(panel: Axes, history: History, result: Result) -> None:
 
 
 def _draw_power(panel: Axes, history: History, result: Result) -> None:
-    """As heartbeats measured it; else the slope of the energy that the steps tell."""
+    """Power from the heartbeats, or else the slope of the energy in the step events."""
     x, power = history.system["elapsed_s"], history.system["power_w"]
     if not np.isfinite(power).any():
         energy = binned(history.steps["elapsed_s"], history.steps["energy_j"], NUM_BINS)
@@ -115,7 +115,7 @@ def _draw_metric_over_energy(panel: Axes, history: History, result: Result) -> N
 def draw_scores(
     panel: Axes, evaluations: Sequence[Event], over: str, unit: float, label: str | None = None, **style: Any
 ) -> None:
-    """The metric of each evaluation whose place is known, over a field of it times `unit`."""
+    """The metric of each evaluation over its field `over` times `unit`. Evaluations without the field are left out."""
     there = [event for event in evaluations if event.get(over) is not None]
     x, values = [number(event[over]) * unit for event in there], [number(event["value"]) for event in there]
     panel.plot(x, values, marker="o", markersize=3, linewidth=1, label=label, **style)
@@ -125,7 +125,7 @@ def draw_scores(
 
 
 def draw_importance(history: History, result: Result, stem: Path) -> str:
-    """The last importances by layer and projection; where they were measured again, how far they drifted."""
+    """The last importances by layer and projection, and their drift if measured more than once."""
     first, last = history.importance[0], history.importance[-1]
     is_repeated = len(history.importance) > 1
     with drawing(f"{result.name}: importance of the adapted matrices", (8.5, 4.2), [result]) as figure:
@@ -150,7 +150,7 @@ def _draw_heatmap(panel: Axes, snapshot: Snapshot) -> None:
 
 
 def _draw_cells(panel: Axes, grid: np.ndarray, label: str, most: float) -> None:
-    """As rectangles, and the scale in few enough shades that it is none of pixels either."""
+    """Draw a heatmap as vector rectangles, with few enough shades that the colour bar is vector graphics too."""
     import matplotlib
 
     shades = matplotlib.colormaps["cividis"].resampled(_NUM_SHADES)
@@ -164,7 +164,7 @@ def _draw_cells(panel: Axes, grid: np.ndarray, label: str, most: float) -> None:
 
 
 def _draw_drift(panel: Axes, snapshots: Sequence[Snapshot], first: Snapshot) -> None:
-    """Total variation: the share of the weight that lies on other matrices than at first."""
+    """Total variation distance from the first importances: the share of weight that moved to other matrices."""
     same = [one for one in snapshots if one.names == first.names]
     apart = [float(np.abs(one.weights - first.weights).sum() / 2) for one in same]
     panel.plot([one.elapsed_s for one in same], apart, marker="o", markersize=3, linewidth=1, color=COLOURS[1])
@@ -178,7 +178,7 @@ def _draw_drift(panel: Axes, snapshots: Sequence[Snapshot], first: Snapshot) -> 
 
 
 def classes_of(predictions: Predictions, labels: Sequence[str]) -> list[str] | None:
-    """Where each answer is one of a few classes, those of `labels` first; None where a matrix says nothing."""
+    """Classes of a confusion matrix, those of `labels` first; None without 2 to MAX_CLASSES classes to show."""
     answers = predictions.answers
     if not all(isinstance(one.gold, str) and isinstance(one.predicted, str) for one in answers):
         return None
@@ -188,7 +188,7 @@ def classes_of(predictions: Predictions, labels: Sequence[str]) -> list[str] | N
 
 
 def draw_confusion(predictions: Predictions, classes: list[str], result: Result, stem: Path) -> str:
-    """Rows of a gold class by what was predicted: shares of the row, and counts where there are few classes."""
+    """Confusion matrix, normalised by gold class, with counts if there are few classes."""
     place = {name: i for i, name in enumerate(classes)}
     counts = np.zeros((len(classes), len(classes)), np.int64)
     gold, said = ([place[getattr(one, of)] for one in predictions.answers] for of in ("gold", "predicted"))
@@ -206,6 +206,6 @@ def draw_confusion(predictions: Predictions, classes: list[str], result: Result,
         panel.set_ylabel("gold")
         if len(classes) <= _NUMBERED_CLASSES:
             for (row, column), count in np.ndenumerate(counts):
-                ink = "#111111" if shares[row, column] > 0.5 else "#FFFFFF"  # on the cell, whatever the page is
+                ink = "#111111" if shares[row, column] > 0.5 else "#FFFFFF"  # the background is the cell, not the page
                 panel.text(column, row, f"{count:,}", ha="center", va="center", color=ink)
         return save(figure, stem)

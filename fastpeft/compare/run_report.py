@@ -1,4 +1,4 @@
-"""What one run's folder comes to: metrics.json, its figures, and what a comparison and a page take of it."""
+"""Report of one run: metrics.json, its figures, and the data for the comparison and the page."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ RESCORED = "rescored.json"
 NUM_ERRORS = 8
 _LAST_STEPS = 50
 _LONGEST = 300
-"""Characters of a text in a list of errors."""
+"""Maximum characters of a text in the list of errors."""
 _AS_FLOAT32 = ("loss", "penalty", "lr", "grad_norm")
 _AS_INT = ("step", "tokens")
 
@@ -46,7 +46,7 @@ class RunReport:
     curve: Curve = field(default_factory=Curve)
     validations: list[Event] = field(default_factory=list)
     scores: RowScores | None = None
-    """Of the weights and the split that are compared; None where the run kept no answers."""
+    """Row scores of the compared weights and split; None if the run stored no answers."""
     figures: dict[str, str] = field(default_factory=dict)
     """Topic -> SVG; the files are FOLDER/figures/NAME_TOPIC.{pdf,png}."""
     wrong: list[WrongAnswer] = field(default_factory=list)
@@ -57,10 +57,10 @@ class RunReport:
 
 
 def report_run(found: Found, by: str, target: float | None) -> RunReport:
-    """Write FOLDER/metrics.json and the figures of a run that has a log.
+    """Write FOLDER/metrics.json and the figures of a run. Without a log, nothing is written.
 
     Args:
-        by: which score is compared: metric, best or test.
+        by: the score that is compared: metric, best or test.
     """
     folder, result = found.folder, found.result
     if folder is None or result is None or not folder.events.is_file():
@@ -87,14 +87,14 @@ def report_run(found: Found, by: str, target: float | None) -> RunReport:
 
 
 def _curve_of(history: History, result: Result, target: float | None) -> Curve:
-    """The area under the metric, and the way to `target`."""
+    """The area under the metric, and the time and energy to `target`."""
     found = evaluations(history.validations)
     budgets = Budgets.of(result.budget, result.elapsed_s, result.energy_j)
     return Curve(auc_of(found, budgets), {} if target is None else to_target_of(found, target))
 
 
 def _predictions_of(folder: RunFolder, result: Result, by: str, notes: list[str]) -> Predictions | None:
-    """Of the compared score; None, with a note, where they are not the answers that it is of."""
+    """Answers behind the compared score. None, with a note, if they are unreadable or of another evaluation."""
     which = "last" if by == "metric" else by
     try:
         found = read_predictions(folder.predictions(which))
@@ -129,7 +129,7 @@ def _draw(folder: RunFolder, result: Result, history: History, predictions: Pred
 
 
 def _write_metrics(folder: RunFolder, result: Result, history: History, curve: Curve, target: float | None) -> None:
-    """All that the run measured, on one line: null is a number that is missing or not finite."""
+    """Write all measurements of the run on one line. null is a number that is missing or not finite."""
     losses = history.steps["loss"][-_LAST_STEPS:]
     values = {
         **_well_formed(finite(dataclasses.asdict(result))),
@@ -157,14 +157,14 @@ def _write_metrics(folder: RunFolder, result: Result, history: History, curve: C
 
 
 def _compact(name: str, column: np.ndarray) -> np.ndarray:
-    """As the log has it, or with the digits that a float32 has."""
+    """The column as integers or float32 where that is enough, for a shorter file."""
     if name in _AS_INT and np.isfinite(column).all():
         return column.astype(np.int64)
     return column.astype(np.float32) if name in _AS_FLOAT32 else column
 
 
 def _config_of(folder: RunFolder, history: History) -> dict[str, Any]:
-    """With every default spelt out, from the log; as run.yaml stands where the log has none."""
+    """The config with all defaults, from the log, or else from run.yaml."""
     if history.config:
         return history.config
     try:
@@ -174,7 +174,7 @@ def _config_of(folder: RunFolder, history: History) -> dict[str, Any]:
 
 
 def _well_formed(value: Any) -> Any:
-    """With what a path may have and UTF-8 has not, half of a surrogate pair, written out."""
+    """The value with lone surrogates escaped: paths may contain them, but UTF-8 cannot encode them."""
     if isinstance(value, dict):
         return {key: _well_formed(one) for key, one in value.items()}
     if isinstance(value, list):
@@ -190,7 +190,7 @@ def _without(event: Event, *keys: str) -> Event:
 
 
 def _wrong_rows(predictions: Predictions) -> list[int]:
-    """Rows that are not answered rightly, in order; of numbers those that are furthest off, the worst first."""
+    """Wrongly answered rows, in order. For numbers, the NUM_ERRORS rows with the largest error, the worst first."""
     rows = [row for row, given in enumerate(predictions.given) if given]
     answers = predictions.answers
     if rows and answers[rows[0]].correct is None and answers[rows[0]].counts is None:
@@ -215,7 +215,7 @@ def _in_words(predictions: Predictions, row: int) -> WrongAnswer:
 
 
 def _is_tagged(answer: Answer, given: Sequence[str]) -> bool:
-    """A tag a word. A row of one or two texts may have as many labels, and is shown as those."""
+    """Whether the answer is one tag per word. Rows of one or two texts are excluded: they may have as many labels."""
     lists = isinstance(answer.gold, list) and isinstance(answer.predicted, list)
     is_tagged = lists and answer.counts is not None and len(given) > 2
     return is_tagged and len(answer.gold) == len(answer.predicted) == len(given)

@@ -1,8 +1,8 @@
 """Tests of the difference between two methods, by scipy and statsmodels: over seeds, and over the rows of one split.
 
-The two ask different things. Over seeds: would the method be better if it were trained again? Over rows: would these
-trained models be better on other rows of the kind? Evaluations of one run follow from each other, and are never a
-sample of anything.
+They answer different questions. Over seeds: would the method be better if it were trained again? Over rows: would these
+trained models be better on other rows of the same distribution? Evaluations of one run depend on each other, and are
+never treated as a sample.
 """
 
 from __future__ import annotations
@@ -20,19 +20,19 @@ from fastpeft.compare.row_scores import RowScores, metrics
 
 NUM_RESAMPLES = 4999
 EXACT_BELOW = 25
-"""Rows that only one of the two gets right: McNemar's test is exact up to them, and chi-squared above (Dror et al.,
-doi:10.18653/v1/P18-1128)."""
+"""Discordant rows, which only one of the two gets right. With fewer, McNemar's test is exact, else chi-squared (Dror et
+al., doi:10.18653/v1/P18-1128)."""
 _RESAMPLED_AT_ONCE = 2_000_000
-"""Rows."""
+"""Row indices per batch of resamples, which bounds the memory."""
 
 
 def over_seeds(ours: dict[int, float], others: dict[int, float]) -> Contrast | None:
-    """Paired t on the seeds of both, which share data order and initial weights; Welch's t where they share less than
-    two. None unless one of them can be had: two runs a side.
+    """Paired t-test on the common seeds, which share data order and initial weights. With fewer than two of them,
+    Welch's t-test on all seeds. None if a side has fewer than two runs.
 
     Args:
         ours: seed -> metric.
-        others: the baseline's.
+        others: the same of the baseline.
     """
     shared = sorted(ours.keys() & others.keys())
     if len(shared) >= 2:
@@ -43,7 +43,7 @@ def over_seeds(ours: dict[int, float], others: dict[int, float]) -> Contrast | N
 
 
 def paired_t(ours: Sequence[float], others: Sequence[float]) -> Contrast:
-    """Student's t of the differences (Student 1908, doi:10.1093/biomet/6.1.1)."""
+    """Student's t-test of the differences (Student 1908, doi:10.1093/biomet/6.1.1)."""
     from scipy.stats import ttest_rel
 
     apart, count = np.subtract(ours, others), len(ours)
@@ -59,8 +59,8 @@ def paired_t(ours: Sequence[float], others: Sequence[float]) -> Contrast:
 
 
 def welch_t(ours: Sequence[float], others: Sequence[float]) -> Contrast:
-    """Unequal variances (Welch 1947, doi:10.1093/biomet/34.1-2.28); effect size as Hedges 1981,
-    doi:10.3102/10769986006002107."""
+    """t-test with unequal variances (Welch 1947, doi:10.1093/biomet/34.1-2.28). The effect size is Hedges' g (1981,
+    doi:10.3102/10769986006002107)."""
     from scipy.stats import ttest_ind
     from statsmodels.stats.meta_analysis import effectsize_smd
 
@@ -69,7 +69,7 @@ def welch_t(ours: Sequence[float], others: Sequence[float]) -> Contrast:
     if _is_constant(ours) and _is_constant(others):
         return replace(contrast, note="the seeds do not vary")
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", RuntimeWarning)  # one side may be constant: its variance is 0, and not lost
+        warnings.simplefilter("ignore", RuntimeWarning)  # one side may be constant: its variance of 0 is valid
         found: Any = ttest_ind(ours, others, equal_var=False)
     low, high = found.confidence_interval(CONFIDENCE)
     spreads = float(np.std(ours, ddof=1)), float(np.std(others, ddof=1))
@@ -78,8 +78,8 @@ def welch_t(ours: Sequence[float], others: Sequence[float]) -> Contrast:
 
 
 def over_rows(ours: Sequence[RowScores], others: Sequence[RowScores], seed: int = 0) -> Contrast | None:
-    """McNemar's test where one run a side is right or wrong about each row, else the paired bootstrap of the difference
-    of the mean metrics. None unless all runs were scored on the same rows."""
+    """McNemar's test for one run on each side with a right or wrong answer per row. Else the paired bootstrap of the
+    difference of the mean metrics. None unless all runs were scored on the same rows."""
     runs = [*ours, *others]
     if not ours or not others or len({(run.rows, run.form) for run in runs}) > 1 or not len(runs[0]):
         return None
@@ -90,8 +90,8 @@ def over_rows(ours: Sequence[RowScores], others: Sequence[RowScores], seed: int 
 
 
 def mcnemar_test(ours: RowScores, others: RowScores) -> Contrast:
-    """Of rows that one gets right and the other wrong (McNemar 1947, doi:10.1007/BF02295996). Its interval is not part
-    of the test."""
+    """McNemar's test of the rows that one gets right and the other wrong (1947, doi:10.1007/BF02295996). It gives no
+    interval: `over_rows` adds the bootstrap's."""
     from statsmodels.stats.contingency_tables import mcnemar
 
     is_right, other_is_right = ours.values[:, 0] > 0.5, others.values[:, 0] > 0.5
@@ -112,10 +112,10 @@ def mcnemar_test(ours: RowScores, others: RowScores) -> Contrast:
 
 
 def paired_bootstrap(ours: Sequence[RowScores], others: Sequence[RowScores], seed: int = 0) -> Contrast:
-    """Rows are drawn again, the same ones for every run (Koehn 2004, aclanthology.org/W04-3250).
+    """Bootstrap over rows, with the same resampled rows for every run (Koehn 2004, aclanthology.org/W04-3250).
 
-    The interval is that of percentiles, and p the level at which such an interval just touches 0 (Efron and Tibshirani
-    1993, section 15.4): it is never under 2 / (NUM_RESAMPLES + 1).
+    The interval consists of percentiles. p is the level at which such an interval just touches 0 (Efron and Tibshirani
+    1993, section 15.4); it is at least 2 / (NUM_RESAMPLES + 1).
     """
     from scipy.stats import bootstrap
 
@@ -152,7 +152,7 @@ def paired_bootstrap(ours: Sequence[RowScores], others: Sequence[RowScores], see
 
 
 def with_holm(contrasts: Sequence[Contrast | None]) -> list[Contrast | None]:
-    """Each p made up for the number of them that there are (Holm 1979, jstor.org/stable/4615733)."""
+    """The contrasts with p corrected for multiple testing (Holm 1979, jstor.org/stable/4615733)."""
     from statsmodels.stats.multitest import multipletests
 
     known = [contrast.p for contrast in contrasts if contrast is not None and contrast.p is not None]
@@ -165,10 +165,10 @@ def with_holm(contrasts: Sequence[Contrast | None]) -> list[Contrast | None]:
 
 
 def with_tests(comparison: Comparison, scores: Mapping[str, RowScores | None]) -> Comparison:
-    """Each row tested against the baseline's of its task, over seeds and over rows; Holm over all of either kind.
+    """Test each row against the baseline of its task, over seeds and over rows. Holm's correction covers each kind.
 
     Args:
-        scores: by run. The rows are tested where every run of the two has its.
+        scores: row scores by run name. A test over rows needs those of every run on both sides.
     """
     seeds: list[Contrast | None] = []
     rows: list[Contrast | None] = []
@@ -188,5 +188,5 @@ def with_tests(comparison: Comparison, scores: Mapping[str, RowScores | None]) -
 
 
 def _is_constant(values: Any) -> bool:
-    """Up to rounding."""
+    """Whether the values are equal up to rounding."""
     return float(np.ptp(values)) <= 1e-12 * max(1.0, float(np.abs(values).max()))
