@@ -1,16 +1,16 @@
 #!/usr/bin/env bash
-# A decoder with a sequence classifier never reads the token that ends a text where that token is the padding token too.
+# A decoder with a sequence classifier never reads the end-of-sequence token if that is also the padding token.
 #
 # Versions: torch 2.13.0, transformers 5.24.0; Python 3.11; CPU.
-# Llama's and Qwen3's tokenizers have no padding token, and the usual cure is pad_token = eos_token. The classifier reads
-# "the rightmost token that is not the padding token", by number and not by the attention mask: of a text that ends in
-# EOS that is the word before it, in a batch and alone, with a mask of ones. A tokenizer that adds EOS changes nothing,
-# and EOS inside a conversation counts as padding as well if nothing follows it.
-# Seen, largest difference of the logits of a text with EOS from those of the same text without:
+# Llama's and Qwen3's tokenizers have no padding token, and the usual remedy is pad_token = eos_token. The classifier
+# reads the rightmost token that is not the padding token, by its id and not by the attention mask. In a text that ends
+# in EOS this is the token before EOS, in a batch and alone, even with a mask of ones. So a tokenizer that adds EOS
+# changes nothing, and an EOS that ends a conversation counts as padding.
+# Seen, largest difference between the logits of a text with EOS and those of the same text without:
 #   pad_token_id = eos_token_id   0.0
 #   pad_token_id = another        0.84 (Llama), 0.54 (Qwen3)
-# Guard: another way of computing the same model (rows without padding, an export) has to choose the token by its number
-# too, and not take each row's last one.
+# Guard: another implementation of the same model (rows without padding, an export) has to choose the token by its id
+# too, and not take the last token of each row.
 set -euo pipefail
 folder=$(mktemp -d)
 trap 'rm -rf "$folder"' EXIT

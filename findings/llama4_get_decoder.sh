@@ -1,15 +1,15 @@
 #!/usr/bin/env bash
-# Of Llama 4's text model, get_decoder() is the language model with its head.
+# For Llama 4's text model, get_decoder() returns the language model with its head.
 #
 # Versions: transformers 5.24.0, torch 2.13.0; Python 3.11.
-# get_decoder() looks for attributes of usual names, then for base_model. Llama4ForCausalLM keeps its layers in `model` and
-# says that its base_model_prefix is "language_model", which it has no attribute for, so that it is its own base model, and
-# its own decoder. Who takes hidden states from there, to compute logits of some positions only, gets logits of them all and
-# an output without last_hidden_state. Llama, beside it, gives its LlamaModel.
+# get_decoder() looks for attributes with the usual names, then for base_model. Llama4ForCausalLM keeps its layers in
+# `model`, but its base_model_prefix is "language_model", an attribute that it lacks. So it is its own base model and its
+# own decoder. Code that takes hidden states from the decoder, to compute logits of some positions only, gets the logits
+# of all positions and an output without last_hidden_state. LlamaForCausalLM returns its LlamaModel.
 # Seen:
 #   LlamaForCausalLM  decoder LlamaModel          last_hidden_state True
 #   Llama4ForCausalLM decoder Llama4ForCausalLM   last_hidden_state False
-# Guard: where get_decoder() gives the model itself, take its `model`.
+# Guard: if get_decoder() returns the model itself, use its `model`.
 set -euo pipefail
 folder=$(mktemp -d)
 trap 'rm -rf "$folder"' EXIT

@@ -1,17 +1,17 @@
 #!/usr/bin/env bash
-# matplotlib forgets a font that was added and is there, once the file of another added font is gone.
+# matplotlib forgets all added fonts once the file of one of them is gone.
 #
 # Versions: matplotlib 3.11.2, fonttools 4.68.0; Python 3.11.
-# fontManager.addfont keeps a path. When findfont meets an entry whose file has been removed, it rebuilds the list of
-# fonts from the system's folders and looks again. What addfont had put there is not in a system folder, so that all
-# added fonts are lost, among them those whose files still exist. No error: texts are drawn in DejaVu Sans, with a line
-# "findfont: Font family ... not found" on the logger for each of them.
-# It meets a program that makes a font in a temporary folder for each of its figures or reports: the second one of a
-# process is drawn in another font.
+# fontManager.addfont keeps a path. If findfont finds an entry whose file has been removed, it rebuilds the list of fonts
+# from the system's folders. Fonts added by addfont are not in these folders, so that all of them are lost, including
+# those whose files still exist. No error is raised: texts are drawn in DejaVu Sans, and the logger has a line
+# "findfont: Font family ... not found" for each of them.
+# A program that makes a font in a temporary folder for each figure or report is affected: the second figure of a process
+# is drawn in another font.
 # Seen:
 #   both files there          Second
 #   the first file removed    DejaVu Sans, though the second font's file is there
-# Guard: a font that is made is kept until the process ends.
+# Guard: keep the file of an added font until the process ends.
 set -euo pipefail
 folder=$(mktemp -d)
 trap 'rm -rf "$folder"' EXIT

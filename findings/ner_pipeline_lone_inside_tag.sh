@@ -1,14 +1,14 @@
 #!/usr/bin/env bash
-# Entities that transformers' pipeline gives and a strict scorer does not count; words that it cuts.
+# transformers' pipeline returns entities that a strict scorer does not count, and splits words.
 #
 # Versions: torch 2.13.0, transformers 5.24.0, seqeval 1.2.2; Python 3.11; CPU.
 # A model that is trained with a label on the first piece of each word, as is usual, and scored by seqeval with
-# mode="strict" and scheme=IOB2, answers otherwise in pipeline("token-classification"):
-# 1. A lone I-LOC behind O is no entity to the scorer. Every aggregation strategy makes an entity of it, so that the F1 that
-#    was reported is not the F1 of what the pipeline returns.
-# 2. aggregation_strategy="simple" reads every piece. Where a word's later pieces, which were never trained, say O, the
-#    word comes out in parts ("wash", "##ton"). "first" gives the word.
-# The model below has no layers: each piece's tag is fixed by hand.
+# mode="strict" and scheme=IOB2, gives other entities in pipeline("token-classification"):
+# 1. For the scorer, a lone I-LOC after O is no entity. Every aggregation strategy makes it an entity, so that the
+#    reported F1 is not the F1 of the pipeline's output.
+# 2. aggregation_strategy="simple" reads every piece. If a later piece of a word, which was never trained, is tagged O,
+#    the word is split ("wash", "##ton"). "first" returns the whole word.
+# The model below has no layers: each piece's tag is set by hand.
 # Seen:
 #   simple [('PER', 'wash'), ('PER', '##ton'), ('LOC', 'paris')]
 #   first [('PER', 'washington'), ('LOC', 'paris')]

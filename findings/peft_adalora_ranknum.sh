@@ -1,15 +1,15 @@
 #!/usr/bin/env bash
-# AdaLoRA over a base in 16 bits: the rank that scales every update becomes a weight and drifts.
+# AdaLoRA on a base in 16 bits: the rank, which scales every update, becomes trainable and drifts.
 #
 # Versions: torch 2.13.0, transformers 5.24.0, peft 0.21.2; Python 3.11; CPU.
-# PEFT keeps each layer's rank in a parameter, ranknum, which is frozen and divides lora_alpha. get_peft_model turns the
-# adapter's parameters of a bf16 base into fp32, and these ranks come out of it with requires_grad=True. An optimizer over
-# "all that requires a gradient", as everybody writes it, then trains and decays them, so that the scale of every update
-# changes during training. Over a base in fp32 they stay frozen.
-# Seen after 20 steps of AdamW (rate 1e-2, weight decay 0.1), from 4.0:
+# PEFT keeps each layer's rank in a frozen parameter, ranknum, by which lora_alpha is divided. For a bf16 base,
+# get_peft_model casts the adapter's parameters to fp32, after which ranknum has requires_grad=True. The usual optimizer
+# over all parameters that require a gradient then trains and decays it, so that the scale of every update changes during
+# training. With an fp32 base it stays frozen.
+# Seen after 20 steps of AdamW (learning rate 1e-2, weight decay 0.1), from 4.0:
 #   torch.float32 False 4.0
 #   torch.bfloat16 True 3.87
-# Guard: freeze every parameter whose name holds "ranknum" after get_peft_model.
+# Guard: after get_peft_model, freeze every parameter whose name contains "ranknum".
 set -euo pipefail
 folder=$(mktemp -d)
 trap 'rm -rf "$folder"' EXIT

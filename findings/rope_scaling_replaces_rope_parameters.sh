@@ -1,12 +1,12 @@
 #!/usr/bin/env bash
-# A config.json that older readers can read as well: the older key takes the place of the new one, theta included.
+# In a config.json with the keys of transformers 4 and 5, rope_scaling replaces rope_parameters, theta included.
 #
 # Versions: transformers 5.24.0; Python 3.11.
-# transformers 5 saves rotary settings as rope_parameters alone, which transformers 4 and others do not know, so one adds
-# the older keys beside it. If rope_scaling is among them, transformers 5 itself reads that *in place of* rope_parameters
-# and not over it: what rope_scaling does not say is lost in silence, though rope_parameters still says it. A copy of the
-# scaling alone puts Llama's theta back to 10,000 and drops its partial rotary factor; GPT-NeoX keeps its own default of
-# theta even if rope_theta is added too, because it asks for rotary_emb_base. rope_theta alone changes nothing.
+# transformers 5 saves rotary settings only as rope_parameters, which transformers 4 and other readers do not know, so one
+# adds the older keys beside it. If rope_scaling is among them, transformers 5 reads it *in place of* rope_parameters and
+# does not merge the two: settings that only rope_parameters has are silently lost. With the scaling alone, Llama's theta
+# falls back to 10,000 and its partial rotary factor is dropped. GPT-NeoX uses its default theta even if rope_theta is
+# added, because it reads rotary_emb_base. rope_theta alone changes nothing.
 # Seen, where rope_parameters says theta 500,000, half of each head, linear scaling by 4:
 #   llama + rope_scaling              theta  10000.0 share None
 #   llama + rope_scaling, rope_theta  theta 500000.0 share None
