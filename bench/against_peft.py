@@ -1,15 +1,15 @@
-"""The trainer's metric beside that of Hugging Face's Trainer with PEFT: same rows, model, settings and epochs.
+"""Metric of fastpeft's trainer against Hugging Face's Trainer with PEFT: same rows, model, settings and epochs.
 
     python bench/against_peft.py --task wnut17 --model DIR --data DIR [--seeds 1,2,3] [--epochs 5] [--max-length 128]
                                  [--rows trainer,trainer_by_length,lora,iw_lora] [--json OUT] [key=value ...]
 
-The row `trainer` is what the documentation of both libraries shows (bench/hf_trainer.py): their tokenising, collators,
+The row `trainer` follows the documentation of both libraries (bench/hf_trainer.py): their tokenising, collators,
 AdamW, linear schedule, and rows in random order. `trainer_by_length` groups rows of similar length, as a careful user
 would for speed. The other rows are `fastpeft.train` by its public interface. All have the same
 rank, targets, batch size, learning rate, warm-up and weight decay, compute in fp32 on one thread, and are scored by
-the same function on the weights of the last step. Rows take turns, the seeds outside, so that load on the machine
-meets them alike; `train s` is the training loop alone. `--data` holds train.* and dev.* files as fastpeft reads them.
-What OUT holds already, under the same settings, is not run again.
+the same function on the weights of the last step. Rows take turns within each seed, so that load on the machine
+affects them alike; `train s` is the training loop alone. `--data` holds train.* and dev.* files as fastpeft reads them.
+Results that OUT already holds under the same settings are not run again.
 """
 
 from __future__ import annotations
@@ -51,10 +51,10 @@ TASKS: dict[str, dict[str, Any]] = {
     "boolq": {"preset": "lora_boolq", "training.epochs": 3, "dataset.max_length": 192},
     "amazon": {"preset": "lora_amazon", "training.epochs": 3, "dataset.max_length": 192},
 }
-"""Preset, and what differs from it."""
+"""Preset, and settings that differ from it."""
 COMMON = {
     "adapter.target_modules": "all-linear",
-    "schedule.warmup_steps": 8,  # under the 6 % of the steps that a warm-up is capped at, so that both take all of it
+    "schedule.warmup_steps": 8,  # below the cap of 6 % of the steps, so that both trainers take the whole warm-up
     "training.learning_rate": 1e-3,
     "training.precision": "fp32",
     "training.threads": 1,
@@ -116,7 +116,7 @@ def earlier_runs(args: argparse.Namespace, settings: dict[str, Any]) -> list[dic
 
 
 def run_settings(run: RunConfig) -> dict[str, Any]:
-    """What the rows share."""
+    """Settings that all rows share."""
     keys = {
         "adapter": ("rank", "alpha", "dropout", "target_modules"),
         "optimizer": ("weight_decay", "max_grad_norm"),

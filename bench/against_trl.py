@@ -1,15 +1,15 @@
-"""Held-out perplexity after the same tokens: conversations learned by fastpeft and by TRL's SFTTrainer.
+"""Held-out perplexity on conversations after the same tokens: fastpeft against TRL's SFTTrainer.
 
     python bench/against_trl.py --run RUN [--seeds 0,1,2] [--steps 100] [--json OUT] [key=value ...]
 
-RUN is a run file or preset of a language model; where its model or data cannot be reached, its stand-in is taken. Both
-trainers have the same rows, tokens, labels (the answers alone), rank, targets, batch size, rate, linear decay, warm-up
-and number of steps, in fp32 on one thread, and take turns, the seeds outside. --steps is cut to an epoch, so that each
-row is read at most once. Both have batches of any rows: those of one length give a token of a short row more weight.
-What differs is the trainers, and the random order of the rows. `training.sampling=group_by_length` measures fastpeft's
-own batches.
+RUN is a run file or preset of a language model; where its model or data cannot be reached, its stand-in is used. Both
+trainers have the same rows, tokens, labels (the answers alone), rank, targets, batch size, learning rate, linear decay,
+warm-up and number of steps, in fp32 on one thread. They take turns within each seed. --steps is cut to an epoch, so
+that each row is read at most once. Both draw batches at random: batches of similar length give a token of a short row
+more weight. The trainers differ, and so does the random order of the rows. `training.sampling=group_by_length` measures
+fastpeft's own batches.
 
-The perplexity is computed here, by transformers and PEFT alone and one row at a time, on the adapters that both leave.
+The perplexity is computed here, with transformers and PEFT alone and one row at a time, on the adapters of both.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ ROWS = ("before", "SFTTrainer", "fastpeft")
 
 
 def run_of(args: argparse.Namespace, seed: int) -> RunConfig:
-    warmup_steps = int(WARMUP_CAP * args.steps)  # more would be cut, and the peer's not
+    warmup_steps = int(WARMUP_CAP * args.steps)  # fastpeft cuts a longer warm-up, SFTTrainer does not
     settings = SETTINGS | {"training.seed": seed, "budget": f"{args.steps}steps", "schedule.warmup_steps": warmup_steps}
     run = with_values(resolve(load_run(args.run, args.settings)).run, settings)
     shipped = embedded_path(run.model.name)
@@ -65,7 +65,7 @@ def run_of(args: argparse.Namespace, seed: int) -> RunConfig:
 
 
 def encoded_rows(run: RunConfig) -> tuple[Task, LabelledRows, LabelledRows]:
-    """The task, and its training and validation rows as fastpeft makes tokens and labels of them."""
+    """The task, and its training and validation rows with fastpeft's tokens and labels."""
     task, cpu = load_task(run.dataset, run.evaluation, run.training.seed), torch.device("cpu")
     task.encode(task.load_model(run.model, torch.float32, cpu), cpu)
     rows: Any = task
@@ -73,7 +73,7 @@ def encoded_rows(run: RunConfig) -> tuple[Task, LabelledRows, LabelledRows]:
 
 
 def train_with_sft(run: RunConfig, task: Task, rows: LabelledRows, steps: int) -> nn.Module:
-    """The model with its adapter."""
+    """Returns the model with its adapter."""
     import datasets
     import transformers
     import trl
@@ -102,7 +102,7 @@ def train_with_sft(run: RunConfig, task: Task, rows: LabelledRows, steps: int) -
 
 
 def train_with_fastpeft(run: RunConfig, task: Task) -> tuple[nn.Module, int]:
-    """The model with its adapter, by PEFT alone; and how many steps were made."""
+    """Returns the model with its adapter, loaded by PEFT alone, and the number of steps taken."""
     import peft
 
     with tempfile.TemporaryDirectory() as folder:

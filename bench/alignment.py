@@ -1,21 +1,21 @@
-"""How are the canonical spaces of two hosts best brought together, and does it matter to a frozen adapter?
+"""Alignments of the canonical spaces of two hosts, and their effect on a frozen adapter.
 
     python bench/alignment.py --host MODEL --source-data DIR --target-data DIR [--seeds 0,1,2] --work DIR
 
-Takes the sources that bench/portability.py has trained in --work with the projector `probe`, or trains them, and moves
-each to MODEL cut to half of its layers and to two thirds of its width, under several alignments. Figures, means over
+Uses the sources that bench/portability.py has trained in --work with the projector `probe`, or trains them, and moves
+each to MODEL cut to half of its layers and to two thirds of its width, under several alignments. Figures are means over
 seeds with 95 % t-intervals:
 
-    agreement   the share of the codes' variance that a host's inputs say, on 4 of 14 probe sentences that the map was
-                not fitted on; mean over layers and kinds of input.
-    zero-shot   the score of the frozen adapter, its head by ridge regression; `gain` is over the same without adapter.
+    agreement   share of the codes' variance that a host's inputs explain, on the 4 of 14 probe sentences that the map
+                was not fitted on; mean over layers and kinds of input.
+    zero-shot   score of the frozen adapter with a head by ridge regression; `gain` is its difference to no adapter.
 
-    ridge       the product's: regression onto the source's codes, outputs by their correlation with codes.
-    ridge/100   with a hundredth of its ridge.
-    procrustes  the leading principal components of unit variance, turned by the orthogonal matrix that brings them
+    ridge       fastpeft's own: regression onto the source's codes, outputs by their correlation with codes.
+    ridge/100   the same with a hundredth of the ridge penalty.
+    procrustes  leading principal components of unit variance, rotated by the orthogonal matrix that brings them
                 nearest to the codes; outputs likewise.
-    cca         the codes' coordinates scaled by how well the host says them, as canonical correlation analysis does.
-    turned      ridge onto codes that a random rotation has mixed: the control, which is aligned with nothing.
+    cca         the codes' coordinates scaled by how well the host predicts them, as in canonical correlation analysis.
+    turned      ridge onto codes mixed by a random rotation: the control, aligned with nothing.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ Read = Callable[[torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
 Write = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 """(outputs W x O, codes W x Q) -> Phi_out (O x Q)."""
 NUM_FITTED = sum(map(len, probe.WORDS[:10]))
-"""Probe words that a map is fitted on when it is tried on the others."""
+"""Probe words that a map is fitted on when it is evaluated on the others."""
 
 
 def weak_ridge(x_WI: torch.Tensor, codes_WQ: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -54,8 +54,8 @@ def weak_ridge(x_WI: torch.Tensor, codes_WQ: torch.Tensor) -> tuple[torch.Tensor
 
 
 def _turned_components(x_WI: torch.Tensor, codes_WQ: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    """(mean I, directions I x Q, spread Q, rotation Q x Q): x's leading components, and what turns them, at unit
-    variance, nearest to the codes."""
+    """(mean I, directions I x Q, spread Q, rotation Q x Q): x's leading components, and the rotation that brings them,
+    at unit variance, nearest to the codes."""
     x, width = x_WI.double(), codes_WQ.shape[1]
     mean = x.mean(0)
     _, s, vt = torch.linalg.svd(x - mean, full_matrices=False)
@@ -111,7 +111,7 @@ Fitted = list[tuple[torch.Tensor, torch.Tensor]]
 
 @contextmanager
 def aligned_by(name: str) -> Iterator[Fitted]:
-    """Adapters that are attached inside are aligned so; what their maps were fitted to is noted."""
+    """Adapters attached in this context use the alignment `name`. Yields the inputs and codes of each fitted map."""
     read, write = ALIGNMENTS[name]
     fitted: Fitted = []
 

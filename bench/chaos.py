@@ -1,19 +1,19 @@
-"""Is anything lost when a process is killed? SIGKILL at random moments, and the outcome beside an unbroken run's.
+"""Kills at random moments: SIGKILL of training, export and sweeps, and the outcome compared with an unbroken run's.
 
     python bench/chaos.py [--kills 200] [--cases "NAME; ..."] [--seed N] [--work DIR] [--json OUT]
 
-Four kinds of task, each under a method of its own, on the small models that ship: classification by IW-LoRA, word
-problems by AdaLoRA, entities by UniHyperLoRA, conversations by LoRA. `fastpeft train` is killed at a moment drawn from
-the whole of an unbroken run's time, so that set-up, calibration, steps, checkpoints, evaluation, decoding and the final
-save are all hit; then it is resumed, or begun again where there was nothing to resume, and perhaps killed again. What
-comes out has to be the unbroken run's: each file of the last and the best weights byte for byte, each step in the log
-once, each evaluation's value. Then its export is killed the same way, and its files compared. A fifth case has its
-model and its rows from a hub on loopback, and begins with an empty cache.
+Four kinds of task, each with another method, on the small models that ship: classification by IW-LoRA, word
+problems by AdaLoRA, entities by UniHyperLoRA, conversations by LoRA. `fastpeft train` is killed at a moment drawn
+uniformly from an unbroken run's duration, so that set-up, calibration, steps, checkpoints, evaluation, decoding and the
+final save are all hit. It is then resumed, or started again where nothing can be resumed, and perhaps killed again. The
+outcome must equal the unbroken run's: each file of the last and the best weights byte for byte, each step in the log
+once, each evaluation's value. Then its export is killed the same way, and its files compared. A fifth case loads its
+model and its rows from a hub on loopback, and starts with an empty cache.
 
-Of sweeps workers are killed, and the sweep itself. As many trials as were asked for have to be there, none twice and
-none left running, and the best one's training is that of `fastpeft train` with the same settings, byte for byte.
+In sweeps, workers are killed, and the sweep itself. All trials must then exist, none twice and none left running, and
+the best trial's training must equal that of `fastpeft train` with the same settings, byte for byte.
 
-Processes are forked from one that has imported everything, as those of a sweep are. It takes the packages of
+Processes are forked from one that has imported everything, as a sweep's workers are. The bench needs the packages of
 `fastpeft[test]`, and exits with 1 where anything differed.
 """
 
@@ -56,14 +56,14 @@ SETTINGS = (
     "training.threads=1", "schedule.warmup_steps=2", "evaluation.every=8steps", "wandb.mode=disabled",
 )  # fmt: skip
 MOST_ATTEMPTS = 60
-"""Of one run: in so many, one was not killed."""
+"""Attempts at one run. The bench ends with an error where all of them were killed."""
 LINES_SHOWN = 20
-"""Of the output of a command that has failed, which lies in a folder that is removed."""
+"""Lines shown of a failed command's output, since the folder of its log is removed."""
 MOST_EXPORT_KILLS = 3
-"""Of one run."""
+"""Kills of one run's export."""
 BEFORE = "before its log"
 PACE_S = 0.1
-"""What the hub waits within each answer, so that a download takes about as long as the rest."""
+"""Delay of the hub within each answer, so that a download takes about as long as the rest."""
 
 
 @dataclass(frozen=True)
@@ -71,12 +71,12 @@ class Case:
     run: str
     model: str
     rows: str
-    """module:function that makes its splits."""
+    """module:function that generates its splits."""
     settings: str = ""
     export: str = ""
-    """Options."""
+    """Options of `fastpeft export`."""
     from_hub: bool = False
-    """Model and rows are the preset's, from the hub on loopback."""
+    """Load the preset's own model and rows from the hub on loopback."""
 
 
 CASES = {
@@ -102,7 +102,7 @@ SWEPT = Case("lora_mnli", "deberta-tiny", "sentence_pairs:splits")
 class Found:
     runs: int = 0
     kills: Counter[str] = field(default_factory=Counter)
-    """By what the process was at."""
+    """Kills by the activity of the process."""
     differences: list[str] = field(default_factory=list)
 
 
@@ -110,7 +110,7 @@ class Found:
 
 
 def call(arguments: list[str], log: str) -> None:
-    """In the process: `fastpeft` with these arguments."""
+    """`fastpeft` with these arguments, in the forked process."""
     write_to(log)
     from fastpeft.cli.commands import main
 
@@ -128,13 +128,13 @@ class Killer:
         return process
 
     def whole(self, arguments: list[str]) -> float:
-        """Seconds that it took."""
+        """Seconds of the whole command, which is not killed."""
         began = time.monotonic()
         self._ends_well(self.start(arguments), arguments)
         return time.monotonic() - began
 
     def killed(self, arguments: list[str], within_s: float) -> bool:
-        """Whether it was killed at a moment drawn from `within_s`; else it has ended."""
+        """Whether it was killed, at a moment drawn uniformly from `within_s` seconds; else it has ended by itself."""
         process = self.start(arguments)
         process.join(self.rng.uniform(0, within_s))
         if process.is_alive():
@@ -171,7 +171,7 @@ def write_rows(case: Case, folder: Path) -> Path:
 
 
 def digests(folder: Path, *names: str) -> dict[str, str]:
-    """Of every file in the folders `names`, or in `folder` itself."""
+    """Digests of every file in the folders `names`, or in `folder` itself."""
     found = [path for name in names or [""] for path in (folder / name).rglob("*") if path.is_file()]
     return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(found)}
 
@@ -183,7 +183,7 @@ def logged(folder: Path) -> dict[str, Any]:
 
 
 def at_work_on(folder: Path) -> str:
-    """What the last event that was written says of it."""
+    """Activity of the killed process, by its last event."""
     path = folder / "events.jsonl"
     events = list(read_events(path)) if path.is_file() else []
     last = events[-1] if events else None
@@ -208,7 +208,7 @@ class Chaos:
         self.work, self.killer, self.hub, self.say = work, killer, hub, say
 
     def settings(self, case: Case, folder: Path) -> list[str]:
-        """--run and what is set over it."""
+        """--run and the settings over it."""
         found = ["--run", case.run, *SETTINGS, *case.settings.split()]
         if case.from_hub:
             return found
@@ -216,7 +216,7 @@ class Chaos:
         return [*found, f"model.name=embedded/{case.model}", f"dataset.path={rows}", "dataset.name=rows"]
 
     def case(self, name: str, case: Case, kills: int) -> Found:
-        """At least `kills` of them, three in four of training."""
+        """At least `kills` kills of training and export, each run compared with the unbroken one."""
         own = self.work / "".join(c if c.isalnum() else "_" for c in name)
         results, found = own / "results", Found()
         start = ["train", *self.settings(case, own), "--results-dir", str(results)]
@@ -278,13 +278,13 @@ class Chaos:
 
     def _exports(self, folder: Path, unbroken: Path) -> list[str]:
         own, other = digests(folder / "export"), digests(unbroken / "export")
-        names = (own.keys() | other.keys()) - {"README.md", "export.json"}  # which name the run
+        names = (own.keys() | other.keys()) - {"README.md", "export.json"}  # they name the run
         return [f"{folder.name}: export/{name} differs" for name in sorted(names) if own.get(name) != other.get(name)]
 
 
 @contextmanager
 def hub_for(home: Path) -> Iterator[FakeHub]:
-    """A hub that processes which begin from now on ask, and whose files they keep in `home`."""
+    """A hub for the processes that start from now on. They cache its files in `home`."""
     hub = FakeHub()
     hub.add("model", MODEL, deberta_files())
     hub.add("dataset", GLUE, glue_files())
@@ -298,7 +298,7 @@ def hub_for(home: Path) -> Iterator[FakeHub]:
 
 
 def _write(out: Path, found: dict[str, Found], seed: int) -> None:
-    """Of the cases that are done."""
+    """Write the results of the cases that have ended."""
     import torch
 
     cases = {name: {"runs": o.runs, "kills": dict(o.kills), "differences": o.differences} for name, o in found.items()}

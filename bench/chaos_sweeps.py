@@ -1,4 +1,4 @@
-"""bench/chaos.py's sweeps: SIGKILL of their workers and of themselves, until they end."""
+"""Sweeps of bench/chaos.py: SIGKILL of workers and of the sweep itself, until it ends."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ import psutil
 
 NUM_TRIALS = 4
 MOST_KILLS = 8
-"""Of one sweep."""
+"""Kills in one sweep."""
 EVERY_S = 1.0, 8.0
-"""Between two kills."""
+"""Least and most seconds between two kills."""
 SPACE = (
     "optuna.space={training.learning_rate: {type: loguniform, low: 1e-4, high: 1e-2}, "
     "training.batch_size: {type: categorical, choices: [4, 8]}}"
@@ -27,14 +27,15 @@ SPACE = (
 
 
 def command(start: list[str], results: Path, name: str) -> list[str]:
-    """The sweep of a run, `start` its preset and settings."""
+    """Arguments of a sweep of the run `start` (its preset and settings)."""
     own = [SPACE, "optuna.seeds='1'", "optuna.max_failures=100", "optuna.pruner=none"]
     place = ["--trials", str(NUM_TRIALS), "--workers", "2", "--results-dir", str(results), "--name", name]
     return ["sweep", *start, *own, *place]
 
 
 def run_killed(arguments: list[str], rng: random.Random, log: Path, kills: Counter[str]) -> None:
-    """Until it has ended well. Where what was killed is no trial, the sweep ends with 1 and says that it goes on."""
+    """Repeat the sweep until it ends with 0. If a killed worker ran no trial, the sweep ends with 1 and says that the
+    same command continues it."""
     left = MOST_KILLS
     while True:
         before = kills.total()
@@ -67,7 +68,7 @@ def _started(arguments: list[str], log: Path) -> Iterator[subprocess.Popen]:
 
 
 def _victim(sweep: int, rng: random.Random) -> psutil.Process | None:
-    """Two in three times a worker, where there is one; else the sweep, or for now nobody. Workers are children of the
+    """With probability 2/3 a worker, where there is one; otherwise the sweep, or None. Workers are children of the
     sweep's fork server."""
     with suppress(psutil.NoSuchProcess):
         whole = psutil.Process(sweep)
@@ -79,7 +80,7 @@ def _victim(sweep: int, rng: random.Random) -> psutil.Process | None:
 
 
 def lost(folder: Path) -> list[str]:
-    """What a sweep that has ended does not have as it should."""
+    """Faults in the results of an ended sweep, in words."""
     summary = json.loads((folder / "sweep.json").read_text())
     rows = list(csv.DictReader((folder / "trials.csv").open()))
     counted = [row for row in rows if row["outcome"] in ("done", "pruned")]

@@ -1,9 +1,9 @@
-"""What one step costs besides time: how many launches, how much memory.
+"""Launches and peak memory of one step.
 
-On a GPU `launches` counts the launches that the host asks of CUDA's runtime and driver, as torch's profiler sees them.
-A CPU launches nothing: there it counts the operators that torch dispatches and that compute, views not counted.
+On a GPU `launches` counts the host's launch calls to CUDA's runtime and driver, by torch's profiler.
+A CPU launches nothing: there it counts the operators that torch dispatches and that compute, without views.
 `peak_mb` is the most that torch's allocator held: on a GPU by its own count, on a CPU by the profiler's record of every
-allocation. What libraries take by themselves (oneDNN's packed weights, cuBLAS's workspace) is not in it.
+allocation. Memory of the libraries themselves (oneDNN's packed weights, cuBLAS's workspace) is not included.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ def launches_kind(device: torch.device) -> str:
 
 
 def count_launches(step: Callable[[], object], device: torch.device) -> int | None:
-    """Of one call of `step`; None if the profiler saw none, which is then no figure."""
+    """Launches of one call of `step`; None if the profiler recorded none, since 0 would not be a measurement."""
     if device.type != "cuda":
         with _Counter() as counter:
             step()

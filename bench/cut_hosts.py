@@ -14,14 +14,14 @@ _TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.jso
 
 
 def is_decoder(host: Path) -> bool:
-    """A causal language model, by its config."""
+    """Whether the host is a causal language model, by its config."""
     architectures = transformers.AutoConfig.from_pretrained(host, local_files_only=True).architectures or [""]
     return architectures[0].endswith("ForCausalLM")
 
 
 def cut_depth(host: Path, out: Path, share: float) -> Path:
-    """Of an encoder the lowest `share` of the layers, at least one. Of a decoder the layers around its middle are left
-    out: its last ones make what the head reads."""
+    """Keep `share` of the layers, at least one: an encoder's lowest ones. A decoder loses the layers around its middle,
+    since its last layers produce the head's input."""
     if (out / "config.json").is_file():
         return out
     causal = is_decoder(host)
@@ -43,8 +43,8 @@ def cut_depth(host: Path, out: Path, share: float) -> Path:
 
 @torch.no_grad()
 def cut_width(host: Path, out: Path, share: float) -> Path:
-    """A BERT of `share` of the units: heads whole, those with the largest values; of the residual stream, the units
-    with the largest leverage in as many leading singular vectors of what the layers write to it."""
+    """Keep `share` of a BERT's units. Whole heads: those with the largest value weights. Residual stream: the units
+    with the largest leverage in as many leading left singular vectors of the weights that write to it."""
     if (out / "config.json").is_file():
         return out
     model: Any = transformers.AutoModel.from_pretrained(host, local_files_only=True)

@@ -1,13 +1,13 @@
-"""How long `fastpeft evaluate` takes on many long runs, and how much memory.
+"""Time and peak memory of `fastpeft evaluate` on many long runs.
 
     python bench/evaluate_load.py [--runs 60] [--events 100000] [--dir DIR] [--against CHECKOUT] [--rounds 3] \\
         [--json OUT] [--check]
 
-Made-up runs of six methods, each with `--events` events (steps, heartbeats, evaluations; one method in six with
-importances) and answers to 9,815 rows, in `--dir` (about 25 MB a run; a temporary folder when absent). The command runs
-in a process of its own, `--against` that of another checkout on the same runs, in turns. Wall and CPU seconds, of all
-processes, medians of `--rounds`; memory is the largest sum of the processes' resident pages, shared ones counted once a
-process. The files are in the page cache. `--check` exits with 1 where a goal is missed: 30 s and 1 GB.
+Generated runs of six methods, each with `--events` events (steps, heartbeats, evaluations; one method in six with
+importances) and answers to 9,815 rows, in `--dir` (about 25 MB per run; a temporary folder when absent). The command
+runs in its own process, in turns with that of the checkout `--against` on the same runs. Wall and CPU seconds of all
+processes are medians of `--rounds`. Memory is the largest sum of the processes' resident pages; shared pages count once
+per process. The files are in the page cache. `--check` exits with 1 where a goal is missed: 30 s and 1 GB.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ from fastpeft.runs import store
 from fastpeft.runs.system import git_commit
 
 GOALS = {"wall_s": 30.0, "memory_mb": 1000.0}
-"""At most."""
+"""Upper limits."""
 METHODS = ("lora", "iw_lora", "rslora", "adalora", "full", "bitfit")
 LABELS = ("entailment", "neutral", "contradiction")
 NUM_ROWS = 9815
@@ -88,7 +88,7 @@ def make_run(home: Path, index: int, num_events: int) -> None:
 
 
 def write_answers(folder: store.RunFolder, rng: random.Random, accuracy: float, step: int) -> float:
-    """As the trainer does; returns the accuracy that they have."""
+    """Write answers as the trainer does; returns their accuracy."""
     lines, num_right, texts = [], 0, ["A soccer game with multiple males playing.", "Some men are playing a sport."]
     for row in range(NUM_ROWS):
         gold = LABELS[row % 3]
@@ -116,7 +116,7 @@ def write_result(folder: store.RunFolder, method: str, seed: int, step: int, sco
 
 
 def evaluate(home: Path, checkout: Path) -> dict[str, float]:
-    """Wall and CPU seconds of the command there, and its peak memory."""
+    """Wall and CPU seconds of the command in `checkout`, and its peak memory in MB."""
     environment = os.environ | {"PYTHONPATH": str(checkout)}
     command = [sys.executable, "-m", "fastpeft", "evaluate", "--results-dir", str(home)]
     began, before = time.perf_counter(), resource.getrusage(resource.RUSAGE_CHILDREN)

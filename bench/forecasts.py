@@ -1,18 +1,18 @@
-"""How far off is a forecast of a run's last loss? Ways to make it from the first part of the curve, on the same runs.
+"""Error of forecasts of a run's final loss from the first part of its curve: several methods on the same runs.
 
     python bench/forecasts.py RUN... [--at 0.25,0.5,0.75] [--json OUT]
 
-RUN is the folder of a run at a constant rate with several evaluations. What is forecast is the loss at the end: of
-training the mean of the last tenth of the steps, of validation the last evaluation. FoT (fastpeft.schedules.forecast)
-has `blocks of 16, no floor`; the paper claims a median error under 3 %.
+RUN is the folder of a run at a constant learning rate with several evaluations. The forecast is of the final loss: for
+training the mean of the last tenth of the steps, for validation the last evaluation. FoT (fastpeft.schedules.forecast)
+uses `blocks of 16, no floor`; the paper claims a median error under 3 %.
 
-blocks of 16   means of as many steps
+blocks of 16   means of 16 steps each
 log-spaced     means of at most 24 groups of steps whose borders are a constant factor apart
 validation     the evaluations
 no floor       a (t + b)^-alpha
 floor          c + a (t + b)^-alpha
-last           the last point stays
-plateau        the last point where the losses of the last third do not fall (Mann and Kendall's test, 5 %), else floor
+last           constant at the last point
+plateau        `last` where the losses of the last third do not fall (Mann and Kendall's test, 5 %), else `floor`
 """
 
 from __future__ import annotations
@@ -87,7 +87,7 @@ def curves_of(folder: Path) -> dict[str, Curve]:
     """`training` and `validation`.
 
     Raises:
-        UserError: no run, or one that has too little of either.
+        UserError: no run, or too few training steps or evaluations.
     """
     events = RunFolder(folder).events
     if not events.is_file():
@@ -104,7 +104,7 @@ def curves_of(folder: Path) -> dict[str, Curve]:
 
 
 def errors(curves: dict[str, Curve], share: float) -> dict[tuple[str, str], float]:
-    """(points, form) -> |forecast - loss| / loss of what was known after `share` of the run."""
+    """(points, form) -> |forecast - loss| / loss, for the forecast from the first `share` of the run."""
     found = {}
     for points, thinned in POINTS.items():
         t_N, loss_N = curves["validation" if points == "validation" else "training"]

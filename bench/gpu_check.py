@@ -1,11 +1,11 @@
-"""All that needs a GPU, in one command: tests, tuning, kernels, the cost of adapters, throughput, determinism.
+"""All checks that need a GPU, in one command: tests, tuning, kernels, cost of adapters, throughput, determinism.
 
     python bench/gpu_check.py [--json OUT] [--only tests,kernels] [--dry-run]
 
-Under 9 minutes on one GPU, without a network, from a checkout that need not be installed. Every part is a process of
-its own with its own time limit: one that fails or hangs costs the others nothing, and what it had written by then is
-kept. The table of kernel choices that the tuning measures is the one that the parts after it use; the user's own stays
-as it is. Results go to bench/results/gpu_check_GPU_DATE.json. Exit 1 if a part did not succeed. Without a GPU: exit 2;
+Under 9 minutes on one GPU, without a network, from a checkout that need not be installed. Every part is its own
+process with its own time limit: a part that fails or hangs does not affect the others, and its partial results are
+kept. Later parts use the table of kernel choices that the tuning measures; the user's own table is not changed.
+Results go to bench/results/gpu_check_GPU_DATE.json. Exit 1 if a part did not succeed. Without a GPU: exit 2;
 `--dry-run` runs every part in miniature on the CPU, to check this script, and writes only what --json names.
 """
 
@@ -38,16 +38,16 @@ ROOT = Path(__file__).resolve().parents[1]
 DRY_LIMIT_S = 300.0
 GRACE_S = 10.0
 TAIL = 4000
-"""Characters of a part's output that are kept."""
+"""Last characters of a part's output that are kept."""
 
 
 @dataclass(frozen=True)
 class Part:
     limit_s: float
     command: Callable[[Path, bool], list[str]]
-    """From the folder for results and whether it is a dry run; writes NAME.json there."""
+    """(folder for results, whether it is a dry run) -> command, which writes NAME.json there."""
     headline: Callable[[dict[str, Any]], str]
-    """What the table says of the result."""
+    """Summary of the result in the table."""
 
 
 def bench(script: str, *args: object) -> list[str]:
@@ -55,7 +55,7 @@ def bench(script: str, *args: object) -> list[str]:
 
 
 def tests(out: Path, dry: bool) -> list[str]:
-    """The kernels' tests, which run compiled where there is a GPU; without pytest a short check of each operation."""
+    """Tests of the kernels, compiled where there is a GPU; without pytest a short check of each operation."""
     if importlib.util.find_spec("pytest") is None:
         return bench("gpu_parts.py", "correctness", "--json", out / "tests.json", *(["--dry-run"] if dry else []))
     chosen = ["tests/kernels/test_dispatch.py"] if dry else ["tests/kernels", "--ignore=tests/kernels/test_aot.py"]
@@ -93,7 +93,8 @@ def overhead(out: Path, dry: bool) -> list[str]:
 
 
 def throughput(preset: str) -> Callable[[Path, bool], list[str]]:
-    """The training loop with captured steps, padded and packed, and without, beside Hugging Face's by length."""
+    """The training loop with captured steps, padded and packed, and without capture, against Hugging Face's Trainer
+    with rows grouped by length."""
 
     def command(out: Path, dry: bool) -> list[str]:
         small: list[object] = ["--seconds", 10]
@@ -162,14 +163,14 @@ PARTS = {
     "throughput_mnli": Part(57, throughput("mnli"), of_throughput),
     "throughput_gsm8k": Part(57, throughput("gsm8k"), of_throughput),
 }
-"""In their order; limits add up to under 9 minutes."""
+"""Parts in the order in which they run; their limits add up to under 9 minutes."""
 
 
 # ---- running -------------------------------------------------------------------------------
 
 
 def run_part(name: str, part: Part, out: Path, dry: bool) -> dict[str, Any]:
-    """Status (ok, failed, timeout), seconds, the end of its output, and its result, as far as it got."""
+    """Status (ok, failed, timeout), seconds, the end of the output, and the result, partial if the part was stopped."""
     log, began = out / f"{name}.log", time.perf_counter()
     path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
     env = os.environ | {"PYTHONPATH": path, "XDG_CACHE_HOME": str(out / "cache"), "PYTHONUNBUFFERED": "1"}
@@ -194,12 +195,12 @@ def run_part(name: str, part: Part, out: Path, dry: bool) -> dict[str, Any]:
 
 
 def _heed_interrupts() -> None:
-    """A shell's background job ignores SIGINT, and so would its children."""
+    """Restore SIGINT, which a shell's background jobs and their children ignore."""
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def end(process: subprocess.Popen) -> None:
-    """With what it started itself; first it is asked to, upon which pytest writes down what it has."""
+    """End the process and its children. SIGINT comes first, so that pytest writes its partial results."""
     process.send_signal(signal.SIGINT)
     with contextlib.suppress(subprocess.TimeoutExpired):
         process.wait(GRACE_S)
@@ -209,7 +210,7 @@ def end(process: subprocess.Popen) -> None:
 
 
 def read_result(out: Path, name: str) -> dict[str, Any] | None:
-    """What a part has written; None if nothing, or nothing whole."""
+    """Result that a part has written; None if there is none or it is incomplete."""
     try:
         if (out / f"{name}.xml").is_file():
             return read_junit(out / f"{name}.xml")

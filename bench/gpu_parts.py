@@ -1,4 +1,4 @@
-"""Parts of bench/gpu_check.py that are no scripts of their own: correctness, determinism, tuning.
+"""Parts of bench/gpu_check.py without a script of their own: correctness, determinism, tuning.
 
     python bench/gpu_parts.py PART --json OUT [--dry-run]
 
@@ -18,7 +18,7 @@ from typing import Any
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 if "--dry-run" in sys.argv:
-    os.environ["TRITON_INTERPRET"] = "1"  # Triton reads it when it is loaded
+    os.environ["TRITON_INTERPRET"] = "1"  # Triton reads it on import
 
 import torch
 
@@ -46,14 +46,14 @@ from fastpeft.kernels.ops.lora_linear.reference import lora_linear_reference
 from fastpeft.kernels.ops.secant.reference import secant_sums as secant_reference
 
 BOUNDS = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 2e-2}
-"""Relative L2 distance from float64."""
+"""Largest relative L2 distance from float64, by dtype."""
 
 Outputs = list[torch.Tensor]
 Run = Callable[[], Outputs]
 
 
 def operations(device: torch.device, dtype: torch.dtype, small: bool) -> Iterator[tuple[str, Run, Outputs]]:
-    """Name, the operation on random tensors, and what it should give, from float64."""
+    """(name, operation on random tensors, expected outputs in float64)."""
     generator = torch.Generator(device).manual_seed(1)
 
     def random(*shape: int, dtype: torch.dtype = dtype) -> torch.Tensor:
@@ -95,7 +95,7 @@ def operations(device: torch.device, dtype: torch.dtype, small: bool) -> Iterato
 
 
 def flat_operations(device: torch.device, small: bool) -> Iterator[tuple[str, Run, Outputs]]:
-    """The penalty, the optimizer's step and the secants' sums, whose buffers are fp32."""
+    """Operations on fp32 buffers: the penalty, the optimizer's step and the secants' sums."""
     generator = torch.Generator(device).manual_seed(2)
     rank, width, count = (4, 24, 2) if small else (8, 768, 24)
     layout = FlatLayout([MatrixGroup(tuple(range(count)), rank, width, 2 * width, 2.0, 0)], head=[77], device=device)
@@ -167,18 +167,18 @@ def each(device: torch.device, small: bool) -> Iterator[tuple[str, torch.dtype, 
 
 
 def correctness(device: torch.device, small: bool) -> dict[str, Any]:
-    """Every operation within its bound of float64."""
+    """Distance of every operation from float64, against its bound."""
     errors, bad = {}, []
     for name, dtype, run, want in each(device, small):
         worst = max(float((got.double() - exact).norm() / exact.norm()) for got, exact in zip(run(), want, strict=True))
         errors[f"{name} {str(dtype).removeprefix('torch.')}"] = worst
-        if not worst <= BOUNDS[dtype]:  # NaN passes nothing
+        if not worst <= BOUNDS[dtype]:  # NaN fails
             bad.append(f"{name} {dtype}: {worst:.2e}")
     return {"relative_errors": errors, "bad": bad}
 
 
 def determinism(device: torch.device, small: bool) -> dict[str, Any]:
-    """Every operation gives the same bits five times."""
+    """Whether every operation gives the same bits five times."""
     bad, checked = [], 0
     for name, dtype, run, _ in each(device, small):
         first, checked = run(), checked + 1
@@ -189,7 +189,7 @@ def determinism(device: torch.device, small: bool) -> dict[str, Any]:
 
 
 def tuning(device: torch.device, small: bool) -> dict[str, Any]:
-    """The table of a few shapes, where `dispatch` finds it; later parts then use it."""
+    """Measure the table for a few shapes and write it where `dispatch` reads it, so that later parts use it."""
     from rich.console import Console
 
     from fastpeft.doctor.tuning import about, run_tuning

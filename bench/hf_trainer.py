@@ -1,4 +1,4 @@
-"""A run's rows, model and settings given to Hugging Face's Trainer and PEFT, as their documentation shows it."""
+"""Training of a run's rows, model and settings with Hugging Face's Trainer and PEFT, as in their documentation."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from fastpeft.tasks.token_classification.task import TokenClassification
 
 _CUT = {"longest": True, "text": "only_first", "text_pair": "only_second"}
 _FIRST_WORDS = "words"
-"""Column of the word that each labelled token begins."""
+"""Column with the word index of each labelled token, which is the word's first."""
 
 
 @dataclass(frozen=True)
@@ -36,10 +36,10 @@ class Trained:
     value: float
     """The task's metric on the validation rows."""
     test: float | None
-    """The same on the test rows, where there are any."""
+    """The same metric on the test rows; None without test rows."""
     steps: int
     train_s: float
-    """Seconds of the training loop: no loading, no tokenising, no evaluation."""
+    """Seconds of the training loop, without loading, tokenising and evaluation."""
 
 
 def train_with_trainer(run: RunConfig, sampling: str = "random") -> Trained:
@@ -49,7 +49,7 @@ def train_with_trainer(run: RunConfig, sampling: str = "random") -> Trained:
         sampling: train_sampling_strategy of TrainingArguments.
 
     Raises:
-        AssertionError: the task's metric is not what seqeval, scipy or a plain mean make of the same predictions.
+        AssertionError: the task's metric differs from that of seqeval, scipy or a plain mean on the same predictions.
     """
     import transformers
 
@@ -89,8 +89,8 @@ def load_model(task: Task, run: RunConfig) -> nn.Module:
 
 
 def with_lora(model: nn.Module, task: Task, run: RunConfig) -> nn.Module:
-    """On the layers that the run adapts. PEFT trains the classifier whole by itself, but not a pooler that has no
-    pretrained weights, as fastpeft does: compare on a model that has one."""
+    """LoRA on the layers that the run adapts. PEFT trains the whole classifier by default, but not a pooler without
+    pretrained weights, which fastpeft trains. So compare on a model with a pretrained pooler."""
     import peft
 
     head = [name for name, _ in model.named_children() if name in ("classifier", "score")]
@@ -111,7 +111,7 @@ def _arguments(run: RunConfig, folder: Path, sampling: str) -> Any:
 
 
 def trainer_settings(run: RunConfig, folder: Path, sampling: str) -> dict[str, Any]:
-    """Of TrainingArguments."""
+    """Arguments of TrainingArguments."""
     training, optimizer = run.training, run.optimizer
     return {
         "output_dir": str(folder),
@@ -137,7 +137,7 @@ Predict = Callable[[Any], Any]
 
 
 class _TextRows:
-    """A text or a pair of texts a row, with one answer."""
+    """Rows of one text or a pair of texts, each with one answer."""
 
     def __init__(self, task: SequenceTask, tokenizer: Any, run: RunConfig) -> None:
         self._task, self._tokenizer = task, tokenizer
@@ -175,7 +175,7 @@ class _TextRows:
 
 
 class _TaggedRows:
-    """A sentence a row, its words' labels on their first pieces. A sentence that is too long is cut."""
+    """Rows of one sentence, with each word's label on its first token. Sentences that are too long are cut."""
 
     def __init__(self, task: TokenClassification, tokenizer: Any, run: RunConfig) -> None:
         self._task, self._tokenizer, self._max_length = task, tokenizer, run.dataset.max_length

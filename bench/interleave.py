@@ -1,7 +1,7 @@
-"""Timing of alternatives against each other: interleaved, paired, with an interval on each ratio.
+"""Interleaved, paired timing of alternatives, with an interval on each ratio.
 
-A single timing on a shared machine means nothing. Here all alternatives run in turns on the same input, forwards and
-then backwards (A B C C B A), so that a drift of the machine meets each pair alike; a ratio is formed within a round.
+A single timing on a shared machine is not reliable. Here all alternatives run in turns on the same input, forwards and
+then backwards (A B C C B A), so that drift of the machine affects each pair alike. A ratio is formed within a round.
 """
 
 from __future__ import annotations
@@ -27,9 +27,9 @@ class Round:
     """One turn forwards and one backwards of each alternative, on one input."""
 
     index: int
-    """Of the input."""
+    """Index of the input."""
     seconds: dict[str, tuple[float, float]]
-    """A call."""
+    """Alternative -> seconds of its call forwards and of its call backwards."""
 
 
 @dataclass
@@ -41,7 +41,7 @@ class Times:
 
     @property
     def common_inputs(self) -> set[int]:
-        """Those that every alternative has had a turn on."""
+        """Inputs on which every alternative has had a turn."""
         met: dict[str, set[int]] = {}
         for each in self.rounds:
             for name in each.seconds:
@@ -49,15 +49,16 @@ class Times:
         return set.intersection(*met.values()) if met else set()
 
     def median_s(self, name: str) -> float:
-        """Mean over the common inputs of each one's median: alternatives of fewer rounds met the same work."""
+        """Mean of the medians per common input, so that alternatives with fewer rounds are timed on the same work."""
         return float(np.mean([np.median(values) for values in self._by_input(name)]))
 
     def spread_s(self, name: str) -> float:
-        """Interquartile range, likewise a mean over the common inputs."""
+        """Mean of the interquartile ranges per common input."""
         return float(np.mean([np.subtract(*np.percentile(values, [75, 25])) for values in self._by_input(name)]))
 
     def ratio(self, name: str, base: str) -> tuple[float, float | None, float | None]:
-        """Median over the rounds of time over base's time, and its 95 % bootstrap interval."""
+        """Median over the rounds of `name`'s time over `base`'s, and its 95 % bootstrap interval. The interval is None
+        with fewer than INTERVAL_ROUNDS rounds."""
         both = [each.seconds for each in self.rounds if name in each.seconds and base in each.seconds]
         ratios = np.array([sum(seconds[name]) / sum(seconds[base]) for seconds in both])
         if len(ratios) < INTERVAL_ROUNDS:
@@ -81,9 +82,10 @@ def interleave(
     until: Callable[[], bool],
     measure: Measure,
 ) -> Times:
-    """Rounds until there are `max_rounds`, or `until()` says that the time is over; one at least.
+    """Rounds until there are `max_rounds` or `until()` is true, at least one.
 
-    `alternatives`: name -> function of the input's index; all inputs take turns. None of them: no round.
+    `alternatives`: name -> function of the input's index. Rounds cycle through the inputs. Without alternatives there
+    is no round.
     """
     times = Times()
     names = list(alternatives)
@@ -92,7 +94,7 @@ def interleave(
         return measure(lambda: alternatives[name](index))
 
     gc.collect()
-    gc.freeze()  # so that collecting between rounds is quick
+    gc.freeze()  # so that garbage collection between rounds is quick
     gc.disable()
     try:
         while names and len(times.rounds) < max_rounds and not (times.rounds and until()):
@@ -108,7 +110,8 @@ def interleave(
 
 
 def host_timer(device: torch.device, calls: int = 1) -> Measure:
-    """By the host's clock, from an idle device to an idle device: launches count as far as they keep it waiting."""
+    """Seconds per call by the host's clock, from an idle device to an idle device. Launches count as far as the device
+    waits for them."""
 
     def wait() -> None:
         if device.type == "cuda":
@@ -126,27 +129,27 @@ def host_timer(device: torch.device, calls: int = 1) -> Measure:
 
 
 def timer(seconds: float, began: float | None = None) -> Callable[[], bool]:
-    """True from `seconds` after `began` (now) on."""
+    """True once `seconds` have passed since `began` (default: now)."""
     start = time.perf_counter() if began is None else began
     return lambda: time.perf_counter() - start > seconds
 
 
 def choose_device(name: str | None) -> torch.device:
-    """The one named, or the GPU if there is one. SystemExit where the one named is not there."""
+    """The device `name`, or by default the GPU if there is one. SystemExit if that device is not available."""
     if name == "cuda" and not torch.cuda.is_available():
         raise SystemExit("--device cuda: torch sees no GPU")
     return torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
 
 
 def positive(text: str) -> int:
-    """For argparse."""
+    """A positive integer, for argparse."""
     if int(text) < 1:
         raise ValueError(text)
     return int(text)
 
 
 def names_in(text: str | None, known: Sequence[str]) -> list[str]:
-    """A comma-separated choice of `known`, in their order; all for None. SystemExit names what is unknown."""
+    """A comma-separated choice of `known`, in the order of `known`; all for None. SystemExit names unknown names."""
     if text is None:
         return list(known)
     wanted = text.split(",")

@@ -1,7 +1,7 @@
-"""What bench/kernels.py compares: each operation at some shapes, beside what else computes the same.
+"""Cases of bench/kernels.py: each operation at some shapes, with its rivals, other code for the same computation.
 
 `flops` and `num_bytes` are the least that the operation needs: every multiplication once, every input read once and
-every output written once. The time that they take at the measured ceilings is the floor.
+every output written once. Their time at the measured ceilings is the floor.
 
 Shape suffixes: T tokens, I in, O out, R rank, V classes, K matrices.
 """
@@ -38,10 +38,10 @@ class Case:
     operation: str
     shape: dict[str, Any]
     ours: str
-    """The rival that fastpeft itself would take here."""
+    """The rival that fastpeft itself would use here."""
     rivals: dict[str, Callable[[], object]]
     base: str
-    """The rival that `ratio` compares with."""
+    """The rival in the denominator of `ratio`."""
     flops: float
     num_bytes: float
 
@@ -51,9 +51,9 @@ class Setting:
     device: torch.device
     dtype: torch.dtype
     small: bool
-    """Shapes that a CPU manages."""
+    """Shapes small enough for a CPU."""
     compiled: bool
-    """torch.compile is a rival."""
+    """Whether torch.compile is a rival."""
 
     @property
     def triton(self) -> bool:
@@ -99,7 +99,7 @@ def lora(setting: Setting) -> Iterator[Case]:
         }
         if setting.triton:
             rivals |= {f"fastpeft {form}": _with(form, rivals["fastpeft"]) for form in ("split", "fused", "fused_two")}
-        if setting.compiled and i < 6 and rank == 8:  # each shape is compiled anew, which takes seconds
+        if setting.compiled and i < 6 and rank == 8:  # each shape is compiled separately, which takes seconds
             rivals["peft compiled"] = both(torch.compile(peft_expression, dynamic=False))
             rivals["peft compiled, factors in the model's dtype"] = both(
                 torch.compile(peft_expression, dynamic=False), *narrow
@@ -114,7 +114,7 @@ def lora(setting: Setting) -> Iterator[Case]:
 def peft_expression(
     x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, a: torch.Tensor, b: torch.Tensor
 ) -> torch.Tensor:
-    """What peft.tuners.lora.Linear.forward computes without dropout."""
+    """Same computation as peft.tuners.lora.Linear.forward without dropout."""
     result = nn.functional.linear(x, weight, bias)
     update = nn.functional.linear(nn.functional.linear(x.to(a.dtype), a), b)
     return (result + update * 2.0).to(x.dtype)
@@ -138,7 +138,7 @@ def _shape(num_in: int, num_out: int, rank: int, num_tokens: int) -> dict[str, i
 
 
 def lora_parts(setting: Setting) -> Iterator[Case]:
-    """Forward, dx, and the factors' gradients, each by itself and in each form, at its default tiles."""
+    """Forward pass, dx, and the factors' gradients, each timed alone and in each form, at its default tiles."""
     for width, rank, num_tokens in lora_shapes(setting):
         item, skinny = setting.dtype.itemsize, num_tokens * width * rank
         x_TI, weight = setting.random(num_tokens, width), setting.random(width, width) / width**0.5
@@ -190,7 +190,7 @@ def sensitivity(setting: Setting) -> Iterator[Case]:
 
 
 def flat_layout(setting: Setting, rank: int) -> FlatLayout:
-    """All linears of a DeBERTa-v3-base, and its head; of a fraction of it where `small`."""
+    """All linears of DeBERTa-v3-base and its head; a fraction of them where `small`."""
     layers, width = (2, 64) if setting.small else (12, 768)
     counts = {(width, width): 4 * layers, (width, 4 * width): layers, (4 * width, width): layers}
     groups, start, place = [], 0, 0

@@ -1,14 +1,14 @@
-"""Each operation against its rivals, and against what this machine can do at best.
+"""Time of each operation against its rivals and against this machine's ceilings.
 
     python bench/kernels.py [--parts lora,cross_entropy] [--device cpu|cuda] [--seconds 240] [--json OUT]
 
 First the ceilings are measured: the bandwidth of a large copy and the rate of the largest matrix product. Then the
-operations run in turns with their rivals; a star marks what fastpeft itself takes. `floor` is the time that the least
-work and the least traffic of an operation would take at these ceilings, and `reached` is floor over time. On a GPU a
-time is the device's: launches are queued behind a pause, so that what the host needs to issue them does not count
-(bench/overhead.py has whole steps, where it does). Inputs stay the same between calls, so that small ones lie in the
-cache, as they do in a training step. `ratio` is the median of paired ratios to the rival in `to`, with a 95 % bootstrap
-interval. Each part has its share of the seconds, and leaves out the cases that it has no time for.
+operations run in turns with their rivals; a star marks the one that fastpeft itself uses. `floor` is the time of the
+least work and the least traffic of an operation at these ceilings, and `reached` is floor over time. On a GPU a
+time is the device's: launches are queued behind a pause, so that the host's time to issue them does not count
+(bench/overhead.py has whole steps, where it does). Inputs stay the same between calls, so that small ones are in
+cache, as in a training step. `ratio` is the median of paired ratios to the rival in `to`, with a 95 % bootstrap
+interval. Each part has its share of the seconds, and leaves out the cases for which no time remains.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ from fastpeft.models.precision import choose_precision
 MAX_ROUNDS = 30
 SECONDS_A_CASE = 3.0
 SHARES = {"lora": 3}
-"""Of the seconds; 1 for the other parts."""
+"""Relative share of the seconds, by part; 1 for parts not listed."""
 
 
 def timer_of(device: torch.device, small: bool) -> Measure:
@@ -48,7 +48,7 @@ def timer_of(device: torch.device, small: bool) -> Measure:
 
 
 def ceilings(setting: Setting) -> dict[str, float]:
-    """Bytes a second, read and written, of the best copy; FLOP a second of the best product, on random data."""
+    """Bytes per second, read and written, of the best copy; FLOP per second of the best product, on random data."""
     on_gpu = setting.device.type == "cuda"
     num_bytes = 2**30 if on_gpu else 2**26
     source = torch.randn(num_bytes // 4, device=setting.device)
@@ -70,10 +70,10 @@ def compare(case: Case, measure: Measure, until: Callable[[], bool], ceiling: di
     for name, run in case.rivals.items():
         try:
             run()
-            run()  # what compiles has done so
+            run()  # compiles before the timing
             if torch.cuda.is_available():
                 torch.cuda.synchronize()
-        except Exception as error:  # a compiler's, a driver's, or out of memory
+        except Exception as error:  # of a compiler or driver, or out of memory
             faults[name] = f"{type(error).__name__}: {first_line(error)}"
             continue
         able[name] = lambda index, run=run: run()
@@ -102,7 +102,7 @@ def compare(case: Case, measure: Measure, until: Callable[[], bool], ceiling: di
 
 
 def run_part(name: str, setting: Setting, seconds: float, ceiling: dict[str, float]) -> Iterator[dict[str, Any]]:
-    """Rows of a part's cases, one at least, until its time is over, and then how many there were left."""
+    """Rows of a part's cases, at least one case, until its time is over; then the number of cases left out."""
     measure, over = timer_of(setting.device, setting.small), timer(seconds)
     left = 0
     for i, case in enumerate(PARTS[name](setting)):
@@ -159,13 +159,13 @@ def main() -> None:
             share = SHARES.get(part, 1) / sum(SHARES.get(name, 1) for name in parts[i:])
             for row in run_part(part, setting, left * share, ceiling):
                 rows.append(row)
-        except Exception as error:  # the other parts go on; the exit code tells
+        except Exception as error:  # the other parts continue; the exit code reports the failure
             traceback.print_exc()
             report["failed"][part] = f"{type(error).__name__}: {first_line(error)}"
         report["rows"] += rows
         show(f"{part} on {report['device']}, {report['precision']}", rows)
         if args.json:
-            write_json(args.json, report)  # what there is by now, should the next part be cut off
+            write_json(args.json, report)  # partial results, in case the next part is stopped
     copy, matmul = ceiling["copy_bytes_per_s"] / 1e9, ceiling["matmul_flops"] / 1e12
     print(f"ceilings: copy {copy:.1f} GB/s, matrix product {matmul:.2f} TFLOP/s")
     raise SystemExit(1 if report["failed"] else 0)

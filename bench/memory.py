@@ -1,12 +1,12 @@
-"""Is the planned peak of memory the measured one? Trains runs, each in a process of its own, and compares.
+"""Planned against measured peak memory of training runs, each in a process of its own.
 
     python bench/memory.py [--run "lora_mnli model.name=PATH dataset.path=PATH"]... [--model PATH] [--steps 30]
                            [--json OUT]
 
-A run is a preset or a file, with settings behind it. Without --run the stand-in of every kind of task is trained;
---model adds word problems on a language model of one's own, such as Gemma 3 270M. The plan is what the run's first
-event says, before its first step; the peak is what the process held at most until its end, evaluation and saving with
-it (VmHWM on a CPU, the allocator's on a GPU). Exit code 1 where one is off by more than 20 %.
+A run is a preset or a file, followed by settings. Without --run the stand-in of every kind of task is trained;
+--model adds word problems on a given language model, such as Gemma 3 270M. The plan is read from the run's first
+event, before its first step. The peak covers the whole process, including evaluation and saving (VmHWM on a CPU, the
+allocator's on a GPU). Exit code 1 where a plan is off by more than 20 %.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 GOAL = 0.2
 STAND_INS = ("lora_mnli", "lora_conll2003", "lora_stsb", "lora_goemotions", "linear_gsm8k", "lora_alpaca")
-"""A preset of each kind of task."""
+"""One preset of each kind of task."""
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class Row:
     run: str
     kind: str
     held_mb: float
-    """Before the first step."""
+    """Memory held before the first step."""
     planned_mb: float
     measured_mb: float
 
@@ -48,7 +48,7 @@ class Row:
 
 
 def command(run: str, steps: int, results_dir: Path) -> list[str]:
-    """To train `run`, a preset's name or a file with settings behind it."""
+    """Command that trains `run`, a preset's name or a file, followed by settings."""
     name, *settings = shlex.split(run)
     given = [f"budget={steps}steps", "evaluation.every=end", "evaluation.max_examples=256", "wandb.mode=disabled"]
     where = ["--run", name, "--name", "r", "--results-dir", str(results_dir)]
@@ -56,7 +56,7 @@ def command(run: str, steps: int, results_dir: Path) -> list[str]:
 
 
 def measure(run: str, steps: int) -> Row:
-    """Raises SystemExit where the run fails."""
+    """Train `run` in its own process and read its row. Raises SystemExit if the run fails."""
     with tempfile.TemporaryDirectory() as folder:
         environment = os.environ | {"HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)}
         done = subprocess.run(command(run, steps, Path(folder)), env=environment, capture_output=True, text=True)
@@ -66,7 +66,7 @@ def measure(run: str, steps: int) -> Row:
 
 
 def read_row(run: str, folder: Path) -> Row:
-    """Of a finished run."""
+    """Row of the finished run in `folder`."""
     events = map(json.loads, (folder / "events.jsonl").read_text().splitlines())
     plan: dict[str, Any] = next(event["memory"] for event in events if event["type"] == "run")
     result = json.loads((folder / "result.json").read_text())

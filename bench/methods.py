@@ -3,12 +3,12 @@
     python bench/methods.py --model DIR --data DIR [--seconds 60] [--seeds 0,1,2] [--tasks mnli,sst2,rte]
                             [--methods lora,full,...] [--workers 2] [--runs DIR] [--json OUT] [--tune]
 
-First every method's step is timed, in turns on the same batches in one process. Each method then gets the steps that
-it can take in `--seconds`, its calibration counted, so that noise of the machine while a run trains takes nothing from
-its method. Each run is a process of one thread; what is done in `--runs` is not run again. Seeds are the outermost
-loop: what is there when one stops is complete for the seeds that it has. `--data` holds a folder a task (mnli, sst2,
-rte), as GLUE's files are. `--tune` tries each family's rates on the first task with a seed of its own and prints the
-best ones, which RATES holds.
+First every method's step is timed, in turns on the same batches in one process. Each method then gets the number of
+steps that fit into `--seconds`, including its calibration, so that noise of the machine during a run does not cost its
+method any steps. Each run is a process of one thread; finished runs in `--runs` are not repeated. Seeds are the
+outermost loop, so that an interrupted table is complete for the seeds that it has. `--data` holds a folder for each
+task (mnli, sst2, rte), with GLUE's files. `--tune` tries each family's learning rates on the first task with a separate
+seed and prints the best ones, which RATES holds.
 """
 
 from __future__ import annotations
@@ -61,12 +61,12 @@ TIMED_ROUNDS = 12
 
 
 def family(method: str) -> str:
-    """Whose learning rate a method takes: IW-LoRA takes LoRA's, so that only the penalty differs."""
+    """Method whose learning rate this one uses: IW-LoRA uses LoRA's, so that only the penalty differs."""
     return "lora" if method.startswith("iwlora") else method
 
 
 def subset(source: Path, target: Path) -> Path:
-    """The first rows of SST-2's training data, beside all of its validation data."""
+    """The first rows of SST-2's training data, with all of its validation data."""
     target.mkdir(parents=True, exist_ok=True)
     lines = (source / "train.tsv").read_text().splitlines(keepends=True)
     (target / "train.tsv").write_text("".join(lines[: SST2_ROWS + 1]))
@@ -108,8 +108,8 @@ class Bench:
         }
 
     def time_steps(self, task: str) -> None:
-        """Seconds a step of every method, in turns: the first method's mean, times the others' median ratio to it."""
-        kept = self.runs / f"step-seconds-{task}.json"  # a bench that goes on gives the same steps
+        """Seconds per step of every method, in turns: the first method's mean times each one's median ratio to it."""
+        kept = self.runs / f"step-seconds-{task}.json"  # a continued bench gives the same number of steps
         known = json.loads(kept.read_text()) if kept.is_file() else {}
         if known.keys() >= set(self.args.methods):
             self.step_s |= {(method, task): seconds for method, seconds in known.items()}
@@ -133,7 +133,7 @@ class Bench:
             print(f"{task} {method:22} {self.step_s[method, task] * 1e3:7.1f} ms a step", flush=True)
         self.runs.mkdir(parents=True, exist_ok=True)
         kept.write_text(json.dumps({method: self.step_s[method, task] for method in jobs} | known))
-        self.step_s |= {(method, task): seconds for method, seconds in known.items()}  # earlier runs took these
+        self.step_s |= {(method, task): seconds for method, seconds in known.items()}  # earlier runs used these
 
     def num_steps(self, method: str, task: str) -> int:
         calibration = CALIBRATION_BATCHES if METHODS[method]["method"] == "iw_lora" else 0
