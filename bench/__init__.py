@@ -1,1 +1,1 @@
-"""Benchmarks. Each script runs by itself, from a checkout that need not be installed: `python bench/overhead.py`."""
+"""Benchmarks. Each script runs from a checkout that need not be installed: `python bench/overhead.py`."""

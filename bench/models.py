@@ -55,14 +55,14 @@ POOL_BATCHES = 64
 
 @dataclass
 class Host:
-    """A frozen model whose weights all copies share."""
+    """A frozen model. All copies share its weights."""
 
     backbone: Backbone
     name: str
 
     @classmethod
     def build(cls, name: str, dtype: torch.dtype, device: torch.device) -> Host:
-        """`name`: one of SHAPES, or a folder with a config.json, whose weights are not read."""
+        """`name`: one of SHAPES, or a folder with a config.json. Weights in the folder are not read."""
         import transformers
 
         if name in SHAPES:
@@ -87,7 +87,7 @@ class Host:
         return cls(Backbone(model.train(), None, head, segments, None, dtype, "SEQ_CLS", [model]), name)
 
     def copy(self, fast: bool = False) -> Backbone:
-        """Modules of its own and a head of its own, on the same frozen weights. `fast`: as the product loads them."""
+        """New modules and a new head on the same frozen weights. `fast`: with fastpeft's fast layers."""
         backbone = self.backbone
         inner = getattr(backbone.model, backbone.model.base_model_prefix)
         shared = {id(tensor): tensor for tensor in [*inner.parameters(), *inner.buffers()]}
@@ -108,13 +108,13 @@ class Host:
 
 
 def classification_loss(model: nn.Module, batch: Batch, num_items: int, needs: Collection[Need] = ()) -> BatchLoss:
-    """As Task.loss of a classifier, for models and batches that belong to no task."""
+    """Like Task.loss of a classifier, for models and batches without a task."""
     logits = model(**batch.inputs).logits.float()
     return BatchLoss(nn.functional.cross_entropy(logits, batch.labels, reduction="sum") / num_items)
 
 
 def random_batches(host: Host, batch_size: int, num_batches: int, device: torch.device) -> list[Batch]:
-    """Training batches that are grouped by length, taken at even quantiles of the width."""
+    """Training batches grouped by length, at even quantiles of the width."""
     config = host.backbone.model.config
     generator = np.random.default_rng(0)
     num_rows = POOL_BATCHES * batch_size

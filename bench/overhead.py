@@ -1,4 +1,4 @@
-"""What adapters and the regulariser cost a training step, in fastpeft and in PEFT, on the same model and batches.
+"""Step cost of adapters and of IW-LoRA's regulariser, in fastpeft and in PEFT, on the same model and batches.
 
     python bench/overhead.py [--model deberta-v3-base|minilm|DIR] [--device cpu|cuda] [--json OUT] [--seconds 150]
                              [--rows fastpeft_lora,fastpeft_iwlora] [--repeats N] [--steps N]
@@ -7,24 +7,24 @@ Random weights of the real shapes and random tokens of MNLI-like lengths; no net
 
     frozen                   A step without adapters: forward, backward through the same layers, update of the head. The
                              gradient reaches the output of every linear layer that the others adapt and, as with
-                             adapters, goes no further down than the first of them. No factor is multiplied.
+                             adapters, stops at the lowest of them. There are no LoRA products.
     peft_lora                PEFT's LoRA in a bare loop: loss, backward, clip_grad_norm_, torch's fused AdamW, schedule.
-    peft_lora_loop_penalty   With IW-LoRA's penalty as its paper writes it: a Python loop over the matrices that adds
+    peft_lora_loop_penalty   With IW-LoRA's penalty as in its paper: a Python loop over the matrices that adds
                              alpha (1 - w_k) ||B A||_F^2 to the loss, differentiated by autograd.
     peft_adalora             PEFT's AdaLoRA with its own defaults (rank 12 to 8, deltaT 1) and update_and_allocate each
                              step, measured while it prunes.
     fastpeft_lora            The trainer's own train_step.
-    fastpeft_iwlora          Likewise, calibrated, with the penalty.
-    fastpeft_iwlora_online   Likewise, with the sensitivities measured on while it trains.
+    fastpeft_iwlora          The same, calibrated, with the penalty.
+    fastpeft_iwlora_online   The same, with sensitivities that are updated during training.
     fastpeft_unihyperlora, fastpeft_sat_lora, fastpeft_hf_sat_lora   The trainer's step of the methods that share atoms.
     calibration_exact, calibration_sketch   One batch of calibration: forward, backward, estimate; no update.
 
 Every row has the same matrices (all linear layers, rank 8), precision, batches and dropout. A time is the median over
 interleaved repeats, `spread_ms` their interquartile range, each averaged over a few batches of different widths, the
-same ones for every row. A run that was too short for all of them says which it has met, under `widths_timed`.
+same ones for every row. A run too short for all widths lists the timed ones under `widths_timed`.
 `ratio` is the median of paired ratios to the row's own LoRA, named in `ratio_to`, with a 95 % bootstrap interval:
 PEFT's rows to peft_lora, all others to fastpeft_lora, so that these two are 1. `over_frozen` is the ratio to frozen.
-For what `launches` and `peak_mb` mean see bench/cost.py; `peak_mb` includes the frozen weights, once.
+bench/cost.py defines `launches` and `peak_mb`; `peak_mb` includes the frozen weights, once.
 """
 
 from __future__ import annotations
@@ -65,9 +65,9 @@ from fastpeft.trainer.optim import FlatAdamW
 from fastpeft.trainer.step import forward_backward, train_step
 
 Step = Callable[[int], object]
-"""Trains on the batch of that index."""
+"""Takes a training step on the batch of the given index."""
 
-ROWS = {  # in the order of their turns: what is compared most closely stands side by side
+ROWS = {  # in the order of their turns: rows that are compared closely are neighbours
     "frozen": "fastpeft_lora",
     "peft_adalora": "peft_lora",
     "peft_lora_loop_penalty": "peft_lora",
@@ -81,22 +81,22 @@ ROWS = {  # in the order of their turns: what is compared most closely stands si
     "fastpeft_unihyperlora": "fastpeft_lora",
     "fastpeft_lora": "fastpeft_lora",
 }
-"""Name -> its own LoRA, which `ratio` compares it with."""
+"""Row -> the LoRA row in the denominator of its `ratio`."""
 SHOWN = [
     "frozen", "peft_lora", "peft_lora_loop_penalty", "peft_adalora", "fastpeft_lora", "fastpeft_iwlora",
     "fastpeft_iwlora_online", "fastpeft_unihyperlora", "fastpeft_sat_lora", "fastpeft_hf_sat_lora",
     "calibration_exact", "calibration_sketch",
 ]  # fmt: skip
 PLAIN = ["fastpeft_lora", "fastpeft_unihyperlora", "fastpeft_sat_lora", "fastpeft_hf_sat_lora"]
-"""The trainer's step of a method as it is, with the defaults of its own section."""
+"""Rows of the trainer's unchanged step, with the defaults of the method's config section."""
 NUM_BATCHES = 3
 CLOSE = ["fastpeft_iwlora_online", "fastpeft_iwlora", "fastpeft_lora"]
-"""A per cent is to be told between these: they get rounds of their own, in the last CLOSE_SHARE of the seconds."""
+"""Rows between which one per cent must be resolved: the last CLOSE_SHARE of the seconds is rounds of these alone."""
 CLOSE_SHARE = 0.4
 WARMUP_PASSES = 2
 CALIBRATION_BATCHES = 2
 PROGRESS = 0.3
-"""Of the budget: past warm-up, in the middle of AdaLoRA's pruning."""
+"""Share of the budget at which steps are timed: past warm-up, in the middle of AdaLoRA's pruning."""
 ADALORA_STEPS = 100_000
 
 
@@ -119,7 +119,7 @@ class Frozen(Adapter):
 
 
 def _ask_for_gradient(module: nn.Module, args: Any, output: torch.Tensor) -> torch.Tensor | None:
-    """As the factors B of an adapted layer would, though its input needs none."""
+    """Make the output require a gradient, as the factor B of an adapted layer does."""
     return None if output.requires_grad else output.detach().requires_grad_()
 
 
@@ -129,7 +129,7 @@ class Rows:
     def __init__(self, host: Host, run: RunConfig, batches: list[Batch], device: torch.device) -> None:
         self.host, self.run, self.batches, self.device = host, run, batches, device
         self._open = ExitStack()
-        """Calibrations that are under way."""
+        """Calibrations in progress."""
 
     def __enter__(self) -> Self:
         return self
@@ -157,7 +157,7 @@ class Rows:
     def _adapter(self, method: str, **regulariser: Any) -> Adapter:
         run = replace(self.run, method=method, regulariser=replace(self.run.regulariser, **regulariser))
         own = METHODS.own_section(run)
-        if METHODS[method].routes:  # the small host of a short look is no wider than the atoms
+        if METHODS[method].routes:  # in the short test the host is no wider than the atoms
             own = replace(own, max_extra_flops=100.0, max_mb=100.0)
         adapter = method_class(method).build(run.adapter, own, self.host.copy(fast=True))
         adapter.model.train()
@@ -226,7 +226,7 @@ class Rows:
 
 def _loop_penalty(model: nn.Module, alpha: float) -> Callable[[], torch.Tensor]:
     layers = [module for module in model.modules() if hasattr(module, "lora_A") and "default" in module.lora_A]
-    weight = 1 / len(layers)  # what w_k is costs nothing
+    weight = 1 / len(layers)  # the value of w_k does not affect the cost
 
     def penalty() -> torch.Tensor:
         total = torch.zeros((), device=layers[0].lora_A["default"].weight.device)
@@ -310,7 +310,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def close_rows(steps: dict[str, Step]) -> dict[str, Step]:
-    """Those that get rounds of their own; none where there is nothing to tell them from."""
+    """Rows of CLOSE among `steps`; none if only one of them is there."""
     close = {name: steps[name] for name in CLOSE if name in steps}
     return close if len(close) > 1 else {}
 

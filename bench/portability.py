@@ -1,20 +1,21 @@
-"""What of a UniHyperLoRA adapter moves to a host that it never saw?
+"""Transfer of a UniHyperLoRA adapter to hosts that it was not trained on.
 
     python bench/portability.py --host MODEL [--source-data DIR --target-data DIR] [--steps 500] [--seeds 0,1,2]
 
-Each seed trains a source adapter on MODEL a projector, and moves it to MODEL cut to half of its layers and to MODEL
-with two thirds of its width. Rows, on each target: zero-shot (frozen adapter, ridge head) and after --steps steps on
-delta, beside no adapter, an adapter of the same size with fresh atoms, and SAT-LoRA, HF-SAT-LoRA, LoRA r 8 and full
-fine-tuning trained on the target for as many steps. Scores are means over seeds with 95 % t-intervals. MODEL is a
-folder of a BERT-shaped encoder, or of a causal language model (`--run unihyperlora_gsm8k`), which is cut to --depth of
-its layers alone and keeps its own head; without one the small encoders that ship are taken, three of other widths and
-depths, each pretrained by itself. `loss` is of the validation rows.
+For each seed and projector a source adapter is trained on MODEL, and moved to MODEL cut to half of its layers and to
+MODEL cut to two thirds of its width. Rows, on each target: zero-shot (frozen adapter, ridge head) and after --steps
+steps on delta, against no adapter, an adapter of the same size with fresh atoms, and SAT-LoRA, HF-SAT-LoRA, LoRA r 8
+and full fine-tuning trained on the target for as many steps. Scores are means over seeds with 95 % t-intervals. MODEL
+is a folder of a BERT-shaped encoder, or of a causal language model (`--run unihyperlora_gsm8k`), of which only the
+depth is cut, to --depth of its layers, and which keeps its own head. Without MODEL the three small encoders that ship
+are used, of different widths and depths, each pretrained separately. `loss` is of the validation rows.
 
-`--count` trains nothing and prints what the update costs hosts of BERT's kind, counted on the meta device: FLOPs a
-token, and its traffic beside the host's arithmetic at an H200's ceilings (bf16, nothing fused with the linear layers).
+`--count` trains nothing and prints the cost of the update on hosts of BERT's kind, counted on the meta device: FLOPs
+per token, and the update's arithmetic and traffic against the host's arithmetic at an H200's ceilings (bf16, nothing
+fused with the linear layers).
 
-Writes bench/results/portability-TIME.json; hosts and runs lie in a temporary folder, or --work DIR, where a run that is
-there already is not trained again.
+Writes bench/results/portability-TIME.json; hosts and runs are in a temporary folder, or --work DIR, where finished runs
+are not trained again.
 """
 
 from __future__ import annotations
@@ -63,7 +64,7 @@ BASELINES: dict[str, dict[str, Any]] = {
 }
 FIGURES = ("zero-shot", "after", "zero-shot loss", "loss after")
 Scores = dict[tuple[str, str, str], list[float]]
-"""(target, row, figure) -> a value a seed."""
+"""(target, row, figure) -> one value per seed."""
 
 
 class Bench:
@@ -97,8 +98,8 @@ class Bench:
             "wandb.mode": "disabled",
             "adapter.target_modules": "all-linear",
             "schedule.warmup_steps": self.options.steps // 10,
-            "training.fit_head": not is_decoder(host),  # so that rows go on from their zero-shot figures
-            "unihyperlora.max_extra_flops": 1.0,  # a share of a narrow host is measured here, not kept to
+            "training.fit_head": not is_decoder(host),  # so that training starts from the zero-shot scores
+            "unihyperlora.max_extra_flops": 1.0,  # the share is measured here, not limited
             "sat_lora.max_extra_flops": 1.0,
         }
         own |= {"dataset.path": data, "dataset.name": Path(data).name} if data else {}
@@ -129,7 +130,7 @@ class Bench:
         for target, host in targets.items():
             for row in options.baselines:
                 if row == "head alone" and is_decoder(host):
-                    continue  # its head is the model's own
+                    continue  # it keeps the model's own head
                 own_rate = {"training.learning_rate": options.rates[row]} if row in options.rates else {}
                 values = BASELINES[row] | own_rate
                 result = self.trained(
@@ -157,7 +158,7 @@ class Bench:
         out.parent.mkdir(parents=True, exist_ok=True)
         rows = [{"target": t, "row": r, "figure": f, "values": v} for (t, r, f), v in self.scores.items()]
         facts = [{"target": t, "row": r, **found} for (t, r), found in self.facts.items()]
-        named = {"host", "run", "source_data", "target_data"}  # a machine's folders are nobody's business
+        named = {"host", "run", "source_data", "target_data"}  # folders of one machine are no results
         settings = {
             key: Path(str(value)).name if key in named else str(value)
             for key, value in vars(options).items()
@@ -179,7 +180,7 @@ def slug(text: str) -> str:
 
 
 def redrawn(file: Path, out: Path, seed: int) -> Path:
-    """The same adapter with atoms as they were before training: another update of the same size."""
+    """The same adapter with newly drawn atoms, as before training: an untrained update of the same size."""
     stored = file_format.decode(file)
     with torch.random.fork_rng():
         torch.manual_seed(seed + 1000)
@@ -192,7 +193,7 @@ def redrawn(file: Path, out: Path, seed: int) -> Path:
 
 
 def seconds_a_step(folder: Path) -> float | None:
-    """The median, from the event log."""
+    """Median seconds per step, from the event log."""
     events = [json.loads(line) for line in (folder / "events.jsonl").read_text().splitlines()]
     at = [event["elapsed_s"] for event in events if event["type"] == "step"]
     return statistics.median(b - a for a, b in pairwise(at)) if len(at) > 2 else None
@@ -227,9 +228,9 @@ def table(bench: Bench) -> str:
 
 SHAPES = {"TinyBERT": (312, 4, 1200), "MiniLM-L6": (384, 6, 1536), "BERT-base": (768, 12, 3072),
           "BERT-large": (1024, 24, 4096)}  # fmt: skip
-"""Width, layers, width of the feed-forward."""
+"""(width, layers, width of the feed-forward network)."""
 PEAK_FLOPS, PEAK_BYTES = 989e12, 4.8e12
-"""A second, of an H200 in bf16."""
+"""Of an H200: FLOP per second in bf16, bytes per second."""
 
 
 def count() -> str:
@@ -245,7 +246,7 @@ def count() -> str:
         host, extra = host_flops(model, 128), extra_flops(sites, Shape(projector="probe"))
         lora = sum(2 * 8 * (site.num_in + site.num_out) for site in sites)
         read = {(site.layer, site.reads): site.num_in for site in sites}
-        moved = 2 * (sum(read.values()) + 2 * sum(site.num_out for site in sites))  # y is read and written once more
+        moved = 2 * (sum(read.values()) + 2 * sum(site.num_out for site in sites))  # y is read and written again
         times = host / PEAK_FLOPS * 1e9, (extra / PEAK_FLOPS + moved / PEAK_BYTES) * 1e9
         lines.append(
             f"{name:12}{host / 1e6:12.1f}{extra / 1e6:9.2f}{100 * extra / host:7.2f}{100 * lora / host:12.2f}"

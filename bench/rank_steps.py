@@ -1,10 +1,10 @@
-"""What a step on two ranks costs over a step of one process with half of the batch: two cores, one thread each.
+"""Step time of two ranks over that of one process with half of the batch: two cores, one thread each.
 
     python bench/rank_steps.py [--rounds 3] [--run lora_mnli] [--batch-size 32] [--steps 60]
 
 Three alternatives in turns, forwards and then backwards: one process with half of the batch; two such processes side by
-side, which share nothing but the machine; two gloo ranks with the whole batch. The second tells what the machine's two
-cores take from each other. What is left between it and the third is the all-reduce, and waiting for the slower rank.
+side, which share nothing but the machine; two gloo ranks with the whole batch. The second shows how much the machine's
+two cores slow each other. The difference from it to the third is the all-reduce, and waiting for the slower rank.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from statistics import median
 
 ROOT = Path(__file__).resolve().parent.parent
 SKIPPED = 10
-"""Steps at the beginning."""
+"""First steps, which are not timed."""
 ALTERNATIVES = ("alone", "side by side", "ranks")
 
 
@@ -38,7 +38,7 @@ def start(folder: Path, name: str, run: str, steps: int, batch_size: int, *optio
 
 
 def step_s(log: Path) -> float:
-    """The median step's."""
+    """Seconds of the median step in an event log."""
     events = map(json.loads, log.read_text().splitlines())
     at = [event["elapsed_s"] for event in events if event["type"] == "step"][SKIPPED:]
     return median(after - before for before, after in pairwise(at))

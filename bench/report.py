@@ -1,4 +1,4 @@
-"""What a result file says about where it was measured, and how results are shown."""
+"""Provenance of a result file (device, versions, commit), and tables of results."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def device_name(device: torch.device) -> str:
 
 
 def driver() -> str | None:
-    """Of the NVIDIA kernel module; None where it does not say."""
+    """Version of the NVIDIA kernel module; None if it cannot be read."""
     try:
         first = Path("/proc/driver/nvidia/version").read_text().splitlines()[0]
     except (OSError, IndexError):
@@ -59,7 +59,7 @@ def _versions() -> dict[str, str | None]:
 
 
 def json_path(text: str) -> Path:
-    """For argparse: a file that can be written, which is found out before anything is measured."""
+    """For argparse: a file that can be written, checked before anything is measured."""
     path = Path(text)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -78,7 +78,7 @@ def write_json(path: Path, body: dict[str, Any]) -> None:
 
 
 def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
-    """The first column is text, the others are right-aligned; None is shown as a dash."""
+    """Print a table. The first column is text, the others are right-aligned; None is shown as a dash."""
     from rich.console import Console
     from rich.table import Table
 

@@ -1,20 +1,21 @@
-"""A paper's table again: its methods and baselines on its tasks, what it claims beside what is measured.
+"""Reproduction of a paper's table: its methods and baselines on its tasks, claimed and measured figures side by side.
 
     python bench/reproduce.py --paper iwlora --scale stand-in
     python bench/reproduce.py --paper iwlora --scale real --model DIR --data DIR
     python bench/reproduce.py --paper fot|graff|unihyperlora --scale full
 
-stand-in  a shipped model on made-up rows, which stand in for one of the paper's tasks: iwlora 5 seeds of 120 s, about
-          25 minutes on 2 cores, the others 3 seeds of 300 steps. It shows that the table can be made.
-real      a small pretrained encoder (`--model`) on the tasks' rows in `--data`, batches of 8 and as many steps for each
-          row, 3 seeds: MNLI and SST-2 for iwlora, MNLI for the schedules (5 seeds), Amazon and BoolQ for unihyperlora.
-          About half an hour on 2 cores for a paper, and the same table whatever else they do; `--budget` gives more.
-full      the presets as they stand, with the paper's model and data from the hub: takes a GPU.
+stand-in  a shipped model on generated rows, in place of one of the paper's tasks: iwlora 5 seeds of 120 s, about
+          25 minutes on 2 cores, the others 3 seeds of 300 steps. It shows that the table can be produced.
+real      a small pretrained encoder (`--model`) on the tasks' rows in `--data`, batches of 8 and equally many steps for
+          each row, 3 seeds: MNLI and SST-2 for iwlora, MNLI for the schedules (5 seeds), Amazon and BoolQ for
+          unihyperlora. About half an hour on 2 cores for a paper; other load does not change the table. `--budget` sets
+          another budget.
+full      the presets unchanged, with the paper's model and data from the hub: needs a GPU.
 
-Of unihyperlora this is what trains on one host. What moves to another is measured by bench/portability.py.
+For unihyperlora this covers training on one host. bench/portability.py measures transfer to another.
 
-Each run is `fastpeft train` in a process of its own, `--workers` at a time. What is done is not run again and what was
-stopped goes on, so that the command may be interrupted and given again. Seeds are the outermost loop: a table is
+Each run is `fastpeft train` in a process of its own, `--workers` at a time. Finished runs are not repeated and stopped
+ones are resumed, so that the command can be interrupted and repeated. Seeds are the outermost loop: a table is
 complete for the seeds that it has. The table goes to `--out` as Markdown, the whole report to RUNS/comparison.
 """
 
@@ -48,29 +49,29 @@ class Scale:
     tasks: tuple[str, ...]
     num_seeds: int
     settings: tuple[str, ...]
-    """Of `fastpeft train`."""
+    """Options and settings of `fastpeft train`."""
     needs_data: bool = False
 
 
 @dataclass(frozen=True)
 class Paper:
     baseline: str
-    """A preset without its task."""
+    """Name of the baseline's preset, without its task."""
     methods: Mapping[str, str]
-    """The name of a preset without its task -> the method."""
+    """Name of a preset without its task -> method."""
     where: str
-    """What the claims are of."""
+    """Model, settings and metric of the paper's claims."""
     scales: Mapping[str, Scale]
     claimed: Mapping[tuple[str, str], float] = field(default_factory=dict)
-    """(preset without its task, task) -> what the paper says, as a share."""
+    """(preset without its task, task) -> the paper's score, as a share."""
     gains: Mapping[tuple[str, str], float] = field(default_factory=dict)
-    """Likewise, of claims that are differences to the baseline."""
+    """(preset without its task, task) -> the paper's difference to the baseline, where it gives no scores."""
     rates: Mapping[str, float] = field(default_factory=dict)
     """Learning rates of the small encoder on SST-2, by bench/methods.py --tune and bench/schedules.py; for
-    UniHyperLoRA's paper the best of five rates with a seed of its own. The preset's own where absent."""
+    UniHyperLoRA's paper the best of five, with a separate seed. The preset's own learning rate where absent."""
 
     def label(self, preset: str, task: str) -> str:
-        """As a comparison names the row: by the method where that tells rows apart, else by the run's preset."""
+        """Name of the row in a comparison: the method where it is unique, else the run's preset."""
         methods = list(self.methods.values())
         return self.methods[preset] if methods.count(self.methods[preset]) == 1 else f"{preset}_{task}"
 
@@ -87,7 +88,7 @@ _REAL = (
     *("training.threads=1", "training.batch_size=8", "training.fit_head=true", "dataset.max_length=96"),
     *("schedule.warmup_steps=30", "evaluation.every=end", "evaluation.max_examples=1000"),
 )
-"""From drawn heads some seeds stay at chance (bench/LOG.md)."""
+"""Heads are fitted, since from randomly initialized ones some seeds stay at chance (bench/LOG.md)."""
 
 
 _FOT = ("constant", "cosine", "linear", "wsd", "snac", "bacon", "fot")
@@ -95,14 +96,14 @@ _GRAFF = ("constant", "linear", "wsd", "salelr", "bats", "reactor", "graff")
 _SCHEDULE_RATES = {
     **dict.fromkeys(("linear", "cosine", "fot", "graff"), 1e-3),
     **dict.fromkeys(("constant", "wsd"), 3.333e-4),
-    **dict.fromkeys(("salelr", "bats"), 1e-3),  # linear with factors
-    "reactor": 3.333e-4,  # begins as constant
-    **dict.fromkeys(("snac", "bacon"), 1e-1),  # times a share of signal
+    **dict.fromkeys(("salelr", "bats"), 1e-3),  # linear's, multiplied by factors
+    "reactor": 3.333e-4,  # starts as constant does
+    **dict.fromkeys(("snac", "bacon"), 1e-1),  # multiplied by a share of signal
 }
 
 
 _CONFIGURATIONS = {"amazon": "books"}
-"""Of the local data of a task that has several."""
+"""Task -> configuration of its local data, for tasks with several."""
 
 
 def _schedule_scales(*full: str) -> dict[str, Scale]:
@@ -174,7 +175,7 @@ PAPERS = {
 @dataclass(frozen=True)
 class Planned:
     own: str
-    """The preset without its task."""
+    """Name of the preset without its task."""
     task: str
     seed: int
 
@@ -195,7 +196,7 @@ def plan(paper: Paper, scale: Scale, num_seeds: int) -> Iterator[Planned]:
 
 
 def command(one: Planned, paper: Paper, scale: Scale, options: argparse.Namespace) -> list[str] | None:
-    """That trains this run, or the rest of it; None where it is done."""
+    """Command that trains this run or resumes it; None if it is finished."""
     folder = RunFolder(options.runs / one.name)
     result = folder.read_result()
     if result is not None and result.status in ("done", "diverged"):
@@ -204,7 +205,7 @@ def command(one: Planned, paper: Paper, scale: Scale, options: argparse.Namespac
     if folder.config.is_file():
         return [*train, "--resume"]
     settings = [*scale.settings, "wandb.mode=disabled"]
-    settings += ["--budget", options.budget] if options.budget else []  # the last one counts
+    settings += ["--budget", options.budget] if options.budget else []  # a repeated option overrides
     if scale.needs_data:
         rows = options.data / one.task / _CONFIGURATIONS.get(one.task, "")
         settings += [f"model.name={options.model}", f"dataset.path={rows}"]
@@ -230,7 +231,7 @@ def train_all(planned: Sequence[Planned], paper: Paper, scale: Scale, options: a
 
 
 def table(paper: Paper, comparison: Comparison, planned: Sequence[Planned]) -> list[str]:
-    """Lines of Markdown: a method and task a line."""
+    """Lines of Markdown, one for each method and task."""
     preset_of = {one.name: one for one in planned}
     base = paper.baseline
     names = ["task", "method", "seeds", f"claimed ({paper.where})", f"measured ({comparison.by})"]
@@ -258,7 +259,7 @@ def _cells(paper: Paper, row: Row, one: Planned, score: str) -> list[str]:
 
 
 def provenance(runs: Path, planned: Sequence[Planned]) -> str:
-    """Device, versions and commit that the runs noted, each once; and the date."""
+    """Device, versions and commit recorded by the runs, each once, and the date."""
     found = [read_json(RunFolder(runs / one.name).environment) or {} for one in planned]
     facts: dict[str, set[str]] = {"device": set(), "commit": set(), "versions": set()}
     for environment in filter(None, found):
@@ -321,7 +322,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     scale = replace(scale, tasks=tuple(names_in(options.tasks, scale.tasks)))
     planned = list(plan(paper, scale, options.seeds or scale.num_seeds))
     for preset in {one.preset for one in planned}:
-        load_run(preset)  # a name that is none is found out before anything is trained
+        load_run(preset)  # unknown names fail before anything is trained
     options.runs.mkdir(parents=True, exist_ok=True)
     if not options.table:
         train_all(planned, paper, scale, options)

@@ -1,28 +1,28 @@
-"""What a training step has to do, part by part, beside what a machine can do: how long a step takes at least.
+"""Roofline of a training step: its work by parts, a machine's ceilings, and the least time that follows.
 
     python bench/roofline.py check [--threads 1] [--rounds 5] [--json OUT]
     python bench/roofline.py forecast [--json OUT]
 
 `check` measures this CPU's ceilings, counts the operations of the trainer's own step on three shapes, and prints the
-sum of their least times beside the step as it is timed, in turns with the ceilings: within a fifth, or exit code 1.
-`forecast` counts the step of DeBERTa-v3-base and of Qwen3-0.6B and holds it against an A100's and an H200's published
-ceilings in bf16. No GPU has confirmed it. Deep models are counted at two and at four layers, and continued in a line.
+sum of their least times and the measured step time, in turns with the ceilings. Exit code 1 if they differ by more than
+a fifth. `forecast` counts the step of DeBERTa-v3-base and of Qwen3-0.6B, at an A100's and an H200's published ceilings
+in bf16. No GPU has confirmed it. Deep models are counted at two and at four layers, and extrapolated linearly.
 
-An operation takes the longer of its arithmetic and its traffic:
+The parts of a step and their ceilings:
 
-products      matrix products, by 2 m n k; those with a side of 16 or less, of 17 to 64, of 65 to 192, batches of small
-              ones and attention have each a pace of their own
-functions     exp, erf, tanh and what is made of them, by the element: on a CPU they cost more than their traffic.
-              Softmax and the backward passes have a pace of their own
-traffic       everything else: what it reads and writes, once; copies that change the order of elements and layer norms
-              have each a pace
-calls         what a call costs by itself, on a CPU, autograd and Python's part in it; a GPU's launches are taken to be
-              hidden, as a CUDA graph hides them
+products      matrix products, by 2 m n k. Those with a side of 16 or less, of 17 to 64, of 65 to 192, batches of small
+              ones, and attention each have a ceiling of their own
+functions     exp, erf, tanh and functions built on them, per element: on a CPU they cost more than their traffic.
+              Softmax and the backward passes have a ceiling of their own
+traffic       everything else: bytes read and written, once. Copies that change the order of elements, and layer norms,
+              each have a ceiling of their own
+calls         fixed cost of a call on a CPU, including autograd and Python. A GPU's launches are assumed hidden, as a
+              CUDA graph hides them
 
-A CPU's ceilings are measured on arrays that follow one another through memory, as a step's activations do.
+A CPU's ceilings are measured on arrays that stream through memory, as a step's activations do.
 
-On a GPU kernels of ours do in one pass what is counted as several, so that its `traffic` is the most, not the least;
-`products alone` is the floor.
+On a GPU fastpeft's kernels compute in one pass several of the counted operations, so that its `traffic` is an upper
+bound, not a lower one; `products alone` is the lower bound.
 """
 
 from __future__ import annotations
@@ -51,14 +51,14 @@ from bench.throughput_presets import QWEN3_384, QWEN3_600M
 
 WITHIN = 0.2
 COLD_BYTES = 64 * 2**20
-"""Of the arrays that a ceiling is measured on: beyond a core's own caches."""
+"""Size of the arrays that a ceiling is measured on: larger than a core's own caches."""
 
 
 # ---- this CPU ------------------------------------------------------------------------------
 
 
 def measure_ceilings(repeats: int = 5) -> Ceilings:
-    """Least times, on arrays that no core's cache holds, of the operations that stand for the parts; and of a call."""
+    """Ceilings from the least times of one operation per part, on arrays larger than a core's cache, and of a call."""
     weight, narrow, square = torch.randn(768, 768), torch.randn(1024, 128), torch.randn(128, 128)
     query = torch.randn(16, 12, 64, 32)
     batch = query.flatten(0, 1)
@@ -88,7 +88,7 @@ def measure_ceilings(repeats: int = 5) -> Ceilings:
 
 
 def _pair(rank: int) -> Callable[[torch.Tensor], object]:
-    """The products of a pair of LoRA's, forwards and for its gradients, with x as the output and its gradient too."""
+    """Products of a pair of LoRA factors, forward and for the gradients. x also serves as output and its gradient."""
     a, b = torch.randn(rank, 768), torch.randn(768, rank)
 
     def work(x: torch.Tensor) -> None:
@@ -104,7 +104,7 @@ def _pair_flops(rank: int) -> int:
 
 
 def _tiny_calls() -> None:
-    """Forward and backward pass through a chain of operations on eight numbers: calls and nothing else."""
+    """Forward and backward pass through a chain of operations on eight numbers, whose time is that of the calls."""
     start = torch.zeros(8, requires_grad=True)
     x = start
     for _ in range(200):
@@ -118,7 +118,7 @@ def _least(work: Step, repeats: int) -> float:
 
 
 def _timed(work: Step) -> float:
-    """By the processor's time where one thread works: other processes take less from that."""
+    """Seconds of `work`: CPU time with one thread, since other processes disturb it less."""
     clock = time.process_time if torch.get_num_threads() == 1 else time.perf_counter
     began = clock()
     work()
@@ -143,7 +143,7 @@ def cpu_steps() -> dict[str, Step]:
 
 
 def language_step(shape: Mapping[str, Any], dtype: torch.dtype, rows: int, width: int, rank: int) -> Step:
-    """Forward and backward pass of a language model of `shape` with LoRA on all its linears, two thirds labelled."""
+    """Forward and backward pass of a language model of `shape`, LoRA on all linears, two thirds of tokens labelled."""
     import transformers
 
     from fastpeft.adapters.lora import Lora

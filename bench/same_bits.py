@@ -1,10 +1,10 @@
-"""Whether a rebuild changed what training computes, to the last bit.
+"""Bitwise comparison of training before and after a refactoring.
 
     python bench/same_bits.py record FILE     on the code as it was
     python bench/same_bits.py check FILE      on the code as it is; exit code 1 and the first difference
 
-Each preset takes 20 steps on its stand-in in fp32 on one thread, stops in the middle and resumes. What is compared:
-every logged loss, and the SHA-256 of the final weights. A record holds for one machine and one release of torch only.
+Each preset takes 20 steps on its stand-in in fp32 on one thread, stops in the middle and resumes. Compared are
+every logged loss and the SHA-256 of the final weights. A record is valid for one machine and one release of torch only.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-os.environ["HF_HUB_OFFLINE"] = "1"  # the stand-ins, though a hub may be within reach
+os.environ["HF_HUB_OFFLINE"] = "1"  # use the stand-ins even if a hub can be reached
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 PRESETS = ("iwlora_mnli", "adalora_mnli", "full_mnli", "linear_gsm8k", "graff_gsm8k", "fot_mnli")
@@ -37,7 +37,7 @@ OVERRIDES = {
 }
 OWN = {
     "iwlora_mnli": {"regulariser.warmup_steps": 4},
-    "graff_gsm8k": {"schedule.graff.regret": "step"},  # the other kind looks at the clock
+    "graff_gsm8k": {"schedule.graff.regret": "step"},  # the paper's regret depends on the clock
 }
 
 
@@ -66,7 +66,7 @@ def run_preset(preset: str, folder: Path) -> dict[str, Any]:
 
 
 def weights_sha256(folder: Path) -> str:
-    """Of all tensors of a folder's safetensors files, by name: how a file is laid out plays no part."""
+    """Digest of all tensors in a folder's safetensors files, by name, so that the file layout does not matter."""
     import torch
     from safetensors.torch import load_file
 
@@ -79,7 +79,7 @@ def weights_sha256(folder: Path) -> str:
 
 
 def difference(then: dict[str, Any], now: dict[str, Any]) -> str | None:
-    """The first of them in words; None where all is the same."""
+    """First difference in words; None if all results are the same."""
     for step, (before, after) in enumerate(zip(then["losses"], now["losses"])):
         if before != after:
             return f"the loss of step {step} was {before!r} and is {after!r}"

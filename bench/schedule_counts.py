@@ -1,13 +1,13 @@
-"""What a schedule's measurements add to a training step of Qwen3-0.6B's shape, counted: no GPU, no weights.
+"""Counted cost of a schedule's measurements in a training step of Qwen3-0.6B's shape: no GPU, no weights.
 
     python bench/schedule_counts.py [--rows 64 --width 256 --prompt 96] [--json OUT]
 
 The trainer's own code runs on the meta device: model, loss, backward pass, probes. torch counts the FLOPs of its matrix
-products; the secants' bytes are those of the buffers that their kernel reads and writes, all from memory, as buffers
-larger than the L2 cache are. `share` is what a part takes at an H200's ceilings (989 TFLOP/s in bf16, 4.8 TB/s), the
-larger of the two times, over that of constant's step: one best case over another, no promise. The sums over blocks are
-made by the optimizer's kernel from what it holds in registers and add no traffic. `host` is the schedule's own time on
-this machine, measured; on a GPU it passes while the device computes.
+products; the secants' bytes are those of the buffers that their kernel reads and writes, all from memory, as for
+buffers larger than the L2 cache. `share` is a part's time at an H200's ceilings (989 TFLOP/s in bf16, 4.8 TB/s), the
+larger of arithmetic and traffic, over that of a step with a constant learning rate: a ratio of two best cases, not a
+measurement. The sums over blocks are computed by the optimizer's kernel from registers and add no traffic. `host` is
+the schedule's own time on this machine, measured; on a GPU it overlaps with the device's work.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ PEAK_FLOPS, PEAK_BYTES = 989e12, 4.8e12
 META = torch.device("meta")
 HOST_STEPS = 200
 PACKED = "transformers.masking_utils.find_packed_sequence_indices"
-"""It would read positions, and on the meta device there is nothing to read."""
+"""transformers' function that reads position values, which the meta device does not have."""
 
 
 def _addmm_flops(out: torch.Size, a: torch.Size, b: torch.Size, **more: Any) -> int:
@@ -61,7 +61,7 @@ def _addmm_flops(out: torch.Size, a: torch.Size, b: torch.Size, **more: Any) -> 
 
 
 IN_PLACE = {torch.ops.aten.addmm_: _addmm_flops}
-"""Which torch does not count by itself."""
+"""Operations that torch's counter does not know."""
 
 
 class Shape:
@@ -80,7 +80,7 @@ class Shape:
         self._size = rows, width, prompt
 
     def flops(self, needs: set[Need]) -> int:
-        """Of the matrix products of a forward and a backward pass that measure these."""
+        """FLOPs of the matrix products of a forward and a backward pass that measure `needs`."""
         rows, width, prompt = self._size
         with META, mock.patch(PACKED, return_value=None):
             labels = torch.full((rows, width), IGNORE)
@@ -96,12 +96,12 @@ class Shape:
         return counter.get_total_flops()
 
     def secant_bytes(self) -> int:
-        """Of secant_sums: five of the flat buffers are read, two of them written."""
+        """Bytes of secant_sums: five flat buffers are read, two of them written."""
         return 7 * self.adapter.flat.data.nbytes
 
 
 def host_s(name: str, run: RunConfig, blocks: Blocks) -> float:
-    """Mean seconds of one call of `rates`, over all that happens now and then, with every figure that it asks for."""
+    """Mean seconds of one call of `rates`, including periodic work, with all measurements that the schedule needs."""
     schedule = make_schedule(
         run.schedule, run.training.learning_rate, blocks, adam=adam_moments(run.optimizer), seed=run.training.seed
     )
@@ -122,7 +122,7 @@ def host_s(name: str, run: RunConfig, blocks: Blocks) -> float:
 
 
 def count(sizes: dict[str, Any], rows: int, width: int, prompt: int) -> dict[str, Any]:
-    """FLOPs and bytes a step of each part, and its share of constant's step at the ceilings."""
+    """FLOPs and bytes per step of each part, and its share of the constant schedule's step at the ceilings."""
     runs = {name: load_run(f"{name}_gsm8k", []) for name in ("fot", "graff")}
     shape = Shape(runs["fot"], sizes, rows, width, prompt)
     base = shape.flops(set())

@@ -14,10 +14,10 @@ from fastpeft.errors import UserError
 
 
 class Presets:
-    """Those that differ from the baseline's in schedule, optimizer and rate alone, by their names without the task."""
+    """Presets that differ from the baseline's only in schedule, optimizer and learning rate. Names are without task."""
 
     def __init__(self, args: argparse.Namespace) -> None:
-        """`args.overrides`: texts key=value."""
+        """`args.overrides`: strings key=value."""
         presets = preset_names()
         baseline = next(name for name in (f"{BASELINE}_{args.task}", f"lora_{args.task}") if name in presets)
         self.args, self.overrides = args, load_run(baseline, args.overrides).overrides
@@ -31,7 +31,7 @@ class Presets:
         self.found = found
 
     def choose(self, text: str | None) -> dict[str, RunConfig]:
-        """Raises UserError for a name that is none, with the nearest that is one."""
+        """Presets named in `text`, comma-separated. Raises UserError for an unknown name, with the nearest known."""
         if text == "all":
             return self.found
         own = [name for name, run in self.found.items() if name in (run.schedule.name, run.optimizer.name)]
@@ -68,7 +68,7 @@ class Presets:
 
     @staticmethod
     def _rest(run: RunConfig) -> dict[str, Any]:
-        """All that has to be the same in what is compared."""
+        """Settings that must be the same in all compared runs."""
         values = run_values(run)
         kept = {key: values[key] for key in ("method", "model", "adapter", "dataset", "training", "evaluation")}
         return kept | {"training": values["training"] | {"learning_rate": None}}

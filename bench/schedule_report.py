@@ -1,4 +1,4 @@
-"""From the runs of bench/schedules.py to its tables: paired differences from the baseline, and what they say."""
+"""Tables of bench/schedules.py from its runs: paired differences from the baseline, and their conclusions."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from fastpeft.runs.events import finite, number
 
 BASELINE = "linear"
 MEASURES = {"metric": True, "loss": False, "test": True, "test_loss": False}
-"""What is compared, and whether more of it is better."""
+"""Measure -> whether more is better."""
 BETTER, WORSE, SAME, UNKNOWN = "better", "worse", "no difference", "one seed"
 UNQUIET = 1.1
 Run = dict[str, Any]
@@ -34,7 +34,7 @@ def paired(own: dict[int, float], base: dict[int, float]) -> Mean | None:
 
 
 def values_of(runs: Sequence[Run], measure: str) -> dict[int, float]:
-    """By seed, of the runs that have one that is finite."""
+    """Seed -> value of `measure`, for the runs with a finite one."""
     found = {run["seed"]: number(run[measure]) for run in runs if run[measure] is not None}
     return {seed: value for seed, value in found.items() if math.isfinite(value)}
 
@@ -50,7 +50,7 @@ def row_of(schedule: str, runs: Sequence[Run]) -> dict[str, Any]:
         row[measure] = _mean(mean_of(list(values.values())))
         difference = paired(values, values_of(base, measure))
         if schedule != BASELINE and difference is not None:
-            # What failed cannot be left out of a mean: that would flatter.
+            # Leaving failed runs out of a mean would bias it upwards.
             all_there = len(values) == len(own)
             said = verdict(difference, more_is_better) if all_there else f"{len(own) - len(values)} without"
             row[measure]["minus_linear"] = _mean(difference) | {"verdict": said}
@@ -76,17 +76,17 @@ def _mean(mean: Mean) -> dict[str, Any]:
 
 
 def rows_of(runs: Sequence[Run], schedules: Sequence[str]) -> list[dict[str, Any]]:
-    """Best validation metric first."""
+    """Rows of the schedules, best validation metric first."""
     there = {run["schedule"] for run in runs}
     rows = [row_of(schedule, runs) for schedule in schedules if schedule in there]
     return sorted(rows, key=lambda row: -row.get("metric", {}).get("mean", -math.inf))
 
 
 def unlike(runs: Sequence[Run]) -> list[str]:
-    """Runs that did not start as the baseline's of the same seed did, in words: there should be none.
+    """Messages about runs whose start differs from that of the baseline's run with the same seed. None are expected.
 
-    Compared are the first step's loss and gradient norm and the first steps' token counts. On a CPU they are equal to
-    the bit; on a GPU up to the order of its sums.
+    Compared are the first step's loss and gradient norm and the first steps' token counts. On a CPU they are
+    bit-identical; on a GPU equal up to the order of its sums.
     """
     loose = any(run["device"] != "cpu" for run in runs) or len({run["part"] for run in runs}) > 1
     bounds = {"loss": 1e-3 if loose else 0.0, "grad_norm": 1e-2 if loose else 0.0}
@@ -109,7 +109,7 @@ def unlike(runs: Sequence[Run]) -> list[str]:
 
 
 def show(report: dict[str, Any]) -> None:
-    """Tables of the search, the comparison and the costs, then what they say in words."""
+    """Print tables of the search, the comparison and the costs, then their conclusions in words."""
     _show_search(report)
     rows, name = report["rows"], report["metric"]
     title = f"{report['title']}: after the budget, mean over seeds, and paired difference from tuned {BASELINE}"
@@ -152,7 +152,7 @@ def interval(value: dict[str, Any]) -> str:
 
 
 def _print_wide(title: str, columns: list[str], lines: list[list[Any]], num_fixed: int, group: int) -> None:
-    """A table for each two groups of columns, so that a line fits."""
+    """Print a table for every two groups of columns, so that lines fit the screen."""
     for start in range(num_fixed, len(columns), 2 * group):
         part = slice(start, start + 2 * group)
         print_table(title, columns[:num_fixed] + columns[part], [line[:num_fixed] + line[part] for line in lines])
@@ -204,7 +204,7 @@ def _ratio(cost: dict[str, Any] | None, key: str) -> list[str | None]:
 
 
 def _unquiet(rows: Sequence[dict[str, Any]]) -> str | None:
-    """Where the same schedule took other numbers of steps in the same budget, the machine's load is in the figures."""
+    """Warning where a schedule's runs differ in steps for the same budget: the machine's load affects the figures."""
     worst = max(rows, key=lambda row: row["steps_range"][1] / max(1, row["steps_range"][0]))
     low, high = worst["steps_range"]
     if worst["diverged"] or high <= UNQUIET * low:
@@ -216,7 +216,7 @@ def _unquiet(rows: Sequence[dict[str, Any]]) -> str | None:
 
 
 def conclusions(report: dict[str, Any]) -> list[str]:
-    """What the intervals say, measure by measure, for every schedule alike."""
+    """Conclusions from the intervals, by measure, with one rule for all schedules."""
     lines, others = [], [row for row in report["rows"] if row["schedule"] != BASELINE]
     for measure, text in _texts(report["metric"]).items():
         there = [row for row in others if "minus_linear" in row.get(measure, {})]

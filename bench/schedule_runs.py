@@ -1,4 +1,4 @@
-"""One run for bench/schedules.py with what it is judged by, and what a step costs beside another schedule's."""
+"""One run of bench/schedules.py with its measures, and a schedule's step cost relative to another's."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ WARM_ROUNDS = 3
 
 
 class _Watcher:
-    """Keeps the events that are not the machine's."""
+    """Keeps all events but the system's."""
 
     def __init__(self) -> None:
         self.events: list[Event] = []
@@ -44,11 +44,11 @@ class _Watcher:
 
 
 def measure_run(run: RunConfig) -> dict[str, Any]:
-    """Train it in a folder that is thrown away. Values that JSON takes.
+    """Train `run` in a temporary folder. Returns values that JSON can hold.
 
     Raises:
-        UserError: as `fastpeft.train`; one that can be sent between processes.
-        KeyboardInterrupt: it was told to stop.
+        UserError: as from `fastpeft.train`, in a form that can be sent between processes.
+        KeyboardInterrupt: the run was stopped.
     """
     watcher = _Watcher()
     try:
@@ -85,8 +85,8 @@ def measure_run(run: RunConfig) -> dict[str, Any]:
 
 
 def diverged(losses: Sequence[float], status: str = "done") -> bool:
-    """The run ended so, its last loss is not finite, or the mean of WINDOW_STEPS losses was above DIVERGED_FACTOR times
-    its running minimum for DIVERGED_STEPS steps in a row."""
+    """Whether `status` says so, the last loss is not finite, or the mean of WINDOW_STEPS losses was above
+    DIVERGED_FACTOR times its running minimum for DIVERGED_STEPS steps in a row."""
     if status == "diverged" or (losses and not math.isfinite(losses[-1])):
         return True
     finite_losses = [loss for loss in losses if math.isfinite(loss)]
@@ -106,8 +106,8 @@ def _score(scores: dict[str, Event], split: str, of: str) -> float | None:
 
 
 def _start(steps: list[Event]) -> dict[str, Any]:
-    """What only the initial weights and the order of the data decide. At LoRA's start B is 0, so that the loss does
-    not depend on A, but the gradient does."""
+    """Values that depend only on the initial weights and the order of the data. At LoRA's start B is 0, so that the
+    loss does not depend on A, but the gradient does."""
     first = steps[0] if steps else {"loss": "nan", "grad_norm": "nan"}
     return {
         "loss": number(first["loss"]),
@@ -117,7 +117,7 @@ def _start(steps: list[Event]) -> dict[str, Any]:
 
 
 def _told(watcher: _Watcher) -> list[Event]:
-    """The schedule's warnings, each once, and the last of its figures: FoT's are how far off its forecasts were."""
+    """The schedule's warnings, each once, and its last figures: for FoT the errors of its forecasts."""
     warnings = {event["message"]: event for event in watcher.of("warning")}
     kept = [*warnings.values(), *watcher.of("schedule")[-1:]]
     return [{key: value for key, value in event.items() if key != "time_s"} for event in kept]
@@ -127,7 +127,7 @@ def _told(watcher: _Watcher) -> list[Event]:
 
 
 class _Steps:
-    """The trainer's own steps of one run, one a call."""
+    """The trainer's own steps of one run, one per call."""
 
     def __init__(self, run: RunConfig, folder: Path) -> None:
         folder.mkdir()
@@ -144,13 +144,13 @@ class _Steps:
 
 
 def step_cost(base: RunConfig, other: RunConfig, rounds: int, calls: int = 1) -> dict[str, Any]:
-    """Of `other`'s step over `base`'s: the same batches at the same progress, in turns (bench.interleave), one life of
-    the schedule, from the warm-up to the end, in `rounds` rounds of two turns of `calls` steps. On a GPU by the wall
-    clock; on a CPU by the process's CPU time, in which the machine's other work is not.
+    """Cost of `other`'s step relative to `base`'s: the same batches at the same progress, in turns (bench.interleave),
+    over the whole schedule, from the warm-up to the end, in `rounds` rounds of two turns of `calls` steps. On a GPU by
+    the wall clock; on a CPU by the process's CPU time, which excludes other processes.
 
     Returns:
-        `ratio`: the median of a round's ratios. `mean_ratio`: all seconds over all seconds, in which what happens only
-        now and then (a fit, a probe) has its share. Each with `_low` and `_high`, a 95 % bootstrap interval over the
+        `ratio`: the median of the rounds' ratios. `mean_ratio`: total seconds over total seconds, which includes
+        periodic work (a fit, a probe) in proportion. Each with `_low` and `_high`, a 95 % bootstrap interval over the
         rounds, None for fewer than INTERVAL_ROUNDS.
     """
     budget = f"{2 * calls * (WARM_ROUNDS + rounds)}steps"
@@ -183,7 +183,7 @@ def _cpu_timer(calls: int) -> Measure:
 
 
 def ratio_of_sums(times: Times, name: str, base: str) -> tuple[float, float | None, float | None]:
-    """Seconds of all rounds over base's, and a 95 % bootstrap interval over rounds."""
+    """Seconds of all rounds over those of `base`, and a 95 % bootstrap interval over rounds."""
     own, theirs = (np.array([sum(each.seconds[of]) for each in times.rounds]) for of in (name, base))
     ratio = float(own.sum() / theirs.sum())
     if len(own) < INTERVAL_ROUNDS:

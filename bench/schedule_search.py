@@ -1,4 +1,4 @@
-"""The search for a peak rate that every schedule of bench/schedules.py gets: as many trials, by the same rule."""
+"""Search for a peak learning rate in bench/schedules.py, with the same number of trials and rule for every schedule."""
 
 from __future__ import annotations
 
@@ -7,10 +7,11 @@ from collections.abc import Mapping
 
 
 def next_exponent(scores: Mapping[float, float]) -> float:
-    """Where to look next. Rates are start * factor^k; `scores` has the score of each k tried, lower is better.
+    """Next exponent k to try. Learning rates are start * factor^k; `scores` maps each k tried to its score, lower is
+    better.
 
-    k = 0, 1 and -1 first. While the best lies at an end, one further out; else halfway into the wider gap beside it, of
-    equal ones the gap towards the better neighbour.
+    k = 0, 1 and -1 come first. While the best k is at an end, the next is one further out. Otherwise it is the middle
+    of the wider gap beside the best, and of equal gaps the one towards the better neighbour.
     """
     for k in (0.0, 1.0, -1.0):
         if k not in scores:
@@ -26,12 +27,12 @@ def next_exponent(scores: Mapping[float, float]) -> float:
 
 
 def best_exponent(scores: Mapping[float, float]) -> float:
-    """Of equal scores the lower rate's: what has diverged at every rate is tried at ever lower ones."""
+    """Exponent of the best score, for ties the lowest: after divergence everywhere the search goes to lower rates."""
     return min(scores, key=lambda k: (_rank(scores[k]), k))
 
 
 def at_edge(scores: Mapping[float, float]) -> bool:
-    """The best trial is the lowest or the highest rate tried: the true best may lie beyond it."""
+    """Whether the best trial has the lowest or highest learning rate tried: the optimum may lie beyond it."""
     return len(scores) > 1 and best_exponent(scores) in (min(scores), max(scores))
 
 

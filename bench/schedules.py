@@ -1,23 +1,23 @@
-"""Schedules at an equal budget, each at its own tuned peak rate, against tuned linear: paired differences over seeds.
+"""Schedules at equal budget, each at its tuned peak learning rate, against tuned linear: paired differences over seeds.
 
     python bench/schedules.py [--task gsm8k|mnli] [--budget 30s|300steps] [--seeds N] [--schedules fot,graff|all]
                               [--model PATH --data PATH] [--search-trials N] [--search-budget B] [--max-examples N]
                               [--rates linear=3e-3,...] [--workers N] [--json OUT] [--resume] [--quick] [key=value ...]
 
-The schedules are the shipped presets NAME_TASK that differ from the baseline's in schedule, optimizer and rate alone;
-without --schedules those that bear a schedule's own name, with `all` its variants too; linear is always there. They
-train the presets' stand-in, or with --model and --data the preset itself on local files. `key=value` sets a key of all
-runs.
+The schedules are the shipped presets NAME_TASK that differ from the baseline's only in schedule, optimizer and learning
+rate. Without --schedules these are the presets named after a schedule; `all` adds their variants. linear is always
+included. They train the presets' stand-in, or with --model and --data the preset itself on local files. `key=value`
+sets a key of all runs.
 
-Search: every schedule gets as many trials of training.learning_rate by the same rule (bench/schedule_search.py) from
-its preset's rate on, at one seed that is not compared. Its runs are counted apart and all reported.
+Search: every schedule gets the same number of trials of training.learning_rate by the same rule
+(bench/schedule_search.py), starting from its preset's, with a separate seed. Its runs are reported, and not compared.
 Comparison: seed by seed, the schedules in shuffled order within a seed. One seed gives the same initial weights and
-data order to all, which is checked. Differences are paired by seed, with 95 % t-intervals; `no difference` is said
-where the interval contains 0. A budget in seconds holds the final evaluation; the --workers processes, on a CPU of one
-thread each, share the machine. A budget in steps leaves out what a schedule costs, and the machine's noise.
-Overhead: the trainer's own step beside constant's, in turns in one process on the same batches.
+data order to all, which is checked. Differences are paired by seed, with 95 % t-intervals; `no difference` means that
+the interval contains 0. A budget in seconds includes the final evaluation; the --workers processes, with one thread
+each on a CPU, share the machine. A budget in steps excludes the schedule's own cost and the machine's noise.
+Overhead: the trainer's own step relative to that of constant, in turns in one process on the same batches.
 
---json is written after every run; --resume goes on from it, with more seeds, trials or schedules if asked.
+--json is written after every run; --resume continues from it, with more seeds, trials or schedules if given.
 """
 
 from __future__ import annotations
@@ -53,13 +53,13 @@ TASKS = {
     "mnli": {"budget": "30s", "seeds": 5, "search_trials": 5, "max_examples": 0, "overhead_rounds": 100},
     "gsm8k": {"budget": "45s", "seeds": 3, "search_trials": 3, "max_examples": 128, "overhead_rounds": 30},
 }
-"""Defaults with which 13 schedules end in about 40 minutes on two free cores."""
+"""Defaults with which 13 schedules take about 40 minutes on two free cores."""
 QUICK = {"budget": "4steps", "seeds": 2, "search_trials": 2, "max_examples": 16, "overhead_rounds": 5}
 TUNING_SEED = 1000
 FACTOR = 3.0
-"""Between neighbouring rates of the search, before it halves its step."""
+"""Ratio of neighbouring learning rates in the search, before it halves its step."""
 SETTINGS = ("task", "budget", "search_budget", "tune_on", "max_examples", "model", "data", "quick", "overrides")
-"""What has to be the same where --resume goes on."""
+"""Options that must be the same for --resume."""
 
 
 # ---- the bench -----------------------------------------------------------------------------
@@ -99,7 +99,7 @@ class Bench:
     # ---- search ----------------------------------------------------------------------------
 
     def search(self) -> dict[str, float]:
-        """The tuned rate of each schedule. Round by round over all of them, so that the machine's drift meets all."""
+        """Tuned learning rate of each schedule, searched in rounds over all, so that drift affects them alike."""
         names = [name for name in self.runs if name not in self.args.rates]
         for done in range(self.args.search_trials):
             cells = []
@@ -111,7 +111,7 @@ class Bench:
         return self.args.rates | {name: self._best(name) for name in names}
 
     def _scores(self, name: str, count: int) -> dict[float, float]:
-        """Of the first `count` trials, by exponent: lower is better. Follows the rule, so that a resume does too."""
+        """Exponent -> score of the first `count` trials, lower is better. They follow the rule, also after a resume."""
         start, scores = self.runs[name].training.learning_rate, {}
         for _ in range(count):
             k = next_exponent(scores)
@@ -120,7 +120,7 @@ class Bench:
         return scores
 
     def _score(self, run: dict[str, Any]) -> float:
-        """Validation loss, or minus the validation metric; what has diverged is worst."""
+        """Validation loss, or minus the validation metric; infinite for a diverged run."""
         value = run[self.args.tune_on]
         if value is None or run["status"] == "diverged":
             return float("inf")
@@ -133,7 +133,7 @@ class Bench:
     # ---- runs ------------------------------------------------------------------------------
 
     def _all(self, cells: list[tuple[str, str, int, float, str]]) -> None:
-        """Those that are not there yet; kept one by one as they end."""
+        """Run the cells without a result yet, and save each as it ends."""
         left = [cell for cell in cells if cell[:4] not in self.by_key]
         for cell, measured in self._measured(left):
             phase, name, seed, rate, budget = cell
@@ -155,7 +155,7 @@ class Bench:
             yield futures[future], future.result()
 
     def overhead(self, rates: dict[str, float]) -> None:
-        """Each schedule's step over constant's; constant's over its own is the noise that is left."""
+        """Each schedule's step over that of constant; constant over itself shows the noise."""
         rounds = self.args.overhead_rounds
         if not rounds or self.constant is None:
             return
@@ -229,7 +229,7 @@ def _say_run(run: dict[str, Any]) -> None:
 
 
 def plan(args: argparse.Namespace, runs: dict[str, RunConfig]) -> str:
-    """What will be done, and for a budget in seconds how long it takes but for set-up."""
+    """Plan in words, with the duration for a budget in seconds, set-up excluded."""
     searched = args.search_trials * sum(name not in args.rates for name in runs)
     compared = args.seeds * len(runs)
     text = f"{len(runs)} schedules: {', '.join(runs)}\n"
@@ -309,7 +309,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 @contextmanager
 def _pool(workers: int) -> Iterator[Executor | None]:
-    """None for one worker: this process."""
+    """Pool of worker processes; None for one worker, which is this process."""
     if workers == 1:
         yield None
         return

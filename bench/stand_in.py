@@ -1,9 +1,9 @@
-"""Is the stand-in worth adapting? LoRA, the frozen encoder with a trained head, and what a pair gives away.
+"""Baselines of the stand-in for sentence pairs: LoRA, the frozen encoder with a trained head, and bags of words.
 
     python bench/stand_in.py [--steps 1875] [--head-rates 1e-3,3e-3,1e-2]
 
-All on the embedded task, same batches. `head` trains pooler and classifier on the frozen encoder at the best of
-several rates. `hypothesis words` is logistic regression on the hypothesis's bag of words, `pair words` on the words
+All on the embedded task, with the same batches. `head` trains pooler and classifier on the frozen encoder, at each of
+--head-rates. `hypothesis words` is logistic regression on the hypothesis's bag of words, `pair words` on the words
 of both sentences and on those that they share.
 """
 
@@ -36,7 +36,7 @@ def train(job: Job, num_steps: int, head_only: bool) -> float:
         parts = (job.task.collate(part, job.device) for part in micro_batches(job.batches.encoded, rows, limit))
         signals = forward_backward(adapter, job.task.loss, parts, job.task.num_items(rows))
         if head_only:
-            adapter.flat.adapter_grad.zero_()  # B stays zero, so the encoder stays what it was
+            adapter.flat.adapter_grad.zero_()  # B stays zero, so that the encoder is unchanged
         job.optimizer.clip_guard_and_update(signals, job.schedule.rates(None, step / num_steps))
     score = job.task.evaluate(adapter.model, job.limits, lambda: False, None)
     assert score is not None

@@ -1,4 +1,4 @@
-"""A training step's work, by what its operations compute and move, and the paces that it is held against."""
+"""Work of a training step, by what its operations compute and move, and ceilings of machines."""
 
 from __future__ import annotations
 
@@ -15,38 +15,38 @@ from torch.utils.flop_counter import flop_registry
 ATEN = torch.ops.aten
 ATTENTION = "_scaled_dot_product"
 FUNCTIONS = ("gelu", "silu", "exp", "tanh", "erf", "softmax", "log", "sigmoid", "rsqrt")
-"""In the name of an operation."""
+"""Parts of names of operations that count as functions."""
 SLOW = ("softmax", "backward")
-"""In that of one of FUNCTIONS that takes more than one of them."""
+"""Parts of names of functions that evaluate more than one of FUNCTIONS per element."""
 TINY, THIN, NARROW = 16, 64, 192
 Step = Callable[[], object]
 
 
 @dataclass
 class Work:
-    """Of a step."""
+    """Work of a step."""
 
     product_flops: float = 0.0
     tiny_flops: float = 0.0
-    """Of products with a side of TINY or less, such as LoRA's, which no machine does at full pace."""
+    """FLOPs of products with a side of TINY or less, such as LoRA's, which no machine computes at full speed."""
     thin_flops: float = 0.0
-    """Of those with a side of THIN or less."""
+    """FLOPs of products with a side above TINY, up to THIN."""
     narrow_flops: float = 0.0
-    """Of those with a side of NARROW or less."""
+    """FLOPs of products with a side above THIN, up to NARROW."""
     batched_flops: float = 0.0
-    """Of batches of small ones, as attention has them."""
+    """FLOPs of batches of small products, as in attention."""
     attention_flops: float = 0.0
     function_elements: float = 0.0
     slow_elements: float = 0.0
     bytes: float = 0.0
-    """Of all but the products, attention, copies and layer norms."""
+    """Bytes of all operations except products, attention, copies and layer norms."""
     copied_bytes: float = 0.0
     norm_bytes: float = 0.0
     product_bytes: float = 0.0
     calls: float = 0.0
 
     def continued(self, deeper: Work, at: float) -> Work:
-        """The straight line through this, at 0, and `deeper`, at 1."""
+        """Linear extrapolation: at 0 this work, at 1 that of `deeper`."""
         pairs = ((getattr(self, one.name), getattr(deeper, one.name)) for one in fields(self))
         return Work(*(own + at * (other - own) for own, other in pairs))
 
@@ -67,7 +67,7 @@ class Ceilings:
     call_s: float = 0.0
 
     def parts(self, work: Work) -> dict[str, float]:
-        """Seconds."""
+        """Part -> least seconds for `work`."""
         return {
             "products": max(
                 work.product_flops / self.product_flops_s
@@ -90,11 +90,11 @@ GPUS = {
     name: Ceilings(*(6 * [flops_s]), *(2 * [math.inf]), *(3 * [bytes_s]))
     for name, flops_s, bytes_s in (("A100", 312e12, 2.04e12), ("H200", 989e12, 4.8e12))
 }
-"""Dense bf16 and memory, as NVIDIA's data sheets of the SXM cards have them."""
+"""Dense bf16 and memory bandwidth, from NVIDIA's data sheets of the SXM cards."""
 
 
 class Counter(TorchDispatchMode):
-    """Adds up the work of what runs within."""
+    """Adds up the work of the operations in its context."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -1,12 +1,12 @@
-"""Sweeps: what they cost beside their trials, and what TPE with pruning gains over random search.
+"""Overhead of sweeps over their trials, and the gain of TPE with pruning over random search.
 
     python bench/sweep.py overhead          # 40 trials of a 2-second objective, 2 workers
     python bench/sweep.py search            # toy objectives with learning curves, 10 studies, and 100 for an interval
     python bench/sweep.py real [key=value ...]   # --run, both ways, in seconds of the trials' clocks
 
-`overhead` sleeps in its trials, so that what it measures is the sweep's own time and the start of processes; run it
-on a machine that is otherwise idle. `search` counts evaluations and sleeps nowhere: its figures are the same on any
-machine. `real` trains an epoch of the stand-in, or what key=value says, as `fastpeft sweep` takes it.
+`overhead` sleeps in its trials, so that it measures the sweep's own time and the start of processes; run it
+on a machine that is otherwise idle. `search` counts evaluations and does not sleep: its figures are the same on any
+machine. `real` trains an epoch of the stand-in, or as key=value sets it, with the settings of `fastpeft sweep`.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ def main() -> None:
 
 
 def sleep(spec: dict[str, Any], channel: Any) -> dict[str, Any]:
-    """A trial: sleeps, and evaluates as a trainer does."""
+    """A trial that sleeps, and reports evaluations as a trainer does."""
     for evaluation in range(1, EVALUATIONS + 1):
         time.sleep(SLEEP_S / EVALUATIONS)
         if evaluation < EVALUATIONS:
@@ -67,7 +67,7 @@ def sleep(spec: dict[str, Any], channel: Any) -> dict[str, Any]:
 
 
 def start(spec: dict[str, Any], channel: Any) -> dict[str, Any]:
-    """What a trial has when it begins: everything imported."""
+    """A trial that ends once everything is imported."""
     from fastpeft.trainer import train
 
     assert train
@@ -125,9 +125,9 @@ def timed_worker() -> float:
 
 
 def curve(params: dict[str, Any], noise: Any) -> list[float]:
-    """Accuracy at each evaluation: higher and reached sooner near the best rate and batch, with noise of 0.003.
+    """Accuracy at each evaluation: higher and reached sooner near the best learning rate and batch size, noise 0.003.
 
-    The best is 0.9, at a rate of 3e-4 x sqrt(batch / 32); twice off costs 0.02; the penalty hardly matters.
+    The best is 0.9, at a learning rate of 3e-4 x sqrt(batch / 32). A factor of 2 costs 0.02; the penalty matters little.
     """
     off = math.log2(params[RATE] / (3e-4 * math.sqrt(params[BATCH] / 32)))
     final = 0.9 - 0.02 * off**2 / (1 + 0.05 * off**2) - 0.002 * abs(math.log10(params[PENALTY] / 1e-4))
@@ -138,7 +138,7 @@ def curve(params: dict[str, Any], noise: Any) -> list[float]:
 
 
 def run_study(sampler: str, pruner: str, seed: int, trials: int, target: float = math.inf) -> tuple[float, float]:
-    """The best value found, and the time in whole trials; ends after `trials` of that, or where `target` is reached."""
+    """Best value found, and the time in units of whole trials. Ends after a time of `trials`, or at `target`."""
     import numpy as np
     import optuna
 
@@ -173,7 +173,7 @@ def run_study(sampler: str, pruner: str, seed: int, trials: int, target: float =
 
 
 def search(studies: int, trials: int) -> None:
-    """Each pair: random search's best of `trials`, then the time until TPE with pruning has a trial as good."""
+    """For each study: the best of `trials` random trials, then the time until TPE with pruning has a trial as good."""
     import optuna
 
     optuna.logging.set_verbosity(optuna.logging.WARNING)
@@ -203,7 +203,7 @@ def search(studies: int, trials: int) -> None:
 
 
 def real(run: str, trials: int, out: Path, settings: list[str]) -> None:
-    """Both searches by the command itself; each goes on where it was."""
+    """Both searches by `fastpeft sweep`; each continues where it stopped."""
     times: dict[str, list[tuple[float, float]]] = {}
     for name, search in (("random", ["optuna.sampler=random", "optuna.pruner=none"]), ("tpe", [])):
         command = [sys.executable, "-m", "fastpeft", "sweep", "--run", run, "--name", name, "--trials-only"]
@@ -217,7 +217,7 @@ def real(run: str, trials: int, out: Path, settings: list[str]) -> None:
 
 
 def curve_of(trials: Path) -> list[tuple[float, float]]:
-    """(seconds that all trials have taken, the best value) behind each that was not pruned."""
+    """(seconds of all trials so far, best value) after each trial that was not pruned."""
     found, spent_s, best = [], 0.0, -math.inf
     for path in sorted(trials.glob("*/result.json")):
         result = json.loads(path.read_text())

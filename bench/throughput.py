@@ -1,4 +1,4 @@
-"""Real tokens a second of fastpeft, of each of its levers, and of its peers, in turns on the same batches.
+"""Real tokens per second of fastpeft, of each of its levers, and of its peers, in turns on the same batches.
 
     python bench/throughput.py [--preset mnli|deberta|gsm8k|gemma|alpaca] [--model DIR] [--data DIR]
                                [--rows R,R] [--rounds 6] [--steps N] [--seconds S] [--threads N] [--device cpu|cuda]
@@ -12,29 +12,29 @@
     alpaca   The same on instructions in the template `alpaca`, r 16.
 
     hf_padded        transformers' Trainer and PEFT, each row padded to the longest length.
-    hf_grouped       The same, rows of similar length padded to the longest of them. The ratios compare with it.
+    hf_grouped       The same, rows of similar length padded to the longest of them. Base of the ratios.
     hf_compiled      The same with torch_compile=True.
     trl              TRL's SFTTrainer, on language models, loss on the answers alone.
-    trl_packed       The same with packing. Its batches are its own.
+    trl_packed       The same with packing, which makes its own batches.
     unsloth, liger   On a GPU, where they are installed.
-    fastpeft         The product in its own loop, on a GPU with training.cuda_graphs=auto.
-    fastpeft_plain   Without any lever; fastpeft_NAME with one alone: LEVERS in bench/throughput_presets.py. `levers`
-                     among the rows means all of these.
-    fastpeft_launched  With training.cuda_graphs=off, among the rows only by name.
-    fastpeft_packed  With training.padding=none, among the rows only by name.
-    fastpeft_prefix  With training.cache_prefix, after its first epoch; for adapter.target_modules on upper layers, and
-                     among the rows only by name.
+    fastpeft         fastpeft's own training loop, on a GPU with training.cuda_graphs=auto.
+    fastpeft_plain   Without any lever; fastpeft_NAME with one lever alone: LEVERS in bench/throughput_presets.py.
+                     `levers` in --rows means all of these.
+    fastpeft_launched  With training.cuda_graphs=off; runs only if named in --rows.
+    fastpeft_packed  With training.padding=none; runs only if named in --rows.
+    fastpeft_prefix  With training.cache_prefix, after its first epoch; for adapter.target_modules on upper layers; runs
+                     only if named in --rows.
 
-Every row is a process of its own, set up and warmed up before the clock. A round is one turn of each row forwards and
-one backwards, of `--steps` steps. Rows of a turn train on the same batches, of one rank, dropout, precision and
+Every row is a process of its own, set up and warmed up before timing. A round is one turn of each row forwards and
+one backwards, of `--steps` steps. Rows of a turn train on the same batches, with the same rank, dropout, precision and
 optimizer (bench/throughput_inputs.py). `tok/s` and `ms a step` are medians over the turns. A ratio is the median over
-the rounds of hf_grouped's time a token over the row's, with a 95 % bootstrap interval from five rounds on. `by CPU
-time` is the same of the processes' own seconds, from which other work on the machine takes less. `peak MB` is the
-whole process's, on a GPU torch's allocator's. `--curves` trains each row once more a seed: a row whose losses are
-further from hf_grouped's than the seeds explain is void. `key=value` is a setting of the run, such as
+the rounds of hf_grouped's time per token over the row's, with a 95 % bootstrap interval from five rounds on. `by CPU
+time` is the same ratio of the processes' CPU seconds, which other work on the machine affects less. `peak MB` is that
+of the whole process, on a GPU of torch's allocator. `--curves` trains each row once more per seed: a row whose losses
+differ from hf_grouped's by more than the seeds explain is void. `key=value` is a setting of the run, such as
 training.batch_size=8, for all rows.
 
-Without --data a random model trains on made-up words with the lengths of real rows, a pretrained one on the generated
+Without --data a random model trains on random words with the lengths of real rows, a pretrained one on the generated
 data that ships. Exit code 1 if a row failed or is void.
 """
 
@@ -75,7 +75,7 @@ Save = Callable[[dict[str, Any]], None]
 
 
 def measure(args: argparse.Namespace, save: Save = lambda report: None) -> dict[str, Any]:
-    """`save` is given the report as far as it is, after each round."""
+    """Measure the rows. `save` receives the partial report after each round."""
     preset = PRESETS[args.preset]
     missing = {row: why for row in args.rows if row in PEERS and (why := PEERS[row].missing(preset, args.device))}
     rows = [row for row in args.rows if row not in missing]
@@ -102,7 +102,7 @@ def measure(args: argparse.Namespace, save: Save = lambda report: None) -> dict[
 
 
 def plan_of(args: argparse.Namespace, rows: list[str]) -> tuple[Plan, int]:
-    """The plan, and the steps of a turn."""
+    """Returns the plan, and the number of steps per turn."""
     preset = PRESETS[args.preset]
     steps = args.steps or (CUDA_STEPS if args.device == "cuda" else preset.steps)
     plan = Plan(
@@ -119,7 +119,7 @@ def plan_of(args: argparse.Namespace, rows: list[str]) -> tuple[Plan, int]:
 
 
 def _name(folder: str | None) -> str | None:
-    """The last two parts of its path: where it lies on a machine is no result."""
+    """Last two parts of the folder's path, since its place on one machine is no result."""
     return folder and "/".join(Path(folder).parts[-2:])
 
 
@@ -140,7 +140,7 @@ def describe(args: argparse.Namespace, plan: Plan, steps: int) -> dict[str, Any]
 
 
 def add_curves(rows: list[dict[str, Any]], folder: Path, plan: Plan, seeds: list[int]) -> dict[str, Any]:
-    """Losses of each row that was timed, a seed; sets `void` of those that are not hf_grouped's."""
+    """Losses of each timed row by seed. Sets `void` of rows whose losses differ from hf_grouped's."""
     curves: dict[str, list[list[float]]] = {}
     for row in rows:
         if row["tokens_a_s"] is None or row["failed"] or row["name"] == PREFIX:

@@ -1,4 +1,4 @@
-"""Whether two rows learn alike: their losses, a seed, beside what the seeds explain."""
+"""Test whether two rows have the same training losses, given their variation over seeds."""
 
 from __future__ import annotations
 
@@ -11,21 +11,21 @@ import numpy as np
 CURVE_STEPS = 100
 BLOCK_STEPS = 10
 LEVEL = 0.01
-"""Share of pairs of equal rows that are called apart."""
+"""Significance level: the share of pairs of equal rows that are reported as different."""
 
 
 @dataclass(frozen=True)
 class Apart:
-    """The largest difference of two rows' mean losses over a block of steps, and the most that seeds explain."""
+    """Largest difference of two rows' mean losses over a block of steps, and the bound that the seeds explain."""
 
     difference: float
     bound: float
     at_step: int
-    """The block's first."""
+    """First step of the block."""
 
     @property
     def is_apart(self) -> bool:
-        return not abs(self.difference) <= self.bound  # NaN is apart
+        return not abs(self.difference) <= self.bound  # NaN counts as different
 
     @property
     def words(self) -> str:
@@ -36,10 +36,10 @@ class Apart:
 
 
 def apart(own: Sequence[Sequence[float]], base: Sequence[Sequence[float]]) -> Apart:
-    """Student's t over the seeds, in blocks of steps, the level shared among the blocks.
+    """Student's t-test over the seeds, in blocks of steps, with the level divided among the blocks (Bonferroni).
 
-    The variance is that of a block's mean over the seeds, one for both rows and all blocks. Blocks of one seed go
-    together, so that only the seeds count as degrees of freedom.
+    One variance over the seeds, of a block's mean loss, is pooled over both rows and all blocks. Blocks of one seed are
+    correlated, so that only the seeds count as degrees of freedom.
     """
     from scipy.stats import t
 
@@ -56,7 +56,7 @@ def apart(own: Sequence[Sequence[float]], base: Sequence[Sequence[float]]) -> Ap
 
 
 def _blocks(curves: Sequence[Sequence[float]]) -> np.ndarray:
-    """Seeds x blocks; an incomplete last block is left out."""
+    """Mean losses, seeds x blocks, without an incomplete last block."""
     values = np.array(curves)
     count = values.shape[1] // BLOCK_STEPS
     return values[:, : count * BLOCK_STEPS].reshape(len(values), count, BLOCK_STEPS).mean(2)

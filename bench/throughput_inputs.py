@@ -1,10 +1,10 @@
-"""What the rows of bench/throughput.py train: model, data and batches, made once and read by each worker.
+"""Inputs of the rows of bench/throughput.py: model, data and batches, made once and read by each worker.
 
     python bench/throughput_inputs.py FOLDER
 
 FOLDER holds the plan. The batches are those of `train_sampling_strategy="group_by_length"`, made by transformers' own
-sampler, in random order instead of from long to short, so that each turn meets every length; all rows take the same
-ones. The warm-up's are behind each other in width, the widest first: it holds the peak of memory.
+sampler, in random order instead of from long to short, so that each turn has every length; all rows use the same
+batches. Warm-up batches are in order of width, the widest first, which sets the peak of memory.
 
 Shapes: S steps, W warm-up steps, B rows of a batch.
 """
@@ -35,7 +35,7 @@ from fastpeft.tasks.causal_lm.labelled_rows import LabelledRows
 from fastpeft.tasks.sequences.examples import Encoded
 
 NUM_BATCHES = 200
-"""Of made-up rows: as many as transformers groups into pools of its usual size."""
+"""Batches of generated rows: enough for transformers to group rows in pools of its usual size."""
 MOST_WORDS = 20_000
 SPECIAL = {"pad_token": "[PAD]", "unk_token": "[UNK]", "cls_token": "[CLS]", "sep_token": "[SEP]", "eos_token": "[EOS]"}
 LABELS = ("entailment", "neutral", "contradiction")
@@ -43,14 +43,14 @@ LABELS = ("entailment", "neutral", "contradiction")
 
 @dataclass(frozen=True)
 class Inputs:
-    """The tokens of the training rows, and the rows of each step."""
+    """Tokens of the training rows, and row indices of each step."""
 
     tokens: np.ndarray
     offsets: np.ndarray
     labels: np.ndarray
-    """Class numbers; of a language model the lengths of the prompts."""
+    """Class indices; for a language model the prompt lengths."""
     segments: np.ndarray
-    """Token types; empty for a model that reads none."""
+    """Token types; empty for a model without them."""
     steps_SB: np.ndarray
     warmup_WB: np.ndarray
 
@@ -63,11 +63,11 @@ class Inputs:
         np.savez(folder / "inputs.npz", **vars(self))
 
     def batches(self) -> list[np.ndarray]:
-        """In the order of a row's steps."""
+        """Row indices of each batch, in the order of the steps."""
         return [*self.warmup_WB, *self.steps_SB]
 
     def feature(self, row: int, is_causal: bool) -> dict[str, Any]:
-        """A row as a tokenised dataset of the hub's would have it."""
+        """A row in the form of a tokenised dataset from the hub."""
         place = slice(int(self.offsets[row]), int(self.offsets[row + 1]))
         ids, answer = self.tokens[place].tolist(), int(self.labels[row])
         feature: dict[str, Any] = {"input_ids": ids, "attention_mask": [1] * len(ids)}
@@ -165,7 +165,7 @@ def _texts(random: np.random.Generator, lengths: Lengths, count: int) -> Iterato
 
 
 def _words(vocab_size: int) -> Any:
-    """A tokenizer with a token for each made-up word, as far as the vocabulary goes; the others are unknown."""
+    """A tokenizer with a token for each generated word that fits in the vocabulary; other words are unknown."""
     from tokenizers import Tokenizer, models, pre_tokenizers
 
     names = [*SPECIAL.values(), *(f"w{word}" for word in range(MOST_WORDS))]
@@ -176,7 +176,7 @@ def _words(vocab_size: int) -> Any:
 
 
 def _pieces(task: Task, plan: Plan, preset: Preset) -> Any:
-    """A tokenizer that is trained on the texts."""
+    """A tokenizer trained on the texts."""
     from tokenizers import AddedToken
 
     from fastpeft.standins.build_qwen3 import build_tokenizer
@@ -219,7 +219,7 @@ def _save_random_model(folder: Path, plan: Plan, preset: Preset, tokenizer: Any,
     ).save_pretrained(folder)
     torch.manual_seed(0)
     auto: Any = transformers.AutoModelForCausalLM if is_causal else transformers.AutoModel
-    with quiet_transformers(), torch.device(plan.device):  # a GPU draws the weights of a large model in no time
+    with quiet_transformers(), torch.device(plan.device):  # a GPU draws the weights of a large model faster
         auto.from_config(config).to(dtype).save_pretrained(folder)
 
 

@@ -1,7 +1,7 @@
-"""What bench/throughput.py compares: presets, rows and levers, and the run that a row trains.
+"""Presets, rows and levers of bench/throughput.py, and the run that a row trains.
 
-A lever is what makes fastpeft's step cheaper and can be left out. It is one entry of LEVERS, a setting of the run or a
-switch of the product; its row, `fastpeft_NAME`, has it alone.
+A lever is an optimization of fastpeft's step that can be switched off. It is one entry of LEVERS, a setting of the run
+or a switch in fastpeft; its row, `fastpeft_NAME`, has this lever alone.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from fastpeft.kernels.ops.lora_linear import compute
 from fastpeft.models import fast
 
 Shape = Mapping[str, Any]
-"""Of a model with random weights: model_type, and fields of its config."""
+"""Shape of a model with random weights: model_type, and fields of its config."""
 
 QWEN3_384: Shape = {
     "model_type": "qwen3",
@@ -54,7 +54,7 @@ QWEN3_600M: Shape = {
 
 @dataclass(frozen=True)
 class Lengths:
-    """Of made-up texts, in tokens: log-normal."""
+    """Log-normal lengths of generated texts, in tokens."""
 
     mean: float
     sigma: float
@@ -65,22 +65,22 @@ class Lengths:
 class Preset:
     dataset: str
     kind: str
-    """As in dataset.task."""
+    """Kind of task, as in dataset.task."""
     embedded: str
-    """The generated dataset for a pretrained model without --data."""
+    """Generated dataset for a pretrained model without --data."""
     shapes: Mapping[str, Shape]
-    """By the device: what is trained without --model. Where there is none, a model has to be given."""
+    """Device -> shape trained without --model. A device without a shape requires --model."""
     texts: tuple[Lengths, Lengths]
-    """Of made-up rows: premise and hypothesis, or question and answer."""
+    """Lengths of the two texts of generated rows: premise and hypothesis, or question and answer."""
     run: Mapping[str, Any]
     """Settings by dotted key, shared by all rows."""
     threads: int
     steps: int
-    """A turn, on a CPU."""
+    """Steps per turn on a CPU."""
     peer_rows: int | None = None
-    """The peers' micro-batch, where their whole batch needs more memory than a machine has."""
+    """Micro-batch of the peers, where their whole batch exceeds a machine's memory."""
     trims: bool = False
-    """Workers that wait give their freed memory back, and begin each turn with a step that is not timed."""
+    """Waiting workers return freed memory to the system, and start each turn with an untimed step."""
 
     @property
     def is_causal(self) -> bool:
@@ -89,7 +89,7 @@ class Preset:
 
 _PAIR = tuple(Lengths(share * (MEAN_LENGTH - 3), LENGTH_SIGMA, int(share * LONGEST)) for share in (0.65, 0.35))
 _PROBLEM = (Lengths(65, 0.31, 200), Lengths(124, 0.42, 300))
-"""GSM8K's own, by Gemma 3's tokenizer."""
+"""GSM8K's lengths by Gemma 3's tokenizer."""
 _GSM8K: Mapping[str, Any] = {
     "adapter.rank": 64,
     "adapter.alpha": 16.0,
@@ -139,11 +139,11 @@ WARMUP_STEPS = 3
 # ---- rows ----------------------------------------------------------------------------------
 
 BASE = "hf_grouped"
-"""What the ratios compare with."""
+"""Row in the denominator of the ratios."""
 PRODUCT = "fastpeft"
 
 Missing = Callable[[Preset, str], str | None]
-"""Why a row cannot be on this device; None where it can."""
+"""(preset, device) -> the reason why a row cannot run there; None if it can."""
 
 
 def _always(preset: Preset, device: str) -> None: ...
@@ -170,17 +170,17 @@ class Peer:
     """A row of transformers' Trainer."""
 
     padding: str = "longest"
-    """Or max_length."""
+    """longest or max_length."""
     trainer: str = "transformers"
-    """Or trl, unsloth."""
+    """transformers, trl or unsloth."""
     packing: bool = False
-    """Of trl."""
+    """Packing, for trl only."""
     arguments: Mapping[str, Any] = field(default_factory=dict)
-    """Of TrainingArguments."""
+    """Further TrainingArguments."""
     missing: Missing = _always
     warmup_steps: int = WARMUP_STEPS
     own_batches: bool = False
-    """Its steps hold other rows than the other rows' steps."""
+    """It makes its own batches, which differ from those of the other table rows."""
 
 
 PEERS = {
@@ -197,11 +197,11 @@ PEERS = {
 @dataclass(frozen=True)
 class Lever:
     off: Mapping[str, Any] = field(default_factory=dict)
-    """Settings of the run that do without it, by dotted key."""
+    """Settings of the run that switch the lever off, by dotted key."""
     on: Mapping[str, Any] = field(default_factory=dict)
-    """Settings that ask for it, where the run's own do not."""
+    """Settings that switch it on, where the run's defaults do not."""
     switch: Callable[[bool], AbstractContextManager[object]] | None = None
-    """Of the product: entered before a run is set up, left when it has ended."""
+    """Switch in fastpeft: a context entered before a run is set up, left when it has ended."""
 
 
 def _fast(name: str) -> Lever:
@@ -225,17 +225,17 @@ LEVERS: dict[str, Lever] = {
 } | {name: _fast(name) for name in fast.LEVERS}
 
 PLAIN = f"{PRODUCT}_plain"
-"""The product without any lever."""
+"""fastpeft without any lever."""
 LEVER_ROWS = [PLAIN, *(f"{PRODUCT}_{name}" for name in LEVERS)]
 PREFIX = f"{PRODUCT}_prefix"
-"""The product with all levers and training.cache_prefix, after its first epoch. It learns otherwise: below the first
-adapter there is no dropout."""
+"""fastpeft with all levers and training.cache_prefix, after its first epoch. Its losses differ, since there is no
+dropout below the first adapter."""
 LAUNCHED = f"{PRODUCT}_launched"
-"""The product with all levers but captured steps, which a CPU has none of."""
+"""fastpeft with all levers except captured steps, which do not exist on a CPU."""
 PACKED = f"{PRODUCT}_packed"
-"""The product with all levers and training.padding=none: its rows one behind another."""
+"""fastpeft with all levers and training.padding=none: rows concatenated without padding."""
 ROWS = [*PEERS, *LEVER_ROWS, PRODUCT, LAUNCHED, PACKED, PREFIX]
-"""In the order of their turns."""
+"""Rows in the order of their turns."""
 ONLY_BY_NAME = LAUNCHED, PACKED, PREFIX
 
 
@@ -252,19 +252,19 @@ def levers_of(row: str) -> dict[str, bool]:
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """What every worker has to know; it reads it from the folder that they share."""
+    """Settings of every worker, read from the shared folder."""
 
     preset: str
     model: str | None
-    """A folder. With weights it is trained as it is; a config.json alone is the shape of a random model."""
+    """A folder. Weights in it are trained; a config.json alone gives the shape of a random model."""
     data: str | None
     device: str
     threads: int
     warmup_steps: int
     num_steps: int
-    """Behind the warm-up."""
+    """Steps after the warm-up."""
     settings: dict[str, Any] = field(default_factory=dict)
-    """The user's own, by dotted key."""
+    """The user's settings, by dotted key."""
 
     @classmethod
     def read(cls, folder: Path) -> Plan:
@@ -282,7 +282,7 @@ class Plan:
         return self.data is None and not self.has_weights
 
     def run(self, folder: Path, seed: int = 0, levers: Mapping[str, bool] | None = None) -> RunConfig:
-        """The run of a row of fastpeft's; a peer trains the same without the levers' settings."""
+        """Run of a fastpeft row; a peer trains the same without the levers' settings."""
         preset = PRESETS[self.preset]
         data = str(folder / "data") if self.makes_up_data else self.data
         run = RunConfig(
@@ -311,10 +311,10 @@ class Plan:
 
 
 def with_settings(run: RunConfig, settings: Mapping[str, Any]) -> RunConfig:
-    """The run with other values by dotted key; text becomes what the key holds.
+    """The run with other values by dotted key; strings are converted to the key's type.
 
     Raises:
-        ValueError: a key that there is not, or a value that is none for it.
+        ValueError: an unknown key, or a value that its type does not allow.
     """
     for key, value in settings.items():
         section, _, name = key.partition(".")

@@ -1,7 +1,7 @@
-"""How the rows of bench/throughput.py train: fastpeft by its own loop, the peers by their trainers' own.
+"""Training of the rows of bench/throughput.py: fastpeft in its own loop, the peers in their trainers' loops.
 
-Both stop between two steps and ask `Turns` whether to go on, so that what is timed is a whole lap of the loop: batch,
-forward, backward, update, and whatever else the loop does in a step.
+Both stop between two steps and ask `Turns` whether to continue, so that whole iterations of the loop are timed: batch,
+forward, backward, update, and everything else in a step.
 """
 
 from __future__ import annotations
@@ -48,12 +48,12 @@ from fastpeft.trainer.micro_batches import out_of_memory_is_told
 from fastpeft.trainer.run import keep_prefix
 
 Pause = Callable[[int, int], bool]
-"""Told, between two steps, how many have been taken and the tokens in them, padding not counted; true: take no more.
-As bench.throughput_worker.Turns."""
+"""(steps taken, their tokens without padding) -> whether to stop, called between two steps, as
+bench.throughput_worker.Turns."""
 
 
 def train(row: str, plan: Plan, folder: Path, seed: int, pause: Pause, curve: bool = False) -> list[float]:
-    """Train until `pause` says stop. Returns the steps' losses, where `curve` asks for them."""
+    """Train until `pause` returns true. Returns the steps' losses if `curve`."""
     inputs = Inputs.read(folder)
     with tempfile.TemporaryDirectory() as own:
         if row.startswith(PRODUCT):
@@ -66,7 +66,7 @@ def train(row: str, plan: Plan, folder: Path, seed: int, pause: Pause, curve: bo
 
 
 class GivenBatches(Batches):
-    """The rows of each step as they are given, once round."""
+    """One epoch of given batches: the rows of each step."""
 
     def __init__(self, encoded: TokenRows, steps: list[np.ndarray]) -> None:
         super().__init__(encoded, len(steps[0]), seed=0)
@@ -119,7 +119,7 @@ def _train_product(run: RunConfig, row: str, inputs: Inputs, folder: Path, pause
 
 
 def _read_once(job: Job) -> None:
-    """The rows of all steps, by the prefix cache where there is one, as a first epoch would."""
+    """Fill the prefix cache, if there is one, with the rows of all steps, as a first epoch does."""
     if job.prefix_cache is None:
         return
     for rows in job.batches.epoch(0):
@@ -132,7 +132,7 @@ def _read_once(job: Job) -> None:
 
 
 class _Rows(Dataset):
-    """The rows in the order of their steps, one behind the other, for a sampler that is sequential."""
+    """The rows of all steps in order, for a sequential sampler."""
 
     def __init__(self, inputs: Inputs, is_causal: bool) -> None:
         self._inputs, self._is_causal = inputs, is_causal
@@ -146,7 +146,7 @@ class _Rows(Dataset):
 
 
 class _Counted:
-    """A collator, and the tokens of each batch that it has made, padding not counted. Loaders run ahead of steps."""
+    """A collator that records each batch's tokens without padding. Per batch, since loaders run ahead of steps."""
 
     def __init__(self, collate: Callable[[list[dict[str, Any]]], Any]) -> None:
         self._collate = collate
@@ -191,7 +191,7 @@ def with_lora_of(run: RunConfig) -> nn.Module:
 
 
 def peer_settings(peer: Peer, run: RunConfig, preset: Preset, folder: Path, num_steps: int) -> dict[str, Any]:
-    """Of TrainingArguments: what the run says, and the trainers' own defaults."""
+    """TrainingArguments from the run's settings; everything else is the trainers' default."""
     training, optimizer = run.training, run.optimizer
     rows = preset.peer_rows or training.batch_size
     return trainer_settings(run, folder, "sequential") | {
@@ -248,7 +248,7 @@ class _Watch:
 def _trl_trainer(
     peer: Peer, model: nn.Module, tokenizer: Any, settings: dict[str, Any], run: RunConfig, inputs: Inputs
 ) -> tuple[Any, _Counted]:
-    """Loss on the answers alone. Packed to the longest length, about as many tokens a step as the others have."""
+    """Loss on the answers alone. Packing is to the longest length, with about as many tokens per step as other rows."""
     import datasets
     import trl
 

@@ -1,4 +1,4 @@
-"""The workers of bench/throughput.py, the turns that they take, and what a table says of them."""
+"""Workers of bench/throughput.py, their turns, and the table of results."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ from fastpeft.budget import EnergyMeter
 
 HERE = Path(__file__).resolve().parent
 END_S = 30.0
-"""For a worker to end by itself."""
+"""Seconds that a worker has to end by itself."""
 
 Answer = dict[str, Any]
 
 
 class RowFailed(Exception):
-    """A worker has ended before its time; the message says how."""
+    """A worker has ended too early; the message says how."""
 
 
 def _environment(plan: Plan) -> dict[str, str]:
@@ -39,10 +39,10 @@ def _environment(plan: Plan) -> dict[str, str]:
 
 
 def prepare(folder: Path, plan: Plan) -> None:
-    """Make the rows' inputs, in a process that gives its memory back.
+    """Make the rows' inputs, in a separate process, so that its memory is freed.
 
     Raises:
-        SystemExit: they cannot be made; it has said why.
+        SystemExit: the inputs cannot be made; the process has printed the reason.
     """
     command = [sys.executable, str(HERE / "throughput_inputs.py"), str(folder)]
     done = subprocess.run(command, env=_environment(plan), stderr=subprocess.PIPE, text=True)
@@ -79,29 +79,29 @@ class Worker:
         assert process.stdin is not None
         assert process.stdout is not None
         try:
-            process.communicate(timeout=0 if exception[0] else END_S)  # at the end of its lines it stops
+            process.communicate(timeout=0 if exception[0] else END_S)  # it stops at the end of its input
         except subprocess.TimeoutExpired:
             process.kill()
             process.communicate()
         self._log.close()
 
     def ready(self) -> Answer:
-        """Waits until it is set up and warm. RowFailed."""
+        """Wait until the worker is set up and warmed up. Raises RowFailed."""
         return self._read()
 
     def turn(self, steps: int) -> Answer:
-        """{seconds, steps, tokens, peak_mb}. RowFailed."""
+        """Take a turn: {seconds, steps, tokens, peak_mb}. Raises RowFailed."""
         self._write(steps=steps)
         return self._read()
 
     def finish(self) -> list[float]:
-        """The losses of all its steps. RowFailed."""
+        """Losses of all its steps. Raises RowFailed."""
         self._write(stop=True)
         return self._read()["losses"]
 
     @classmethod
     def curve(cls, folder: Path, row: str, plan: Plan, seed: int) -> list[float]:
-        """The losses of a whole run. RowFailed."""
+        """Losses of a whole run. Raises RowFailed."""
         with cls(folder, row, plan, seed, curve=True) as worker:
             worker.ready()
             worker.turn(plan.num_steps)
@@ -132,7 +132,7 @@ class Worker:
 
 
 class Timed:
-    """The turns of the rows' workers."""
+    """Turns of the rows' workers."""
 
     def __init__(self, folder: Path, plan: Plan, steps: int, rows: list[str]) -> None:
         self._folder, self._plan, self._steps, self._rows = folder, plan, steps, rows
@@ -149,7 +149,7 @@ class Timed:
         self._open.__exit__(*exception)
 
     def set_up(self) -> None:
-        """Side by side on a GPU; on a CPU the memory may hold the warm-up of one row only."""
+        """Set up the workers: all at once on a GPU, one by one on a CPU, where memory may allow one warm-up only."""
         together = self._plan.device == "cuda"
         for row in self._rows:
             self._workers[row] = self._open.enter_context(Worker(self._folder, row, self._plan))
@@ -164,7 +164,7 @@ class Timed:
             interleave(alternatives, 1, rounds, over, lambda turn: turn())
 
     def _turn(self, row: str) -> float:
-        """Its seconds; NaN of a row that has failed."""
+        """Seconds of the row's turn; NaN if the row has failed."""
         if row in self.failed:
             return math.nan
         if self._meter.works:
@@ -187,7 +187,7 @@ class Timed:
     # ---- the report ------------------------------------------------------------------------
 
     def times(self, clock: str = "seconds") -> Times:
-        """Of `seconds` or `cpu_s`, a token, in whole rounds."""
+        """`seconds` or `cpu_s` per token, in whole rounds."""
         times = Times()
         for i in range(max(map(len, self.turns.values()), default=0) // 2):
             pairs = {row: turns[2 * i : 2 * i + 2] for row, turns in self.turns.items() if len(turns) >= 2 * i + 2}
@@ -196,7 +196,7 @@ class Timed:
         return times
 
     def report(self, missing: Mapping[str, str]) -> dict[str, Any]:
-        """As far as the turns have come. `missing`: rows that were asked for and cannot be here, and why."""
+        """Report of the turns so far. `missing`: requested rows that cannot run here -> the reason."""
         times, cpu_times = self.times(), self.times("cpu_s")
         named = [name for name in ROWS if name in self.turns or name in missing]
         rows = [self._row(name, times, cpu_times, missing.get(name)) for name in named]
@@ -237,18 +237,18 @@ class Timed:
 def _gpu_uuid(plan: Plan) -> str | None:
     if plan.device != "cuda":
         return None
-    from fastpeft.trainer.build import gpu_uuid  # seconds of imports
+    from fastpeft.trainer.build import gpu_uuid  # importing it takes seconds
 
     return gpu_uuid(torch.device(plan.device))
 
 
 def _speed(times: Times, name: str) -> tuple[float | None, float | None, float | None]:
-    """As a multiple of BASE's, with its interval."""
+    """Speed as a multiple of BASE's, with its interval."""
     return times.ratio(BASE, name) if name in times and BASE in times else (None, None, None)
 
 
 def _other_tokens(name: str, turns: list[Answer], base: list[Answer]) -> str | None:
-    """That a row was given other batches than it should have been."""
+    """Message if a row's turns had other batches than BASE's; None if not."""
     if name in PEERS and PEERS[name].own_batches:
         return None
     pairs = [(own["tokens"], theirs["tokens"]) for own, theirs in zip(turns, base)]

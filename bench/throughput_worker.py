@@ -1,9 +1,9 @@
-"""One row of bench/throughput.py in a process of its own, so that its peak of memory is its own.
+"""One row of bench/throughput.py in its own process, so that the peak of memory is that of this row.
 
     python bench/throughput_worker.py FOLDER ROW SEED [--curve]
 
-It is set up once, warms up, says `ready`, and then does what each line on its standard input asks for, {"steps": N} or
-{"stop": true}. Its answers are lines of JSON on its standard output; what else is printed goes to standard error.
+The worker is set up once, warms up, answers `ready`, and then follows each line on its standard input, {"steps": N} or
+{"stop": true}. Its answers are lines of JSON on its standard output; all other output goes to standard error.
 """
 
 from __future__ import annotations
@@ -28,18 +28,18 @@ from bench.throughput_presets import PRESETS, Plan
 
 
 class Turns:
-    """Between two steps: answers, waits for the next line, and times what lies between two such waits.
+    """Called between two steps: answers, waits for the next line, and times the steps between two such waits.
 
     Args:
-        warmup_steps: that are taken before the first wait.
-        trims: give freed memory back before a wait, and begin each turn with a step that is not timed.
+        warmup_steps: steps before the first wait.
+        trims: return freed memory to the system before a wait, and start each turn with an untimed step.
     """
 
     def __init__(self, lines: IO[str], answers: IO[str], device: torch.device, warmup_steps: int, trims: bool) -> None:
         self._lines, self._answers, self._device, self._trims = lines, answers, device, trims
         self._until = warmup_steps
         self._begins_at: int | None = None
-        """The steps after which the clock starts."""
+        """Number of steps after which the clock starts."""
         self._began = (0.0, 0.0, 0, 0)
         self.stopped = False
 
@@ -84,9 +84,9 @@ class Turns:
 
 
 def peak_mb(device: torch.device) -> float:
-    """Since the process began: on a GPU by torch's allocator, on a CPU what the process held, libraries included.
+    """Peak memory since the process began: on a GPU by torch's allocator, on a CPU of the whole process with libraries.
 
-    Linux's ru_maxrss is no less than what the parent held when it started the process; VmHWM is the process's own.
+    On Linux VmHWM is used, since ru_maxrss is at least the parent's memory at the start of the process.
     """
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**20
@@ -98,7 +98,7 @@ def peak_mb(device: torch.device) -> float:
 
 
 def trim() -> None:
-    """Give freed memory back to the system, where the C library keeps it."""
+    """Return freed memory that the C library keeps to the system."""
     gc.collect()
     give_back = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc's
     if give_back is not None:

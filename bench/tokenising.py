@@ -1,11 +1,11 @@
-"""What rendering and tokenising conversations costs over the tokenizer's own time on the same texts, in turns.
+"""Time of rendering and tokenising conversations over the tokenizer's own time on the same texts, in turns.
 
     python bench/tokenising.py --model DIR --data FILE [--template NAME] [--rows 50000] [--rounds 5] [--json OUT]
 
-`--data` is a file of Alpaca's form (instruction, input, output). Its rows are taken over and over, each with its number
-in front of the instruction, so that no two are the same. `tokenizer` is one call of the tokenizer for each 512 of the
-rendered texts; `fastpeft` is everything from the conversations that were read to the arrays of a run, without its
-cache. Both by the wall clock, with all threads that the tokenizer takes, and by CPU time.
+`--data` is a file in Alpaca's format (instruction, input, output). Its rows are repeated, each with its number
+in front of the instruction, so that no two are the same. `tokenizer` is one call of the tokenizer for every 512
+rendered texts; `fastpeft` is everything from conversations in memory to the arrays of a run, without the cache.
+Both by the wall clock, with all threads of the tokenizer, and by CPU time.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ PART = 512
 
 
 def conversations(data: Path, count: int) -> Conversations:
-    """As a run reads them, all of them training rows."""
+    """Conversations as a run reads them, all of them training rows."""
     rows = json.loads(data.read_text(encoding="utf-8"))
     numbered = (
         {**rows[i % len(rows)], "instruction": f"{i}. {rows[i % len(rows)]['instruction']}"} for i in range(count)

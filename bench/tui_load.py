@@ -1,19 +1,19 @@
-"""How fast the terminal UI's reader, plots and list are, and whether a day of a live run leaks.
+"""Speed of the terminal UI's reader, plots and list, and memory growth over a day of a live run.
 
     python bench/tui_load.py [--events 1000000] [--runs 200] [--seconds 60] [--rounds 15] [--json OUT] [--check]
 
-open     a log of `--events` lines in an app of one plot, 160x48: seconds from the key to the first picture, to a
-         picture of the whole range (samples of the log), and to every line read. A thread reads, as in the TUI.
-redraw   ms from the call to the finished picture, over all lines, for 2 curves: as they are, smoothed, log scale, after
-         new lines, zoomed. `floor` is the same with an empty label, what the toolkit takes in any case. Median of
-         `--rounds`, in turns; the CPU's share beside it.
-list     `--runs` folders of 1,000 lines each: the first look, one at which nothing changed, one at which ten grew.
-day      24 hours of a live run (10 steps a second, a heartbeat every 2 s) appended to a log, read and drawn as fast as
-         it goes, for at most `--seconds`, with one resume that cuts the log: memory beyond the columns' own, Python
+open     a log of `--events` lines in an app of one plot, 160x48: seconds from the key to the first frame, to a
+         frame of the whole range (samples of the log), and until every line is read. A thread reads, as in the TUI.
+redraw   ms from the call to the finished frame, over all lines, for 2 curves: plain, smoothed, log scale, after
+         new lines, zoomed. `floor` is the same with an empty label, the toolkit's own cost. Median of
+         `--rounds`, in turns, with CPU time.
+list     `--runs` folders of 1,000 lines each: the first poll, one without changes, one in which ten folders grew.
+day      24 hours of a live run (10 steps per second, a heartbeat every 2 s) appended to a log, read and drawn at full
+         speed, for at most `--seconds`, with one resume that cuts the log: memory beyond the columns' own, Python
          objects and open files, after a tenth of the time and at the end.
 
-The files are in the page cache: the disk is not measured. Process CPU seconds stand beside wall-clock ones, for the
-machine may be shared. `--check` exits with 1 where a goal is missed.
+The files are in the page cache, so that the disk is not measured. CPU seconds of the process are given with wall-clock
+ones, since the machine may be shared. `--check` exits with 1 where a goal is missed.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ GOALS = {
     "day.more_mb_than_columns": 32.0,
     "day.more_files": 0,
 }
-"""At most."""
+"""Upper limits."""
 
 
 def step_line(rng: random.Random, i: int) -> bytes:
@@ -82,8 +82,8 @@ def step_line(rng: random.Random, i: int) -> bytes:
 
 
 def log_lines(rng: random.Random, first: int, num: int) -> Iterator[bytes]:
-    """Steps, a heartbeat every 2 s of them, every 32 a schedule's forecast, figures and factors on the rates of 24
-    matrices, an evaluation and a checkpoint every 5,000."""
+    """Events of a run: steps; a heartbeat every 2 s; every 32 steps a schedule's forecast, figures and learning rate
+    factors of 24 matrices; an evaluation and a checkpoint every 5,000 steps."""
     for i in range(first, first + num):
         yield step_line(rng, i)
         common = f'"time_s":{1.79e9 + i / STEPS_PER_S:.3f},"elapsed_s":{i / STEPS_PER_S},"step":{i}'
@@ -108,7 +108,7 @@ def write_log(path: Path, num_events: int) -> None:
 
 
 class Bench(App):
-    """One plot, as the run screen has them."""
+    """An app with one plot of the run screen."""
 
     def compose(self) -> ComposeResult:
         yield Static("", id="label")
@@ -122,7 +122,7 @@ class Bench(App):
             self.displayed.set()
 
     async def painted(self, change: Callable[[], Any]) -> None:
-        """Make a change of the screen, and wait until it was written out."""
+        """Change the screen, and wait until the change is written to the terminal."""
         self.displayed.clear()
         change()
         await asyncio.wait_for(self.displayed.wait(), 30)
@@ -135,7 +135,7 @@ class Bench(App):
 
 
 async def measure_open(log: Path) -> dict[str, float]:
-    """As a run screen does it: a worker polls, the plot is drawn at most four times a second."""
+    """Open a log as a run screen does: a worker polls, and the plot is drawn at most four times per second."""
     app, found = Bench(), {}
     async with app.run_test(size=SIZES["160x48"]) as pilot:
         await pilot.pause()
@@ -235,7 +235,7 @@ def timed(call: Callable[[], Any]) -> float:
 
 
 async def measure_day(log: Path, seconds: float) -> dict[str, float]:
-    """`log` holds nothing yet. A round appends 200 s of the run; after half of the day it is cut back by a tenth."""
+    """`log` is empty at the start. A round appends 200 s of the run; after half of the day it is cut by a tenth."""
     a_round, num_rounds = 200 * STEPS_PER_S, DAY_S // 200
     app, process, rng = Bench(), psutil.Process(), random.Random(2)
     tail, began, step, early, ended = RunTail(log), time.perf_counter(), 0, None, 0
@@ -313,7 +313,7 @@ def main() -> int:
 
 
 def report(found: dict[str, Any]) -> list[str]:
-    """Print every number, and the goals that were missed."""
+    """Print every figure, and return the missed goals."""
     missed = []
     for key, value in leaves(found):
         goal = GOALS.get(key)

@@ -1,11 +1,10 @@
-"""Rows without padding beside padded ones, both fastpeft's own: an optimizer step of each in turns on the same batches.
+"""Unpadded against padded rows in fastpeft: an optimizer step of each in turns on the same batches.
 
     python bench/varlen.py --run lora_mnli [--order drawn|grouped] [--batches 8] [--seconds 60] [key=value ...]
 
-`drawn` batches take rows as they come, so that micro-batches are all that keeps lengths together; `grouped` ones have
-rows of nearly one length. Both ways take the limit of tokens that the padded run plans. Ratios
-are of padded time over that without padding, so that more than 1 is a gain; CPU time is what a busy machine leaves
-comparable.
+`drawn` batches have rows in random order, so that only micro-batches group rows by length; `grouped` batches have
+rows of similar length. Both ways use the token limit that the padded run plans. Ratios are padded time over unpadded
+time, so that more than 1 is a gain. On a busy machine compare CPU time.
 """
 
 from __future__ import annotations
@@ -34,7 +33,7 @@ WAYS = ("padded", "none")
 
 
 class Steps:
-    """Of one job, on given batches; `cpu_s` keeps what each took."""
+    """Steps of one job on given batches; `cpu_s` holds the CPU seconds of each."""
 
     def __init__(self, job: Job, batches: list[np.ndarray], limit: int) -> None:
         self.job, self.batches, self.limit = job, batches, limit
@@ -50,7 +49,7 @@ class Steps:
         self.cpu_s.append(time.process_time() - began)
 
     def padding(self) -> float:
-        """The share of padding that is left in its micro-batches."""
+        """Share of padding tokens in the micro-batches."""
         rows = self.job.task.train
         parts = [part for batch in self.batches for part in micro_batches(rows, batch, self.limit)]
         tokens = sum(int(rows.lengths[part].sum()) for part in parts)
