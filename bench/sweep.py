@@ -127,7 +127,7 @@ def timed_worker() -> float:
 def curve(params: dict[str, Any], noise: Any) -> list[float]:
     """Accuracy at each evaluation: higher and reached sooner near the best learning rate and batch size, noise 0.003.
 
-    The best is 0.9, at a learning rate of 3e-4 x sqrt(batch / 32). A factor of 2 costs 0.02; the penalty matters little.
+    The best is 0.9, at a learning rate of 3e-4 x sqrt(batch / 32). A factor of 2 costs 0.02; the penalty hardly counts.
     """
     off = math.log2(params[RATE] / (3e-4 * math.sqrt(params[BATCH] / 32)))
     final = 0.9 - 0.02 * off**2 / (1 + 0.05 * off**2) - 0.002 * abs(math.log10(params[PENALTY] / 1e-4))
