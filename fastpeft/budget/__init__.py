@@ -1,4 +1,4 @@
-"""The budget: what is spent, what is left, and when something is due."""
+"""The budget of a run: its clock, its energy meter, and periodic events."""
 
 from fastpeft.budget.clock import BudgetClock, Due
 from fastpeft.budget.energy import EnergyMeter

@@ -1,12 +1,11 @@
 """The clock of a run.
 
-It counts calibration, training, evaluation, checkpoints and the final save; set-up is outside. The
-training loop stops when the next step, plus 1.1 times the last measured evaluation and save, would
-overrun the budget.
+It counts calibration, training, evaluation, checkpoints and the final save, but not set-up. The training loop stops
+when the next step, plus 1.1 times the last measured evaluation and save, would exceed the budget.
 
-Joules are the meter's estimate: its last reading, carried on with the power of its last window. A step
-is taken to cost its expected seconds at that power, so a budget in joules ends at most max(1 %, one
-step) over, and what the power changed by within one window (a second).
+Joules are the meter's estimate: its last reading, extrapolated with the mean power of its last window. The expected
+cost of a step is its expected seconds times that power. A budget in joules is therefore exceeded by at most
+max(1 %, one step), plus the change of power within one window (a second).
 """
 
 from __future__ import annotations
@@ -23,7 +22,7 @@ _SMOOTHING = 0.9
 
 
 class BudgetClock:
-    """Spent seconds, joules, tokens and steps against one budget. All of them survive a resume."""
+    """Seconds, joules, tokens and steps spent, against one budget. All of them are restored by a resume."""
 
     def __init__(
         self, budget: Budget, now: Callable[[], float] = time.monotonic, meter: EnergyMeter | None = None
@@ -33,23 +32,23 @@ class BudgetClock:
         self.tokens = 0
         self.steps = 0
         self.final_s = 0.0
-        """Last measured evaluation and save, in seconds."""
+        """Duration of the last measured evaluation and save, in seconds."""
         self.final_j = 0.0
-        """The same in joules."""
+        """Energy of the last measured evaluation and save, in joules."""
         self._now = now
         self._before_s = 0.0
         self._started: float | None = None
         self.seconds_per_token = 0.0
-        """Smoothed, of steps and calibration."""
+        """Exponential moving average over steps and calibration."""
         self._progress = 0.0
 
     def start(self, elapsed_s: float = 0.0) -> None:
-        """Start counting from `elapsed_s`, what earlier parts of the run spent."""
+        """Start counting from `elapsed_s`, the seconds of earlier parts of the run."""
         self._before_s = elapsed_s
         self._started = self._now()
 
     def stop(self) -> None:
-        """Count no more; the meter takes its last reading."""
+        """Stop counting; the meter takes its last reading."""
         self._before_s, self._started = self.elapsed_s, None
         self.meter.stop()
 
@@ -59,14 +58,14 @@ class BudgetClock:
 
     @property
     def spent(self) -> float:
-        """In the unit of the budget."""
+        """Amount spent, in the unit of the budget."""
         if self.budget.kind == "joules":
             return self.meter.estimate_j
         return {"seconds": self.elapsed_s, "tokens": self.tokens, "steps": self.steps}[self.budget.kind]
 
     @property
     def progress(self) -> float:
-        """Share of what training may spend, 0 to 1, never falling: 1 is where training has to end."""
+        """Fraction of the training budget that is spent, 0 to 1. It never decreases; training has to end at 1."""
         available = self.budget.limit - self._reserve
         self._progress = max(self._progress, min(1.0, self.spent / max(available, 1e-9)))
         return self._progress
@@ -80,14 +79,14 @@ class BudgetClock:
         self.count_tokens(num_tokens, seconds)
 
     def count_tokens(self, num_tokens: int, seconds: float) -> None:
-        """Tokens that went forward and backward, in a step or in calibration."""
+        """Count tokens of forward and backward passes, in a step or in calibration."""
         self.tokens += num_tokens
         measured = seconds / max(1, num_tokens)
         old = self.seconds_per_token or measured
         self.seconds_per_token = _SMOOTHING * old + (1 - _SMOOTHING) * measured
 
     def fits(self, num_tokens: int, more_s: float = 0.0) -> bool:
-        """Whether a step of `num_tokens`, and `more_s` beside it, fits before the final evaluation."""
+        """Whether a step of `num_tokens`, plus `more_s` seconds, leaves room for the final evaluation and save."""
         limit = self.budget.limit
         if self.budget.kind == "steps":
             return self.steps < limit
@@ -110,7 +109,7 @@ class BudgetClock:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Count on from what was spent, from this moment."""
+        """Restore the amounts spent and start counting."""
         self.steps, self.tokens = state["steps"], state["tokens"]
         self.seconds_per_token = state["seconds_per_token"]
         self.final_s, self.final_j = state["final_s"], state["final_j"]
@@ -119,7 +118,7 @@ class BudgetClock:
 
 
 class Due:
-    """Says when something that happens every `interval` is due; `count` survives a resume."""
+    """Whether an event that happens every `interval` is due. `count`, the periods done, is restored by a resume."""
 
     def __init__(self, interval: Interval, steps_per_epoch: int) -> None:
         self.interval = interval
@@ -147,6 +146,6 @@ class Due:
         return {"count": self.count, "unit": self.interval.unit, "value": self.interval.value}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """How often stays as it was: what it was chosen by may be measured otherwise now."""
+        """Restore the count and the interval. The measurement that the interval was chosen by could differ now."""
         self.count = state["count"]
         self.interval = Interval(state["unit"], state["value"])

@@ -1,8 +1,8 @@
-"""Joules of the device that trains, read off the training thread.
+"""Energy of the training device in joules, read on a thread of its own.
 
-On a GPU: NVML's total energy counter (Volta and later), else NVML's power integrated; on a CPU: RAPL;
-else none, and no number. RAPL never stands in for a GPU: it would count the CPU's joules. All of them
-count the whole device, other processes on it included.
+On a GPU the source is NVML's total energy counter (Volta and later), else NVML's power, integrated. On a CPU it is
+RAPL. Without a source no number is reported. RAPL never replaces NVML for a GPU, because it counts the CPU's energy.
+All sources count the whole device, including other processes on it.
 """
 
 from __future__ import annotations
@@ -22,23 +22,23 @@ POWERCAP = Path("/sys/class/powercap")
 WINDOW_S = 1.0
 """Shortest time between two readings: NVML's counter moves only every 20 to 100 ms."""
 POWER_PERIOD_S = 0.05
-"""Between two samples of the power that is integrated."""
+"""Time between two samples of the power that is integrated."""
 LOST_AFTER_S = 10.0
-"""A meter that has failed, stood still or not answered for this long is lost."""
+"""A meter that has failed, not changed or not answered for this long is lost."""
 ANSWER_S = 5.0
-"""Longest wait for a driver, outside the budget: when it is opened, and for the first reading."""
+"""Longest wait for a driver when it is opened, and for the first reading; not counted by the budget."""
 LAST_READING_S = 2.0
 """Longest wait for the last reading."""
 _MAX_W = 20_000.0
-"""No machine draws this: a counter that says so was reset or is broken."""
+"""More than any machine draws: a counter that implies this power was reset or is broken."""
 
 
 class MeterLost(Exception):
-    """What a meter says is wrong for good."""
+    """The readings of a meter are permanently wrong."""
 
 
 class Source(ABC):
-    """Something that counts joules from an origin of its own."""
+    """A counter of joules from an arbitrary origin."""
 
     method = "none"
 
@@ -46,11 +46,11 @@ class Source(ABC):
         self.period_s = WINDOW_S
 
     def restart(self) -> None:
-        """The next reading may come long after the last one."""
+        """Prepare for a next reading that may come long after the last one."""
 
     @abstractmethod
     def joules(self) -> float:
-        """May raise anything, and may never return: it is called on the meter's own thread."""
+        """Read the counter. It may raise anything and may never return: the meter calls it on its own thread."""
 
 
 class NvmlCounter(Source):
@@ -67,7 +67,7 @@ class NvmlCounter(Source):
 
 
 class NvmlPower(Source):
-    """The trapezoid rule over samples of the power."""
+    """Power samples integrated by the trapezoidal rule."""
 
     method = "nvml_power"
 
@@ -100,7 +100,7 @@ class NvmlPower(Source):
 
 
 class Rapl(Source):
-    """Counters of the CPU packages, and of their memory where it has its own; each wraps around."""
+    """Energy counters of the CPU packages, and of DRAM if it has its own. Each wraps around."""
 
     method = "rapl"
 
@@ -136,8 +136,7 @@ class Several(Source):
 
 
 def open_source(gpu_uuid: str | None, powercap: Path, *more: str) -> tuple[Source | None, str]:
-    """The best source of the GPU, and of `more` of them, or of the CPU where `gpu_uuid` is None; without one, the
-    reason."""
+    """The best source for these GPUs, or for the CPU if `gpu_uuid` is None; or None and the reason."""
     if gpu_uuid is None:
         return _open_rapl(powercap)
     sources = []
@@ -168,7 +167,7 @@ def _open_rapl(powercap: Path) -> tuple[Source | None, str]:
     try:
         for zone in sorted(powercap.glob("intel-rapl:*")):
             name = (zone / "name").read_text().strip()
-            if name.startswith("package") or name == "dram":  # core and uncore are in it, psys holds it
+            if name.startswith("package") or name == "dram":  # package includes core and uncore; psys includes package
                 zones.append(zone)
         if not zones:
             return None, f"there is no CPU energy counter in {powercap}"
@@ -182,17 +181,18 @@ def _open_rapl(powercap: Path) -> tuple[Source | None, str]:
 @dataclass(frozen=True)
 class _Reading:
     joules: float
-    """Since the first reading."""
+    """Energy since the first reading."""
     at_s: float
     power_w: float
-    """Mean since the reading before."""
+    """Mean power since the previous reading."""
 
 
 class EnergyMeter:
-    """Joules of one run, over all its parts. Only `open`, `start` and `stop` wait, and never for long.
+    """Joules of one run, including the parts before a resume. Only `open`, `start` and `stop` wait, for a few seconds
+    at most.
 
-    A meter that is lost stays lost: `joules` is None from then on, `method` says when, and `estimate_j`
-    goes on with the mean power so far.
+    A lost meter stays lost: `joules` is None from then on, `method` says when it was lost, and `estimate_j` is
+    extrapolated with the mean power until then.
     """
 
     def __init__(self, source: Source | None, reason: str = "", now: Callable[[], float] = time.monotonic) -> None:
@@ -213,10 +213,10 @@ class EnergyMeter:
 
     @classmethod
     def open(cls, gpu_uuid: str | None, powercap: Path | None = None, more: Sequence[str] = ()) -> EnergyMeter:
-        """Find the meter of a GPU, or of the CPU for None. A driver that hangs counts as none.
+        """Find the energy source of a GPU, or of the CPU for None. A driver that hangs is treated as no source.
 
         Args:
-            more: GPUs whose joules are added.
+            more: UUIDs of further GPUs whose joules are added.
         """
         found: list[tuple[Source | None, str]] = []
 
@@ -241,35 +241,35 @@ class EnergyMeter:
 
     @property
     def joules(self) -> float | None:
-        """At the last reading, earlier parts of the run included; None if any of it was not measured."""
+        """Energy at the last reading, including earlier parts of the run; None if any part was not measured."""
         return self._before_j + self._last.joules if self.works and self._complete else None
 
     @property
     def power_w(self) -> float:
-        """Over the last window; of a lost meter the mean until then."""
+        """Mean power over the last window; for a lost meter the mean until the loss."""
         return self._last.power_w if self.fault is None else self.mean_w
 
     @property
     def mean_w(self) -> float:
-        """Since the last start."""
+        """Mean power since the last start."""
         last = self._last
         return last.joules / (last.at_s - self._started_s) if last.joules else last.power_w
 
     @property
     def estimate_j(self) -> float:
-        """Now: the last reading, carried on with `power_w`. After `stop`, the last reading itself."""
+        """Energy now, or at `stop`: the last reading, extrapolated with `power_w`."""
         last, now_s = self._last, self._now() if self._ended_s is None else self._ended_s
         since_s = 0.0 if self._origin_j is None and self.fault is None else max(0.0, now_s - last.at_s)
         return self._before_j + last.joules + self.power_w * since_s
 
     def spent_since(self, start_j: float, seconds: float) -> float:
-        """Joules since `estimate_j` was `start_j`, `seconds` ago; a few windows at least, or by the power."""
+        """Joules since `estimate_j` was `start_j`, `seconds` ago; below three windows, `seconds` times `power_w`."""
         return self.estimate_j - start_j if seconds >= 3 * WINDOW_S else seconds * self.power_w
 
     # ---- a run -----------------------------------------------------------------------------
 
     def start(self) -> None:
-        """Count from now on. Until the first window is over the power is the mean since the last start."""
+        """Start counting. Until the first window is over, the power is the mean of the period before this start."""
         if not self.works:
             return
         assert self._source is not None
@@ -283,7 +283,7 @@ class EnergyMeter:
             self.fault = f"the first reading has not come for {ANSWER_S:g} s"
 
     def stop(self) -> None:
-        """Take the last reading; wait for it, but not long."""
+        """Take the last reading, and wait for it up to LAST_READING_S."""
         if self._thread is None:
             return
         self._stopping.set()
@@ -294,7 +294,7 @@ class EnergyMeter:
         self._ended_s = self._last.at_s if self.fault is None else self._now()
 
     def check(self, elapsed_s: float) -> str | None:
-        """Why the meter is lost, once, when it is. Called often; never waits."""
+        """The reason why the meter is lost, returned once; else None. It is called often and never waits."""
         since = self._calling_since
         if self.fault is None and since is not None and self._now() - since > LOST_AFTER_S:
             self.fault = f"a reading has not come back for {LOST_AFTER_S:g} s"
@@ -304,7 +304,7 @@ class EnergyMeter:
         return self.fault
 
     def state(self) -> dict[str, Any]:
-        """What a resume needs."""
+        """State for a resume."""
         return {"joules": self.estimate_j, "method": self.method, "complete": self.works and self._complete}
 
     def load_state(self, state: dict[str, Any]) -> None:

@@ -1,7 +1,7 @@
 """Kernels: the plain PyTorch specification of each operation, and its fast form.
 
-Import as `fastpeft.kernels`. Public functions resolve on first use, so that importing this package
-is free and cannot fail.
+Import as `fastpeft.kernels`. Public names are resolved on first use, so that importing this package imports neither
+torch nor Triton.
 """
 
 from __future__ import annotations

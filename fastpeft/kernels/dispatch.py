@@ -1,8 +1,8 @@
-"""Which way an operation is computed: PyTorch or Triton, and which form and tiles of it.
+"""The choice between PyTorch and Triton for each call, and of the form and tile sizes.
 
-A fused Triton kernel beats cuBLAS at some shapes and loses at others. So there is a table for each GPU, measured once
-by `fastpeft doctor --tune` and kept in the user's cache: per operation, dtype, in, out, rank and bucket of T, the
-fastest form and its tiles. What no table has is computed by cuBLAS.
+A fused Triton kernel beats cuBLAS at some shapes and loses at others. So there is a table per GPU model, measured once
+by `fastpeft doctor --tune` and kept in the user's cache. It holds the fastest form and its tiles per operation, dtype,
+in, out, rank and bucket of T. A shape that the table lacks is computed by cuBLAS.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ SMALLEST_BUCKET, LARGEST_BUCKET = 64, 65536
 
 @dataclass(frozen=True)
 class Config:
-    """Tiles of one kernel launch; what a field means, and which are read, is the kernel's."""
+    """Tile sizes of one kernel launch. Each kernel defines what the fields mean and which of them it reads."""
 
     block_m: int
     block_n: int
@@ -41,7 +41,7 @@ class Choice:
     config: Config | None = None
     """Tiles of the fused form."""
     microseconds: dict[str, float] = field(default_factory=dict, compare=False)
-    """What each form took when it was measured."""
+    """Time per call of each form when the table was measured."""
 
 
 Key = tuple[str, str, int, int, int, int]
@@ -51,7 +51,7 @@ _forced: dict[str, Choice] = {}
 
 
 def interpreting() -> bool:
-    """TRITON_INTERPRET=1: Triton kernels run on CPU tensors, in place of the CPU path."""
+    """Whether TRITON_INTERPRET=1 is set: Triton kernels then run on CPU tensors, in place of the CPU path."""
     return os.environ.get("TRITON_INTERPRET") == "1"
 
 
@@ -72,7 +72,7 @@ def has_triton() -> bool:
 
 
 def bucket(num_tokens: int) -> int:
-    """T rounded up to a power of two."""
+    """T rounded up to a power of two, within SMALLEST_BUCKET and LARGEST_BUCKET."""
     return min(LARGEST_BUCKET, max(SMALLEST_BUCKET, 1 << (num_tokens - 1).bit_length()))
 
 
@@ -83,7 +83,7 @@ def key_of(operation: str, dtype: torch.dtype, num_in: int, num_out: int, rank: 
 def choose(operation: str, x: torch.Tensor, num_in: int, num_out: int, rank: int, num_tokens: int) -> Choice:
     """The measured choice for this shape on x's device; `split` where nothing was measured.
 
-    Under the interpreter always `fused`: what is asked for there is that the kernels run.
+    On a CPU under the interpreter it is always `fused`, because the interpreter serves to run the kernels.
     """
     if _forced and operation in _forced:
         return _forced[operation]
@@ -97,7 +97,7 @@ _SPLIT, _FUSED = Choice("split"), Choice("fused")
 
 @contextmanager
 def forced(choice: Choice, *operations: str) -> Iterator[None]:
-    """These operations take `choice`, whatever the table says: for the tuner, benches and tests."""
+    """Use `choice` for these operations instead of the table: for the tuner, benchmarks and tests."""
     before = dict(_forced)
     _forced.update(dict.fromkeys(operations, choice))
     try:
@@ -122,12 +122,12 @@ def table(gpu: str) -> dict[Key, Choice]:
         path = table_path(gpu)
     except ValueError:
         return {}
-    # isfile: no, and no error, where a folder on the way may not be entered
+    # os.path.isfile is False, not an error, where a parent folder lacks permission
     return read_table(path) if os.path.isfile(path) else {}
 
 
 def table_path(gpu: str) -> Path:
-    """Where the user's table of this GPU model lies. Raises ValueError where the user has no home folder."""
+    """Path of the user's table of this GPU model. Raises ValueError if the user has no home folder."""
     root = os.environ.get("XDG_CACHE_HOME")
     if not root:
         try:
@@ -142,13 +142,13 @@ def _file_name(gpu: str) -> str:
 
 
 def is_tuned(gpu: str, dtype: torch.dtype, shapes: Iterable[tuple[int, int, int]]) -> bool:
-    """Whether a table of this GPU has any lora_linear of each (in, out, rank), at whatever T."""
+    """Whether this GPU's table has a forward entry of lora_linear for each (in, out, rank), at any T."""
     wanted = {(str(dtype).removeprefix("torch."), *shape) for shape in shapes}
     return wanted <= {key[1:5] for key in table(gpu) if key[0] == "lora_forward"}
 
 
 def read_table(path: Path) -> dict[Key, Choice]:
-    """Raises ValueError, which names the file, where it is not a table."""
+    """The rows of a table. Raises ValueError, which names the file, if it is not a table."""
     try:
         rows = json.loads(path.read_text(encoding="utf-8"))["rows"]
         return dict(map(_read_row, rows))
@@ -167,7 +167,7 @@ def _read_row(row: dict[str, Any]) -> tuple[Key, Choice]:
 
 
 def write_table(path: Path, rows: dict[Key, Choice], about: dict[str, str]) -> None:
-    """`about`: GPU, versions, date. Replaces the file in one step."""
+    """Write a table with a header `about` (GPU, versions, date). The file is replaced atomically."""
     path.parent.mkdir(parents=True, exist_ok=True)
     body = {**about, "rows": [{"key": list(key), **asdict(choice)} for key, choice in sorted(rows.items())]}
     partial = path.with_suffix(".partial")

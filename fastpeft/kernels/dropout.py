@@ -1,4 +1,4 @@
-"""Which elements dropout leaves: made from a seed, in forward and again in backward, never stored."""
+"""Dropout masks, generated from a seed in forward and again in backward, so that no mask is stored."""
 
 from __future__ import annotations
 
@@ -12,23 +12,23 @@ from fastpeft.kernels.ops.lora_linear.reference import drop_below, philox_keep
 
 
 def draw_seed(device: torch.device) -> torch.Tensor:
-    """int64 of one element on `device`, from torch's default generator there."""
+    """A seed, int64 of one element on `device`, drawn from torch's default generator there."""
     return torch.randint(2**63 - 1, (1,), device=device)
 
 
 def dropout_mask(shape: tuple[int, ...], dropout: float, seed: torch.Tensor) -> torch.Tensor:
-    """What an operation with this seed keeps of an x of this shape on the seed's device.
+    """The elements that an operation with this seed keeps of an x of this shape on the seed's device.
 
-    On a GPU the mask is lora_linear's `reference.philox_keep`, whichever way the operation is computed there, and with
-    TRITON_INTERPRET=1 also on the CPU. Else on the CPU it is the stream of SFC64 (Doty-Humphrey, PractRand).
+    On a GPU the mask is `philox_keep` of ops/lora_linear/reference.py, for the PyTorch and the Triton form alike, and
+    with TRITON_INTERPRET=1 also on the CPU. Otherwise on the CPU it is the stream of SFC64 (Doty-Humphrey, PractRand).
 
     Args:
         shape: (..., I).
-        dropout: probability in [0, 1) of an element to be dropped.
+        dropout: probability in [0, 1) that an element is dropped.
         seed: int64 of one element.
 
     Returns:
-        bool in this shape.
+        bool in this shape, True where the element is kept.
 
     Raises:
         ValueError: a dropout out of range, a shape without an axis, a seed of another dtype or size.
@@ -44,7 +44,7 @@ def dropout_mask(shape: tuple[int, ...], dropout: float, seed: torch.Tensor) -> 
 
 
 def keep_mask(num_rows: int, num_columns: int, dropout: float, seed: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """(rows, columns) of ones and zeros in `dtype`."""
+    """(rows, columns) in `dtype`: 1 where an element is kept, else 0."""
     if seed.device.type == "cpu" and not dispatch.interpreting():
         return _generated_mask(num_rows * num_columns, dropout, seed, dtype).view(num_rows, num_columns)
     if dispatch.interpreting() or dispatch.has_triton():
@@ -55,11 +55,11 @@ def keep_mask(num_rows: int, num_columns: int, dropout: float, seed: torch.Tenso
 
 
 _SETTLING = 18
-"""Words at the start of SFC64, in which the seed is not yet mixed."""
+"""Words discarded at the start of SFC64, before the seed is mixed into its state."""
 
 
 def _generated_mask(num: int, dropout: float, seed: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """`num` ones and zeros, each from 16 bits of a word of 64. `bernoulli_` takes some ten times as long."""
+    """`num` ones and zeros, four from each 64-bit word. `bernoulli_` takes about ten times as long."""
     generator = np.random.SFC64(0)
     key = np.uint64(int(seed) & (2**64 - 1))
     words = np.array([key, key, key, 1], dtype=np.uint64)

@@ -1,11 +1,11 @@
-"""Where the parameters of a model lie in its flat buffers, as tables that kernels read.
+"""Layout of the trainable parameters in flat buffers, as tables that kernels read.
 
-The buffers hold adapted matrices (A of one shape side by side, then their B, shape after shape), behind them other
-adapter parameters (`extra`), and behind those the task head's. A `unit` is what statistics are kept of: an adapted
-matrix (its A and B), or one other piece. The first K units are `blocks`, which may have learning rates of their own:
-the matrices, and of `extra` the first `num_named`.
+A buffer holds the adapted matrices first: for each shape all A, then all B. After them come the other adapter
+parameters (`extra`), and last the parameters of the task head. Statistics are kept per `unit`: an adapted matrix (its
+A and B), or one other parameter. The first units are `blocks`, which may have learning rates of their own: all
+matrices, and the first `num_named` of `extra`.
 
-Shape suffixes: K matrices or blocks, I in, O out, R rank.
+Shape suffixes: K matrices or blocks, U units, P contiguous pieces of the buffer, I in, O out, R rank.
 """
 
 from __future__ import annotations
@@ -18,29 +18,29 @@ import numpy as np
 import torch
 
 NORM_SLICE = 32768
-"""Elements of `extra` and head that one program of a norm sums."""
+"""Most elements of `extra` or the head whose norm one program of the penalty kernel computes."""
 STEP_SLICE = 4096
-"""Elements that one program of an optimizer step updates; a multiple of its block."""
+"""Most elements that one program of an optimizer step updates; a multiple of the kernel's block."""
 TASK_COLUMNS, SLICE_COLUMNS = 6, 4
 
 
 @dataclass(frozen=True)
 class MatrixGroup:
-    """Matrices of one shape, one scale."""
+    """Adapted matrices of one shape and one scale."""
 
     indices: tuple[int, ...]
-    """Number of each matrix in the model."""
+    """Index of each matrix in the model's order."""
     rank: int
     num_in: int
     num_out: int
     scale: float
     """s, lora_alpha / rank: the update is s B A."""
     start: int
-    """Place of the first A in the buffers."""
+    """Offset of the first A in the buffers, in elements."""
 
     @property
     def middle(self) -> int:
-        """Place of the first B."""
+        """Offset of the first B."""
         return self.start + len(self.indices) * self.rank * self.num_in
 
     @property
@@ -48,17 +48,18 @@ class MatrixGroup:
         return self.middle + len(self.indices) * self.rank * self.num_out
 
     def stack_a(self, flat: torch.Tensor) -> torch.Tensor:
-        """View of A in a flat buffer."""
+        """All A of the group, a view (matrices, R, I) of a flat buffer."""
         return flat[self.start : self.middle].view(-1, self.rank, self.num_in)
 
     def stack_b(self, flat: torch.Tensor) -> torch.Tensor:
+        """All B of the group, a view (matrices, O, R) of a flat buffer."""
         return flat[self.middle : self.end].view(-1, self.num_out, self.rank)
 
 
 class FlatLayout:
-    """The places of all parameters, and device tables made of them once.
+    """Offsets of all parameters, and the device tables made from them once.
 
-    The tables hold counters that kernels leave at zero: one layout serves one stream at a time.
+    The tables include counters that every kernel resets to zero, so a layout must not be used on two streams at once.
     """
 
     def __init__(
@@ -95,7 +96,7 @@ class FlatLayout:
         self.num_total = self.num_adapter + sum(head)
         self.max_rank = max((group.rank for group in groups), default=0)
         self.others: list[tuple[int, int]] = []
-        """(place, elements) of the parameters that are no factors, `extra` first."""
+        """(offset, elements) of the parameters that are not LoRA factors, `extra` first."""
         for size in (*extra, *head):
             self.others.append((sum(self.others[-1]) if self.others else self.num_factors, size))
         self.num_units = self.num_matrices + len(self.others)
@@ -104,10 +105,10 @@ class FlatLayout:
         self._make_tasks(device)
         self._make_slices(device)
         self.index_K = [torch.tensor(group.indices, device=device) for group in groups]
-        """The indices of each group."""
+        """Per group, the indices of its matrices in the model's order."""
         placed = sorted(range(self.num_matrices), key=lambda i: indices[i])
         self._unit_order = torch.tensor([*placed, *range(self.num_matrices, self.num_units)], device=device)
-        """Place of each unit where the matrices come group by group."""
+        """Permutation from group order to unit order."""
         self.in_head_U = np.array([False] * self.num_matrices + [at >= self.num_adapter for at, _ in self.others])
         self._starts_P = np.array(sorted(at for own in self.unit_parts() for at, _ in own))
         places = [[bisect(self._starts_P, at) - 1 for at, _ in own] for own in self.unit_parts()]
@@ -120,11 +121,11 @@ class FlatLayout:
         self.scale_K = torch.tensor([g.scale for g, _, _ in self._place], dtype=torch.float32, device=device)
         self.num_in_K = torch.tensor([g.num_in for g, _, _ in self._place], dtype=torch.float32, device=device)
         self.tickets = torch.zeros(2 + self.num_units, dtype=torch.int32, device=device)
-        """How many programs of a running launch are done: of the penalty's, of a step's, of each unit's."""
+        """Programs of a running launch that are done: of the penalty's launch, of a step's launch, and of each unit."""
         self.device = self.tickets.device
 
     def _places(self) -> list[tuple[MatrixGroup, int, int]]:
-        """(group, place of A, place of B) of each matrix, in the model's order."""
+        """(group, offset of A, offset of B) of each matrix, in the model's order."""
         found = {}
         for group in self.groups:
             for i, k in enumerate(group.indices):
@@ -133,9 +134,10 @@ class FlatLayout:
         return [found[k] for k in range(self.num_matrices)]
 
     def _make_tasks(self, device: torch.device | str) -> None:
-        """Programs of the penalty: A of each matrix, B of each, slices of extra, of the head.
+        """One row per program of the penalty kernel: every A, every B, slices of `extra`, slices of the head.
 
-        Columns: place and number of elements, place of the other factor, rank, longer side, the other's longer side.
+        Columns: offset and number of elements, offset of the other factor, rank, I of A or O of B, and the same of the
+        other factor.
         """
         tasks = [[a, g.rank * g.num_in, b, g.rank, g.num_in, g.num_out] for g, a, b in self._place]
         tasks += [[b, g.rank * g.num_out, a, g.rank, g.num_out, g.num_in] for g, a, b in self._place]
@@ -148,10 +150,10 @@ class FlatLayout:
         tasks += slices(self.num_adapter, self.num_total)
         self.tasks = torch.tensor(tasks, dtype=torch.int64, device=device).view(-1, TASK_COLUMNS)
         self.aligned_rows = all(task[3] % 4 == task[4] % 4 == 0 for task in tasks)
-        """Ranks and longer sides are multiples of four."""
+        """Whether all ranks, and all I and O, are multiples of four."""
 
     def _make_slices(self, device: torch.device | str) -> None:
-        """Programs of an optimizer step; those of one unit are neighbours."""
+        """One row per program of an optimizer step; the rows of a unit are consecutive."""
         slices: list[list[int]] = []
         units = []
         for unit, parts in enumerate(self.unit_parts()):
@@ -163,24 +165,23 @@ class FlatLayout:
                 ]
             units.append([first, len(slices) - first])
         self.slices = torch.tensor(slices, dtype=torch.int64, device=device).view(-1, SLICE_COLUMNS)
-        """Columns: place, number of elements, unit, 1 for the head's."""
+        """Columns: offset, number of elements, unit, 1 for the head and 0 for the adapter."""
         self.units = torch.tensor(units, dtype=torch.int64, device=device).view(-1, 2)
-        """First slice and number of slices of each unit."""
+        """Columns: first slice and number of slices of a unit."""
         self.aligned = all(start % 4 == 0 for start, *_ in slices)
-        """Every parameter begins at a multiple of four elements: 16 bytes of fp32."""
+        """Whether every slice starts at a multiple of four elements: 16 bytes of fp32."""
 
     def unit_parts(self) -> list[list[tuple[int, int]]]:
-        """(place, elements) of each unit's parameters."""
+        """(offset, elements) of each unit's parameters."""
         matrices = [[(a, g.rank * g.num_in), (b, g.rank * g.num_out)] for g, a, b in self._place]
         return matrices + [[part] for part in self.others]
 
     def unit_sums(self, flat: torch.Tensor) -> torch.Tensor:
-        """Sum over each unit's elements of flat tensors (..., num_total): (..., num_units). On a GPU a few operations a
-        group and tensor."""
+        """(..., num_units): sums over the elements of each unit, from flat tensors (..., num_total)."""
         if flat.device.type != "cpu":
             rows = [self._sums_by_group(row) for row in flat.reshape(-1, self.num_total)]
             return torch.stack(rows).view(*flat.shape[:-1], -1)
-        sum_P = np.add.reduceat(flat.numpy(), self._starts_P, axis=-1)  # an operation each would cost more than reading
+        sum_P = np.add.reduceat(flat.numpy(), self._starts_P, axis=-1)  # a call per unit would cost more than the sums
         sum_U = sum_P[..., self._first_U]
         sum_U[..., : self.num_matrices] += sum_P[..., self._second_K]
         return torch.from_numpy(sum_U)
@@ -193,7 +194,7 @@ class FlatLayout:
         return torch.cat(sums)[self._unit_order]
 
     def b_squares(self, flat: torch.Tensor) -> torch.Tensor:
-        """Sum of the squares of each matrix's B, and of all elements of each other block: (num_blocks,)."""
+        """(num_blocks,): the sum of squares of each matrix's B, and of all elements of each other block."""
         norms = [torch.linalg.vector_norm(group.stack_b(flat), dim=(1, 2)) for group in self.groups]
         named = self.others[: self.num_blocks - self.num_matrices]
         norms += [torch.linalg.vector_norm(flat[at : at + size])[None] for at, size in named]
@@ -202,7 +203,7 @@ class FlatLayout:
         return torch.cat(norms)[self._unit_order[: self.num_blocks]].square()
 
     def spread(self, value_K: torch.Tensor, fill: float) -> torch.Tensor:
-        """A value of each block at all of its elements, `fill` at all others: (num_total,)."""
+        """(num_total,): each block's value at all of its elements, `fill` at all other elements."""
         if value_K.is_cpu:
             value_U = np.full(self.num_units, fill, dtype=value_K.numpy().dtype)
             value_U[: self.num_blocks] = value_K.numpy()
@@ -217,7 +218,7 @@ class FlatLayout:
         return out
 
     def check(self, name: str, **tensors: torch.Tensor) -> None:
-        """Raises ValueError, in the name of an operation, for tensors that are no flat buffers of this layout."""
+        """Raise ValueError, with the operation's name, if a tensor is not a flat buffer of this layout."""
         first = next(iter(tensors.values()))
         for argument, tensor in tensors.items():
             if tensor.shape != (self.num_total,) or not tensor.is_contiguous():

@@ -1,4 +1,4 @@
-"""Starting Triton kernels, and counting that they were started."""
+"""Launches Triton kernels and counts the launches."""
 
 from __future__ import annotations
 
@@ -9,11 +9,12 @@ from typing import Any
 import torch
 
 LAUNCHES: Counter[str] = Counter()
-"""How often this process has launched each Triton kernel, by the kernel's name."""
+"""Number of launches of each Triton kernel in this process, by the kernel's name."""
 
 
 def refuse_second_order(operation: str) -> None:
-    """For a backward of closed form, which create_graph=True would silently differentiate to nothing. RuntimeError."""
+    """Raise RuntimeError in a closed-form backward under create_graph=True, whose second derivative would silently be
+    missing."""
     if torch.is_grad_enabled() and not torch.compiler.is_compiling():
         raise RuntimeError(
             f"{operation}: its gradient cannot be differentiated again (create_graph=True); compute with plain "
@@ -22,7 +23,7 @@ def refuse_second_order(operation: str) -> None:
 
 
 def launch(kernel: Any, grid: tuple[int, ...] | Callable[[dict], tuple[int, ...]], *args: Any, **meta: Any) -> None:
-    """kernel[grid](*args, **meta) on the device of the first tensor among `args`."""
+    """Launch kernel[grid](*args, **meta) on the device of the first tensor in `args`."""
     LAUNCHES[kernel.__name__] += 1
     device = next(a.device for a in args if isinstance(a, torch.Tensor))
     if device.type == "cuda" and device.index != torch.cuda.current_device():

@@ -1,4 +1,4 @@
-"""Activations that cost little are not kept for backward: what they were made of is, and they are made again."""
+"""Recomputation in backward of activations that are cheap to compute, from tensors that are saved anyway."""
 
 from __future__ import annotations
 
@@ -9,22 +9,22 @@ import torch
 
 
 class Source(NamedTuple):
-    """How a tensor was made."""
+    """How to recompute a tensor."""
 
     make: Callable[..., torch.Tensor]
-    """Of `tensors`, the same values and shape. Under no_grad."""
+    """Called with `tensors` under no_grad; returns the same values in the same shape."""
     tensors: tuple[torch.Tensor, ...]
     version: int
-    """Of the tensor that was made; a later one holds something else."""
+    """Version counter of the tensor when it was made. A later version means that it was changed in place."""
 
 
 def made_of(y: torch.Tensor, make: Callable[..., torch.Tensor], *tensors: torch.Tensor) -> torch.Tensor:
-    """Note on `y` that make(*tensors) gives it again. For `tensors` that backward keeps anyway."""
+    """Record on `y` that make(*tensors) recomputes it. `tensors` should be saved for backward anyway."""
     y._fastpeft_source = Source(make, tensors, y._version)  # type: ignore[attr-defined]
     return y
 
 
 def source_of(y: torch.Tensor) -> Source | None:
-    """What was noted on this very tensor, if it is still true."""
+    """The source recorded on this tensor object; None if there is none, or if y was changed in place since."""
     source = getattr(y, "_fastpeft_source", None)
     return source if source is not None and source.version == y._version else None

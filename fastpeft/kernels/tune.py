@@ -1,10 +1,11 @@
-"""Measures which form and tiles of each operation are fastest on a GPU, and writes its table for `dispatch`.
+"""Measures which form and tiles of each operation are fastest on a GPU, and writes the GPU's table for `dispatch`.
 
-A candidate first has to agree with the split form. What is slower than SLOWER times the best after one timing is
-dropped; the rest are timed in turns, and the smallest median wins. The split form gives way only to what is faster by
-MARGIN. A candidate that does not compile or does not fit the GPU is counted, and no more.
+A candidate first has to agree with the split form. Each is timed once, and those slower than SLOWER times the fastest
+are dropped. The split form is always kept. The rest are timed in turns, and the smallest median wins, but the split
+form is replaced only by a candidate that is faster by MARGIN. A candidate that does not compile or does not fit the GPU
+is only counted.
 
-Times are the device's: calls are queued behind a pause, so that the host's part in launching them does not count.
+Only device time is measured: calls are queued behind a pause of the device, so that launch overhead is hidden.
 
 Shape suffixes: T tokens, I in, O out, R rank.
 """
@@ -38,17 +39,17 @@ MODELS: dict[str, tuple[tuple[int, int], ...]] = {
     "qwen3-0.6b": ((1024, 2048), (1024, 1024), (2048, 1024), (1024, 3072), (3072, 1024)),
     "hidden-4096": ((4096, 4096), (4096, 1024), (4096, 14336), (14336, 4096)),
 }
-"""(in, out) of the linear layers."""
+"""(in, out) of the linear layers of each model."""
 
 OPERATIONS = ("lora_forward", "lora_backward", "lora_factors", "gradient_norm")
 RANKS = (8, 16, 64)
 BUCKETS = (2048, 8192, 1024, 4096, 16384)
-"""T, in the order in which they are measured."""
+"""Values of T, in the order of measurement."""
 REPEATS = 7
 SLOWER, MARGIN = 1.25, 0.02
 LONGER_PAUSE = 8
 TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 2e-2, torch.float16: 2e-2}
-"""Relative L2 distance from the split form, which has an error of its own."""
+"""Largest relative L2 distance from the split form, which itself has rounding errors."""
 
 
 @dataclass(frozen=True)
@@ -70,13 +71,13 @@ class Problem:
 
 @dataclass
 class Outcome:
-    """What one problem came to."""
+    """The result of tuning one problem."""
 
     problem: Problem
     choice: Choice
     num_candidates: int
     faults: Counter[str] = field(default_factory=Counter)
-    """Candidates that were passed over, by reason."""
+    """Number of rejected candidates, by reason."""
 
 
 def problems(
@@ -85,7 +86,7 @@ def problems(
     buckets: Iterable[int] = BUCKETS,
     dtype: torch.dtype = torch.bfloat16,
 ) -> list[Problem]:
-    """All operations at all shapes; what is met most often comes first, as the time may end."""
+    """All operations at all shapes. The most common ones come first, because tuning may be stopped early."""
     shapes, found = list(dict.fromkeys(shapes)), []
     for rank in ranks:
         for num_tokens in buckets:
@@ -97,7 +98,7 @@ def problems(
 
 
 def candidates(problem: Problem) -> list[Choice]:
-    """Every form with every tile; the split form comes first."""
+    """Every form with each of its tile sizes; the split form comes first."""
     if problem.operation == "gradient_norm":
         tiles = sensitivity.DIRECT_FP32 if problem.dtype == torch.float32 else sensitivity.DIRECT
         return [Choice("split"), *(Choice("fused", config) for config in tiles)]
@@ -115,12 +116,12 @@ def tune(
     measure: Measure | None = None,
     repeats: int = REPEATS,
 ) -> Iterator[Outcome]:
-    """Measure one problem after another; `path` holds all that is known after each.
+    """Tune one problem after another; the table at `path` is rewritten after each.
 
-    What a table of the same `about`, its date apart, already holds is not measured again. Stops when `until()`.
+    Problems in an existing table with the same `about`, dates aside, are skipped. Stops once `until()` is true.
 
     Raises:
-        ValueError: `path` is no table.
+        ValueError: `path` exists and is not a table.
     """
     rows = known_rows(path, about)
     for problem in todo:
@@ -135,7 +136,7 @@ def tune(
 
 
 def known_rows(path: Path, about: dict[str, str]) -> dict[Key, Choice]:
-    """Rows of a table that was measured with the same versions."""
+    """Rows of the table at `path` if its header equals `about`, dates aside; else none."""
     if not path.is_file():
         return {}
     rows = dispatch.read_table(path)
@@ -145,7 +146,7 @@ def known_rows(path: Path, about: dict[str, str]) -> dict[Key, Choice]:
 
 
 def tune_one(problem: Problem, device: torch.device, measure: Measure, repeats: int = REPEATS) -> Outcome:
-    """Compare all candidates."""
+    """Time all candidates of one problem and choose one."""
     run, split = build(problem, device), Choice("split")
     with torch.no_grad(), _forced(problem, split):
         reference = [tensor.double() for tensor in run()]
@@ -176,7 +177,7 @@ def tune_one(problem: Problem, device: torch.device, measure: Measure, repeats: 
 
 @contextmanager
 def _forced(problem: Problem, choice: Choice) -> Iterator[None]:
-    """`choice` for the problem's operation, and the split form for whatever else takes part in it."""
+    """Use `choice` for the problem's operation, and the split form for all other operations that it calls."""
     with dispatch.forced(Choice("split"), *OPERATIONS), dispatch.forced(choice, problem.operation):
         yield
 
@@ -184,13 +185,13 @@ def _forced(problem: Problem, choice: Choice) -> Iterator[None]:
 def _fault(
     problem: Problem, run: Run, choice: Choice, reference: list[torch.Tensor], device: torch.device
 ) -> str | None:
-    """Why a candidate cannot be taken; None if it can."""
+    """The reason to reject a candidate; None if it is valid."""
     try:
         with _forced(problem, choice):
             got = run()
         if device.type == "cuda":
             torch.cuda.synchronize(device)
-    except Exception as error:  # Triton has an exception for each way not to compile, and CUDA for not to fit
+    except Exception as error:  # Triton and CUDA raise many types for a kernel that does not compile or fit
         return type(error).__name__
     for mine, theirs in zip(got, reference, strict=True):
         if not (mine.double() - theirs).norm() <= TOLERANCE[problem.dtype] * theirs.norm():
@@ -202,7 +203,7 @@ def _fault(
 
 
 def build(problem: Problem, device: torch.device) -> Run:
-    """The operation by itself, on random tensors."""
+    """A call of the problem's operation alone, on random tensors."""
     num_tokens, num_in, num_out = problem.num_tokens, problem.num_in, problem.num_out
     generator = torch.Generator(device).manual_seed(0)
 
@@ -230,14 +231,14 @@ def build(problem: Problem, device: torch.device) -> Run:
 
 
 class DeviceTimer:
-    """Microseconds that the device spends on one call.
+    """Device time of one call, in microseconds.
 
-    Where the pause ends before all calls are queued, the host's part would count: it is then repeated with twice the
-    pause, up to LONGER_PAUSE times the first.
+    If the pause ends before all calls are queued, launch overhead would be included. The measurement is then repeated
+    with twice the pause, up to LONGER_PAUSE times the first.
     """
 
     def __init__(self, device: torch.device, calls: int = 8, pause_cycles: int = 400_000) -> None:
-        """`pause_cycles` for each call: 400,000 are about 0.2 ms, in which the host launches it."""
+        """`pause_cycles` is the pause per call: 400,000 cycles are about 0.2 ms, enough for the host to launch it."""
         self._device, self._calls, self._pause_cycles = device, calls, pause_cycles * calls
         self._longest = LONGER_PAUSE * self._pause_cycles
 
@@ -260,6 +261,6 @@ class DeviceTimer:
 
 
 def minutes(limit: float, clock: Callable[[], float] = time.monotonic) -> Callable[[], bool]:
-    """True once so many minutes have passed."""
+    """A function that returns True once `limit` minutes have passed."""
     end = clock() + 60 * limit
     return lambda: clock() >= end

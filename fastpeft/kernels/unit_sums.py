@@ -1,4 +1,4 @@
-"""What Triton kernels over the slices of a FlatLayout end with: sums over units, in a fixed order."""
+"""Sums per unit in a fixed order, the last part of Triton kernels over the slices of a FlatLayout."""
 
 import triton
 import triton.language as tl
@@ -9,7 +9,8 @@ def sum_unit(
     a, b, c, d, program, unit, units_ptr, partials_ptr, sums_ptr, tickets_ptr,
     BLOCK_ROWS: tl.constexpr,
 ):  # fmt: skip
-    """Keep one slice's four sums; the last slice of its unit adds up them all, in their order."""
+    """Store one slice's four sums. The program that finishes last in its unit adds up the sums of all slices, in slice
+    order."""
     row_ptr = partials_ptr + program * 4
     tl.store(row_ptr, a)
     tl.store(row_ptr + 1, b)
@@ -21,7 +22,7 @@ def sum_unit(
         tl.store(tickets_ptr + unit, 0)
         rows, columns = tl.arange(0, BLOCK_ROWS), tl.arange(0, 4)
         total = tl.zeros((BLOCK_ROWS, 4), tl.float32)
-        for at in range(0, num, BLOCK_ROWS):  # past the first-level cache: other programs wrote them
+        for at in range(0, num, BLOCK_ROWS):  # bypass L1: other programs wrote these sums
             places = (first + at + rows)[:, None] * 4 + columns[None, :]
             inside = (at + rows < num)[:, None] & (columns < 4)[None, :]
             total += tl.load(partials_ptr + places, mask=inside, other=0.0, cache_modifier=".cg")

@@ -202,11 +202,11 @@ def _can_join(layer: nn.Module) -> TypeGuard[FusedLayer]:
 
 
 def join_settled(model: nn.Module, **inputs: torch.Tensor) -> None:
-    """`join`, with the groups learnt from a run on `inputs`, here and now, and never changed.
+    """`join`, with the groups learnt at once from a forward pass on `inputs`, and fixed afterwards.
 
-    So what a pass computes depends on no pass before it: a resumed training, or a batch that begins again after an
-    error, rounds as an unbroken one does. Modes and random numbers are left as they were. Where the run fails, its
-    layers are computed one by one.
+    The result of a forward pass then does not depend on earlier passes: a resumed run, or a batch repeated after an
+    error, has the same rounding as an uninterrupted run. Training modes and random number generators keep their state.
+    If the forward pass fails, the layers for which it learnt no group are computed one by one.
     """
     join(model)
     modes = [(module, module.training) for module in model.modules()]
@@ -214,7 +214,7 @@ def join_settled(model: nn.Module, **inputs: torch.Tensor) -> None:
     try:
         with torch.random.fork_rng(devices), torch.no_grad():
             model.eval()(**inputs)
-    except Exception:  # a model may refuse such inputs in its own way
+    except Exception:  # models raise different types for inputs that they do not support
         pass
     finally:
         for module, training in modes:

@@ -46,9 +46,9 @@ def merged(model: nn.Module) -> Iterator[Merged]:
     the same modules return at the end of the block or on an exception. Only if the device has no memory for a second
     weight, W is copied to CPU memory, overwritten, and copied back at the end, bit for bit.
 
-    Layers over a base of 4 bits, or over one that is shared out over ranks, disabled or already merged ones, those of
-    several active adapters, of a LoRA variant or with hooks are left as they are, and so are those that there is no
-    memory for. `model` itself must not be one.
+    A layer is left unmerged if its base is in 4 bits or sharded over ranks, if it is disabled, already merged, a LoRA
+    variant or has hooks, if several adapters are active, or if there is no memory for it. `model` itself must not be
+    such a LoRA layer.
     """
     done, memory = Merged(), _Memory()
     sharing = Counter(p.data_ptr() for _, p in model.named_parameters(remove_duplicate=False))

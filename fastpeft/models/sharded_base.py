@@ -1,4 +1,4 @@
-"""A frozen base whose layers are shared out over the ranks, by torch's fully_shard (FSDP2).
+"""A frozen base whose layers are sharded over the ranks by torch's fully_shard (FSDP2).
 
 Each rank holds a shard of every weight of the model's repeated layers. The weights of a layer are gathered for its
 forward or backward pass and freed after it. Embeddings, the norm after the last layer, and heads are replicated on
@@ -112,8 +112,9 @@ class _Gather:
         self._ranks = ranks
 
     def allocate(self, size: Sequence[int], *, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-        with _disable_current_modes():  # no part of what peak_memory counts: with weights that come and go in it, the
-            return torch.empty(size, dtype=dtype, device=device)  # peak of a short pass says nothing of a long one's
+        # Hidden from peak_memory's count, in which gathered weights would make short and long passes incomparable.
+        with _disable_current_modes():
+            return torch.empty(size, dtype=dtype, device=device)
 
     def __call__(
         self, output_tensor: torch.Tensor, input_tensor: torch.Tensor, group: Any, async_op: bool = False

@@ -46,7 +46,7 @@ def match_targets(model: nn.Module, head: list[str], wanted: str | list[str]) ->
 
 
 def _alternatives(wanted: str) -> Iterator[str]:
-    """The regular expression with one word of a group of several in place of the group."""
+    """The alternatives of a regular expression: one for each word of a group such as (q_proj|v_proj)."""
     if wanted in KEYWORDS:
         return
     for group in _ALTERNATIVES.finditer(wanted):
@@ -64,10 +64,10 @@ def _why(model: nn.Module, linears: list[str], entry: str | list[str]) -> str:
         return f"{said}: the word stands alone and in no list, adapter.target_modules={word}"
     for name, module in model.named_modules():
         if word and (name == word or name.endswith(f".{word}")):
-            if isinstance(module, nn.Linear):  # all others have been looked at
+            if isinstance(module, nn.Linear):  # linear layers outside of the head would have matched
                 return f"{said}: it is of the head, which is not adapted"
             return f"{said}: it is a {type(module).__name__}"
-    last = next(iter(re.findall(r"\w+", word)[-1:]), "")  # of a regular expression
+    last = next(iter(re.findall(r"\w+", word)[-1:]), "")  # last word of a regular expression
     names = [*KEYWORDS, *_endings(linears)]
     near = [*difflib.get_close_matches(word, names, n=1), *difflib.get_close_matches(last, names, n=1)]
     return f"{said}, did you mean {near[0]}?" if near else said

@@ -1,1 +1,2 @@
-"""One folder an operation: reference.py says what it computes, kernel.py computes it in Triton, op.py chooses."""
+"""One folder per operation: reference.py is the specification, kernel.py the Triton kernel, op.py the public function
+that chooses between Triton and PyTorch."""

@@ -156,7 +156,7 @@ class Band(NamedTuple):
     distances: Distances
 
 
-@cache  # for good: a captured graph reads from where it lies
+@cache  # never freed: a captured graph reads from its address
 def _band(asked: int, length: int, buckets: int, furthest: int, span: int, device: torch.device) -> Band:
     """Band of the distances i - j from 1 - T to Q - 1, bucketed as by transformers' make_log_bucket_position."""
     distances_P = np.arange(1 - length, asked)
@@ -170,7 +170,7 @@ def _band(asked: int, length: int, buckets: int, furthest: int, span: int, devic
     return Band(first, last + 1, Distances.of((rows_P - first).tolist(), length, device))
 
 
-@cache  # for good: a captured graph reads from where it lies
+@cache  # never freed: a captured graph reads from its address
 def _ends(num_rows: int, length: int, device: torch.device) -> torch.Tensor:
     """cu_seqlens of `num_rows` rows of equal length."""
     return torch.arange(num_rows + 1, dtype=torch.int32, device=device) * length

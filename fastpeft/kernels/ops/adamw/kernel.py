@@ -1,4 +1,4 @@
-"""AdamW's Triton kernel: a program for each slice of a flat buffer."""
+"""AdamW's Triton kernel: one program per slice of a flat buffer."""
 
 import triton
 import triton.language as tl
@@ -8,7 +8,7 @@ from fastpeft.kernels.unit_sums import sum_unit
 
 @triton.jit
 def _bias(count, log_beta):
-    """1 - beta^count in fp64: fp32 would lose 1e-4 of it where beta is 0.999 and the count small."""
+    """1 - beta^count in fp64: in fp32 its relative error is 1e-4 for beta 0.999 and small counts."""
     return (1 - tl.exp(count.to(tl.float64) * log_beta)).to(tl.float32)
 
 
@@ -18,7 +18,7 @@ def _update(
     divisor, beta1, rest1, beta2, rest2, eps, bias1, bias2, old_bias1, old_bias2, taken, shrink, rate, decay,
     REDUCES: tl.constexpr,
 ):  # fmt: skip
-    """AdamW of the elements at `places`. Returns what each adds to the four sums."""
+    """AdamW of the elements at `places`. Returns the terms of each element in the four sums of AdamWResult."""
     x = tl.load(data_ptr + places, mask=mask, other=0.0)
     raw = tl.load(grad_ptr + places, mask=mask, other=0.0)
     m = tl.load(exp_avg_ptr + places, mask=mask, other=0.0)
@@ -49,7 +49,7 @@ def adamw_kernel(
     data_ptr, grad_ptr, exp_avg_ptr, exp_avg_sq_ptr,
     # scalars on the device
     step_ptr, norm_ptr, loss_ptr, skipped_ptr, rate_ptr,
-    # descriptors, of each matrix, of each slice, of each unit
+    # descriptors of slices and units, values of blocks, sums of slices and units, counters
     slices_ptr, units_ptr, multiplier_ptr, partials_ptr, sums_ptr, tickets_ptr,
     rate, beta1, rest1, log_beta1, beta2, rest2, log_beta2, eps, max_norm,
     decay_adapter, decay_head, head_ratio,
@@ -65,7 +65,7 @@ def adamw_kernel(
     if ALIGNED:
         start = tl.multiple_of(start, 4)
 
-    # The guard, and what the gradient is divided by.
+    # The guard, and the divisor that clips the gradient.
     norm = tl.load(norm_ptr)
     divisor = 1.0
     finite = tl.where(tl.abs(norm) < float("inf"), 1, 0)  # NaN is not
@@ -89,7 +89,7 @@ def adamw_kernel(
     if REDUCES:
         old_bias1, old_bias2 = _bias(tl.maximum(step, 1.0), log_beta1), _bias(tl.maximum(step, 1.0), log_beta2)
 
-    # Groups of four, which a thread loads at once, and what is left of them.
+    # Vectors of four elements, and after them the up to three elements that remain.
     lanes, last = tl.arange(0, BLOCK), tl.arange(0, 4)
     squares, means = tl.zeros((BLOCK,), tl.float32), tl.zeros((BLOCK,), tl.float32)
     variances, dots = tl.zeros((BLOCK,), tl.float32), tl.zeros((BLOCK,), tl.float32)
@@ -123,7 +123,7 @@ def adamw_kernel(
     if program == 0:
         tl.store(skipped_ptr, tl.where(good, 0.0, 1.0))
     tl.debug_barrier()
-    # Every program has read the count of steps when the last one comes here.
+    # Every program has read the step counter when the last one arrives here, so that it may be incremented.
     if tl.atomic_add(tickets_ptr + 1, 1, sem="acq_rel") == num_slices - 1:
         tl.store(tickets_ptr + 1, 0)
         tl.store(step_ptr, tl.where(good, step + 1, step))

@@ -1,8 +1,8 @@
 """Triton kernels of route_atoms and gather_atoms.
 
 All tensors are fp32 and contiguous, index int64. A program of `route_kernel` holds the logits of BLOCK_T tokens over
-all atoms, and takes the largest of them TOP_K times. Products are in full fp32: which atom is the largest hangs on the
-last bits, and they are small.
+all atoms, and takes their maximum TOP_K times. Products are in full fp32, not TF32: the order of the logits can depend
+on their last bits, and the products are small.
 
 Shape suffixes: T tokens, M atoms, Q width.
 """
@@ -22,9 +22,9 @@ def route_kernel(
     # tiles
     TOP_K: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_Q: tl.constexpr,
 ):  # fmt: skip
-    """s, logit and index (T x TOP_K) of the atoms of the largest slope <z, v> + bias, the largest first.
+    """s, logit and index, (T, TOP_K) each, of the atoms with the largest logit = slope s + bias, s = <z, v>.
 
-    Of equal ones the first atom comes first.
+    Logits descend within a row; among equal ones the atom with the lowest index comes first.
     """
     t_T = tl.program_id(0).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
     m_M, q_Q = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_Q)
@@ -42,7 +42,7 @@ def route_kernel(
         place_T = t_T * TOP_K + k
         tl.store(s_ptr + place_T, tl.sum(tl.where(is_best_TM, s_TM, 0.0), axis=1), mask=there_T)
         tl.store(logit_ptr + place_T, logit_T, mask=there_T)
-        found_T = tl.minimum(best_T, num_atoms - 1)  # NaN equals nothing
+        found_T = tl.minimum(best_T, num_atoms - 1)  # a NaN logit equals nothing: keep the index valid
         tl.store(index_ptr + place_T, found_T.to(tl.int64), mask=there_T)
         left_TM = tl.where(is_best_TM, float("-inf"), left_TM)
 
@@ -56,7 +56,7 @@ def gather_kernel(
     # tiles
     TOP_K: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_Q: tl.constexpr,
 ):  # fmt: skip
-    """y = sum_k c_k u[index_k] (T x Q)."""
+    """y = sum_k c_k u[index_k], (T, Q)."""
     t_T = tl.program_id(0).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
     q_Q = tl.arange(0, BLOCK_Q)
     there_T, there_Q = t_T < num_tokens, q_Q < width

@@ -1,6 +1,6 @@
 """The specification of atom routing: plain PyTorch, differentiated by autograd.
 
-Shape suffixes: T tokens, M atoms, Q the width that atoms are compared in, K active atoms a token.
+Shape suffixes: T tokens, M atoms, Q width of the canonical space, K atoms kept per token.
 """
 
 from __future__ import annotations
@@ -11,9 +11,9 @@ import torch
 def route_atoms_reference(
     z_TQ: torch.Tensor, v_MQ: torch.Tensor, slope_M: torch.Tensor, bias_M: torch.Tensor, top_k: int, gated: bool = True
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Coefficients, numbers and gates of each token's atoms; shapes as in op.route_atoms.
+    """(coefficients, indices, gates) of each token's atoms, (T, K) each.
 
-    The gate is 1 where the logit is positive and else 0; its gradient is that of the logit's sigmoid.
+    The gate is 1 where the logit is positive, else 0; its gradient is that of the sigmoid (straight-through).
     """
     s_TM = z_TQ @ v_MQ.t()
     logit_TM = s_TM * slope_M + bias_M
@@ -27,5 +27,5 @@ def route_atoms_reference(
 
 
 def gather_atoms_reference(c_TK: torch.Tensor, index_TK: torch.Tensor, u_MQ: torch.Tensor) -> torch.Tensor:
-    """sum_k c_k u[index_k]: T x Q."""
+    """sum_k c_k u[index_k], (T, Q)."""
     return (c_TK[..., None] * u_MQ[index_TK]).sum(1)

@@ -1,4 +1,4 @@
-"""Which rows of its position tables an attention reads at which distance between a query and a key."""
+"""Map from the distance between a query and a key to a row of the position tables."""
 
 from __future__ import annotations
 
@@ -11,19 +11,22 @@ import torch
 
 @dataclass(frozen=True)
 class Distances:
-    """Of the distances i - j from 1 - max_keys to max_queries - 1, ascending: P of them, R rows of the tables.
+    """Rows of the position tables for the distances i - j from 1 - max_keys to max_queries - 1, ascending.
 
-    It lies on the device, so that nothing is asked of the host while a step is computed; make it once a length.
+    P distances, R rows of a table. The tensors are on the device, so that a step copies nothing from the host; make one
+    object per length and reuse it.
     """
 
     rows_P: torch.Tensor
-    """int32, never descending: near distances have a row each, far ones share some."""
+    """(P,) int32, non-decreasing. Small distances have a row each; large ones may share a row."""
     starts_R1: torch.Tensor
-    """int32: the distances of row r are those from starts[r] up to, not with, starts[r + 1]."""
+    """(R + 1,) int32: row r has the distances from index starts[r] up to but excluding starts[r + 1]."""
     max_queries: int
+    """Largest number of queries of a row of tokens."""
     max_keys: int
+    """Largest number of keys of a row of tokens."""
     one_each: bool
-    """Distance and row are the same, counted from the first."""
+    """Whether every distance has a row of its own: rows_P is 0 to P - 1."""
 
     @property
     def num_rows(self) -> int:
@@ -31,10 +34,14 @@ class Distances:
 
     @staticmethod
     def of(rows: Sequence[int], max_keys: int, device: torch.device | str = "cpu") -> Distances:
-        """`rows` holds one row for each distance.
+        """The map for a list of rows, one per distance in ascending order.
+
+        Args:
+            rows: P integers, non-decreasing from 0.
+            max_keys: at most P; max_queries is P - max_keys + 1.
 
         Raises:
-            ValueError: there are fewer distances than keys, or the rows do not begin at 0, or descend.
+            ValueError: fewer distances than keys, or rows that do not start at 0 or that decrease.
         """
         if not 1 <= max_keys <= len(rows) or rows[0] != 0 or list(rows) != sorted(rows):
             raise ValueError(

@@ -1,17 +1,17 @@
 """The Triton kernels of disentangled_attention.
 
-A program takes BLOCK queries, or keys, of one row and head, and walks over the other side in steps of BLOCK. In such a
-tile the distances i - j are a band of 2 BLOCK - 1. So the positions' part of its scores is a product with the band's
-rows of a table, (BLOCK, 2 BLOCK), of which row i is read from i columns further on: `slant`. Neither that product nor
-the weights leave the chip.
+A program takes BLOCK queries, or keys, of one row and head, and iterates over the other side in steps of BLOCK. Within
+such a tile the distances i - j are a band of 2 BLOCK - 1. The position term of the scores is therefore a product
+(BLOCK, 2 BLOCK) with the band's rows of a table, from which each query gathers a window that is shifted by one column
+per query: `slant`. Neither that product nor the weights leave the chip.
 
-Backward makes the weights again from the logarithm of their sum. Queries that take no part have an infinite one, so
-that their weights are 0 and nothing else asks for them. The gradients of the tables are summed along the diagonals of
-tiles, whose bands are the same; every sum has a fixed order, and there are no atomics.
+Backward recomputes the weights from the logarithm of their sum. It is infinite for masked queries, whose weights are
+then 0, so that nothing else needs to mask them. The gradients of the tables are summed along diagonals of tiles, which
+share one band. Every sum has a fixed order, and there are no atomics.
 
-Sizes of rows are read on the device. Arguments that change with the batch are not specialised.
+Row lengths are read on the device. Arguments that change with the batch are not specialised.
 
-Shapes: rows n of queries i and keys j, H heads, D features of a head, P distances.
+Symbols: row n of tokens, query i, key j, H heads, D features of a head, P distances.
 """
 
 from __future__ import annotations
@@ -27,14 +27,14 @@ CHANGING = ["num_distances", "max_keys", "num_rows", "num_splits", "num_diagonal
 
 @triton.jit
 def _dot(a, b, acc, PRECISION: tl.constexpr):
-    if PRECISION == "ieee":  # only when interpreted, where bf16 lies in integers and would be multiplied as those
+    if PRECISION == "ieee":  # the interpreter stores bf16 as integers and would multiply those
         return acc + tl.dot(a.to(tl.float32), b.to(tl.float32), input_precision=PRECISION)
     return tl.dot(a, b, acc, input_precision=PRECISION)
 
 
 @triton.jit
 def _heads(ptr, tokens, inside, stride, h, D: tl.constexpr, BLOCK_D: tl.constexpr):
-    """(tokens, BLOCK_D) of a head, 0 outside."""
+    """(tokens, BLOCK_D): the features of head h, 0 where `inside` is false."""
     d = tl.arange(0, BLOCK_D)
     ptrs = ptr + tokens.to(tl.int64)[:, None] * stride + h * D + d[None, :]
     return tl.load(ptrs, mask=inside[:, None] & (d < D)[None, :], other=0.0)
@@ -52,7 +52,7 @@ def _band(
     table_ptr, rows_ptr, first, num_distances, max_keys, stride, h,
     BLOCK: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """(2 BLOCK, BLOCK_D): rows of a table for the distances from `first` on; some row where there is no such one."""
+    """(2 BLOCK, BLOCK_D): rows of a table for the distances from `first` on, clamped to those that exist."""
     places = first + max_keys - 1 + tl.arange(0, 2 * BLOCK)
     rows = tl.load(rows_ptr + tl.minimum(tl.maximum(places, 0), num_distances - 1))
     return _heads(table_ptr, rows, rows >= 0, stride, h, D, BLOCK_D)
@@ -64,7 +64,7 @@ def _scores(
     C2P: tl.constexpr, P2C: tl.constexpr, BLOCK: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """(BLOCK, BLOCK), without the scale; `first` is the distance of the first query to the last key."""
+    """(BLOCK, BLOCK) scores before the scale; `first` is the distance from the tile's first query to its last key."""
     near = tl.arange(0, BLOCK)
     slant = near[:, None] - near[None, :] + (BLOCK - 1)
     scores = _dot(q, tl.trans(k), tl.zeros((BLOCK, BLOCK), tl.float32), PRECISION)
@@ -81,7 +81,7 @@ def _scores(
 
 @triton.jit
 def _by_query(ds, BLOCK: tl.constexpr):
-    """(BLOCK, 2 BLOCK): what a tile (BLOCK, BLOCK) gives each query's product with each row of the band."""
+    """(BLOCK, 2 BLOCK): the gradient by each query's product with each row of the band, from that by the scores."""
     at = tl.arange(0, BLOCK)[:, None] - tl.arange(0, 2 * BLOCK)[None, :] + (BLOCK - 1)
     inside = (at >= 0) & (at < BLOCK)
     return tl.where(inside, tl.gather(ds, tl.where(inside, at, 0), 1), 0.0)
@@ -89,7 +89,7 @@ def _by_query(ds, BLOCK: tl.constexpr):
 
 @triton.jit
 def _by_key(ds, BLOCK: tl.constexpr):
-    """(2 BLOCK, BLOCK): the same of each key's product."""
+    """(2 BLOCK, BLOCK): the gradient by each key's product with each row of the band."""
     at = tl.arange(0, 2 * BLOCK)[:, None] + tl.arange(0, BLOCK)[None, :] - (BLOCK - 1)
     inside = (at >= 0) & (at < BLOCK)
     return tl.where(inside, tl.gather(ds, tl.where(inside, at, 0), 0), 0.0)
@@ -97,6 +97,7 @@ def _by_key(ds, BLOCK: tl.constexpr):
 
 @triton.jit
 def _taking_part(places, num, first_token, mask_ptr, HAS_MASK: tl.constexpr):
+    """Whether each token is inside its row and not masked."""
     real = places < num
     if HAS_MASK:
         real = real & (tl.load(mask_ptr + first_token + places, mask=real, other=0) != 0)
@@ -108,7 +109,7 @@ def _score_gradients(
     scores, real, logsum, delta, dy, v, seed_ptr, draws, first_key, scale, drop_below, keep_factor,
     DROPOUT: tl.constexpr, BLOCK: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """What dropout left of the weights, and the gradients of the scores, (BLOCK, BLOCK)."""
+    """The weights after dropout, and the gradients of the scores, (BLOCK, BLOCK) each."""
     weights = tl.exp2(tl.where(real[None, :], scores * (scale * LOG2_E), float("-inf")) - logsum[:, None])
     dweights = _dot(dy, tl.trans(v), tl.zeros((BLOCK, BLOCK), tl.float32), PRECISION)
     dropped = weights
@@ -126,7 +127,7 @@ def attend_kernel(
     C2P: tl.constexpr, P2C: tl.constexpr, HAS_MASK: tl.constexpr, DROPOUT: tl.constexpr,
     BLOCK: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """y, and log2 of the sum of the weights: BLOCK queries of a row and head."""
+    """Writes y, and log2 of the sum of the unnormalised weights, for BLOCK queries of a row and head."""
     first_i, h, n = tl.program_id(0) * BLOCK, tl.program_id(1), tl.program_id(2)
     first_query, first_key = tl.load(cu_queries_ptr + n), tl.load(cu_keys_ptr + n)
     num_i, num_j = tl.load(cu_queries_ptr + n + 1) - first_query, tl.load(cu_keys_ptr + n + 1) - first_key
@@ -146,7 +147,7 @@ def attend_kernel(
             )  # fmt: skip
             scores = tl.where(real[None, :], scores * (scale * LOG2_E), float("-inf"))
             larger = tl.maximum(largest, tl.max(scores, 1))
-            base = tl.where(larger == float("-inf"), 0.0, larger)  # of a row of which nothing was seen yet
+            base = tl.where(larger == float("-inf"), 0.0, larger)  # all keys so far are masked
             weights, shrunk = tl.exp2(scores - base[:, None]), tl.exp2(largest - base)
             largest, total = larger, total * shrunk + tl.sum(weights, 1)
             if DROPOUT:
@@ -169,7 +170,7 @@ def query_gradients_kernel(
     C2P: tl.constexpr, P2C: tl.constexpr, HAS_MASK: tl.constexpr, DROPOUT: tl.constexpr,
     BLOCK: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """dq, and delta = y . dy for the other kernels: BLOCK queries of a row and head."""
+    """Writes dq, and delta = y . dy for the other kernels, for BLOCK queries of a row and head."""
     first_i, h, n = tl.program_id(0) * BLOCK, tl.program_id(1), tl.program_id(2)
     first_query, first_key = tl.load(cu_queries_ptr + n), tl.load(cu_keys_ptr + n)
     num_i, num_j = tl.load(cu_queries_ptr + n + 1) - first_query, tl.load(cu_keys_ptr + n + 1) - first_key
@@ -212,7 +213,7 @@ def key_gradients_kernel(
     C2P: tl.constexpr, P2C: tl.constexpr, HAS_MASK: tl.constexpr, DROPOUT: tl.constexpr,
     BLOCK: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """dk and dv: BLOCK keys of a row and head."""
+    """Writes dk and dv for BLOCK keys of a row and head."""
     first_j, h, n = tl.program_id(0) * BLOCK, tl.program_id(1), tl.program_id(2)
     first_query, first_key = tl.load(cu_queries_ptr + n), tl.load(cu_keys_ptr + n)
     num_i, num_j = tl.load(cu_queries_ptr + n + 1) - first_query, tl.load(cu_keys_ptr + n + 1) - first_key
@@ -256,12 +257,12 @@ def position_gradients_kernel(
     C2P: tl.constexpr, P2C: tl.constexpr, HAS_MASK: tl.constexpr, DROPOUT: tl.constexpr,
     BLOCK: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """part[split, h, diagonal]: of the band of a diagonal of tiles, summed over every num_splits-th row.
+    """Writes part[split, h, diagonal]: the gradient by the band of one diagonal of tiles, over every num_splits-th row.
 
-    (2 BLOCK, BLOCK_D) of the position keys and then the same of the position queries, without the scale.
+    It is (2 BLOCK, D) for the position keys, then the same for the position queries, before the scale.
     """
     diagonal, h, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
-    ahead = diagonal - (blocks_k - 1)  # of a tile's queries before its keys, in tiles
+    ahead = diagonal - (blocks_k - 1)  # tile index of the queries minus that of the keys
     first = ahead * BLOCK - (BLOCK - 1)
     dpk, dpq = tl.zeros((2 * BLOCK, BLOCK_D), tl.float32), tl.zeros((2 * BLOCK, BLOCK_D), tl.float32)
     for n in range(split, num_rows, num_splits):
@@ -307,12 +308,15 @@ def sum_positions_kernel(
     C2P: tl.constexpr, P2C: tl.constexpr, BLOCK: tl.constexpr, SPLITS: tl.constexpr,
     D: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """A row and head of the tables: the parts of all its distances, each in the bands of up to two diagonals."""
+    """Writes the gradient of one row and head of the tables: the sum of the parts of all distances that map to the row.
+
+    A distance is in the bands of up to two diagonals.
+    """
     row, h = tl.program_id(0), tl.program_id(1)
     d, splits = tl.arange(0, BLOCK_D), tl.arange(0, SPLITS)
     dpk, dpq = tl.zeros((BLOCK_D,), tl.float32), tl.zeros((BLOCK_D,), tl.float32)
     for place in range(tl.load(starts_ptr + row), tl.load(starts_ptr + row + 1)):
-        shifted = place - (max_keys - 1) + blocks_k * BLOCK  # the distance, by a whole number of tiles, above 0
+        shifted = place - (max_keys - 1) + blocks_k * BLOCK  # the distance plus a multiple of BLOCK, > 0
         for near in range(2):
             diagonal = shifted // BLOCK - 1 + near
             at = shifted % BLOCK + (BLOCK - 1) - near * BLOCK

@@ -1,4 +1,4 @@
-"""disentangled_attention's Triton kernels, as functions of tensors. Nothing is asked of the device."""
+"""disentangled_attention's Triton kernels, as functions of tensors. The host never waits for the device."""
 
 from __future__ import annotations
 
@@ -19,19 +19,20 @@ from fastpeft.kernels.ops.lora_linear.fused import precision
 from fastpeft.kernels.ops.lora_linear.reference import drop_below
 
 PROGRAMS, MOST_SPLITS = 1056, 32
-"""Of position_gradients_kernel, eight for each multiprocessor of an H100; so many sums of one band at most."""
+"""Target number of programs of position_gradients_kernel, eight per multiprocessor of an H100; most partial sums per
+band."""
 BAND_BLOCK = 16
-"""Queries and keys of a tile of it: with 32 it would spill registers."""
+"""Queries and keys of a tile of position_gradients_kernel. With 32 it would spill registers."""
 NUM_WARPS = 4
 
 
 def block(length: int, dtype: torch.dtype) -> int:
-    """Queries and keys of the other kernels' tiles, for rows of so many tokens: the most that spill no registers."""
+    """Queries and keys of the other kernels' tiles, for rows of up to `length` tokens. Larger tiles would spill."""
     return 16 if dtype == torch.float32 or length <= 16 else 32
 
 
 class _Call:
-    """What all kernels are given."""
+    """The arguments that all kernels share."""
 
     def __init__(
         self,
@@ -69,7 +70,7 @@ class _Call:
         }
 
     def launch(self, kernel: Any, num_tiles: int, *rest: torch.Tensor) -> None:
-        """A program for each tile of each head and row."""
+        """Launch one program per tile, head and row."""
         grid = num_tiles, self.num_heads, self.num_rows
         if all(grid):
             constants = self.constants | self.choices
@@ -83,7 +84,7 @@ class _Call:
 
 
 def _by_token(x: torch.Tensor) -> torch.Tensor:
-    """Itself where the heads of a token lie one behind another, as in a projection's output or a part of one."""
+    """x if the heads of a token are contiguous, as in (a slice of) a projection's output; else a contiguous copy."""
     width = x.shape[-1]
     return x if x.stride(-1) == 1 and x.stride(-2) == width else x.contiguous()
 
@@ -96,7 +97,7 @@ def forward(
     position_queries: torch.Tensor | None,
     attended: Attended,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """y, and log2 of the sum of each query's weights, (T, H) in fp32."""
+    """y, and log2 of the sum of each query's unnormalised weights, (T, H) in fp32."""
     call = _Call(query, key, value, position_keys, position_queries, attended)
     y = torch.zeros_like(query, memory_format=torch.contiguous_format)
     logsum = query.new_empty(query.shape[:2], dtype=torch.float32)
@@ -117,7 +118,7 @@ def backward(
     *,
     of_positions: bool,
 ) -> tuple[torch.Tensor | None, ...]:
-    """Of query, key, value and, where they are wanted, of the two tables."""
+    """Gradients of query, key and value, and with `of_positions` of the two tables."""
     call = _Call(query, key, value, position_keys, position_queries, attended)
     dy, delta = dy.contiguous(), torch.empty_like(logsum)
     dq, dk, dv = (torch.zeros_like(x, memory_format=torch.contiguous_format) for x in (query, key, value))
@@ -141,7 +142,7 @@ def _position_gradients(
     dpk: torch.Tensor | None,
     dpq: torch.Tensor | None,
 ) -> None:
-    """Fills both."""
+    """Fill dpk and dpq."""
     distances = call.attended.distances
     blocks_q, blocks_k = (-(-num // BAND_BLOCK) for num in (distances.max_queries, distances.max_keys))
     num_diagonals = blocks_q + blocks_k - 1

@@ -21,14 +21,14 @@ def disentangled_attention_reference(
     dropout: float = 0.0,
     keep: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """D(softmax(scale S)) V of each row of tokens by itself, shapes as in op.disentangled_attention.
+    """D(softmax(scale S)) V in each row of tokens, shapes as in op.disentangled_attention.
 
     S_ij = q_i . k_j + q_i . position_keys[t(i - j)] + k_j . position_queries[t(i - j)] (arXiv:2006.03654, eq. 4).
 
     Args:
-        rows: t of the distances from 1 - L to L - 1, L at least the longest row.
-        lengths: of the rows, whose tokens lie one behind another.
-        keep: (T, H, L) bool, what dropout leaves of the weights of a token's head, by the key's place in its row.
+        rows: t(d) for the distances d from 1 - L to L - 1, L at least the length of the longest row.
+        lengths: tokens of each packed row.
+        keep: (T, H, L) bool, the weights that dropout keeps, by query, head and position of the key in its row.
     """
     furthest = len(rows) // 2
     table = torch.tensor(list(rows), device=query.device)

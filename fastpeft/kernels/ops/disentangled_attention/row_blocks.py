@@ -1,6 +1,6 @@
-"""disentangled_attention in PyTorch: rows of nearly one length together, some heads and queries at a time.
+"""disentangled_attention in PyTorch: rows of similar length in one block, some of its heads and queries at a time.
 
-The positions' part of the scores is a slanted view of one small product, not a gather.
+The position terms of the scores are read through a strided view of one small product instead of a gather.
 
 Shape suffixes: H heads, N rows of a block, Q queries, K keys, D features of a head, P distances, R rows of a table.
 """
@@ -17,27 +17,28 @@ from fastpeft.kernels.ops.disentangled_attention.distances import Distances
 from fastpeft.kernels.ops.disentangled_attention.row_plan import Attended, Block, plan
 
 CHUNK_BYTES, GPU_CHUNK_BYTES = 4 * 2**20, 512 * 2**20
-"""Of the weights that are computed at a time: what a processor's cache holds; few launches."""
+"""Memory of the attention weights computed together: on a CPU they fit into its cache; on a GPU the limit keeps the
+number of launches low."""
 KEYS = 256
-"""That few queries meet the positions of at a time: products of a key with distances that no query has are wasted."""
+"""Keys per product with the position queries, unless there are more queries. A larger step wastes more products."""
 
 
 @dataclass(frozen=True)
 class Part:
-    """Some heads and queries of a block, each tensor with its heads first."""
+    """Some heads and queries of a block. Heads are the first axis of each tensor that has them."""
 
     heads: slice
     queries: slice
     distances: slice
-    """Of P: those of these queries to the keys, ascending."""
+    """The distances, of P, from these queries to the keys, ascending."""
     q_HNQD: torch.Tensor
-    """Times the scale."""
+    """Multiplied by the scale."""
     k_HNKD: torch.Tensor
     v_HNKD: torch.Tensor
     position_keys_HPD: torch.Tensor | None
-    """Descending, by j - i."""
+    """In descending order of i - j."""
     position_queries_HPD: torch.Tensor | None
-    """Ascending, by i - j, times the scale."""
+    """In ascending order of i - j, multiplied by the scale."""
     bias_NQK: torch.Tensor | None
 
     def weights(self) -> torch.Tensor:
@@ -57,7 +58,7 @@ class Part:
     def gradients(
         self, dscores: torch.Tensor, of_positions: bool
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
-        """Of the scaled queries, the keys, the position keys and the scaled position queries."""
+        """Gradients of the scaled queries, the keys, the position keys and the scaled position queries."""
         num_queries, num_keys = dscores.shape[-2:]
         dq, dk = dscores @ self.k_HNKD, dscores.transpose(-1, -2) @ self.q_HNQD
         dpk = dpq = None
@@ -79,7 +80,7 @@ class Part:
         return dq, dk, dpk, dpq
 
     def _key_slices(self) -> Iterator[tuple[slice, slice]]:
-        """Keys, and the distances of all queries to them."""
+        """Slices of the keys, and for each the slice of the distances from all queries to those keys."""
         num_queries, num_keys = self.q_HNQD.shape[2], self.k_HNKD.shape[2]
         step = max(num_queries, KEYS)
         for start in range(0, num_keys, step):
@@ -93,14 +94,14 @@ def _each(x: torch.Tensor, positions_HPD: torch.Tensor) -> torch.Tensor:
 
 
 def _slanted(each: torch.Tensor, num_columns: int, first: int) -> torch.Tensor:
-    """(H, N, X, columns), a view of (H, N, X, P): of row x, from x columns before `first` on."""
+    """(H, N, X, num_columns), a view of (H, N, X, P): row x starts at column first - x."""
     num_heads, num_rows, num_x, width = each.shape
     strides = (num_rows * num_x * width, num_x * width, width - 1, 1)
     return each.as_strided((num_heads, num_rows, num_x, num_columns), strides, each.storage_offset() + first)
 
 
 class _Tables:
-    """Of positions, a row for each distance, heads first; and the sums of their gradients."""
+    """The position tables with one row per distance, heads first; and the reduction of their gradients."""
 
     def __init__(
         self, position_keys: torch.Tensor | None, position_queries: torch.Tensor | None, attended: Attended
@@ -112,7 +113,7 @@ class _Tables:
             self.queries_HPD = self.queries_HPD * attended.scale
 
     def _by_distance(self, table: torch.Tensor | None, order: int) -> torch.Tensor | None:
-        """`order` -1: the distances descend."""
+        """(H, P, D): one row per distance, ascending; descending for `order` -1."""
         if table is None:
             return None
         if not self.distances.one_each:
@@ -132,7 +133,7 @@ class _Tables:
         return slice(num - distances.stop, num - distances.start)
 
     def gradient(self, sum_HPD: torch.Tensor, order: int, dtype: torch.dtype) -> torch.Tensor:
-        """(R, H, D) of the sum over the distances."""
+        """(R, H, D): the gradient of a table, from the sums per distance (H, P, D)."""
         sum_PHD = (sum_HPD if order > 0 else sum_HPD.flip(1)).permute(1, 0, 2)
         if not self.distances.one_each:
             rows = sum_PHD.new_zeros(self.distances.num_rows, *sum_PHD.shape[1:])
@@ -141,13 +142,13 @@ class _Tables:
 
 
 class _Masks:
-    """Dropout's, one for each part, with a seed of its own."""
+    """Dropout masks, one per part, each from a seed of its own."""
 
     def __init__(self, dropout: float, seed: torch.Tensor | None) -> None:
         self.dropout, self.seed, self.num_made = dropout, seed, 0
 
     def make(self, weights: torch.Tensor) -> torch.Tensor:
-        """Ones and zeros in the shape and dtype of weights."""
+        """The next mask: ones and zeros in the shape and dtype of `weights`."""
         assert self.seed is not None, "dropout has a seed"
         seed = self.seed + self.num_made
         self.num_made += 1
@@ -164,7 +165,7 @@ def _parts(
     tables: _Tables,
     distances: Distances,
 ) -> Iterator[Part]:
-    """The heads and queries of a block, some at a time, so that their weights stay within the limit."""
+    """Groups of a block's heads and queries whose attention weights fit into the memory limit."""
     q_HNQD, k_HNKD, v_HNKD = (
         places.read(x).permute(2, 0, 1, 3)
         for places, x in ((block.queries, query), (block.keys, key), (block.keys, value))
@@ -229,7 +230,7 @@ def backward(
     *,
     of_positions: bool,
 ) -> tuple[torch.Tensor | None, ...]:
-    """Of query, key, value and, where they are wanted, of the two tables."""
+    """Gradients of query, key and value, and with `of_positions` of the two tables."""
     tables = _Tables(position_keys, position_queries, attended)
     masks = _Masks(attended.dropout, attended.seed)
     wide = torch.promote_types(query.dtype, torch.float32)
@@ -266,7 +267,7 @@ def backward(
 
 
 def _score_gradients(part: Part, dy: torch.Tensor, masks: _Masks) -> tuple[torch.Tensor, torch.Tensor]:
-    """(H, N, Q, K) of the scores, (H, N, K, D) of the values."""
+    """Gradients of the scores, (H, N, Q, K), and of the values, (H, N, K, D)."""
     weights = part.weights()
     dweights = dy @ part.v_HNKD.transpose(-1, -2)
     dropped = weights

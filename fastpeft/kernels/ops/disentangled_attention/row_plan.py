@@ -1,6 +1,6 @@
-"""Which rows of tokens are computed together, and where they lie. Read on the host.
+"""Grouping of packed rows into blocks of similar length. It reads the offsets on the host.
 
-Shape suffixes: N rows of a block, L tokens of its longest, T tokens of all rows, H heads, D features of a head.
+Shape suffixes: N rows of a block, L tokens of its longest row, T tokens of all rows, H heads, D features of a head.
 """
 
 from __future__ import annotations
@@ -13,11 +13,11 @@ import torch
 from fastpeft.kernels.ops.disentangled_attention.distances import Distances
 
 SHORTEST = 0.8
-"""Of a block's longest row: how long its others are at least."""
+"""Shortest row of a block, as a fraction of the longest row's length."""
 
 
 class Attended(NamedTuple):
-    """What attends to what, and how: arguments of op.disentangled_attention."""
+    """The arguments of op.disentangled_attention other than its inputs and position tables."""
 
     distances: Distances
     scale: float
@@ -33,33 +33,33 @@ class Row(NamedTuple):
     first_key: int
     num_queries: int
     num_keys: int
-    """Up to the last that takes part."""
+    """Keys up to the last one that is not masked."""
 
 
 class Places(NamedTuple):
-    """Where the queries, or the keys, of a block lie."""
+    """Indices of the queries, or of the keys, of a block among the T tokens."""
 
     index_NL: torch.Tensor
-    """T where none takes part."""
+    """int64; T at padding and masked tokens."""
     real_NL: torch.Tensor | None
-    """bool: which take part. None: all."""
+    """bool, False at padding and masked tokens; None if there are none."""
     together: slice | None
-    """Of the T tokens, where all take part and lie one behind another."""
+    """The tokens as a slice of the T tokens, if they are contiguous and none is masked; else None."""
 
     def read(self, x: torch.Tensor) -> torch.Tensor:
-        """(N, L, H, D) of (T, H, D); some token or other where none takes part."""
+        """(N, L, H, D) from x (T, H, D). Padding has the values of an arbitrary token."""
         if self.together is not None:
             return x[self.together].view(*self.index_NL.shape, *x.shape[1:])
         return x.index_select(0, self.index_NL.flatten().clamp(max=len(x) - 1)).view(*self.index_NL.shape, *x.shape[1:])
 
     def target(self, x: torch.Tensor) -> torch.Tensor:
-        """(N, L, H, D) to be filled for an x of (T + 1, H, D): a view of it, or a tensor for `write`."""
+        """An uninitialised (N, L, H, D) for x (T + 1, H, D): a view of x if possible, else a tensor for `write`."""
         if self.together is not None:
             return x[self.together].view(*self.index_NL.shape, *x.shape[1:])
         return x.new_empty(*self.index_NL.shape, *x.shape[1:])
 
     def write(self, x: torch.Tensor, found: torch.Tensor) -> None:
-        """What is of no token goes to the last place of x."""
+        """Copy `found` from `target` into x. Padding goes to the last entry of x."""
         if self.together is None:
             x.index_copy_(0, self.index_NL.flatten(), found.flatten(0, 1))
 
@@ -70,17 +70,17 @@ class Block(NamedTuple):
 
 
 def plan(attended: Attended, num_queries: int, num_keys: int, most_weights: int) -> list[Block]:
-    """Blocks whose weights of one head are no more than these; a block has one row at least.
+    """Blocks of rows with at most `most_weights` attention weights per head; a block has at least one row.
 
     Raises:
-        ValueError: a row is longer than the distances are, or ends behind the tokens.
+        ValueError: a row is longer than `distances` allows, or ends after the last token.
     """
     rows = _rows(attended, num_queries, num_keys)
     return [_block(rows, attended, num_queries, num_keys) for rows in _grouped(rows, most_weights)]
 
 
 def _rows(attended: Attended, num_queries: int, num_keys: int) -> list[Row]:
-    """Those in which something takes part."""
+    """The rows that have at least one query and one key that is not masked."""
     queries, keys = attended.cu_queries.tolist(), attended.cu_seqlens.tolist()
     mask = None if attended.mask is None else attended.mask.cpu()
     most = attended.distances.max_queries, attended.distances.max_keys
@@ -102,7 +102,7 @@ def _rows(attended: Attended, num_queries: int, num_keys: int) -> list[Row]:
 
 
 def _grouped(rows: list[Row], most_weights: int) -> Iterator[list[Row]]:
-    """Of nearly one length, the longest first."""
+    """Groups of rows of similar length, the longest first."""
     block: list[Row] = []
     for row in sorted(rows, key=lambda row: (-row.num_keys, -row.num_queries)):
         if block:

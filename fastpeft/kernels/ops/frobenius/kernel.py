@@ -1,4 +1,4 @@
-"""The penalty's Triton kernel: a program for each factor of each matrix, and for each slice of all other parameters."""
+"""The penalty's Triton kernel: one program per factor of each matrix, and per slice of the other parameters."""
 
 import triton
 import triton.language as tl
@@ -6,7 +6,7 @@ import triton.language as tl
 
 @triton.jit
 def _sum_squares(x_ptr, length, BLOCK: tl.constexpr):
-    """Of `length` elements from x_ptr on. The order of the sum depends on nothing but the length."""
+    """Sum of squares of `length` elements from x_ptr on. The order of summation depends only on the length."""
     lanes = tl.arange(0, BLOCK)
     total = tl.zeros((BLOCK,), tl.float32)
     whole = length // BLOCK * BLOCK
@@ -19,7 +19,7 @@ def _sum_squares(x_ptr, length, BLOCK: tl.constexpr):
 
 @triton.jit
 def _load(x_ptr, chunk, at, rank, num, IS_A: tl.constexpr, CHUNK: tl.constexpr, BLOCK_N: tl.constexpr):
-    """One tile of a factor, and its places: rows of A (CHUNK, BLOCK_N), columns of B (BLOCK_N, CHUNK)."""
+    """One tile of a factor, its offsets and its mask: rows of A (CHUNK, BLOCK_N), columns of B (BLOCK_N, CHUNK)."""
     r = chunk * CHUNK + tl.arange(0, CHUNK)
     n = at + tl.arange(0, BLOCK_N)
     if IS_A:
@@ -35,7 +35,7 @@ def _load(x_ptr, chunk, at, rank, num, IS_A: tl.constexpr, CHUNK: tl.constexpr, 
 def _gram(
     x_ptr, gram_ptr, rank, num, IS_A: tl.constexpr, CHUNK: tl.constexpr, NUM_CHUNKS: tl.constexpr, BLOCK_N: tl.constexpr
 ):
-    """A A^T or B^T B to gram_ptr, padded with zeros to CHUNK * NUM_CHUNKS rows and columns."""
+    """Store A A^T or B^T B at gram_ptr, padded with zeros to CHUNK * NUM_CHUNKS rows and columns."""
     lanes = tl.arange(0, CHUNK)
     for pair in range(NUM_CHUNKS * NUM_CHUNKS):
         row, column = pair // NUM_CHUNKS, pair % NUM_CHUNKS  # pyright: ignore[reportOperatorIssue] (constexpr)
@@ -56,7 +56,8 @@ def _add_product(
     data_ptr, into_ptr, gram_ptr, factor, rank, num,
     IS_A: tl.constexpr, ADD: tl.constexpr, CHUNK: tl.constexpr, NUM_CHUNKS: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """Gradient factor * G A, or factor * B G. Returns its sum of squares and its product with the factor."""
+    """Write the gradient factor * G A or factor * B G, G the other factor's Gram matrix. Returns its sum of squares and
+    its inner product with A or B."""
     lanes = tl.arange(0, CHUNK)
     squares = tl.zeros((CHUNK, BLOCK_N) if IS_A else (BLOCK_N, CHUNK), tl.float32)
     products = tl.zeros_like(squares)
@@ -84,7 +85,7 @@ def _add_product(
 
 @triton.jit
 def _add_scaled(data_ptr, into_ptr, factor, length, ADD: tl.constexpr, BLOCK: tl.constexpr):
-    """Gradient factor * x of the penalty of the factors. Returns as _add_product."""
+    """Write the gradient factor * x of the penalty `factors`. Returns as _add_product."""
     lanes = tl.arange(0, BLOCK)
     total = tl.zeros((BLOCK,), tl.float32)
     for at in range(0, length, BLOCK):
@@ -106,7 +107,7 @@ def _add_penalty(
     PENALTY: tl.constexpr, ADD: tl.constexpr, ALIGNED_ROWS: tl.constexpr,
     CHUNK: tl.constexpr, NUM_CHUNKS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Of the factor that this program has, if it has one. Returns the gradient's sum of squares, and the value."""
+    """The penalty of this program's factor, if it has one. Returns the gradient's sum of squares, and the value."""
     square, product = 0.0, 0.0
     if program < 2 * num_matrices:
         is_a = program < num_matrices
@@ -127,7 +128,7 @@ def _add_penalty(
             if ALIGNED_ROWS:
                 rank, num, num_other = tl.multiple_of(rank, 4), tl.multiple_of(num, 4), tl.multiple_of(num_other, 4)
             side = CHUNK * NUM_CHUNKS
-            gram_ptr = grams_ptr + (2 * k + is_a.to(tl.int32)) * (side * side)  # of the other factor
+            gram_ptr = grams_ptr + (2 * k + is_a.to(tl.int32)) * (side * side)  # Gram matrix of the other factor
             if is_a:
                 _gram(data_ptr + other, gram_ptr, rank, num_other, False, CHUNK, NUM_CHUNKS, BLOCK_N)
                 tl.debug_barrier()
@@ -141,7 +142,7 @@ def _add_penalty(
                     own_ptr, to_ptr, gram_ptr, factor, rank, num, False, ADD, CHUNK, NUM_CHUNKS, BLOCK_N
                 )
         product = tl.where(product < 0, 0.0, 0.5 * product)
-        tl.debug_barrier()  # the gradient is read again, in another layout
+        tl.debug_barrier()  # the caller reads the gradient again, in another layout
     return square, product
 
 
@@ -149,7 +150,7 @@ def _add_penalty(
 def _total(partials_ptr, num, BLOCK: tl.constexpr):
     lanes = tl.arange(0, BLOCK)
     total = tl.zeros((BLOCK,), tl.float32)
-    for at in range(0, num, BLOCK):  # past the first-level cache: other programs wrote them
+    for at in range(0, num, BLOCK):  # bypass L1: other programs wrote these
         total += tl.load(partials_ptr + at + lanes, mask=at + lanes < num, other=0.0, cache_modifier=".cg")
     return tl.sum(total)
 
@@ -188,7 +189,7 @@ def weighted_frobenius_kernel(
     tl.store(partials_ptr + 3 * num_tasks + program, before)
     tl.store(partials_ptr + 4 * num_tasks + program, size)
     tl.debug_barrier()
-    # The last program to come here sums in a fixed order: who that is makes no difference.
+    # The last program to arrive sums in a fixed order, so that the result does not depend on which one it is.
     if tl.atomic_add(ticket_ptr, 1, sem="acq_rel") == num_tasks - 1:
         tl.store(ticket_ptr, 0)
         adapter = _total(partials_ptr, num_adapter_tasks, BLOCK)

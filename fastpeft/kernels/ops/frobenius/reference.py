@@ -26,8 +26,8 @@ def product_penalty(a_KRI: torch.Tensor, b_KOR: torch.Tensor, weight_K: torch.Te
         scale: s, lora_alpha / rank.
 
     Returns:
-        (value_K, da_KRI, db_KOR): each matrix's weighted penalty, clamped at >= 0, and the
-        gradients of their sum: 2 c s^2 (B^T B) A and 2 c s^2 B (A A^T).
+        (value_K, da_KRI, db_KOR): each matrix's weighted penalty, clamped at >= 0, and the gradients of their sum:
+        2 c s^2 (B^T B) A and 2 c s^2 B (A A^T).
     """
     gram_a_KRR = a_KRI @ a_KRI.transpose(1, 2)
     gram_b_KRR = b_KOR.transpose(1, 2) @ b_KOR
@@ -38,7 +38,7 @@ def product_penalty(a_KRI: torch.Tensor, b_KOR: torch.Tensor, weight_K: torch.Te
 
 
 def factor_penalty(a_KRI: torch.Tensor, b_KOR: torch.Tensor, weight_K: torch.Tensor, scale: float) -> Penalty:
-    """Penalty of the factors themselves; `scale` has no part in it. Returns as product_penalty."""
+    """Penalty of the factors themselves, independent of `scale`. Returns as product_penalty."""
     del scale
     value_K = weight_K * (a_KRI.square().sum((1, 2)) + b_KOR.square().sum((1, 2)))
     double_K11 = (2 * weight_K)[:, None, None]
@@ -51,7 +51,7 @@ PENALTIES = {"product": product_penalty, "factors": factor_penalty}
 def weighted_frobenius(
     data: torch.Tensor, layout: FlatLayout, coefficient_K: torch.Tensor, penalty: str = "product"
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """(value of each matrix, gradient of their sum as a flat buffer)."""
+    """((K,) penalty of each matrix, gradient of their sum as a flat buffer)."""
     value_K = torch.empty_like(coefficient_K)
     gradient = torch.zeros_like(data)
     for group, index_K in zip(layout.groups, layout.index_K):

@@ -1,4 +1,4 @@
-"""gated's Triton kernels: element by element, in fp32; each result is rounded once."""
+"""gated's Triton kernels: elementwise in fp32, rounded once at the end."""
 
 import triton
 import triton.language as tl

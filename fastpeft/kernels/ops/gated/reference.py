@@ -16,5 +16,5 @@ ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
 
 
 def gated_reference(gate: torch.Tensor, up: torch.Tensor, activation: str) -> torch.Tensor:
-    """act(gate) * up, a gated linear unit without its products (arXiv:2002.05202, eq. 6)."""
+    """act(gate) * up, a gated linear unit without its matrix products (arXiv:2002.05202, eq. 6)."""
     return ACTIVATIONS[activation](gate) * up

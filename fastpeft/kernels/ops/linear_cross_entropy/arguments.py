@@ -1,4 +1,4 @@
-"""What the cross entropies are given has to fit together."""
+"""Validation of the arguments of the cross entropies. Every function here raises ValueError."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ def check_labels(
 
 
 def check_classes(options: Options, labels_T: torch.Tensor, vocab: int) -> None:
-    """Reads the labels, which on a GPU would wait for it."""
+    """Check that every label is a class or ignore_index. It reads the labels, which would stall the host on a GPU."""
     wrong_T = (labels_T != options.ignore_index) & ((labels_T < 0) | (labels_T >= vocab))
     if bool(wrong_T.any()):
         raise ValueError(

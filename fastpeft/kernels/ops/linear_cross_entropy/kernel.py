@@ -1,6 +1,6 @@
-"""Triton kernel of the cross entropies: one row of logits to its loss, gradient and statistics.
+"""Triton kernel of the cross entropies: one program per row of logits computes its loss, gradient and statistics.
 
-Shape suffixes: V vocabulary.
+Shape suffixes: V columns of a block of the vocabulary.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import triton.language as tl
 
 @triton.jit
 def _logits(row_ptr, start, v_V, vocab, width):
-    """Logits from `start` on, -inf beyond the vocabulary. The mask of the load may be one that keeps it wide."""
+    """Logits from `start` on, -inf beyond the vocabulary. The load is masked by `width`, which keeps it vectorised."""
     z_V = tl.load(row_ptr + start + v_V, mask=v_V < width - start, other=0.0).to(tl.float32)
     return tl.where(v_V < vocab - start, z_V, float("-inf"))
 
@@ -20,13 +20,14 @@ def _logits(row_ptr, start, v_V, vocab, width):
 def cross_entropy_row(
     # tensors; the gradient may be written over the logits
     logits_ptr, gradient_ptr, label_ptr, weight_ptr, loss_ptr, fisher_ptr, entropy_ptr,
-    # shapes and strides; rows from num_labelled on have no label and give their entropy alone; columns from `vocab`
-    # to `width` may be read and written but mean nothing
+    # shapes and strides; rows from num_labelled on have no label, so that only their entropy is computed; columns from
+    # `vocab` to `width` are padding that may be read and written
     num_labelled, vocab, width, logits_stride, gradient_stride, ignore_index, smoothing,
     HAS_WEIGHT: tl.constexpr, GRADIENT: tl.constexpr, STATISTICS: tl.constexpr, SMOOTHING: tl.constexpr,
     BLOCK_V: tl.constexpr,
 ):  # fmt: skip
-    """Pass 1, online: maximum, sums of e, e^2 and e log e, e = exp(z - max). Pass 2: (p - target) weight."""
+    """Pass 1, online: the maximum, and sums of e, e^2 and e log e with e = exp(z - max). Pass 2: the gradient
+    weight * (p - target)."""
     row = tl.program_id(0)
     label = tl.load(label_ptr + row)
     has_label = (row < num_labelled) & (label != ignore_index)
@@ -44,11 +45,11 @@ def cross_entropy_row(
                 tl.store(gradient_ptr + start + v_V, zero_V, mask=v_V < width - start)
         return
 
-    is_class = has_label & (label >= 0) & (label < vocab)  # a label that is no class has a loss of NaN
+    is_class = has_label & (label >= 0) & (label < vocab)  # any other label gives a loss of NaN
     target = tl.where(is_class, label, -1).to(tl.int32)
     label_logit = tl.load(logits_ptr + target, mask=is_class, other=float("nan")).to(tl.float32)
     top = -3.0e38  # not -inf: -inf minus itself is NaN
-    rest = 0.0  # sum of e over all but the label: over the total it is 1 - p, exact where p is nearly 1
+    rest = 0.0  # sum of e over all but the label: rest / total is 1 - p, exact even for p near 1
     rest_squares = 0.0
     moment = 0.0  # sum of e (z - top)
     total_logit = 0.0
@@ -80,9 +81,9 @@ def cross_entropy_row(
         fisher = (rest_squares + rest * rest) / (total * total)
         tl.store(fisher_ptr + row, tl.where(has_label, fisher, 0.0))
         tl.store(entropy_ptr + row, tl.log(total) - moment / total)
-    if GRADIENT:  # noqa: SIM102 -- known when compiled, the other is not
+    if GRADIENT:  # noqa: SIM102 -- a compile-time condition, the inner one is not
         if row < num_labelled:
-            tl.debug_barrier()  # the label's logit has been read before it is written over
+            tl.debug_barrier()  # all threads have read the label's logit before it is overwritten
             scale = weight / total
             for start in range(0, vocab, BLOCK_V):
                 z_V = _logits(logits_ptr, start, v_V, vocab, width)

@@ -1,4 +1,4 @@
-"""Rows of logits to losses, statistics and gradient: by PyTorch, or by one Triton program a row.
+"""Losses, statistics and gradients of rows of logits, in PyTorch or by one Triton program per row.
 
 Shape suffixes: C rows, V vocabulary.
 """
@@ -13,13 +13,13 @@ from fastpeft.kernels.dispatch import Config, choose, runs_triton
 from fastpeft.kernels.launch import launch
 
 CONFIGS = tuple(Config(1, block, 1, warps, 1) for block, warps in ((2048, 4), (4096, 8), (8192, 8), (8192, 16)))
-"""Columns that a program takes at a time (block_n), and its warps: what a tuner may choose from. More columns spill."""
+"""The tuner's candidates: columns per iteration of a program (block_n), and its warps. More columns spill registers."""
 
 
 @dataclass(frozen=True)
 class Options:
     name: str
-    """The operation's, for its errors."""
+    """Name of the operation, for error messages."""
     ignore_index: int
     label_smoothing: float
     reduction: str
@@ -40,7 +40,7 @@ class Options:
 
 @dataclass(frozen=True)
 class PerRow:
-    """What is known of each row; the statistics None unless asked for."""
+    """Results of each row; the statistics are None unless requested."""
 
     loss_C: torch.Tensor
     fisher_C: torch.Tensor | None
@@ -66,9 +66,9 @@ def compute_rows(
     options: Options,
     out: PerRow,
 ) -> None:
-    """Fill `out`, and `gradient_CV` with weight (p - target); that may be logits_CV itself.
+    """Fill `out`, and `gradient_CV` with weight * (p - target); `gradient_CV` may be logits_CV itself.
 
-    Rows from num_labelled on have no label: their entropy alone is computed. Rows with an ignored label are 0.
+    Rows from num_labelled on have no label, so that only their entropy is computed. Rows with an ignored label get 0.
     """
     if not len(logits_CV):
         return
@@ -109,10 +109,10 @@ def _pytorch(
     if out.entropy_C is not None:
         log_p_CV.clamp_(min=torch.finfo(wide).min).mul_(p_CV)  # clamped: 0 times -inf is NaN
         out.entropy_C.copy_(-log_p_CV.sum(1))[:num_labelled].masked_fill_(ignored_L, 0)
-    g_LV = p_CV[:num_labelled]  # p - onehot; p - 1 itself would have fewer digits than expm1
+    g_LV = p_CV[:num_labelled]  # p - onehot; expm1 has more correct digits than p - 1
     g_LV.scatter_(1, labels_L1, label_log_p_L1.expm1())
     if out.fisher_C is not None:
-        squares_LV = torch.mul(g_LV, g_LV, out=log_p_CV[:num_labelled])  # sum adds in pairs; a dot loses digits
+        squares_LV = torch.mul(g_LV, g_LV, out=log_p_CV[:num_labelled])  # pairwise sum; a dot product loses digits
         out.fisher_C.zero_()[:num_labelled] = squares_LV.sum(1).masked_fill(ignored_L, 0)
     if gradient_CV is None:
         return
@@ -149,7 +149,7 @@ def _triton(
     num_rows, vocab = logits_CV.shape
     target_CV = logits_CV if gradient_CV is None else gradient_CV
     config = choose("cross_entropy", logits_CV, 0, vocab, 0, num_rows).config or config_for(vocab)
-    # Behind a row of a padded buffer lies nothing that matters.
+    # In a padded buffer the columns after `vocab` may be overwritten, so that whole vectors can be stored.
     owned = gradient_CV is None or gradient_CV.data_ptr() == logits_CV.data_ptr()
     width = logits_CV.stride(0) if owned and 0 <= logits_CV.stride(0) - vocab < 16 else vocab
     launch(

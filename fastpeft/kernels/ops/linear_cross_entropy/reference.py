@@ -16,7 +16,7 @@ def cross_entropy_reference(
     reduction: str = "mean",
     num_items: float | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """(loss, Fisher ||p - onehot(y)||^2 of each token, entropy of each token); 0 where the label is ignored."""
+    """(loss, ||p - onehot(y)||^2 of each token, entropy of each token in nats); 0 where the label is ignored."""
     labelled_T = labels_T != ignore_index
     weights_T = labelled_T.to(logits_TV.dtype) * (1 if token_weights is None else token_weights)
     losses_T = functional.cross_entropy(

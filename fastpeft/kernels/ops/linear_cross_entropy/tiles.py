@@ -1,10 +1,10 @@
 """A frozen head's cross entropy on a CPU, in one pass over the head.
 
-The gradient by a hidden state, sum_v p_v W_v - W_label, is attention to the head's rows: it is summed block by block,
-and scaled down when a later block holds a larger logit (arXiv:2205.14135, algorithm 1). So no logit is computed twice
-or leaves the cache, and a block of the head is read from memory once for both products.
+The gradient by a hidden state, sum_v p_v W_v - W_label, has the form of attention to the rows of the head. It is summed
+block by block, and rescaled when a later block holds a larger logit (arXiv:2205.14135, algorithm 1). So every logit is
+computed once and stays in the cache, and a block of the head is read from memory once for both products.
 
-Shape suffixes: C rows of a chunk, L of these labelled, B columns of a block, D hidden, V vocabulary.
+Shape suffixes: C rows of a chunk, L labelled rows of a chunk, B columns of a block, D hidden, V vocabulary.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ import torch
 from fastpeft.kernels.ops.linear_cross_entropy.per_row import Options, PerRow
 
 ROWS = 512
-"""Of a chunk, at most."""
+"""Most rows of a chunk."""
 LOGITS_BYTES, HEAD_BYTES = 4 * 2**20, 4 * 2**20
-"""Of a tile of logits, and of the block of the head that it is made with: together they stay in a cache."""
+"""Memory of a tile of logits, and of the block of the head that it is computed from: together they fit into a cache."""
 _SMALLEST = 64
-"""Columns of a block, at least."""
+"""Fewest columns of a block."""
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,7 @@ class Head:
     bias_V: torch.Tensor | None
 
     def columns(self, num_rows: int) -> int:
-        """Of a block, for a chunk of so many rows."""
+        """Columns per block, for a chunk of `num_rows` rows."""
         vocab, width = self.weight_VD.shape
         wide = torch.promote_types(self.weight_VD.dtype, torch.float32).itemsize
         fit = min(
@@ -39,9 +39,9 @@ class Head:
 
 
 class Chunk:
-    """Rows of hidden states on their way over the vocabulary.
+    """Rows of hidden states, and the running sums of their losses over blocks of the vocabulary.
 
-    Logits and their gradient are rounded to the dtype of `hidden_CD`; all between is in that of `out`.
+    Logits and their gradient are rounded to the dtype of `hidden_CD`; everything between them is computed in `wide`.
     """
 
     def __init__(
@@ -59,12 +59,12 @@ class Chunk:
         self.top_C = hidden_CD.new_full((num_rows,), lowest, dtype=wide)
         zeros = hidden_CD.new_zeros(4, num_rows, dtype=wide)
         self.rest_C, self.squares_C, self.moment_C, self.total_logit_C = zeros.unbind()
-        """Over all columns but the label's: sum of e, e^2 and e log e with e = exp(z - top); and the sum of all z."""
+        """Sums of e, e^2 and e log e over all columns but the label's, e = exp(z - top); and the sum of all z."""
         self.sum_LD = hidden_CD.new_zeros(num_labelled, hidden_CD.shape[1], dtype=wide) if wants_gradient else None
-        """Of e W."""
+        """Sum of e W over all columns but the label's."""
 
     def read(self) -> None:
-        """All blocks."""
+        """Process all blocks of the head."""
         num_rows, vocab = len(self.hidden_CD), len(self.head.weight_VD)
         columns = self.head.columns(num_rows)
         size = num_rows * columns
@@ -78,7 +78,7 @@ class Chunk:
             self._read_block(start, *tiles)
 
     def _read_block(self, start: int, logits_CB: torch.Tensor, z_CB: torch.Tensor, more_CB: torch.Tensor) -> None:
-        """`more_CB` is a second tile where statistics are wanted."""
+        """Process one block. With statistics `more_CB` is a second tile, else it is z_CB."""
         stop = start + logits_CB.shape[1]
         weight_BD, bias_V = self.head.weight_VD[start:stop], self.head.bias_V
         if bias_V is None:
@@ -100,7 +100,7 @@ class Chunk:
             e_CB = torch.exp(z_CB, out=more_CB)
             z_CB.clamp_(min=torch.finfo(self.wide).min)  # 0 times -inf is NaN
             self.moment_C += z_CB.mul_(e_CB).sum(1)
-            self.squares_C += torch.mul(e_CB, e_CB, out=z_CB).sum(1)  # sum adds in pairs; a dot loses digits
+            self.squares_C += torch.mul(e_CB, e_CB, out=z_CB).sum(1)  # pairwise sum; a dot product loses digits
         else:
             e_CB = z_CB.exp_()
         self.rest_C.mul_(shrink_C).add_(e_CB.sum(1))
@@ -108,7 +108,7 @@ class Chunk:
             self._add(shrink_C, e_CB, logits_CB, weight_BD)
 
     def _take_labels(self, start: int, stop: int, z_CB: torch.Tensor) -> None:
-        """Put aside the labels' logits of this block: where p is nearly 1, 1 - p is exact if summed without them."""
+        """Move this block's label logits out of the sums: 1 - p, summed without them, is exact for p near 1."""
         rows = ((self.labels_C >= start) & (self.labels_C < stop)).nonzero()[:, 0]
         if len(rows):
             columns = self.labels_C[rows] - start
@@ -159,7 +159,7 @@ class Chunk:
     def _gradient(
         self, factor_C: torch.Tensor, miss_C: torch.Tensor, weights_L: torch.Tensor | None, out_LD: torch.Tensor
     ) -> None:
-        """`factor_C` makes e a probability, and `miss_C` is 1 - p of the label."""
+        """Fill `out_LD`. `factor_C` times e is a probability, and `miss_C` is 1 - p of the label."""
         assert self.sum_LD is not None
         labelled, smoothing = slice(self.num_labelled), self.options.label_smoothing
         g_LD = self.sum_LD.mul_(factor_C[labelled, None])

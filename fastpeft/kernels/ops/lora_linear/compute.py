@@ -1,4 +1,4 @@
-"""Which form computes which part of lora_linear, for one projection or several of one x.
+"""Forward and backward of lora_linear, for one or several projections of one x, each part in the form chosen for it.
 
 Shape suffixes: T tokens, I in, O out, R rank.
 """
@@ -19,12 +19,13 @@ from fastpeft.kernels.ops.lora_linear.quantised import dequantised, is_quantised
 Pair = tuple[torch.Tensor, torch.Tensor]
 
 MERGE_FROM = 2
-"""So many times the elements of W have those of x and y together where merges() begins."""
+"""merges() is true from this ratio on: the elements of x and y over those of W."""
 
 
 @dataclass(eq=False)
 class LoraMeasures:
-    """What lora_linear can tell on the way. A call fills in one that is passed to it; a later call overwrites it.
+    """Statistics that lora_linear computes in backward. A call fills in the object passed to it; a later call
+    overwrites it.
 
     All are at least fp32 (fp64 where the factors are) and carry no gradient.
     """
@@ -32,12 +33,12 @@ class LoraMeasures:
     db_square: torch.Tensor | None = None
     """||dL/dB||_F^2, a scalar tensor, after backward; None where lora_b needs no gradient."""
     db_square_masked: torch.Tensor | None = None
-    """The same of the gradient that the rows of `row_mask` alone give; None without a mask."""
+    """The same for the part of dL/dB that comes from the rows in `row_mask`; None without a mask."""
 
 
 @dataclass(frozen=True)
 class Part:
-    """One projection, but for its factors."""
+    """One projection without its factors A and B."""
 
     weight: torch.Tensor
     bias: torch.Tensor | None
@@ -75,8 +76,11 @@ def _kept(x_TI: torch.Tensor, seed: torch.Tensor | None, dropout: float) -> spli
 
 
 def merges(x_TI: torch.Tensor, call: Call, factors: list[Pair]) -> bool:
-    """Whether x goes through W + s B A in one product: the sum is written again for forward and for backward, which
-    pays from some hundred rows on. Never in half precision, where W would swallow a small update."""
+    """Whether x is multiplied by W + s B A in one product, on a CPU without dropout.
+
+    Forward and backward each form the sum, which pays off from a few hundred rows on. It is never used in half
+    precision, where adding a small update to W would round it away.
+    """
     if x_TI.is_cuda or dispatch.runs_triton(x_TI) or call.dropout or x_TI.dtype.itemsize < 4:
         return False
     if any(is_quantised(part.weight) for part in call.parts):
@@ -88,7 +92,7 @@ def merges(x_TI: torch.Tensor, call: Call, factors: list[Pair]) -> bool:
 def forward(
     x_TI: torch.Tensor, call: Call, factors: list[Pair]
 ) -> tuple[list[torch.Tensor], Sequence[torch.Tensor | None]]:
-    """y and s D(x) A^T of each projection, the latter None where backward makes it. `factors` in the dtype of x."""
+    """y and s D(x) A^T of each projection, the latter None if backward recomputes it. `factors` have the dtype of x."""
     if merges(x_TI, call, factors):
         for part in call.parts:
             _forget_measures(part)
@@ -167,7 +171,7 @@ def backward(
     needs: list[bool],
     dtypes: list[torch.dtype],
 ) -> tuple[torch.Tensor | None, list[torch.Tensor | None]]:
-    """dx, and dA and dB of each projection in turn; `needs` and `dtypes` in that order too."""
+    """dx, and dA, dB of each projection in turn. `needs` and `dtypes` are in the order of dA, dB too."""
     if s_TR[0] is None:
         return _merged_backward(dys_TO, x_TI, call, factors, needs_x, needs, dtypes)
     choice = _choose("lora_backward", dys_TO[0], factors[0][0], factors[0][1].shape[0])
@@ -246,7 +250,7 @@ def _fused_dx(dy_TO: torch.Tensor, call: Call, pair: Pair, choice: dispatch.Choi
 def _shared_gradients(
     dys_TO: list[torch.Tensor], factors: list[Pair], call: Call, choice: dispatch.Choice
 ) -> torch.Tensor:
-    """dS = s dY B of the projections, side by side."""
+    """dS = s dY B of all projections, concatenated along the rank: (T, sum of R)."""
     ranks = [a.shape[0] for a, _ in factors]
     ds_all = split.skinny_buffer(dys_TO[0], sum(ranks))
     for dy, (_, b), ds, part in zip(dys_TO, factors, ds_all.split(ranks, dim=1), call.parts):
@@ -273,13 +277,13 @@ class _Factors:
 
     @property
     def wanted_rows(self) -> torch.Tensor | None:
-        """Where it is asked for."""
+        """The row mask, (T,), if db_square_masked is requested."""
         if self.part.measures is None or self.call.row_mask_T is None:
             return None
         return self.call.row_mask_T.reshape(-1)
 
     def split(self, da_RI: torch.Tensor | None, kept: split.Kept | None) -> list[torch.Tensor | None]:
-        """`da_RI` where it is there already."""
+        """[dA, dB] by PyTorch. `da_RI`: dA, if it is already computed."""
         db_OR = None
         if not self.needed[0]:
             da_RI = None
@@ -302,6 +306,7 @@ class _Factors:
         return [None if da_RI is None else da_RI.to(self.dtypes[0]), db_OR]
 
     def fused(self, way: dispatch.Choice) -> list[torch.Tensor | None]:
+        """[dA, dB] by Triton."""
         if not any(self.needed):
             return [None, None]
         dropped = _fused().Dropout(self.call.dropout, self.part.seed) if self.call.dropout else None

@@ -1,15 +1,15 @@
-"""Forms and tiles of lora_linear's Triton kernels; needs no Triton.
+"""Forms and tile sizes of lora_linear's Triton kernels. Importing it does not need Triton.
 
-Forms of `lora_forward` and `lora_backward` (dx):
-    split      cuBLAS: the frozen product, the skinny one, addmm_
-    fused      one launch; the skinny product rides in the same loop, on the tiles of x that are loaded anyway. With
-               dropout, or with a rank above LARGEST_INLINE_RANK, it is fused_two
-    fused_two  a launch of the skinny product, then the main one, to which the update is a few columns more
-Of `lora_factors` (dA, dB): split, and fused_factors (any name but split means it).
+Forms of `lora_forward` and `lora_backward` (dx); the skinny product is x A^T, or dY B in backward:
+    split      cuBLAS: the frozen product, the skinny product, addmm_
+    fused      one launch; the main loop also computes the skinny product, from the tiles of x that it loads anyway.
+               With dropout, or with a rank above LARGEST_INLINE_RANK, it is computed as fused_two
+    fused_two  a launch of the skinny product, then the main launch, which adds the update as further columns of the sum
+Forms of `lora_factors` (dA, dB): split, and fused_factors (any name other than split selects it).
 
-In a Config of the first two, block_m x block_n is the tile of the result and block_k the step through the sum. In one
-of fused_factors, block_m is the number of features, block_k of tokens a step, and block_n how many programs a
-multiprocessor gets, which sets the number of splits.
+In a Config of fused or fused_two, block_m x block_n is the tile of the result and block_k the step along the summed
+axis. In a Config of fused_factors, block_m is the number of features, block_k the tokens per step, and block_n the
+programs per multiprocessor, which set the number of splits.
 """
 
 from __future__ import annotations
@@ -21,7 +21,8 @@ import torch
 from fastpeft.kernels.dispatch import Config
 
 LARGEST_INLINE_RANK = {torch.float32: 16}
-"""Of `fused`: beyond it its registers do not pay. 64 for other dtypes."""
+"""Largest rank for which `fused` computes the skinny product in the main loop, 64 for other dtypes. Above it the extra
+registers cost more than they save."""
 
 _MATMUL = (
     Config(128, 256, 64, 8, 3),
@@ -59,7 +60,7 @@ _INTERPRETED = {"fused": Config(64, 64, 64, 4, 1), "fused_two": Config(32, 64, 6
 _INTERPRETED |= {"fused_factors": Config(64, 2, 64, 4, 1)}
 
 SHARED_BYTES = 160 * 1024
-"""What a block may ask for on the smallest GPU that counts, sm_80."""
+"""Shared memory that a block may use, from the limit of the smallest supported GPU, sm_80."""
 
 
 def default_config(form: str, interpreted: bool) -> Config:
@@ -67,28 +68,28 @@ def default_config(form: str, interpreted: bool) -> Config:
 
 
 def padded_rank(rank: int) -> int:
-    """At least 16, which tensor cores need, and a power of two."""
+    """The next power of two, at least 16, the smallest side for tensor cores."""
     return max(16, 1 << (rank - 1).bit_length())
 
 
 def inline(form: str, rank: int, dropout: float, dtype: torch.dtype) -> bool:
-    """Whether the skinny product rides in the main loop."""
+    """Whether the skinny product is computed in the main loop."""
     return form == "fused" and not dropout and rank <= LARGEST_INLINE_RANK.get(dtype, 64)
 
 
 def rank_step(rank: int, dtype: torch.dtype) -> int:
-    """How many columns of s one program takes at once, where they do not ride in the main loop."""
+    """Columns of s per step of a program, if the skinny product is not computed in the main loop."""
     return min(padded_rank(rank), 32 if dtype == torch.float32 else 64)
 
 
 def fitting_matmul(
     config: Config, dtype: torch.dtype, block_r: int, capability: int, *, inline: bool, dropout: bool
 ) -> Config:
-    """`config`, made smaller where it would spill registers or overflow shared memory.
+    """`config`, reduced if it would spill registers or exceed the shared memory.
 
     Args:
-        block_r: padded rank, or the step through it.
-        capability: of the GPU, its first number. Before 9 the operands of tensor cores take registers too.
+        block_r: padded rank, or the step along it.
+        capability: major compute capability of the GPU. Below 9 the operands of tensor cores take registers too.
     """
     if dtype == torch.float32:
         config = replace(
@@ -113,6 +114,7 @@ def fitting_matmul(
 
 
 def fitting_factors(config: Config, dtype: torch.dtype, block_r: int) -> Config:
+    """As fitting_matmul, for fused_factors."""
     if dtype == torch.float32:
         config = replace(config, block_m=min(config.block_m, 64), block_k=min(config.block_k, 32), num_warps=8)
     if config.block_m * block_r > 32 * 32 * config.num_warps:

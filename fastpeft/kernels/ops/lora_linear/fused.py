@@ -39,7 +39,8 @@ class Dropout:
 
 
 def precision(dtype: torch.dtype) -> str:
-    """Of tensor-core products. Plain tf32 misses the bound of fp32; `ieee` when interpreted."""
+    """Triton's input precision of tensor-core products. Plain tf32 exceeds the error bound for fp32; the interpreter
+    needs `ieee`."""
     if dispatch.interpreting():
         return "ieee"
     return "tf32x3" if dtype == torch.float32 else "tf32"
@@ -58,7 +59,7 @@ def fused_keep_mask(
 
 
 def skinny_tiles(num_rows: int, dtype: torch.dtype) -> Config:
-    """Narrow where there are few rows, so that all multiprocessors have some."""
+    """Tile sizes of skinny_kernel. With few rows the tiles are small, so that every multiprocessor has work."""
     return Config(64 if num_rows > 4096 else 16, 0, 32 if dtype == torch.float32 else 64, 4, 4)
 
 
@@ -71,7 +72,7 @@ def skinny(
     dropout: Dropout | None = None,
     out_TR: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """scale * D(x) A^T of A (R, I) in forward, scale * x B of B (O, R) else."""
+    """(T, R): scale * D(x) A^T with `factor` A (R, I) in forward, else scale * x B with `factor` B (O, R)."""
     x_TI, factor = _rows(x_TI), factor.contiguous()
     num_rows, num_columns = x_TI.shape
     rank = factor.shape[0] if forward else factor.shape[1]
@@ -106,9 +107,9 @@ def matmul(
     forward: bool,
     dropout: Dropout | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Forward: y and s. Else, with x = dY: dx and dS.
+    """Forward: y and s. Backward, with x = dY: dx and dS.
 
-    Where `s_TR` is None it is computed on the way. `dropout` is that of dx.
+    If `s_TR` is None, the same launch computes it. `dropout` is applied to the update of dx.
     """
     x, a_RI, b_OR = _rows(x), a_RI.contiguous(), b_OR.contiguous()
     if 1 not in weight_OI.stride():
@@ -156,7 +157,7 @@ def factors(
     row_mask_T: torch.Tensor | None = None,
     measured: bool = False,
 ) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
-    """dA, dB (None where not needed), and ||dB||^2 with, where there is a mask, that of the masked part."""
+    """dA and dB, None if not needed; and if `measured` ||dB||^2, with a mask followed by that of the masked part."""
     (num_rows, rank), num_in, num_out = s_TR.shape, x_TI.shape[1], dy_TO.shape[1]
     device = x_TI.device
     x_TI, dy_TO = _rows(x_TI), _rows(dy_TO)
@@ -193,7 +194,8 @@ def factors(
 
 
 def _splits(num_rows: int, blocks: int, config: Config, device: torch.device) -> tuple[int, int]:
-    """How many splits of the tokens, and how many rows each: whole steps, and about as many programs as are wanted."""
+    """(number of splits of the tokens, rows per split). A split is a whole number of steps, and the number of programs
+    is close to what the config asks for."""
     wanted = -(-_multiprocessors(device) * config.block_n // max(1, blocks))
     steps = max(1, -(-num_rows // config.block_k))
     steps_a_split = -(-steps // min(MOST_SPLITS, wanted, steps))
@@ -213,5 +215,5 @@ def _multiprocessors(device: torch.device) -> int:
 
 
 def _rows(x: torch.Tensor) -> torch.Tensor:
-    """x with its columns side by side in memory, and with rows that are apart."""
+    """x if its rows are contiguous and do not overlap, else a contiguous copy."""
     return x if x.stride(1) == 1 and x.stride(0) >= x.shape[1] else x.contiguous()

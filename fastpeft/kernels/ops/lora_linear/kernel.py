@@ -1,18 +1,19 @@
 """The Triton kernels of lora_linear.
 
 Forward and dx are one computation: out = x w + s l2 with s = scale x l1, where (x, w, l1, l2) is (x, W^T, A^T, B^T) in
-forward and (dY, W, B, A) in backward. dA and dB are one launch over splits of the tokens and one that adds these up.
+forward and (dY, W, B, A) in backward. dA and dB take one launch over splits of the tokens and one that adds these up.
 
 Decisions:
-- s rides in the main loop (INLINE), R / BLOCK_N more products and no pass over x, or is there already (skinny_kernel);
-  then it is a few more columns of the sum.
-- Both skinny products carry the scale, so that nothing else needs it.
-- One Philox call decides on eight columns. In forward dropout is applied by skinny_kernel, in dx to the finished tile.
-- No atomics: sums over the tokens are split into partials, which one program adds up in a fixed order.
+- s is computed in the main loop (INLINE), which costs R / BLOCK_N more multiplications but no second pass over x. Or
+  skinny_kernel has computed it before, and s l2 extends the sum by R columns.
+- Both skinny products include the scale, so that nothing else needs it.
+- One Philox call decides on eight columns. In forward skinny_kernel applies dropout; in backward it applies to the
+  update of dx.
+- No atomics: sums over the tokens are split into partial sums, which one program adds up in a fixed order.
 
-Arguments that change with the number of tokens are not specialised, so that no batch waits for a compiler for long.
+Arguments that change with the number of tokens are not specialised: a new batch size rarely recompiles a kernel.
 
-M rows (tokens), K columns of x, N columns of out, R rank.
+Symbols: M rows (tokens), K columns of x, N columns of out, R rank.
 """
 
 from __future__ import annotations
@@ -25,14 +26,14 @@ PHILOX_ROUNDS = tl.constexpr(7)
 
 @triton.jit
 def _dot(u, v, acc, PRECISION: tl.constexpr):
-    if PRECISION == "ieee":  # only when interpreted: bf16 lies in integers there, and would be multiplied as those
+    if PRECISION == "ieee":  # the interpreter stores bf16 as integers and would multiply those
         return acc + tl.dot(u.to(tl.float32), v.to(tl.float32), input_precision=PRECISION)
     return tl.dot(u, v, acc, input_precision=PRECISION)
 
 
 @triton.jit
 def keep_columns(seed_ptr, rows_M, first_column, drop_below, BLOCK_N: tl.constexpr):
-    """(rows, BLOCK_N) of what dropout leaves: reference.philox_keep from `first_column` on, a multiple of 8."""
+    """(rows, BLOCK_N), True where an element is kept: reference.philox_keep from `first_column`, a multiple of 8."""
     groups = (first_column // 8 + tl.arange(0, BLOCK_N // 8))[None, :]
     zero = groups * 0
     r0, r1, r2, r3 = tl.philox(  # pyright: ignore[reportGeneralTypeIssues] (compiled by Triton)
@@ -60,7 +61,7 @@ def keep_mask_kernel(
 def _factor(ptr, inner, rank, num_inner, R: tl.constexpr, R_INNER: tl.constexpr, EVEN: tl.constexpr):
     """A tile of A (R x inner) or, with R_INNER, of B (inner x R), zero beyond R and beyond num_inner.
 
-    `inner` and `rank` are index tensors that broadcast to the tile: so one tile serves both orders.
+    `inner` and `rank` are index tensors that broadcast to the tile. Their axes decide whether it is transposed.
     """
     ptrs = ptr + (inner.to(tl.int64) * R + rank if R_INNER else rank.to(tl.int64) * num_inner + inner)
     if EVEN:
@@ -77,8 +78,8 @@ def lora_matmul_kernel(
     HAS_BIAS: tl.constexpr, DROPOUT: tl.constexpr, EVEN_K: tl.constexpr, EVEN_N: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """out = x w + s l2 (+ bias), a BLOCK_M x BLOCK_N tile a program; those of the first columns also write s where it
-    is computed INLINE."""
+    """out = x w + s l2 (+ bias), one BLOCK_M x BLOCK_N tile per program. With INLINE the programs of the first columns
+    also write s."""
     tile = tl.program_id(0)
     blocks_m, blocks_n = tl.cdiv(num_rows, BLOCK_M), tl.cdiv(N, BLOCK_N)
     group = tile // (GROUP_M * blocks_n)
@@ -87,7 +88,7 @@ def lora_matmul_kernel(
     block_n = (tile % (GROUP_M * blocks_n)) // height
 
     rows = block_m * BLOCK_M + tl.arange(0, BLOCK_M)
-    inside = tl.minimum(rows, num_rows - 1).to(tl.int64)  # rows beyond the last compute what is never stored
+    inside = tl.minimum(rows, num_rows - 1).to(tl.int64)  # rows beyond the last one are computed, never stored
     columns = block_n * BLOCK_N + tl.arange(0, BLOCK_N)
     ks = tl.arange(0, BLOCK_K)
     ranks = tl.arange(0, BLOCK_R)
@@ -149,7 +150,7 @@ def skinny_kernel(
     R: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
     FORWARD: tl.constexpr, DROPOUT: tl.constexpr, EVEN_K: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """s = scale D(x) l1; 1 / (1 - dropout) is in `scale`."""
+    """s = scale D(x) l1; `scale` includes the factor 1 / (1 - dropout)."""
     rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     inside = tl.minimum(rows, num_rows - 1).to(tl.int64)
     ranks = tl.program_id(1) * BLOCK_R + tl.arange(0, BLOCK_R)
@@ -174,9 +175,9 @@ def factors_kernel(
     R: tl.constexpr, BLOCK_F: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_R: tl.constexpr,
     DROPOUT: tl.constexpr, HAS_MASK: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """One split of the tokens, BLOCK_F features: part[split] holds D(x)^T dS (I x R) and then dY^T s (O x R).
+    """One split of the tokens and BLOCK_F features: part[split] is D(x)^T dS (I x R), then dY^T s (O x R).
 
-    1 / (1 - dropout) is left to the reduction. `masked` is the second of the two over the rows of the mask alone.
+    The reduction applies 1 / (1 - dropout). `masked` is dY^T s over the rows in the mask only.
     """
     block, split = tl.program_id(0), tl.program_id(1)
     start = split * rows_a_split
@@ -234,7 +235,7 @@ def reduce_factors_kernel(
     part_ptr, masked_ptr, da_ptr, db_ptr, square_ptr, num_in, num_out, num_splits, blocks_a, blocks_b, keep_factor,
     R: tl.constexpr, SPLITS: tl.constexpr, BLOCK: tl.constexpr, MEASURE: tl.constexpr, HAS_MASK: tl.constexpr,
 ):  # fmt: skip
-    """Adds the splits up: dA (R x I), dB (O x R), and per program the squares of dB, whole and masked."""
+    """Adds the splits up: dA (R x I), dB (O x R), and per program the sums of squares of dB and of its masked part."""
     block = tl.program_id(0)
     splits = tl.arange(0, SPLITS)[:, None]
     if block < blocks_a:

@@ -1,4 +1,4 @@
-"""Frozen weights that bitsandbytes keeps in 4 bits."""
+"""Frozen weights in bitsandbytes' 4-bit format."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import torch
 
 
 def weight_shape(weight: torch.Tensor) -> torch.Size:
-    """(O, I) of a weight, or of the weight that a 4-bit parameter stands for."""
+    """(O, I), the shape of a weight, for a 4-bit parameter that of its dequantised weight."""
     state = getattr(weight, "quant_state", None)
     return weight.shape if state is None else state.shape
 
@@ -16,7 +16,7 @@ def is_quantised(weight: torch.Tensor) -> bool:
 
 
 def dequantised(weight: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """(O, I) in `dtype`; `weight` itself where it is not quantised.
+    """(O, I) in `dtype`; `weight` itself if it is not quantised.
 
     Raises:
         ImportError: the weight is quantised and bitsandbytes cannot be imported.

@@ -1,6 +1,7 @@
 """The specification of lora_linear: plain PyTorch, differentiated by autograd.
 
-And that of the dropout mask on a GPU: counter-based random numbers, so that any element can be had again.
+The dropout mask on a GPU is specified here too. It uses counter-based random numbers, so that any element can be
+regenerated alone.
 """
 
 from __future__ import annotations
@@ -33,11 +34,11 @@ _WORD = 0xFFFFFFFF
 
 
 def philox_keep(num_rows: int, num_columns: int, dropout: float, seed: torch.Tensor) -> torch.Tensor:
-    """(rows, columns) bool on the seed's device: what dropout leaves.
+    """(rows, columns) bool on the seed's device, True where dropout keeps an element.
 
-    Philox 4x32 of 7 rounds (Salmon et al., SC 2011, section 2) with the key `seed`, an int64 of one element, and the
-    counter (row, column // 8, 0, 0) gives four words, which are eight numbers of 16 bits, low half first, one for each
-    of these columns. An element stays where its number is at least round(65536 * dropout).
+    Philox 4x32 with 7 rounds (Salmon et al., SC 2011, section 2). The key is `seed`, an int64 of one element, and the
+    counter is (row, column // 8, 0, 0). The four words are eight 16-bit numbers, low half first, one per column. An
+    element is kept if its number is at least round(65536 * dropout).
     """
     zero = torch.zeros((), dtype=torch.int64, device=seed.device)
     groups = -(-num_columns // 8)
@@ -56,11 +57,11 @@ def philox_keep(num_rows: int, num_columns: int, dropout: float, seed: torch.Ten
 
 
 def _product(constant: int, word: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Low and high word of a 64-bit product; int64 wraps, and the mask takes the sign off."""
+    """Low and high word of an unsigned 64-bit product. int64 wraps around, and the masks remove the sign."""
     product = word * constant
     return product & _WORD, (product >> 32) & _WORD
 
 
 def drop_below(dropout: float) -> int:
-    """16-bit numbers below this are dropped."""
+    """Elements whose 16-bit number is below this are dropped."""
     return round(65536 * dropout)

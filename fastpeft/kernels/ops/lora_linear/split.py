@@ -1,12 +1,14 @@
-"""lora_linear in PyTorch's own products: the form `split`, and the only one on a CPU.
+"""lora_linear in PyTorch's own products: the form `split`. On a CPU it is the only form, apart from compute.merges.
 
-Tried on a CPU (fp32, T 1250, R 8, 2 threads, interleaved, I x O 384 x 384, 384 x 1536, 1536 x 384), time against what
-is here: W + s B A merged before the forward product 1.00, 0.94, 0.96, which is within the noise, and backward needs
-s x A^T all the same; bias and update as one skinny product of rank R + 1 1.00, 1.00, 0.98; dx with the update last
-instead of first 1.02, 1.08, 1.01; dB as dY^T s 2.7, 4.9, 2.6.
+Alternatives on a CPU (fp32, T 1250, R 8, 2 threads, interleaved, I x O 384 x 384, 384 x 1536, 1536 x 384), in time
+relative to this code:
+    W + s B A merged for the forward product only   1.00, 0.94, 0.96, within the noise
+    bias and update as one product of rank R + 1    1.00, 1.00, 0.98
+    dx with the update last instead of first        1.02, 1.08, 1.01
+    dB as dY^T s                                    2.7, 4.9, 2.6
 
-Both skinny products carry the scale: S = s D(x) A^T and dS = s dY B. So y = x W^T + bias + S B^T, dx = dY W + D'(dS A),
-dA = dS^T D(x) and dB = dY^T S need none.
+Both skinny products include the scale: S = s D(x) A^T and dS = s dY B. So y = x W^T + bias + S B^T,
+dx = dY W + D'(dS A), dA = dS^T D(x) and dB = dY^T S need none.
 
 Shape suffixes: T tokens, I in, O out, R rank.
 """
@@ -20,12 +22,12 @@ import torch
 from fastpeft.kernels import dispatch
 
 NARROW = 8
-"""Up to this rank a CPU's fp32 dY B takes two to four times as long as the same product with B^T stored by rows."""
+"""Up to this rank dY B in fp32 on a CPU takes two to four times as long as with a row-major copy of B^T."""
 
 
 @dataclass(frozen=True)
 class Kept:
-    """What dropout leaves of x."""
+    """The dropout mask of x."""
 
     mask_TI: torch.Tensor
     """Ones and zeros in the dtype of x."""
@@ -34,24 +36,25 @@ class Kept:
 
 
 def skinny_buffer(x_TI: torch.Tensor, rank: int) -> torch.Tensor:
-    """(T, R), uninitialised. For Triton its rows start at multiples of 16, without which loads are not vectors."""
+    """(T, R), uninitialised. For Triton its rows start at multiples of 16 elements, so that loads are vectorised."""
     width = -(-rank // 16) * 16 if dispatch.runs_triton(x_TI) else rank
     return x_TI.new_empty(x_TI.shape[0], width)[:, :rank]
 
 
 def skinny(x_TI: torch.Tensor, a_RI: torch.Tensor, scale: float, out_TR: torch.Tensor | None = None) -> torch.Tensor:
-    """scale * x A^T, into `out_TR` if it is given."""
+    """scale * x A^T, (T, R), in `out_TR` if given."""
     rank = a_RI.shape[0]
     if out_TR is None:
         out_TR = skinny_buffer(x_TI, rank)
     if rank <= NARROW and not x_TI.is_cuda:
-        a_RI = a_RI.contiguous()  # where it is a transposed B
+        a_RI = a_RI.contiguous()  # copies if it is a transposed B
     return out_TR.addmm_(x_TI, a_RI.t(), beta=0, alpha=scale)
 
 
 def forward(
     x_TI: torch.Tensor, weight_OI: torch.Tensor, bias_O: torch.Tensor | None, s_TR: torch.Tensor, b_OR: torch.Tensor
 ) -> torch.Tensor:
+    """y = x W^T + bias + s B^T."""
     y_TO = torch.nn.functional.linear(x_TI, weight_OI, bias_O)
     return y_TO.addmm_(s_TR, b_OR.t())
 
@@ -69,7 +72,7 @@ def a_gradient(ds_TR: torch.Tensor, x_TI: torch.Tensor, dtype: torch.dtype, fact
 
 
 def b_gradient(dy_TO: torch.Tensor, s_TR: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """dY^T s in `dtype`. On a CPU as (s^T dY)^T, which takes a third of the time; on a GPU that is one launch more."""
+    """dY^T s in `dtype`. A CPU computes (s^T dY)^T in a third of the time; on a GPU that would be one more launch."""
     if _fp32_from_half(dy_TO, dtype):
         return torch.mm(dy_TO.t(), s_TR, out_dtype=dtype)
     if dy_TO.is_cuda:
@@ -78,14 +81,14 @@ def b_gradient(dy_TO: torch.Tensor, s_TR: torch.Tensor, dtype: torch.dtype) -> t
 
 
 def _fp32_from_half(source: torch.Tensor, dtype: torch.dtype) -> bool:
-    """Whether cuBLAS writes `dtype` itself, without a cast behind the product."""
+    """Whether cuBLAS can write the result in `dtype`, without a cast after the product."""
     return source.is_cuda and source.dtype.itemsize == 2 and dtype == torch.float32
 
 
 def db_with_masked(
     dy_TO: torch.Tensor, s_TR: torch.Tensor, row_mask_T: torch.Tensor, dtype: torch.dtype
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """dB, and the part of it that comes from the rows of the mask; dy is read once."""
+    """dB, and the part of it that comes from the rows in the mask; dy is read once for both."""
     rank = s_TR.shape[1]
     both = b_gradient(dy_TO, torch.cat([s_TR, s_TR * row_mask_T[:, None]], dim=1), dtype)
     return both[:, :rank].contiguous(), both[:, rank:]

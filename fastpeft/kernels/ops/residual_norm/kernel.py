@@ -21,7 +21,7 @@ def residual_norm_kernel(
     residual = tl.load(residual_ptr + places, mask=mask, other=0.0).to(tl.float32)
     total = (x + residual).to(total_ptr.dtype.element_ty)
     tl.store(total_ptr + places, total, mask=mask)
-    total = total.to(tl.float32)  # what is normed is what is kept
+    total = total.to(tl.float32)  # normalise the rounded sum, which is what backward reads
     mean = tl.sum(total, axis=1) / D
     centred = tl.where(mask, total - mean[:, None], 0.0)
     rstd = 1.0 / tl.sqrt_rn(tl.sum(centred * centred, axis=1) / D + eps)
@@ -38,7 +38,7 @@ def residual_norm_backward_kernel(
     dy_ptr, total_ptr, weight_ptr, seed_ptr, mean_ptr, rstd_ptr, dtotal_ptr, dx_ptr,
     num_rows, D, drop_below, keep_factor, DROPOUT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """dtotal = rstd (g - mean(g) - n mean(g n)) with g = dy * weight and n the normed total."""
+    """dtotal = rstd (g - mean(g) - n mean(g n)) with g = dy * weight and n the normalised total."""
     rows, columns = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_D)
     mask = (rows < num_rows)[:, None] & (columns < D)[None, :]
     places = rows.to(tl.int64)[:, None] * D + columns[None, :]

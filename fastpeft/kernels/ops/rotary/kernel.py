@@ -1,4 +1,4 @@
-"""rotary's Triton kernel: a program takes BLOCK_M of the N x H x L rows, each of two halves, wherever they lie."""
+"""rotary's Triton kernel: a program takes BLOCK_M of the N x H x L rows, in any strides. A row has two halves."""
 
 import triton
 import triton.language as tl
@@ -10,7 +10,7 @@ def rotary_kernel(
     x_n, x_h, x_l, x_d, y_n, y_h, y_l, y_d, cos_n, cos_l, cos_d, sin_n, sin_l, sin_d,
     TRANSPOSED: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """The strides are those of (N, H, L, D), 0 where cos and sin are broadcast. `TRANSPOSED` rotates gradients."""
+    """Strides are those of (N, H, L, D), 0 where cos and sin are broadcast. `TRANSPOSED` rotates gradients back."""
     rows, columns = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_D)
     mask = (rows < num_rows)[:, None] & (columns < half)[None, :]
     at, h, n = (rows % L).to(tl.int64), (rows // L % H).to(tl.int64), (rows // (L * H)).to(tl.int64)

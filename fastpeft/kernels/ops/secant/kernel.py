@@ -1,4 +1,4 @@
-"""The secants' Triton kernel: a program for each slice of a flat buffer."""
+"""secant_sums' Triton kernel: one program per slice of a flat buffer."""
 
 import triton
 import triton.language as tl
@@ -8,7 +8,7 @@ from fastpeft.kernels.unit_sums import sum_unit
 
 @triton.jit
 def _products(data_ptr, grad_ptr, previous_ptr, older_ptr, second_ptr, places, mask):
-    """What each element at `places` adds to the three sums; the changes there move on by a step."""
+    """The terms of each element at `places` in the three sums. Also updates `older` and `previous` there."""
     x = tl.load(data_ptr + places, mask=mask, other=0.0)
     g = tl.load(grad_ptr + places, mask=mask, other=0.0)
     last = x - tl.load(previous_ptr + places, mask=mask, other=0.0)
@@ -25,7 +25,7 @@ def secant_kernel(
     data_ptr, grad_ptr, previous_ptr, older_ptr, second_ptr,
     # a scalar on the device
     divisor_ptr,
-    # descriptors, of each slice, of each unit
+    # descriptors of slices and units, sums of slices and units, counters
     slices_ptr, units_ptr, partials_ptr, sums_ptr, tickets_ptr,
     ALIGNED: tl.constexpr, BLOCK: tl.constexpr, BLOCK_ROWS: tl.constexpr,
 ):  # fmt: skip
@@ -36,7 +36,7 @@ def secant_kernel(
     if ALIGNED:
         start = tl.multiple_of(start, 4)
 
-    # Groups of four, which a thread loads at once, and what is left of them.
+    # Vectors of four elements, and after them the up to three elements that remain.
     lanes, rest = tl.arange(0, BLOCK), tl.arange(0, 4)
     alongs, befores = tl.zeros((BLOCK,), tl.float32), tl.zeros((BLOCK,), tl.float32)
     squares = tl.zeros((BLOCK,), tl.float32)

@@ -1,4 +1,4 @@
-"""The sums that curvature is read from: the specification."""
+"""The specification of secant_sums, from which schedules compute curvature."""
 
 from __future__ import annotations
 

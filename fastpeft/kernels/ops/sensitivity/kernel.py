@@ -1,7 +1,7 @@
-"""Triton kernels of gradient_norm: ||G^T X||_F^2 as partial sums, one for each tile, in a fixed order.
+"""Triton kernels of gradient_norm: one partial result of ||G^T X||_F per tile, reduced by the caller in a fixed order.
 
-A weight may have two uses in a forward, (X, G) and (X2, G2), with T and T2 rows; one use alone is passed twice, with
-T2 = 0. Rows are contiguous: X (T, I), G (T, O).
+A weight may have two uses in a forward pass, (X, G) and (X2, G2), with T and T2 rows. A single use is passed twice,
+with T2 = 0. Rows are contiguous: X (T, I), G (T, O).
 
 Shape suffixes: T tokens, I in, O out; in a tile M and N tokens, K features.
 """
@@ -14,7 +14,7 @@ import triton.language as tl
 
 @triton.jit
 def _dot(a, b, acc, PRECISION: tl.constexpr):
-    if PRECISION == "ieee":  # only when interpreted, where bf16 lies in integers and would be multiplied as those
+    if PRECISION == "ieee":  # the interpreter stores bf16 as integers and would multiply those
         acc = tl.dot(a.to(tl.float32), b.to(tl.float32), acc)
     else:
         acc = tl.dot(a, b, acc, input_precision=PRECISION)
@@ -53,7 +53,7 @@ def gradient_norm_direct(
     # tiles; EVEN: I and O are multiples of BLOCK_I and BLOCK_O
     EVEN: tl.constexpr, BLOCK_O: tl.constexpr, BLOCK_I: tl.constexpr, BLOCK_T: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """The norm of one BLOCK_O x BLOCK_I tile of G^T X + G2^T X2, which is never stored."""
+    """Writes the norm of one BLOCK_O x BLOCK_I tile of G^T X + G2^T X2; the tile itself is never stored."""
     tile = tl.program_id(0)
     num_tiles_in = tl.cdiv(num_in, BLOCK_I)
     o_O = (tile // num_tiles_in) * BLOCK_O + tl.arange(0, BLOCK_O)
@@ -69,7 +69,7 @@ def _gram(
     a_ptr, b_ptr, rows_a, rows_b, num_features,
     EVEN: tl.constexpr, BLOCK: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """A B^T of two blocks of rows; rows_a and rows_b of them exist."""
+    """A B^T of two blocks of rows, of which the first rows_a and rows_b exist."""
     m_M, k_K = tl.arange(0, BLOCK), tl.arange(0, BLOCK_K)
     a_ptrs = a_ptr + m_M[:, None] * num_features + k_K[None, :]
     b_ptrs = b_ptr + m_M[:, None] * num_features + k_K[None, :]
@@ -98,7 +98,8 @@ def gradient_norm_gram(
     # tiles; EVEN: I and O are multiples of BLOCK_K
     EVEN: tl.constexpr, BLOCK: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """The sum of one BLOCK x BLOCK tile of (X X^T) o (G G^T), lower triangle only: others count twice."""
+    """Writes the sum of one BLOCK x BLOCK tile of (X X^T) o (G G^T). Only the lower triangle of tiles is computed, and
+    its tiles off the diagonal count twice."""
     tile = tl.program_id(0)
     a = ((tl.sqrt(8.0 * tile + 1.0) - 1.0) * 0.5).to(tl.int32)
     a -= (a * (a + 1) // 2 > tile).to(tl.int32)  # the root may round to either side

@@ -1,4 +1,4 @@
-"""The specification of gradient_norm: the product itself."""
+"""The specification of gradient_norm, from the explicit product."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""Attention of all tokens with all, under a mask of what they see: for what no kernel does, and to compare with.
+"""Attention over all tokens under a mask of their rows, where no other implementation applies, and as a reference.
 
-Q x T of mask and as many scores: exact, and dear. Shapes as in op.py; Q queries.
+It is exact but costly: the mask and the scores have Q x T elements. Shapes as in op.py; Q queries.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ def by_mask(
     first_only: bool,
     dropout: float = 0.0,
 ) -> torch.Tensor:
-    """As op.varlen_attention has it. Nothing is asked of the device, or of the rows' lengths."""
+    """As op.varlen_attention. The host neither waits for the device nor needs the rows' lengths."""
 
     def make() -> torch.Tensor:
         seen = seen_by(sequences, causal=causal, window=window, first_only=first_only).mask(sequences.num_tokens)
@@ -42,11 +42,11 @@ def by_mask(
 
 
 def bias_of(seen: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """(1, 1, Q, T): 0 and the lowest number."""
+    """(1, 1, Q, T) in `dtype`: 0 where a query attends, else the dtype's lowest number."""
     bias = torch.zeros(seen.shape, dtype=dtype, device=seen.device)
     return bias.masked_fill_(~seen, torch.finfo(dtype).min)[None, None]
 
 
 def for_each_head(x: torch.Tensor, num_heads: int) -> torch.Tensor:
-    """(..., H, D) of (..., G, D)."""
+    """(..., H, D) from (..., G, D): each of the G heads repeated H / G times."""
     return x if x.shape[-2] == num_heads else x.repeat_interleave(num_heads // x.shape[-2], dim=-2)

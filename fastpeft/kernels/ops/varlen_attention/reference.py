@@ -17,10 +17,10 @@ def varlen_attention_reference(
     causal: bool = False,
     window: int | None = None,
 ) -> torch.Tensor:
-    """softmax(scale Q K^T) V of each row of tokens by itself, shapes as in op.varlen_attention.
+    """softmax(scale Q K^T) V in each row of tokens, shapes as in op.varlen_attention.
 
     Args:
-        lengths: of the rows, whose tokens lie one behind another.
+        lengths: tokens of each packed row.
     """
     found, groups = [], query.shape[1] // key.shape[1]
     for q, k, v in zip(*(x.split(list(lengths)) for x in (query, key, value))):

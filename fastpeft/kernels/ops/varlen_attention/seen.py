@@ -1,4 +1,4 @@
-"""Which tokens a query sees: of rows that lie one behind another these are neighbours, from a first to a last.
+"""The tokens that each query attends to. In packed rows they are contiguous, from a first to a last one.
 
 Shapes: N rows, T tokens of all rows, Q queries, B tokens of a block.
 """
@@ -12,25 +12,25 @@ import torch
 from fastpeft.kernels.sequences import Sequences
 
 BLOCK = 128
-"""B, as FlexAttention takes it unless told otherwise."""
+"""B, FlexAttention's default block size."""
 
 
 class Seen(NamedTuple):
-    """Of each query. Neither ever descends."""
+    """The range of tokens that each query attends to. Both tensors are non-decreasing."""
 
     first_Q: torch.Tensor
-    """int64."""
+    """(Q,) int64: the first token."""
     last_Q: torch.Tensor
-    """int64."""
+    """(Q,) int64: the last token, included."""
 
     def mask(self, num_tokens: int) -> torch.Tensor:
-        """(Q, T) bool."""
+        """(Q, T) bool, True where a query attends to a token."""
         places = torch.arange(num_tokens, device=self.first_Q.device)
         return (places >= self.first_Q[:, None]) & (places <= self.last_Q[:, None])
 
     def blocks(self, num_tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Of each block of queries how many blocks of tokens it sees anything of, and these before the others, both
-        int32. They are neighbours too, and nothing of the size Q x T is made to find them."""
+        """For each block of queries, the number of token blocks that it attends to, and all token blocks with those
+        first: int32 of (Q / B,) and (Q / B, T / B), both rounded up. Nothing of size Q x T is allocated."""
         num_queries = len(self.first_Q)
         starts = torch.arange(0, num_queries, BLOCK, device=self.first_Q.device)
         first = self.first_Q.index_select(0, starts) // BLOCK
@@ -41,7 +41,7 @@ class Seen(NamedTuple):
 
 
 def seen_by(sequences: Sequences, *, causal: bool, window: int | None, first_only: bool) -> Seen:
-    """As op.varlen_attention has these arguments, once for all layers. Nothing is asked of the device."""
+    """The ranges for these arguments of op.varlen_attention, computed once for all layers. The host never waits."""
     key = "seen", causal, window, first_only
     return sequences.keep(key, lambda: _seen_by(sequences, causal, window, first_only))
 

@@ -1,8 +1,8 @@
-"""torch's own attention for rows that lie one behind another, and why it is not taken where it is not.
+"""torch's own attention for packed rows, and the reasons why it does not support a call.
 
 torch.nn.attention.varlen is FlashAttention: half precision, no dropout. FlexAttention (arXiv:2412.05496) is compiled by
-torch for what is asked of it: fp32 and wider heads too, no dropout either. Both are given as torch has them, behind a
-look at the installed version's arguments. Shapes as in op.py.
+torch per kind of call. It also supports fp32, and head sizes that are no multiple of 8, but no dropout. Both are used
+only if the installed version of torch has the arguments needed. Shapes as in op.py.
 """
 
 from __future__ import annotations
@@ -20,19 +20,19 @@ from fastpeft.kernels.ops.varlen_attention.seen import BLOCK, Seen, seen_by
 from fastpeft.kernels.sequences import Sequences
 
 WIDEST, FLASH_CAPABILITY = 256, (8, 0)
-"""Features of a head that FlashAttention takes, in multiples of 8, and the oldest GPU that it runs on."""
+"""Largest head size of FlashAttention, in features and a multiple of 8, and its lowest compute capability."""
 FLEX_NARROWEST, FLEX_WIDEST = 16, 256
-"""Features of a head that FlexAttention takes, and that it is tried with."""
+"""Smallest and largest head size for which FlexAttention is tried."""
 TRIED_LENGTHS = 70, 1, 130
 TOLERANCE = {torch.float32: 5e-3, torch.float16: 2e-2, torch.bfloat16: 5e-2}
-"""Relative error of a trial, in the norm: products in TF32 stay within the first."""
+"""Largest relative error of a trial, in the L2 norm. For fp32 it admits products in TF32."""
 
 
 # ---- torch.nn.attention.varlen -----------------------------------------------------------------
 
 
 def varlen_fault(query: torch.Tensor, dropout: float) -> str | None:
-    """Why torch.nn.attention.varlen does not compute this, in words; None where it does."""
+    """The reason why torch.nn.attention.varlen does not support this call; None if it does."""
     width = query.shape[-1]
     if not query.is_cuda:
         return "it is for a GPU"
@@ -51,7 +51,7 @@ def varlen_fault(query: torch.Tensor, dropout: float) -> str | None:
 
 @cache
 def varlen_arguments() -> frozenset[str] | None:
-    """Those of this torch's varlen_attn; None where it has none with a scale and a window."""
+    """The parameters of the installed varlen_attn; None if there is none with a scale and a window."""
     try:
         from torch.nn.attention.varlen import varlen_attn
     except ImportError:
@@ -71,6 +71,7 @@ def varlen(
     window: int | None,
     first_only: bool,
 ) -> torch.Tensor:
+    """op.varlen_attention by torch.nn.attention.varlen."""
     from torch.nn.attention.varlen import varlen_attn
 
     known = varlen_arguments()
@@ -95,7 +96,7 @@ def varlen(
 
 
 def flex_fault(query: torch.Tensor, num_key_heads: int, dropout: float) -> str | None:
-    """Why FlexAttention does not compute this, in words; None where it does. The first call of a kind tries it."""
+    """The reason why FlexAttention does not support this call; None if it does. The first call of a kind is a trial."""
     width = query.shape[-1]
     if not query.is_cuda:
         return "it is compiled for a GPU"
@@ -134,6 +135,7 @@ def flex(
     window: int | None,
     first_only: bool,
 ) -> torch.Tensor:
+    """op.varlen_attention by FlexAttention."""
     asked = {"causal": causal, "window": window, "first_only": first_only}
     seen = seen_by(sequences, **asked)
     mask = sequences.keep(("blocks", *asked.values()), lambda: block_mask(seen, sequences.num_tokens))
@@ -144,7 +146,7 @@ def flex(
 
 
 def block_mask(seen: Seen, num_tokens: int) -> Any:
-    """torch's BlockMask, made on the device without a matrix of all tokens and without waiting for it."""
+    """torch's BlockMask, made on the device without a Q x T matrix and without a wait of the host."""
     from torch.nn.attention.flex_attention import BlockMask
 
     num_blocks, blocks = seen.blocks(num_tokens)
@@ -168,7 +170,10 @@ def _compiled() -> Callable[..., torch.Tensor]:
 
 @cache
 def try_flex(num_heads: int, num_key_heads: int, width: int, dtype: torch.dtype, device: torch.device) -> str | None:
-    """Compile it for these heads, forward and backward, and compare it with torch's attention under a mask."""
+    """Compile FlexAttention for these heads, run forward and backward, and compare with attention under a mask.
+
+    Returns the reason why it cannot be used, or None.
+    """
     generator = torch.Generator().manual_seed(0)
     sequences = Sequences.of(TRIED_LENGTHS, device)
     asked: dict[str, Any] = {"causal": True, "window": 50, "first_only": False}
@@ -183,7 +188,7 @@ def try_flex(num_heads: int, num_key_heads: int, width: int, dtype: torch.dtype,
         with torch.enable_grad():
             y = flex(*inputs, sequences, width**-0.5, **asked)
             found = y.detach(), *torch.autograd.grad(y, inputs, dy)
-    except Exception as error:  # whatever torch's compiler raises
+    except Exception as error:  # torch's compiler raises many types
         return f"compiling it failed: {type(error).__name__}: {(str(error).strip() or '?').splitlines()[0]}"
     with torch.enable_grad():
         y = by_mask(*inputs, sequences, width**-0.5, **asked)
