@@ -42,7 +42,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from bench.chaos_sweeps import command, lost, run_killed
+from bench.chaos_sweeps import command, failed, lost, run_killed
 from bench.report import about, json_path, print_table, write_json
 from fastpeft.runs.events import read_events
 from fastpeft.runs.store import RunFolder
@@ -57,8 +57,6 @@ SETTINGS = (
 )  # fmt: skip
 MOST_ATTEMPTS = 60
 """Attempts at one run. The bench ends with an error where all of them were killed."""
-LINES_SHOWN = 20
-"""Lines shown of a failed command's output, since the folder of its log is removed."""
 MOST_EXPORT_KILLS = 3
 """Kills of one run's export."""
 BEFORE = "before its log"
@@ -148,8 +146,7 @@ class Killer:
     def _ends_well(self, process: BaseProcess, arguments: list[str]) -> None:
         process.join()
         if process.exitcode:
-            said = "\n".join(self.log.read_text(errors="replace").splitlines()[-LINES_SHOWN:])
-            raise SystemExit(f"{said}\nfastpeft {' '.join(arguments)} ended with {process.exitcode}")
+            raise SystemExit(failed(arguments, process.exitcode, self.log))
 
 
 # ---- one case ------------------------------------------------------------------------------

@@ -18,6 +18,8 @@ import psutil
 NUM_TRIALS = 4
 MOST_KILLS = 8
 """Kills in one sweep."""
+LINES_SHOWN = 20
+"""Lines of a failed command's output that are shown."""
 EVERY_S = 1.0, 8.0
 """Least and most seconds between two kills."""
 SPACE = (
@@ -52,7 +54,13 @@ def run_killed(arguments: list[str], rng: random.Random, log: Path, kills: Count
         if process.returncode not in (-9, 1) or kills.total() == before:
             break
     if process.returncode:
-        raise SystemExit(f"fastpeft {' '.join(arguments)} ended with {process.returncode}: see {log}")
+        raise SystemExit(failed(arguments, process.returncode, log))
+
+
+def failed(arguments: list[str], code: int, log: Path) -> str:
+    """Message of a command that should have ended well, with its last lines, since the folder of `log` is removed."""
+    said = "\n".join(log.read_text(errors="replace").splitlines()[-LINES_SHOWN:])
+    return f"{said}\nfastpeft {' '.join(arguments)} ended with {code}"
 
 
 @contextmanager

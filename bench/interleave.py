@@ -6,7 +6,9 @@ then backwards (A B C C B A), so that drift of the machine affects each pair ali
 
 from __future__ import annotations
 
+import argparse
 import gc
+import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -146,6 +148,18 @@ def positive(text: str) -> int:
     if int(text) < 1:
         raise ValueError(text)
     return int(text)
+
+
+def rates_in(text: str) -> dict[str, float]:
+    """Name -> learning rate of a text such as `linear=3e-3,fot=1e-3`, for argparse."""
+    refused = argparse.ArgumentTypeError(f"{text!r}: write names and learning rates, such as linear=3e-3,fot=1e-3")
+    try:
+        rates = {name.strip(): float(rate) for name, _, rate in (part.rpartition("=") for part in text.split(","))}
+    except ValueError:
+        raise refused from None
+    if not all(rates) or not all(0 < rate < math.inf for rate in rates.values()):
+        raise refused
+    return rates
 
 
 def names_in(text: str | None, known: Sequence[str]) -> list[str]:

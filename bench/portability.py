@@ -41,7 +41,7 @@ import transformers
 from scipy.stats import t as student
 
 from bench.cut_hosts import cut_depth, cut_width, is_decoder
-from bench.interleave import names_in
+from bench.interleave import names_in, rates_in
 from fastpeft.adapters.unihyperlora import file_format
 from fastpeft.adapters.unihyperlora.cost import extra_flops, host_flops
 from fastpeft.adapters.unihyperlora.dictionary import Dictionary, Shape
@@ -255,12 +255,6 @@ def count() -> str:
     return "\n".join(lines)
 
 
-def _rates(text: str) -> dict[str, float]:
-    pairs = [(name.strip(), rate) for name, _, rate in (part.rpartition("=") for part in text.split(","))]
-    names_in(",".join(name for name, _ in pairs), list(BASELINES))
-    return {name: float(rate) for name, rate in pairs}
-
-
 def parser_of(description: str) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--host", help="folder of a BERT-shaped encoder, or of a causal language model")
@@ -273,7 +267,7 @@ def parser_of(description: str) -> argparse.ArgumentParser:
     parser.add_argument("--seeds", type=lambda text: [int(s) for s in text.split(",")], default=[0, 1, 2])
     parser.add_argument("--projectors", type=lambda text: text.split(","), default=list(PROJECTORS))
     parser.add_argument("--baselines", type=lambda text: names_in(text, list(BASELINES)), default=list(BASELINES))
-    parser.add_argument("--rates", type=_rates, default={}, help="of baselines: 'LoRA r 8=1e-3,full=2e-4'")
+    parser.add_argument("--rates", type=rates_in, default={}, help="of baselines: 'LoRA r 8=1e-3,full=2e-4'")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--work", type=Path)
     parser.add_argument("--out", type=Path)
@@ -284,6 +278,8 @@ def main() -> None:
     parser = parser_of((__doc__ or "").splitlines()[0])
     parser.add_argument("--count", action="store_true", help="count what it costs, and train nothing")
     options = parser.parse_args()
+    if unknown := sorted(options.rates.keys() - BASELINES.keys()):
+        parser.error(f"--rates: unknown: {', '.join(unknown)}; there are {', '.join(BASELINES)}")
     if options.count:
         print(count())
         return

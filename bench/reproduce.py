@@ -68,7 +68,8 @@ class Paper:
     """(preset without its task, task) -> the paper's difference to the baseline, where it gives no scores."""
     rates: Mapping[str, float] = field(default_factory=dict)
     """Learning rates of the small encoder on SST-2, by bench/methods.py --tune and bench/schedules.py; for
-    UniHyperLoRA's paper the best of five, with a separate seed. The preset's own learning rate where absent."""
+    UniHyperLoRA's paper, and on MNLI for snac and bacon, the best of five, with a separate seed. The preset's own
+    learning rate where absent."""
 
     def label(self, preset: str, task: str) -> str:
         """Name of the row in a comparison: the method where it is unique, else the run's preset."""

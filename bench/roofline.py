@@ -59,25 +59,22 @@ COLD_BYTES = 64 * 2**20
 
 def measure_ceilings(repeats: int = 5) -> Ceilings:
     """Ceilings from the least times of one operation per part, on arrays larger than a core's cache, and of a call."""
-    weight, narrow, square = torch.randn(768, 768), torch.randn(1024, 128), torch.randn(128, 128)
-    query = torch.randn(16, 12, 64, 32)
-    batch = query.flatten(0, 1)
+    weight, square = torch.randn(768, 768), torch.randn(128, 128)
 
     def least(work: Callable[[torch.Tensor], object], *shape: int) -> float:
         arrays = [torch.randn(shape) for _ in range(max(2, COLD_BYTES // (4 * math.prod(shape))))]
         return _least(lambda: [work(x) for x in arrays], repeats) / len(arrays)
 
-    rows = 1024, 768
+    rows, heads = (1024, 768), (16, 12, 64, 32)
     values = math.prod(rows)
     gradient = torch.randn(rows)
     return Ceilings(
         2 * values * 768 / least(lambda x: x @ weight, *rows),
         _pair_flops(8) / least(_pair(8), *rows),
         _pair_flops(32) / least(_pair(32), *rows),
-        2 * 1024 * 128 * 128 / _least(lambda: narrow @ square, repeats),
-        2 * 16 * 12 * 64 * 64 * 32 / _least(lambda: batch @ batch.mT, repeats),
-        4 * 16 * 12 * 64 * 64 * 32
-        / _least(lambda: functional.scaled_dot_product_attention(query, query, query), repeats),
+        2 * 1024 * 128 * 128 / least(lambda x: x @ square, 1024, 128),
+        2 * 16 * 12 * 64 * 64 * 32 / least(lambda x: x @ x.mT, 16 * 12, 64, 32),
+        4 * 16 * 12 * 64 * 64 * 32 / least(lambda x: functional.scaled_dot_product_attention(x, x, x), *heads),
         values / least(functional.gelu, *rows),
         values / least(lambda x: ATEN.gelu_backward(gradient, x), *rows),
         2 * 4 * values / least(lambda x: x + 1.0, *rows),
@@ -93,7 +90,7 @@ def _pair(rank: int) -> Callable[[torch.Tensor], object]:
 
     def work(x: torch.Tensor) -> None:
         u = x @ a.T
-        x.addmm_(u, b.T, alpha=0.0)
+        x.addmm_(u, b.T, alpha=1e-3)  # 0 would leave the product out
         _ = x.T @ u, u.T @ x
 
     return work

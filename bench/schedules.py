@@ -38,7 +38,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
 
-from bench.interleave import choose_device, positive
+from bench.interleave import choose_device, positive, rates_in
 from bench.report import about, json_path, write_json
 from bench.schedule_presets import Presets, run_of
 from bench.schedule_report import BASELINE, rows_of, show, unlike
@@ -249,14 +249,6 @@ def _budget(text: str) -> str:
     return text
 
 
-def _rates(text: str) -> dict[str, float]:
-    pairs = [part.partition("=") for part in text.split(",")]
-    rates = {name.strip(): float(value) for name, _, value in pairs}
-    if not all(0 < rate < float("inf") for rate in rates.values()):
-        raise ValueError(text)
-    return rates
-
-
 def _checked(check: Callable[[str], Any], example: str) -> Callable[[str], Any]:
     def parse(text: str) -> Any:
         try:
@@ -279,8 +271,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--search-trials", type=positive, help="rates a schedule; mnli 5, gsm8k 3")
     parser.add_argument("--search-budget", type=budget, help="of a trial; that of a run")
     parser.add_argument("--tune-on", choices=["loss", "metric"], default="loss", help="of the validation split")
-    rates = _checked(_rates, "linear=3e-3,fot=1e-3")
-    parser.add_argument("--rates", type=rates, default={}, help="of these schedules, instead of a search")
+    parser.add_argument("--rates", type=rates_in, default={}, help="of these schedules, instead of a search")
     parser.add_argument("--max-examples", type=int, help="most rows of a split scored; mnli all, gsm8k 128")
     parser.add_argument("--overhead-rounds", type=int, help="of two turns; 0 measures none; mnli 100, gsm8k 30")
     parser.add_argument("--workers", type=positive, help="runs at a time; on a GPU 1, else a core each, at most 4")

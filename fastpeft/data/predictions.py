@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 import orjson
 
+from fastpeft.atomic_write import write_atomically
 from fastpeft.data.fingerprint import ReadRow
 from fastpeft.errors import UserError
 from fastpeft.runs.events import finite, number
@@ -59,7 +60,7 @@ def write_predictions(path: Path, answered: AnsweredRows, *, split: str, step: i
     digest, lines = hashlib.sha256(), []
     for row, answer in answered:
         digest.update(ascii((tuple(row.given), tuple(row.wanted))).encode())
-        lines.append(json.dumps(finite(_record(row, answer)), allow_nan=False, separators=(",", ":")).encode())
+        lines.append(json.dumps(finite(_record(row, answer)), allow_nan=False, separators=(",", ":")))
     header = {
         "format": _FORMAT,
         "split": split,
@@ -70,9 +71,7 @@ def write_predictions(path: Path, answered: AnsweredRows, *, split: str, step: i
         "rows": digest.hexdigest(),
     }
     path.parent.mkdir(exist_ok=True)
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_bytes(b"\n".join([json.dumps(header).encode(), *lines]) + b"\n")
-    temporary.replace(path)
+    write_atomically(path, "\n".join([json.dumps(header), *lines]) + "\n")
 
 
 def _record(row: ReadRow, answer: Answer) -> dict[str, Any]:

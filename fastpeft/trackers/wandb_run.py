@@ -15,6 +15,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
+from fastpeft.atomic_write import write_atomically
 from fastpeft.config.trackers import TRACKERS, WandbConfig
 from fastpeft.runs.events import Event, number
 from fastpeft.trackers.scalars import Row
@@ -109,9 +110,7 @@ class WandbRun(Tracker):
             stored = ""
         if not stored:
             stored = secrets.token_hex(4)
-            temporary = path.with_suffix(".tmp")
-            temporary.write_text(stored + "\n", encoding="utf-8")
-            temporary.replace(path)
+            write_atomically(path, stored + "\n")
         return stored
 
 
