@@ -152,7 +152,7 @@ def positive(text: str) -> int:
 
 def rates_in(text: str) -> dict[str, float]:
     """Name -> learning rate of a text such as `linear=3e-3,fot=1e-3`, for argparse."""
-    refused = argparse.ArgumentTypeError(f"{text!r}: write names and learning rates, such as linear=3e-3,fot=1e-3")
+    refused = argparse.ArgumentTypeError(f"{text!r}: write linear=3e-3,fot=1e-3")
     try:
         rates = {name.strip(): float(rate) for name, _, rate in (part.rpartition("=") for part in text.split(","))}
     except ValueError:
