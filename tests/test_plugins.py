@@ -240,7 +240,7 @@ def test_the_schema_tells_of_them_and_still_of_the_rest() -> None:
     assert sections["StairsConfig"]["properties"]["height"]["description"] == "Share of the rate that a stair takes."
     assert "stairs" in sections["ScheduleConfig"]["properties"]["name"]["enum"]
     assert sections["ScheduleConfig"]["properties"]["warmup_steps"]["description"].startswith("Linear warm-up")
-    assert schema["properties"]["run_id"]["description"].startswith("Name of the run's kind")
+    assert schema["properties"]["run_id"]["description"].startswith("Name of this configuration")
 
 
 def test_a_trial_and_the_checks_ask_the_chosen_member() -> None:
