@@ -31,23 +31,25 @@ class Drawn:
     validations: Sequence[Event]
 
 
-def draw_comparison(comparison: Comparison, runs: Sequence[Drawn], folder: Path) -> dict[str, str]:
-    """Write FOLDER/comparison_{bar,box,seconds,joules}.{pdf,png}; joules only if some run was metered.
+def topics_of(runs: Sequence[Drawn]) -> list[str]:
+    """Figures of a comparison of `runs`: joules only if some run was metered."""
+    if not runs:
+        return []
+    return ["bar", "box", "seconds", *(["joules"] if any(_is_metered(run) for run in runs) else [])]
 
-    Returns:
-        Topic -> SVG.
-    """
-    results = [run.result for run in runs]
+
+def draw_comparison(topic: str, comparison: Comparison, runs: Sequence[Drawn], folder: Path) -> str:
+    """Write FOLDER/comparison_TOPIC.{pdf,png} and return its SVG."""
     labels = list(dict.fromkeys(row.label for row in comparison.rows))
-    found = {
-        "bar": _draw_rows(comparison, results, labels, folder, "bar"),
-        "box": _draw_rows(comparison, results, labels, folder, "box"),
-        "seconds": _draw_over(runs, labels, folder, "seconds"),
-    }
-    metered = [run for run in runs if run.result.energy_j is not None]
-    if metered:
-        found["joules"] = _draw_over(metered, labels, folder, "joules")
-    return found
+    if topic == "joules":
+        return _draw_over([run for run in runs if _is_metered(run)], labels, folder, topic)
+    if topic == "seconds":
+        return _draw_over(runs, labels, folder, topic)
+    return _draw_rows(comparison, [run.result for run in runs], labels, folder, topic)
+
+
+def _is_metered(run: Drawn) -> bool:
+    return run.result.energy_j is not None
 
 
 def _tasks(comparison: Comparison) -> dict[str, list[Row]]:

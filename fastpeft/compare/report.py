@@ -9,11 +9,12 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 from fastpeft.compare.aggregate import write_aggregated
 from fastpeft.compare.comparison import DATA_MARK, Comparison, compare, labels_of, score_of, tasks_of
-from fastpeft.compare.comparison_figures import Drawn, draw_comparison
+from fastpeft.compare.comparison_figures import Drawn, draw_comparison, topics_of
 from fastpeft.compare.found_runs import Found
 from fastpeft.compare.page import markdown, page
 from fastpeft.compare.plain_font import plain_font, use_font
@@ -55,11 +56,16 @@ def report(found: list[Found], results_dir: Path, target: float | None = None, b
     with plain_font() as font, _processes(len(found), font) as many:
         count = len(found)
         reports = list(many(_report_run, found, [score_of(results)] * count, [target] * count))
-        return _write_report(found, reports, results_dir / FOLDER, target, baseline)
+        return _write_report(found, reports, results_dir / FOLDER, target, baseline, many)
 
 
 def _write_report(
-    found: list[Found], reports: list[RunReport], folder: Path, target: float | None, baseline: str | None
+    found: list[Found],
+    reports: list[RunReport],
+    folder: Path,
+    target: float | None,
+    baseline: str | None,
+    many: Callable[..., Iterator],
 ) -> Report:
     of_run = {id(one): report for one, report in zip(found, reports)}
     results = [result for _, result in _counted(found)]
@@ -72,7 +78,9 @@ def _write_report(
         stale.unlink()
     curves = [report.validations for report in own]
     drawn = list(map(Drawn, results, labels_of(results), tasks_of(results), curves))
-    figures = draw_comparison(comparison, drawn, folder) if drawn else {}
+    topics = topics_of(drawn)
+    draw = partial(draw_comparison, comparison=comparison, runs=drawn, folder=folder)
+    figures = dict(zip(topics, many(draw, topics)))
     write_aggregated(comparison, found, reports, folder)
     blocks = list(report_blocks(comparison, found, reports, figures, folder))
     for name, text in (("report.md", markdown(TITLE, blocks)), ("report.html", page(TITLE, blocks))):
@@ -94,10 +102,14 @@ def _noted(found: Sequence[Found]) -> Iterator[Found]:
 
 
 def _report_run(found: Found, by: str, target: float | None) -> RunReport:
-    """Report one run. With automatic garbage collection off, its figures are collected once it is done."""
+    """Report one run. With automatic garbage collection off, its figures are collected once it is done.
+
+    What remains is exempt from the next collection, which else takes most of its time for imported modules.
+    """
     report = report_run(found, by, target)
     if not gc.isenabled():
         gc.collect()
+        gc.freeze()
     return report
 
 

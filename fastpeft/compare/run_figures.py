@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +18,7 @@ from fastpeft.runs.store import Result
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
     _Draw = Callable[[Axes, History, Result], None]
 
@@ -25,7 +28,9 @@ MAX_CLASSES = 40
 _NUMBERED_CLASSES = 12
 _NUM_SHADES = 40
 """Shades of a heatmap. With 50 or more, matplotlib rasterises the colour bar."""
-_SLANTED: dict[str, Any] = {"rotation": 40, "ha": "right", "rotation_mode": "anchor"}
+_SLANT = 40
+"""Degrees of the names under a heatmap's columns."""
+_SLANTED: dict[str, Any] = {"rotation": _SLANT, "ha": "right", "rotation_mode": "anchor"}
 _WIDTH = 4.8
 """Width of a column of curves, in inches."""
 _NUM_TICKS = 5
@@ -128,39 +133,80 @@ def draw_importance(history: History, result: Result, stem: Path) -> str:
     """The last importances by layer and projection, and their drift if measured more than once."""
     first, last = history.importance[0], history.importance[-1]
     is_repeated = len(history.importance) > 1
-    with drawing(f"{result.name}: importance of the adapted matrices", (8.5, 4.2), [result]) as figure:
-        heatmap, *more = figure.subplots(1, 1 + is_repeated, squeeze=False)[0]
-        _draw_heatmap(heatmap, last)
+    width, height = 8.5, 4.2
+    with drawing(f"{result.name}: importance of the adapted matrices", (width, height), [result]) as figure:
+        share = 0.52 if is_repeated else 1.0
+        grid = _Grid.on(figure, (share * width, height - 0.3), dict.fromkeys(last.projection), map(str, last.layer))
+        _draw_heatmap(grid, last)
         if is_repeated:
-            _draw_drift(more[0], history.importance, first)
+            left, bottom = share + 0.7 / width, 0.5 / height
+            drift = figure.add_axes((left, bottom, 0.98 - left, 0.85 - bottom))
+            _draw_drift(drift, history.importance, first)
         return save(figure, stem)
 
 
-def _draw_heatmap(panel: Axes, snapshot: Snapshot) -> None:
+@dataclass(frozen=True)
+class _Grid:
+    """A heatmap and its colour bar, with fixed margins: measuring every text would take a third of the drawing time."""
+
+    panel: Axes
+    bar: Axes
+
+    @classmethod
+    def on(cls, figure: Figure, size: tuple[float, float], columns: Iterable[str], rows: Iterable[str]) -> _Grid:
+        """A grid in the lower left `size` inches of the figure, with room for the names of its columns and rows."""
+        figure.set_layout_engine(None)
+        width, height = size
+        below = 0.1 + min(_longest(figure, columns) * math.sin(math.radians(_SLANT)) + 0.12, 0.4 * height)
+        beside = 0.1 + min(_longest(figure, rows), 0.4 * width)
+        left, bottom, right, top = beside + 0.28, below + 0.25, width - 1.0, height - 0.35
+        whole_width, whole_height = figure.get_size_inches()
+
+        def axes(start: float, end: float) -> Axes:
+            return figure.add_axes(
+                (start / whole_width, bottom / whole_height, (end - start) / whole_width, (top - bottom) / whole_height)
+            )
+
+        panel, bar = axes(left, right), axes(right + 0.12, right + 0.26)
+        panel.xaxis.set_label_coords(0.5, -below / (top - bottom))
+        panel.yaxis.set_label_coords(-beside / (right - left), 0.5)
+        bar.yaxis.set_label_coords(0.72 / 0.14, 0.5)
+        return cls(panel, bar)
+
+    def draw(self, values: np.ndarray, label: str, most: float) -> None:
+        """Draw `values` as vector rectangles, with few enough shades that the colour bar is vector graphics too."""
+        import matplotlib
+
+        shades = matplotlib.colormaps["cividis"].resampled(_NUM_SHADES)
+        rows, columns = values.shape
+        at = np.arange(columns), np.arange(rows)
+        cells = self.panel.pcolormesh(*at, values, shading="nearest", cmap=shades, vmin=0, vmax=most)
+        self.panel.grid(visible=False)
+        assert self.panel.figure is not None
+        self.panel.figure.colorbar(cells, cax=self.bar, label=label)
+
+
+def _longest(figure: Figure, names: Iterable[str]) -> float:
+    """Width of the longest of `names` on the figure, in inches."""
+    from matplotlib.text import Text
+
+    longest = max(names, key=len, default="")
+    text = Text(text=longest)
+    text.set_figure(figure)
+    return text.get_window_extent().width / figure.dpi
+
+
+def _draw_heatmap(grid: _Grid, snapshot: Snapshot) -> None:
     layers, projections = sorted(set(snapshot.layer)), list(dict.fromkeys(snapshot.projection))
-    grid = np.full((len(layers), len(projections)), np.nan)
+    values = np.full((len(layers), len(projections)), np.nan)
     for layer, projection, weight in zip(snapshot.layer, snapshot.projection, snapshot.weights):
-        grid[layers.index(layer), projections.index(projection)] = weight
+        values[layers.index(layer), projections.index(projection)] = weight
     step = -(-len(layers) // 12)
-    _draw_cells(panel, grid, "share of the total weight", float(np.nanmax(grid)))
-    panel.set_xticks(range(len(projections)), projections, **_SLANTED)
-    panel.set_yticks(range(0, len(layers), step), [str(layer) for layer in layers[::step]])
-    panel.set_ylabel("layer")
-    panel.set_title(f"after {snapshot.elapsed_s:,.0f} s")
-
-
-def _draw_cells(panel: Axes, grid: np.ndarray, label: str, most: float) -> None:
-    """Draw a heatmap as vector rectangles, with few enough shades that the colour bar is vector graphics too."""
-    import matplotlib
-
-    shades = matplotlib.colormaps["cividis"].resampled(_NUM_SHADES)
-    rows, columns = grid.shape
-    cells = panel.pcolormesh(
-        np.arange(columns), np.arange(rows), grid, shading="nearest", cmap=shades, vmin=0, vmax=most
-    )
-    panel.grid(visible=False)
-    assert panel.figure is not None
-    panel.figure.colorbar(cells, ax=panel, label=label)
+    grid.draw(values, "share of the total weight", float(np.nanmax(values)))
+    grid.panel.set_xticks(range(len(projections)), projections, **_SLANTED)
+    grid.panel.set_yticks(range(0, len(layers), step), [str(layer) for layer in layers[::step]])
+    grid.panel.set_ylabel("layer")
+    grid.panel.set_title(f"after {snapshot.elapsed_s:,.0f} s")
 
 
 def _draw_drift(panel: Axes, snapshots: Sequence[Snapshot], first: Snapshot) -> None:
@@ -197,8 +243,9 @@ def draw_confusion(predictions: Predictions, classes: list[str], result: Result,
     side = min(9.0, 2.4 + 0.45 * len(classes))
     title = f"{result.name}: {predictions.split}, {len(gold):,} rows"
     with drawing(title, (side + 1.2, side), [result]) as figure:
-        panel = figure.subplots()
-        _draw_cells(panel, shares, "share of the gold class", 1.0)
+        grid = _Grid.on(figure, (side + 1.2, side), classes, classes)
+        grid.draw(shares, "share of the gold class", 1.0)
+        panel = grid.panel
         panel.invert_yaxis()
         panel.set_xticks(range(len(classes)), classes, **_SLANTED)
         panel.set_yticks(range(len(classes)), classes)
